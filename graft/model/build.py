@@ -1,0 +1,120 @@
+"""Graft two checkpoints: the encoder of any Whisper onto any Qwen2-VL, with a fresh projector between them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration, WhisperFeatureExtractor, WhisperModel
+from transformers.initialization import no_init_weights
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from graft.errors import ModelError
+from graft.model.configuration import AUDIO_TOKENS, GraftConfig
+from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.weights import state_digest
+from graft.processor import GraftProcessor
+
+
+@dataclass(frozen=True)
+class AudioSettings:
+    """How audio becomes tokens; see GraftConfig."""
+
+    audio_pool: int = 2
+    audio_context: str = "valid"
+    audio_margin_s: float = 1.0
+    audio_projector: str = "linear"
+    prompt_style: str = "graft"
+    text_style: str = "lower"
+
+
+def build_graft(
+    audio_base: str, text_base: str, *, settings: AudioSettings, dtype: torch.dtype | None = None, seed: int = 0
+) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
+    """Join a Whisper and a Qwen2-VL checkpoint (hub ids or folders) into a graft and its processor.
+
+    The frozen parts keep the text base's dtype unless `dtype` is given. The audio tokens take spare rows of the embedding table, which
+    grows only where there are none. Raises ModelError for a base of another kind.
+    """
+    check_kind(audio_base, "whisper")
+    check_kind(text_base, "qwen2_vl")
+    encoder = WhisperModel.from_pretrained(audio_base, dtype="auto").encoder
+    text = Qwen2VLForConditionalGeneration.from_pretrained(text_base, dtype="auto")
+    digests = {"audio": state_digest(encoder.state_dict()), "text": state_digest(text.state_dict())}
+    dtype = dtype or text.dtype
+    tokenizer = AutoTokenizer.from_pretrained(text_base)
+    _add_audio_tokens(tokenizer, text, seed)
+    config = _config(text, encoder, tokenizer, settings, digests)
+    model = _join(config, text, encoder, dtype=dtype, seed=seed)
+    processor = GraftProcessor.for_config(
+        config,
+        feature_extractor=WhisperFeatureExtractor.from_pretrained(audio_base),
+        image_processor=_image_processor(text_base),
+        tokenizer=tokenizer,
+    )
+    return model, processor
+
+
+def check_kind(checkpoint: str, kind: str) -> None:
+    """Raise ModelError unless a checkpoint's config.json says it is of that model_type."""
+    folder = Path(checkpoint)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ModelError(f"{checkpoint} has no config.json: give the folder of a {kind} checkpoint")
+    try:
+        found = AutoConfig.from_pretrained(checkpoint).model_type
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{checkpoint}/config.json is not JSON ({error}): give the folder of a {kind} checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{checkpoint} can't be read as a {kind} checkpoint: give a folder or a hub id that answers") from error
+    if found != kind:
+        raise ModelError(f"{checkpoint} is a {found} checkpoint, not {kind}: give another one")
+
+
+def _add_audio_tokens(tokenizer: Any, text: Qwen2VLForConditionalGeneration, seed: int) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": list(AUDIO_TOKENS)}, replace_extra_special_tokens=False)
+    embeddings: Any = text.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
+        torch.manual_seed(seed)
+        text.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+
+
+def _config(
+    text: Qwen2VLForConditionalGeneration, encoder: Any, tokenizer: Any, settings: AudioSettings, digests: dict[str, str]
+) -> GraftConfig:
+    base = {key: value for key, value in text.config.to_dict().items() if key not in ("model_type", "architectures")}
+    pad, start, end = tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS))
+    ids = {"audio_token_id": pad, "audio_start_token_id": start, "audio_end_token_id": end}
+    try:
+        return GraftConfig(**base, **ids, **vars(settings), audio_config=encoder.config.to_dict(), base_digests=digests)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _join(
+    config: GraftConfig, text: Qwen2VLForConditionalGeneration, encoder: Any, *, dtype: torch.dtype, seed: int
+) -> GraftForConditionalGeneration:
+    with no_init_weights():
+        model = GraftForConditionalGeneration(config)
+    for parameter in model.parameters():  # but not the buffers: rotary frequencies stay float32
+        parameter.data = parameter.data.to(dtype)
+    model.tie_weights()
+    state = {**text.state_dict(), **{f"audio_tower.{name}": tensor for name, tensor in encoder.state_dict().items()}}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    left = [name for name in missing if not name.startswith("audio_projector.")] + unexpected
+    if left:
+        raise ModelError(f"the bases do not fit a graft: {len(left)} tensors are left over, {left[0]} first: use Whisper and Qwen2-VL")
+    torch.manual_seed(seed)
+    model._init_weights(model.audio_projector)
+    model.generation_config = text.generation_config
+    placeholders = [config.audio_token_id, config.audio_start_token_id, config.audio_end_token_id, config.image_token_id]
+    placeholders += [config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    model.generation_config.suppress_tokens = sorted(placeholders)
+    return model.eval()
+
+
+def _image_processor(text_base: str) -> Any:
+    try:
+        return Qwen2VLImageProcessorPil.from_pretrained(text_base)
+    except OSError:  # a text base without preprocessor_config.json: Qwen2-VL's published values
+        return Qwen2VLImageProcessorPil()

@@ -1,0 +1,69 @@
+"""The trained join as a file of its own: the projector's tensors with the digests of the bases they were trained on."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graft.errors import ModelError
+from graft.model.modeling import GraftForConditionalGeneration
+
+PROJECTOR_FILE = "projector.safetensors"
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Digest tensors by name, dtype, shape and bytes, whatever files they stand in."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def save_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:
+    """Write the projector in float32 with the bases' digests and its kind."""
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.audio_projector.state_dict().items()}
+    save_file(state, Path(folder) / PROJECTOR_FILE, metadata={"graft": json.dumps(_identity(model))})
+
+
+def load_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:
+    """Put a trained projector into a graft.
+
+    Raises ModelError when the file is missing, was trained on other bases or another kind of join, or holds only zeros.
+    """
+    path = Path(folder) / PROJECTOR_FILE
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: give the output folder of a finished stage")
+    with safe_open(path, framework="pt") as file:
+        found = json.loads((file.metadata() or {}).get("graft", "{}"))
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    for key, expected in _identity(model).items():
+        if found.get(key) != expected:
+            raise ModelError(f"{path} was trained with {key}={found.get(key)}, the graft has {expected}: train it on this graft")
+    model.audio_projector.load_state_dict(state)
+    check_projector(model, source=str(path))
+
+
+def check_projector(model: GraftForConditionalGeneration, *, source: str) -> None:
+    """Raise ModelError when the projector holds a matrix of zeros or a value that is not finite: the model would not hear."""
+    for name, tensor in model.audio_projector.named_parameters():
+        if not tensor.isfinite().all():
+            raise ModelError(f"{source}: audio_projector.{name} holds values that are not finite: go back to an earlier checkpoint")
+        if tensor.ndim > 1 and not tensor.any():
+            raise ModelError(f"{source}: audio_projector.{name} is all zeros, so the model is deaf: train stage 1 or build it again")
+
+
+def _identity(model: GraftForConditionalGeneration) -> dict[str, object]:
+    config = model.config
+    return {
+        "base_digests": config.base_digests,
+        "audio_projector": config.audio_projector,
+        "audio_pool": config.audio_pool,
+        "prompt_style": config.prompt_style,
+    }

@@ -1,0 +1,168 @@
+"""GraftProcessor: clips, images and words to the model's inputs. Training, bulk and online work all come through here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+
+from graft.audio import AudioClip
+from graft.features import Features, Featurizer
+from graft.model.configuration import AUDIO_PAD_TOKEN, GraftConfig, audio_token_count
+from graft.prompts import DEFAULT_INSTRUCTION, PROMPT_END, prompt_text, style_text, target_text
+
+IGNORED_LABEL = -100
+IMAGE_TOKEN = "<|image_pad|>"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One clip ready for training: features, prompt ids with placeholders, and target ids (empty where the clip must not count)."""
+
+    features: Features
+    prompt_ids: list[int]
+    target_ids: list[int]
+
+
+class GraftProcessor(ProcessorMixin):
+    """A Whisper feature extractor's settings, Qwen2-VL's image processor and a tokenizer that knows the audio tokens.
+
+    `audio_pool`, `audio_context`, `prompt_style` and `text_style` repeat the GraftConfig it was built with; the model checks the tokens.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: Any = None,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        audio_pool: int = 2,
+        audio_context: str = "valid",
+        prompt_style: str = "graft",
+        text_style: str = "lower",
+    ):
+        self.audio_pool = audio_pool
+        self.audio_context = audio_context
+        self.prompt_style = prompt_style
+        self.text_style = text_style
+        super().__init__(feature_extractor, image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def for_config(cls, config: GraftConfig, *, feature_extractor: Any, image_processor: Any, tokenizer: Any) -> "GraftProcessor":
+        """Make the processor that matches a graft's configuration."""
+        names = ("audio_pool", "audio_context", "prompt_style", "text_style")
+        settings = {name: getattr(config, name) for name in names}
+        return cls(feature_extractor, image_processor, tokenizer, chat_template=tokenizer.chat_template, **settings)
+
+    @cached_property
+    def featurizer(self) -> Featurizer:
+        return Featurizer(self.feature_extractor.feature_size)
+
+    def audio_token_count(self, frame_count: int) -> int:
+        return audio_token_count(frame_count, pool=self.audio_pool, context=self.audio_context)
+
+    def prompt_ids(self, frame_count: int, instruction: str = DEFAULT_INSTRUCTION) -> list[int]:
+        """Tokenize the transcription prompt of a clip of `frame_count` mel frames, placeholders included."""
+        text = prompt_text(self.prompt_style, instruction)
+        return self.tokenizer(self._expand(text, [frame_count], []), add_special_tokens=False)["input_ids"]
+
+    def prompt_end_ids(self) -> list[int]:
+        """The ids that end every prompt; what follows them is the answer."""
+        return self.tokenizer(PROMPT_END, add_special_tokens=False)["input_ids"]
+
+    def target_ids(self, text: str) -> list[int]:
+        """Tokenize the answer to train for a transcript, in the graft's text style."""
+        return self.tokenizer(target_text(self.prompt_style, style_text(text, self.text_style)), add_special_tokens=False)["input_ids"]
+
+    def example(self, clip: AudioClip, text: str) -> Example:
+        """Featurize a labelled clip for training. Raises AudioError for a clip over 30 s."""
+        features = self.featurizer(clip)
+        return Example(features, self.prompt_ids(features.frame_count), self.target_ids(text))
+
+    def training_batch(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """Pad examples on the right: input_ids, attention_mask, labels (rows, length), input_features, audio_frame_counts."""
+        rows = [example.prompt_ids + example.target_ids for example in examples]
+        labels = [[IGNORED_LABEL] * len(example.prompt_ids) + example.target_ids for example in examples]
+        return {
+            "input_ids": _pad(rows, self.tokenizer.pad_token_id),
+            "attention_mask": _pad([[1] * len(row) for row in rows], 0),
+            "labels": _pad(labels, IGNORED_LABEL),
+            **collate_features([example.features for example in examples]),
+        }
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        audio: AudioClip | Sequence[AudioClip] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepare prompts, clips and images for the model, rows padded on the left as generation wants them.
+
+        Each `<|audio_pad|>` in a text stands for the next clip, each `<|image_pad|>` for the next image; without text every clip gets the
+        transcription prompt. Raises ValueError when placeholders and clips or images differ in number, and for videos.
+        """
+        if videos is not None:
+            raise ValueError("videos are not supported: pass their frames as images")
+        clips = [audio] if isinstance(audio, AudioClip) else list(audio or [])
+        texts = [text] if isinstance(text, str) else list(text) if text is not None else [prompt_text(self.prompt_style)] * len(clips)
+        image_inputs = dict(self.image_processor(images=images, return_tensors="pt")) if images is not None else {}
+        grids = image_inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))
+        image_counts = (grids.prod(dim=1) // self.image_processor.merge_size**2).tolist() if images is not None else []
+        features = [self.featurizer(clip) for clip in clips]
+        _check_count("clips", len(clips), "".join(texts).count(AUDIO_PAD_TOKEN))
+        _check_count("images", len(image_counts), "".join(texts).count(IMAGE_TOKEN))
+        frames, counts = iter([f.frame_count for f in features]), iter(image_counts)
+        rows = []
+        for one in texts:
+            expanded = self._expand(one, _take(frames, one.count(AUDIO_PAD_TOKEN)), _take(counts, one.count(IMAGE_TOKEN)))
+            rows.append(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
+        ids = torch.from_numpy(_pad(rows, self.tokenizer.pad_token_id, left=True))
+        mask = torch.from_numpy(_pad([[1] * len(row) for row in rows], 0, left=True))
+        types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int() if images is not None else None
+        audio_inputs = {key: torch.from_numpy(value) for key, value in collate_features(features).items()} if features else {}
+        vision = {**image_inputs, "mm_token_type_ids": types} if images is not None else {}
+        return BatchFeature({"input_ids": ids, "attention_mask": mask, **audio_inputs, **vision})
+
+    def _expand(self, text: str, frame_counts: Sequence[int], image_counts: Sequence[int]) -> str:
+        for token, counts in ((AUDIO_PAD_TOKEN, [self.audio_token_count(n) for n in frame_counts]), (IMAGE_TOKEN, image_counts)):
+            pieces = text.split(token)
+            text = pieces[0] + "".join(token * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
+        return text
+
+
+def collate_features(features: Sequence[Features]) -> dict[str, np.ndarray]:
+    """Pad clips' log-mels with zeros to input_features (clips, mels, frames) float32 and audio_frame_counts (clips,)."""
+    length = max(one.mel.shape[1] for one in features)
+    batch = np.zeros((len(features), features[0].mel.shape[0], length), dtype=np.float32)
+    for row, one in zip(batch, features, strict=True):
+        row[:, : one.mel.shape[1]] = one.mel
+    return {"input_features": batch, "audio_frame_counts": np.array([one.frame_count for one in features], dtype=np.int64)}
+
+
+def pad_prompts(rows: Sequence[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pad prompts on the left to ids and attention mask, both (rows, length) int64."""
+    return _pad(rows, pad_id, left=True), _pad([[1] * len(row) for row in rows], 0, left=True)
+
+
+def _pad(rows: Sequence[list[int]], value: int, *, left: bool = False) -> np.ndarray:
+    padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for target, row in zip(padded, rows, strict=True):
+        target[slice(-len(row), None) if left else slice(len(row))] = row
+    return padded
+
+
+def _take(items: Any, count: int) -> list[int]:
+    return [next(items) for _ in range(count)]
+
+
+def _check_count(what: str, given: int, placeholders: int) -> None:
+    if given != placeholders:
+        raise ValueError(f"{given} {what}, but {placeholders} placeholders in the text")
+
+
+AutoProcessor.register(GraftConfig, GraftProcessor)

@@ -1,0 +1,71 @@
+"""Before a stage spends hours: does the model hear, and is nothing but the answer trained?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graft.errors import DataError, ModelError
+
+LEAST_CHANGE = 1e-6
+"""Logits of a deaf model differ by rounding at most, which is none at all: the inputs are the same."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The mean absolute change of the answer's logits when every clip hears another one, and the number of labels looked at."""
+
+    logit_change: float
+    label_count: int
+
+
+@torch.no_grad()
+def preflight(model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequence[int]) -> Preflight:
+    """Check a training batch of at least one clip. `prompt_end` are the ids that end every prompt.
+
+    The model stays in its mode: on a CPU, bitsandbytes packs NF4 weights for good, and only for inference, at their first use in eval mode.
+    Raises ModelError when other audio does not change the logits, DataError when a label stands anywhere but in the answer.
+    """
+    label_count = check_labels(inputs["input_ids"], inputs["labels"], prompt_end)
+    heard = _answer_logits(model, inputs, inputs["input_features"])
+    other = _answer_logits(model, inputs, swap_audio(inputs["input_features"], inputs["audio_frame_counts"]))
+    change = float((heard - other).abs().mean())
+    if not change > LEAST_CHANGE:
+        raise ModelError(f"the audio path is dead: other audio changes the logits by {change:.1e}: check the projector and the audio tower")
+    return Preflight(change, label_count)
+
+
+def check_labels(input_ids: Tensor, labels: Tensor, prompt_end: Sequence[int]) -> int:
+    """Count the labels of right-padded rows. Raises DataError unless each row's are its own last ids, right after the prompt's end."""
+    end = torch.tensor(prompt_end, device=input_ids.device)
+    for row, (ids, row_labels) in enumerate(zip(input_ids, labels, strict=True)):
+        places = (row_labels != -100).nonzero().flatten()
+        if not len(places):
+            continue
+        first, last = int(places[0]), int(places[-1])
+        if len(places) != last - first + 1 or not torch.equal(ids[first : last + 1], row_labels[first : last + 1]):
+            raise DataError(f"row {row}: labels are not the answer's own ids: this is a fault in how the batch was made")
+        if not torch.equal(ids[max(0, first - len(end)) : first], end):
+            raise DataError(f"row {row}: a prompt token is a label (at {first}): this is a fault in how the batch was made")
+    return int((labels != -100).sum())
+
+
+def swap_audio(input_features: Tensor, frame_counts: Tensor) -> Tensor:
+    """Give every clip the frames of the next one (the only one: its own, backwards), repeated or cut to its own length."""
+    swapped = torch.zeros_like(input_features)
+    clips = len(frame_counts)
+    for index, count in enumerate(frame_counts.tolist()):
+        donor = (index + 1) % clips
+        frames = input_features[donor, :, : int(frame_counts[donor])]
+        frames = frames.flip(-1) if donor == index else frames
+        length = min(count + 2, input_features.shape[-1])
+        swapped[index, :, :length] = frames.repeat(1, -(-length // frames.shape[1]))[:, :length]
+    return swapped
+
+
+def _answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], input_features: Tensor) -> Tensor:
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask", "audio_frame_counts")}
+    torch.manual_seed(0)  # the same dropout, if any, for both
+    logits = model(**given, input_features=input_features).logits
+    return logits[:, :-1][inputs["labels"][:, 1:] != -100].float()

@@ -1,0 +1,161 @@
+"""Transcriber: audio of any length in, transcripts out; the same object in bulk, online and at the prompt.
+
+audio -> read_audio -> windows of up to 30 s -> features and prompt -> Engine -> Segment -> stitch -> Transcript
+"""
+
+import asyncio
+import math
+import os
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from graft.audio import AudioClip, read_audio
+from graft.chunking import Chunk, windows
+from graft.engines import Engine, EngineRequest
+from graft.engines.transformers_engine import TransformersEngine
+from graft.errors import AudioError
+from graft.model.opening import DTYPES, open_graft
+from graft.processor import GraftProcessor
+from graft.prompts import DEFAULT_INSTRUCTION
+from graft.transcript import Segment, Transcript, stitch
+
+Audio = str | os.PathLike[str] | bytes | AudioClip
+"""A path, the bytes of a file, or samples."""
+
+TRUNCATED = "truncated"
+"""Flag of a segment whose answer was cut at its most tokens: the model rambles, or speech is faster than the bound."""
+
+BATCH_TOKENS = {"cpu": 16_384, "cuda": 65_536}
+
+T = TypeVar("T")
+
+
+class Transcriber:
+    """Transcribes with an engine and the processor of its model; `name` stands in the transcripts.
+
+    Any number of threads and event loops may use one at once: their chunks share the engine's batches.
+    """
+
+    def __init__(self, engine: Engine, processor: GraftProcessor, name: str) -> None:
+        self.name = name
+        self._engine = engine
+        self._processor = processor
+        self._tokenizing = threading.Lock()  # fast tokenizers refuse a second thread at times ("Already borrowed")
+        # One thread prepares while the engine decodes; more would only fight over cores and the GIL.
+        self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-prepare")
+
+    def transcribe(self, audio: Audio, *, instruction: str | None = None) -> Transcript:
+        """Transcribe one recording of any length. Raises AudioError if it can't be read."""
+        return _run(self.transcribe_async(audio, instruction=instruction))
+
+    def transcribe_many(self, audios: Sequence[Audio], *, instruction: str | None = None) -> list[Transcript | AudioError]:
+        """Transcribe recordings together; one that can't be read has its AudioError in its place.
+
+        All are prepared before the first is decoded, so that the engine's batches are full, and the same at every call.
+        """
+
+        async def prepare(audio: Audio) -> "_Prepared | AudioError":
+            try:
+                return await self._in_background(self._prepare, audio, instruction)
+            except AudioError as error:
+                return error
+
+        async def decode(prepared: "_Prepared | AudioError") -> Transcript | AudioError:
+            return prepared if isinstance(prepared, AudioError) else await self._decode(prepared)
+
+        async def transcribe_all() -> list[Transcript | AudioError]:
+            return await asyncio.gather(*map(decode, await asyncio.gather(*map(prepare, audios))))
+
+        return _run(transcribe_all())
+
+    async def transcribe_async(self, audio: Audio, *, instruction: str | None = None) -> Transcript:
+        """Transcribe one recording without blocking the event loop; cancelling frees its place in the engine. Raises AudioError."""
+        return await self._decode(await self._in_background(self._prepare, audio, instruction))
+
+    def close(self) -> None:
+        """Stop the engine and release the model."""
+        self._engine.close()
+        self._preparing.shutdown()
+
+    def _prepare(self, audio: Audio, instruction: str | None) -> "_Prepared":
+        clip = audio if isinstance(audio, AudioClip) else read_audio(audio)
+        chunks = windows(clip)
+        return _Prepared(clip.duration_s, chunks, [self._request(chunk.clip, instruction or DEFAULT_INSTRUCTION) for chunk in chunks])
+
+    def _request(self, clip: AudioClip, instruction: str) -> EngineRequest:
+        features = self._processor.featurizer(clip)
+        with self._tokenizing:
+            prompt_ids = self._processor.prompt_ids(features.frame_count, instruction)
+        return EngineRequest(uuid.uuid4().hex, features, prompt_ids, max_new_tokens(clip.duration_s))
+
+    async def _decode(self, prepared: "_Prepared") -> Transcript:
+        segments = await asyncio.gather(*map(self._decode_chunk, prepared.chunks, prepared.requests))
+        return stitch(segments, duration_s=prepared.duration_s, model=self.name)
+
+    async def _decode_chunk(self, chunk: Chunk, request: EngineRequest) -> Segment:
+        async with aclosing(self._engine.stream(request)) as stream:
+            tokens = [token async for token in stream]
+        with self._tokenizing:
+            text = self._processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True)
+        return Segment(
+            chunk.start_s,
+            chunk.start_s + chunk.clip.duration_s,
+            text.strip(),
+            mean_logprob=sum(token.logprob for token in tokens) / len(tokens) if tokens else None,
+            flags=(TRUNCATED,) if len(tokens) == request.max_new_tokens else (),
+        )
+
+    async def _in_background(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A recording cut into chunks, and what the engine is asked for each."""
+
+    duration_s: float
+    chunks: list[Chunk]
+    requests: list[EngineRequest]
+
+
+def load(path: str | os.PathLike[str], *, device: str | None = None, dtype: str | torch.dtype | None = None) -> Transcriber:
+    """Open a graft's folder, a stage's output folder or a hub id for transcription.
+
+    `device` defaults to cuda where there is one, `dtype` ("fp32", "bf16" or torch's) to the checkpoint's own. Raises ModelError,
+    ValueError for an unknown dtype.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = open_graft(os.fspath(path), device=device, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    ends = model.generation_config.eos_token_id or []
+    engine = TransformersEngine(
+        model,
+        pad_id=processor.tokenizer.pad_token_id,
+        eos_ids={processor.target_ids("")[-1], *([ends] if isinstance(ends, int) else ends)},  # trained answers end as this one
+        max_batch_tokens=BATCH_TOKENS.get(torch.device(device).type, BATCH_TOKENS["cpu"]),
+    )
+    return Transcriber(engine, processor, Path(path).resolve().name if Path(path).exists() else os.fspath(path))
+
+
+def max_new_tokens(duration_s: float) -> int:
+    """The most tokens that speech of this length can need: 10 a second and some to begin with."""
+    return 16 + math.ceil(10 * duration_s)
+
+
+def _run(coroutine: Coroutine[object, object, T]) -> T:
+    """Run to the end, also where an event loop already runs in this thread (Jupyter)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()

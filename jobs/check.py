@@ -1,0 +1,59 @@
+"""Check a checkpoint before hours are spent on it: is its audio path alive, and would only the answer be trained?"""
+
+import itertools
+import sys
+from typing import Literal
+
+import torch
+
+from graft.audio import read_audio
+from graft.config import Recipe
+from graft.corpus import RowReader, read_rows
+from graft.model.opening import DTYPES, open_graft
+from graft.processor import GraftProcessor
+from graft.training.preflight import Preflight, preflight
+from jobs.cli import run_job
+from jobs.ingest import plan_columns
+
+
+class CheckRecipe(Recipe):
+    """What to check, on what."""
+
+    model: str
+    """A graft, or the output folder of a stage."""
+    data: list[str]
+    """Labelled clips in SpeechBrain's LargeScaleASR schema; the first `clips` are used."""
+    clips: int = 4
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    gpu: bool = False
+
+
+def run(recipe: CheckRecipe) -> Preflight:
+    """Run the preflight of the stages on a few clips. Raises ModelError for a deaf model, DataError for wrong labels."""
+    model, processor = open_graft(recipe.model, dtype=DTYPES[recipe.dtype], device="cuda" if recipe.gpu else "cpu")
+    batch = first_clips(recipe.data, processor, recipe.clips)
+    result = preflight(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, processor.prompt_end_ids())
+    print(f"check: {recipe.model} hears: other audio changes the answer's logits by {result.logit_change:.2g}")
+    print(f"check: {result.label_count} labels, all of them in answers")
+    return result
+
+
+def first_clips(data: list[str], processor: GraftProcessor, count: int) -> dict[str, torch.Tensor]:
+    """Make one training batch of the first clips of a corpus, as the stages would."""
+    rows = read_rows(data)
+    plan_columns(rows, processor)  # refuses rows without text and clips that are too long
+    reader = RowReader(rows.uris)
+    places = zip(rows.file, rows.row_group, rows.row, rows.texts, strict=True)
+    examples = []
+    for file, group, row, text in itertools.islice(places, count):
+        wav, path = reader.wav(int(file), int(group), int(row))
+        examples.append(processor.example(read_audio(wav, name=path), text))
+    return {name: torch.from_numpy(array) for name, array in processor.training_batch(examples).items()}
+
+
+def main(recipe: CheckRecipe) -> None:
+    run(recipe)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(CheckRecipe, main, summary="Check that a checkpoint hears, and that only answers are labels."))

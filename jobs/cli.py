@@ -1,0 +1,133 @@
+"""The command line that every job shares: `python -m jobs.VERB --recipe FILE key=value ... [--debug]`.
+
+argv -> recipe -> the job's main -> exit code. What a user can mend (GraftError, also from inside Ray's workers) ends as one line on
+stderr and exit code 2; anything else is a bug and keeps its traceback.
+"""
+
+import argparse
+import importlib.metadata
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from graft.config import Recipe, models_in, read_recipe
+from graft.errors import GraftError, RecipeError
+from jobs.console import quiet_libraries
+
+R = TypeVar("R", bound=Recipe)
+
+# Where Ray and Ray Train keep the error that they wrap.
+_INNER_ERRORS = ("cause", "_base_exc", "training_failed_error", "controller_failure", "health_check_failure", "__cause__")
+_GRAFT_ERROR_LINE = re.compile(r"^graft\.errors\.\w+: (.+)$", re.MULTILINE)
+
+
+def run_job(recipe_class: type[R], main: Callable[[R], int | None], *, summary: str, argv: Sequence[str] | None = None) -> int:
+    """Read the recipe that the command line names and run `main` on it; returns the exit code.
+
+    0 or what `main` returns; 2 after a GraftError, printed as one line; 130 after Ctrl-C. Other exceptions pass through.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        path, overrides = _read_arguments(recipe_class, summary, argv)
+        quiet_libraries()
+        return main(read_recipe(recipe_class, path, overrides)) or 0
+    except KeyboardInterrupt:
+        print("graft: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"graft: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+
+
+def user_message(error: BaseException) -> str | None:
+    """What to tell the user about an error that they can mend, found through Ray's wrappers; None when it is a bug."""
+    chain = list(_unwrapped(error))
+    for inner in chain:
+        # A RayTaskError(DataError) is a DataError too, but its own text is a traceback; what it wraps comes later in the chain.
+        if isinstance(inner, GraftError) and not isinstance(getattr(inner, "cause", None), BaseException):
+            return str(inner)
+    for inner in chain:
+        if isinstance(inner, ModuleNotFoundError) and (extra := _extra_of(inner.name or "")):
+            return f"{inner.name} is not installed: pip install 'graft{extra}'"
+    # Ray Data and dying actors send only the traceback's text across processes.
+    lines = [line for inner in chain if inner.__class__.__module__.startswith("ray.") for line in _GRAFT_ERROR_LINE.findall(str(inner))]
+    return lines[-1] if lines else None
+
+
+def _unwrapped(error: BaseException) -> Iterator[BaseException]:
+    """The error and the errors inside it, outermost first, each once."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        inner = [getattr(current, name, None) for name in _INNER_ERRORS]
+        failures = getattr(current, "worker_failures", None)  # rank -> exception
+        inner += failures.values() if isinstance(failures, dict) else []
+        waiting += [found for found in inner if isinstance(found, BaseException)]
+
+
+def _extra_of(module: str) -> str | None:
+    """The extra of graft that installs a package: "ray" -> "[jobs]"; "" for a core dependency, None for what graft does not ask for."""
+    try:
+        requirements = importlib.metadata.requires("graft") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a source folder
+        return None
+    for requirement in requirements:
+        name = re.match(r"[\w.-]+", requirement)
+        if name and name[0].replace("-", "_").lower() == module.lower():
+            extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
+            return f"[{extra[1]}]" if extra else ""
+    return None
+
+
+def _read_arguments(recipe_class: type[Recipe], summary: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    parser = argparse.ArgumentParser(
+        usage=f"python -m {spec.name if spec else 'jobs.VERB'} [--recipe FILE] [key=value ...] [--debug]",
+        description=summary,
+        epilog="\n".join(["recipe keys:", *_documented(recipe_class)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--recipe", metavar="FILE", help="YAML file with the recipe's keys; key=value (or key.sub=value) wins over it")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    try:
+        options, overrides = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise RecipeError(f"{error}: see --help") from error
+    for override in overrides:
+        if override.startswith("-") or "=" not in override:
+            raise RecipeError(f"argument {override!r} is not key=value: see --help")
+    return options.recipe, overrides
+
+
+def _documented(recipe_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """One line a field, `key = default   what it is`; a group's fields follow with their dotted keys."""
+    for name, field in recipe_class.model_fields.items():
+        key, groups = f"{prefix}{name}", models_in(field.annotation)
+        default = "(required)" if field.is_required() else f"= {_default(field)}"
+        docs = " ".join((field.description or "").split())
+        yield f"  {key} {default}{f'  # {docs}' if docs else ''}"
+        for group in groups:
+            yield from _documented(group, f"{key}.")
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return "..." if value is PydanticUndefined or isinstance(value, BaseModel) else repr(value)

@@ -1,0 +1,46 @@
+"""Join the cluster that runs this job, or start a Ray of its own on this machine."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def connect(*, cpus: int | None = None) -> None:
+    """Join the Ray cluster named by RAY_ADDRESS (as under `ray job submit`) or start a local one; do nothing where Ray already runs.
+
+    A local Ray counts at least four logical CPUs, so that a trainer and its feature workers also start on a machine with two cores.
+    """
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        return
+    # Jobs print their own progress; what Ray's processes print stays in Ray's log folder.
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": worker_environment()}}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**settings)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=cpus or max(4, os.cpu_count() or 1),
+            object_store_memory=512 * 2**20,
+            # Ray Train asks the dashboard whether its controller lives; without one of its own it would ask another Ray on this machine
+            # (port 8265), hear that it does not know the controller, and end the workers.
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            **settings,
+        )
+    data_context = ray.data.DataContext.get_current()
+    data_context.enable_progress_bars = False
+    data_context.print_on_execution_start = False
+
+
+def worker_environment() -> dict[str, str]:
+    """What every worker process needs: one thread unless a job asks for more, and a bound on waiting for a lost peer."""
+    passed = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME", "GRAFT_CACHE", "TORCH_EXTENSIONS_DIR") if name in os.environ}
+    # DeepSpeed compiles with ninja, which stands beside this interpreter.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {"PATH": path, "OMP_NUM_THREADS": "1", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600", "TOKENIZERS_PARALLELISM": "false", **passed}

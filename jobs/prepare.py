@@ -1,0 +1,268 @@
+"""Folders of speech with JSON-lines manifests -> LargeScaleASR parquet in disjoint, seeded splits.
+
+manifest lines -> rows -> checks of text and audio -> one row an id -> splits (graft.splits) -> out/SPLIT/part-00000.parquet ...,
+out/dropped.jsonl, out/summary.json. Every line ends up in a split or, with its reason, in dropped.jsonl. Same input and seed, same bytes;
+the order of a manifest's lines changes no split.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import soundfile
+from pydantic import Field, model_validator
+
+from graft.audio import read_audio
+from graft.config import Recipe
+from graft.errors import AudioError, DataError, require
+from graft.splits import Candidate, assign_splits, comparable_text, seeded_hash
+from jobs.cli import run_job
+from jobs.outputs import holds_results, staged_output
+
+SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class Source(Recipe):
+    """A manifest, with or without a split of its own."""
+
+    manifest: str
+    """JSON lines with id, audio (relative to the manifest), text and optionally speaker and sex."""
+    split: SplitName | None = None
+    """Put every row of this manifest into this split."""
+
+
+class PrepareRecipe(Recipe):
+    """What jobs.prepare does."""
+
+    sources: list[str | Source] = Field(min_length=1)
+    """Manifests: paths, or {manifest, split} to pin one to a split."""
+    out: str
+    """Folder that the splits are written to."""
+    splits: dict[SplitName, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=lambda: {"train": 0.95, "dev": 0.05})
+    """Shares of the rows that no source pins; they add up to 1."""
+    disjoint_speakers: bool = False
+    """Keep every speaker within one split; rows without a speaker are dropped."""
+    seed: int = 0
+    """Draws the splits and the order of rows."""
+    min_duration_s: float = Field(default=0.1, ge=0)
+    """Shorter clips are dropped."""
+    max_duration_s: float = Field(default=30, gt=0)
+    """Longer clips are dropped: cutting one would leave its text whole."""
+    min_text_chars: int = Field(default=2, ge=1)
+    """Rows with a shorter text are dropped."""
+    max_chars_per_s: float = Field(default=40, gt=0)
+    """Rows that would have to be spoken faster are dropped: their text belongs to other audio."""
+    rows_per_file: int = Field(default=1000, ge=1)
+    """Rows of one parquet file."""
+    rows_per_group: int = Field(default=100, ge=1)
+    """Rows of one row group, the unit of reading."""
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> "PrepareRecipe":
+        if any(source.split is None for source in self.long_sources()) and abs(sum(self.splits.values()) - 1) > 1e-6:
+            raise ValueError(f"splits add up to {sum(self.splits.values()):g}, want 1")
+        return self
+
+    def long_sources(self) -> list[Source]:
+        """All sources in the long form."""
+        return [Source(manifest=source) if isinstance(source, str) else source for source in self.sources]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A labelled clip of a manifest, and where it stands there."""
+
+    id: str
+    audio: Path
+    text: str
+    speaker: str | None
+    sex: str | None
+    pinned: str | None  # split
+    source: str
+    line: int
+    duration_s: float = 0.0  # measured from the file
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A manifest line that goes into no split."""
+
+    source: str
+    line: int
+    id: str | None
+    reason: str
+    detail: str = ""
+
+
+def main(recipe: PrepareRecipe) -> None:
+    """Write the splits of the recipe's manifests. Raises DataError when a manifest is missing or no row remains, OutputError."""
+    if holds_results(recipe.out, recipe):
+        print(f"{recipe.out}: already prepared")
+        return
+    require("pyarrow", extra="jobs")  # now, not after the decoding
+    with staged_output(recipe.out, recipe) as folder:
+        dropped: list[Dropped] = []
+        rows = list(_keep(_read_manifests(recipe.long_sources()), dropped))
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            rows = list(_keep(pool.map(lambda row: _checked(row, recipe), rows), dropped))
+        rows = list(_keep(_unique_ids(rows, recipe), dropped))
+        splits = _split(rows, recipe, dropped)
+        for split, members in splits.items():
+            _write_split(folder / split, members, recipe)
+        lines = [json.dumps(vars(row), ensure_ascii=False) + "\n" for row in sorted(dropped, key=lambda row: (row.source, row.line))]
+        (folder / "dropped.jsonl").write_text("".join(lines), encoding="utf-8")
+        summary = {"splits": {split: _measures(members) for split, members in splits.items()}, "dropped": _reasons(dropped)}
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _print_table(recipe.out, summary)
+
+
+def _keep(results: Iterable[Row | Dropped], dropped: list[Dropped]) -> Iterator[Row]:
+    for result in results:
+        if isinstance(result, Row):
+            yield result
+        else:
+            dropped.append(result)
+
+
+def _read_manifests(sources: Sequence[Source]) -> Iterator[Row | Dropped]:
+    for source in sources:
+        try:
+            lines = Path(source.manifest).read_bytes().splitlines()
+        except OSError as error:
+            raise DataError(f"manifest {source.manifest}: {error.strerror}: give the path of a JSON-lines file") from error
+        results = [_parse(line, source, number) for number, line in enumerate(lines, start=1) if line.strip()]
+        if all(isinstance(result, Dropped) and result.reason == "not JSON" for result in results):
+            raise DataError(f"manifest {source.manifest}: none of its {len(results)} lines is JSON: wants one object a line")
+        yield from results
+
+
+def _parse(line: bytes, source: Source, number: int) -> Row | Dropped:
+    try:
+        values = json.loads(line)
+        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except ValueError as error:
+        return Dropped(source.manifest, number, None, "not JSON", str(error))
+    if not isinstance(values, dict):
+        return Dropped(source.manifest, number, None, "not JSON", f"a {type(values).__name__}, wants an object")
+    fields = {key: _field(values, key) for key in ("id", "audio", "text", "speaker", "sex")}
+    for key in ("id", "audio", "text"):
+        if not (comparable_text(fields[key]) if key == "text" else fields[key]):
+            return Dropped(source.manifest, number, fields["id"] or None, f"no {key}")
+    audio = Path(source.manifest).parent / fields["audio"]
+    speaker, sex = fields["speaker"] or None, fields["sex"] or None
+    return Row(fields["id"], audio, fields["text"], speaker, sex, source.split, source.manifest, number)
+
+
+def _field(values: dict[str, Any], key: str) -> str:
+    value = values.get(key)
+    return str(value).strip() if isinstance(value, str | int | float) else ""
+
+
+def _checked(row: Row, recipe: PrepareRecipe) -> Row | Dropped:
+    """The row with its measured duration, or why it is dropped."""
+    if len(row.text) < recipe.min_text_chars:
+        return _drop(row, "text too short", f"{len(row.text)} characters, at least {recipe.min_text_chars}")
+    if recipe.disjoint_speakers and row.speaker is None:
+        return _drop(row, "no speaker", "disjoint_speakers wants one")
+    try:
+        duration_s = _header_duration_s(row.audio)
+        if duration_s <= recipe.max_duration_s:  # so that hours of audio are not decoded in vain
+            duration_s = read_audio(row.audio).duration_s
+    except AudioError as error:
+        return _drop(row, "unreadable audio", str(error))
+    if duration_s > recipe.max_duration_s:
+        return _drop(row, "too long", f"{duration_s:.3f} s, at most {recipe.max_duration_s:g} s")
+    if duration_s < recipe.min_duration_s:
+        return _drop(row, "too short", f"{duration_s:.3f} s, at least {recipe.min_duration_s:g} s")
+    if len(row.text) > recipe.max_chars_per_s * duration_s:
+        return _drop(row, "speech rate", f"{len(row.text)} characters in {duration_s:.3f} s, at most {recipe.max_chars_per_s:g} per second")
+    return replace(row, duration_s=duration_s)
+
+
+def _header_duration_s(audio: Path) -> float:
+    try:
+        duration_s = soundfile.info(str(audio)).duration
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: *.raw, which states no format
+        return 0.0  # read_audio says what is wrong
+    return duration_s if duration_s < 1e6 else 0.0  # a header without a length: the same
+
+
+def _drop(row: Row, reason: str, detail: str = "") -> Dropped:
+    return Dropped(row.source, row.line, row.id, reason, detail)
+
+
+def _unique_ids(rows: Iterable[Row], recipe: PrepareRecipe) -> Iterator[Row | Dropped]:
+    """The first row of each id: pinned before unpinned, then by the recipe's order of sources, then by content, not by line."""
+    order = {source.manifest: index for index, source in reversed(list(enumerate(recipe.long_sources())))}
+    first: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: (row.pinned is None, order[row.source], row.id, row.audio, row.text, row.line)):
+        kept = first.setdefault(row.id, row)
+        yield row if kept is row else _drop(row, "duplicate id", f"kept: {kept.source} line {kept.line}")
+
+
+def _split(rows: Sequence[Row], recipe: PrepareRecipe, dropped: list[Dropped]) -> dict[str, list[Row]]:
+    """Rows with distinct ids -> the rows of each split; appends those in conflict to `dropped`."""
+    candidates = [Candidate(row.text, row.speaker if recipe.disjoint_speakers else None, row.pinned) for row in rows]
+    splits: dict[str, list[Row]] = {}
+    for row, placement in zip(rows, assign_splits(candidates, recipe.splits, seed=recipe.seed), strict=True):
+        if placement.conflict:
+            dropped.append(_drop(row, placement.conflict, f"would have gone to {placement.split}"))
+        else:
+            splits.setdefault(placement.split, []).append(row)
+    _check_filled(splits, recipe, dropped)
+    return dict(sorted(splits.items()))
+
+
+def _check_filled(splits: dict[str, list[Row]], recipe: PrepareRecipe, dropped: Sequence[Dropped]) -> None:
+    if not splits:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in _reasons(dropped).items())
+        raise DataError(f"no row of {len(recipe.sources)} manifests remains, dropped: {reasons}")
+    for name, share in recipe.splits.items():
+        if share > 0 and name not in splits and any(source.split is None for source in recipe.long_sources()):
+            raise DataError(
+                f"split {name} got none of {sum(map(len, splits.values()))} rows for its share {share:g}: change seed or splits"
+            )
+
+
+def _write_split(folder: Path, rows: Sequence[Row], recipe: PrepareRecipe) -> None:
+    """Parquet files of the rows in a seeded random order: manifests are sorted by speaker and book, batches should not be."""
+    from graft.corpus import write_corpus
+
+    shuffled = sorted(rows, key=lambda row: (seeded_hash(recipe.seed, row.id), row.id))
+    for part, start in enumerate(range(0, len(rows), recipe.rows_per_file)):
+        folder.mkdir(exist_ok=True)
+        columns = map(_columns, shuffled[start : start + recipe.rows_per_file])
+        write_corpus(columns, folder / f"part-{part:05d}.parquet", rows_per_group=recipe.rows_per_group)
+
+
+def _columns(row: Row) -> dict[str, Any]:
+    wav = {"bytes": row.audio.read_bytes(), "path": row.audio.name}
+    return {"ID": row.id, "duration": row.duration_s, "wav": wav, "spk_id": row.speaker, "sex": row.sex, "text": row.text}
+
+
+def _measures(rows: Sequence[Row]) -> dict[str, float]:
+    hours = sum(sorted(row.duration_s for row in rows)) / 3600
+    return {"rows": len(rows), "hours": round(hours, 4), "speakers": len({row.speaker for row in rows if row.speaker})}
+
+
+def _reasons(dropped: Iterable[Dropped]) -> dict[str, int]:
+    return dict(sorted(Counter(row.reason for row in dropped).items()))
+
+
+def _print_table(out: str, summary: dict[str, Any]) -> None:
+    print(f"{'split':<16}{'rows':>8}{'hours':>10}{'speakers':>10}")
+    for split, measures in summary["splits"].items():
+        print(f"{split:<16}{measures['rows']:>8}{measures['hours']:>10.2f}{measures['speakers']:>10}")
+    for reason, count in summary["dropped"].items():
+        print(f"dropped {count:>16}  {reason}")
+    print(f"in {out}; dropped rows in {out}/dropped.jsonl")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(PrepareRecipe, main, summary="Turn manifests of speech into LargeScaleASR parquet in disjoint splits."))

@@ -1,0 +1,47 @@
+"""Stage 2: train LoRA adapters on the language model together with the projector of stage 1 (QLoRA on an NF4 base, or LoRA)."""
+
+import sys
+from typing import Any, Literal
+
+from pydantic import Field
+
+from graft.config import Recipe
+from graft.model.adapters import LoraSettings
+from jobs.cli import run_job
+from jobs.fit import TrainRecipe, fit
+from jobs.train_worker import Stage
+
+
+class LoraRecipe(Recipe):
+    """The adapters."""
+
+    rank: int = Field(default=64, ge=1)
+    alpha: int = Field(default=16, ge=1)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+
+
+class Stage2Recipe(TrainRecipe):
+    """Stage 2: adapters and projector."""
+
+    projector: str
+    """Output folder of stage 1."""
+    quantize: Literal["nf4", "none"] = "nf4"
+    """NF4 makes it QLoRA; none leaves the base in `dtype`."""
+    lora: LoraRecipe = LoraRecipe()
+    backend: Literal["deepspeed", "torch"] = "torch"
+    """Plain torch, DDP where there are several workers; DeepSpeed only without NF4."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+
+
+def run(recipe: Stage2Recipe) -> dict[str, Any]:
+    """Train adapters and projector; returns losses, counts and seconds."""
+    lora = LoraSettings(**recipe.lora.model_dump())
+    return fit(recipe, Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=recipe.projector))
+
+
+def main(recipe: Stage2Recipe) -> None:
+    run(recipe)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(Stage2Recipe, main, summary="Train LoRA adapters and the projector of a graft."))

@@ -1,0 +1,1 @@
+"""The Ray Serve application: graft behind OpenAI's transcription endpoint."""

@@ -1,0 +1,173 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graft.config import Recipe
+from graft.errors import AudioError, DataError
+from jobs.cli import run_job, user_message
+
+ROOT = Path(__file__).parent.parent
+
+
+class Group(Recipe):
+    rate: float = 0.5
+    """How
+    fast."""
+
+
+class Job(Recipe):
+    out: str
+    """Where to."""
+    group: Group = Group()
+    """A group."""
+
+
+def run(arguments: list[str], *, cwd: Path, code: str | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, *(["-m", "jobs.prepare"] if code is None else ["-c", code]), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["out=x", "sources=[m.jsonl]", "sede=3"], "unknown key sede=3 (did you mean 'seed'?"),
+        (["out=x", "sources=[m.jsonl]", "seed=three", "splits.train=2"], "seed='three'"),
+        (["out=x", "sources=[missing.jsonl]"], "manifest missing.jsonl: No such file"),
+        (["out=x"], "key sources is required"),
+        (["--recipe", "none.yaml"], "recipe none.yaml: no such file"),
+        (["--recipe"], "expected one argument"),
+        (["out"], "argument 'out' is not key=value"),
+        (["--out=x"], "argument '--out=x' is not key=value"),
+    ],
+)
+def test_a_bad_command_line_ends_in_one_line(arguments, words, tmp_path):
+    result = run(arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("graft: error: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback_before_the_line(tmp_path):
+    result = run(["out=x", "--debug", "sources=[missing.jsonl]"], cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("graft: error: manifest missing.jsonl")
+
+
+# None in sys.modules is Python's own way to hide a package.
+HIDDEN = "import sys; sys.modules[{module!r}] = None\nfrom jobs.prepare import *\nsys.exit(run_job(PrepareRecipe, {main}, summary='x'))"
+
+
+@pytest.mark.parametrize(
+    ("module", "main", "remedy"),
+    [
+        ("pyarrow", "main", "pyarrow is not installed: pip install 'graft[jobs]'"),
+        ("ray", "lambda recipe: __import__('ray')", "ray is not installed: pip install 'graft[jobs]'"),
+        ("flash_attn", "lambda recipe: __import__('flash_attn')", "flash_attn is not installed: pip install 'graft[flash]'"),
+    ],
+)
+def test_a_missing_extra_ends_in_one_line(module, main, remedy, tmp_path):
+    result = run(["out=x", "sources=[m.jsonl]"], cwd=tmp_path, code=HIDDEN.format(module=module, main=main))
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("graft: error: ")
+    assert result.stderr.endswith(f"{remedy}\n")
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_documents_every_key(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_job(Job, lambda recipe: None, summary="Does it.", argv=["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for line in ["Does it.", "out (required)  # Where to.", "group = ...  # A group.", "group.rate = 0.5  # How fast."]:
+        assert line in text
+    result = run(["--help"], cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: python -m jobs.prepare [--recipe FILE]")
+
+
+def test_main_gets_the_recipe_and_gives_the_exit_code(capsys):
+    assert run_job(Job, lambda recipe: None, summary="", argv=["out=a"]) == 0
+    assert run_job(Job, lambda recipe: recipe.group.rate == 2, summary="", argv=["out=a", "group.rate=2"]) == 1
+
+    def interrupted(recipe: Job) -> None:
+        raise KeyboardInterrupt
+
+    assert run_job(Job, interrupted, summary="", argv=["out=a"]) == 130
+    assert capsys.readouterr().err == "graft: interrupted\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    def buggy(recipe: Job) -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run_job(Job, buggy, summary="", argv=["out=a"])
+    handled = KeyError("bug")
+    handled.__context__ = DataError("seen and handled before")
+    assert user_message(handled) is None
+    assert user_message(ModuleNotFoundError("No module named 'tpyo'", name="tpyo")) is None
+    assert user_message(ModuleNotFoundError("No module named 'ray.tpyo'", name="ray.tpyo")) is None
+
+
+def test_the_outer_of_two_errors_of_graft_speaks():
+    outer = DataError("row 3: bad audio")
+    outer.__cause__ = AudioError("bad audio")
+    assert user_message(outer) == "row 3: bad audio"
+
+
+RAY = """
+import ray, ray.data
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from graft.errors import DataError, require
+from jobs.cli import user_message
+
+def fail(*ignored):
+    raise DataError("row 7: no text: drop it")
+
+def missing(*ignored):
+    require("no_such_package", extra="train")
+
+def message(action):
+    try:
+        action()
+    except Exception as error:
+        print("MESSAGE", type(error).__name__, "|", user_message(error))
+
+class Worker:
+    __init__ = fail
+    def work(self): pass
+
+ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
+message(lambda: ray.get(ray.remote(fail).remote()))
+message(lambda: ray.get(ray.remote(missing).remote()))
+message(lambda: ray.get(ray.remote(Worker).remote().work.remote()))
+message(lambda: ray.data.range(2).map_batches(fail).materialize())
+message(lambda: ray.get(ray.remote(lambda: 1 / 0).remote()))
+wrapped = UserExceptionWithTraceback(DataError("row 7: no text: drop it"), "Traceback ...")
+for error in [WorkerGroupError("rank 1 ...", {0: RuntimeError("gloo"), 1: wrapped}), ControllerError(wrapped)]:
+    print("MESSAGE", type(error).__name__, "|", user_message(error))
+"""
+
+
+def test_errors_are_found_inside_rays_wrappers(tmp_path):
+    result = run([], cwd=tmp_path, code=RAY)
+    messages = [line.removeprefix("MESSAGE ") for line in result.stdout.splitlines() if line.startswith("MESSAGE ")]
+    told = "| row 7: no text: drop it"
+    assert messages == [
+        f"RayTaskError(DataError) {told}",
+        "RayTaskError(MissingExtra) | no_such_package is not installed: pip install 'graft[train]'",
+        f"ActorDiedError {told}",
+        f"RayTaskError(UserCodeException) {told}",
+        "RayTaskError(ZeroDivisionError) | None",
+        f"WorkerGroupError {told}",
+        f"ControllerError {told}",
+    ], result.stderr

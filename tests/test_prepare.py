@@ -1,0 +1,246 @@
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from graft.config import read_recipe
+from graft.corpus import RowReader, read_rows
+from graft.errors import DataError, OutputError, RecipeError
+from graft.splits import Candidate, assign_splits, comparable_text
+from jobs.prepare import PrepareRecipe, main
+
+
+def tone(path: Path, seconds: float = 1.0, rate: int = 16_000) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.1 * np.sin(np.arange(int(seconds * rate)) * 0.1), rate)
+
+
+def manifest(folder: Path, rows: list, name: str = "rows.jsonl") -> str:
+    """Write rows (dicts, or lines as they are) and a second of sound for each that names no audio."""
+    lines = []
+    for row in rows:
+        if isinstance(row, dict) and "audio" not in row:
+            row = {**row, "audio": f"audio/{row['id']}.flac"}
+            tone(folder / row["audio"])
+        lines.append(row if isinstance(row, str) else json.dumps(row))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return str(folder / name)
+
+
+def prepare(tmp_path: Path, sources: list, **more) -> tuple[Path, dict[str, set[str]], dict[tuple[int, str | None], str]]:
+    """The output folder, the ids of each split, and (line, id) -> reason of the dropped rows."""
+    out = tmp_path / "out"
+    main(PrepareRecipe(sources=sources, out=str(out), **more))
+    ids = {folder.name: set(read_rows(str(folder)).ids) for folder in out.iterdir() if folder.is_dir()}
+    dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
+    return out, ids, {(row["line"], row["id"]): row["reason"] for row in dropped}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+ALL = {"splits": {"train": 1.0}}
+
+
+def test_rows_keep_their_files_bytes_and_get_their_measured_duration(tmp_path):
+    tone(tmp_path / "in" / "low.wav", seconds=1.5, rate=8000)
+    rows = [{"id": 7, "audio": "low.wav", "text": " Seven words. ", "duration_s": 99, "speaker": "s", "sex": "female"}]
+    source = manifest(tmp_path / "in", [*rows, *({"id": f"x{i}", "text": f"text {i}"} for i in range(11))])
+    out, ids, dropped = prepare(tmp_path, [source], rows_per_file=5, rows_per_group=2, **ALL)
+    assert dropped == {}
+    assert ids["train"] == {"7", *(f"x{i}" for i in range(11))}
+    assert sorted(path.name for path in (out / "train").iterdir()) == [f"part-0000{part}.parquet" for part in range(3)]
+    table = read_rows(str(out / "train"))
+    index = table.ids.index("7")
+    assert (table.duration_s[index], table.texts[index]) == (1.5, "Seven words.")
+    audio, name = RowReader(table.uris).wav(table.file[index], table.row_group[index], table.row[index])
+    assert (audio, name) == ((tmp_path / "in" / "low.wav").read_bytes(), "low.wav")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary == {"splits": {"train": {"rows": 12, "hours": round(12.5 / 3600, 4), "speakers": 1}}, "dropped": {}}
+
+
+def test_every_bad_row_is_dropped_with_its_reason(tmp_path):
+    folder = tmp_path / "in"
+    for name, seconds in [("short.wav", 0.05), ("long.wav", 31), ("fine.wav", 1), ("slow.wav", 2)]:
+        tone(folder / name, seconds)
+    (folder / "text.wav").write_text("not audio")
+    (folder / "text.raw").write_text("not audio")
+    (folder / "cut.flac").write_bytes(b"")
+    (folder / "none.wav").write_bytes((folder / "fine.wav").read_bytes()[:44])
+    rows = [
+        {"id": "good", "audio": "fine.wav", "text": "good one"},
+        "{broken",
+        "[1, 2]",
+        {"audio": "fine.wav", "text": "no id"},
+        {"id": "a", "text": "no audio", "audio": None},
+        {"id": "b", "audio": "fine.wav", "text": None},
+        {"id": "c", "audio": "fine.wav", "text": " ... "},
+        {"id": "d", "audio": "fine.wav", "text": "x"},
+        {"id": "e", "audio": "short.wav", "text": "too short"},
+        {"id": "f", "audio": "long.wav", "text": "too long"},
+        {"id": "g", "audio": "text.wav", "text": "no sound"},
+        {"id": "h", "audio": "cut.flac", "text": "no bytes"},
+        {"id": "i", "audio": "gone.flac", "text": "no file"},
+        {"id": "j", "audio": "none.wav", "text": "no samples"},
+        {"id": "k", "audio": "fine.wav", "text": "far too many words " * 9},
+        {"id": "good", "audio": "slow.wav", "text": "good again"},
+        "",
+        {"id": "l", "audio": "text.raw", "text": "no header"},
+        '{"id": "m", "audio": "fine.wav", "text": "half a pair \\ud800"}',
+    ]
+    out, ids, dropped = prepare(tmp_path, [manifest(folder, rows)], **ALL)
+    assert ids == {"train": {"good"}}
+    unreadable = {(line, name): "unreadable audio" for line, name in [(11, "g"), (12, "h"), (13, "i"), (14, "j"), (18, "l")]}
+    assert dropped == {
+        (2, None): "not JSON",
+        (3, None): "not JSON",
+        (4, None): "no id",
+        (5, "a"): "no audio",
+        (6, "b"): "no text",
+        (7, "c"): "no text",
+        (8, "d"): "text too short",
+        (9, "e"): "too short",
+        (10, "f"): "too long",
+        **unreadable,
+        (15, "k"): "speech rate",
+        (16, "good"): "duplicate id",
+        (19, None): "not JSON",
+    }
+    details = {row["id"]: row["detail"] for row in map(json.loads, (out / "dropped.jsonl").read_text().splitlines())}
+    assert str(folder / "gone.flac") in details["i"]
+    assert details["f"] == "31.000 s, at most 30 s"
+    counted = json.loads((out / "summary.json").read_text())["dropped"]
+    assert counted == {"not JSON": 3, "no id": 1, "no audio": 1, "no text": 2, "text too short": 1, "too short": 1, "too long": 1,
+                       "unreadable audio": 5, "speech rate": 1, "duplicate id": 1}  # fmt: skip
+
+
+def test_same_input_same_bytes_and_the_order_of_lines_moves_nothing(tmp_path):
+    rows = [{"id": f"r{i}", "text": f"Text {i % 25}", "speaker": f"s{i % 50}"} for i in range(60)]
+    rows += [{"id": "r3", "text": "another text", "audio": "audio/r3.flac"}]
+    shares = {"splits": {"train": 0.6, "dev": 0.4}, "seed": 5}
+    source = manifest(tmp_path / "in", rows)
+    out, ids, dropped = prepare(tmp_path, [source], **shares)
+    first = tree(out)
+    out.rename(tmp_path / "first")
+    prepare(tmp_path, [source], **shares)
+    assert tree(out) == first
+    out.rename(tmp_path / "second")
+    random.Random(0).shuffle(rows)
+    manifest(tmp_path / "in", rows)
+    _, shuffled_ids, shuffled_dropped = prepare(tmp_path, [source], **shares)
+    assert shuffled_ids == ids
+    assert {name: digest for name, digest in tree(out).items() if "part" in name} == {n: d for n, d in first.items() if "part" in n}
+    assert list(dropped.values()) == list(shuffled_dropped.values()) == ["duplicate id"]
+
+
+def test_pinned_rows_win(tmp_path):
+    pinned = manifest(tmp_path / "pinned", [{"id": "p", "text": "Hello, World!"}, {"id": "both", "text": "in both"}])
+    other = manifest(tmp_path / "other", [{"id": "q", "text": "in both"}, {"id": "r", "text": "only train"}])
+    free = manifest(tmp_path / "free", [{"id": "u", "text": "HELLO WORLD"}, {"id": "v", "text": "free"}, {"id": "p", "text": "id of p"}])
+    sources = [free, {"manifest": pinned, "split": "test"}, {"manifest": other, "split": "train"}]
+    _, ids, dropped = prepare(tmp_path, sources, **ALL)
+    assert ids == {"test": {"p", "both"}, "train": {"r", "v"}}
+    assert dropped == {(1, "u"): "text stands in split test", (1, "q"): "text stands in split test", (3, "p"): "duplicate id"}
+
+
+def test_disjoint_speakers_drops_rows_without_one(tmp_path):
+    rows = [{"id": f"r{i}", "text": f"text {i}", "speaker": f"s{i % 6}"} for i in range(24)] + [{"id": "nobody", "text": "who"}]
+    _, ids, dropped = prepare(tmp_path, [manifest(tmp_path / "in", rows)], disjoint_speakers=True, splits={"a": 0.5, "b": 0.5})
+    speakers = {split: {int(name[1:]) % 6 for name in names} for split, names in ids.items()}
+    assert speakers["a"] | speakers["b"] == set(range(6))
+    assert not speakers["a"] & speakers["b"]
+    assert dropped == {(25, "nobody"): "no speaker"}
+
+
+@pytest.mark.parametrize("with_speakers", [False, True])
+def test_splits_are_disjoint_whatever_is_pinned(with_speakers):
+    draw = random.Random(1)
+    for round_ in range(60):
+        candidates = [
+            Candidate(
+                text=draw.choice(["{}", "{}!", "  {}, "]).format(draw.choice(["Word ", "word "]) + str(draw.randrange(40))),
+                speaker=f"s{draw.randrange(15)}" if with_speakers else None,
+                pinned=draw.choice([None, None, None, "test", "train", "extra"]) if round_ % 2 else None,
+            )
+            for _ in range(30)
+        ]
+        placements = assign_splits(candidates, {"train": 0.7, "dev": 0.3}, seed=round_)
+        kept = [(c, p.split) for c, p in zip(candidates, placements, strict=True) if not p.conflict]
+        for tie in (lambda c: comparable_text(c.text), lambda c: c.speaker or id(c)):
+            homes: dict = {}
+            assert all(homes.setdefault(tie(c), split) == split for c, split in kept)
+        assert all(c.pinned in (None, split) for c, split in kept)
+        assert {p.split for p in placements} <= {"train", "dev", "test", "extra"}
+        if not round_ % 2:
+            assert len(kept) == len(candidates)
+        backwards = assign_splits(candidates[::-1], {"train": 0.7, "dev": 0.3}, seed=round_)
+        assert backwards[::-1] == placements
+
+
+def test_shares_are_met_and_stay_when_rows_are_added():
+    texts = [f"sentence {index}" for index in range(4000)]
+    shares = {"train": 0.9, "dev": 0.07, "test": 0.03}
+    splits = [placement.split for placement in assign_splits([Candidate(text) for text in texts], shares, seed=1)]
+    for split, share in shares.items():
+        assert splits.count(split) / 4000 == pytest.approx(share, abs=0.015)
+    half = assign_splits([Candidate(text) for text in texts[::2]], shares, seed=1)
+    assert [placement.split for placement in half] == splits[::2]
+    assert [p.split for p in assign_splits([Candidate(text) for text in texts], shares, seed=2)] != splits
+
+
+def test_a_pinned_split_that_takes_a_share_draws_its_mates():
+    group = [Candidate("one", "ann", "dev"), Candidate("two", "ann"), Candidate("two", "bob"), Candidate("three", "bob")]
+    assert {(p.split, p.conflict) for p in assign_splits(group, {"train": 0.99, "dev": 0.01}, seed=0)} == {("dev", None)}
+    placements = assign_splits(group, {"train": 1.0}, seed=0)
+    assert [p.conflict for p in placements] == [None, "speaker stands in split dev", None, None]
+
+
+def test_texts_are_compared_without_case_and_punctuation():
+    assert comparable_text(" It's  HALF-past\n2! ") == comparable_text("it\u2019s half past 2") == "its half past 2"
+    assert comparable_text("\u0915\u093f") != comparable_text("\u0915\u093e")  # vowel signs are no punctuation
+    assert comparable_text("...!?") == ""
+
+
+def test_results_are_kept_and_other_recipes_are_refused(tmp_path, capsys):
+    source = manifest(tmp_path / "in", [{"id": "a", "text": "some text"}])
+    out, _, _ = prepare(tmp_path, [source], **ALL)
+    before = tree(out)
+    manifest(tmp_path / "in", [{"id": "b", "text": "more text"}])
+    prepare(tmp_path, [source], **ALL)
+    assert "already prepared" in capsys.readouterr().out
+    with pytest.raises(OutputError, match="seed was 0 there and is 1 now"):
+        prepare(tmp_path, [source], seed=1, **ALL)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["nonsense", "{more"], "none of its 2 lines is JSON"),
+        ([], "none of its 0 lines is JSON"),
+        ([{"id": "a", "audio": "gone.wav", "text": "some text"}, {"id": "b"}], "no row of 1 manifests remains, dropped: "),
+        ([{"id": "a", "text": "some text"}], "split train got none of 1 rows for its share 0.95"),
+    ],
+)
+def test_no_rows_is_a_data_error_and_leaves_nothing_behind(tmp_path, lines, words):
+    lines = [{"audio": "gone.wav", **line} if isinstance(line, dict) and line["id"] == "b" else line for line in lines]
+    source = manifest(tmp_path / "in", lines)
+    with pytest.raises(DataError, match=words) as caught:
+        prepare(tmp_path, [source])
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_wrong_splits_are_recipe_errors():
+    for override, words in [("splits={train: 0.5}", "splits add up to 0.5, want 1"), ("splits={a/b: 1}", "a/b"), ("sources=[]", "sources")]:
+        with pytest.raises(RecipeError, match=words):
+            read_recipe(PrepareRecipe, None, ["out=x", "sources=[a.jsonl]", override])
+    pinned = ["out=x", "sources=[{manifest: a.jsonl, split: train}]", "splits={}"]
+    assert read_recipe(PrepareRecipe, None, pinned).long_sources()[0].split == "train"

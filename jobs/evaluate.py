@@ -4,6 +4,7 @@ Writes report.json and, one clip a line, predictions.jsonl.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +124,7 @@ def _hear_all(kind: str, path: str, items: Sequence[Item], recipe: EvaluateRecip
         compute=ray.data.ActorPoolStrategy(size=min(recipe.workers, len(batches))),
         num_cpus=1,
         num_gpus=1 if recipe.gpu else 0,
-        fn_constructor_args=(kind, path, ray.put(batches), recipe.model_dump()),
+        fn_constructor_args=(kind, os.path.abspath(path) if os.path.exists(path) else path, ray.put(batches), recipe.model_dump()),
     )
     texts: dict[Item, str] = {}
     errors: dict[Item, str] = {}

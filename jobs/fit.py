@@ -1,7 +1,7 @@
 """What both stages share: recipe -> plan -> Ray Data and a TorchTrainer -> an output folder. The verbs are jobs.stage1 and jobs.stage2.
 
-An output folder holds recipe.yaml, log.txt, metrics.jsonl, loss.png, skipped.jsonl where clips were masked and checkpoints/ while it trains;
-once it is done, projector.safetensors (stage 2: the adapters too), stage.json and, last of all, result.json.
+While it trains, an output folder holds recipe.yaml, log.txt, metrics.jsonl, checkpoints/ and, where clips were masked, skipped.jsonl; once
+it is done also projector.safetensors (stage 2: the adapters too), loss.png, stage.json and, last of all, result.json.
 """
 
 import json

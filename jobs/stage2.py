@@ -1,5 +1,6 @@
 """Stage 2: train LoRA adapters on the language model together with the projector of stage 1 (QLoRA on an NF4 base, or LoRA)."""
 
+import os
 import sys
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ class Stage2Recipe(TrainRecipe):
 def run(recipe: Stage2Recipe) -> dict[str, Any]:
     """Train adapters and projector; returns losses, counts and seconds."""
     lora = LoraSettings(**recipe.lora.model_dump())
-    return fit(recipe, Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=recipe.projector))
+    return fit(recipe, Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=os.path.abspath(recipe.projector)))
 
 
 def main(recipe: Stage2Recipe) -> None:

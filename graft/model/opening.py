@@ -49,9 +49,10 @@ def read_stage(folder: str | Path) -> dict[str, Any] | None:
 
 
 def base_graft(path: str | Path) -> str:
-    """Name the whole graft behind a path: itself, or the one that a stage's output was trained on."""
+    """Name the whole graft behind a path: itself, or the one that a stage's output was trained on; an absolute path, or a hub id."""
     stage = read_stage(path)
-    return str(Path(path, stage["graft"]).resolve()) if stage else str(path)
+    folder = Path(path, stage["graft"]) if stage else Path(path)
+    return str(folder.resolve()) if folder.exists() else str(path)
 
 
 def _load(

@@ -1,5 +1,6 @@
 """Join the cluster that runs this job, or start a Ray of its own on this machine."""
 
+import json
 import logging
 import os
 import sys
@@ -19,7 +20,8 @@ def connect(*, cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     # Jobs print their own progress; what Ray's processes print stays in Ray's log folder.
-    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": worker_environment()}}
+    variables = {name: value for name, value in worker_environment().items() if name not in _submitted_variables()}
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": variables}}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**settings)
     else:
@@ -44,3 +46,9 @@ def worker_environment() -> dict[str, str]:
     # DeepSpeed compiles with ninja, which stands beside this interpreter.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {"PATH": path, "OMP_NUM_THREADS": "1", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600", "TOKENIZERS_PARALLELISM": "false", **passed}
+
+
+def _submitted_variables() -> set[str]:
+    """The env_vars of `ray job submit`'s runtime environment: they win, and Ray refuses to be told one twice."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return set(job.get("runtime_env", {}).get("env_vars", {}))

@@ -17,6 +17,8 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):  # they hint at import, and DeepSpeed sets its level anew then
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from graft.audio import AudioClip, read_audio
 from graft.config import Recipe
 from graft.corpus import RowReader, read_rows
-from graft.errors import AudioError, DataError
+from graft.errors import AudioError, DataError, GraftError, ModelError
 from graft.scoring import score
 from graft.transcript import Transcript
 from jobs.cli import run_job
@@ -77,16 +77,18 @@ class Heard:
 
 
 def run(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """Score recipe.model; returns what stands in report.json. Raises DataError for rows without text."""
+    """Score recipe.model; returns what stands in report.json. Raises DataError for rows without text, ModelError, MissingExtra."""
     if recipe.audio_check and recipe.audio_check not in recipe.data:
         raise DataError(f"audio_check={recipe.audio_check} is no set of data ({', '.join(recipe.data)}): give one of them")
+    score(["a"], ["a"])  # a missing extra is told now, not after the listening
+    baseline = _checked_models(recipe)
     with staged_output(recipe.out, recipe) as out:
         items = [item for name in recipe.data for item in _items(name, recipe)]
         connect()
         models = {"graft": _hear_all("graft", recipe.model, items, recipe)}
-        if recipe.baseline:
+        if baseline:
             plain = [item for item in items if item.set_name != SWAPPED]
-            models["whisper"] = _hear_all("whisper", _baseline(recipe.baseline), plain, recipe)
+            models["whisper"] = _hear_all("whisper", baseline, plain, recipe)
         report = _report(models, items, recipe)
         (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         with (out / PREDICTIONS_FILE).open("w") as file:
@@ -132,6 +134,8 @@ def _hear_all(kind: str, path: str, items: Sequence[Item], recipe: EvaluateRecip
     for block in blocks.iter_batches(batch_size=None, batch_format="numpy"):
         for number, heard in zip(block["id"], block["heard"], strict=True):
             answer = json.loads(str(heard))
+            if answer["fault"]:
+                raise ModelError(answer["fault"])
             times += answer["times"]
             for item, (text, error) in zip(batches[int(number)], answer["texts"], strict=True):
                 (texts if error is None else errors)[item] = text if error is None else error
@@ -139,7 +143,10 @@ def _hear_all(kind: str, path: str, items: Sequence[Item], recipe: EvaluateRecip
 
 
 class _Hearer:
-    """A Ray Data actor: batch numbers -> texts of their clips, by a graft or by plain Whisper."""
+    """A Ray Data actor: batch numbers -> texts of their clips, by a graft or by plain Whisper.
+
+    A model that can't be opened is a value too, `fault`: raised in here, Ray would print it with three tracebacks.
+    """
 
     def __init__(self, kind: str, path: str, batches: Any, recipe: dict[str, Any]) -> None:
         import ray
@@ -147,17 +154,23 @@ class _Hearer:
 
         torch.set_num_threads(recipe["threads_per_worker"])
         self.batches = ray.get(batches)
-        self.transcribe = _load(kind, path, device="cuda" if recipe["gpu"] else "cpu", dtype=recipe["dtype"])
+        self.fault = ""
+        try:
+            self.transcribe = _load(kind, path, device="cuda" if recipe["gpu"] else "cpu", dtype=recipe["dtype"])
+        except GraftError as error:
+            self.fault = str(error)
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"id": block["id"], "heard": np.array([json.dumps(self._hear(self.batches[int(number)])) for number in block["id"]])}
 
     def _hear(self, items: Sequence[Item]) -> dict[str, Any]:
+        if self.fault:
+            return {"fault": self.fault}
         start = time.time()
         clips = [_read(item) for item in items]
         texts = iter(self.transcribe([clip for clip in clips if isinstance(clip, AudioClip)]))
         answers = [(next(texts), None) if isinstance(clip, AudioClip) else (None, str(clip)) for clip in clips]
-        return {"texts": answers, "times": [start, time.time()]}
+        return {"fault": "", "texts": answers, "times": [start, time.time()]}
 
 
 def _read(item: Item) -> AudioClip | AudioError | DataError:
@@ -179,10 +192,17 @@ def _load(kind: str, path: str, *, device: str, dtype: str) -> Callable[[Sequenc
     return lambda clips: [transcript.text for transcript in transcriber.transcribe_many(clips) if isinstance(transcript, Transcript)]
 
 
-def _baseline(name: str) -> str:
+def _checked_models(recipe: EvaluateRecipe) -> str | None:
+    """The baseline's checkpoint. Raises ModelError when it or the model is of another kind, before a cluster starts for them."""
+    from graft.model.build import check_kind
     from graft.model.bundled import bundled_whisper
+    from graft.model.opening import check_graft
 
-    return str(bundled_whisper()) if name == "bundled" else name
+    check_graft(recipe.model)
+    baseline = str(bundled_whisper()) if recipe.baseline == "bundled" else recipe.baseline
+    if baseline:
+        check_kind(baseline, "whisper")
+    return baseline
 
 
 def _report(models: Mapping[str, Heard], items: Sequence[Item], recipe: EvaluateRecipe) -> dict[str, Any]:

@@ -14,15 +14,18 @@ from pydantic import Field
 
 from graft.config import Recipe
 from graft.corpus import read_rows
-from graft.model.opening import base_graft, write_stage
+from graft.errors import require
+from graft.model.configuration import GraftConfig
+from graft.model.opening import base_graft, check_graft, write_stage
+from graft.model.weights import read_projector
 from graft.processor import GraftProcessor
 from graft.training.checkpoint import PROGRESS_FILE, Progress, latest_checkpoint, load_checkpoint
-from graft.training.plan import Plan, PlanSettings
+from graft.training.plan import Plan, PlannedBatch, PlanSettings
 from graft.training.tracking import draw_loss, read_metrics
 from jobs.cluster import connect
 from jobs.console import follow
 from jobs.ingest import Delivery, plan_columns, planned_dataset
-from jobs.outputs import claim_output, write_atomic
+from jobs.outputs import claim_output, holds_results, write_atomic
 from jobs.train_worker import CHECKPOINTS, FINAL, LOG_FILE, Run, Stage, work
 
 RESULT_FILE = "result.json"
@@ -59,7 +62,7 @@ class TrainRecipe(Recipe):
     """Of the frozen weights and of the arithmetic; trained weights are kept in float32."""
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     """DeepSpeed ZeRO, or plain torch: DDP where there are several workers."""
-    zero_stage: Literal[0, 1, 2] = 2
+    zero_stage: Literal[1, 2] = 2
     workers: int = Field(default=1, ge=1)
     threads_per_worker: int = Field(default=1, ge=1)
     data_workers: int = Field(default=2, ge=1)
@@ -73,12 +76,16 @@ class TrainRecipe(Recipe):
 
 def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     """Train a stage, or go on with it; returns what stands in result.json. Raises GraftError for what a user can mend."""
-    out = claim_output(recipe.out, recipe, ignore=HOW_NOT_WHAT).resolve()
-    if (out / RESULT_FILE).is_file():
+    out = Path(recipe.out).resolve()
+    if holds_results(recipe.out, recipe, ignore=HOW_NOT_WHAT) and (out / RESULT_FILE).is_file():
         print(f"stage {stage.number}: {out} is done already")
         return json.loads((out / RESULT_FILE).read_text())
     started = time.perf_counter()
+    require("ray.train", extra="train")
+    check_graft(recipe.model)
     graft = base_graft(recipe.model)
+    if stage.projector:
+        read_projector(stage.projector, GraftConfig.from_pretrained(graft))
     processor = GraftProcessor.from_pretrained(graft)
     rows = read_rows(recipe.data)
     settings = PlanSettings(recipe.seed, recipe.epochs, recipe.token_budget, recipe.max_batch_clips, recipe.window_row_groups)
@@ -86,17 +93,26 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     step_batches = recipe.workers * recipe.accumulation
     checkpoint = latest_checkpoint(out / CHECKPOINTS)
     progress = load_checkpoint(checkpoint)[1] if checkpoint else Progress()
-    total_steps = min(recipe.max_steps or plan.step_count(step_batches), plan.step_count(step_batches))
+    batches, total_steps = what_is_left(plan, progress, step_batches=step_batches, max_steps=recipe.max_steps)
+    claim_output(recipe.out, recipe, ignore=HOW_NOT_WHAT)  # now that nothing in it can be wrong
     hours = rows.duration_s.sum() / 3600
     print(f"stage {stage.number}: {len(rows)} clips, {hours:.2f} h, {total_steps} steps, padding {plan.padding_waste():.1%}", flush=True)
     if progress.step < total_steps:
         connect()
-        batches = plan.delivery(position=progress.position, step_batches=step_batches)[: (total_steps - progress.step) * step_batches]
         filler_row = int(plan.columns.token_counts.argmin())
         dataset = planned_dataset(Delivery(rows, batches, filler_row, processor=graft), data_workers=recipe.data_workers)
         run = Run(recipe.model_dump(), stage, graft, str(out), str(checkpoint) if checkpoint else None, total_steps)
         _train(recipe, run, dataset)
     return _finish(out, graft, stage, seconds=time.perf_counter() - started)
+
+
+def what_is_left(plan: Plan, progress: Progress, *, step_batches: int, max_steps: int | None) -> tuple[list[PlannedBatch], int]:
+    """List what is still to be delivered, and count the updates at its end: other workers than before make other steps of it."""
+    batches = plan.delivery(position=progress.position, step_batches=step_batches)
+    steps = len(batches) // step_batches
+    if max_steps is not None:
+        steps = min(steps, max(0, max_steps - progress.step))
+    return batches[: steps * step_batches], progress.step + steps
 
 
 def _train(recipe: TrainRecipe, run: Run, dataset: Any) -> None:

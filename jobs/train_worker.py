@@ -72,7 +72,7 @@ def work(config: dict[str, Any]) -> None:
     batches = training_batches(blocks, device, skipped)
     first = next(batches)
     model.train()
-    if progress.step == 0:
+    if progress.step == 0 and bool((first.inputs["labels"] != -100).any()):  # not a filler, nor clips that were all masked
         result = preflight(model, first.inputs, processor.prompt_end_ids())
         say(f"preflight: other audio changes the logits by {result.logit_change:.2g}; {result.label_count} labels, all in answers")
     metrics = MetricsLog(out, from_step=progress.step) if is_first else None
@@ -106,13 +106,14 @@ def stage_model(
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
     """Open the graft for a stage: its projector in place, everything frozen but what the stage trains, which is in float32."""
     model, processor = open_graft(graft, dtype=dtype, device=device, nf4=stage.nf4)
+    model.audio_projector.float()  # before it is loaded, lest `dtype` round it
     if stage.projector:
         load_projector(model, stage.projector)
     model.requires_grad_(False)
     if stage.lora:
         torch.manual_seed(seed)
         add_adapters(model, stage.lora)
-    model.audio_projector.float().requires_grad_(True)
+    model.audio_projector.requires_grad_(True)
     return model, processor
 
 

@@ -128,10 +128,9 @@ def find_recordings(sources: Sequence[str]) -> list[Recording]:
 
 def _check_model(model: str) -> None:
     """Refuse what is no graft before a cluster starts."""
-    from graft.model.build import check_kind
-    from graft.model.opening import base_graft
+    from graft.model.opening import check_graft
 
-    check_kind(base_graft(model), "graft")
+    check_graft(model)
 
 
 def _transcribed(recordings: Sequence[Recording], recipe: TranscribeRecipe) -> Iterator[tuple[int, dict[str, Any], str]]:

@@ -3,11 +3,14 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, WhisperFeatureExtractor
 
+from graft.audio import AudioClip
+from graft.features import Featurizer
 from graft.model.audio import encode_audio, pad_with_silence
 from graft.model.configuration import GraftConfig, audio_token_count
 from graft.model.modeling import GraftForConditionalGeneration
@@ -189,6 +192,22 @@ def test_full_and_trim_equal_stock_whisper(pool):
     trim = encode_audio(whisper.encoder, features, counts, tiny.graft_config(audio_pool=pool, audio_context="trim"))
     own = [stock[i, : audio_token_count(int(n), pool=pool, context="trim")] for i, n in enumerate(counts)]
     torch.testing.assert_close(trim, torch.cat(own), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 2.005, 12.34, 29.995, 30.0])
+@torch.no_grad()
+def test_full_from_the_waveform_equals_stock_whisper_from_the_waveform(seconds):
+    """Nothing of ours on the other side: transformers' features, padded to 30 s, through transformers' encoder."""
+    samples = np.random.default_rng(0).normal(0, 0.1, round(seconds * 16_000)).astype(np.float32)
+    whisper = tiny.whisper_model()
+    stock_features = WhisperFeatureExtractor(feature_size=80)(samples, sampling_rate=16_000, return_tensors="pt").input_features
+    stock = whisper.encoder(stock_features).last_hidden_state[0]
+    features = Featurizer(80)(AudioClip(samples))
+    mel, count = torch.from_numpy(features.mel)[None], torch.tensor([features.frame_count])
+    for context in ("full", "trim"):
+        ours = encode_audio(whisper.encoder, mel, count, tiny.graft_config(audio_pool=1, audio_context=context))
+        torch.testing.assert_close(ours, stock[: len(ours)], rtol=0, atol=1e-4)
+    assert len(ours) == -(-features.frame_count // 2)
 
 
 @pytest.mark.parametrize("margin_s", [0.0, 0.5])

@@ -127,7 +127,7 @@ def pad_rows(rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(*, audio: bool = True) -> PreTrainedTokenizerFast:
     """Every byte is a token, then come the special tokens: any text goes in and comes back."""
     alphabet = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(alphabet, []))
@@ -137,7 +137,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>", *VISION_TOKENS, *AUDIO_TOKENS],
+        extra_special_tokens=["<|im_start|>", *VISION_TOKENS, *(AUDIO_TOKENS if audio else ())],
     )
 
 
@@ -161,7 +161,7 @@ def save_tiny_graft(folder: str | Path, *, seed: int = 0, **audio: object) -> Pa
     GraftProcessor.for_config(
         model.config,
         feature_extractor=WhisperFeatureExtractor(feature_size=80),
-        image_processor=Qwen2VLImageProcessorPil(),
+        image_processor=Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 64, "longest_edge": 4096}),
         tokenizer=words,
     ).save_pretrained(folder)
     return Path(folder)

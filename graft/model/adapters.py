@@ -13,7 +13,7 @@ from graft.model.modeling import GraftForConditionalGeneration
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 """Anchored: a bare `q_proj` would also hit every attention of the Whisper encoder."""
 
-KEPT_FROM_QUANTIZATION = ["audio_tower", "audio_projector", "lm_head", "visual"]
+KEPT_FROM_QUANTIZATION = ["audio_tower", "audio_projector", "lm_head", "model.visual"]
 PEFT_PREFIX = "base_model.model."
 """PEFT's files name tensors below the wrapper that its own loader puts around a model."""
 

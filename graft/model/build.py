@@ -1,11 +1,13 @@
 """Graft two checkpoints: the encoder of any Whisper onto any Qwen2-VL, with a fresh projector between them."""
 
-import json
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration, WhisperFeatureExtractor, WhisperModel
 from transformers.initialization import no_init_weights
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -39,21 +41,19 @@ def build_graft(
     """
     check_kind(audio_base, "whisper")
     check_kind(text_base, "qwen2_vl")
-    encoder = WhisperModel.from_pretrained(audio_base, dtype="auto").encoder
-    text = Qwen2VLForConditionalGeneration.from_pretrained(text_base, dtype="auto")
+    encoder = _load(WhisperModel, audio_base).encoder
+    text = _load(Qwen2VLForConditionalGeneration, text_base)
     digests = {"audio": state_digest(encoder.state_dict()), "text": state_digest(text.state_dict())}
     dtype = dtype or text.dtype
-    tokenizer = AutoTokenizer.from_pretrained(text_base)
+    with reading(text_base):
+        tokenizer, image_processor = AutoTokenizer.from_pretrained(text_base), _image_processor(text_base)
+    with reading(audio_base):
+        feature_extractor = WhisperFeatureExtractor.from_pretrained(audio_base)
     _add_audio_tokens(tokenizer, text, seed)
     config = _config(text, encoder, tokenizer, settings, digests)
     model = _join(config, text, encoder, dtype=dtype, seed=seed)
-    processor = GraftProcessor.for_config(
-        config,
-        feature_extractor=WhisperFeatureExtractor.from_pretrained(audio_base),
-        image_processor=_image_processor(text_base),
-        tokenizer=tokenizer,
-    )
-    return model, processor
+    parts = {"feature_extractor": feature_extractor, "image_processor": image_processor, "tokenizer": tokenizer}
+    return model, GraftProcessor.for_config(config, **parts)
 
 
 def check_kind(checkpoint: str, kind: str) -> None:
@@ -63,12 +63,32 @@ def check_kind(checkpoint: str, kind: str) -> None:
         raise ModelError(f"{checkpoint} has no config.json: give the folder of a {kind} checkpoint")
     try:
         found = AutoConfig.from_pretrained(checkpoint).model_type
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{checkpoint}/config.json is not JSON ({error}): give the folder of a {kind} checkpoint") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{checkpoint} can't be read as a {kind} checkpoint: give a folder or a hub id that answers") from error
+        reason = f" ({_first_line(error)})" if folder.exists() else ""
+        raise ModelError(f"{checkpoint} can't be read as a {kind} checkpoint{reason}: give a folder or a hub id that answers") from error
     if found != kind:
         raise ModelError(f"{checkpoint} is a {found} checkpoint, not {kind}: give another one")
+
+
+@contextlib.contextmanager
+def reading(checkpoint: str) -> Iterator[None]:
+    """Raise ModelError where transformers finds a checkpoint's files missing or broken."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{checkpoint} can't be read ({_first_line(error)}): copy or fetch it again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(":. ")
+
+
+def _load(model_class: Any, checkpoint: str) -> Any:
+    with reading(checkpoint):
+        model, found = model_class.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers made them up
+        raise ModelError(f"{checkpoint} lacks {len(missing)} tensors, {missing[0]} first: copy or fetch it again")
+    return model
 
 
 def _add_audio_tokens(tokenizer: Any, text: Qwen2VLForConditionalGeneration, seed: int) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from graft.errors import ModelError
 from graft.model.adapters import attach_adapters, has_adapters, nf4_config
-from graft.model.build import check_kind
+from graft.model.build import check_kind, reading
+from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
-from graft.model.weights import check_projector, load_projector
+from graft.model.weights import check_projector, load_projector, read_projector
 from graft.processor import GraftProcessor
 
 STAGE_FILE = "stage.json"
@@ -34,6 +36,14 @@ def open_graft(
             attach_adapters(model, path)
     check_projector(model, source=str(path))
     return model.eval(), processor
+
+
+def check_graft(path: str | Path) -> None:
+    """Raise ModelError unless a path is a graft, or a stage's output with a projector for its graft; reads no other weights."""
+    graft = base_graft(path)
+    check_kind(graft, "graft")
+    if read_stage(path):
+        read_projector(path, GraftConfig.from_pretrained(graft))
 
 
 def write_stage(folder: str | Path, *, stage: int, graft: str | Path) -> None:
@@ -65,4 +75,8 @@ def _load(
         model = GraftForConditionalGeneration.from_pretrained(path, dtype=dtype or "auto", **options)
     except ValueError as error:
         raise ModelError(str(error).splitlines()[0]) from error
-    return model if nf4 else model.to(device), GraftProcessor.from_pretrained(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the weights in {path} can't be read ({str(error).splitlines()[0]}): copy or build them again") from error
+    with reading(path):
+        processor = GraftProcessor.from_pretrained(path)
+    return model if nf4 else model.to(device), processor

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from graft.errors import ModelError
+from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
 
 PROJECTOR_FILE = "projector.safetensors"
@@ -29,38 +30,49 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 def save_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:
     """Write the projector in float32 with the bases' digests and its kind."""
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.audio_projector.state_dict().items()}
-    save_file(state, Path(folder) / PROJECTOR_FILE, metadata={"graft": json.dumps(_identity(model))})
+    save_file(state, Path(folder) / PROJECTOR_FILE, metadata={"graft": json.dumps(_identity(model.config))})
 
 
 def load_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:
-    """Put a trained projector into a graft.
+    """Put a trained projector into a graft. Raises ModelError as read_projector does."""
+    model.audio_projector.load_state_dict(read_projector(folder, model.config))
 
-    Raises ModelError when the file is missing, was trained on other bases or another kind of join, or holds only zeros.
+
+def read_projector(folder: str | Path, config: GraftConfig) -> dict[str, Tensor]:
+    """Read a trained projector for a graft of this configuration.
+
+    Raises ModelError when the file is missing or not readable, was trained on other bases or another kind of join, or holds only zeros.
     """
     path = Path(folder) / PROJECTOR_FILE
     if not path.is_file():
         raise ModelError(f"{path} is missing: give the output folder of a finished stage")
-    with safe_open(path, framework="pt") as file:
-        found = json.loads((file.metadata() or {}).get("graft", "{}"))
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    for key, expected in _identity(model).items():
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("graft", "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ModelError(f"{path} can't be read ({error}): copy it again or train it again") from error
+    for key, expected in _identity(config).items():
         if found.get(key) != expected:
             raise ModelError(f"{path} was trained with {key}={found.get(key)}, the graft has {expected}: train it on this graft")
-    model.audio_projector.load_state_dict(state)
-    check_projector(model, source=str(path))
+    _check_state(state, source=str(path))
+    return state
 
 
 def check_projector(model: GraftForConditionalGeneration, *, source: str) -> None:
     """Raise ModelError when the projector holds a matrix of zeros or a value that is not finite: the model would not hear."""
-    for name, tensor in model.audio_projector.named_parameters():
+    _check_state(model.audio_projector.state_dict(), source=source)
+
+
+def _check_state(state: Mapping[str, Tensor], *, source: str) -> None:
+    for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise ModelError(f"{source}: audio_projector.{name} holds values that are not finite: go back to an earlier checkpoint")
         if tensor.ndim > 1 and not tensor.any():
             raise ModelError(f"{source}: audio_projector.{name} is all zeros, so the model is deaf: train stage 1 or build it again")
 
 
-def _identity(model: GraftForConditionalGeneration) -> dict[str, object]:
-    config = model.config
+def _identity(config: GraftConfig) -> dict[str, object]:
     return {
         "base_digests": config.base_digests,
         "audio_projector": config.audio_projector,

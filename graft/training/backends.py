@@ -20,12 +20,8 @@ State = dict[str, dict[str, Tensor]]
 class Backend(Protocol):
     """A model with its optimizer."""
 
-    def loss(self, inputs: Mapping[str, Tensor], *, label_count: int) -> Tensor:
-        """Run the model on inputs with labels; the sum over the labels is divided by `label_count`."""
-        ...
-
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add a batch's gradients; `is_last` of the step."""
+    def backward(self, inputs: Mapping[str, Tensor], *, label_count: int, is_last: bool) -> Tensor:
+        """Add the gradients of a batch, which may be the last of its step; returns its loss, the sum over its labels by `label_count`."""
         ...
 
     def step(self, learning_rate: float) -> float:
@@ -54,14 +50,12 @@ class TorchBackend:
             device = next(iter(self.trained.values())).device
             self.model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
-    def loss(self, inputs: Mapping[str, Tensor], *, label_count: int) -> Tensor:
-        return self.model(**inputs, label_count=label_count).loss
-
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+    def backward(self, inputs: Mapping[str, Tensor], *, label_count: int, is_last: bool) -> Tensor:
         if self.world_size > 1:
-            self.model.require_backward_grad_sync = is_last
-            loss = loss * self.world_size  # DDP averages
-        loss.backward()
+            self.model.require_backward_grad_sync = is_last  # DDP's forward reads it
+        loss = self.model(**inputs, label_count=label_count).loss
+        (loss * self.world_size).backward()  # DDP averages
+        return loss.detach()
 
     def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
@@ -108,14 +102,13 @@ class DeepSpeedBackend:
             model=model, model_parameters=list(self.trained.values()), optimizer=optimizer, config=config
         )
 
-    def loss(self, inputs: Mapping[str, Tensor], *, label_count: int) -> Tensor:
-        return self.engine(**inputs, label_count=label_count).loss
-
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+    def backward(self, inputs: Mapping[str, Tensor], *, label_count: int, is_last: bool) -> Tensor:
+        loss = self.engine(**inputs, label_count=label_count).loss
         # ZeRO averages over workers; the loss is divided by the step's label count, so nothing is left to divide.
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         if not is_last:
             self.engine.step()
+        return loss.detach()
 
     def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
@@ -138,13 +131,16 @@ class DeepSpeedBackend:
     def load_state(self, state: State, *, step: int) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        if step:  # AdamW would make its moments in the first step; ZeRO knows where in them each parameter's lie once they are linked
+            for flat in (flat for group in self.optimizer.param_groups for flat in group["params"]):
+                moments = {key: torch.zeros_like(flat) for key in STATE_KEYS}
+                self.optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
+            self.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.trained.items():
             safe_set_full_fp32_param(parameter, state[name]["weight"])
             parameter.data.copy_(state[name]["weight"])
             for key in STATE_KEYS if step else ():
                 safe_set_full_optimizer_state(parameter, state[name][key], key)
-        for moments in self.optimizer.state.values():
-            moments["step"] = torch.tensor(float(step))
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -75,7 +75,7 @@ def train(
 ) -> Progress:
     """Train from `progress` until the batches or `total_steps` end; returns where that is.
 
-    Every worker takes `accumulation` batches a step. Raises ModelError when the loss is no longer finite.
+    Every worker takes `accumulation` batches a step. Raises ModelError when the loss or its gradient is no longer finite.
     """
     waiting = _Stopwatch(batches)
     meter = _Meter(progress.step)
@@ -83,20 +83,19 @@ def train(
         learning_rate = learning_rate_at(progress.step, settings, total_steps)
         for index, batch in enumerate(step):
             torch.manual_seed(settings.seed * 1_000_003 + batch.position)  # dropout depends on the batch, not on the worker
-            loss = backend.loss(batch.inputs, label_count=batch.step_label_count)
-            backend.backward(loss, is_last=index == len(step) - 1)
-            meter.add(loss, batch)
+            is_last = index == len(step) - 1
+            meter.add(backend.backward(batch.inputs, label_count=batch.step_label_count, is_last=is_last), batch)
         grad_norm = backend.step(learning_rate)
         progress = replace(progress, step=progress.step + 1, position=step[-1].step_position)
-        is_last = progress.step == total_steps
-        saves = is_last or progress.step % settings.checkpoint_every == 0
+        saves = progress.step == total_steps or progress.step % settings.checkpoint_every == 0
         if saves or progress.step == 1 or progress.step % settings.log_every == 0:
             log, clips, audio_s = meter.read(progress.step, total_steps, learning_rate, grad_norm, waiting)
             progress = replace(progress, clips=progress.clips + clips, audio_s=progress.audio_s + audio_s)
             progress = replace(progress, first_loss=log.loss if progress.first_loss is None else progress.first_loss)
             on_log(log)
-            if not math.isfinite(log.loss):
-                raise ModelError(f"the loss is {log.loss} at step {progress.step}: lower learning_rate or train in bf16 or fp32")
+            if not math.isfinite(log.loss + grad_norm):
+                reason = f"the loss is {log.loss}, the gradient's norm {grad_norm} at step {progress.step}"
+                raise ModelError(f"{reason}: lower learning_rate or train in bf16 or fp32")
         if saves:
             on_checkpoint(progress)
     return progress
@@ -142,7 +141,7 @@ class _Meter:
         self.clips, self.audio_s = 0, 0.0
 
     def add(self, loss: Tensor, batch: TrainingBatch) -> None:
-        self.losses.append(loss.detach())
+        self.losses.append(loss)
         if not batch.is_filler:
             self.clips += batch.inputs["input_ids"].shape[0]
             self.audio_s += batch.audio_s

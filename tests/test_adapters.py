@@ -1,0 +1,131 @@
+"""Adapters: PEFT's own format, refused where they do not belong, and merged without a change of the logits."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from graft.errors import ModelError
+from graft.model.adapters import ADAPTER_FILES, LoraSettings, add_adapters, attach_adapters, merge_adapters, save_adapters
+from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.opening import open_graft, write_stage
+from graft.model.weights import save_projector
+from jobs.cli import run_job
+from jobs.merge import ADAPTER_FOLDER, MergeRecipe, main
+
+
+def adapt(model: GraftForConditionalGeneration, rank: int = 4) -> GraftForConditionalGeneration:
+    """Adapters that do something: neither A nor B is zero."""
+    add_adapters(model, LoraSettings(rank=rank, alpha=8))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    features, counts = tiny.log_mels([40, 90])
+    audio = model.config.audio_token_id
+    rows = [[5, 6, *[audio] * count, 7, 8, 9] for count in (10, 22)]
+    ids, mask = tiny.pad_rows(rows, left=False)
+    return model(input_ids=ids, attention_mask=mask, input_features=features, audio_frame_counts=counts).logits
+
+
+def further(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def test_merged_equals_attached():
+    plain = logits(tiny.graft_model())
+    model = adapt(tiny.graft_model())
+    attached = logits(model)
+    assert further(attached, plain) > 1e-2
+    merge_adapters(model)
+    assert further(logits(model), attached) < 1e-5
+    assert model.state_dict().keys() == tiny.graft_model().state_dict().keys()
+
+
+def test_saved_and_attached_again_is_exact(tmp_path):
+    model = adapt(tiny.graft_model())
+    save_adapters(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ADAPTER_FILES)
+    again = tiny.graft_model()
+    attach_adapters(again, tmp_path)
+    assert torch.equal(logits(again.eval()), logits(model))
+    assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == {
+        name for name, _ in again.named_parameters() if "lora_" in name
+    }
+
+
+def test_peft_loads_the_files(tmp_path):
+    from peft import PeftModel
+
+    model = adapt(tiny.graft_model())
+    save_adapters(model, tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.graft_model(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 3}, {"intermediate_size": 96}], ids=["deeper", "wider"])
+def test_adapters_of_another_graft_are_refused(tmp_path, change):
+    save_adapters(adapt(tiny.graft_model()), tmp_path)
+    text = tiny.qwen2vl_config().to_dict()["text_config"] | change
+    if "num_hidden_layers" in change:
+        text.pop("layer_types", None)
+    with pytest.raises(ModelError, match="do not fit this graft") as caught:
+        attach_adapters(tiny.graft_model(text_config=text), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_adapters_are_named(tmp_path):
+    with pytest.raises(ModelError, match=r"holds no adapters \(adapter_config\.json, adapter_model\.safetensors\)"):
+        attach_adapters(tiny.graft_model(), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory) -> Path:
+    """The output folder of a stage 2, beside its graft."""
+    folder = tmp_path_factory.mktemp("adapters")
+    model, _ = open_graft(tiny.save_tiny_graft(folder / "graft"))
+    stage = folder / "stage2"
+    stage.mkdir()
+    model.audio_projector.linear.weight.data.mul_(2)
+    save_adapters(adapt(model), stage)
+    save_projector(model, stage)
+    write_stage(stage, stage=2, graft=folder / "graft")
+    return stage
+
+
+def test_a_stages_output_opens_on_its_graft(stage, monkeypatch):
+    model, _ = open_graft(stage)
+    base, _ = open_graft(stage.parent / "graft")
+    assert torch.equal(model.audio_projector.linear.weight, base.audio_projector.linear.weight * 2)
+    base.audio_projector.linear.weight.data.mul_(2)
+    assert torch.equal(logits(adapt(base)), logits(model))
+    monkeypatch.chdir(stage)  # a relative path means the same
+    assert torch.equal(logits(open_graft(".")[0]), logits(model))
+
+
+def test_adapters_are_not_merged_into_four_bits(stage):
+    model, _ = open_graft(stage, dtype=torch.float32, nf4=True)
+    with pytest.raises(ModelError, match="merged into full-precision weights, not into 4-bit ones"):
+        merge_adapters(model)
+
+
+def test_the_merge_job_writes_a_whole_graft_and_keeps_the_adapters(stage, tmp_path, capsys):
+    def merge(*arguments: str) -> int:
+        return run_job(MergeRecipe, main, summary="", argv=list(arguments))
+
+    out = tmp_path / "merged"
+    assert merge(f"model={stage}", f"out={out}") == 0
+    model, processor = open_graft(out)
+    assert further(logits(model), logits(open_graft(stage)[0])) < 1e-5
+    assert processor.tokenizer.convert_tokens_to_ids("<|audio_pad|>") == model.config.audio_token_id
+    assert sorted(path.name for path in (out / ADAPTER_FOLDER).iterdir()) == sorted([*ADAPTER_FILES, "projector.safetensors"])
+    capsys.readouterr()
+    assert merge(f"model={stage.parent / 'graft'}", f"out={tmp_path / 'no'}") == 2
+    assert "is no stage's output (it has no stage.json)" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*no*"))

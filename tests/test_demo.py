@@ -1,0 +1,116 @@
+"""What jobs.demo does besides running the other jobs: its folder, its recipes, its HTTP client, its numbers."""
+
+import email
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from graft.errors import GraftError
+from jobs import demo as demo_job
+from jobs.cli import run_job
+from jobs.demo import Demo, DemoRecipe
+
+
+class Upload(BaseHTTPRequestHandler):
+    """Answers GET with 200 and POST with what it understood of a form."""
+
+    def do_GET(self) -> None:
+        self._answer({"path": self.path})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        form = email.message_from_bytes(f"Content-Type: {self.headers['content-type']}\r\n\r\n".encode() + body)
+        parts = {part.get_param("name", header="content-disposition"): part for part in form.get_payload()}
+        heard = {"name": parts["file"].get_filename(), "bytes": parts["file"].get_payload(decode=True).hex()}
+        self._answer({"text": json.dumps({**heard, "path": self.path, "model": parts["model"].get_payload()})})
+
+    def _answer(self, value: dict[str, str]) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *ignored: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Upload)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_upload_arrives_whole(url: str, tmp_path: Path) -> None:
+    content = os.urandom(5000) + b"\r\n--\r\n\x00\xff"
+    (tmp_path / "a.flac").write_bytes(content)
+    understood = json.loads(demo_job._post(f"{url}/v1/audio/transcriptions", tmp_path / "a.flac"))
+    assert understood == {"name": "a.flac", "bytes": content.hex(), "path": "/v1/audio/transcriptions", "model": "merged"}
+
+
+def test_the_server_is_waited_for_as_long_as_it_lives(url: str) -> None:
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        demo_job._wait_until_healthy(url, process)
+        process.communicate(b"")
+    with pytest.raises(GraftError, match=r"serve\.log"):
+        demo_job._wait_until_healthy(url, process)
+
+
+def test_only_a_demos_own_folder_is_emptied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    assert run_job(DemoRecipe, demo_job.main, summary="", argv=[f"out={out}"]) == 2
+    fault = capsys.readouterr().err
+    assert fault.startswith(f"graft: error: {out} holds something else")
+    assert fault.count("\n") == 1
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+    ours = DemoRecipe(out=str(tmp_path / "demo"))
+    demo_job._start_afresh(ours)
+    (tmp_path / "demo" / "summary.json").write_text("old")
+    demo_job._start_afresh(ours.model_copy(update={"stage1_epochs": 9}))
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["recipe.yaml"]
+
+
+def test_both_stages_read_what_the_steps_before_them_wrote(tmp_path: Path) -> None:
+    demo = Demo(DemoRecipe(out=str(tmp_path), stage1_epochs=4, stage2_epochs=5, workers=3))
+    first, second, score = demo_job._stage1_recipe(demo), demo_job._stage2_recipe(demo), demo_job._evaluate_recipe(demo)
+    assert (first.epochs, second.epochs, first.workers, second.workers) == (4, 5, 3, 3)
+    assert first.backend == "deepspeed"
+    assert second.quantize == "nf4"
+    assert second.projector == first.out
+    assert first.data == second.data == [score.data["trained"]]
+    assert score.audio_check == "trained"
+    assert score.limit is not None
+    assert score.limit <= len(demo_job._manifest("train"))
+    sources = demo_job._prepare_recipe(demo).long_sources()
+    assert [(source.split, Path(source.manifest).is_file()) for source in sources] == [("train", True), ("unseen", True)]
+    assert {Path(path).name for path in (*first.data, *score.data.values())} == {source.split for source in sources}
+
+
+def test_the_summary_has_the_keys_that_others_read(tmp_path: Path) -> None:
+    demo = Demo(DemoRecipe(out=str(tmp_path)))
+    assert demo.step("prepare", "rows", lambda: 7) == 7
+    scores = {
+        name: {"graft": {"wer": place, "clips": 20}, "whisper": {"wer": place / 2}} for place, name in enumerate(["trained", "unseen"])
+    }
+    report = {"sets": {**scores, "swapped": {"graft": {"wer": 2}}}, "rtfx": {"graft": 3.0}}
+    stage = {"loss_first": 6.0, "loss_last": 1.0, "steps": 9, "seconds": 5.0}
+    summary = demo_job._summary(demo, stage, stage, report)
+    assert summary["stage1"] == summary["stage2"] == {"loss_first": 6.0, "loss_last": 1.0, "seconds": 5.0}
+    assert summary["wer"] == {"trained": 0, "unseen": 1, "swapped": 2, "whisper_trained": 0, "whisper_unseen": 0.5}
+    assert summary["clips"] == {"trained": 64, "unseen": 20, "scored": 20}
+    assert summary["seconds"]["prepare"] == summary["seconds"]["total"]
+    assert summary["rtfx"] == 3.0

@@ -5,6 +5,7 @@ it is done also projector.safetensors (stage 2: the adapters too), loss.png, sta
 """
 
 import json
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -26,7 +27,8 @@ from jobs.cluster import connect
 from jobs.console import follow
 from jobs.ingest import Delivery, plan_columns, planned_dataset
 from jobs.outputs import claim_output, holds_results, write_atomic
-from jobs.train_worker import CHECKPOINTS, FINAL, LOG_FILE, Run, Stage, work
+from jobs.remote import train
+from jobs.train_worker import CHECKPOINTS, FINAL, LOG_FILE, Run, Stage
 
 RESULT_FILE = "result.json"
 HOW_NOT_WHAT = frozenset({"workers", "threads_per_worker", "data_workers", "gpu", "log_every", "checkpoint_every", "keep_checkpoints"})
@@ -122,8 +124,8 @@ def _train(recipe: TrainRecipe, run: Run, dataset: Any) -> None:
 
     resources = {"CPU": 1.0, **({"GPU": 1.0} if recipe.gpu else {})}
     trainer = TorchTrainer(
-        work,
-        train_loop_config={"run": run},
+        train,
+        train_loop_config={"run": pickle.dumps(run)},
         scaling_config=ray.train.ScalingConfig(num_workers=recipe.workers, use_gpu=recipe.gpu, resources_per_worker=resources),
         run_config=ray.train.RunConfig(name=f"attempt-{time.time_ns()}", storage_path=str(Path(run.out, "ray"))),
         datasets={"train": dataset},
@@ -136,9 +138,10 @@ def _train(recipe: TrainRecipe, run: Run, dataset: Any) -> None:
 
 def _finish(out: Path, graft: str, stage: Stage, *, seconds: float) -> dict[str, Any]:
     """Give what the worker left its final names; result.json comes last and says that all is there."""
-    for path in (out / FINAL).iterdir():
-        path.replace(out / path.name)
-    (out / FINAL).rmdir()
+    if (out / FINAL).is_dir():  # it is gone where a run was cut off after this
+        for path in (out / FINAL).iterdir():
+            path.replace(out / path.name)
+        (out / FINAL).rmdir()
     write_stage(out, stage=stage.number, graft=graft)
     draw_loss(out, title=f"stage {stage.number}")
     lines = read_metrics(out)

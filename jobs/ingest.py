@@ -17,6 +17,7 @@ from graft.errors import AudioError, DataError
 from graft.processor import Example, GraftProcessor
 from graft.training.loop import TrainingBatch
 from graft.training.plan import PlanColumns, PlannedBatch
+from jobs.remote import LoadBatches
 
 MAX_DURATION_S = 30.0
 _TENSORS = ("input_ids", "attention_mask", "labels", "input_features", "audio_frame_counts")
@@ -100,19 +101,12 @@ def planned_dataset(delivery: Delivery, *, data_workers: int) -> Any:
 
     count = len(delivery.batches)
     return ray.data.range(count, override_num_blocks=count).map_batches(
-        _RayBatchLoader,
+        LoadBatches,
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=data_workers),
         num_cpus=1,
         fn_constructor_args=(ray.put(delivery),),
     )
-
-
-class _RayBatchLoader(BatchLoader):
-    def __init__(self, delivery: Any):
-        import ray
-
-        super().__init__(ray.get(delivery))
 
 
 def training_batches(

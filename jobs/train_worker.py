@@ -50,12 +50,11 @@ class Run:
     total_steps: int
 
 
-def work(config: dict[str, Any]) -> None:
-    """Train on this worker's share of the plan. `config` holds the Run; every worker calls it once."""
+def work(run: Run) -> None:
+    """Train on this worker's share of the plan; every worker calls it once."""
     import ray.train
     from ray.train.torch import get_device
 
-    run: Run = config["run"]
     recipe, out, device = run.recipe, Path(run.out), get_device()
     is_first = ray.train.get_context().get_world_rank() == 0
     say = functools.partial(_say, out if is_first else None)

@@ -139,10 +139,10 @@ def test_wrong_bases_end_in_one_line_and_leave_nothing(bases, tmp_path, capsys):
         (audio, audio, "is a whisper checkpoint, not qwen2_vl"),
         (str(tmp_path / "nowhere"), text, "nowhere can't be read as a whisper checkpoint"),
         (str(tmp_path / "empty"), text, "empty has no config.json"),
-        (broken(audio, tmp_path / "json", "config.json", b"{"), text, "json can't be read as a whisper checkpoint (It looks like the config file"),
+        (broken(audio, tmp_path / "json", "config.json", b"{"), text, "json can't be read as a whisper checkpoint (It looks"),
         (broken(audio, tmp_path / "weightless", "model.safetensors", None), text, "weightless can't be read (Error no file named"),
         (audio, broken(text, tmp_path / "cut", "model.safetensors", b"\x10"), "cut can't be read"),
-        (audio, broken(text, tmp_path / "holed", "model.safetensors", holed), "holed lacks 1 tensors, model.language_model.norm.weight first"),
+        (audio, broken(text, tmp_path / "holed", "model.safetensors", holed), "holed lacks 1 tensors, model.language_model.norm"),
         (audio, broken(text, tmp_path / "wordless", "tokenizer.json", None), "wordless can't be read"),
         (broken(audio, tmp_path / "earless", "preprocessor_config.json", None), text, "earless can't be read"),
     ]

@@ -89,7 +89,7 @@ def test_both_stages_read_what_the_steps_before_them_wrote(tmp_path: Path) -> No
     first, second, score = demo_job._stage1_recipe(demo), demo_job._stage2_recipe(demo), demo_job._evaluate_recipe(demo)
     assert (first.epochs, second.epochs, first.workers, second.workers) == (4, 5, 3, 3)
     assert first.backend == "deepspeed"
-    assert second.quantize == "nf4"
+    assert second.quantize == demo.recipe.quantize
     assert second.projector == first.out
     assert first.data == second.data == [score.data["trained"]]
     assert score.audio_check == "trained"

@@ -16,8 +16,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_speech import BROKEN, corpus, row
-from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+from tiny_speech import BROKEN, corpus, row, save_tiny_whisper
 
 from graft.audio import read_audio
 from graft.config import recipe_yaml
@@ -64,7 +63,7 @@ class Home:
             "model": self.graft,
             "data": [self.train],
             "out": self.out(out),
-            "epochs": 30,
+            "epochs": 20,
             "token_budget": 400,
             "learning_rate": 2e-2,
             "warmup_steps": 3,
@@ -236,20 +235,7 @@ def test_every_checkpoint_hears(home: Home, first: Path, second: Path, merged: P
 
 @pytest.fixture(scope="module")
 def whisper(home: Home) -> str:
-    """A whole tiny Whisper, that writes bytes at random."""
-    folder = home.out("whisper")
-    words = tiny.tokenizer()
-    config = tiny.whisper_config()
-    config.vocab_size = len(words)
-    config.eos_token_id, config.pad_token_id, config.bos_token_id = [words.pad_token_id] * 3
-    torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.2)
-    model.save_pretrained(folder)
-    WhisperTokenizer(vocab=words.get_vocab(), merges=[]).save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
-    return folder
+    return save_tiny_whisper(home.folder / "whisper")
 
 
 def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) -> None:

@@ -1,4 +1,4 @@
-"""Small corpora of shaped noise, for what needs rows rather than speech."""
+"""Small corpora of shaped noise, and a tiny Whisper to hear them, for what needs rows rather than speech."""
 
 import io
 from collections.abc import Sequence
@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import soundfile
+import tiny
+import torch
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
 from graft.audio import SAMPLE_RATE
 from graft.corpus import write_corpus
 
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 def flac(seconds: float, seed: int = 0) -> bytes:
@@ -39,3 +42,19 @@ def corpus(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 
 BROKEN = {"wav": {"bytes": b"no audio at all", "path": "broken.flac"}}
+
+
+def save_tiny_whisper(folder: Path) -> str:
+    """Write a whole tiny Whisper, which answers with bytes at random."""
+    words = tiny.tokenizer()
+    config = tiny.whisper_config()
+    config.vocab_size = len(words)
+    config.eos_token_id, config.pad_token_id, config.bos_token_id = [words.pad_token_id] * 3
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    model.save_pretrained(folder)
+    WhisperTokenizer(vocab=words.get_vocab(), merges=[]).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    return str(folder)

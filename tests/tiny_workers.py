@@ -17,7 +17,8 @@ from graft.training.checkpoint import Progress
 from graft.training.loop import TrainingBatch
 from jobs.train_worker import Stage, stage_model
 
-STAGES = {"stage1": Stage(1), "stage2": Stage(2, lora=LoraSettings(rank=4, alpha=8, dropout=0.1))}
+LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
+STAGES = {"stage1": Stage(1), "stage2": Stage(2, lora=LORA), "qlora": Stage(2, lora=LORA, nf4=True)}
 STEPS, STEP_BATCHES = 3, 4
 
 

@@ -33,13 +33,13 @@ class BuildRecipe(Recipe):
 
 def run(recipe: BuildRecipe) -> None:
     """Build a graft and its processor into recipe.out."""
-    from graft.model.build import AudioSettings, build_graft
+    from graft.model.build import build_graft
     from graft.model.opening import DTYPES
 
     with staged_output(recipe.out, recipe) as out:
         audio_base, text_base = _bases(recipe)
-        settings = AudioSettings(**{name: getattr(recipe, name) for name in AudioSettings.__dataclass_fields__})
-        model, processor = build_graft(audio_base, text_base, settings=settings, dtype=DTYPES.get(recipe.dtype), seed=recipe.seed)
+        settings = recipe.model_dump(exclude={"out", "audio_base", "text_base", "dtype", "seed"})
+        model, processor = build_graft(audio_base, text_base, dtype=DTYPES.get(recipe.dtype), seed=recipe.seed, **settings)
         model.save_pretrained(out)
         processor.save_pretrained(out)
     trained = sum(parameter.numel() for parameter in model.audio_projector.parameters())

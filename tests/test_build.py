@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperFeatureExtractor, WhisperModel
 
 from graft.errors import ModelError
-from graft.model.build import AudioSettings, build_graft
-from graft.model.configuration import AUDIO_TOKENS
+from graft.model.build import build_graft
+from graft.model.configuration import AUDIO_TOKENS, GraftConfig
 from graft.model.opening import open_graft
 from graft.model.weights import state_digest
 from jobs.build import BuildRecipe, main
@@ -52,16 +52,16 @@ def build_job(*arguments: str) -> int:
 
 def test_the_bases_tensors_are_kept_bit_for_bit(bases):
     audio, text = bases
-    model, _ = build_graft(audio, text, settings=AudioSettings())
+    model, _ = build_graft(audio, text)
     state = model.state_dict()
     encoder, words = WhisperModel.from_pretrained(audio).encoder, Qwen2VLForConditionalGeneration.from_pretrained(text)
     kept = {f"audio_tower.{name}": tensor for name, tensor in encoder.state_dict().items()} | words.state_dict()
     assert state.keys() - kept.keys() == {"audio_projector.linear.weight"}
     assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
     assert model.config.base_digests == {"audio": state_digest(encoder.state_dict()), "text": state_digest(words.state_dict())}
-    again, _ = build_graft(audio, text, settings=AudioSettings())
+    again, _ = build_graft(audio, text)
     assert state_digest(again.state_dict()) == state_digest(state)
-    other, _ = build_graft(audio, text, settings=AudioSettings(), seed=1)
+    other, _ = build_graft(audio, text, seed=1)
     assert not torch.equal(other.audio_projector.linear.weight, model.audio_projector.linear.weight)
 
 
@@ -69,7 +69,7 @@ def test_the_bases_tensors_are_kept_bit_for_bit(bases):
 def test_audio_tokens_take_spare_rows_or_new_ones(bases, tmp_path, spare_rows, tied):
     text = save_text_base(tmp_path / "qwen", spare_rows=spare_rows, tied=tied)
     base = Qwen2VLForConditionalGeneration.from_pretrained(text)
-    model, processor = build_graft(bases[0], text, settings=AudioSettings())
+    model, processor = build_graft(bases[0], text)
     before, after = base.get_input_embeddings().weight, model.get_input_embeddings().weight
     words = len(tiny.tokenizer(audio=False))
     assert after.shape[0] == model.lm_head.weight.shape[0] == model.config.text_config.vocab_size == words + max(spare_rows, 3)
@@ -92,11 +92,11 @@ def test_audio_tokens_take_spare_rows_or_new_ones(bases, tmp_path, spare_rows, t
 
 
 def test_the_settings_reach_model_and_processor(bases):
-    settings = AudioSettings(audio_pool=4, audio_context="trim", audio_projector="mlp", prompt_style="reference", text_style="raw")
-    model, processor = build_graft(*bases, settings=settings, dtype=torch.bfloat16)
+    settings = {"audio_pool": 4, "audio_context": "trim", "audio_projector": "mlp", "prompt_style": "reference", "text_style": "raw"}
+    model, processor = build_graft(*bases, dtype=torch.bfloat16, **settings)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     for name in ("audio_pool", "audio_context", "prompt_style", "text_style"):
-        assert getattr(model.config, name) == getattr(processor, name) == getattr(settings, name)
+        assert getattr(model.config, name) == getattr(processor, name) == settings[name]
     assert hasattr(model.audio_projector, "linear_2")
 
 
@@ -104,7 +104,7 @@ def test_the_build_job_writes_a_graft_that_a_fresh_process_loads(bases, tmp_path
     audio, text = bases
     assert build_job(f"audio_base={audio}", f"text_base={text}", f"out={tmp_path / 'graft'}", "audio_pool=1") == 0
     model, processor = open_graft(tmp_path / "graft")
-    expected, _ = build_graft(audio, text, settings=AudioSettings(audio_pool=1))
+    expected, _ = build_graft(audio, text, audio_pool=1)
     assert state_digest(model.state_dict()) == state_digest(expected.state_dict())
     assert (tmp_path / "graft" / "recipe.yaml").is_file()
     script = f"""
@@ -156,7 +156,7 @@ def test_wrong_bases_end_in_one_line_and_leave_nothing(bases, tmp_path, capsys):
 
 
 def test_a_damaged_graft_is_refused_in_one_line(bases, tmp_path):
-    model, processor = build_graft(*bases, settings=AudioSettings())
+    model, processor = build_graft(*bases)
     model.save_pretrained(tmp_path / "graft")
     processor.save_pretrained(tmp_path / "graft")
     config = json.loads((tmp_path / "graft" / "config.json").read_text()) | {"audio_pool": 3}
@@ -168,3 +168,8 @@ def test_a_damaged_graft_is_refused_in_one_line(bases, tmp_path):
     for folder, words in [(bases[1], "is a qwen2_vl checkpoint, not graft"), (str(tmp_path / "no"), "can't be read as a graft")]:
         with pytest.raises(ModelError, match=words):
             open_graft(folder)
+
+
+def test_the_recipes_defaults_are_the_configurations() -> None:
+    recipe = BuildRecipe(out="o").model_dump(exclude={"out", "audio_base", "text_base", "dtype", "seed"})
+    assert recipe == {name: getattr(GraftConfig(), name) for name in recipe}

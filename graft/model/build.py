@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,14 @@ from graft.model.weights import state_digest
 from graft.processor import GraftProcessor
 
 
-@dataclass(frozen=True)
-class AudioSettings:
-    """How audio becomes tokens; see GraftConfig."""
-
-    audio_pool: int = 2
-    audio_context: str = "valid"
-    audio_margin_s: float = 1.0
-    audio_projector: str = "linear"
-    prompt_style: str = "graft"
-    text_style: str = "lower"
-
-
 def build_graft(
-    audio_base: str, text_base: str, *, settings: AudioSettings, dtype: torch.dtype | None = None, seed: int = 0
+    audio_base: str, text_base: str, *, dtype: torch.dtype | None = None, seed: int = 0, **settings: Any
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
     """Join a Whisper and a Qwen2-VL checkpoint (hub ids or folders) into a graft and its processor.
 
-    The frozen parts keep the text base's dtype unless `dtype` is given. The audio tokens take spare rows of the embedding table, which
-    grows only where there are none. Raises ModelError for a base of another kind.
+    `settings` are GraftConfig's (audio_pool, audio_context, ...). The frozen parts keep the text base's dtype unless `dtype` is given. The
+    audio tokens take spare rows of the embedding table, which grows only where there are none. Raises ModelError for a base of another
+    kind, and for wrong settings.
     """
     check_kind(audio_base, "whisper")
     check_kind(text_base, "qwen2_vl")
@@ -100,13 +88,13 @@ def _add_audio_tokens(tokenizer: Any, text: Qwen2VLForConditionalGeneration, see
 
 
 def _config(
-    text: Qwen2VLForConditionalGeneration, encoder: Any, tokenizer: Any, settings: AudioSettings, digests: dict[str, str]
+    text: Qwen2VLForConditionalGeneration, encoder: Any, tokenizer: Any, settings: dict[str, Any], digests: dict[str, str]
 ) -> GraftConfig:
     base = {key: value for key, value in text.config.to_dict().items() if key not in ("model_type", "architectures")}
     pad, start, end = tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS))
     ids = {"audio_token_id": pad, "audio_start_token_id": start, "audio_end_token_id": end}
     try:
-        return GraftConfig(**base, **ids, **vars(settings), audio_config=encoder.config.to_dict(), base_digests=digests)
+        return GraftConfig(**base, **ids, **settings, audio_config=encoder.config.to_dict(), base_digests=digests)
     except ValueError as error:
         raise ModelError(str(error)) from error
 

@@ -88,7 +88,7 @@ def stop(head: subprocess.Popen[bytes]) -> None:
     """End the head's own processes: `ray stop` would end every Ray of this machine."""
     head.send_signal(signal.SIGTERM)  # `ray start --block` ends what it started
     with contextlib.suppress(subprocess.TimeoutExpired):
-        head.wait(timeout=15)
+        head.wait(timeout=5)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(head.pid, signal.SIGKILL)
     head.wait(timeout=30)

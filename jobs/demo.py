@@ -41,7 +41,7 @@ class DemoRecipe(Recipe):
     out: str = "runs/demo"
     """Folder for everything; what an earlier demo left there is removed."""
     stage1_epochs: int = Field(default=3, ge=1)
-    stage2_epochs: int = Field(default=8, ge=1)
+    stage2_epochs: int = Field(default=7, ge=1)
     workers: int = Field(default=2, ge=1)
     """Training workers, one thread each."""
     quantize: Literal["nf4", "none"] = "none"
@@ -117,7 +117,7 @@ def _training(demo: Demo, stage: str) -> dict[str, Any]:
         "model": demo.path("graft"),
         "data": [demo.path("data/train")],
         "out": demo.path(stage),
-        "token_budget": 500,
+        "token_budget": 400,
         "warmup_steps": 5,
         "log_every": 6,
         "workers": demo.recipe.workers,

@@ -30,7 +30,7 @@ class Stage2Recipe(TrainRecipe):
     """NF4 makes it QLoRA; none leaves the base in `dtype`."""
     lora: LoraRecipe = LoraRecipe()
     backend: Literal["deepspeed", "torch"] = "torch"
-    """Plain torch, DDP where there are several workers; DeepSpeed only without NF4."""
+    """Plain torch (DDP where there are several workers), or DeepSpeed ZeRO."""
     learning_rate: float = Field(default=2e-4, gt=0)
 
 

@@ -70,16 +70,17 @@ class BatchLoader:
         rows = self.delivery.rows
         skipped: list[dict[str, str]] = []
         examples = [self._example(row, skipped) for row in planned.rows]
+        heard = [row for row, example in zip(planned.rows, examples, strict=True) if example.target_ids]
         if not examples:
-            clip = self._example(self.delivery.filler_row, skipped)
+            clip = self._example(self.delivery.filler_row, [])
             examples = [Example(clip.features, clip.prompt_ids, [])]
         return {
             **self.processor.training_batch(examples),
             "position": np.array(planned.position),
             "step_position": np.array(planned.step_position),
             "step_label_count": np.array(planned.step_label_count),
-            "is_filler": np.array(not planned.rows),
-            "audio_s": np.array(rows.duration_s[list(planned.rows)].sum()),
+            "clip_count": np.array(len(heard)),
+            "audio_s": np.array(rows.duration_s[heard].sum()),
             "skipped": np.array(json.dumps(skipped)),
         }
 
@@ -120,6 +121,6 @@ def training_batches(
             position=int(block["position"][0]),
             step_position=int(block["step_position"][0]),
             step_label_count=int(block["step_label_count"][0]),
-            is_filler=bool(block["is_filler"][0]),
+            clip_count=int(block["clip_count"][0]),
             audio_s=float(block["audio_s"][0]),
         )

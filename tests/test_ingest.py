@@ -63,7 +63,7 @@ def test_a_batch_is_what_the_processor_makes_of_its_rows(folder, processor, tmp_
         "position": 5,
         "step_position": 6,
         "step_label_count": 77,
-        "is_filler": False,
+        "clip_count": 3,
         "skipped": "[]",
     }
 
@@ -78,6 +78,8 @@ def test_a_clip_that_cannot_be_read_is_masked_and_reported_and_changes_no_count(
     assert np.array_equal(bad["labels"][0, :length], good["labels"][0, :length])
     assert bad["step_label_count"] == good["step_label_count"]
     assert bad["input_ids"].shape[0] == 3
+    assert (good["clip_count"], bad["clip_count"]) == (3, 1)
+    assert bad["audio_s"] == pytest.approx(read_rows(str(tmp_path / "bad.parquet")).duration_s[0])
     skipped = json.loads(str(bad["skipped"]))
     assert [clip["id"] for clip in skipped] == ["clip1", "clip3"]
     assert "broken.flac: not readable as audio" in skipped[0]["reason"]
@@ -91,14 +93,15 @@ def test_delivered_blocks_become_training_batches(folder, processor, tmp_path):
     loader = loader_of(data, folder, planned)
     skipped: list[dict[str, str]] = []
     batches = list(training_batches((loader({"id": np.array([number])}) for number in range(len(planned))), torch.device("cpu"), skipped))
-    assert [batch.is_filler for batch in batches] == [False, False, False, True]
+    assert [batch.clip_count for batch in batches] == [len(one.rows) - (6 in one.rows) for one in planned]
+    assert not planned[-1].rows
     assert [batch.inputs["input_ids"].shape[0] for batch in batches] == [len(one.rows) or 1 for one in planned]
     assert [(one.position, one.step_position, one.step_label_count) for one in batches] == [
         (one.position, one.step_position, one.step_label_count) for one in planned
     ]
     assert not (batches[-1].inputs["labels"] != -100).any()
     assert batches[-1].audio_s == 0
-    assert sum(batch.audio_s for batch in batches) == pytest.approx(sum(SECONDS), abs=1e-4)
+    assert sum(batch.audio_s for batch in batches) == pytest.approx(sum(SECONDS) - SECONDS[6], abs=1e-4)
     labels = sum(int((batch.inputs["labels"] != -100).sum()) for batch in batches)
     assert labels == plan.columns.label_counts.sum() - plan.columns.label_counts[6]
     assert [clip["id"] for clip in skipped] == ["clip6"]

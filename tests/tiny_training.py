@@ -34,8 +34,8 @@ def step_batches(processor: GraftProcessor, *batches: Sequence[Example], first: 
             position=min(first + index + 1, end),
             step_position=end,
             step_label_count=label_count,
-            is_filler=not any(one.target_ids for one in batch),
-            audio_s=1.0,
+            clip_count=sum(bool(one.target_ids) for one in batch),
+            audio_s=float(any(one.target_ids for one in batch)),
         )
         for index, batch in enumerate(batches)
     ]

@@ -30,13 +30,13 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """A batch on its device: the model's inputs with labels, and what the plan says of it. `is_filler` has no weight."""
+    """A batch on its device: the model's inputs with labels, what the plan says of it, and the clips and seconds in it that count."""
 
     inputs: Mapping[str, Tensor]
     position: int
     step_position: int
     step_label_count: int
-    is_filler: bool
+    clip_count: int
     audio_s: float
 
 
@@ -142,9 +142,8 @@ class _Meter:
 
     def add(self, loss: Tensor, batch: TrainingBatch) -> None:
         self.losses.append(loss)
-        if not batch.is_filler:
-            self.clips += batch.inputs["input_ids"].shape[0]
-            self.audio_s += batch.audio_s
+        self.clips += batch.clip_count
+        self.audio_s += batch.audio_s
 
     def read(self, step: int, total_steps: int, learning_rate: float, grad_norm: float, waiting: _Stopwatch) -> tuple[StepLog, int, float]:
         device = self.losses[0].device

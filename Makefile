@@ -14,8 +14,6 @@ export PATH := $(VENV)/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
 export RAY_USAGE_STATS_ENABLED := 0
 demo test test-slow: export HF_HUB_OFFLINE := 1
-# Of Ray's C++ errors: it prints one for every actor pool of Ray Data, about nothing that goes wrong (ray-project/ray#53727).
-demo: export RAY_BACKEND_LOG_LEVEL := fatal
 test test-slow: export OMP_NUM_THREADS := 1
 
 fail = { echo "graft: error: $(1)" >&2; exit 1; }

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ POLL_S = 0.5
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' progress bars and hints out of a job's output; for a process's entry point."""
+    """Keep the progress bars and hints of libraries out of a job's output; for a process's entry point, before Ray is imported."""
+    # Ray's C++ prints an error for every actor pool of Ray Data, about nothing that goes wrong (ray-project/ray#53727).
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

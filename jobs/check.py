@@ -21,7 +21,7 @@ class CheckRecipe(Recipe):
 
     model: str
     """A graft, or the output folder of a stage."""
-    data: list[str]
+    data: str | list[str]
     """Labelled clips in SpeechBrain's LargeScaleASR schema; the first `clips` are used."""
     clips: int = 4
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -38,7 +38,7 @@ def run(recipe: CheckRecipe) -> Preflight:
     return result
 
 
-def first_clips(data: list[str], processor: GraftProcessor, count: int) -> dict[str, torch.Tensor]:
+def first_clips(data: str | list[str], processor: GraftProcessor, count: int) -> dict[str, torch.Tensor]:
     """Make one training batch of the first clips of a corpus, as the stages would."""
     rows = read_rows(data)
     plan_columns(rows, processor)  # refuses rows without text and clips that are too long

@@ -9,7 +9,7 @@ import pickle
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -40,7 +40,7 @@ class TrainRecipe(Recipe):
 
     model: str
     """The graft to train: a folder written by jobs.build, or a hub id."""
-    data: list[str] = Field(min_length=1)
+    data: str | Annotated[list[str], Field(min_length=1)]
     """Parquet files, folders or globs in SpeechBrain's LargeScaleASR schema."""
     out: str
     """Folder for the results; a run that was cut off goes on from its last checkpoint."""

@@ -57,7 +57,8 @@ def test_entrypoint_is_a_whole_recipe(job: dict[str, Any]) -> None:
     settings = read_recipe(Stage1Recipe, str(ROOT / recipe), [model, data, out, workers, gpu])
     assert settings.gpu
     mounts = {mount["mountPath"] for pod in pods(job) for container in pod["containers"] for mount in container["volumeMounts"]}
-    assert all(path.startswith(tuple(f"{mount}/" for mount in mounts)) for path in (settings.model, settings.out, *settings.data))
+    assert isinstance(settings.data, str)
+    assert all(path.startswith(tuple(f"{mount}/" for mount in mounts)) for path in (settings.model, settings.out, settings.data))
 
 
 def test_ray_is_one_version_everywhere(job: dict[str, Any]) -> None:

@@ -147,8 +147,11 @@ def _say(out: Path | None, line: str) -> None:
 
 
 def _append_skipped(out: Path, skipped: list[dict[str, str]]) -> None:
-    if skipped:
-        with (out / SKIPPED_FILE).open("a") as file:
-            file.writelines(json.dumps(clip) + "\n" for clip in skipped)
-        _say(out, f"{len(skipped)} clips could not be decoded and do not count, see {SKIPPED_FILE}")
-        skipped.clear()
+    """List clips that were masked, each once however many epochs and resumptions meet it, and forget them."""
+    path = out / SKIPPED_FILE
+    listed = set(path.read_text().splitlines()) if path.is_file() else set()
+    if new := [line for line in dict.fromkeys(map(json.dumps, skipped)) if line not in listed]:
+        with path.open("a") as file:
+            file.writelines(line + "\n" for line in new)
+        _say(out, f"{len(new)} clips could not be decoded and do not count, see {SKIPPED_FILE}")
+    skipped.clear()

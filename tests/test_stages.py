@@ -155,7 +155,7 @@ def test_stage1_leaves_what_it_promises(home: Home, first: Path) -> None:
     assert (first / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((first / "stage.json").read_text()) == {"stage": 1, "graft": "../graft"}
     skipped = lines(first / "skipped.jsonl")
-    assert [clip["id"] for clip in skipped] == ["broken"] * home.stage1_recipe("x").epochs
+    assert [clip["id"] for clip in skipped] == ["broken"]  # once, whatever the epochs
     assert "broken.flac" in skipped[0]["reason"]
     log = (first / "log.txt").read_text()
     assert log.startswith("preflight: ")
@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on_where_it_was(first: Path, resumed: Path) -> None:
     assert 0 < int(step) < len(expected)
     assert int(step) % CHECKPOINT_EVERY == 0
     assert {path.name for path in resumed.iterdir()} == LEFT_BY_A_STAGE | {"skipped.jsonl"}
-    assert {clip["id"] for clip in lines(resumed / "skipped.jsonl")} == {"broken"}
+    assert [clip["id"] for clip in lines(resumed / "skipped.jsonl")] == ["broken"]
     for key in ("step", "loss", "learning_rate", "grad_norm"):
         assert [line[key] for line in metrics] == pytest.approx([line[key] for line in expected], rel=1e-5, abs=1e-6), key
     torch.testing.assert_close(load_file(resumed / "projector.safetensors"), load_file(first / "projector.safetensors"), rtol=0, atol=1e-6)

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+WORKER_VARIABLES = {"OMP_NUM_THREADS": "1", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600", "TOKENIZERS_PARALLELISM": "false"}
+"""What every worker process needs: one thread unless a job asks for more, and a bound on waiting for a lost peer."""
+
 
 def connect(*, cpus: int | None = None) -> None:
     """Join the Ray cluster named by RAY_ADDRESS (as under `ray job submit`) or start a local one; do nothing where Ray already runs.
@@ -20,9 +23,11 @@ def connect(*, cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     # Jobs print their own progress; what Ray's processes print stays in Ray's log folder.
-    variables = {name: value for name, value in worker_environment().items() if name not in _submitted_variables()}
+    is_joining = bool(os.environ.get("RAY_ADDRESS"))
+    variables = WORKER_VARIABLES | ({} if is_joining else _paths_of_this_machine())
+    variables = {name: value for name, value in variables.items() if name not in _submitted_variables()}
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": variables}}
-    if os.environ.get("RAY_ADDRESS"):
+    if is_joining:
         ray.init(**settings)
     else:
         ray.init(
@@ -40,12 +45,12 @@ def connect(*, cpus: int | None = None) -> None:
     data_context.print_on_execution_start = False
 
 
-def worker_environment() -> dict[str, str]:
-    """What every worker process needs: one thread unless a job asks for more, and a bound on waiting for a lost peer."""
-    passed = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME", "GRAFT_CACHE", "TORCH_EXTENSIONS_DIR") if name in os.environ}
+def _paths_of_this_machine() -> dict[str, str]:
+    """Where a local Ray's workers find what this process finds; another machine's folders may be others."""
+    names = ("HF_HUB_OFFLINE", "HF_HOME", "GRAFT_CACHE", "TORCH_EXTENSIONS_DIR")
     # DeepSpeed compiles with ninja, which stands beside this interpreter.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {"PATH": path, "OMP_NUM_THREADS": "1", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600", "TOKENIZERS_PARALLELISM": "false", **passed}
+    return {"PATH": path, **{name: os.environ[name] for name in names if name in os.environ}}
 
 
 def _submitted_variables() -> set[str]:

@@ -21,8 +21,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import Field
 
-from graft.config import Recipe
-from graft.errors import GraftError, OutputError
+from graft.config import Recipe, read_recipe
+from graft.errors import GraftError, OutputError, RecipeError
 from jobs import build, check, evaluate, merge, prepare, stage1, stage2, transcribe
 from jobs.cli import run_job
 from jobs.cluster import connect
@@ -95,10 +95,14 @@ def run(recipe: DemoRecipe) -> dict[str, Any]:
 
 
 def _start_afresh(recipe: DemoRecipe) -> None:
+    """Empty the folder of an earlier demo. Raises OutputError for any other folder, another job's results among them."""
     root = Path(recipe.out)
-    if root.is_dir() and any(root.iterdir()) and not (root / RECIPE_FILE).is_file():
-        raise OutputError(f"{root} holds something else than a demo's results: choose another out= or remove it")
-    shutil.rmtree(root, ignore_errors=True)
+    if root.is_dir() and any(root.iterdir()):
+        try:
+            read_recipe(DemoRecipe, str(root / RECIPE_FILE))
+        except RecipeError as error:
+            raise OutputError(f"{root} holds something else than a demo's results: choose another out= or remove it") from error
+        shutil.rmtree(root)
     claim_output(recipe.out, recipe)
 
 
@@ -173,7 +177,10 @@ def _ask_server(demo: Demo, file: Path) -> str:
             text = _post(f"{url}/v1/audio/transcriptions", file)
         finally:
             server.send_signal(signal.SIGINT)
-            server.wait(timeout=60)
+            try:
+                server.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                server.kill()
     print(f"POST {url}/v1/audio/transcriptions with {file.name}: {text}")
     return text
 

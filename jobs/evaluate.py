@@ -19,7 +19,6 @@ from graft.config import Recipe
 from graft.corpus import RowReader, read_rows
 from graft.errors import AudioError, DataError, GraftError, ModelError
 from graft.scoring import score
-from graft.transcript import Transcript
 from jobs.cli import run_job
 from jobs.cluster import connect
 from jobs.outputs import staged_output
@@ -189,7 +188,16 @@ def _load(kind: str, path: str, *, device: str, dtype: str) -> Callable[[Sequenc
     if kind == "whisper":
         return WhisperBaseline(path, device=device, dtype=DTYPES[dtype]).transcribe_many
     transcriber = load(path, device=device, dtype=dtype)
-    return lambda clips: [transcript.text for transcript in transcriber.transcribe_many(clips) if isinstance(transcript, Transcript)]
+
+    def transcribe(clips: Sequence[AudioClip]) -> list[str]:
+        texts = []
+        for transcript in transcriber.transcribe_many(clips):
+            if isinstance(transcript, AudioError):
+                raise transcript  # left out, it would shift every later clip's text to its neighbour
+            texts.append(transcript.text)
+        return texts
+
+    return transcribe
 
 
 def _checked_models(recipe: EvaluateRecipe) -> str | None:

@@ -32,7 +32,7 @@ from jobs.train_worker import CHECKPOINTS, FINAL, LOG_FILE, Run, Stage
 
 RESULT_FILE = "result.json"
 HOW_NOT_WHAT = frozenset({"workers", "threads_per_worker", "data_workers", "gpu", "log_every", "checkpoint_every", "keep_checkpoints"})
-"""Keys that may differ when a run is taken up again: they change how it runs, not what it computes."""
+"""Keys that may differ when a run is taken up again: how it runs. Of these `workers` alone reaches the result: a step has more batches."""
 
 
 class TrainRecipe(Recipe):

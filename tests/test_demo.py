@@ -16,6 +16,8 @@ from graft.errors import GraftError
 from jobs import demo as demo_job
 from jobs.cli import run_job
 from jobs.demo import Demo, DemoRecipe
+from jobs.outputs import claim_output
+from jobs.stage1 import Stage1Recipe
 
 
 class Upload(BaseHTTPRequestHandler):
@@ -76,6 +78,13 @@ def test_only_a_demos_own_folder_is_emptied(tmp_path: Path, capsys: pytest.Captu
     assert fault.startswith(f"graft: error: {out} holds something else")
     assert fault.count("\n") == 1
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+    stage = tmp_path / "stage1"
+    claim_output(str(stage), Stage1Recipe(model="m", data="d", out=str(stage)))
+    (stage / "projector.safetensors").write_text("days of training")
+    assert run_job(DemoRecipe, demo_job.main, summary="", argv=[f"out={stage}"]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert (stage / "projector.safetensors").is_file()
 
     ours = DemoRecipe(out=str(tmp_path / "demo"))
     demo_job._start_afresh(ours)

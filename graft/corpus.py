@@ -1,6 +1,7 @@
-"""Speech corpora in SpeechBrain's LargeScaleASR schema: parquet files of whole, undecoded audio files with their transcripts.
+"""Speech corpora: parquet files of whole, undecoded audio files with their transcripts, read straight from where they lie.
 
-Planning reads the metadata columns of all files (RowTable); training and evaluation fetch the audio of single rows (RowReader).
+Planning reads the metadata columns of all files (RowTable); training and evaluation fetch the audio of single rows (RowReader). Files are
+written, and by default read, in SpeechBrain's LargeScaleASR schema.
 Source: https://huggingface.co/datasets/speechbrain/LoquaciousSet
 """
 
@@ -8,19 +9,28 @@ import functools
 import itertools
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import quote
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
+from graft.columns import Columns, Metadata, read_audio_column, read_metadata, read_texts
+from graft.config import Recipe
 from graft.errors import DataError
+from graft.kept import kept
+from graft.places import list_files, open_parquet, version_of
+from graft.retries import again, shown
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 SCHEMA = pa.schema(
     [
@@ -32,68 +42,130 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
     ]
 )
-METADATA_COLUMNS = ["ID", "duration", "text"]
-_GLOB = "*["  # "?" begins a URI's options
+PLANNING_THREADS = 32  # they wait for answers
+
+
+class Source(Recipe):
+    """Parquet files of one kind."""
+
+    files: str | Annotated[list[str], Field(min_length=1)]
+    """Files, folders or globs: local, hf://datasets/OWNER/NAME@REVISION/FOLDER, s3://BUCKET/KEY, or single files at http(s)://."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often a row stands in an epoch: 2 is twice, 0.5 every other epoch."""
+    columns: Columns = Columns()
+    texts: str | None = None
+    """Parquet with ID and text: these texts take the place of the corpus's own; a row that it lacks has none."""
+
+
+Sources = str | Source | Sequence[str | Source]
 
 
 @dataclass(frozen=True)
-class RowTable:
-    """Every row of a corpus without its audio: columns of equal length (rows,), in the order of the files."""
+class CorpusFile:
+    """A parquet file, and the column of its audio."""
 
-    ids: list[str]
-    duration_s: np.ndarray  # float64
-    texts: list[str]  # "" where the corpus has none
-    file: np.ndarray  # int32, index into uris
+    uri: str
+    audio: str = "wav"
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """Every row of a corpus without its audio: columns of equal length (rows,), in the order of the sources and of their files.
+
+    Nothing in it is a Python object for each row: pickled with protocol 5, it is read from shared memory without a copy.
+    """
+
+    ids: pa.LargeStringArray
+    texts: pa.LargeStringArray  # "" where the corpus has none
+    duration_s: np.ndarray  # float64; NaN where it is not known
+    source: np.ndarray  # int16, index into weights
+    file: np.ndarray  # int32, index into files
     row_group: np.ndarray  # int32, within the file
     row: np.ndarray  # int32, within the row group
-    uris: list[str]
+    files: list[CorpusFile]
+    weights: list[float]  # of each source
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def id(self, row: int) -> str:
+        """The name of a row."""
+        return str(self.ids[int(row)])
 
-def read_rows(uris: str | Sequence[str]) -> RowTable:
-    """Read the metadata columns of a corpus: parquet files, folders of them (not their subfolders) or globs, local or by URI.
+    def text(self, row: int) -> str:
+        """The transcript of a row, "" where it has none."""
+        return str(self.texts[int(row)])
 
-    Files are sorted by URI, each taken once. Raises DataError when nothing is found, a file is not parquet or lacks a column, all files are
-    empty, or a row has no ID or no positive duration.
+    def select(self, rows: np.ndarray) -> "RowTable":
+        """The rows at these indices, in their order, or those where a mask is true."""
+        rows = np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
+        strings = {name: getattr(self, name).take(pa.array(rows)) for name in ("ids", "texts")}
+        return replace(self, **strings, **{name: getattr(self, name)[rows] for name in _NUMBERS})
+
+
+_NUMBERS = ("duration_s", "source", "file", "row_group", "row")
+
+
+def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) -> RowTable:
+    """Read the metadata columns of a corpus; its paths without a Source of their own make up one together.
+
+    The files of a source are sorted by URI. In the folder `cache`, what was read of a file is kept for as long as the file stays the same.
+    Raises DataError when nothing is found, a file is not parquet, lacks a column or stands in two sources, all files are empty, or a row
+    has no ID. A row without text or with an odd duration is kept.
     """
-    files = _list_files([uris] if isinstance(uris, str) else uris)
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        tables = list(pool.map(_read_metadata, files))
-    sizes = [sizes for _, sizes in tables]
-    if not any(map(sum, sizes)):
-        raise DataError(f"corpus {uris}: no rows in {len(files)} files")
-    groups = [(file, group, size) for file, group_sizes in enumerate(sizes) for group, size in enumerate(group_sizes)]
+    kinds = _as_sources(sources)
+    listed = [(index, uri) for index, source in enumerate(kinds) for uri in list_files(_as_list(source.files))]
+    if twice := [uri for uri, count in Counter(uri for _, uri in listed).items() if count > 1]:
+        raise DataError(f"corpus {shown(twice[0])}: stands in two sources: give it once, with the weight that it should have")
+    parts = _all(listed, lambda entry: _read_part(entry[1], kinds[entry[0]].columns, Path(cache) if cache else None))
+    sizes = [len(part.ids) for part in parts]
+    if not any(sizes):
+        raise DataError(f"corpus {shown(listed[0][1])}: no rows in {len(listed)} files")
+    groups = [(file, group, size) for file, part in enumerate(parts) for group, size in enumerate(part.group_sizes)]
     repeats = [size for _, _, size in groups]
+    source = np.repeat([index for index, _ in listed], sizes).astype(np.int16)
+    ids = _joined([part.ids for part in parts])
     return RowTable(
-        ids=[value for table, _ in tables for value in table["ID"].to_pylist()],
-        duration_s=np.concatenate([table["duration"].to_numpy() for table, _ in tables]).astype(np.float64),
-        texts=[value or "" for table, _ in tables for value in table["text"].to_pylist()],
+        ids=ids,
+        texts=_own_or_given(ids, _joined([part.texts for part in parts]), source, [kind.texts for kind in kinds]),
+        duration_s=np.concatenate([part.duration_s for part in parts]),
+        source=source,
         file=np.repeat([file for file, _, _ in groups], repeats).astype(np.int32),
         row_group=np.repeat([group for _, group, _ in groups], repeats).astype(np.int32),
         row=np.concatenate([np.arange(size, dtype=np.int32) for size in repeats]),
-        uris=files,
+        files=[CorpusFile(uri, kinds[index].columns.audio) for index, uri in listed],
+        weights=[kind.weight for kind in kinds],
     )
 
 
 class RowReader:
     """Fetches the audio of single rows by RowTable's (file, row_group, row); keeps the row groups read last. One for each process."""
 
-    def __init__(self, uris: Sequence[str], cache_row_groups: int = 4) -> None:
-        self.uris = list(uris)
-        self._wav_column = functools.lru_cache(maxsize=cache_row_groups)(self._read_wav_column)
+    def __init__(self, files: Sequence[CorpusFile], cache_row_groups: int = 4) -> None:
+        self.files = list(files)
+        self._audio = functools.lru_cache(maxsize=cache_row_groups)(self._read_audio)
+        self._footers = functools.lru_cache(maxsize=4 * cache_row_groups)(self._read_footer)
 
     def wav(self, file: int, row_group: int, row: int) -> tuple[bytes, str]:
         """The audio file's bytes and its name. Raises DataError when the file is gone or the row holds no audio."""
-        value = self._wav_column(int(file), int(row_group))[int(row)].as_py()
-        if value is None or value["bytes"] is None:
-            raise DataError(f"corpus {self.uris[file]}: row {row} of row group {row_group} holds no audio bytes")
-        return value["bytes"], value["path"] or ""
+        contents, names = self._audio(int(file), int(row_group))
+        content = contents[int(row)].as_py()
+        if content is None:
+            raise DataError(f"corpus {shown(self.files[file].uri)}: row {row} of row group {row_group} holds no audio bytes")
+        return content, (names[int(row)].as_py() or "") if names is not None else ""
 
-    def _read_wav_column(self, file: int, row_group: int) -> pa.ChunkedArray:
-        with _open_parquet(self.uris[file]) as parquet:
-            return parquet.read_row_group(row_group, columns=["wav"])["wav"]
+    def _read_audio(self, file: int, row_group: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
+        place, footer = self.files[file], self._footers(file)
+
+        def read() -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
+            with open_parquet(place.uri, footer) as parquet:
+                return read_audio_column(parquet, place.audio, row_group)
+
+        return again(place.uri, read)
+
+    def _read_footer(self, file: int) -> pq.FileMetaData:
+        return _read_file(self.files[file].uri, lambda parquet: parquet.metadata)
 
 
 def write_corpus(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str], *, rows_per_group: int = 100) -> int:
@@ -128,84 +200,57 @@ def _group_table(group: list[Mapping[str, Any]]) -> pa.Table:
         raise DataError(f"corpus rows {group[0]['ID']!r} to {group[-1]['ID']!r}: {error}") from error
 
 
-def _list_files(uris: Sequence[str]) -> list[str]:
-    found = sorted({file for uri in uris for file in _expand(uri)})
-    if not found:
-        raise DataError(f"corpus {', '.join(uris) or '(none)'}: no *.parquet file found there")
-    return found
+def _as_list(files: str | Sequence[str]) -> list[str]:
+    return [files] if isinstance(files, str) else list(files)
 
 
-def _expand(uri: str) -> list[str]:
-    """The files that a file, folder or glob stands for, as URIs or absolute local paths (Ray's workers have other working folders)."""
-    uri = uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
-    base, options = (uri, "") if "://" not in uri else (uri.partition("?")[0], "".join(uri.partition("?")[1:]))
-    base, pattern = base.rstrip("/"), "*.parquet"
-    if any(character in base for character in _GLOB) and not os.path.exists(base):
-        parts = base.split("/")
-        first = next(index for index, part in enumerate(parts) if any(character in part for character in _GLOB))
-        base, pattern = "/".join(parts[:first]), "/".join(parts[first:])
-    filesystem, root = _filesystem(base + options)
-    try:
-        kind = filesystem.get_file_info(root).type
-        if kind == pafs.FileType.File:
-            return [base + options]
-        if kind == pafs.FileType.NotFound:
-            raise DataError(f"corpus {uri}: no such file or folder")
-        inside = filesystem.get_file_info(pafs.FileSelector(root, recursive="/" in pattern))
-    except OSError as error:
-        raise DataError(f"corpus {uri}: {_one_line(error)}") from error
-    names = [info.path[len(root) :].lstrip("/") for info in inside if info.type == pafs.FileType.File]
-    chosen = [name for name in names if _matches(name, pattern) and not PurePosixPath(name).name.startswith((".", "_"))]
-    return [f"{base}/{quote(name) if '://' in base else name}{options}" for name in chosen]
+def _as_sources(sources: Sources) -> list[Source]:
+    """Every source in the long form; the plain paths are one, where the first of them stands."""
+    given = [sources] if isinstance(sources, str | Source) else list(sources)
+    paths = [source for source in given if isinstance(source, str)]
+    first = next((index for index, source in enumerate(given) if isinstance(source, str)), None)
+    if not given:
+        raise DataError("corpus: no source is given: name parquet files, folders or globs")
+    return [
+        Source(files=paths) if isinstance(source, str) else source
+        for index, source in enumerate(given)
+        if index == first or isinstance(source, Source)
+    ]
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return name.count("/") == pattern.count("/") and PurePosixPath(name).match(pattern)
+def _all(inputs: Sequence[S], read: Callable[[S], T]) -> list[T]:
+    with ThreadPoolExecutor(max_workers=PLANNING_THREADS) as pool:
+        return list(pool.map(read, inputs))
 
 
-def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), uri or "/"
-    try:
-        return pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, OSError, ImportError, ValueError) as error:
-        raise DataError(f"corpus {uri}: not a location pyarrow can read: {_one_line(error)}") from error
+def _read_part(uri: str, columns: Columns, cache: Path | None) -> Metadata:
+    read = functools.partial(_read_file, uri, lambda parquet: read_metadata(parquet, columns, name=shown(uri)))
+    version = again(uri, lambda: version_of(uri)) if cache else None
+    return kept(cache, f"{version} {columns.model_dump_json()}", read) if cache and version else read()
 
 
-def _open_parquet(uri: str) -> pq.ParquetFile:
-    filesystem, path = _filesystem(uri)
-    try:
-        return pq.ParquetFile(path, filesystem=filesystem)
-    except FileNotFoundError as error:
-        raise DataError(f"corpus {uri}: no such file") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"corpus {uri}: not a parquet file: {_one_line(error)}") from error
+def _read_file(uri: str, read: Callable[[pq.ParquetFile], T]) -> T:
+    def attempt() -> T:
+        with open_parquet(uri) as parquet:
+            return read(parquet)
+
+    return again(uri, attempt)
 
 
-def _read_metadata(uri: str) -> tuple[pa.Table, list[int]]:
-    """The metadata columns of one file and the rows of each of its row groups."""
-    with _open_parquet(uri) as parquet:
-        schema = parquet.schema_arrow
-        missing = [name for name in [*METADATA_COLUMNS, "wav"] if name not in schema.names]
-        if missing:
-            raise DataError(f"corpus {uri}: lacks {', '.join(missing)}; wants the columns {', '.join(SCHEMA.names)}")
-        wav = schema.field("wav").type
-        if not pa.types.is_struct(wav) or {"bytes", "path"} - {field.name for field in wav}:
-            raise DataError(f"corpus {uri}: column wav is {wav}, wants struct<bytes: binary, path: string>")
-        try:
-            table = parquet.read(columns=METADATA_COLUMNS)
-            table = table.cast(pa.schema([SCHEMA.field(name) for name in table.column_names]))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-            raise DataError(f"corpus {uri}: {_one_line(error)}") from error
-        sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-    if table["ID"].null_count:
-        raise DataError(f"corpus {uri}: {table['ID'].null_count} of {len(table)} rows have no ID")
-    wrong = np.flatnonzero(~(table["duration"].to_numpy() > 0))  # NaN and null too
-    if len(wrong):
-        first = table["ID"][int(wrong[0])]
-        raise DataError(f"corpus {uri}: {len(wrong)} rows without a positive duration, the first is {first}")
-    return table, sizes
+def _joined(columns: Sequence[pa.ChunkedArray]) -> pa.LargeStringArray:
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_string()).combine_chunks()
 
 
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
+def _own_or_given(ids: pa.Array, own: pa.Array, source: np.ndarray, given: Sequence[str | None]) -> pa.LargeStringArray:
+    """The rows' texts, those of sources that name a parquet of texts from there, found by ID."""
+    for index, place in enumerate(given):
+        if place is None:
+            continue
+        parts = _all(list_files([place]), lambda uri: _read_file(uri, functools.partial(read_texts, name=shown(uri))))
+        keys, texts = _joined([keys for keys, _ in parts]), _joined([texts for _, texts in parts])
+        mine = pa.array(source == index)
+        found = pc.if_else(mine, pc.index_in(ids, keys), None)
+        if found.null_count == len(ids):
+            raise DataError(f"texts {shown(place)}: holds none of the corpus's IDs")
+        own = pc.if_else(mine, texts.take(found).fill_null(""), own)
+    return own

@@ -1,6 +1,5 @@
 """Check a checkpoint before hours are spent on it: is its audio path alive, and would only the answer be trained?"""
 
-import itertools
 import sys
 from typing import Literal
 
@@ -8,12 +7,12 @@ import torch
 
 from graft.audio import read_audio
 from graft.config import Recipe
-from graft.corpus import RowReader, read_rows
+from graft.corpus import RowReader, Sources, read_rows
 from graft.model.opening import DTYPES, open_graft
 from graft.processor import GraftProcessor
 from graft.training.preflight import Preflight, preflight
 from jobs.cli import run_job
-from jobs.ingest import plan_columns
+from jobs.samples import trainable
 
 
 class CheckRecipe(Recipe):
@@ -21,8 +20,8 @@ class CheckRecipe(Recipe):
 
     model: str
     """A graft, or the output folder of a stage."""
-    data: str | list[str]
-    """Labelled clips in SpeechBrain's LargeScaleASR schema; the first `clips` are used."""
+    data: Sources
+    """Labelled clips: parquet files, folders or globs, or {files, columns}; the first `clips` of them are used."""
     clips: int = 4
     dtype: Literal["fp32", "bf16"] = "fp32"
     gpu: bool = False
@@ -38,16 +37,14 @@ def run(recipe: CheckRecipe) -> Preflight:
     return result
 
 
-def first_clips(data: str | list[str], processor: GraftProcessor, count: int) -> dict[str, torch.Tensor]:
+def first_clips(data: Sources, processor: GraftProcessor, count: int) -> dict[str, torch.Tensor]:
     """Make one training batch of the first clips of a corpus, as the stages would."""
-    rows = read_rows(data)
-    plan_columns(rows, processor)  # refuses rows without text and clips that are too long
-    reader = RowReader(rows.uris)
-    places = zip(rows.file, rows.row_group, rows.row, rows.texts, strict=True)
+    rows, _ = trainable(read_rows(data))
+    reader = RowReader(rows.files)
     examples = []
-    for file, group, row, text in itertools.islice(places, count):
-        wav, path = reader.wav(int(file), int(group), int(row))
-        examples.append(processor.example(read_audio(wav, name=path), text))
+    for row in range(min(count, len(rows))):
+        wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
+        examples.append(processor.example(read_audio(wav, name=path or rows.id(row)), rows.text(row)))
     return {name: torch.from_numpy(array) for name, array in processor.training_batch(examples).items()}
 
 

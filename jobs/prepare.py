@@ -1,4 +1,4 @@
-"""Folders of speech with JSON-lines manifests -> LargeScaleASR parquet in disjoint, seeded splits.
+"""Folders of speech with manifests (JSON lines, NeMo's, CSV) -> LargeScaleASR parquet in disjoint, seeded splits.
 
 manifest lines -> rows -> checks of text and audio -> one row an id -> splits (graft.splits) -> out/SPLIT/part-00000.parquet ...,
 out/dropped.jsonl, out/summary.json. Every line ends up in a split or, with its reason, in dropped.jsonl. Same input and seed, same bytes;
@@ -11,37 +11,26 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import soundfile
 from pydantic import Field, model_validator
 
 from graft.audio import read_audio
 from graft.config import Recipe
 from graft.errors import AudioError, DataError, require
-from graft.splits import Candidate, assign_splits, comparable_text, seeded_hash
+from graft.splits import Candidate, assign_splits, seeded_hash
 from jobs.cli import run_job
+from jobs.manifests import Dropped, Manifest, Row, SplitName, clip_of, header_s, read_manifests
 from jobs.outputs import holds_results, staged_output
-
-SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-
-
-class Source(Recipe):
-    """A manifest, with or without a split of its own."""
-
-    manifest: str
-    """JSON lines with id, audio (relative to the manifest), text and optionally speaker and sex."""
-    split: SplitName | None = None
-    """Put every row of this manifest into this split."""
 
 
 class PrepareRecipe(Recipe):
     """What jobs.prepare does."""
 
-    sources: list[str | Source] = Field(min_length=1)
-    """Manifests: paths, or {manifest, split} to pin one to a split."""
+    sources: list[str | Manifest] = Field(min_length=1)
+    """Manifests: paths, or {manifest, split} to pin one to a split, and {manifest, columns} where its fields have other names."""
     out: str
     """Folder that the splits are written to."""
     splits: dict[SplitName, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=lambda: {"train": 0.95, "dev": 0.05})
@@ -69,35 +58,9 @@ class PrepareRecipe(Recipe):
             raise ValueError(f"splits add up to {sum(self.splits.values()):g}, want 1")
         return self
 
-    def long_sources(self) -> list[Source]:
+    def long_sources(self) -> list[Manifest]:
         """All sources in the long form."""
-        return [Source(manifest=source) if isinstance(source, str) else source for source in self.sources]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A labelled clip of a manifest, and where it stands there."""
-
-    id: str
-    audio: Path
-    text: str
-    speaker: str | None
-    sex: str | None
-    pinned: str | None  # split
-    source: str
-    line: int
-    duration_s: float = 0.0  # measured from the file
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A manifest line that goes into no split."""
-
-    source: str
-    line: int
-    id: str | None
-    reason: str
-    detail: str = ""
+        return [Manifest(manifest=source) if isinstance(source, str) else source for source in self.sources]
 
 
 def main(recipe: PrepareRecipe) -> None:
@@ -108,7 +71,7 @@ def main(recipe: PrepareRecipe) -> None:
     require("pyarrow", extra="jobs")  # now, not after the decoding
     with staged_output(recipe.out, recipe) as folder:
         dropped: list[Dropped] = []
-        rows = list(_keep(_read_manifests(recipe.long_sources()), dropped))
+        rows = list(_keep(read_manifests(recipe.long_sources()), dropped))
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             rows = list(_keep(pool.map(lambda row: _checked(row, recipe), rows), dropped))
         rows = list(_keep(_unique_ids(rows, recipe), dropped))
@@ -130,40 +93,6 @@ def _keep(results: Iterable[Row | Dropped], dropped: list[Dropped]) -> Iterator[
             dropped.append(result)
 
 
-def _read_manifests(sources: Sequence[Source]) -> Iterator[Row | Dropped]:
-    for source in sources:
-        try:
-            lines = Path(source.manifest).read_bytes().splitlines()
-        except OSError as error:
-            raise DataError(f"manifest {source.manifest}: {error.strerror}: give the path of a JSON-lines file") from error
-        results = [_parse(line, source, number) for number, line in enumerate(lines, start=1) if line.strip()]
-        if all(isinstance(result, Dropped) and result.reason == "not JSON" for result in results):
-            raise DataError(f"manifest {source.manifest}: none of its {len(results)} lines is JSON: wants one object a line")
-        yield from results
-
-
-def _parse(line: bytes, source: Source, number: int) -> Row | Dropped:
-    try:
-        values = json.loads(line)
-        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except ValueError as error:
-        return Dropped(source.manifest, number, None, "not JSON", str(error))
-    if not isinstance(values, dict):
-        return Dropped(source.manifest, number, None, "not JSON", f"a {type(values).__name__}, wants an object")
-    fields = {key: _field(values, key) for key in ("id", "audio", "text", "speaker", "sex")}
-    for key in ("id", "audio", "text"):
-        if not (comparable_text(fields[key]) if key == "text" else fields[key]):
-            return Dropped(source.manifest, number, fields["id"] or None, f"no {key}")
-    audio = Path(source.manifest).parent / fields["audio"]
-    speaker, sex = fields["speaker"] or None, fields["sex"] or None
-    return Row(fields["id"], audio, fields["text"], speaker, sex, source.split, source.manifest, number)
-
-
-def _field(values: dict[str, Any], key: str) -> str:
-    value = values.get(key)
-    return str(value).strip() if isinstance(value, str | int | float) else ""
-
-
 def _checked(row: Row, recipe: PrepareRecipe) -> Row | Dropped:
     """The row with its measured duration, or why it is dropped."""
     if len(row.text) < recipe.min_text_chars:
@@ -171,9 +100,9 @@ def _checked(row: Row, recipe: PrepareRecipe) -> Row | Dropped:
     if recipe.disjoint_speakers and row.speaker is None:
         return _drop(row, "no speaker", "disjoint_speakers wants one")
     try:
-        duration_s = _header_duration_s(row.audio)
+        duration_s = header_s(row)
         if duration_s <= recipe.max_duration_s:  # so that hours of audio are not decoded in vain
-            duration_s = read_audio(row.audio).duration_s
+            duration_s = read_audio(clip_of(row), name=str(row.audio)).duration_s
     except AudioError as error:
         return _drop(row, "unreadable audio", str(error))
     if duration_s > recipe.max_duration_s:
@@ -185,14 +114,6 @@ def _checked(row: Row, recipe: PrepareRecipe) -> Row | Dropped:
     return replace(row, duration_s=duration_s)
 
 
-def _header_duration_s(audio: Path) -> float:
-    try:
-        duration_s = soundfile.info(str(audio)).duration
-    except (soundfile.LibsndfileError, TypeError):  # TypeError: *.raw, which states no format
-        return 0.0  # read_audio says what is wrong
-    return duration_s if duration_s < 1e6 else 0.0  # a header without a length: the same
-
-
 def _drop(row: Row, reason: str, detail: str = "") -> Dropped:
     return Dropped(row.source, row.line, row.id, reason, detail)
 
@@ -201,7 +122,7 @@ def _unique_ids(rows: Iterable[Row], recipe: PrepareRecipe) -> Iterator[Row | Dr
     """The first row of each id: pinned before unpinned, then by the recipe's order of sources, then by content, not by line."""
     order = {source.manifest: index for index, source in reversed(list(enumerate(recipe.long_sources())))}
     first: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: (row.pinned is None, order[row.source], row.id, row.audio, row.text, row.line)):
+    for row in sorted(rows, key=lambda row: (row.pinned is None, order[row.source], row.id, row.audio, row.offset_s, row.text, row.line)):
         kept = first.setdefault(row.id, row)
         yield row if kept is row else _drop(row, "duplicate id", f"kept: {kept.source} line {kept.line}")
 
@@ -242,7 +163,9 @@ def _write_split(folder: Path, rows: Sequence[Row], recipe: PrepareRecipe) -> No
 
 
 def _columns(row: Row) -> dict[str, Any]:
-    wav = {"bytes": row.audio.read_bytes(), "path": row.audio.name}
+    clip = clip_of(row)
+    content, suffix = (clip, ".flac") if isinstance(clip, bytes) else (clip.read_bytes(), row.audio.suffix)
+    wav = {"bytes": content, "path": row.audio.stem + suffix}
     return {"ID": row.id, "duration": row.duration_s, "wav": wav, "spk_id": row.speaker, "sex": row.sex, "text": row.text}
 
 

@@ -36,7 +36,7 @@ def prepare(tmp_path: Path, sources: list, **more) -> tuple[Path, dict[str, set[
     """The output folder, the ids of each split, and (line, id) -> reason of the dropped rows."""
     out = tmp_path / "out"
     main(PrepareRecipe(sources=sources, out=str(out), **more))
-    ids = {folder.name: set(read_rows(str(folder)).ids) for folder in out.iterdir() if folder.is_dir()}
+    ids = {folder.name: set(read_rows(str(folder)).ids.to_pylist()) for folder in out.iterdir() if folder.is_dir()}
     dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
     return out, ids, {(row["line"], row["id"]): row["reason"] for row in dropped}
 
@@ -58,9 +58,9 @@ def test_rows_keep_their_files_bytes_and_get_their_measured_duration(tmp_path):
     assert ids["train"] == {"7", *(f"x{i}" for i in range(11))}
     assert sorted(path.name for path in (out / "train").iterdir()) == [f"part-0000{part}.parquet" for part in range(3)]
     table = read_rows(str(out / "train"))
-    index = table.ids.index("7")
-    assert (table.duration_s[index], table.texts[index]) == (1.5, "Seven words.")
-    audio, name = RowReader(table.uris).wav(table.file[index], table.row_group[index], table.row[index])
+    index = table.ids.to_pylist().index("7")
+    assert (table.duration_s[index], table.text(index)) == (1.5, "Seven words.")
+    audio, name = RowReader(table.files).wav(table.file[index], table.row_group[index], table.row[index])
     assert (audio, name) == ((tmp_path / "in" / "low.wav").read_bytes(), "low.wav")
     summary = json.loads((out / "summary.json").read_text())
     assert summary == {"splits": {"train": {"rows": 12, "hours": round(12.5 / 3600, 4), "speakers": 1}}, "dropped": {}}

@@ -1,126 +1,185 @@
-"""The plan's batches through Ray Data: a range of numbers becomes, on CPU workers, one packed batch a block, in order.
-
-`ray.data.range` with a block for each number fuses with the loader actors; with order preserved, number i reaches worker i mod workers.
-"""
+"""Planned batches become blocks of arrays in Ray Data's loader actors, and blocks become batches on a training worker's device."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from graft.audio import SAMPLE_RATE, AudioClip, read_audio
+from graft.augmentation import Augmenter, AugmentRecipe, NoiseCorpus, no_speech_clip
 from graft.corpus import RowReader, RowTable
 from graft.errors import AudioError, DataError
+from graft.features import HOP_LENGTH, MIN_FRAMES, Features
 from graft.processor import Example, GraftProcessor
-from graft.training.loop import TrainingBatch
-from graft.training.plan import PlanColumns, PlannedBatch
-from jobs.remote import LoadBatches
+from graft.training.batch import TrainingBatch
+from graft.training.encoder_cache import CachingEncoder, EncoderCache
+from graft.training.plan import Batches, PlannedBatch
+from jobs.samples import NO_VARIATION, Variation
 
-MAX_DURATION_S = 30.0
+NO_SPEECH_ID = "no-speech"
+FRAMES_PER_S = SAMPLE_RATE // HOP_LENGTH
 _TENSORS = ("input_ids", "attention_mask", "labels", "input_features", "audio_frame_counts")
 
 
 @dataclass(frozen=True, eq=False)
 class Delivery:
-    """What the loaders need besides a batch's number: the corpus, what is delivered, and the processor's folder."""
+    """What the loaders need besides a batch's number: the corpus, what is delivered, the processor's folder, and how samples vary."""
 
     rows: RowTable
-    batches: Sequence[PlannedBatch]
-    filler_row: int
+    batches: Batches
     processor: str
+    variation: Variation = NO_VARIATION
+    cache_row_groups: int = 16
+    """Row groups whose audio a loader holds; with as many as a plan's window it reads each once a window."""
+    encoder_cache: EncoderCache | None = None
+    """Where clips are looked up before they are decoded."""
 
 
-def plan_columns(rows: RowTable, processor: GraftProcessor) -> PlanColumns:
-    """Count each row's tokens and label tokens. Raises DataError for rows without text and clips over 30 s, naming the first."""
-    _refuse([row for row, text in enumerate(rows.texts) if not text.strip()], rows, "no text")
-    _refuse(np.flatnonzero(rows.duration_s > MAX_DURATION_S).tolist(), rows, f"audio over {MAX_DURATION_S:.0f} s")
-    label_counts = np.array([len(processor.target_ids(text)) for text in rows.texts])
-    prompt_length = len(processor.prompt_ids(8)) - processor.audio_token_count(8)
-    frame_counts = np.clip(np.ceil(rows.duration_s * 100), 8, 3000).astype(int)
-    audio_counts = np.array([processor.audio_token_count(count) for count in frame_counts])
-    row_groups = np.unique(np.stack([rows.file, rows.row_group]), axis=1, return_inverse=True)[1]
-    return PlanColumns(prompt_length + audio_counts + label_counts, label_counts, row_groups)
+@dataclass(frozen=True)
+class Sample:
+    """An example, and what is told of it; `fault` is why its clip does not count.
 
+    `key` names its entry in the encoder cache; `states` are what was found there, and its features are empty then.
+    """
 
-def _refuse(faulty: list[int], rows: RowTable, reason: str) -> None:
-    if faulty:
-        raise DataError(
-            f"{len(faulty)} of {len(rows)} rows have {reason}, {rows.ids[faulty[0]]} first: drop them with python -m jobs.prepare"
-        )
+    example: Example
+    id: str
+    duration_s: float = 0.0
+    fault: str | None = None
+    key: str = ""
+    states: Tensor | None = None
 
 
 class BatchLoader:
-    """Reads, decodes, featurizes and packs planned batches; a callable for Ray Data, and for tests without it."""
+    """Reads, decodes, augments, featurizes and packs planned batches; Ray Data's actors and tests call it alike."""
 
     def __init__(self, delivery: Delivery):
         torch.set_num_threads(1)
         self.delivery = delivery
         self.processor = GraftProcessor.from_pretrained(delivery.processor)
-        self.reader = RowReader(delivery.rows.uris)
+        self.reader = RowReader(delivery.rows.files, cache_row_groups=delivery.cache_row_groups)
+        self.noise = NoiseCorpus(delivery.variation.noise) if delivery.variation.noise else None
+        self.augmenter = Augmenter(delivery.variation.augment or AugmentRecipe(), self.noise)
+        self.cache = delivery.encoder_cache
+        self.nothing = np.zeros((self.processor.featurizer.mel_count, 0), np.float32)
 
-    def __call__(self, block: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        (number,) = block["id"]
-        return {name: value[None] for name, value in self.load(self.delivery.batches[int(number)]).items()}
+    def block(self, number: int) -> dict[str, np.ndarray]:
+        """Load a batch of the delivery as a block of one row."""
+        return {name: value[None] for name, value in self.load(self.delivery.batches[number]).items()}
 
     def load(self, planned: PlannedBatch) -> dict[str, np.ndarray]:
-        """Load one batch: the model's inputs and the plan's numbers as arrays, and as JSON the clips that were masked, with reasons."""
-        rows = self.delivery.rows
-        skipped: list[dict[str, str]] = []
-        examples = [self._example(row, skipped) for row in planned.rows]
-        heard = [row for row, example in zip(planned.rows, examples, strict=True) if example.target_ids]
-        if not examples:
-            clip = self._example(self.delivery.filler_row, [])
-            examples = [Example(clip.features, clip.prompt_ids, [])]
+        """Load one batch: the model's inputs and the plan's numbers as arrays, and as JSON the clips that count and those that do not."""
+        samples = [self._sample(row, draw) for row, draw in zip(planned.rows, planned.draws, strict=True)] or [self._masked("")]
+        heard = [sample for sample in samples if sample.example.target_ids]
+        inputs = self.processor.training_batch([sample.example for sample in samples])
         return {
-            **self.processor.training_batch(examples),
+            **(inputs if self.cache is None else _with_states(inputs, samples)),
             "position": np.array(planned.position),
             "step_position": np.array(planned.step_position),
             "step_label_count": np.array(planned.step_label_count),
-            "clip_count": np.array(len(heard)),
-            "audio_s": np.array(rows.duration_s[heard].sum()),
-            "skipped": np.array(json.dumps(skipped)),
+            "ids": np.array(json.dumps([sample.id for sample in heard])),
+            "token_count": np.array(sum(len(sample.example.prompt_ids + sample.example.target_ids) for sample in heard)),
+            "audio_s": np.array(sum(sample.duration_s for sample in heard)),
+            "skipped": np.array(json.dumps([{"id": sample.id, "reason": sample.fault} for sample in samples if sample.fault])),
         }
 
-    def _example(self, row: int, skipped: list[dict[str, str]]) -> Example:
+    def _sample(self, row: int, draw: int) -> Sample:
         rows = self.delivery.rows
+        speaks = row < len(rows)
+        name, text = (rows.id(row), rows.text(row)) if speaks else (NO_SPEECH_ID, "")
         try:
-            wav, path = self.reader.wav(int(rows.file[row]), int(rows.row_group[row]), int(rows.row[row]))
-            return self.processor.example(read_audio(wav, name=path or rows.ids[row]), rows.texts[row])
+            if self.cache and speaks:
+                return self._cached(self.cache, row, name, text, draw)
+            clip = self._clip(row, draw) if speaks else self._clip_without_speech(row - len(rows), draw)
+            example = self.processor.example(clip, text, self.delivery.variation.wording(text, draw))
         except (AudioError, DataError) as error:
-            skipped.append({"id": rows.ids[row], "reason": str(error)})
-            silence = AudioClip(np.zeros(SAMPLE_RATE, np.float32))
-            features = self.processor.featurizer(silence)
-            return Example(features, self.processor.prompt_ids(features.frame_count), [])
+            return self._masked(name, str(error))
+        example = replace(example, features=self.augmenter.features(example.features, draw))
+        return Sample(example, name, clip.duration_s)
+
+    def _clip(self, row: int, draw: int) -> AudioClip:
+        wav, path = self._file(row)
+        clip = read_audio(wav, name=path)
+        return self.augmenter.clip(clip, draw, duration_s=float(self.delivery.rows.duration_s[row]))
+
+    def _file(self, row: int) -> tuple[bytes, str]:
+        """A row's audio file and its name."""
+        rows = self.delivery.rows
+        wav, path = self.reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
+        return wav, path or rows.id(row)
+
+    def _cached(self, cache: EncoderCache, row: int, name: str, text: str, draw: int) -> Sample:
+        """The sample of an unchanged clip, which is decoded only where the cache does not have it."""
+        wav, path = self._file(row)
+        key = cache.key(wav)
+        encoded = cache.get(key)
+        features = Features(self.nothing, encoded.frame_count) if encoded else self.processor.featurizer(read_audio(wav, name=path))
+        example = self.processor.example_of(features, text, self.delivery.variation.wording(text, draw))
+        states = encoded.states if encoded else None
+        return Sample(example, name, features.frame_count / FRAMES_PER_S, key=key, states=states)
+
+    def _clip_without_speech(self, number: int, draw: int) -> AudioClip:
+        return no_speech_clip(float(self.delivery.variation.no_speech_s[number]), draw, self.noise)
+
+    def _masked(self, name: str, fault: str | None = None) -> Sample:
+        """The shortest silence, without an answer: in the place of a clip that cannot be read, and as a filler."""
+        features = self.processor.featurizer(AudioClip(np.zeros(MIN_FRAMES * HOP_LENGTH, np.float32)))
+        return Sample(Example(features, self.processor.prompt_ids(features.frame_count), []), name, fault=fault)
 
 
-def planned_dataset(delivery: Delivery, *, data_workers: int) -> Any:
-    """Make the Ray dataset that delivers planned batches in order, one a row and a block."""
-    import ray
-
-    count = len(delivery.batches)
-    return ray.data.range(count, override_num_blocks=count).map_batches(
-        LoadBatches,
-        batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=data_workers),
-        num_cpus=1,
-        fn_constructor_args=(ray.put(delivery),),
-    )
+def _with_states(inputs: dict[str, np.ndarray], samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """Add what the cache had: states laid end to end as 16 or 32 bit integers (numpy knows no bfloat16), features for the other clips."""
+    missing = [place for place, sample in enumerate(samples) if sample.states is None]
+    states = [sample.states for sample in samples if sample.states is not None]
+    found = torch.cat(states) if states else torch.zeros(0, 1)
+    places = [len(sample.states) if sample.states is not None else None for sample in samples]
+    return {
+        **inputs,
+        "input_features": inputs["input_features"][missing],
+        "found_states": found.view(torch.int16 if found.dtype == torch.bfloat16 else torch.int32).numpy(),
+        "found_places": np.array(json.dumps(places)),
+        "cache_keys": np.array(json.dumps([sample.key for sample in samples])),
+    }
 
 
 def training_batches(
-    blocks: Iterable[Mapping[str, np.ndarray]], device: torch.device, skipped: list[dict[str, str]]
+    blocks: Iterable[Mapping[str, np.ndarray]],
+    device: torch.device,
+    skipped: list[dict[str, str]],
+    *,
+    encoder: CachingEncoder | None = None,
+    cost: Callable[[Mapping[str, np.ndarray]], float] | None = None,
 ) -> Iterator[TrainingBatch]:
-    """Turn delivered blocks into batches on a device; clips that were masked are added to `skipped`."""
+    """Turn delivered blocks into batches on a device; clips that were masked are added to `skipped`.
+
+    `encoder` encodes the clips that its cache did not have; `cost` tells a block's FLOPs.
+    """
     for block in blocks:
         skipped += json.loads(str(block["skipped"][0]))
+        ids = tuple(json.loads(str(block["ids"][0])))
+        inputs = {name: torch.tensor(block[name][0], device=device) for name in _TENSORS}
+        if encoder:
+            features, counts = inputs.pop("input_features"), inputs["audio_frame_counts"]
+            inputs["audio_states"] = encoder(features, counts, json.loads(str(block["cache_keys"][0])), _found(block, device))
         yield TrainingBatch(
-            inputs={name: torch.tensor(block[name][0], device=device) for name in _TENSORS},
+            inputs=inputs,
             position=int(block["position"][0]),
             step_position=int(block["step_position"][0]),
             step_label_count=int(block["step_label_count"][0]),
-            clip_count=int(block["clip_count"][0]),
+            ids=ids,
+            clip_count=len(ids),
+            token_count=int(block["token_count"][0]),
             audio_s=float(block["audio_s"][0]),
+            flops=cost(block) if cost else 0.0,
         )
+
+
+def _found(block: Mapping[str, np.ndarray], device: torch.device) -> dict[int, Tensor]:
+    """Undo _with_states: the states that were found, by the clip's place."""
+    array = block["found_states"][0]
+    states = torch.tensor(array, device=device).view(torch.bfloat16 if array.dtype == np.int16 else torch.float32)
+    lengths = {place: length for place, length in enumerate(json.loads(str(block["found_places"][0]))) if length is not None}
+    return dict(zip(lengths, states.split(list(lengths.values())), strict=True)) if lengths else {}

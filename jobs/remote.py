@@ -5,7 +5,13 @@ saves each of those processes a few hundred MB and seconds.
 """
 
 import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+
+from graft.training.progress import latest_checkpoint, read_progress
 
 
 def train(config: dict[str, bytes]) -> None:
@@ -15,15 +21,53 @@ def train(config: dict[str, bytes]) -> None:
     work(pickle.loads(config["run"]))
 
 
-class LoadBatches:
-    """A Ray Data actor around jobs.ingest's BatchLoader; `delivery` is a reference to its Delivery."""
+@dataclass(frozen=True)
+class Remaining:
+    """Makes the dataset of what is not trained yet; Ray Train calls it whenever it starts the workers, at first or anew."""
 
-    def __init__(self, delivery: Any):
+    delivery: Any
+    step_positions: np.ndarray
+    checkpoints: str
+    data_workers: int
+
+    def __call__(self) -> Any:
+        position = read_progress(latest_checkpoint(self.checkpoints)).position
+        first = int(np.searchsorted(self.step_positions, position, side="right"))
+        count = max(1, len(self.step_positions) - first)  # Ray makes no dataset of nothing, and workers that are done read none
+        return planned_dataset(self.delivery, first, count, data_workers=self.data_workers)
+
+
+def planned_dataset(delivery: Any, first: int, count: int, *, data_workers: int, most_tasks: int = 5000) -> Any:
+    """Make the Ray dataset of `count` batches of a delivery from the `first` on, in order, one a row and a block.
+
+    `delivery` is a reference to a jobs.ingest.Delivery. With order preserved, block i reaches worker i mod workers. A task of the range,
+    which fuses with a loader actor, makes a block of each batch that it loads: with a task a batch, Ray would take a millisecond for each
+    of a large run's batches before the first is loaded.
+    """
+    import ray
+
+    dataset = ray.data.range(count, override_num_blocks=min(count, most_tasks))
+    dataset.context.target_max_block_size = 1  # bytes: never two batches in a block
+    return dataset.map_batches(
+        LoadBatches,
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=data_workers),
+        num_cpus=1,
+        fn_constructor_args=(delivery, first),
+    )
+
+
+class LoadBatches:
+    """A Ray Data actor around jobs.ingest's BatchLoader; `delivery` is a reference to its Delivery, `first` what number 0 stands for."""
+
+    def __init__(self, delivery: Any, first: int):
         import ray
 
         from jobs.ingest import BatchLoader
 
-        self.load = BatchLoader(ray.get(delivery))
+        self.first = first
+        self.loader = BatchLoader(ray.get(delivery))
 
-    def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        return self.load(block)
+    def __call__(self, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for number in block["id"]:
+            yield self.loader.block(self.first + int(number))

@@ -1,7 +1,10 @@
 """What reaches a training worker, without Ray: the planned batches, as the processor makes them, with bad clips masked and reported."""
 
 import json
-from collections.abc import AsyncGenerator
+import pickle
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +12,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny_speech import BROKEN, corpus, flac, row
+from tiny_speech import BROKEN, WORDS, corpus, flac, row
 
 from graft.audio import read_audio
+from graft.augmentation import AugmentRecipe
 from graft.corpus import RowReader, read_rows
 from graft.engines import EngineRequest, Token
-from graft.errors import DataError
 from graft.processor import GraftProcessor
 from graft.training.plan import Plan, PlannedBatch, PlanSettings
 from graft.transcriber import Transcriber
-from jobs.ingest import BatchLoader, Delivery, plan_columns, training_batches
+from graft.wording import WordsRecipe
+from jobs.ingest import BatchLoader, Delivery, training_batches
+from jobs.samples import Variation, plan_columns, plan_training, trainable, vary
 
 SECONDS = [0.5, 1.234, 0.05, 2.0, 0.333, 0.75, 1.0, 0.21]
 
@@ -44,18 +49,23 @@ def processor(folder) -> GraftProcessor:
     return GraftProcessor.from_pretrained(folder)
 
 
-def loader_of(data: Path, folder: Path, batches: list[PlannedBatch] | None = None) -> BatchLoader:
-    return BatchLoader(Delivery(read_rows(str(data)), batches or [], filler_row=2, processor=str(folder)))
+def loader_of(data: Path, folder: Path, batches: Sequence[PlannedBatch] = (), **more: Any) -> BatchLoader:
+    return BatchLoader(Delivery(read_rows(str(data)), batches, str(folder), **more))
+
+
+def planned(*rows: int, **numbers: int) -> PlannedBatch:
+    return PlannedBatch(rows, rows, **{"position": 1, "step_position": 1, "step_label_count": 1, **numbers})
 
 
 def test_a_batch_is_what_the_processor_makes_of_its_rows(folder, processor, tmp_path):
     loader = loader_of(clips(tmp_path / "a.parquet"), folder)
     rows = loader.delivery.rows
-    reader = RowReader(rows.uris)
+    reader = RowReader(rows.files)
     chosen = (7, 0, 4)
     heard = [read_audio(reader.wav(rows.file[place], rows.row_group[place], rows.row[place])[0]) for place in chosen]
-    expected = processor.training_batch([processor.example(clip, rows.texts[place]) for clip, place in zip(heard, chosen, strict=True)])
-    batch = loader.load(PlannedBatch(chosen, position=5, step_position=6, step_label_count=77))
+    expected = processor.training_batch([processor.example(clip, rows.text(place)) for clip, place in zip(heard, chosen, strict=True)])
+    batch = loader.load(planned(*chosen, position=5, step_position=6, step_label_count=77))
+    token_count = int(expected["attention_mask"].sum())
     for name, value in expected.items():
         assert np.array_equal(batch.pop(name), value), name
     assert batch.pop("audio_s") == pytest.approx(0.21 + 0.5 + 0.333)
@@ -63,75 +73,97 @@ def test_a_batch_is_what_the_processor_makes_of_its_rows(folder, processor, tmp_
         "position": 5,
         "step_position": 6,
         "step_label_count": 77,
-        "clip_count": 3,
+        "ids": '["clip7", "clip0", "clip4"]',
+        "token_count": token_count,
         "skipped": "[]",
     }
 
 
 def test_a_clip_that_cannot_be_read_is_masked_and_reported_and_changes_no_count(folder, tmp_path):
-    planned = PlannedBatch((0, 1, 3), position=1, step_position=1, step_label_count=30)
-    good = loader_of(clips(tmp_path / "good.parquet"), folder).load(planned)
+    batch = planned(0, 1, 3, step_label_count=30)
+    good = loader_of(clips(tmp_path / "good.parquet"), folder).load(batch)
     long = {"bytes": flac(31), "path": "long.flac"}
-    bad = loader_of(clips(tmp_path / "bad.parquet", wav={1: BROKEN["wav"], 3: long}), folder).load(planned)
+    bad = loader_of(clips(tmp_path / "bad.parquet", wav={1: BROKEN["wav"], 3: long}), folder).load(batch)
     assert (bad["labels"][1:] == -100).all()
     length = int(good["attention_mask"][0].sum())
     assert np.array_equal(bad["labels"][0, :length], good["labels"][0, :length])
     assert bad["step_label_count"] == good["step_label_count"]
     assert bad["input_ids"].shape[0] == 3
-    assert (good["clip_count"], bad["clip_count"]) == (3, 1)
-    assert bad["audio_s"] == pytest.approx(read_rows(str(tmp_path / "bad.parquet")).duration_s[0])
+    assert (json.loads(str(good["ids"])), json.loads(str(bad["ids"]))) == (["clip0", "clip1", "clip3"], ["clip0"])
+    assert bad["token_count"] == length
+    assert bad["audio_s"] == pytest.approx(SECONDS[0])
     skipped = json.loads(str(bad["skipped"]))
     assert [clip["id"] for clip in skipped] == ["clip1", "clip3"]
     assert "broken.flac: not readable as audio" in skipped[0]["reason"]
     assert "over Whisper's 30 s" in skipped[1]["reason"]
 
 
+def test_a_noise_clip_that_cannot_be_read_masks_its_sample_and_is_named(folder, tmp_path):
+    noise = read_rows(corpus(tmp_path / "noise.parquet", [row("hum", 0, **BROKEN)]))
+    variation = Variation(np.zeros(0), AugmentRecipe(noise={"share": 1.0, "data": "noise.parquet"}), noise)
+    loaded = loader_of(clips(tmp_path / "a.parquet"), folder, variation=variation).load(planned(0))
+    (fault,) = json.loads(str(loaded["skipped"]))
+    assert fault["reason"].startswith("noise clip hum: broken.flac: not readable")
+
+
 def test_delivered_blocks_become_training_batches(folder, processor, tmp_path):
     data = clips(tmp_path / "a.parquet", wav={6: BROKEN["wav"]})
     plan = Plan(plan_columns(read_rows(str(data)), processor), PlanSettings(max_batch_clips=3))
-    planned = plan.delivery(position=0, step_batches=2)
-    loader = loader_of(data, folder, planned)
+    delivered = plan.delivery(position=0, step_batches=2, slots=3)
+    loader = loader_of(data, folder, delivered)
     skipped: list[dict[str, str]] = []
-    batches = list(training_batches((loader({"id": np.array([number])}) for number in range(len(planned))), torch.device("cpu"), skipped))
-    assert [batch.clip_count for batch in batches] == [len(one.rows) - (6 in one.rows) for one in planned]
-    assert not planned[-1].rows
-    assert [batch.inputs["input_ids"].shape[0] for batch in batches] == [len(one.rows) or 1 for one in planned]
+    batches = list(training_batches(map(loader.block, range(len(delivered))), torch.device("cpu"), skipped))
+    assert [batch.clip_count for batch in batches] == [len(one.rows) - (6 in one.rows) for one in delivered]
+    assert [batch.ids for batch in batches] == [tuple(f"clip{row}" for row in one.rows if row != 6) for one in delivered]
+    assert not delivered[-1].rows
+    assert [batch.inputs["input_ids"].shape[0] for batch in batches] == [len(one.rows) or 1 for one in delivered]
     assert [(one.position, one.step_position, one.step_label_count) for one in batches] == [
-        (one.position, one.step_position, one.step_label_count) for one in planned
+        (one.position, one.step_position, one.step_label_count) for one in delivered
     ]
     assert not (batches[-1].inputs["labels"] != -100).any()
-    assert batches[-1].audio_s == 0
-    assert sum(batch.audio_s for batch in batches) == pytest.approx(sum(SECONDS) - SECONDS[6], abs=1e-4)
+    assert (batches[-1].audio_s, batches[-1].token_count, batches[-1].ids) == (0, 0, ())
+    assert sum(batch.audio_s for batch in batches) == pytest.approx(sum(SECONDS) - SECONDS[6], abs=1e-3)
     labels = sum(int((batch.inputs["labels"] != -100).sum()) for batch in batches)
     assert labels == plan.columns.label_counts.sum() - plan.columns.label_counts[6]
     assert [clip["id"] for clip in skipped] == ["clip6"]
 
 
-def test_the_plan_knows_each_rows_length_before_it_is_read(folder, processor, tmp_path):
-    for name in ("a.parquet", "b.parquet"):
-        clips(tmp_path / name)
-    loader = loader_of(tmp_path, folder)
-    columns = plan_columns(loader.delivery.rows, processor)
-    for place in range(2 * len(SECONDS)):
-        batch = loader.load(PlannedBatch((place,), 1, 1, 1))
-        assert columns.label_counts[place] == (batch["labels"] != -100).sum()
-        assert abs(columns.token_counts[place] - batch["input_ids"].shape[1]) <= 1
-    assert columns.row_groups.tolist() == [0] * 8 + [1] * 8
+VARIED = AugmentRecipe(speed=[0.9, 1.0, 1.1], gain_db=(-6, 6), noise={"share": 0.5}, specaugment={})
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"text": {2: "", 5: " \n"}}, "2 of 8 rows have no text, clip2 first"),
-        ({"text": {3: None}}, "1 of 8 rows have no text, clip3 first"),
-        ({"duration": {4: 30.5}}, "1 of 8 rows have audio over 30 s, clip4 first"),
-    ],
-    ids=["empty", "none", "long"],
-)
-def test_rows_that_cannot_be_trained_are_refused_with_the_remedy(processor, tmp_path, change, words):
-    rows = read_rows(str(clips(tmp_path / "a.parquet", **change)))
-    with pytest.raises(DataError, match=f"{words}: drop them with python -m jobs.prepare"):
-        plan_columns(rows, processor)
+def test_a_batch_is_the_same_in_another_process(folder, processor, tmp_path):
+    """All of it, to the bit: what is drawn depends on the sample, not on who loads it or what was loaded before."""
+    data = clips(tmp_path / "a.parquet", text={row: f"W{word}, Other {word * 2}!" for row, word in enumerate(WORDS[:8])})
+    rows, _ = trainable(read_rows(str(data)))
+    variation = vary(rows, processor, no_speech=0.5, augment=VARIED, words=WordsRecipe(styles={"raw": 0.5}, context=0.5))
+    batches = plan_training(rows, processor, PlanSettings(max_batch_clips=3), variation).delivery(position=0, step_batches=1)
+    delivery = Delivery(rows, batches, str(folder), variation)
+    (tmp_path / "delivery.pickle").write_bytes(pickle.dumps(delivery, protocol=5))
+    code = (
+        "import pickle, sys; from jobs.ingest import BatchLoader; "
+        "delivery = pickle.load(open(sys.argv[1], 'rb')); loader = BatchLoader(delivery); "
+        "pickle.dump([loader.block(number) for number in reversed(range(len(delivery.batches)))], open(sys.argv[2], 'wb'))"
+    )
+    told = tmp_path / "blocks.pickle"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "delivery.pickle"), str(told)], check=True)
+    loader = BatchLoader(delivery)
+    for number, other in zip(reversed(range(len(batches))), pickle.loads(told.read_bytes()), strict=True):
+        one = loader.block(number)
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_loader_reads_each_row_group_once_whatever_share_of_the_batches_it_gets(folder, processor, tmp_path):
+    for name in "abcdef":
+        clips(tmp_path / f"{name}.parquet")
+    rows = read_rows(str(tmp_path))
+    settings = PlanSettings(max_batch_clips=4, window_row_groups=3)
+    batches = Plan(plan_columns(rows, processor), settings).delivery(position=0, step_batches=1)
+    for share in (1, 2):
+        loader = BatchLoader(Delivery(rows, batches, str(folder), cache_row_groups=settings.window_row_groups))
+        for number in range(0, len(batches), share):
+            loader.block(number)
+        assert loader.reader._audio.cache_info().misses == 6
 
 
 class Listening:
@@ -153,13 +185,13 @@ class Listening:
 def test_training_features_equal_serving_features_bit_for_bit(folder, processor, tmp_path):
     loader = loader_of(clips(tmp_path / "a.parquet"), folder)
     rows = loader.delivery.rows
-    reader, engine = RowReader(rows.uris), Listening()
+    reader, engine = RowReader(rows.files), Listening()
     transcriber = Transcriber(engine, processor, "listening")
     for place in range(len(SECONDS)):
         transcriber.transcribe(reader.wav(rows.file[place], rows.row_group[place], rows.row[place])[0])
     transcriber.close()
     for place, request in enumerate(engine.requests):
-        batch = loader.load(PlannedBatch((place,), 1, 1, 1))
+        batch = loader.load(planned(place))
         assert np.array_equal(batch["input_features"][0], request.features.mel)
         assert batch["audio_frame_counts"].tolist() == [request.features.frame_count]
         is_prompt = batch["labels"][0] == -100

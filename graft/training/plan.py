@@ -1,16 +1,21 @@
-"""The epoch is a plan: which clips stand together in which batch, in which order, as a pure function of a seed and three columns.
+"""The epoch is a plan: which clips stand together in which batch, in which order, as a pure function of a seed and a few columns.
 
 Row groups are shuffled and read a window at a time; within a window clips of like length share batches of at most `token_budget` padded
-tokens, and the batches are shuffled. The number of workers changes neither the batches nor their order, only where an epoch is filled up.
+tokens, and the batches are shuffled. The number of workers changes neither the batches nor their order, only where a step is filled up.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import overload
 
 import numpy as np
 
+from graft.draws import sample_draws
 from graft.errors import DataError
+
+Counts = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Of samples, given as their rows and draws: tokens and label tokens."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +32,33 @@ class PlanSettings:
 
 @dataclass(frozen=True, eq=False)
 class PlanColumns:
-    """What is known of each clip before it is read: its tokens, its label tokens and the row group it stands in, in file order."""
+    """What is known of each row before it is read, in file order: its tokens, its label tokens, its row group and its source.
+
+    A row of row group -1 needs no reading and goes into any window. A row stands in every epoch as often as the weight of its source says;
+    of a weight's fraction its rows take turns, row group by row group, so that no more is read than is trained.
+    """
 
     token_counts: np.ndarray
     label_counts: np.ndarray
     row_groups: np.ndarray
+    sources: np.ndarray | None = None
+    """Index into `weights`; None: all of the first."""
+    weights: Sequence[float] = (1.0,)
+
+    def __len__(self) -> int:
+        return len(self.token_counts)
+
+    def counts(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens and label tokens of samples that do not vary."""
+        return self.token_counts[rows], self.label_counts[rows]
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """Rows that are padded together; a filler, which completes an epoch's last step, has none."""
+    """Samples that are padded together, each a row and a draw; a filler, which completes a step, has none."""
 
     rows: tuple[int, ...]
+    draws: tuple[int, ...]
     position: int
     """The real batches of the run up to and with this one."""
     step_position: int
@@ -48,78 +68,194 @@ class PlannedBatch:
 
 
 @dataclass(frozen=True, eq=False)
+class Batches(Sequence[PlannedBatch]):
+    """A sequence of batches in six arrays, which Ray's workers share: a PlannedBatch is made when it is asked for."""
+
+    rows: np.ndarray  # int32 (samples,)
+    draws: np.ndarray  # int64 (samples,)
+    offsets: np.ndarray  # int64 (batches + 1,), into the two above
+    positions: np.ndarray  # int64 (batches,), as the two below
+    step_positions: np.ndarray
+    step_label_counts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @overload
+    def __getitem__(self, index: int) -> PlannedBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Batches": ...
+    def __getitem__(self, index: int | slice) -> "PlannedBatch | Batches":
+        if isinstance(index, slice):
+            return self._part(*index.indices(len(self)))
+        number = range(len(self))[index]
+        samples = slice(self.offsets[number], self.offsets[number + 1])
+        rows, draws = self.rows[samples].tolist(), self.draws[samples].tolist()
+        numbers = (int(column[number]) for column in (self.positions, self.step_positions, self.step_label_counts))
+        return PlannedBatch(tuple(rows), tuple(draws), *numbers)
+
+    def after(self, position: int) -> "Batches":
+        """What is still to be delivered once `position` real batches, at the end of a step, are done."""
+        return self[int(np.searchsorted(self.step_positions, position, side="right")) :]
+
+    def _part(self, start: int, stop: int, stride: int) -> "Batches":
+        if stride != 1:
+            raise ValueError(f"batches are cut in one piece, not with a stride of {stride}")
+        stop = max(start, stop)
+        samples, batches = slice(self.offsets[start], self.offsets[stop]), slice(start, stop)
+        offsets = self.offsets[start : stop + 1] - self.offsets[start]
+        columns = (self.positions, self.step_positions, self.step_label_counts)
+        return Batches(self.rows[samples], self.draws[samples], offsets, *(column[batches] for column in columns))
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """The real batches of one epoch, in order: samples, where each batch ends among them, and its label tokens."""
+
+    rows: np.ndarray
+    draws: np.ndarray
+    offsets: np.ndarray  # (batches + 1,)
+    label_counts: np.ndarray  # (batches,)
+    token_count: int
+    padded_token_count: int
+
+    def __len__(self) -> int:
+        return len(self.label_counts)
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """All batches of a run."""
+    """All batches of a run; `counts` replaces the columns' own token counts where samples of a row vary."""
 
     columns: PlanColumns
     settings: PlanSettings
+    counts: Counts | None = None
 
-    def epoch(self, number: int) -> list[np.ndarray]:
-        """The batches of an epoch, each an array of row numbers; every row stands in exactly one."""
-        return _epoch(self, number)
+    @cached_property
+    def epochs(self) -> list[Epoch]:
+        """Each epoch's batches. Raises DataError when there is nothing to plan, or a sample exceeds the budget."""
+        return [_epoch(self, number) for number in range(self.settings.epochs)]
 
-    def delivery(self, *, position: int, step_batches: int) -> list[PlannedBatch]:
-        """List what is delivered from a position on: real batches in order, each epoch filled up to whole steps of `step_batches`."""
-        return [batch for step in self.steps(position=position, step_batches=step_batches) for batch in step]
+    def delivery(self, *, position: int, step_batches: int, slots: int | None = None) -> Batches:
+        """List what is delivered after `position` real batches: in order, `slots` to a step, of which at most `step_batches` are real.
 
-    def steps(self, *, position: int, step_batches: int) -> Iterator[list[PlannedBatch]]:
-        """Group what is left of each epoch after `position` real batches into steps of `step_batches`."""
-        first = 0
-        for number in range(self.settings.epochs):
-            batches = self.epoch(number)
-            for start in range(max(0, position - first), len(batches), step_batches):
-                yield self._step(batches[start : start + step_batches], first + start, step_batches)
-            first += len(batches)
-
-    def _step(self, batches: list[np.ndarray], position: int, size: int) -> list[PlannedBatch]:
-        label_count = int(sum(self.columns.label_counts[rows].sum() for rows in batches))
-        end = position + len(batches)
-        step = [PlannedBatch(tuple(map(int, rows)), position + i + 1, end, label_count) for i, rows in enumerate(batches)]
-        return step + [PlannedBatch((), end, end, label_count)] * (size - len(batches))
+        A step never reaches into the next epoch; fillers complete it.
+        """
+        slots = step_batches if slots is None else slots
+        if slots < step_batches:
+            raise ValueError(f"{step_batches} batches do not fit the {slots} slots of a step")
+        first, parts = 0, []
+        for epoch in self.epochs:
+            parts.append(_delivered(epoch, first, max(0, position - first), step_batches, slots))
+            first += len(epoch)
+        return _joined(parts)
 
     def step_count(self, step_batches: int) -> int:
-        return sum(-(-len(self.epoch(number)) // step_batches) for number in range(self.settings.epochs))
+        return sum(-(-len(epoch) // step_batches) for epoch in self.epochs)
 
     def padding_waste(self) -> float:
-        """The share of the first epoch's padded tokens that are padding."""
-        counts = [self.columns.token_counts[rows] for rows in self.epoch(0)]
-        return 1 - sum(float(c.sum()) for c in counts) / sum(float(c.max()) * len(c) for c in counts)
+        """The share of the run's padded tokens that are padding."""
+        return 1 - sum(epoch.token_count for epoch in self.epochs) / sum(epoch.padded_token_count for epoch in self.epochs)
 
 
-@lru_cache(maxsize=4)
-def _epoch(plan: Plan, number: int) -> list[np.ndarray]:
+def _delivered(epoch: Epoch, first: int, start: int, step_batches: int, slots: int) -> Batches:
+    """The epoch's batches from `start` on, with fillers; `first` real batches of the run lie before the epoch."""
+    count = len(epoch)
+    starts = np.arange(start, count, step_batches)
+    ends = np.minimum(starts + step_batches, count)
+    numbers = starts[:, None] + np.arange(slots)  # (steps, slots)
+    real = numbers < ends[:, None]
+    sizes = np.where(real, np.diff(epoch.offsets)[np.minimum(numbers, count - 1)], 0).ravel()
+    labels = np.add.reduceat(epoch.label_counts, starts) if len(starts) else epoch.label_counts[:0]
+    samples = slice(epoch.offsets[min(start, count)], None)
+    return Batches(
+        epoch.rows[samples],
+        epoch.draws[samples],
+        np.concatenate([[0], sizes.cumsum()]),
+        (first + np.where(real, numbers + 1, ends[:, None])).ravel(),
+        np.repeat(first + ends, slots),
+        np.repeat(labels, slots),
+    )
+
+
+def _joined(parts: list[Batches]) -> Batches:
+    names = [field.name for field in fields(Batches)]
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names if name != "offsets"}
+    sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+    return Batches(**columns, offsets=np.concatenate([[0], sizes.cumsum()]))
+
+
+def _epoch(plan: Plan, number: int) -> Epoch:
     columns, settings = plan.columns, plan.settings
-    _check(columns, settings)
-    rng = np.random.default_rng([settings.seed, number])
-    rows_of_group = _rows_by_group(columns.row_groups)
-    order = rng.permutation(len(rows_of_group))
+    if not len(columns):
+        raise DataError("the plan has no clips: check the data and its filters")
+    times = _times(columns, settings.seed, number)
+    rows = np.repeat(np.arange(len(columns), dtype=np.int32), times)
+    if not len(rows):
+        raise DataError(f"epoch {number} has no clips: raise the weights of the sources")
+    draws = sample_draws(settings.seed, number, rows, np.arange(len(rows)) - np.repeat(times.cumsum() - times, times))
+    token_counts, label_counts = (plan.counts or columns.counts)(rows, draws)
+    longest = int(token_counts.max())
+    if longest > settings.token_budget:
+        raise DataError(f"a clip makes {longest} tokens, more than token_budget={settings.token_budget}: raise it or shorten the clips")
+    batches = _batches(columns.row_groups[rows], token_counts, settings, np.random.default_rng([settings.seed, number]))
+    order = np.concatenate(batches)
+    offsets = np.concatenate([[0], np.cumsum([len(batch) for batch in batches])])
+    padded = np.maximum.reduceat(token_counts[order], offsets[:-1]) * np.diff(offsets)
+    label_counts = np.add.reduceat(label_counts[order], offsets[:-1])
+    return Epoch(rows[order], draws[order], offsets, label_counts, int(token_counts.sum()), int(padded.sum()))
+
+
+def _times(columns: PlanColumns, seed: int, number: int) -> np.ndarray:
+    """How often each row stands in an epoch.
+
+    A source's row groups, shuffled once, lie along a circle; of a weight's fraction, every epoch takes the arc after the one before.
+    """
+    times = np.zeros(len(columns), np.int64)
+    sources = np.zeros(len(columns), np.int16) if columns.sources is None else columns.sources
+    for source, weight in enumerate(columns.weights):
+        rows = np.flatnonzero(sources == source)
+        if weight == int(weight) or not len(rows):
+            times[rows] = int(weight)
+            continue
+        groups = columns.row_groups[rows]
+        shuffled = np.random.default_rng([seed, source]).permutation(groups.max() + 2)
+        places = np.empty(len(rows))
+        places[np.argsort(shuffled[groups + 1], kind="stable")] = (np.arange(len(rows)) + 0.5) / len(rows)
+        times[rows] = np.floor((number + 1) * weight + places) - np.floor(number * weight + places)
+    return times
+
+
+def _batches(groups: np.ndarray, token_counts: np.ndarray, settings: PlanSettings, rng: np.random.Generator) -> list[np.ndarray]:
+    """Batches of samples, whose row groups are given, in order."""
+    windows = _windows(groups, settings.window_row_groups, rng)
+    order = np.argsort(windows, kind="stable")
     batches: list[np.ndarray] = []
-    for start in range(0, len(order), settings.window_row_groups):
-        window = np.concatenate([rows_of_group[group] for group in order[start : start + settings.window_row_groups]])
-        in_window = _pack(rng.permutation(window), columns.token_counts, settings)
+    for window in np.split(order, np.flatnonzero(np.diff(windows[order])) + 1):
+        in_window = _pack(rng.permutation(window), token_counts, settings)
         batches += [in_window[index] for index in rng.permutation(len(in_window))]
     return batches
 
 
-def _pack(rows: np.ndarray, token_counts: np.ndarray, settings: PlanSettings) -> list[np.ndarray]:
-    """Cut rows, longest first and equal lengths in the order given, into batches within the budget."""
-    rows = rows[np.argsort(-token_counts[rows], kind="stable")]
+def _windows(groups: np.ndarray, window_row_groups: int, rng: np.random.Generator) -> np.ndarray:
+    """The window of each sample; those that need no reading are spread evenly among the others."""
+    read = groups >= 0
+    present, index = np.unique(groups[read], return_inverse=True)
+    windows = np.zeros(len(groups), np.int64)
+    windows[read] = rng.permutation(len(present))[index] // window_row_groups
+    free = np.flatnonzero(~read)
+    if len(free) and len(index):
+        windows[rng.permutation(free)] = np.sort(windows[read])[(np.arange(len(free)) + 0.5).astype(int) * len(index) // len(free)]
+    return windows
+
+
+def _pack(samples: np.ndarray, token_counts: np.ndarray, settings: PlanSettings) -> list[np.ndarray]:
+    """Cut samples, longest first and equal lengths in the order given, into batches within the budget."""
+    samples = samples[np.argsort(-token_counts[samples], kind="stable")]
+    lengths = token_counts[samples].tolist()
     batches, start = [], 0
-    while start < len(rows):
-        fitting = min(settings.token_budget // int(token_counts[rows[start]]), settings.max_batch_clips)
-        batches.append(rows[start : start + fitting])
+    while start < len(samples):
+        fitting = min(settings.token_budget // lengths[start], settings.max_batch_clips)
+        batches.append(samples[start : start + fitting])
         start += fitting
     return batches
-
-
-def _rows_by_group(row_groups: np.ndarray) -> list[np.ndarray]:
-    order = np.argsort(row_groups, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(row_groups[order])) + 1)
-
-
-def _check(columns: PlanColumns, settings: PlanSettings) -> None:
-    if not len(columns.token_counts):
-        raise DataError("the plan has no clips: check the data and its filters")
-    longest = int(columns.token_counts.max())
-    if longest > settings.token_budget:
-        raise DataError(f"a clip makes {longest} tokens, more than token_budget={settings.token_budget}: raise it or shorten the clips")

@@ -1,0 +1,37 @@
+"""Draws: 63-bit integers from which everything that varies about a training sample follows.
+
+A draw is a hash of (seed, epoch, row, occurrence), so that the plan, a million samples at a time, and a loader in another process, one by
+one, decide alike. Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+"""
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+
+def sample_draws(seed: int, epoch: int, rows: np.ndarray, occurrences: np.ndarray) -> np.ndarray:
+    """Draw int64 numbers (samples,) of 63 bits for the `occurrences`-th standing of `rows` in an epoch."""
+    return (_mix(seed, epoch, rows, occurrences) >> np.uint64(1)).astype(np.int64)
+
+
+def uniform(draws: np.ndarray | int, purpose: str) -> np.ndarray:
+    """Make of each draw a float64 in [0, 1), another one for every purpose."""
+    return (_mix(draws, zlib.crc32(purpose.encode())) >> np.uint64(11)) * 2.0**-53
+
+
+def generator(draw: int, purpose: str) -> np.random.Generator:
+    """Make of a draw a stream of random numbers, another one for every purpose."""
+    return np.random.default_rng([int(draw), zlib.crc32(purpose.encode())])
+
+
+def _mix(*values: Any) -> np.ndarray:
+    """Hash integers, or arrays of them elementwise, to uint64."""
+    hashed = np.zeros((), np.uint64)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64
+        for value in values:
+            hashed = hashed + np.asarray(value).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+            hashed = (hashed ^ (hashed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            hashed = (hashed ^ (hashed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            hashed = hashed ^ (hashed >> np.uint64(31))
+    return hashed

@@ -1,6 +1,7 @@
 """GraftProcessor: clips, images and words to the model's inputs. Training, bulk and online work all come through here."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,12 +11,24 @@ import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from graft.audio import AudioClip
+from graft.errors import ModelError
 from graft.features import Features, Featurizer
 from graft.model.configuration import AUDIO_PAD_TOKEN, GraftConfig, audio_token_count
-from graft.prompts import DEFAULT_INSTRUCTION, PROMPT_END, prompt_text, style_text, target_text
+from graft.prompts import (
+    ANSWER_END,
+    DEFAULT_INSTRUCTION,
+    PLAIN_WORDING,
+    PROMPT_END,
+    TEMPLATES,
+    Wording,
+    prompt_text,
+    request_instruction,
+    style_text,
+)
 
 IGNORED_LABEL = -100
 IMAGE_TOKEN = "<|image_pad|>"
+TOKENIZED_TOGETHER = 8192
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,7 @@ class Example:
 class GraftProcessor(ProcessorMixin):
     """A Whisper feature extractor's settings, Qwen2-VL's image processor and a tokenizer that knows the audio tokens.
 
-    `audio_pool`, `audio_context`, `prompt_style` and `text_style` repeat the GraftConfig it was built with; the model checks the tokens.
+    `audio_pool` and what follows it repeat the GraftConfig it was built with; the model checks the tokens.
     """
 
     def __init__(
@@ -43,17 +56,21 @@ class GraftProcessor(ProcessorMixin):
         audio_context: str = "valid",
         prompt_style: str = "graft",
         text_style: str = "lower",
+        trained_styles: Sequence[str] = (),
+        trained_context: bool = False,
     ):
         self.audio_pool = audio_pool
         self.audio_context = audio_context
         self.prompt_style = prompt_style
         self.text_style = text_style
+        self.trained_styles = list(trained_styles)
+        self.trained_context = trained_context
         super().__init__(feature_extractor, image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
     def for_config(cls, config: GraftConfig, *, feature_extractor: Any, image_processor: Any, tokenizer: Any) -> "GraftProcessor":
         """Make the processor that matches a graft's configuration."""
-        names = ("audio_pool", "audio_context", "prompt_style", "text_style")
+        names = ("audio_pool", "audio_context", "prompt_style", "text_style", "trained_styles", "trained_context")
         settings = {name: getattr(config, name) for name in names}
         return cls(feature_extractor, image_processor, tokenizer, chat_template=tokenizer.chat_template, **settings)
 
@@ -64,23 +81,55 @@ class GraftProcessor(ProcessorMixin):
     def audio_token_count(self, frame_count: int) -> int:
         return audio_token_count(frame_count, pool=self.audio_pool, context=self.audio_context)
 
+    def instruction(self, instruction: str | None = None, context: Sequence[str] | None = None) -> str:
+        """Write the instruction of a request: a style's name or a trained phrasing, and words that may occur.
+
+        Raises ModelError, which names what the checkpoint can do, for what it was not trained to do.
+        """
+        return request_instruction(
+            instruction,
+            context,
+            text_style=self.text_style,
+            trained_styles=self.trained_styles,
+            trained_context=self.trained_context,
+        )
+
     def prompt_ids(self, frame_count: int, instruction: str = DEFAULT_INSTRUCTION) -> list[int]:
-        """Tokenize the transcription prompt of a clip of `frame_count` mel frames, placeholders included."""
-        text = prompt_text(self.prompt_style, instruction)
-        return self.tokenizer(self._expand(text, [frame_count], []), add_special_tokens=False)["input_ids"]
+        """Tokenize the transcription prompt of a clip of `frame_count` mel frames, placeholders included.
+
+        The instruction is text: special tokens in it are taken apart. Raises ModelError for another than the default one where the prompt
+        is the reference's.
+        """
+        before, after, end = self._prompt_parts
+        placeholders = [self._audio_pad_id] * self.audio_token_count(frame_count)
+        return before + placeholders + after + self._plain_ids([self._question(instruction)])[0] + end
+
+    def prompt_lengths(self, instructions: Sequence[str]) -> np.ndarray:
+        """Count the tokens of prompts with these instructions, without their audio tokens; (instructions,) int64. Raises ModelError."""
+        places = {instruction: place for place, instruction in enumerate(dict.fromkeys(instructions))}
+        lengths = self._plain_lengths([self._question(instruction) for instruction in places]) + sum(map(len, self._prompt_parts))
+        return lengths[[places[instruction] for instruction in instructions]] if places else lengths
 
     def prompt_end_ids(self) -> list[int]:
         """The ids that end every prompt; what follows them is the answer."""
-        return self.tokenizer(PROMPT_END, add_special_tokens=False)["input_ids"]
+        return list(self._prompt_parts[2])
 
-    def target_ids(self, text: str) -> list[int]:
-        """Tokenize the answer to train for a transcript, in the graft's text style."""
-        return self.tokenizer(target_text(self.prompt_style, style_text(text, self.text_style)), add_special_tokens=False)["input_ids"]
+    def target_ids(self, text: str, style: str | None = None) -> list[int]:
+        """Tokenize the answer to train for a transcript, in a text style or the graft's own; special tokens in it are taken apart."""
+        return self._plain_ids([self._answer(text, style)])[0] + self._answer_end_ids
 
-    def example(self, clip: AudioClip, text: str) -> Example:
-        """Featurize a labelled clip for training. Raises AudioError for a clip over 30 s."""
-        features = self.featurizer(clip)
-        return Example(features, self.prompt_ids(features.frame_count), self.target_ids(text))
+    def target_lengths(self, texts: Sequence[str], styles: Sequence[str | None] | None = None) -> np.ndarray:
+        """Count the ids of the answers to transcripts, each in its style (None: the graft's own); (texts,) int64."""
+        answers = map(self._answer, texts, styles if styles is not None else itertools.repeat(None))
+        return self._plain_lengths(answers) + len(self._answer_end_ids)
+
+    def example(self, clip: AudioClip, text: str, wording: Wording = PLAIN_WORDING) -> Example:
+        """Featurize a labelled clip for training. Raises AudioError for a clip over 30 s, ModelError as prompt_ids does."""
+        return self.example_of(self.featurizer(clip), text, wording)
+
+    def example_of(self, features: Features, text: str, wording: Wording = PLAIN_WORDING) -> Example:
+        """Put a clip's features, its prompt and its answer together. Raises ModelError as prompt_ids does."""
+        return Example(features, self.prompt_ids(features.frame_count, wording.instruction), self.target_ids(text, wording.style))
 
     def training_batch(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         """Pad examples on the right: input_ids, attention_mask, labels (rows, length), input_features, audio_frame_counts."""
@@ -127,6 +176,42 @@ class GraftProcessor(ProcessorMixin):
         audio_inputs = {key: torch.from_numpy(value) for key, value in collate_features(features).items()} if features else {}
         vision = {**image_inputs, "mm_token_type_ids": types} if images is not None else {}
         return BatchFeature({"input_ids": ids, "attention_mask": mask, **audio_inputs, **vision})
+
+    def _question(self, instruction: str) -> str:
+        if self.prompt_style == "reference" and instruction != DEFAULT_INSTRUCTION:
+            raise ModelError(
+                "the reference's prompt is fixed: leave instructions and context out, or use a graft built with prompt_style=graft"
+            )
+        return TEMPLATES[self.prompt_style].question.format(instruction=instruction)
+
+    def _answer(self, text: str, style: str | None) -> str:
+        return TEMPLATES[self.prompt_style].answer.format(text=style_text(text, style or self.text_style))
+
+    @cached_property
+    def _prompt_parts(self) -> tuple[list[int], list[int], list[int]]:
+        """The ids before the placeholders, between them and the question, and after it."""
+        template = TEMPLATES[self.prompt_style]
+        before, after, end = self.tokenizer([template.before, template.after, PROMPT_END], add_special_tokens=False)["input_ids"]
+        return before, after, end
+
+    @cached_property
+    def _answer_end_ids(self) -> list[int]:
+        return self.tokenizer(ANSWER_END, add_special_tokens=False)["input_ids"]
+
+    @cached_property
+    def _audio_pad_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(AUDIO_PAD_TOKEN)
+
+    def _plain_ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+
+    def _plain_lengths(self, texts: Iterable[str]) -> np.ndarray:
+        self._plain_ids([""])  # leaves the backend without padding and truncation, and special tokens taken apart
+        encode, waiting = self.tokenizer.backend_tokenizer.encode_batch_fast, iter(texts)
+        lengths: list[int] = []
+        while block := list(itertools.islice(waiting, TOKENIZED_TOGETHER)):
+            lengths += map(len, encode(block, add_special_tokens=False))
+        return np.array(lengths, dtype=np.int64)
 
     def _expand(self, text: str, frame_counts: Sequence[int], image_counts: Sequence[int]) -> str:
         for token, counts in ((AUDIO_PAD_TOKEN, [self.audio_token_count(n) for n in frame_counts]), (IMAGE_TOKEN, image_counts)):

@@ -22,9 +22,9 @@ from graft.chunking import Chunk, windows
 from graft.engines import Engine, EngineRequest
 from graft.engines.transformers_engine import TransformersEngine
 from graft.errors import AudioError
+from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.opening import DTYPES, open_graft
 from graft.processor import GraftProcessor
-from graft.prompts import DEFAULT_INSTRUCTION
 from graft.transcript import Segment, Transcript, stitch
 
 Audio = str | os.PathLike[str] | bytes | AudioClip
@@ -52,19 +52,26 @@ class Transcriber:
         # One thread prepares while the engine decodes; more would only fight over cores and the GIL.
         self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-prepare")
 
-    def transcribe(self, audio: Audio, *, instruction: str | None = None) -> Transcript:
-        """Transcribe one recording of any length. Raises AudioError if it can't be read."""
-        return _run(self.transcribe_async(audio, instruction=instruction))
+    def transcribe(self, audio: Audio, *, instruction: str | None = None, context: Sequence[str] | None = None) -> Transcript:
+        """Transcribe one recording of any length.
 
-    def transcribe_many(self, audios: Sequence[Audio], *, instruction: str | None = None) -> list[Transcript | AudioError]:
-        """Transcribe recordings together; one that can't be read has its AudioError in its place.
+        `instruction` names a text style (raw, lower, formatted) or is a phrasing that asks for one; `context` lists words that may occur.
+        Raises AudioError if the recording can't be read, ModelError for a style or words that the model was not trained for.
+        """
+        return _run(self.transcribe_async(audio, instruction=instruction, context=context))
+
+    def transcribe_many(
+        self, audios: Sequence[Audio], *, instruction: str | None = None, context: Sequence[str] | None = None
+    ) -> list[Transcript | AudioError]:
+        """Transcribe recordings together; one that can't be read has its AudioError in its place. Raises ModelError as `transcribe`.
 
         All are prepared before the first is decoded, so that the engine's batches are full, and the same at every call.
         """
+        asked = self._processor.instruction(instruction, context)
 
         async def prepare(audio: Audio) -> "_Prepared | AudioError":
             try:
-                return await self._in_background(self._prepare, audio, instruction)
+                return await self._in_background(self._prepare, audio, asked)
             except AudioError as error:
                 return error
 
@@ -76,19 +83,20 @@ class Transcriber:
 
         return _run(transcribe_all())
 
-    async def transcribe_async(self, audio: Audio, *, instruction: str | None = None) -> Transcript:
-        """Transcribe one recording without blocking the event loop; cancelling frees its place in the engine. Raises AudioError."""
-        return await self._decode(await self._in_background(self._prepare, audio, instruction))
+    async def transcribe_async(self, audio: Audio, *, instruction: str | None = None, context: Sequence[str] | None = None) -> Transcript:
+        """Transcribe one recording without blocking the event loop; cancelling frees its place in the engine. Raises as `transcribe`."""
+        asked = self._processor.instruction(instruction, context)
+        return await self._decode(await self._in_background(self._prepare, audio, asked))
 
     def close(self) -> None:
         """Stop the engine and release the model."""
         self._engine.close()
         self._preparing.shutdown()
 
-    def _prepare(self, audio: Audio, instruction: str | None) -> "_Prepared":
+    def _prepare(self, audio: Audio, instruction: str) -> "_Prepared":
         clip = audio if isinstance(audio, AudioClip) else read_audio(audio)
         chunks = windows(clip)
-        return _Prepared(clip.duration_s, chunks, [self._request(chunk.clip, instruction or DEFAULT_INSTRUCTION) for chunk in chunks])
+        return _Prepared(clip.duration_s, chunks, [self._request(chunk.clip, instruction) for chunk in chunks])
 
     def _request(self, clip: AudioClip, instruction: str) -> EngineRequest:
         features = self._processor.featurizer(clip)
@@ -136,14 +144,19 @@ def load(path: str | os.PathLike[str], *, device: str | None = None, dtype: str 
         raise ValueError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = open_graft(os.fspath(path), device=device, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    return transcriber_of(model, processor, name=Path(path).resolve().name if Path(path).exists() else os.fspath(path))
+
+
+def transcriber_of(model: GraftForConditionalGeneration, processor: GraftProcessor, *, name: str) -> Transcriber:
+    """Make the Transcriber of a model that is open already."""
     ends = model.generation_config.eos_token_id or []
     engine = TransformersEngine(
         model,
         pad_id=processor.tokenizer.pad_token_id,
         eos_ids={processor.target_ids("")[-1], *([ends] if isinstance(ends, int) else ends)},  # trained answers end as this one
-        max_batch_tokens=BATCH_TOKENS.get(torch.device(device).type, BATCH_TOKENS["cpu"]),
+        max_batch_tokens=BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]),
     )
-    return Transcriber(engine, processor, Path(path).resolve().name if Path(path).exists() else os.fspath(path))
+    return Transcriber(engine, processor, name)
 
 
 def max_new_tokens(duration_s: float) -> int:

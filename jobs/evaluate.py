@@ -4,23 +4,22 @@ Writes report.json and, one clip a line, predictions.jsonl.
 """
 
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field
 
-from graft.audio import AudioClip, read_audio
 from graft.config import Recipe
-from graft.corpus import RowReader, read_rows
-from graft.errors import AudioError, DataError, GraftError, ModelError
+from graft.corpus import CorpusFile, RowTable, Sources, read_rows
+from graft.errors import DataError
 from graft.scoring import score
 from jobs.cli import run_job
 from jobs.cluster import connect
+from jobs.hearing import Listener, hear, whisper_folder
 from jobs.outputs import staged_output
 
 REPORT_FILE = "report.json"
@@ -33,8 +32,8 @@ class EvaluateRecipe(Recipe):
 
     model: str
     """A graft, or the output folder of a stage."""
-    data: dict[str, str]
-    """Name of a test set -> its parquet files, folder or glob."""
+    data: dict[str, Sources]
+    """Name of a test set -> its parquet files, folder or glob, or {files, columns}."""
     out: str
     """Folder for the report."""
     baseline: str | None = "bundled"
@@ -50,6 +49,8 @@ class EvaluateRecipe(Recipe):
     gpu: bool = False
     seed: int = 0
     """Of the bootstrap."""
+    expected: dict[str, dict[Literal["wer", "cer", "wer_raw", "cer_raw"], tuple[float, float]]] = Field(default={})
+    """Set -> rate -> the least and the greatest value that agree with a published figure; else the job ends with exit code 1."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Item:
     id: str
     text: str
     audio_id: str
-    uri: str
+    file: CorpusFile
     row_group: int
     row: int
     duration_s: float
@@ -77,8 +78,9 @@ class Heard:
 
 def run(recipe: EvaluateRecipe) -> dict[str, Any]:
     """Score recipe.model; returns what stands in report.json. Raises DataError for rows without text, ModelError, MissingExtra."""
-    if recipe.audio_check and recipe.audio_check not in recipe.data:
-        raise DataError(f"audio_check={recipe.audio_check} is no set of data ({', '.join(recipe.data)}): give one of them")
+    for key, name in [("audio_check", recipe.audio_check), *(("expected", name) for name in recipe.expected)]:
+        if name and name not in recipe.data:
+            raise DataError(f"{key}={name} is no set of data ({', '.join(recipe.data)}): give one of them")
     score(["a"], ["a"])  # a missing extra is told now, not after the listening
     baseline = _checked_models(recipe)
     with staged_output(recipe.out, recipe) as out:
@@ -102,115 +104,53 @@ def _items(name: str, recipe: EvaluateRecipe) -> list[Item]:
         raise DataError(f"data.{SWAPPED}: that name is taken by the audio check: give the set another one")
     rows = read_rows(recipe.data[name])
     count = min(len(rows), recipe.limit or len(rows))
-    if empty := [rows.ids[row] for row in range(count) if not rows.texts[row].strip()]:
-        raise DataError(f"{len(empty)} rows of {recipe.data[name]} have no text, {empty[0]} first: drop them with python -m jobs.prepare")
+    if empty := [rows.id(row) for row in range(count) if not rows.text(row).strip()]:
+        raise DataError(f"{len(empty)} rows of data.{name} have no text, {empty[0]} first: drop them with python -m jobs.prepare")
 
     def item(set_name: str, row: int, heard: int) -> Item:
-        place = (rows.uris[rows.file[heard]], int(rows.row_group[heard]), int(rows.row[heard]))
-        return Item(set_name, rows.ids[row], rows.texts[row], rows.ids[heard], *place, float(rows.duration_s[heard]))
+        place = (rows.files[rows.file[heard]], int(rows.row_group[heard]), int(rows.row[heard]))
+        return Item(set_name, rows.id(row), rows.text(row), rows.id(heard), *place, float(np.nan_to_num(rows.duration_s[heard])))
 
     swapped = [item(SWAPPED, row, (row + 1) % count) for row in range(count)] if name == recipe.audio_check else []
     return [item(name, row, row) for row in range(count)] + swapped
 
 
-def _hear_all(kind: str, path: str, items: Sequence[Item], recipe: EvaluateRecipe) -> Heard:
-    """Transcribe items through Ray Data, clips of like length together."""
-    import ray
-
-    by_length = sorted(items, key=lambda item: item.duration_s)
-    batches = [by_length[start : start + recipe.batch_clips] for start in range(0, len(by_length), recipe.batch_clips)]
-    blocks = ray.data.range(len(batches), override_num_blocks=len(batches)).map_batches(
-        _Hearer,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(recipe.workers, len(batches))),
-        num_cpus=1,
-        num_gpus=1 if recipe.gpu else 0,
-        fn_constructor_args=(kind, os.path.abspath(path) if os.path.exists(path) else path, ray.put(batches), recipe.model_dump()),
-    )
+def _hear_all(kind: Literal["graft", "whisper"], path: str, items: Sequence[Item], recipe: EvaluateRecipe) -> Heard:
+    """Transcribe items, clips of like length together."""
+    order = np.argsort([item.duration_s for item in items], kind="stable")
+    batches = [order[start : start + recipe.batch_clips] for start in range(0, len(order), recipe.batch_clips)]
+    listener = Listener(kind, path, recipe.dtype, recipe.gpu, recipe.threads_per_worker, recipe.workers)
     texts: dict[Item, str] = {}
     errors: dict[Item, str] = {}
     times: list[float] = []
-    for block in blocks.iter_batches(batch_size=None, batch_format="numpy"):
-        for number, heard in zip(block["id"], block["heard"], strict=True):
-            answer = json.loads(str(heard))
-            if answer["fault"]:
-                raise ModelError(answer["fault"])
-            times += answer["times"]
-            for item, (text, error) in zip(batches[int(number)], answer["texts"], strict=True):
-                (texts if error is None else errors)[item] = text if error is None else error
+    for heard in hear(listener, _as_rows(items), batches):
+        times += heard.times
+        for index, (text, error) in zip(batches[heard.number], heard.texts, strict=True):
+            (errors if error else texts)[items[index]] = error or text
     return Heard(texts, errors, sum(item.duration_s for item in texts) / (max(times) - min(times)))
 
 
-class _Hearer:
-    """A Ray Data actor: batch numbers -> texts of their clips, by a graft or by plain Whisper.
-
-    A model that can't be opened is a value too, `fault`: raised in here, Ray would print it with three tracebacks.
-    """
-
-    def __init__(self, kind: str, path: str, batches: Any, recipe: dict[str, Any]) -> None:
-        import ray
-        import torch
-
-        torch.set_num_threads(recipe["threads_per_worker"])
-        self.batches = ray.get(batches)
-        self.fault = ""
-        try:
-            self.transcribe = _load(kind, path, device="cuda" if recipe["gpu"] else "cpu", dtype=recipe["dtype"])
-        except GraftError as error:
-            self.fault = str(error)
-
-    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"id": block["id"], "heard": np.array([json.dumps(self._hear(self.batches[int(number)])) for number in block["id"]])}
-
-    def _hear(self, items: Sequence[Item]) -> dict[str, Any]:
-        if self.fault:
-            return {"fault": self.fault}
-        start = time.time()
-        clips = [_read(item) for item in items]
-        texts = iter(self.transcribe([clip for clip in clips if isinstance(clip, AudioClip)]))
-        answers = [(next(texts), None) if isinstance(clip, AudioClip) else (None, str(clip)) for clip in clips]
-        return {"fault": "", "texts": answers, "times": [start, time.time()]}
-
-
-def _read(item: Item) -> AudioClip | AudioError | DataError:
-    try:
-        wav, path = RowReader([item.uri]).wav(0, item.row_group, item.row)
-        return read_audio(wav, name=path or item.audio_id)
-    except (AudioError, DataError) as error:
-        return error
-
-
-def _load(kind: str, path: str, *, device: str, dtype: str) -> Callable[[Sequence[AudioClip]], list[str]]:
-    from graft.engines.whisper import WhisperBaseline
-    from graft.model.opening import DTYPES
-    from graft.transcriber import load
-
-    if kind == "whisper":
-        return WhisperBaseline(path, device=device, dtype=DTYPES[dtype]).transcribe_many
-    transcriber = load(path, device=device, dtype=dtype)
-
-    def transcribe(clips: Sequence[AudioClip]) -> list[str]:
-        texts = []
-        for transcript in transcriber.transcribe_many(clips):
-            if isinstance(transcript, AudioError):
-                raise transcript  # left out, it would shift every later clip's text to its neighbour
-            texts.append(transcript.text)
-        return texts
-
-    return transcribe
+def _as_rows(items: Sequence[Item]) -> RowTable:
+    files = {file: index for index, file in enumerate(dict.fromkeys(item.file for item in items))}
+    return RowTable(
+        ids=pa.array([item.audio_id for item in items], pa.large_string()),
+        texts=pa.array([item.text for item in items], pa.large_string()),
+        duration_s=np.array([item.duration_s for item in items]),
+        source=np.zeros(len(items), np.int16),
+        file=np.array([files[item.file] for item in items], np.int32),
+        row_group=np.array([item.row_group for item in items], np.int32),
+        row=np.array([item.row for item in items], np.int32),
+        files=list(files),
+        weights=[1.0],
+    )
 
 
 def _checked_models(recipe: EvaluateRecipe) -> str | None:
     """The baseline's checkpoint. Raises ModelError when it or the model is of another kind, before a cluster starts for them."""
-    from graft.model.build import check_kind
-    from graft.model.bundled import bundled_whisper
     from graft.model.opening import check_graft
 
     check_graft(recipe.model)
-    baseline = str(bundled_whisper()) if recipe.baseline == "bundled" else recipe.baseline
-    if baseline:
-        check_kind(baseline, "whisper")
-    return baseline
+    return whisper_folder(recipe.baseline) if recipe.baseline else None
 
 
 def _report(models: Mapping[str, Heard], items: Sequence[Item], recipe: EvaluateRecipe) -> dict[str, Any]:
@@ -221,7 +161,19 @@ def _report(models: Mapping[str, Heard], items: Sequence[Item], recipe: Evaluate
                 result = score([item.text for item in scored], [heard.texts[item] for item in scored], seed=recipe.seed)
                 sets.setdefault(name, {})[kind] = result.to_dict()
     errors = {item.audio_id: error for item, error in models["graft"].errors.items()}
-    return {"model": recipe.model, "sets": sets, "rtfx": {kind: heard.rtfx for kind, heard in models.items()}, "errors": errors}
+    rtfx = {kind: heard.rtfx for kind, heard in models.items()}
+    return {"model": recipe.model, "sets": sets, "expected": _verdicts(sets, recipe), "rtfx": rtfx, "errors": errors}
+
+
+def _verdicts(sets: Mapping[str, Any], recipe: EvaluateRecipe) -> list[dict[str, Any]]:
+    """Compare the graft's rates with what is expected of them."""
+    verdicts = []
+    for name, rates in recipe.expected.items():
+        for rate, (low, high) in rates.items():
+            found = sets.get(name, {}).get("graft", {}).get(rate)  # None where no clip could be read
+            agrees = found is not None and low <= found <= high
+            verdicts.append({"set": name, "rate": rate, "found": found, "low": low, "high": high, "agrees": agrees})
+    return verdicts
 
 
 def _predictions(models: Mapping[str, Heard], items: Sequence[Item]) -> list[dict[str, Any]]:
@@ -240,14 +192,18 @@ def table(report: Mapping[str, Any]) -> str:
             interval = f"[{s['wer_low']:.1%}, {s['wer_high']:.1%}]"
             rates = f"{s['wer']:>6.1%}  {interval:<16} {s['cer']:>6.1%}  {s['wer_raw']:>7.1%}"
             lines.append(f"{name:<12} {kind:<8} {s['clips']:>5} {s['words']:>6}  {rates}")
+    for v in report["expected"]:
+        verdict = "agrees with" if v["agrees"] else "does not agree with"
+        found = "of no clip" if v["found"] is None else f"{v['found']:.2%}"
+        lines.append(f"{v['set']}: {v['rate']} {found} {verdict} the expected {v['low']:.2%} to {v['high']:.2%}")
     if errors := report["errors"]:
         lines.append(f"{len(errors)} clips could not be read and are not scored: {', '.join(list(errors)[:3])}")
     lines.append("seconds of audio per second: " + ", ".join(f"{kind} {rtfx:.1f}" for kind, rtfx in report["rtfx"].items()))
     return "\n".join(lines)
 
 
-def main(recipe: EvaluateRecipe) -> None:
-    run(recipe)
+def main(recipe: EvaluateRecipe) -> int:
+    return 0 if all(verdict["agrees"] for verdict in run(recipe)["expected"]) else 1
 
 
 if __name__ == "__main__":

@@ -35,6 +35,10 @@ class TranscribeRecipe(Recipe):
     """Audio files and folders; folders are searched for wav, flac, mp3, ogg and opus files at any depth."""
     out: str | None = None
     """Folder for the transcripts; without it they are only printed."""
+    instruction: str | None = None
+    """A text style (raw, lower, formatted) that the model was trained for, or a phrasing that asks for one; by default its own."""
+    context: list[str] | None = None
+    """Words that may occur (names, terms), where the model was trained for lists of words."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Precision of the weights; by default as they are stored."""
     workers: int = Field(default=1, ge=1)
@@ -61,13 +65,23 @@ class TranscribeBatch:
     A model that can't be opened is a value too, `fault`: raised in here, Ray would print it with three tracebacks.
     """
 
-    def __init__(self, model: str, *, dtype: str | None, threads: int, device: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str | None,
+        threads: int,
+        device: str,
+        instruction: str | None = None,
+        context: Sequence[str] | None = None,
+    ) -> None:
         import torch
 
         from graft.transcriber import load
 
         torch.set_num_threads(threads)
         self.fault = ""
+        self.words: dict[str, Any] = {"instruction": instruction, "context": context}
         try:
             self.transcriber = load(model, device=device, dtype=dtype)
         except GraftError as error:
@@ -75,7 +89,7 @@ class TranscribeBatch:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         audio = list(batch.pop("audio"))
-        results = [AudioError()] * len(audio) if self.fault else self.transcriber.transcribe_many(audio)
+        results = [AudioError()] * len(audio) if self.fault else self.transcriber.transcribe_many(audio, **self.words)
         errors = [str(result) if isinstance(result, AudioError) else "" for result in results]
         transcripts = ["" if isinstance(result, AudioError) else json.dumps(result.to_dict(), ensure_ascii=False) for result in results]
         return {**batch, "transcript": transcripts, "error": errors, "fault": [self.fault] * len(audio)}
@@ -84,7 +98,7 @@ class TranscribeBatch:
 def main(recipe: TranscribeRecipe) -> int:
     """Transcribe the recipe's recordings; 3 if one could not be read. Raises DataError when there are none, ModelError, OutputError."""
     recordings = find_recordings([recipe.audio] if isinstance(recipe.audio, str) else recipe.audio)
-    _check_model(recipe.model)
+    _check_model(recipe)
     folder = claim_output(recipe.out, recipe, ignore=HOW) if recipe.out else None
     transcripts: dict[int, dict[str, Any]] = {}
     errors: dict[int, dict[str, str]] = {}
@@ -126,11 +140,13 @@ def find_recordings(sources: Sequence[str]) -> list[Recording]:
     return list(stems.values())
 
 
-def _check_model(model: str) -> None:
-    """Refuse what is no graft before a cluster starts."""
-    from graft.model.opening import check_graft
+def _check_model(recipe: TranscribeRecipe) -> None:
+    """Refuse what is no graft, and words that it was not trained for, before a cluster starts."""
+    from graft.model.opening import check_graft, open_processor
 
-    check_graft(model)
+    check_graft(recipe.model)
+    if recipe.instruction or recipe.context:
+        open_processor(recipe.model).instruction(recipe.instruction, recipe.context)
 
 
 def _transcribed(recordings: Sequence[Recording], recipe: TranscribeRecipe) -> Iterator[tuple[int, dict[str, Any], str]]:
@@ -143,7 +159,13 @@ def _transcribed(recordings: Sequence[Recording], recipe: TranscribeRecipe) -> I
     rows = ray.data.from_items([{"place": place, "audio": path} for place, path in enumerate(paths)]).map_batches(
         TranscribeBatch,
         fn_constructor_args=[os.path.abspath(recipe.model) if os.path.exists(recipe.model) else recipe.model],
-        fn_constructor_kwargs={"dtype": recipe.dtype, "threads": recipe.threads, "device": "cuda" if recipe.gpus_per_worker else "cpu"},
+        fn_constructor_kwargs={
+            "dtype": recipe.dtype,
+            "threads": recipe.threads,
+            "device": "cuda" if recipe.gpus_per_worker else "cpu",
+            "instruction": recipe.instruction,
+            "context": recipe.context,
+        },
         batch_size=recipe.files_per_batch,
         compute=ray.data.ActorPoolStrategy(size=recipe.workers),
         num_cpus=recipe.threads,

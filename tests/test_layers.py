@@ -19,7 +19,7 @@ ORDER = (
     {"errors", "transcript"},
     {"config", "audio", "model.configuration"},
     {"chunking", "prompts"},
-    {"features"},
+    {"features", "wording", "formatting"},
     {"processor"},
     {"transcriber"},
 )

@@ -84,6 +84,17 @@ def test_without_out_it_prints_only(folder, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_instruction_and_context_reach_the_workers(tmp_path, capsys):
+    folder = tiny.save_tiny_graft(tmp_path / "worded", trained_styles=["formatted"], trained_context=True)
+    path, words = write_audio(tmp_path / "a.wav", 0.5), {"instruction": "formatted", "context": ["Aachen", "New York"]}
+    assert run(f"model={folder}", f"audio={path}", "instruction=formatted", "context=[Aachen, New York]") == 0
+    transcriber = load(folder)
+    asked, plain = transcriber.transcribe(path, **words).text, transcriber.transcribe(path).text
+    transcriber.close()
+    assert asked != plain
+    assert capsys.readouterr().out.strip() == f"{path}: {asked}".strip()
+
+
 def test_a_deaf_model_is_refused_in_one_line(folder, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
@@ -106,6 +117,12 @@ def test_a_deaf_model_is_refused_in_one_line(folder, tmp_path, capsys):
         (["model={folder}", "audio=a.wav", "wrokers=2"], "did you mean 'workers'"),
         (["model={folder}", "audio=a.wav", "workers=0"], "workers=0"),
         (["model={folder}"], "key audio is required"),
+        (
+            ["model={folder}", "audio=a.wav", "instruction=formatted"],
+            "instruction 'formatted': this checkpoint was trained for lower: give",
+        ),
+        (["model={folder}", "audio=a.wav", "instruction=Write a poem."], "instruction 'Write a poem.': this checkpoint was trained for"),
+        (["model={folder}", "audio=a.wav", "context=[Aachen]"], "context: this checkpoint was not trained for lists of words"),
     ],
 )
 def test_what_is_wrong_from_the_start_is_one_line_and_exit_code_2(folder, tmp_path, capsys, arguments, message):

@@ -107,9 +107,24 @@ def test_many_together_equal_each_alone_and_bad_ones_are_values(transcriber, tmp
     assert transcriber.transcribe_many([]) == []
 
 
-def test_the_instruction_reaches_the_model(transcriber):
+def test_instruction_and_context_reach_the_model(tmp_path):
+    transcriber = load(tiny.save_tiny_graft(tmp_path, trained_styles=["raw"], trained_context=True))
     clip = make_clip(1.0)
-    assert transcriber.transcribe(clip, instruction="Write a poem.").text != transcriber.transcribe(clip).text
+    plain, raw = transcriber.transcribe(clip), transcriber.transcribe(clip, instruction="raw")
+    listed = transcriber.transcribe(clip, instruction="raw", context=["Aachen", "Zwolle"])
+    assert len({plain.text, raw.text, listed.text}) == 3
+    assert transcriber.transcribe_many([clip], instruction="raw", context=["Aachen", "Zwolle"])[0].text == listed.text
+    assert transcriber.transcribe(clip, instruction="lower", context=None) == plain  # its own style needs no asking
+    transcriber.close()
+
+
+def test_what_it_was_not_trained_for_is_refused(transcriber):
+    clip = make_clip(0.2)
+    with pytest.raises(ModelError, match=r"instruction 'raw': this checkpoint was trained for lower: give one of these"):
+        transcriber.transcribe(clip, instruction="raw")
+    with pytest.raises(ModelError, match="context: this checkpoint was not trained for lists of words"):
+        transcriber.transcribe_many([clip], context=["Aachen"])
+    assert transcriber.transcribe(clip, context=[]) == transcriber.transcribe(clip)
 
 
 def test_one_unreadable_file_raises(transcriber):

@@ -28,7 +28,9 @@ class GraftConfig(Qwen2VLConfig):
 
     `audio_pool` averages that many encoder frames (50 a second) into a token. `audio_context` says what is encoded: `full` the 30 s
     window, of which all tokens are kept; `trim` the window, of which the clip's own are kept; `valid` the clip's own frames and
-    `audio_margin_s` seconds of silence, of which the clip's own are kept. `base_digests` names the two checkpoints that were joined.
+    `audio_margin_s` seconds of silence, of which the clip's own are kept. `trained_styles` are the text styles that an
+    instruction may ask for, `trained_context` tells whether lists of words are understood; training writes both. `base_digests` names the
+    two checkpoints that were joined.
     """
 
     model_type = "graft"
@@ -44,6 +46,8 @@ class GraftConfig(Qwen2VLConfig):
     audio_projector: str = "linear"
     prompt_style: str = "graft"
     text_style: str = "lower"
+    trained_styles: list | None = None
+    trained_context: bool = False
     base_digests: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -51,6 +55,7 @@ class GraftConfig(Qwen2VLConfig):
             self.audio_config = WhisperConfig(**self.audio_config)
         elif self.audio_config is None:
             self.audio_config = WhisperConfig()
+        self.trained_styles = list(self.trained_styles or [])
         super().__post_init__(**kwargs)
         for name, allowed in (
             ("audio_pool", AUDIO_POOLS),
@@ -61,6 +66,8 @@ class GraftConfig(Qwen2VLConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(map(str, allowed))}")
+        if unknown := set(self.trained_styles) - set(TEXT_STYLES):
+            raise ValueError(f"trained_styles holds {', '.join(map(str, unknown))}, not one of {', '.join(TEXT_STYLES)}")
         if not 0 <= self.audio_margin_s <= 30:
             raise ValueError(f"audio_margin_s is {self.audio_margin_s}, not between 0 and 30 seconds")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from graft.errors import ModelError
-from graft.model.adapters import attach_adapters, has_adapters, nf4_config
+from graft.model.adapters import attach_adapters, dequantized, has_adapters, nf4_config
 from graft.model.build import check_kind, reading
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
@@ -21,21 +22,44 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def open_graft(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", nf4: bool = False
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    nf4: bool = False,
+    attention: str = "sdpa",
+    rounded_to_nf4: bool = False,
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
     """Load a model and its processor from a graft's folder, a stage's output folder or a hub id.
 
-    `dtype` defaults to the checkpoint's own. With `nf4` the language model is quantized (QLoRA). A stage's projector, and its adapters
-    unmerged, are put onto the graft that the stage was trained on. Raises ModelError for anything else, and for a deaf projector.
+    `dtype` defaults to the checkpoint's own. With `nf4` the language model is quantized (QLoRA); with `rounded_to_nf4` its
+    weights are those that quantization leaves, in `dtype` again. `attention` is transformers' name of an implementation. A stage's
+    projector, and its adapters unmerged, are put onto the graft that the stage was trained on; the words that it was trained for stand in
+    configuration and processor.
+    Raises ModelError for anything else, and for a deaf projector.
     """
-    stage = read_stage(path)
-    model, processor = _load(base_graft(path), dtype=dtype, device=device, nf4=nf4)
-    if stage:
+    model = _load_model(base_graft(path), dtype=dtype, device=device, nf4=nf4 or rounded_to_nf4, attention=attention)
+    if rounded_to_nf4:
+        model = dequantized(model, dtype or torch.bfloat16)
+    processor = open_processor(path)
+    model.config.trained_styles, model.config.trained_context = list(processor.trained_styles), processor.trained_context
+    if read_stage(path):
         load_projector(model, path)
         if has_adapters(path):
             attach_adapters(model, path)
     check_projector(model, source=str(path))
     return model.eval(), processor
+
+
+def open_processor(path: str | Path) -> GraftProcessor:
+    """Load the processor of what open_graft opens, without the model. Raises ModelError for anything else."""
+    graft = base_graft(path)
+    check_kind(graft, "graft")
+    with reading(graft):
+        processor = GraftProcessor.from_pretrained(graft)
+    if words := (read_stage(path) or {}).get("words"):
+        processor.trained_styles, processor.trained_context = words["styles"], words["context"]
+    return processor
 
 
 def check_graft(path: str | Path) -> None:
@@ -46,10 +70,14 @@ def check_graft(path: str | Path) -> None:
         read_projector(path, GraftConfig.from_pretrained(graft))
 
 
-def write_stage(folder: str | Path, *, stage: int, graft: str | Path) -> None:
-    """Record in a stage's output folder which graft it belongs to, by a path relative to that folder."""
+def write_stage(folder: str | Path, *, stage: int, graft: str | Path, words: Mapping[str, Any] | None = None) -> None:
+    """Record in a stage's output folder which graft it belongs to, by a path relative to that folder.
+
+    `words` is what it can be asked for now (graft.wording.trained_words); None leaves it at what the graft could be asked for.
+    """
     relative = os.path.relpath(Path(graft).resolve(), Path(folder).resolve())
-    Path(folder, STAGE_FILE).write_text(json.dumps({"stage": stage, "graft": relative}) + "\n")
+    kept = {"stage": stage, "graft": relative, **({"words": dict(words)} if words is not None else {})}
+    Path(folder, STAGE_FILE).write_text(json.dumps(kept) + "\n")
 
 
 def read_stage(folder: str | Path) -> dict[str, Any] | None:
@@ -65,18 +93,16 @@ def base_graft(path: str | Path) -> str:
     return str(folder.resolve()) if folder.exists() else str(path)
 
 
-def _load(
-    path: str, *, dtype: torch.dtype | None, device: str | torch.device, nf4: bool
-) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
+def _load_model(
+    path: str, *, dtype: torch.dtype | None, device: str | torch.device, nf4: bool, attention: str
+) -> GraftForConditionalGeneration:
     check_kind(path, "graft")
     # Only a quantized model needs accelerate's device_map: its weights are quantized on their way to the device.
     options = {"quantization_config": nf4_config(dtype or torch.bfloat16), "device_map": {"": device}} if nf4 else {}
     try:
-        model = GraftForConditionalGeneration.from_pretrained(path, dtype=dtype or "auto", **options)
+        model = GraftForConditionalGeneration.from_pretrained(path, dtype=dtype or "auto", attn_implementation=attention, **options)
     except ValueError as error:
         raise ModelError(str(error).splitlines()[0]) from error
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the weights in {path} can't be read ({str(error).splitlines()[0]}): copy or build them again") from error
-    with reading(path):
-        processor = GraftProcessor.from_pretrained(path)
-    return model if nf4 else model.to(device), processor
+    return model if nf4 else model.to(device)

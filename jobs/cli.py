@@ -1,18 +1,19 @@
-"""The command line that every job shares: `python -m jobs.VERB --recipe FILE key=value ... [--debug]`.
+"""The command line that every job shares: `python -m jobs.VERB --recipe FILE key=value ... [--plan] [--debug]`.
 
-argv -> recipe -> the job's main -> exit code. What a user can mend (GraftError, also from inside Ray's workers) ends as one line on
-stderr and exit code 2; anything else is a bug and keeps its traceback.
+argv -> recipe -> the job's main, or its plan -> exit code. What a user can mend (GraftError, also from inside Ray's workers) ends as one
+line on stderr and exit code 2; anything else is a bug and keeps its traceback.
 """
 
 import argparse
 import importlib.metadata
+import json
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -27,16 +28,42 @@ _INNER_ERRORS = ("cause", "_base_exc", "training_failed_error", "controller_fail
 _GRAFT_ERROR_LINE = re.compile(r"^graft\.errors\.\w+: (.+)$", re.MULTILINE)
 
 
-def run_job(recipe_class: type[R], main: Callable[[R], int | None], *, summary: str, argv: Sequence[str] | None = None) -> int:
-    """Read the recipe that the command line names and run `main` on it; returns the exit code.
+class PlanOptions(Recipe):
+    """What --plan is told besides the recipe."""
 
-    0 or what `main` returns; 2 after a GraftError, printed as one line; 130 after Ctrl-C. Other exceptions pass through.
+    device: str = "h200"
+    """A GPU, such as h200, h100, a100, l40s or 4090."""
+    price: float | None = Field(default=None, ge=0)
+    """Of one hour on one device."""
+    share: float = Field(default=0.45, gt=0, le=1)
+    """Of the device's peak that training is expected to reach."""
+    hours: float = Field(default=100.0, gt=0)
+    """Of speech, where data= is not given."""
+    clip_s: float = Field(default=10.0, ge=0.1, le=30)
+    """Mean length of a clip in seconds, where data= is not given."""
+
+
+def run_job(
+    recipe_class: type[R],
+    main: Callable[[R], int | None],
+    *,
+    summary: str,
+    argv: Sequence[str] | None = None,
+    plan: Callable[[R, PlanOptions], None] | None = None,
+) -> int:
+    """Read the recipe that the command line names and run `main` on it, or `plan` where --plan is given; returns the exit code.
+
+    0 or what `main` returns; 2 after a GraftError, printed as one line; 130 after Ctrl-C. Other exceptions pass through. Of what the recipe
+    requires, a plan still requires `model` alone: the rest may be None.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        path, overrides = _read_arguments(recipe_class, summary, argv)
+        options, overrides = _read_arguments(recipe_class, summary, argv, plans=plan is not None)
         quiet_libraries()
-        return main(read_recipe(recipe_class, path, overrides)) or 0
+        if plan and (plan_options := _plan_options(options)):
+            plan(read_recipe(_with_model_alone(recipe_class), options.recipe, overrides), plan_options)
+            return 0
+        return main(read_recipe(recipe_class, options.recipe, overrides)) or 0
     except KeyboardInterrupt:
         print("graft: interrupted", file=sys.stderr)
         return 130
@@ -95,10 +122,11 @@ def _extra_of(module: str) -> str | None:
     return None
 
 
-def _read_arguments(recipe_class: type[Recipe], summary: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+def _read_arguments(recipe_class: type[Recipe], summary: str, argv: Sequence[str], *, plans: bool) -> tuple[argparse.Namespace, list[str]]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
+    usage = f"python -m {spec.name if spec else 'jobs.VERB'} [--recipe FILE] [key=value ...] {'[--plan ...] ' if plans else ''}[--debug]"
     parser = argparse.ArgumentParser(
-        usage=f"python -m {spec.name if spec else 'jobs.VERB'} [--recipe FILE] [key=value ...] [--debug]",
+        usage=usage,
         description=summary,
         epilog="\n".join(["recipe keys:", *_documented(recipe_class)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -107,6 +135,11 @@ def _read_arguments(recipe_class: type[Recipe], summary: str, argv: Sequence[str
     )
     parser.add_argument("--recipe", metavar="FILE", help="YAML file with the recipe's keys; key=value (or key.sub=value) wins over it")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if plans:
+        parser.add_argument("--plan", action="store_true", help="print memory, steps, hours and cost of the run and start nothing")
+        for name, field in PlanOptions.model_fields.items():
+            default = "" if field.default is None else f" (default {field.default})"
+            parser.add_argument(f"--{name}", metavar="...", help=f"with --plan: {field.description}{default}")
     try:
         options, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -114,7 +147,22 @@ def _read_arguments(recipe_class: type[Recipe], summary: str, argv: Sequence[str
     for override in overrides:
         if override.startswith("-") or "=" not in override:
             raise RecipeError(f"argument {override!r} is not key=value: see --help")
-    return options.recipe, overrides
+    return options, overrides
+
+
+def _plan_options(options: argparse.Namespace) -> PlanOptions | None:
+    """What --plan was told; None where it was not given."""
+    given = {name: value for name in PlanOptions.model_fields if (value := getattr(options, name)) is not None}
+    if given and not options.plan:
+        raise RecipeError(f"argument --{next(iter(given))} goes with --plan: see --help")
+    return read_recipe(PlanOptions, None, [f"{name}={json.dumps(value)}" for name, value in given.items()]) if options.plan else None
+
+
+def _with_model_alone(recipe_class: type[R]) -> type[R]:
+    """A recipe class that requires `model` alone; what else the given one requires is None by default."""
+    required = {name: field.annotation for name, field in recipe_class.model_fields.items() if field.is_required() and name != "model"}
+    optional: dict[str, Any] = {name: (annotation | None, None) for name, annotation in required.items() if annotation is not None}
+    return create_model(recipe_class.__name__, __base__=recipe_class, **optional)
 
 
 def _documented(recipe_class: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -3,9 +3,11 @@
 import sys
 from typing import Any
 
+from graft.stages import Stage
 from jobs.cli import run_job
-from jobs.fit import TrainRecipe, fit
-from jobs.train_worker import Stage
+from jobs.fit import fit
+from jobs.plan import print_plan
+from jobs.train_recipe import TrainRecipe
 
 
 class Stage1Recipe(TrainRecipe):
@@ -22,4 +24,4 @@ def main(recipe: Stage1Recipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(Stage1Recipe, main, summary="Train the projector of a graft."))
+    sys.exit(run_job(Stage1Recipe, main, summary="Train the projector of a graft.", plan=print_plan))

@@ -8,9 +8,11 @@ from pydantic import Field
 
 from graft.config import Recipe
 from graft.model.adapters import LoraSettings
-from jobs.cli import run_job
-from jobs.fit import TrainRecipe, fit
-from jobs.train_worker import Stage
+from graft.stages import Stage
+from jobs.cli import PlanOptions, run_job
+from jobs.fit import fit
+from jobs.plan import Trained, print_plan
+from jobs.train_recipe import TrainRecipe
 
 
 class LoraRecipe(Recipe):
@@ -19,6 +21,8 @@ class LoraRecipe(Recipe):
     rank: int = Field(default=64, ge=1)
     alpha: int = Field(default=16, ge=1)
     dropout: float = Field(default=0.05, ge=0, lt=1)
+    encoder: bool = False
+    """Adapters on the Whisper encoder too."""
 
 
 class Stage2Recipe(TrainRecipe):
@@ -40,9 +44,15 @@ def run(recipe: Stage2Recipe) -> dict[str, Any]:
     return fit(recipe, Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=os.path.abspath(recipe.projector)))
 
 
+def plan(recipe: Stage2Recipe, options: PlanOptions) -> None:
+    """Print what a run takes."""
+    trained = Trained(lora_rank=recipe.lora.rank, lora_encoder=recipe.lora.encoder, nf4=recipe.quantize == "nf4")
+    print_plan(recipe, options, trained=trained)
+
+
 def main(recipe: Stage2Recipe) -> None:
     run(recipe)
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(Stage2Recipe, main, summary="Train LoRA adapters and the projector of a graft."))
+    sys.exit(run_job(Stage2Recipe, main, summary="Train LoRA adapters and the projector of a graft.", plan=plan))

@@ -1,13 +1,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from graft.config import Recipe
 from graft.errors import AudioError, DataError
-from jobs.cli import run_job, user_message
+from jobs.cli import PlanOptions, run_job, user_message
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,6 +92,36 @@ def test_help_documents_every_key(tmp_path, capsys):
     result = run(["--help"], cwd=tmp_path)
     assert result.returncode == 0
     assert result.stdout.startswith("usage: python -m jobs.prepare [--recipe FILE]")
+
+
+def test_a_plan_takes_the_place_of_the_job(capsys):
+    class Trained(Job):
+        model: str
+
+    seen: list[tuple[str | None, str, float | None]] = []
+
+    def plan(recipe: Trained, options: PlanOptions) -> None:
+        seen.append((recipe.out, options.device, options.price))
+
+    def told(*argv: str, planner: Callable[[Trained, PlanOptions], None] | None = plan) -> int:
+        return run_job(Trained, lambda recipe: 7, summary="", argv=argv, plan=planner)
+
+    assert told("model=m", "--plan", "--device", "4090", "--price=2") == 0
+    assert seen == [(None, "4090", 2.0)]
+    assert told("model=m", "out=o") == 7
+    for argv, words in [
+        (["model=m"], "key out is required"),
+        (["--plan"], "key model is required"),
+        (["model=m", "out=o", "--price", "2"], "argument --price goes with --plan"),
+        (["model=m", "--plan", "--share", "2"], "share='2': input should be less than or equal to 1"),
+    ]:
+        assert told(*argv) == 2
+        assert words in capsys.readouterr().err
+    assert told("model=m", "--plan", planner=None) == 2
+    assert "argument '--plan' is not key=value" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        told("--help")
+    assert "with --plan: Of one hour on one device." in capsys.readouterr().out
 
 
 def test_main_gets_the_recipe_and_gives_the_exit_code(capsys):

@@ -1,24 +1,69 @@
-"""Every recipe that ships can be read by its job."""
+"""Every recipe that ships can be read by its job; the reference's numbers are the published ones."""
 
 from pathlib import Path
 
 import pytest
 
-from graft.config import read_recipe
+from graft.config import Recipe, read_recipe
+from graft.model.shapes import AUDIO_BASES, TEXT_BASES
+from jobs.build import BuildRecipe
+from jobs.evaluate import EvaluateRecipe
 from jobs.stage1 import Stage1Recipe
 from jobs.stage2 import Stage2Recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "jobs" / "recipes").glob("*.yaml"))
-CLASSES = {"stage1": Stage1Recipe, "stage2": Stage2Recipe}
-GIVEN = {"stage1": ["model=m", "data=[d]", "out=o"], "stage2": ["model=m", "projector=p", "data=[d]", "out=o"]}
+RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
+CLASSES: dict[str, type[Recipe]] = {"build": BuildRecipe, "stage1": Stage1Recipe, "stage2": Stage2Recipe, "evaluate": EvaluateRecipe}
+GIVEN = {"model": "m", "projector": "p", "data": "d", "out": "o"}
+"""What a recipe may leave to the command line."""
+KINDS = ("reference-7b", "fast-7b", "quality-7b", "reference-2b", "fast-2b", "quality-2b", "small")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_is_read(path):
-    stage = path.stem.rpartition("-")[2]
-    recipe = read_recipe(CLASSES[stage], str(path), GIVEN[stage])
-    assert recipe.out == "o"
+def read(name: str) -> Recipe:
+    recipe_class = CLASSES[name.rpartition("-")[2]]
+    text = (RECIPES / f"{name}.yaml").read_text()
+    fields = recipe_class.model_fields.items()
+    missing = [f"{key}={GIVEN[key]}" for key, field in fields if field.is_required() and f"\n{key}:" not in text]
+    return read_recipe(recipe_class, str(RECIPES / f"{name}.yaml"), missing)
 
 
-def test_there_is_a_recipe_for_each_stage_and_size():
-    assert {path.stem for path in RECIPES} >= {f"{size}-{stage}" for size in ("small", "7b") for stage in CLASSES}
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.iterdir()))
+def test_recipe_is_read(name):
+    assert read(name).out == "o"
+
+
+def test_there_is_a_recipe_for_each_stage_and_kind():
+    assert {path.stem for path in RECIPES.iterdir()} == {
+        *(f"{kind}-{job}" for kind in KINDS for job in ("build", "stage1", "stage2")),
+        "reference-evaluate",
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bases_are_known_by_shape(kind):
+    recipe = read(f"{kind}-build")
+    assert recipe.audio_base in AUDIO_BASES
+    assert recipe.text_base in TEXT_BASES
+
+
+@pytest.mark.parametrize("size", ["7b", "2b"])
+def test_the_reference_is_the_published_one(size):
+    build, first, second = (read(f"reference-{size}-{job}") for job in ("build", "stage1", "stage2"))
+    assert (build.audio_pool, build.audio_context, build.audio_projector) == (1, "full", "linear")
+    assert (build.prompt_style, build.text_style) == ("reference", "raw")
+    assert (first.max_batch_clips, first.step_batches, first.max_steps, first.learning_rate) == (8, 4, 5000, 1e-3)
+    assert (second.max_batch_clips, second.step_batches, second.max_steps, second.learning_rate) == (4, 4, 1250, 2e-4)
+    for stage in (first, second):
+        assert (stage.schedule, stage.warmup_steps, stage.dtype, stage.attention) == ("linear", 0, "bf16", "flash_attention_2")
+        assert stage.token_budget // stage.max_batch_clips >= 1800
+        assert (stage.augment, stage.no_speech, stage.words.plain) == (None, 0, True)
+    assert first.epochs * 20_000 == first.max_steps * first.max_batch_clips * first.step_batches
+    assert second.epochs * 20_000 == second.max_steps * second.max_batch_clips * second.step_batches
+    assert (second.quantize, second.gradient_checkpointing) == ("nf4", True)
+    assert (second.lora.rank, second.lora.alpha, second.lora.dropout) == (64, 16, 0.05)
+
+
+def test_the_published_weights_are_expected_to_score_as_published():
+    recipe = read("reference-evaluate")
+    low, high = recipe.expected["test"]["wer_raw"]
+    assert low < 0.1133 < high
+    assert recipe.data.keys() == recipe.expected.keys()

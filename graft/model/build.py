@@ -34,11 +34,12 @@ def build_graft(
     digests = {"audio": state_digest(encoder.state_dict()), "text": state_digest(text.state_dict())}
     dtype = dtype or text.dtype
     with reading(text_base):
-        tokenizer, image_processor = AutoTokenizer.from_pretrained(text_base), _image_processor(text_base)
+        tokenizer, image_processor = AutoTokenizer.from_pretrained(text_base), read_image_processor(text_base)
     with reading(audio_base):
         feature_extractor = WhisperFeatureExtractor.from_pretrained(audio_base)
-    _add_audio_tokens(tokenizer, text, seed)
-    config = _config(text, encoder, tokenizer, settings, digests)
+    ids = add_audio_tokens(tokenizer)
+    _make_room(text, len(tokenizer), seed)
+    config = _config(text, encoder, {**ids, **settings}, digests)
     model = _join(config, text, encoder, dtype=dtype, seed=seed)
     parts = {"feature_extractor": feature_extractor, "image_processor": image_processor, "tokenizer": tokenizer}
     return model, GraftProcessor.for_config(config, **parts)
@@ -79,22 +80,24 @@ def _load(model_class: Any, checkpoint: str) -> Any:
     return model
 
 
-def _add_audio_tokens(tokenizer: Any, text: Qwen2VLForConditionalGeneration, seed: int) -> None:
+def add_audio_tokens(tokenizer: Any) -> dict[str, Any]:
+    """Teach a tokenizer the audio tokens; returns their ids as GraftConfig names them."""
     tokenizer.add_special_tokens({"additional_special_tokens": list(AUDIO_TOKENS)}, replace_extra_special_tokens=False)
+    names = ("audio_token_id", "audio_start_token_id", "audio_end_token_id")
+    return dict(zip(names, tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS)), strict=True))
+
+
+def _make_room(text: Qwen2VLForConditionalGeneration, token_count: int, seed: int) -> None:
     embeddings: Any = text.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:
+    if token_count > embeddings.num_embeddings:
         torch.manual_seed(seed)
-        text.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        text.resize_token_embeddings(token_count, mean_resizing=True)
 
 
-def _config(
-    text: Qwen2VLForConditionalGeneration, encoder: Any, tokenizer: Any, settings: dict[str, Any], digests: dict[str, str]
-) -> GraftConfig:
+def _config(text: Qwen2VLForConditionalGeneration, encoder: Any, settings: dict[str, Any], digests: dict[str, str]) -> GraftConfig:
     base = {key: value for key, value in text.config.to_dict().items() if key not in ("model_type", "architectures")}
-    pad, start, end = tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS))
-    ids = {"audio_token_id": pad, "audio_start_token_id": start, "audio_end_token_id": end}
     try:
-        return GraftConfig(**base, **ids, **settings, audio_config=encoder.config.to_dict(), base_digests=digests)
+        return GraftConfig(**base, **settings, audio_config=encoder.config.to_dict(), base_digests=digests)
     except ValueError as error:
         raise ModelError(str(error)) from error
 
@@ -114,14 +117,21 @@ def _join(
         raise ModelError(f"the bases do not fit a graft: {len(left)} tensors are left over, {left[0]} first: use Whisper and Qwen2-VL")
     torch.manual_seed(seed)
     model._init_weights(model.audio_projector)
-    model.generation_config = text.generation_config
-    placeholders = [config.audio_token_id, config.audio_start_token_id, config.audio_end_token_id, config.image_token_id]
-    placeholders += [config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
-    model.generation_config.suppress_tokens = sorted(placeholders)
+    generate_words_only(model, text.generation_config)
     return model.eval()
 
 
-def _image_processor(text_base: str) -> Any:
+def generate_words_only(model: GraftForConditionalGeneration, settings: Any) -> None:
+    """Give a graft a base's generation settings, and never a placeholder as an answer."""
+    config = model.config
+    model.generation_config = settings
+    placeholders = [config.audio_token_id, config.audio_start_token_id, config.audio_end_token_id, config.image_token_id]
+    placeholders += [config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    model.generation_config.suppress_tokens = sorted(placeholders)
+
+
+def read_image_processor(text_base: str) -> Any:
+    """Read a Qwen2-VL checkpoint's image processor, or make the published one."""
     try:
         return Qwen2VLImageProcessorPil.from_pretrained(text_base)
     except OSError:  # a text base without preprocessor_config.json: Qwen2-VL's published values

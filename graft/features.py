@@ -4,6 +4,7 @@ Whisper hears windows of 30 s, padded with digital silence. Only the frames that
 hold one constant, `silence_value(mel.max())`, which whoever needs the whole window fills in.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,6 +59,12 @@ class Featurizer:
         log_mel = (self._filters @ power.T).clamp_(min=1e-10).log10_()  # (mels, frames)
         log_mel = log_mel.clamp_(min=log_mel.max().item() - 8)
         return Features(log_mel.add_(4).div_(4).numpy(), frame_count)
+
+    def fingerprint(self) -> str:
+        """A digest that changes with what features are: that of a sweep's, rounded as far as processors differ."""
+        time_s = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+        sweep = np.sin(2 * np.pi * 4000 * time_s**2) * time_s
+        return hashlib.sha256(np.round(self(AudioClip(sweep.astype(np.float32))).mel, 2).tobytes()).hexdigest()
 
 
 def silence_value(max_feature: FloatOrArray) -> FloatOrArray:

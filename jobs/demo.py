@@ -44,8 +44,8 @@ class DemoRecipe(Recipe):
     stage2_epochs: int = Field(default=7, ge=1)
     workers: int = Field(default=2, ge=1)
     """Training workers, one thread each."""
-    quantize: Literal["nf4", "none"] = "none"
-    """Base of stage 2. On 135 M parameters NF4's rounding is so large that adapters learned on it fail on the full-precision base."""
+    quantize: Literal["nf4", "none"] = "nf4"
+    """Base of stage 2. With nf4 the adapters are merged into what its rounding leaves: on 135 M parameters it is large."""
     scored_clips: int = Field(default=40, ge=1)
     """Trained clips to score."""
 
@@ -80,8 +80,7 @@ def run(recipe: DemoRecipe) -> dict[str, Any]:
     checked = check.CheckRecipe(model=demo.path("stage1"), data=[demo.path("data/train")])
     demo.step("check", "does the model hear?", lambda: check.run(checked))
     second = demo.step("stage2", "LoRA and the projector", lambda: stage2.run(_stage2_recipe(demo)))
-    merged = merge.MergeRecipe(model=demo.path("stage2"), out=demo.path("merged"))
-    demo.step("merge", "the adapters into full-precision weights", lambda: merge.run(merged))
+    demo.step("merge", "the adapters into the weights, and a comparison", lambda: merge.run(_merge_recipe(demo)))
     report = demo.step("evaluate", "the merged model and plain Whisper, on the same clips", lambda: evaluate.run(_evaluate_recipe(demo)))
     shown = [*_manifest("train")[:2], _manifest("unseen")[0]]
     files = [str(SPEECH / row["audio"]) for row in shown]
@@ -126,6 +125,7 @@ def _training(demo: Demo, stage: str) -> dict[str, Any]:
         "log_every": 6,
         "workers": demo.recipe.workers,
         "data_workers": 1,
+        "encoder_cache": demo.path("encoded"),
     }
 
 
@@ -138,6 +138,12 @@ def _stage2_recipe(demo: Demo) -> stage2.Stage2Recipe:
     return stage2.Stage2Recipe.model_validate(
         {**_training(demo, "stage2"), **adapters, "epochs": demo.recipe.stage2_epochs, "learning_rate": 1e-3}
     )
+
+
+def _merge_recipe(demo: Demo) -> merge.MergeRecipe:
+    onto = "nf4" if demo.recipe.quantize == "nf4" else "full"
+    settings = {"model": demo.path("stage2"), "out": demo.path("merged"), "onto": onto, "data": demo.path("data/train"), "clips": 16}
+    return merge.MergeRecipe.model_validate(settings)
 
 
 def _evaluate_recipe(demo: Demo) -> evaluate.EvaluateRecipe:
@@ -255,7 +261,8 @@ FILES = {
     "summary.json": "these numbers",
     "data/": "the clips as parquet, and what was dropped",
     "graft/": "the untrained graft",
-    "stage1/, stage2/": "projector and adapters, metrics.jsonl, loss.png",
+    "stage1/, stage2/": "projector and adapters, metrics.jsonl, curves.png",
+    "encoded/": "what the encoder made of the clips, so that it heard each once",
     "merged/": "the trained model, with its trained parts in adapter/",
     "evaluation/": "report.json and predictions.jsonl",
     "transcripts/": "text and JSON of three files",

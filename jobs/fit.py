@@ -1,83 +1,60 @@
 """What both stages share: recipe -> plan -> Ray Data and a TorchTrainer -> an output folder. The verbs are jobs.stage1 and jobs.stage2.
 
 While it trains, an output folder holds recipe.yaml, log.txt, metrics.jsonl, checkpoints/ and, where clips were masked, skipped.jsonl; once
-it is done also projector.safetensors (stage 2: the adapters too), loss.png, stage.json and, last of all, result.json.
+it is done also projector.safetensors (stage 2: the adapters too), curves.png, stage.json and, last of all, result.json.
 """
 
+import contextlib
+import hashlib
 import json
 import pickle
 import shutil
+import signal
+import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
+import numpy as np
 
-from graft.config import Recipe
-from graft.corpus import read_rows
-from graft.errors import require
+from graft.corpus import RowTable, Sources, read_rows
+from graft.errors import DataError, GraftError, RecipeError, require
+from graft.model.adapters import save_adapters
 from graft.model.configuration import GraftConfig
 from graft.model.opening import base_graft, check_graft, write_stage
-from graft.model.weights import read_projector
+from graft.model.weights import encoder_digest, read_projector, write_projector
 from graft.processor import GraftProcessor
-from graft.training.checkpoint import PROGRESS_FILE, Progress, latest_checkpoint, load_checkpoint
-from graft.training.plan import Plan, PlannedBatch, PlanSettings
-from graft.training.tracking import draw_loss, read_metrics
+from graft.stages import Computing, Stage
+from graft.training.checkpoint import load_checkpoint
+from graft.training.encoder_cache import EncoderCache, open_cache
+from graft.training.loop import LoopSettings, is_over
+from graft.training.plan import Batches, Plan, PlanSettings
+from graft.training.progress import Progress, best_checkpoint, latest_checkpoint, read_progress
+from graft.training.tracking import draw_curves
+from graft.wording import trained_words
 from jobs.cluster import connect
 from jobs.console import follow
-from jobs.ingest import Delivery, plan_columns, planned_dataset
+from jobs.ingest import Delivery
+from jobs.observing import CHECKPOINTS, LOG_FILE, STOP_FILE
 from jobs.outputs import claim_output, holds_results, write_atomic
-from jobs.remote import train
-from jobs.train_worker import CHECKPOINTS, FINAL, LOG_FILE, Run, Stage
+from jobs.remote import Remaining, train
+from jobs.samples import Variation, plan_training, trainable, vary
+from jobs.train_recipe import HOW_NOT_WHAT, TrainRecipe
+from jobs.train_worker import FAULT_FILE, Run
 
 RESULT_FILE = "result.json"
-HOW_NOT_WHAT = frozenset({"workers", "threads_per_worker", "data_workers", "gpu", "log_every", "checkpoint_every", "keep_checkpoints"})
-"""Keys that may differ when a run is taken up again: how it runs. Of these `workers` alone reaches the result: a step has more batches."""
-
-
-class TrainRecipe(Recipe):
-    """What both stages are told."""
-
-    model: str
-    """The graft to train: a folder written by jobs.build, or a hub id."""
-    data: str | Annotated[list[str], Field(min_length=1)]
-    """Parquet files, folders or globs in SpeechBrain's LargeScaleASR schema."""
-    out: str
-    """Folder for the results; a run that was cut off goes on from its last checkpoint."""
-    seed: int = 0
-    epochs: int = Field(default=1, ge=1)
-    max_steps: int | None = Field(default=None, ge=1)
-    """Stop after so many updates."""
-    token_budget: int = Field(default=8192, ge=1)
-    """Tokens of one worker's batch, padding included."""
-    max_batch_clips: int = Field(default=64, ge=1)
-    window_row_groups: int = Field(default=16, ge=1)
-    """Row groups that are read and shuffled together."""
-    accumulation: int = Field(default=1, ge=1)
-    """Batches of each worker to one update."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of the frozen weights and of the arithmetic; trained weights are kept in float32."""
-    backend: Literal["deepspeed", "torch"] = "deepspeed"
-    """DeepSpeed ZeRO, or plain torch: DDP where there are several workers."""
-    zero_stage: Literal[1, 2] = 2
-    workers: int = Field(default=1, ge=1)
-    threads_per_worker: int = Field(default=1, ge=1)
-    data_workers: int = Field(default=2, ge=1)
-    """CPU workers that decode and featurize."""
-    gpu: bool = False
-    """One GPU for each worker."""
-    log_every: int = Field(default=10, ge=1)
-    checkpoint_every: int = Field(default=500, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+PLAN_FILE = "plan.sha256"
+ROWS = "rows"
+STOPPED = 128 + signal.SIGTERM
 
 
 def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
-    """Train a stage, or go on with it; returns what stands in result.json. Raises GraftError for what a user can mend."""
+    """Train a stage, or go on with it; returns what stands in result.json.
+
+    Raises GraftError for what a user can mend, SystemExit(143) after a SIGTERM, once all is saved.
+    """
     out = Path(recipe.out).resolve()
     if holds_results(recipe.out, recipe, ignore=HOW_NOT_WHAT) and (out / RESULT_FILE).is_file():
         print(f"stage {stage.number}: {out} is done already")
@@ -86,75 +63,225 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     require("ray.train", extra="train")
     check_graft(recipe.model)
     graft = base_graft(recipe.model)
+    config = GraftConfig.from_pretrained(graft)
     if stage.projector:
-        read_projector(stage.projector, GraftConfig.from_pretrained(graft))
+        read_projector(stage.projector, config)
     processor = GraftProcessor.from_pretrained(graft)
-    rows = read_rows(recipe.data)
-    settings = PlanSettings(recipe.seed, recipe.epochs, recipe.token_budget, recipe.max_batch_clips, recipe.window_row_groups)
-    plan = Plan(plan_columns(rows, processor), settings)
-    step_batches = recipe.workers * recipe.accumulation
-    checkpoint = latest_checkpoint(out / CHECKPOINTS)
-    progress = load_checkpoint(checkpoint)[1] if checkpoint else Progress()
-    batches, total_steps = what_is_left(plan, progress, step_batches=step_batches, max_steps=recipe.max_steps)
-    claim_output(recipe.out, recipe, ignore=HOW_NOT_WHAT)  # now that nothing in it can be wrong
+    with _kept_rows(out) as kept:
+        rows, variation, plan = planned(recipe, processor, cache=kept)
+        progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
+        batches, total_steps = what_is_left(plan, progress, recipe)
+        validation = _validation(recipe, graft, processor)
+        cache = _encoder_cache(recipe, stage, config, graft, processor)
+        claim_output(recipe.out, recipe, ignore=HOW_NOT_WHAT)  # now that nothing in it can be wrong
+    _check_plan(out, plan)
     hours = rows.duration_s.sum() / 3600
     print(f"stage {stage.number}: {len(rows)} clips, {hours:.2f} h, {total_steps} steps, padding {plan.padding_waste():.1%}", flush=True)
-    if progress.step < total_steps:
+    settings = loop_settings(recipe)
+    if not is_over(progress, settings, total_steps):
         connect()
-        filler_row = int(plan.columns.token_counts.argmin())
-        dataset = planned_dataset(Delivery(rows, batches, filler_row, processor=graft), data_workers=recipe.data_workers)
-        run = Run(recipe.model_dump(), stage, graft, str(out), str(checkpoint) if checkpoint else None, total_steps)
-        _train(recipe, run, dataset)
-    return _finish(out, graft, stage, seconds=time.perf_counter() - started)
+        delivery = Delivery(rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups, encoder_cache=cache)
+        run = Run(recipe.model_dump(), stage, computing(recipe), settings, graft, str(out), total_steps, validation, cache)
+        _train(recipe, run, delivery)
+        progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
+    if not is_over(progress, settings, total_steps):
+        print(f"stage {stage.number}: stopped at step {progress.step} and saved: give the same command again to go on", flush=True)
+        raise SystemExit(STOPPED)
+    words = None if recipe.words.plain else trained_words(recipe.words)
+    return _finish(out, config, stage, graft=graft, words=words, seconds=time.perf_counter() - started)
 
 
-def what_is_left(plan: Plan, progress: Progress, *, step_batches: int, max_steps: int | None) -> tuple[list[PlannedBatch], int]:
-    """List what is still to be delivered, and count the updates at its end: other workers than before make other steps of it."""
-    batches = plan.delivery(position=progress.position, step_batches=step_batches)
-    steps = len(batches) // step_batches
-    if max_steps is not None:
-        steps = min(steps, max(0, max_steps - progress.step))
-    return batches[: steps * step_batches], progress.step + steps
+def planned(recipe: TrainRecipe, processor: GraftProcessor, *, cache: Path | None = None) -> tuple[RowTable, Variation, Plan]:
+    """Read the recipe's data, without its audio, and plan the run; `cache` is a folder that makes reading again quick.
+
+    Prints what is left out. Raises DataError, RecipeError.
+    """
+    rows = _trainable(recipe.data, cache)
+    settings = PlanSettings(recipe.seed, recipe.epochs, recipe.token_budget, recipe.max_batch_clips, recipe.window_row_groups)
+    variation = vary(rows, processor, seed=recipe.seed, no_speech=recipe.no_speech, augment=recipe.augment, words=recipe.words)
+    return rows, variation, plan_training(rows, processor, settings, variation)
 
 
-def _train(recipe: TrainRecipe, run: Run, dataset: Any) -> None:
+def what_is_left(plan: Plan, progress: Progress, recipe: TrainRecipe) -> tuple[Batches, int]:
+    """List what is still to be delivered, and count the updates at its end."""
+    step_batches = recipe.step_batches or recipe.workers
+    slots = recipe.workers * recipe.accumulation
+    batches = plan.delivery(position=progress.position, step_batches=step_batches, slots=slots)
+    steps = len(batches) // slots
+    if recipe.max_steps is not None:
+        steps = min(steps, max(0, recipe.max_steps - progress.step))
+    return batches[: steps * slots], progress.step + steps
+
+
+def loop_settings(recipe: TrainRecipe) -> LoopSettings:
+    """Take from a recipe what a step does."""
+    names = ("learning_rate", "schedule", "warmup_steps", "accumulation", "seed", "log_every", "checkpoint_every", "max_loss")
+    validation = recipe.validation
+    return LoopSettings(
+        **{name: getattr(recipe, name) for name in names},
+        validate_every=validation.every if validation else None,
+        patience=validation.patience if validation else None,
+    )
+
+
+def computing(recipe: TrainRecipe) -> Computing:
+    """Take from a recipe how its arithmetic is done."""
+    return Computing(**{name: getattr(recipe, name) for name in Computing.__dataclass_fields__})
+
+
+def _trainable(data: Sources, cache: Path | None = None) -> RowTable:
+    rows, left_out = trainable(read_rows(data, cache=cache))
+    if left_out:
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
+        print(f"left out: {reasons}; {len(rows)} clips remain", flush=True)
+    return rows
+
+
+@contextlib.contextmanager
+def _kept_rows(out: Path) -> Iterator[Path]:
+    """A folder for what is read of the data's files, so that a run which goes on does not ask a hub for thousands of them again.
+
+    It gets its place only when the block ends well: what is refused leaves nothing.
+    """
+    if (out / ROWS).is_dir():
+        yield out / ROWS
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        shutil.copytree(folder, out / ROWS)
+
+
+def _check_plan(out: Path, plan: Plan) -> None:
+    """Raise DataError when a run would go on with other rows than those it began with."""
+    columns = plan.columns
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in (columns.token_counts, columns.label_counts, columns.row_groups)))
+    path = out / PLAN_FILE
+    if not path.is_file():
+        write_atomic(path, digest.hexdigest() + "\n")
+    elif path.read_text().strip() != digest.hexdigest():
+        raise DataError(
+            f"the data are not those that {out} began with: train anew in another out=, or put them back (hub: name a revision)"
+        )
+
+
+def _validation(recipe: TrainRecipe, graft: str, processor: GraftProcessor) -> Delivery | None:
+    """Batches of the validation's clips, one after the other for each worker, fillers at the end."""
+    if recipe.validation is None:
+        return None
+    rows = _trainable(recipe.validation.data)
+    if len(rows) > recipe.validation.clips:
+        rows = rows.select(np.sort(np.random.default_rng(recipe.seed).permutation(len(rows))[: recipe.validation.clips]))
+    settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_row_groups)
+    batches = plan_training(rows, processor, settings).delivery(position=0, step_batches=recipe.workers)
+    return Delivery(rows, batches, graft, cache_row_groups=recipe.window_row_groups)
+
+
+def _encoder_cache(recipe: TrainRecipe, stage: Stage, config: GraftConfig, graft: str, processor: GraftProcessor) -> EncoderCache | None:
+    """Open the cache that a recipe names. Raises RecipeError where its entries would not be what the encoder makes of a clip."""
+    if recipe.encoder_cache is None:
+        return None
+    if recipe.augment is not None:
+        raise RecipeError("encoder_cache keeps clips as they are: leave out augment, or encoder_cache")
+    if stage.lora and stage.lora.encoder:
+        raise RecipeError("encoder_cache keeps what a frozen encoder makes of a clip: leave out lora.encoder, or encoder_cache")
+    if computing(recipe).is_sharded:
+        raise RecipeError("encoder_cache wants a whole encoder on each worker: use zero_stage 1 or 2, or leave it out")
+    digests = {"encoder": encoder_digest(graft), "features": processor.featurizer.fingerprint()}
+    return open_cache(recipe.encoder_cache, config, **digests, dtype=recipe.dtype)
+
+
+def _train(recipe: TrainRecipe, run: Run, delivery: Delivery) -> None:
+    import ray
     import ray.train
     from ray.data import ExecutionOptions
     from ray.train.torch import TorchTrainer
 
+    out = Path(run.out)
+    for left in (STOP_FILE, FAULT_FILE):
+        (out / left).unlink(missing_ok=True)
     resources = {"CPU": 1.0, **({"GPU": 1.0} if recipe.gpu else {})}
+    remaining = Remaining(ray.put(delivery), delivery.batches.step_positions, str(out / CHECKPOINTS), recipe.data_workers)
     trainer = TorchTrainer(
         train,
         train_loop_config={"run": pickle.dumps(run)},
         scaling_config=ray.train.ScalingConfig(num_workers=recipe.workers, use_gpu=recipe.gpu, resources_per_worker=resources),
-        run_config=ray.train.RunConfig(name=f"attempt-{time.time_ns()}", storage_path=str(Path(run.out, "ray"))),
-        datasets={"train": dataset},
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(out / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=recipe.retries),
+        ),
+        datasets={"train": remaining},
         dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
     )
-    with follow(Path(run.out, LOG_FILE)):
+    with follow(out / LOG_FILE), _on_sigterm((out / STOP_FILE).touch), _deaths_told(out, retries=recipe.retries):
         trainer.fit()
-    shutil.rmtree(Path(run.out, "ray"), ignore_errors=True)
+    if (out / FAULT_FILE).is_file():
+        raise GraftError(json.loads((out / FAULT_FILE).read_text())["error"])
+    shutil.rmtree(out / "ray", ignore_errors=True)
 
 
-def _finish(out: Path, graft: str, stage: Stage, *, seconds: float) -> dict[str, Any]:
-    """Give what the worker left its final names; result.json comes last and says that all is there."""
-    if (out / FINAL).is_dir():  # it is gone where a run was cut off after this
-        for path in (out / FINAL).iterdir():
-            path.replace(out / path.name)
-        (out / FINAL).rmdir()
-    write_stage(out, stage=stage.number, graft=graft)
-    draw_loss(out, title=f"stage {stage.number}")
-    lines = read_metrics(out)
-    progress = json.loads((out / PROGRESS_FILE).read_text())
+@contextlib.contextmanager
+def _deaths_told(out: Path, *, retries: int) -> Iterator[None]:
+    """Tell in one line that workers died once too often; what else goes wrong in them passes."""
+    import ray.train
+    from ray.exceptions import RayActorError
+
+    try:
+        yield
+    except ray.train.WorkerGroupError as error:
+        causes = [getattr(failure, "health_check_failure", failure) for failure in error.worker_failures.values()]
+        if (out / FAULT_FILE).is_file() or not any(isinstance(cause, RayActorError) for cause in causes):
+            raise
+        raise GraftError(
+            f"a training worker died (killed, out of memory or crashed) and retries={retries} are used up: "
+            "give the same command again to go on from the newest checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
+def _on_sigterm(act: Callable[[], Any]) -> Iterator[None]:
+    """Act on the first SIGTERM; a second one ends the process as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        act()
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _finish(out: Path, config: GraftConfig, stage: Stage, *, graft: str, words: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+    """Write what was trained, from the best checkpoint or the last; result.json comes last and says that all is there."""
+    checkpoint = best_checkpoint(out / CHECKPOINTS)
+    if checkpoint is None:
+        raise GraftError(f"{out} holds no checkpoint, though its steps are done: remove it and train again")
+    progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
+    weights = {name: entry["weight"] for name, entry in load_checkpoint(checkpoint)[0].items()}
+    prefix = "audio_projector."
+    write_projector({name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}, config, out)
+    if stage.lora:
+        save_adapters(weights, stage.lora, out)
+    write_stage(out, stage=stage.number, graft=graft, words=words)
+    lines = draw_curves(out, title=f"stage {stage.number}")
     result = {
-        "loss_first": lines[0]["loss"],
+        "loss_first": progress.first_loss,
         "loss_last": lines[-1]["loss"],
-        "steps": lines[-1]["step"],
-        "clips": progress["clips"],
-        "audio_s": progress["audio_s"],
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "validation_loss": progress.best_loss,
+        "clips": progress.clips,
+        "audio_s": progress.audio_s,
         "seconds": seconds,
     }
     write_atomic(out / RESULT_FILE, json.dumps(result, indent=2) + "\n")
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    for folder in (CHECKPOINTS, ROWS):
+        shutil.rmtree(out / folder, ignore_errors=True)
     print(f"stage {stage.number}: loss {result['loss_first']:.3f} -> {result['loss_last']:.3f} in {seconds:.0f} s, see {out}", flush=True)
     return result

@@ -1,16 +1,21 @@
 """Merge a stage's projector and adapters into full-precision weights: a whole graft again, with the adapters kept beside it."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field
 
 from graft.config import Recipe
+from graft.corpus import Sources
 from graft.errors import ModelError
 from jobs.cli import run_job
 from jobs.outputs import staged_output
 
 ADAPTER_FOLDER = "adapter"
+COMPARISON_FILE = "comparison.json"
 
 
 class MergeRecipe(Recipe):
@@ -20,37 +25,59 @@ class MergeRecipe(Recipe):
     """Output folder of stage 1 or stage 2."""
     out: str
     """Folder for the merged graft."""
+    onto: Literal["full", "nf4"] = "full"
+    """The full-precision base, or the base as NF4 rounds it, on which QLoRA trained the adapters; neither result is quantized."""
     dtype: Literal["fp32", "bf16", "base"] = "base"
     """Of the weights on disk; `base` keeps the graft's. Merging itself is done in float32."""
+    data: Sources | None = None
+    """Labelled clips on which adapters on NF4, adapters on the plain base and the merged graft are compared."""
+    clips: int = Field(default=64, ge=1)
+    """How many of the clips to compare on."""
+    gpu: bool = False
+    """Compare on a GPU."""
 
 
 def run(recipe: MergeRecipe) -> None:
-    """Merge recipe.model into recipe.out. Raises ModelError unless it is a stage's output."""
+    """Merge recipe.model into recipe.out. Raises ModelError unless it is a stage's output, DataError."""
+    import torch
+
+    from graft.model.adapters import has_adapters
+    from graft.model.configuration import GraftConfig
+    from graft.model.opening import DTYPES, base_graft, read_stage
+    from jobs.compare import compare
+
+    if read_stage(recipe.model) is None:
+        raise ModelError(f"{recipe.model} is no stage's output (it has no stage.json): give the out folder of jobs.stage1 or jobs.stage2")
+    compares = recipe.data is not None and has_adapters(recipe.model)
+    with staged_output(recipe.out, recipe) as out:
+        dtype = DTYPES.get(recipe.dtype) or GraftConfig.from_pretrained(base_graft(recipe.model)).dtype
+        _merge(recipe, out, dtype)
+        if recipe.data is not None and compares:
+            device = "cuda" if recipe.gpu else "cpu"
+            figures = compare(recipe.model, out, recipe.data, clips=recipe.clips, dtype=torch.bfloat16, device=device)
+            (out / COMPARISON_FILE).write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"merge: {recipe.model} -> {recipe.out} ({dtype}), trained parts kept in {ADAPTER_FOLDER}/", flush=True)
+
+
+def _merge(recipe: MergeRecipe, out: Path, dtype: Any) -> None:
     import torch
 
     from graft.model.adapters import ADAPTER_FILES, has_adapters, merge_adapters
-    from graft.model.configuration import GraftConfig
-    from graft.model.opening import DTYPES, base_graft, open_graft, read_stage
+    from graft.model.opening import open_graft
     from graft.model.weights import PROJECTOR_FILE
 
-    stage = read_stage(recipe.model)
-    if stage is None:
-        raise ModelError(f"{recipe.model} is no stage's output (it has no stage.json): give the out folder of jobs.stage1 or jobs.stage2")
-    with staged_output(recipe.out, recipe) as out:
-        model, processor = open_graft(recipe.model, dtype=torch.float32)
-        kept = [PROJECTOR_FILE]
-        if has_adapters(recipe.model):
-            merge_adapters(model)
-            kept += ADAPTER_FILES
-        dtype = DTYPES.get(recipe.dtype) or GraftConfig.from_pretrained(base_graft(recipe.model)).dtype
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        model.save_pretrained(out)
-        processor.save_pretrained(out)
-        (out / ADAPTER_FOLDER).mkdir()
-        for name in kept:
-            shutil.copyfile(Path(recipe.model, name), out / ADAPTER_FOLDER / name)
-    print(f"merge: {recipe.model} -> {recipe.out} ({dtype}), trained parts kept in {ADAPTER_FOLDER}/", flush=True)
+    model, processor = open_graft(recipe.model, dtype=torch.float32, rounded_to_nf4=recipe.onto == "nf4")
+    kept = [PROJECTOR_FILE]
+    if has_adapters(recipe.model):
+        merge_adapters(model)
+        kept += ADAPTER_FILES
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    (out / ADAPTER_FOLDER).mkdir()
+    for name in kept:
+        shutil.copyfile(Path(recipe.model, name), out / ADAPTER_FOLDER / name)
 
 
 def main(recipe: MergeRecipe) -> None:

@@ -1,41 +1,33 @@
-"""What every training worker of both stages runs inside Ray's TorchTrainer: model, backend, preflight, loop, files."""
+"""What every training worker of both stages runs inside Ray's TorchTrainer: model, backend, preflight, loop.
 
-import functools
+Ray starts the workers anew when one of them or its node dies; they go on from the newest checkpoint then.
+"""
+
+import contextlib
 import itertools
 import json
-import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from graft.model.adapters import LoraSettings, add_adapters, save_adapters
-from graft.model.modeling import GraftForConditionalGeneration
-from graft.model.opening import DTYPES, open_graft
-from graft.model.weights import load_projector, save_projector
-from graft.processor import GraftProcessor
-from graft.training.backends import Backend, DeepSpeedBackend, State, TorchBackend
-from graft.training.checkpoint import PROGRESS_FILE, Progress, load_checkpoint, write_checkpoint
-from graft.training.loop import LoopSettings, StepLog, train
+from graft.errors import GraftError, ModelError
+from graft.model.configuration import GraftConfig
+from graft.stages import Computing, Stage, make_backend, stage_model
+from graft.training.checkpoint import load_checkpoint
+from graft.training.encoder_cache import CachingEncoder, EncoderCache
+from graft.training.estimate import batch_flops, device_peak_flops
+from graft.training.loop import LoopSettings, is_over, train
 from graft.training.preflight import preflight
-from graft.training.tracking import MetricsLog
-from jobs.ingest import training_batches
+from graft.training.progress import latest_checkpoint, read_progress
+from jobs.ingest import Delivery, training_batches
+from jobs.observing import CHECKPOINTS, RunObserver
+from jobs.validation import Validation
 
-CHECKPOINTS = "checkpoints"
-FINAL = ".final"
-LOG_FILE = "log.txt"
-SKIPPED_FILE = "skipped.jsonl"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What sets a stage apart: adapters or none, a quantized base or not, and the projector it starts from."""
-
-    number: int
-    lora: LoraSettings | None = None
-    nf4: bool = False
-    projector: str | None = None
+FAULT_FILE = "fault.json"
 
 
 @dataclass(frozen=True)
@@ -44,10 +36,13 @@ class Run:
 
     recipe: dict[str, Any]
     stage: Stage
+    computing: Computing
+    settings: LoopSettings
     graft: str
     out: str
-    checkpoint: str | None
     total_steps: int
+    validation: Delivery | None = None
+    encoder_cache: EncoderCache | None = None
 
 
 def work(run: Run) -> None:
@@ -55,103 +50,79 @@ def work(run: Run) -> None:
     import ray.train
     from ray.train.torch import get_device
 
-    recipe, out, device = run.recipe, Path(run.out), get_device()
-    is_first = ray.train.get_context().get_world_rank() == 0
-    say = functools.partial(_say, out if is_first else None)
-    torch.set_num_threads(recipe["threads_per_worker"])
-    model, processor = stage_model(run.stage, run.graft, dtype=DTYPES[recipe["dtype"]], device=device, seed=recipe["seed"])
-    backend = make_backend(recipe, model)
-    progress = Progress()
-    if run.checkpoint:
-        state, progress = load_checkpoint(run.checkpoint)
-        backend.load_state(state, step=progress.step)
-        say(f"going on at step {progress.step}, batch {progress.position} of the plan")
-    skipped: list[dict[str, str]] = []
-    blocks = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
-    batches = training_batches(blocks, device, skipped)
-    first = next(batches)
-    model.train()
-    if progress.step == 0 and bool((first.inputs["labels"] != -100).any()):  # not a filler, nor clips that were all masked
-        result = preflight(model, first.inputs, processor.prompt_end_ids())
-        say(f"preflight: other audio changes the logits by {result.logit_change:.2g}; {result.label_count} labels, all in answers")
-    metrics = MetricsLog(out, from_step=progress.step) if is_first else None
-
-    def on_log(log: StepLog) -> None:
-        if metrics:
-            metrics.write(asdict(log))
-            say(log.line())
-        _append_skipped(out, skipped)
-
-    def on_checkpoint(done: Progress) -> None:
-        state = backend.state()  # gathered from all workers
-        if is_first and done.step == run.total_steps:
-            _write_final(model, state, out / FINAL, done)
-        if is_first:
-            write_checkpoint(out / CHECKPOINTS, state, done, keep=recipe["keep_checkpoints"])
-
-    train(
-        itertools.chain([first], batches),
-        backend,
-        LoopSettings(**{name: recipe[name] for name in LoopSettings.__dataclass_fields__}),
-        progress=progress,
-        total_steps=run.total_steps,
-        on_log=on_log,
-        on_checkpoint=on_checkpoint,
-    )
+    out, device = Path(run.out), get_device()
+    checkpoint, settings = _agreed(latest_checkpoint(out / CHECKPOINTS)), _with_peak(run.settings, device)
+    progress = read_progress(checkpoint)
+    if (out / FAULT_FILE).is_file() or is_over(progress, settings, run.total_steps):
+        return  # a fault that would come again, or workers that were started anew after their work was done
+    torch.set_num_threads(run.recipe["threads_per_worker"])
+    with _told(out):
+        model, processor = stage_model(run.stage, run.graft, run.computing, device=device, seed=run.recipe["seed"])
+        limits = {name: run.recipe[name] for name in ("weight_decay", "max_grad_norm")}
+        backend = make_backend(model, run.computing, accumulation=settings.accumulation, **limits)
+        validation = Validation(run.validation, backend, processor, run.recipe["validation"]["transcripts"]) if run.validation else None
+        observer = RunObserver(run.recipe, out, backend, from_step=progress.step, validation=validation)
+        if checkpoint:
+            backend.load_state(load_checkpoint(checkpoint)[0], step=progress.step)
+            observer.say(f"going on at step {progress.step}, batch {progress.position} of the plan")
+        blocks = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+        encoder = CachingEncoder(model, run.encoder_cache) if run.encoder_cache else None
+        batches = training_batches(blocks, device, observer.skipped, encoder=encoder, cost=_cost(run, model.config))
+        first = next(batches)
+        if progress.step == 0 and first.ids:  # not a filler, nor clips that were all masked
+            result = preflight(model, first.inputs, processor.prompt_end_ids())
+            observer.say(
+                f"preflight: other audio changes the logits by {result.logit_change:.2g}; {result.label_count} labels, all in answers"
+            )
+        train(itertools.chain([first], batches), backend, settings, progress=progress, total_steps=run.total_steps, observer=observer)
+        observer.close()
+        if encoder:
+            encoder.close()
 
 
-def stage_model(
-    stage: Stage, graft: str, *, dtype: torch.dtype, device: torch.device | str, seed: int
-) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
-    """Open the graft for a stage: its projector in place, everything frozen but what the stage trains, which is in float32."""
-    model, processor = open_graft(graft, dtype=dtype, device=device, nf4=stage.nf4)
-    model.audio_projector.float()  # before it is loaded, lest `dtype` round it
-    if stage.projector:
-        load_projector(model, stage.projector)
-    model.requires_grad_(False)
-    if stage.lora:
-        torch.manual_seed(seed)
-        add_adapters(model, stage.lora)
-    model.audio_projector.requires_grad_(True)
-    return model, processor
+def _cost(run: Run, config: GraftConfig) -> Callable[[Mapping[str, np.ndarray]], float]:
+    """Make what tells the FLOPs of a delivered block, so that the log can tell how well the device is used."""
+    lora = run.stage.lora
+
+    def cost(block: Mapping[str, np.ndarray]) -> float:
+        frame_counts = block["audio_frame_counts"][0]
+        if "found_places" in block:
+            frame_counts = [
+                count for count, found in zip(frame_counts, json.loads(str(block["found_places"][0])), strict=True) if not found
+            ]
+        return batch_flops(
+            config,
+            token_counts=block["attention_mask"][0].sum(axis=1),
+            label_count=int((block["labels"][0] != -100).sum()),
+            frame_counts=frame_counts,
+            lora_rank=lora.rank if lora else None,
+            lora_encoder=bool(lora and lora.encoder),
+            gradient_checkpointing=run.computing.gradient_checkpointing,
+        )
+
+    return cost
 
 
-def make_backend(recipe: dict[str, Any], model: GraftForConditionalGeneration) -> Backend:
-    """Make the backend that a recipe names."""
-    shared = {"weight_decay": recipe["weight_decay"], "max_grad_norm": recipe["max_grad_norm"]}
-    if recipe["backend"] == "torch":
-        return TorchBackend(model, **shared)
-    bf16 = recipe["dtype"] == "bf16"
-    return DeepSpeedBackend(model, zero_stage=recipe["zero_stage"], accumulation=recipe["accumulation"], bf16=bf16, **shared)
+def _with_peak(settings: LoopSettings, device: torch.device) -> LoopSettings:
+    return replace(settings, peak_flops=device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
 
 
-@torch.no_grad()
-def _write_final(model: GraftForConditionalGeneration, state: State, folder: Path, progress: Progress) -> None:
-    """Write the stage's results with float32 weights, whatever precision they were trained in."""
-    for name, parameter in model.named_parameters():
-        if name in state:
-            parameter.data = state[name]["weight"].to(parameter.device)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    save_projector(model, folder)
-    if getattr(model, "peft_config", None):
-        save_adapters(model, folder)
-    (folder / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
+def _agreed(path: Path | None) -> Path | None:
+    """The first worker's answer, lest a shared file system show another worker an older one."""
+    answers = [path]
+    torch.distributed.broadcast_object_list(answers, src=0)
+    return answers[0]
 
 
-def _say(out: Path | None, line: str) -> None:
-    """Add a line to the run's log, which the driver prints as it grows; without a folder, as on all workers but the first, do nothing."""
-    if out:
-        with (out / LOG_FILE).open("a") as file:
-            file.write(line + "\n")
-
-
-def _append_skipped(out: Path, skipped: list[dict[str, str]]) -> None:
-    """List clips that were masked, each once however many epochs and resumptions meet it, and forget them."""
-    path = out / SKIPPED_FILE
-    listed = set(path.read_text().splitlines()) if path.is_file() else set()
-    if new := [line for line in dict.fromkeys(map(json.dumps, skipped)) if line not in listed]:
-        with path.open("a") as file:
-            file.writelines(line + "\n" for line in new)
-        _say(out, f"{len(new)} clips could not be decoded and do not count, see {SKIPPED_FILE}")
-    skipped.clear()
+@contextlib.contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Leave what a user can mend where the workers that Ray starts in place of these, and the driver, find it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = "the device's memory ran out: lower token_budget, set gradient_checkpointing=true, or raise zero_stage"
+        (out / FAULT_FILE).write_text(json.dumps({"error": reason}) + "\n")
+        raise ModelError(reason) from error
+    except GraftError as error:
+        (out / FAULT_FILE).write_text(json.dumps({"error": str(error)}) + "\n")
+        raise

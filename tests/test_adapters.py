@@ -1,23 +1,32 @@
 """Adapters: PEFT's own format, refused where they do not belong, and merged without a change of the logits."""
 
+import json
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from tiny_speech import corpus, row
 
 from graft.errors import ModelError
 from graft.model.adapters import ADAPTER_FILES, LoraSettings, add_adapters, attach_adapters, merge_adapters, save_adapters
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.opening import open_graft, write_stage
 from graft.model.weights import save_projector
+from graft.training.backends import eval_mode
 from jobs.cli import run_job
 from jobs.merge import ADAPTER_FOLDER, MergeRecipe, main
 
+SETTINGS = LoraSettings(rank=4, alpha=8)
 
-def adapt(model: GraftForConditionalGeneration, rank: int = 4) -> GraftForConditionalGeneration:
+
+def saved(model: GraftForConditionalGeneration, folder: Path) -> None:
+    save_adapters(dict(model.named_parameters()), SETTINGS, folder)
+
+
+def adapt(model: GraftForConditionalGeneration, settings: LoraSettings = SETTINGS) -> GraftForConditionalGeneration:
     """Adapters that do something: neither A nor B is zero."""
-    add_adapters(model, LoraSettings(rank=rank, alpha=8))
+    add_adapters(model, settings)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -50,7 +59,7 @@ def test_merged_equals_attached():
 
 def test_saved_and_attached_again_is_exact(tmp_path):
     model = adapt(tiny.graft_model())
-    save_adapters(model, tmp_path)
+    saved(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ADAPTER_FILES)
     again = tiny.graft_model()
     attach_adapters(again, tmp_path)
@@ -64,14 +73,14 @@ def test_peft_loads_the_files(tmp_path):
     from peft import PeftModel
 
     model = adapt(tiny.graft_model())
-    save_adapters(model, tmp_path)
+    saved(model, tmp_path)
     loaded = PeftModel.from_pretrained(tiny.graft_model(), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 3}, {"intermediate_size": 96}], ids=["deeper", "wider"])
 def test_adapters_of_another_graft_are_refused(tmp_path, change):
-    save_adapters(adapt(tiny.graft_model()), tmp_path)
+    saved(adapt(tiny.graft_model()), tmp_path)
     text = tiny.qwen2vl_config().to_dict()["text_config"] | change
     if "num_hidden_layers" in change:
         text.pop("layer_types", None)
@@ -82,7 +91,7 @@ def test_adapters_of_another_graft_are_refused(tmp_path, change):
 
 @pytest.mark.parametrize(("name", "content"), [("adapter_model.safetensors", b"\x10"), ("adapter_config.json", b"{")])
 def test_cut_off_files_are_refused(tmp_path, name, content):
-    save_adapters(adapt(tiny.graft_model()), tmp_path)
+    saved(adapt(tiny.graft_model()), tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match="can't be read") as caught:
         attach_adapters(tiny.graft_model(), tmp_path)
@@ -98,11 +107,11 @@ def test_missing_adapters_are_named(tmp_path):
 def stage(tmp_path_factory) -> Path:
     """The output folder of a stage 2, beside its graft."""
     folder = tmp_path_factory.mktemp("adapters")
-    model, _ = open_graft(tiny.save_tiny_graft(folder / "graft"))
+    model, _ = open_graft(tiny.save_tiny_graft(folder / "graft", width=64))
     stage = folder / "stage2"
     stage.mkdir()
     model.audio_projector.linear.weight.data.mul_(2)
-    save_adapters(adapt(model), stage)
+    saved(adapt(model), stage)
     save_projector(model, stage)
     write_stage(stage, stage=2, graft=folder / "graft")
     return stage
@@ -138,3 +147,28 @@ def test_the_merge_job_writes_a_whole_graft_and_keeps_the_adapters(stage, tmp_pa
     assert merge(f"model={stage.parent / 'graft'}", f"out={tmp_path / 'no'}") == 2
     assert "is no stage's output (it has no stage.json)" in capsys.readouterr().err
     assert not list(tmp_path.glob("*no*"))
+
+
+def test_merged_onto_what_nf4_leaves_equals_the_adapters_on_nf4(stage, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    assert run_job(MergeRecipe, main, summary="", argv=[f"model={stage}", f"out={tmp_path / 'rounded'}", "onto=nf4", "dtype=fp32"]) == 0
+    assert run_job(MergeRecipe, main, summary="", argv=[f"model={stage}", f"out={tmp_path / 'full'}", "dtype=fp32"]) == 0
+    quantized, _ = open_graft(stage, dtype=torch.float32, nf4=True)
+    rounded, full = (logits(open_graft(tmp_path / name)[0]) for name in ("rounded", "full"))
+    with eval_mode(quantized.train()):
+        assert further(logits(quantized), rounded) < 1e-5
+    assert further(full, rounded) > 1e-2
+    plain, _ = open_graft(stage, dtype=torch.float32)
+    assert further(logits(plain), full) < 1e-5
+
+
+def test_all_ways_to_use_adapters_are_compared(stage, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    data = corpus(tmp_path / "clips.parquet", [row(f"c{seed}", seed) for seed in range(3)])
+    assert run_job(MergeRecipe, main, summary="", argv=[f"model={stage}", f"out={tmp_path / 'merged'}", f"data={data}"]) == 0
+    figures = json.loads((tmp_path / "merged" / "comparison.json").read_text())
+    assert list(figures) == ["adapters on NF4", "adapters on bfloat16", "merged"]
+    assert all(4 < one["loss"] < 20 and one["wer"] > 0 for one in figures.values())
+    assert figures["merged"]["loss"] == pytest.approx(figures["adapters on bfloat16"]["loss"], abs=0.02)
+    out = capsys.readouterr().out
+    assert all(f"{name} " in out for name in figures)

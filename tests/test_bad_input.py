@@ -56,7 +56,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     rows = {
         "good": good,
         "no_text": [*good, row("silent", 3, text=" "), row("mute", 4, text=None)],
-        "long": [*good, row("long", 3, duration=30.5)],
+        "useless": [row("silent", 3, text=" "), row("long", 3, duration=30.5)],
         "broken": [row("broken", 3, **BROKEN), *good],
     }
     return {
@@ -87,8 +87,7 @@ STAGE1 = "model={graft} data=[{good.parquet}]"
 STAGE2 = "model={graft} data=[{good.parquet}] projector={good_stage}"
 SCORE = "model={graft} data.test={good.parquet} baseline=null"
 FAULTS = {
-    "row without text": Fault("stage1", f"{STAGE1} data=[{{no_text.parquet}}]", ("2 of 5 rows have no text, silent first", "jobs.prepare")),
-    "clip over the limit": Fault("stage1", f"{STAGE1} data=[{{long.parquet}}]", ("1 of 4 rows have audio over 30 s, long first",)),
+    "no row to train on": Fault("stage1", f"{STAGE1} data=[{{useless.parquet}}]", ("none of 2 rows", "(1 no words, 1 over 30 s)")),
     "token budget too small": Fault("stage1", f"{STAGE1} token_budget=10", ("more than token_budget=10", "raise it")),
     "data missing": Fault("stage1", f"{STAGE1} data=[{{nothing}}]", ("no such file or folder",)),
     "unknown key": Fault("stage1", f"{STAGE1} learning_rte=1", ("learning_rte=1", "did you mean 'learning_rate'")),

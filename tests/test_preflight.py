@@ -116,8 +116,8 @@ def test_the_check_job_on_good_and_bad(folder, deaf, tmp_path, capsys):
     data = corpus(tmp_path / "clips.parquet", [row(f"clip{seed}", seed) for seed in range(3)])
     assert check(f"model={folder}", f"data=[{data}]", "clips=2") == 0
     assert "hears: other audio changes the answer's logits" in capsys.readouterr().out
-    unlabelled = corpus(tmp_path / "unlabelled.parquet", [row("clip0", 0), row("clip1", 1, text=" ")])
-    for model, source, words in [(deaf, data, "the model is deaf"), (folder, unlabelled, "1 of 2 rows have no text, clip1 first")]:
+    unlabelled = corpus(tmp_path / "unlabelled.parquet", [row("clip0", 0, text=" ")])
+    for model, source, words in [(deaf, data, "the model is deaf"), (folder, unlabelled, "none of 1 rows can be trained on (1 no words)")]:
         assert check(f"model={model}", f"data=[{source}]") == 2
         errors = capsys.readouterr().err.strip()
         assert errors.startswith("graft: error: ")

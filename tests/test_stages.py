@@ -38,9 +38,9 @@ LEFT_BY_A_STAGE = {
     "recipe.yaml",
     "log.txt",
     "metrics.jsonl",
-    "loss.png",
+    "curves.png",
+    "plan.sha256",
     "projector.safetensors",
-    "progress.json",
     "stage.json",
     "result.json",
 }
@@ -152,7 +152,7 @@ def test_stage1_leaves_what_it_promises(home: Home, first: Path) -> None:
     assert result["loss_last"] < result["loss_first"] - 0.02
     assert all(line["samples_per_s"] > 0 and line["audio_s_per_s"] > 0 and line["grad_norm"] > 0 for line in metrics)
     assert metrics[-1]["left_s"] == 0
-    assert (first / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (first / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((first / "stage.json").read_text()) == {"stage": 1, "graft": "../graft"}
     skipped = lines(first / "skipped.jsonl")
     assert [clip["id"] for clip in skipped] == ["broken"]  # once, whatever the epochs

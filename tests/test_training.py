@@ -9,19 +9,21 @@ import pytest
 import tiny
 import tiny_workers
 import torch
-from tiny_training import clip_steps, example, filler, furthest, run_steps, step_batches, weights
+from tiny_training import Recorder, clip_steps, example, filler, furthest, run_steps, step_batches, weights
 
 from graft.errors import ModelError
 from graft.model.adapters import LORA_TARGETS, LoraSettings
 from graft.model.weights import save_projector
+from graft.stages import Computing, Stage, stage_model
 from graft.training.backends import TorchBackend
-from graft.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, write_checkpoint
+from graft.training.checkpoint import CheckpointWriter, load_checkpoint, write_checkpoint
 from graft.training.loop import LoopSettings, learning_rate_at
-from graft.training.tracking import MetricsLog, draw_loss, read_metrics
-from jobs.train_worker import Stage, stage_model
+from graft.training.meter import Meter
+from graft.training.progress import Progress, best_checkpoint, latest_checkpoint
 
 STAGE_1 = Stage(1)
 STAGE_2 = Stage(2, lora=LoraSettings(rank=4, alpha=8, dropout=0.1))
+FP32 = Computing("fp32", "torch")
 QLORA = dataclasses.replace(STAGE_2, nf4=True)
 
 
@@ -32,8 +34,8 @@ def folder(tmp_path_factory) -> Path:
 
 def opened(folder: Path, stage: Stage = STAGE_1):
     """The model of a stage in training mode, its processor and a backend."""
-    model, processor = stage_model(stage, str(folder), dtype=torch.float32, device="cpu", seed=0)
-    return model.train(), processor, TorchBackend(model, weight_decay=0.01, max_grad_norm=1.0)
+    model, processor = stage_model(stage, str(folder), FP32)
+    return model, processor, TorchBackend(model, weight_decay=0.01, max_grad_norm=1.0)
 
 
 @pytest.mark.parametrize("stage", [STAGE_1, STAGE_2, QLORA], ids=["stage1", "stage2", "qlora"])
@@ -71,7 +73,7 @@ def test_a_stage_begins_with_the_projector_of_the_one_before(folder, tmp_path):
     run_steps(clip_steps(processor, steps=2), backend)
     save_projector(model, tmp_path)
     stage = dataclasses.replace(STAGE_2, projector=str(tmp_path))
-    begun, _ = stage_model(stage, str(folder), dtype=torch.bfloat16, device="cpu", seed=0)
+    begun, _ = stage_model(stage, str(folder), Computing("bf16"))
     assert torch.equal(begun.audio_projector.linear.weight, model.audio_projector.linear.weight)
     assert begun.lm_head.weight.dtype == torch.bfloat16
 
@@ -121,14 +123,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, tmp_path,
     assert all(torch.equal(states[0][name][key], tensor) for name, entry in states[1].items() for key, tensor in entry.items())
 
 
-def test_two_processes_equal_one(folder, tmp_path):
-    """With accumulation, uneven batches, dropout and a filler, on gloo."""
+def test_two_and_four_processes_equal_one(folder, tmp_path):
+    """1 x 4 batches, 2 x 2 and 4 x 1, uneven and one of them empty, with dropout, on gloo."""
     cases = [tiny_workers.Case(str(folder), stage, ("torch",)) for stage in ("stage1", "stage2")]
-    for case, together in zip(cases, tiny_workers.in_processes(2, cases, tmp_path), strict=True):
-        alone = tiny_workers.train_share(case)
-        for shared in together:
-            assert furthest(shared["weights"], alone["weights"]) < 1e-6
-            assert shared["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    alone = [tiny_workers.train_share(case) for case in cases]
+    for count in (2, 4):
+        for expected, together in zip(alone, tiny_workers.in_processes(count, cases, tmp_path), strict=True):
+            for shared in together:
+                assert furthest(shared["weights"], expected["weights"]) < 1e-6
+                assert shared["losses"] == pytest.approx(expected["losses"], abs=1e-6)
 
 
 def test_learning_rates():
@@ -145,15 +148,48 @@ def test_learning_rates():
 def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(folder):
     model, processor, backend = opened(folder)
     (batch,) = clip_steps(processor, steps=1)
-    saved: list[Progress] = []
     model.lm_head.weight.data[5, 5] = math.nan
-    with pytest.raises(ModelError, match=r"the loss is nan, .* at step 1: lower learning_rate"):
-        run_steps([batch] * 3, backend, on_checkpoint=saved.append)
+    before, kept = weights(model), Recorder()
+    with pytest.raises(ModelError, match=r"the loss is nan at step 1: look at the batch .* lower learning_rate"):
+        run_steps([batch] * 3, backend, observer=kept)
+    assert kept.faults == [([1], "the loss is nan at step 1")]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items() if "projector" in name)
     model, _, backend = opened(folder)
     model.audio_projector.linear.weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(ModelError, match=r"the loss is 5\.\d+, the gradient's norm (nan|inf) at step 1"):
-        run_steps([batch] * 3, backend, total_steps=1, on_checkpoint=saved.append)
-    assert saved == []
+    with pytest.raises(ModelError, match=r"the gradient's norm is (nan|inf) at step 1"):
+        run_steps([batch] * 3, backend, total_steps=1, observer=kept)
+    assert kept.checkpoints == []
+
+
+def test_a_loss_that_explodes_or_diverges_ends_the_run(folder):
+    _, processor, backend = opened(folder)
+    (batch,) = clip_steps(processor, steps=1)
+    with pytest.raises(ModelError, match=r"the loss exploded to 5\.\d at step 1"):
+        run_steps([batch], backend, max_loss=4.0)
+    meter = Meter(Progress(), total_steps=1000, max_loss=24.0, peak_flops=None)
+    noisy = [5.0, 3.0, 1.0, 0.5, 0.2, 2.5, 0.1] * 20
+    assert [meter.what_is_wrong(loss) for loss in noisy] == [None] * len(noisy)
+    told = next(told for told in map(meter.what_is_wrong, [9.0] * 30) if told)
+    assert re.fullmatch(r"the loss diverged: its running mean rose from [12]\.\d+ to [3-6]\.\d+", told)
+
+
+def test_validations_find_the_best_and_lack_of_progress_ends_the_run(folder):
+    _, processor, backend = opened(folder)
+    batches = clip_steps(processor, steps=12)
+    kept = Recorder(losses=[3.0, 2.0, 2.5, 2.0])
+    done, _ = run_steps(batches, backend, validate_every=2, patience=2, checkpoint_every=100, observer=kept)
+    assert (done.step, done.best_loss, done.best_step, done.stale_validations) == (8, 2.0, 4, 2)
+    assert [(progress.step, is_best) for progress, is_best in kept.checkpoints] == [(2, True), (4, True), (8, False)]
+    again, logs = run_steps(batches[8:], backend, progress=done, validate_every=2, patience=2, total_steps=12)
+    assert (again, logs) == (done, [])
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(folder):
+    _, processor, backend = opened(folder)
+    batches, kept = clip_steps(processor, steps=5), Recorder(stop_after=3)
+    done, _ = run_steps(batches, backend, observer=kept, checkpoint_every=100, validate_every=100)
+    assert done.step == done.position == 3
+    assert [progress for progress, _ in kept.checkpoints] == [done]
 
 
 def test_checkpoints_appear_whole_and_the_oldest_go(tmp_path):
@@ -175,12 +211,17 @@ def test_checkpoints_appear_whole_and_the_oldest_go(tmp_path):
     assert not half.exists()
 
 
-def test_metrics_go_on_from_the_checkpoint_and_are_drawn(tmp_path):
-    log = MetricsLog(tmp_path, from_step=0)
-    for step in (1, 2, 3):
-        log.write({"step": step, "loss": 3.0 / step, "learning_rate": 1e-3})
-    MetricsLog(tmp_path, from_step=2).write({"step": 3, "loss": 0.5, "learning_rate": 1e-3})
-    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 3.0), (2, 1.5), (3, 0.5)]
-    picture = draw_loss(tmp_path, title="stage 1").read_bytes()
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
-    assert len(picture) > 10_000
+def test_the_best_checkpoint_outlives_newer_ones_and_writing_faults_are_told(tmp_path):
+    state = {"a.weight": {"weight": torch.ones(2)}}
+    writer = CheckpointWriter(tmp_path / "checkpoints", keep=1)
+    for step, best in ((1, None), (2, 2), (3, 2), (4, 2)):
+        writer.write(state, Progress(step=step, best_step=best))
+    writer.wait()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert best_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000002"
+    assert best_checkpoint(tmp_path / "none") is None
+    (tmp_path / "file").write_text("")
+    broken = CheckpointWriter(tmp_path / "file", keep=1)
+    broken.write(state, Progress(step=1))
+    with pytest.raises(NotADirectoryError):
+        broken.wait()

@@ -141,12 +141,18 @@ def tokenizer(*, audio: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_graft(folder: str | Path, *, seed: int = 0, **audio: object) -> Path:
-    """Write a whole tiny graft that open_graft and graft.load read: random model, byte tokenizer, processor."""
+def save_tiny_graft(folder: str | Path, *, seed: int = 0, width: int = 32, **audio: object) -> Path:
+    """Write a whole tiny graft that open_graft and graft.load read: random model, byte tokenizer, processor.
+
+    bitsandbytes infers on a CPU with NF4 matrices of a `width` of 64 at least.
+    """
     words = tokenizer()
     base = qwen2vl_config().to_dict()
     base.pop("model_type")
     base["text_config"] |= {"vocab_size": len(words), "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    base["text_config"] |= {"hidden_size": width, "intermediate_size": 2 * width}
+    base["text_config"]["rope_parameters"] |= {"mrope_section": [width // 16, width // 32, width // 32]}
+    base["vision_config"] |= {"hidden_size": width}
     vision_names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     audio_names = ("audio_token_id", "audio_start_token_id", "audio_end_token_id")
     names = dict(zip((*vision_names, *audio_names), words.convert_tokens_to_ids([*VISION_TOKENS, *AUDIO_TOKENS]), strict=True))

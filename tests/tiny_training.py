@@ -1,6 +1,6 @@
 """The batches of training steps on tiny models, without a plan or Ray."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,10 @@ from tiny_speech import flac
 from graft.audio import read_audio
 from graft.processor import Example, GraftProcessor
 from graft.training.backends import Backend
-from graft.training.checkpoint import Progress
-from graft.training.loop import LoopSettings, StepLog, TrainingBatch, train
+from graft.training.batch import TrainingBatch
+from graft.training.loop import LoopSettings, Observer, train
+from graft.training.meter import StepLog
+from graft.training.progress import Progress
 
 TEXTS = ("Yes.", "No, thanks", "one two", "GO ON", "please hold")
 
@@ -34,7 +36,9 @@ def step_batches(processor: GraftProcessor, *batches: Sequence[Example], first: 
             position=min(first + index + 1, end),
             step_position=end,
             step_label_count=label_count,
+            ids=tuple("clip" for one in batch if one.target_ids),
             clip_count=sum(bool(one.target_ids) for one in batch),
+            token_count=sum(len(one.prompt_ids + one.target_ids) for one in batch),
             audio_s=float(any(one.target_ids for one in batch)),
         )
         for index, batch in enumerate(batches)
@@ -47,22 +51,48 @@ def clip_steps(processor: GraftProcessor, *, steps: int, size: int = 2) -> list[
     return [batch for step, one in enumerate(clips) for batch in step_batches(processor, one, first=step)]
 
 
+class Recorder(Observer):
+    """Keeps what a run tells; `losses` are what its validations find, in order, and `stop_after` a step after which it wants to stop."""
+
+    def __init__(self, losses: Sequence[float] = (), stop_after: int | None = None) -> None:
+        self.logs: list[StepLog] = []
+        self.checkpoints: list[tuple[Progress, bool]] = []
+        self.faults: list[tuple[list[int], str]] = []
+        self.losses = list(losses)
+        self.stop_after = stop_after
+        self.asked = 0
+
+    def log(self, log: StepLog) -> None:
+        self.logs.append(log)
+
+    def validate(self, step: int) -> float:
+        return self.losses.pop(0)
+
+    def checkpoint(self, progress: Progress, *, is_best: bool) -> None:
+        self.checkpoints.append((progress, is_best))
+
+    def wants_stop(self) -> bool:
+        self.asked += 1
+        return self.asked == self.stop_after
+
+    def fault(self, batches: Sequence[TrainingBatch], reason: str) -> None:
+        self.faults.append(([batch.position for batch in batches], reason))
+
+
 def run_steps(
     batches: Sequence[TrainingBatch],
     backend: Backend,
     *,
     progress: Progress | None = None,
     total_steps: int | None = None,
-    on_checkpoint: Callable[[Progress], None] = lambda progress: None,
+    observer: Recorder | None = None,
     **settings: Any,
 ) -> tuple[Progress, list[StepLog]]:
     """Train on all batches, logging every step."""
     chosen = LoopSettings(**{"learning_rate": 1e-3, "schedule": "constant", "log_every": 1, **settings})
-    progress = progress or Progress()
+    progress, observer = progress or Progress(), observer or Recorder()
     total_steps = total_steps or progress.step + len(batches) // chosen.accumulation
-    logs: list[StepLog] = []
-    done = train(batches, backend, chosen, progress=progress, total_steps=total_steps, on_log=logs.append, on_checkpoint=on_checkpoint)
-    return done, logs
+    return train(batches, backend, chosen, progress=progress, total_steps=total_steps, observer=observer), observer.logs
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """LoRA and NF4: adapters on the language model alone, in PEFT's format, merged into full-precision weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from graft.errors import ModelError, require
 from graft.model.modeling import GraftForConditionalGeneration
 
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 """Anchored: a bare `q_proj` would also hit every attention of the Whisper encoder."""
+ENCODER_TARGETS = r"audio_tower\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|fc1|fc2)"
 
 KEPT_FROM_QUANTIZATION = ["audio_tower", "audio_projector", "lm_head", "model.visual"]
 PEFT_PREFIX = "base_model.model."
@@ -23,11 +26,12 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Rank, scale and dropout of the adapters."""
+    """Rank, scale and dropout of the adapters; with `encoder` the Whisper encoder gets some too."""
 
     rank: int = 64
     alpha: int = 16
     dropout: float = 0.05
+    encoder: bool = False
 
 
 def nf4_config(compute_dtype: torch.dtype) -> Any:
@@ -44,13 +48,20 @@ def nf4_config(compute_dtype: torch.dtype) -> Any:
     )
 
 
+def dequantized(model: GraftForConditionalGeneration, dtype: torch.dtype) -> GraftForConditionalGeneration:
+    """Make plain matrices of an NF4 model's, with the weights that its rounding left."""
+    return model.dequantize(dtype=dtype)
+
+
 def add_adapters(model: GraftForConditionalGeneration, settings: LoraSettings) -> None:
     """Inject fresh LoRA layers (float32, B zero) and leave only them trainable."""
+    _inject(model, _lora_config(settings))
+
+
+def _lora_config(settings: LoraSettings) -> Any:
     peft = require("peft", extra="train")
-    config = peft.LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=LORA_TARGETS, bias="none"
-    )
-    _inject(model, config)
+    targets = f"{LORA_TARGETS}|{ENCODER_TARGETS}" if settings.encoder else LORA_TARGETS
+    return peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, bias="none")
 
 
 def _inject(model: GraftForConditionalGeneration, config: Any) -> None:
@@ -62,14 +73,17 @@ def _inject(model: GraftForConditionalGeneration, config: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-def save_adapters(model: GraftForConditionalGeneration, folder: str | Path) -> None:
-    """Write the adapters as PEFT does: adapter_config.json and adapter_model.safetensors."""
-    peft = require("peft", extra="train")
-    state = peft.get_peft_model_state_dict(model)
-    tensors = {PEFT_PREFIX + name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+def save_adapters(state: Mapping[str, Tensor], settings: LoraSettings, folder: str | Path) -> None:
+    """Write the adapters among a model's tensors, by parameter name, as PEFT does: adapter_config.json and adapter_model.safetensors."""
+    tensors = {
+        PEFT_PREFIX + name.replace(".default.", "."): tensor.detach().float().cpu().contiguous()
+        for name, tensor in state.items()
+        if ".lora_" in name
+    }
     save_file(tensors, Path(folder) / ADAPTER_FILES[1], metadata={"format": "pt"})
-    model.peft_config["default"].inference_mode = True
-    model.peft_config["default"].save_pretrained(str(folder))
+    config = _lora_config(settings)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
 
 
 def has_adapters(folder: str | Path) -> bool:

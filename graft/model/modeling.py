@@ -23,8 +23,9 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
     """Qwen2-VL with a Whisper encoder (`audio_tower`) and the trained join (`audio_projector`).
 
     Besides Qwen2-VL's inputs, forward takes input_features (clips, mels, frames) float32 and audio_frame_counts (clips,), the clips in the
-    order of their placeholders. With `labels` it returns the loss alone: the sum of the cross-entropy over the labels that are not -100,
-    divided by `label_count` (by default their number), computed from logits at those positions only.
+    order of their placeholders; or, in place of the features, audio_states (tokens of all clips, d_model), what the encoder made of them.
+    With `labels` it returns the loss alone: the sum of the cross-entropy over the labels that are not -100, divided by `label_count` (by
+    default their number), computed from logits at those positions only.
     """
 
     config: GraftConfig
@@ -62,10 +63,19 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
 
     def get_audio_features(self, input_features: Tensor, audio_frame_counts: Tensor) -> Tensor:
         """Encode and project clips to (tokens of all clips, hidden_size)."""
-        states = encode_audio(self.audio_tower, input_features, audio_frame_counts, self.config)
-        return self.audio_projector(states.to(next(self.audio_projector.parameters()).dtype))
+        return self.project(encode_audio(self.audio_tower, input_features, audio_frame_counts, self.config))
 
-    def embed(self, input_ids: Tensor, input_features: Tensor | None = None, audio_frame_counts: Tensor | None = None) -> Tensor:
+    def project(self, audio_states: Tensor) -> Tensor:
+        """Project the encoder's states (tokens, d_model) to (tokens, hidden_size)."""
+        return self.audio_projector(audio_states.to(next(self.audio_projector.parameters()).dtype))
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        input_features: Tensor | None = None,
+        audio_frame_counts: Tensor | None = None,
+        audio_states: Tensor | None = None,
+    ) -> Tensor:
         """Embed ids (rows, length) and put the clips' audio where their placeholders stand.
 
         Raises ValueError when placeholders and audio tokens differ in number.
@@ -73,14 +83,17 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         embeddings = self.get_input_embeddings()(input_ids)
         is_audio = input_ids == self.config.audio_token_id
         placeholder_count = int(is_audio.sum())
-        if input_features is None or audio_frame_counts is None:
-            if placeholder_count:
-                raise ValueError(f"{placeholder_count} audio placeholders in input_ids, but no input_features with audio_frame_counts")
+        if audio_states is not None:
+            audio = self.project(audio_states)
+        elif input_features is not None and audio_frame_counts is not None:
+            audio = self.get_audio_features(input_features, audio_frame_counts)
+        elif placeholder_count:
+            raise ValueError(f"{placeholder_count} audio placeholders in input_ids, but no input_features with audio_frame_counts")
+        else:
             return embeddings
-        audio = self.get_audio_features(input_features, audio_frame_counts).to(embeddings.dtype)
         if placeholder_count != audio.shape[0]:
             raise ValueError(f"{placeholder_count} audio placeholders in input_ids, but {audio.shape[0]} audio tokens in input_features")
-        return embeddings.masked_scatter(is_audio[..., None], audio)
+        return embeddings.masked_scatter(is_audio[..., None], audio.to(embeddings.dtype))
 
     def forward(
         self,
@@ -99,11 +112,12 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         logits_to_keep: int | Tensor = 0,
         input_features: Tensor | None = None,
         audio_frame_counts: Tensor | None = None,
+        audio_states: Tensor | None = None,
         label_count: int | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if inputs_embeds is None and input_ids is not None:
-            inputs_embeds = self.embed(input_ids, input_features, audio_frame_counts)
+            inputs_embeds = self.embed(input_ids, input_features, audio_frame_counts, audio_states)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -27,10 +27,28 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def encoder_digest(graft: str | Path) -> str:
+    """Digest the encoder's tensors in a graft's folder or hub id, without its other weights."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(graft) if Path(graft).is_dir() else Path(snapshot_download(str(graft), allow_patterns="*.safetensors"))
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in list(file.keys()) if name.startswith("audio_tower.")]
+            tensors |= {name: file.get_tensor(name) for name in names}
+    return state_digest(tensors)
+
+
 def save_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:
-    """Write the projector in float32 with the bases' digests and its kind."""
-    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.audio_projector.state_dict().items()}
-    save_file(state, Path(folder) / PROJECTOR_FILE, metadata={"graft": json.dumps(_identity(model.config))})
+    """Write a model's projector in float32 with the bases' digests and its kind."""
+    write_projector(model.audio_projector.state_dict(), model.config, folder)
+
+
+def write_projector(state: Mapping[str, Tensor], config: GraftConfig, folder: str | Path) -> None:
+    """Write a projector's tensors in float32 with the digests of the bases they belong to, and its kind."""
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, Path(folder) / PROJECTOR_FILE, metadata={"graft": json.dumps(_identity(config))})
 
 
 def load_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:

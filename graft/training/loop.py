@@ -1,8 +1,8 @@
-"""The training loop of both stages, on one worker of any number: batches in, losses and checkpoints out."""
+"""The training loop of both stages, on one worker of any number: batches in, losses, validations and checkpoints out."""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from graft.errors import ModelError
 from graft.training.backends import Backend
-from graft.training.checkpoint import Progress
+from graft.training.batch import TrainingBatch
+from graft.training.meter import Meter, StepLog, Stopwatch
+from graft.training.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -23,82 +25,76 @@ class LoopSettings:
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 0
     accumulation: int = 1
+    """Batches that each worker takes to a step."""
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
+    validate_every: int | None = None
+    patience: int | None = None
+    """Validations in a row without a better loss that end the run."""
+    max_loss: float = 24.0
+    """A step's loss above this, in nats per label token, has exploded: guessing among 150,000 tokens costs 12."""
+    peak_flops: float | None = None
+    """Of one worker's device, a second; without it no utilisation is told."""
 
 
-@dataclass(frozen=True)
-class TrainingBatch:
-    """A batch on its device: the model's inputs with labels, what the plan says of it, and the clips and seconds in it that count."""
+class Observer:
+    """What a run does when something happens; every worker calls it at the same steps. By default nothing."""
 
-    inputs: Mapping[str, Tensor]
-    position: int
-    step_position: int
-    step_label_count: int
-    clip_count: int
-    audio_s: float
+    def log(self, log: StepLog) -> None:
+        """Take note of the steps since the last log."""
 
+    def validate(self, step: int) -> float:
+        """Measure the model's loss on other data, over all workers."""
+        raise NotImplementedError
 
-@dataclass(frozen=True)
-class StepLog:
-    """Means since the last log, over all workers; `data_wait` is the share of time spent waiting for batches."""
+    def checkpoint(self, progress: Progress, *, is_best: bool) -> None:
+        """Keep what was trained; `is_best` after the best validation so far."""
 
-    step: int
-    total_steps: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    samples_per_s: float
-    audio_s_per_s: float
-    data_wait: float
-    left_s: float
+    def wants_stop(self) -> bool:
+        """Whether this worker was asked to end the run early."""
+        return False
 
-    def line(self) -> str:
-        minutes, seconds = divmod(round(self.left_s), 60)
-        return (
-            f"step {self.step}/{self.total_steps}  loss {self.loss:.4f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}  "
-            f"{self.samples_per_s:.1f} samples/s  {self.audio_s_per_s:.0f} audio-s/s  data wait {self.data_wait:.0%}  "
-            f"left {minutes}:{seconds:02d}"
-        )
+    def fault(self, batches: Sequence[TrainingBatch], reason: str) -> None:
+        """Keep this worker's share of a step that went wrong."""
 
 
 def train(
-    batches: Iterable[TrainingBatch],
-    backend: Backend,
-    settings: LoopSettings,
-    *,
-    progress: Progress,
-    total_steps: int,
-    on_log: Callable[[StepLog], None],
-    on_checkpoint: Callable[[Progress], None],
+    batches: Iterable[TrainingBatch], backend: Backend, settings: LoopSettings, *, progress: Progress, total_steps: int, observer: Observer
 ) -> Progress:
-    """Train from `progress` until the batches or `total_steps` end; returns where that is.
+    """Train from `progress` until the batches, `total_steps` or the patience end, or a worker wants to stop; returns where that is.
 
-    Every worker takes `accumulation` batches a step. Raises ModelError when the loss or its gradient is no longer finite.
+    Every worker takes `accumulation` batches a step. Raises ModelError when the loss or its gradient is no longer finite, explodes or
+    diverges; an unfit loss leaves the weights as they were before its step.
     """
-    waiting = _Stopwatch(batches)
-    meter = _Meter(progress.step)
-    while progress.step < total_steps and (step := list(islice(waiting, settings.accumulation))):
+    waiting = Stopwatch(batches)
+    meter = Meter(progress, total_steps=total_steps, max_loss=settings.max_loss, peak_flops=settings.peak_flops)
+    stops = False
+    while not stops and not is_over(progress, settings, total_steps) and (step := list(islice(waiting, settings.accumulation))):
         learning_rate = learning_rate_at(progress.step, settings, total_steps)
-        for index, batch in enumerate(step):
-            torch.manual_seed(settings.seed * 1_000_003 + batch.position)  # dropout depends on the batch, not on the worker
-            is_last = index == len(step) - 1
-            meter.add(backend.backward(batch.inputs, label_count=batch.step_label_count, is_last=is_last), batch)
+        loss, stops = meter.add(_accumulate(step, backend, settings), step, wants_stop=observer.wants_stop())
+        _refuse(meter.what_is_wrong(loss), progress.step + 1, step, observer)
         grad_norm = backend.step(learning_rate)
-        progress = replace(progress, step=progress.step + 1, position=step[-1].step_position)
-        saves = progress.step == total_steps or progress.step % settings.checkpoint_every == 0
-        if saves or progress.step == 1 or progress.step % settings.log_every == 0:
-            log, clips, audio_s = meter.read(progress.step, total_steps, learning_rate, grad_norm, waiting)
-            progress = replace(progress, clips=progress.clips + clips, audio_s=progress.audio_s + audio_s)
-            progress = replace(progress, first_loss=log.loss if progress.first_loss is None else progress.first_loss)
-            on_log(log)
-            if not math.isfinite(log.loss + grad_norm):
-                reason = f"the loss is {log.loss}, the gradient's norm {grad_norm} at step {progress.step}"
-                raise ModelError(f"{reason}: lower learning_rate or train in bf16 or fp32")
-        if saves:
-            on_checkpoint(progress)
+        if not math.isfinite(grad_norm):
+            _refuse(f"the gradient's norm is {grad_norm}", progress.step + 1, step, observer)
+        progress = meter.advance(progress, loss, step[-1].step_position)
+        ends = stops or progress.step == total_steps
+        is_best = False
+        if settings.validate_every and (ends or progress.step % settings.validate_every == 0) and not stops:
+            started = time.perf_counter()
+            progress, is_best = _judged(progress, observer.validate(progress.step))
+            meter.exclude(time.perf_counter() - started)
+            ends = ends or is_over(progress, settings, total_steps)
+        if ends or progress.step == 1 or progress.step % settings.log_every == 0:
+            observer.log(meter.read(progress.step, learning_rate, grad_norm, waiting))
+        if ends or is_best or progress.step % settings.checkpoint_every == 0:
+            observer.checkpoint(progress, is_best=is_best)
     return progress
+
+
+def is_over(progress: Progress, settings: LoopSettings, total_steps: int) -> bool:
+    """Whether a run has done all its steps or run out of patience."""
+    return progress.step >= total_steps or (settings.patience is not None and progress.stale_validations >= settings.patience)
 
 
 def learning_rate_at(step: int, settings: LoopSettings, total_steps: int) -> float:
@@ -110,60 +106,25 @@ def learning_rate_at(step: int, settings: LoopSettings, total_steps: int) -> flo
     return settings.learning_rate * factor
 
 
-class _Stopwatch:
-    """Iterates over batches and sums the seconds spent waiting for them."""
-
-    def __init__(self, batches: Iterable[TrainingBatch]):
-        self.batches = iter(batches)
-        self.waited_s = 0.0
-
-    def __iter__(self) -> Iterator[TrainingBatch]:
-        return self
-
-    def __next__(self) -> TrainingBatch:
-        start = time.perf_counter()
-        try:
-            return next(self.batches)
-        finally:
-            self.waited_s += time.perf_counter() - start
+def _accumulate(step: Sequence[TrainingBatch], backend: Backend, settings: LoopSettings) -> Tensor:
+    """Add up the gradients of a step's batches; returns this worker's part of its loss."""
+    losses = []
+    for index, batch in enumerate(step):
+        torch.manual_seed(settings.seed * 1_000_003 + batch.position)  # dropout depends on the batch, not on the worker
+        is_last = index == len(step) - 1
+        losses.append(backend.backward(batch.inputs, label_count=batch.step_label_count, is_last=is_last))
+    return torch.stack(losses).sum().double()
 
 
-class _Meter:
-    """Sums of this worker since the last log; reading them adds up those of all workers and starts anew."""
+def _judged(progress: Progress, loss: float) -> tuple[Progress, bool]:
+    """Enter a validation's loss; tells whether it is the best so far."""
+    if progress.best_loss is None or loss < progress.best_loss:
+        return replace(progress, best_loss=loss, best_step=progress.step, stale_validations=0), True
+    return replace(progress, stale_validations=progress.stale_validations + 1), False
 
-    def __init__(self, step: int):
-        self.first_step, self.started = step, time.perf_counter()
-        self._start(step)
 
-    def _start(self, step: int) -> None:
-        self.step, self.since = step, time.perf_counter()
-        self.losses: list[Tensor] = []
-        self.clips, self.audio_s = 0, 0.0
-
-    def add(self, loss: Tensor, batch: TrainingBatch) -> None:
-        self.losses.append(loss)
-        self.clips += batch.clip_count
-        self.audio_s += batch.audio_s
-
-    def read(self, step: int, total_steps: int, learning_rate: float, grad_norm: float, waiting: _Stopwatch) -> tuple[StepLog, int, float]:
-        device = self.losses[0].device
-        sums = torch.stack([torch.stack(self.losses).sum().float(), *torch.tensor([self.clips, self.audio_s], device=device)])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-        loss, clips, audio_s = sums.tolist()
-        now = time.perf_counter()
-        elapsed_s = now - self.since
-        log = StepLog(
-            step=step,
-            total_steps=total_steps,
-            loss=loss / (step - self.step),
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            samples_per_s=clips / elapsed_s,
-            audio_s_per_s=audio_s / elapsed_s,
-            data_wait=waiting.waited_s / elapsed_s,
-            left_s=(now - self.started) / (step - self.first_step) * (total_steps - step),
-        )
-        waiting.waited_s = 0.0
-        self._start(step)
-        return log, round(clips), audio_s
+def _refuse(fault: str | None, number: int, step: Sequence[TrainingBatch], observer: Observer) -> None:
+    if fault:
+        reason = f"{fault} at step {number}"
+        observer.fault(step, reason)
+        raise ModelError(f"{reason}: look at the batch that was kept, lower learning_rate, or train in bf16 or fp32")

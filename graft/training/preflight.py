@@ -28,9 +28,12 @@ def preflight(model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequen
     Raises ModelError when other audio does not change the logits, DataError when a label stands anywhere but in the answer.
     """
     label_count = check_labels(inputs["input_ids"], inputs["labels"], prompt_end)
-    heard = _answer_logits(model, inputs, inputs["input_features"])
-    other = _answer_logits(model, inputs, swap_audio(inputs["input_features"], inputs["audio_frame_counts"]))
-    change = float((heard - other).abs().mean())
+    if "audio_states" in inputs:  # already encoded
+        heard, other = ({"audio_states": states} for states in (inputs["audio_states"], inputs["audio_states"].flip(0)))
+    else:
+        swapped = swap_audio(inputs["input_features"], inputs["audio_frame_counts"])
+        heard, other = ({"input_features": features} for features in (inputs["input_features"], swapped))
+    change = float((_answer_logits(model, inputs, heard) - _answer_logits(model, inputs, other)).abs().mean())
     if not change > LEAST_CHANGE:
         raise ModelError(f"the audio path is dead: other audio changes the logits by {change:.1e}: check the projector and the audio tower")
     return Preflight(change, label_count)
@@ -64,8 +67,8 @@ def swap_audio(input_features: Tensor, frame_counts: Tensor) -> Tensor:
     return swapped
 
 
-def _answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], input_features: Tensor) -> Tensor:
+def _answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], audio: Mapping[str, Tensor]) -> Tensor:
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "audio_frame_counts")}
     torch.manual_seed(0)  # the same dropout, if any, for both
-    logits = model(**given, input_features=input_features).logits
+    logits = model(**given, **audio).logits
     return logits[:, :-1][inputs["labels"][:, 1:] != -100].float()

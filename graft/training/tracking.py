@@ -1,49 +1,136 @@
-"""What a run leaves to look at: metrics as JSON lines, and its loss curve as a picture."""
+"""What a run leaves to look at: metrics as JSON lines, sample transcripts, curves as a picture, and all of it on Weights & Biases if asked.
+
+metrics.jsonl holds what StepLog tells, a line each log, and {step, validation_loss} for each validation.
+"""
 
 import json
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from graft.config import Recipe
 from graft.errors import require
 
 METRICS_FILE = "metrics.jsonl"
-CURVE_FILE = "loss.png"
+TRANSCRIPTS_FILE = "transcripts.jsonl"
+CURVES_FILE = "curves.png"
+WANDB_ID_FILE = "wandb-id.txt"
 
 
-class MetricsLog:
-    """Appends one JSON object a line; on resuming, lines from after the checkpoint's step are dropped."""
+class WandbRecipe(Recipe):
+    """Where a run is shown on Weights & Biases."""
 
-    def __init__(self, folder: str | Path, *, from_step: int):
-        self.path = Path(folder) / METRICS_FILE
-        kept = [line for line in read_metrics(folder) if line["step"] <= from_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    project: str = "graft"
+    name: str | None = None
+    """By default the output folder's name."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes into the output folder what `wandb sync` sends later."""
+
+
+class Tracker:
+    """Appends metrics and transcripts to files, and sends them to W&B where the recipe names it.
+
+    On resuming, lines from after the checkpoint's step are dropped. Raises MissingExtra where W&B is asked for and not installed.
+    """
+
+    def __init__(self, folder: str | Path, recipe: Mapping[str, Any], *, from_step: int):
+        self.folder = Path(folder)
+        for name in (METRICS_FILE, TRANSCRIPTS_FILE):
+            path = self.folder / name
+            if path.is_file():
+                path.write_text("".join(json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= from_step))
+        self._run = _wandb_run(self.folder, recipe) if recipe.get("wandb") else None
 
     def write(self, values: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(dict(values)) + "\n")
+        """Add what was measured at `values["step"]`."""
+        _append(self.folder / METRICS_FILE, [values])
+        if self._run:
+            self._run.log({name: value for name, value in values.items() if value is not None and name != "step"}, step=values["step"])
+
+    def write_transcripts(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Add what the model made of some clips: their id, text, and what was heard."""
+        _append(self.folder / TRANSCRIPTS_FILE, [{"step": step, **sample} for sample in samples])
+        if self._run and samples:
+            wandb = require("wandb", extra="wandb")
+            columns = list(samples[0])
+            self._run.log({"transcripts": wandb.Table(columns, [[sample[name] for name in columns] for sample in samples])}, step=step)
+
+    def close(self) -> None:
+        """Return when all is sent."""
+        if self._run:
+            self._run.finish()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder) / METRICS_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return _read_lines(path) if path.is_file() else []
 
 
-def draw_loss(folder: str | Path, *, title: str) -> Path:
-    """Draw the loss and learning rate over the steps of a run's metrics to a PNG beside them."""
+def draw_curves(folder: str | Path, *, title: str) -> list[dict[str, Any]]:
+    """Draw a run's metrics to a PNG beside them: loss, learning rate and gradient, speed, and what limits it; returns the metrics."""
     require("matplotlib", extra="train")
     from matplotlib.figure import Figure
 
     lines = read_metrics(folder)
-    steps = [line["step"] for line in lines]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, [line["loss"] for line in lines], marker="o", markersize=2.5, color="tab:blue")
-    axes.set(title=title, xlabel="step", ylabel="loss per label token (nats)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    rates = axes.twinx()
-    rates.plot(steps, [line["learning_rate"] for line in lines], color="tab:gray", linewidth=1, linestyle="--")
-    rates.set(ylabel="learning rate (dashed)", ylim=(0, None))
-    path = Path(folder) / CURVE_FILE
-    figure.savefig(path, dpi=120)
-    return path
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(2, 2, sharex=True)
+    loss, rate, speed, share = panels.flat
+    _plot(loss, lines, "loss", label="training")
+    _plot(loss, lines, "validation_loss", label="validation", marker="o")
+    loss.set(ylabel="loss per label token (nats)", ylim=(0, None))
+    _plot(rate, lines, "learning_rate", label="learning rate")
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    _plot(rate.twinx(), lines, "grad_norm", label="gradient norm (log, right)", color="tab:red", log=True)
+    _plot(speed, lines, "tokens_per_s", label="tokens/s")
+    speed.set(ylabel="tokens/s", xlabel="step", ylim=(0, None))
+    _plot(speed.twinx(), lines, "samples_per_s", label="samples/s (right)", color="tab:red", from_zero=True)
+    _plot(share, lines, "data_wait", label="waiting for data")
+    _plot(share, lines, "mfu", label="model FLOPs utilisation")
+    share.set(ylabel="share", xlabel="step", ylim=(0, 1))
+    _plot(share.twinx(), lines, "memory_gb", label="memory, GB (right)", color="tab:gray", from_zero=True)
+    for axes in figure.axes:
+        if axes.lines:
+            axes.legend(fontsize=8, loc="upper left" if axes in panels else "upper right")
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    figure.savefig(Path(folder) / CURVES_FILE, dpi=110)
+    return lines
+
+
+def _plot(axes: Any, lines: Sequence[Mapping[str, Any]], key: str, *, log: bool = False, from_zero: bool = False, **style: Any) -> None:
+    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), linewidth=1.2, markersize=3, **style)
+    if log and points:
+        axes.set_yscale("log")
+    if from_zero:
+        axes.set_ylim(0, None)
+
+
+def _wandb_run(folder: Path, recipe: Mapping[str, Any]) -> Any:
+    """Begin a W&B run, or go on with the one that this folder began."""
+    wandb, settings = require("wandb", extra="wandb"), recipe["wandb"]
+    path = folder / WANDB_ID_FILE
+    run_id = path.read_text().strip() if path.is_file() else uuid.uuid4().hex[:12]
+    path.write_text(run_id + "\n")
+    return wandb.init(
+        project=settings["project"],
+        name=settings["name"] or folder.name,
+        mode=settings["mode"],
+        id=run_id,
+        resume="allow",
+        dir=str(folder),
+        config=dict(recipe),
+        settings=wandb.Settings(silent=True),
+    )
+
+
+def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(dict(line), ensure_ascii=False) + "\n" for line in lines)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

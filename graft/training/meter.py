@@ -1,0 +1,162 @@
+"""What a run tells while it trains: speeds, shares and the loss over all workers, and when that loss is past repair."""
+
+import math
+import resource
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from graft.training.batch import TrainingBatch
+from graft.training.progress import Progress
+
+DIVERGED_NATS = 1.0
+"""A smoothed loss this far above twice its best has diverged."""
+SMOOTHING_STEPS = 20
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """Means since the last log, over all workers.
+
+    `data_wait` is the share of time that the worker which waited longest spent waiting for batches, `mfu` the share of the devices' peak,
+    `memory_gb` the most that a worker's device (on a CPU its process) held.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    samples_per_s: float
+    audio_s_per_s: float
+    tokens_per_s: float
+    data_wait: float
+    mfu: float | None
+    memory_gb: float
+    left_s: float
+
+    def line(self) -> str:
+        minutes, seconds = divmod(round(self.left_s), 60)
+        utilisation = "" if self.mfu is None else f"mfu {self.mfu:.0%}  "
+        return (
+            f"step {self.step}/{self.total_steps}  loss {self.loss:.4f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}  "
+            f"{self.samples_per_s:.1f} samples/s  {self.audio_s_per_s:.0f} audio-s/s  {self.tokens_per_s:.0f} tokens/s  {utilisation}"
+            f"data wait {self.data_wait:.1%}  {self.memory_gb:.1f} GB  left {minutes}:{seconds:02d}"
+        )
+
+
+class Stopwatch:
+    """Iterates over batches and sums the seconds spent waiting for them."""
+
+    def __init__(self, batches: Iterable[TrainingBatch]):
+        self.batches = iter(batches)
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        return self
+
+    def __next__(self) -> TrainingBatch:
+        start = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.waited_s += time.perf_counter() - start
+
+
+class Meter:
+    """Sums over all workers since the last log, and what the loss does over the whole run."""
+
+    def __init__(self, progress: Progress, *, total_steps: int, max_loss: float, peak_flops: float | None):
+        self.total_steps, self.max_loss, self.peak_flops = total_steps, max_loss, peak_flops
+        self.device = torch.device("cpu")
+        self.first_step, self.started = progress.step, time.perf_counter()
+        self.smoothed: float | None = None
+        self.best_smoothed = math.inf
+        self._start(progress.step)
+
+    def _start(self, step: int) -> None:
+        self.step, self.since = step, time.perf_counter()
+        self.loss = self.clips = self.audio_s = self.tokens = self.flops = 0.0
+
+    def add(self, loss: Tensor, step: Sequence[TrainingBatch], *, wants_stop: bool) -> tuple[float, bool]:
+        """Add up what all workers have of a step; returns its loss, and whether any of them wants to stop.
+
+        The step's gradients are divided by the labels that were planned; its loss is told by those that there are, since clips that
+        can't be decoded have none.
+        """
+        own = [(one.clip_count, one.audio_s, one.token_count, one.flops) for one in step]
+        counts = torch.tensor([float(wants_stop), *map(sum, zip(*own, strict=True))], dtype=torch.float64, device=loss.device)
+        labels = torch.stack([(one.inputs["labels"] != -100).sum() for one in step]).sum().double()
+        sums, self.device = torch.cat([torch.stack([loss, labels]), counts]), loss.device
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        total, label_count, stops, self.step_clips, self.step_audio_s, tokens, flops = sums.tolist()
+        total *= step[-1].step_label_count / max(1.0, label_count)
+        self.loss, self.tokens, self.flops = self.loss + total, self.tokens + tokens, self.flops + flops
+        self.clips, self.audio_s = self.clips + self.step_clips, self.audio_s + self.step_audio_s
+        return total, stops > 0
+
+    def what_is_wrong(self, loss: float) -> str | None:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if loss > self.max_loss:
+            return f"the loss exploded to {loss:.1f}"
+        self.smoothed = loss if self.smoothed is None else self.smoothed + (loss - self.smoothed) / SMOOTHING_STEPS
+        self.best_smoothed = min(self.best_smoothed, self.smoothed)
+        if self.smoothed > 2 * self.best_smoothed + DIVERGED_NATS:
+            return f"the loss diverged: its running mean rose from {self.best_smoothed:.2f} to {self.smoothed:.2f}"
+        return None
+
+    def advance(self, progress: Progress, loss: float, position: int) -> Progress:
+        return replace(
+            progress,
+            step=progress.step + 1,
+            position=position,
+            clips=progress.clips + round(self.step_clips),
+            audio_s=progress.audio_s + self.step_audio_s,
+            first_loss=loss if progress.first_loss is None else progress.first_loss,
+        )
+
+    def read(self, step: int, learning_rate: float, grad_norm: float, waiting: Stopwatch) -> StepLog:
+        """Tell the means since the last log, and start anew."""
+        now = time.perf_counter()
+        elapsed_s = now - self.since
+        workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        data_wait, memory_gb = self._largest(waiting.waited_s / elapsed_s, _memory_gb(self.device))
+        log = StepLog(
+            step=step,
+            total_steps=self.total_steps,
+            loss=self.loss / (step - self.step),
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            samples_per_s=self.clips / elapsed_s,
+            audio_s_per_s=self.audio_s / elapsed_s,
+            tokens_per_s=self.tokens / elapsed_s,
+            data_wait=data_wait,
+            mfu=self.flops / elapsed_s / (self.peak_flops * workers) if self.peak_flops else None,
+            memory_gb=memory_gb,
+            left_s=(now - self.started) / (step - self.first_step) * (self.total_steps - step),
+        )
+        waiting.waited_s = 0.0
+        self._start(step)
+        return log
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out time that was not spent on training."""
+        self.since += seconds
+
+    def _largest(self, *values: float) -> list[float]:
+        """The largest of each value over all workers."""
+        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return largest.tolist()
+
+
+def _memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

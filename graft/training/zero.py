@@ -1,0 +1,149 @@
+"""The backend that shards: AdamW under DeepSpeed ZeRO, whose JSON is generated here.
+
+ZeRO 1 shards the optimizer's states over the workers, 2 the gradients too, 3 all weights, the frozen ones above all.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.errors import require
+from graft.training.backends import BETAS, STATE_KEYS, eval_mode, trained_parameters
+from graft.training.checkpoint import State
+
+
+class ZeroBackend:
+    """AdamW under DeepSpeed ZeRO; the process group exists already.
+
+    `trained` names the parameters that are sharded and updated; their master weights are float32 whatever the model computes in.
+    """
+
+    def __init__(self, model: nn.Module, *, zero_stage: int, accumulation: int, weight_decay: float, max_grad_norm: float, bf16: bool):
+        deepspeed = require("deepspeed", extra="train")
+        self.model = model
+        self.trained = trained_parameters(model)
+        self.zero_stage = zero_stage
+        self.world_size = torch.distributed.get_world_size()
+        optimizer = torch.optim.AdamW(self.trained.values(), weight_decay=weight_decay, betas=BETAS, fused=True)
+        config = zero_config(zero_stage, accumulation=accumulation, max_grad_norm=max_grad_norm, bf16=bf16)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model, model_parameters=list(self.trained.values()), optimizer=optimizer, config=config
+        )
+
+    def backward(self, inputs: Mapping[str, Tensor], *, label_count: int, is_last: bool) -> Tensor:
+        loss = self.engine(**inputs, label_count=label_count).loss
+        # ZeRO averages over workers; the loss is divided by the step's label count, so nothing is left to divide.
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        if not is_last:
+            self.engine.step()
+        return loss.detach()
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with eval_mode(self.model):
+            yield
+
+    def state(self) -> State:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("cpu", torch.float32, copy=True)
+
+        return {
+            name: {
+                "weight": copied(safe_get_full_fp32_param(p)).view(_shape(p)),
+                **{key: copied(safe_get_full_optimizer_state(p, key)).view(_shape(p)) for key in STATE_KEYS},
+            }
+            for name, p in self.trained.items()
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: State, *, step: int) -> None:
+        if step:
+            self._make_moments(step)
+        load = self._load_sharded if self.zero_stage == 3 else self._load_whole
+        for name, parameter in self.trained.items():
+            load(parameter, state[name], STATE_KEYS if step else ())
+
+    def _make_moments(self, step: int) -> None:
+        """AdamW makes its moments in the first step; ZeRO finds a parameter's place in them once they are there."""
+        flats = self.optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else self._flats()
+        for flat in flats:
+            moments = {key: torch.zeros_like(flat) for key in STATE_KEYS}
+            self.optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step), device=flat.device), **moments}
+        if self.zero_stage < 3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _flats(self) -> list[Tensor]:
+        return [flat for group in self.optimizer.param_groups for flat in group["params"]]
+
+    def _load_whole(self, parameter: nn.Parameter, entry: Mapping[str, Tensor], keys: tuple[str, ...]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        safe_set_full_fp32_param(parameter, entry["weight"])
+        parameter.data.copy_(entry["weight"])
+        for key in keys:
+            safe_set_full_optimizer_state(parameter, entry[key], key)
+
+    def _load_sharded(self, parameter: Any, entry: Mapping[str, Tensor], keys: tuple[str, ...]) -> None:
+        """DeepSpeed's own setter refuses sizes that the workers do not divide."""
+        group, offset, count = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        flat = self.optimizer.fp32_partitioned_groups_flat[group]
+
+        def own(value: Tensor) -> Tensor:
+            padded = nn.functional.pad(value.flatten(), (0, count * self.world_size - value.numel()))
+            return padded.narrow(0, count * torch.distributed.get_rank(), count)
+
+        flat.narrow(0, offset, count).copy_(own(entry["weight"]))
+        parameter.ds_tensor.data.copy_(own(entry["weight"]))
+        for key in keys:
+            self.optimizer.optimizer.state[flat][key].narrow(0, offset, count).copy_(own(entry[key]))
+
+
+def zero_config(zero_stage: int, *, accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str, Any]:
+    """Write DeepSpeed's configuration."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 2**31,
+    }
+
+
+@contextlib.contextmanager
+def sharded_loading(*, bf16: bool) -> Iterator[None]:
+    """Within it transformers gives each worker its share of every weight that it makes or reads, and nothing more (ZeRO-3)."""
+    require("deepspeed", extra="train")
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    # transformers asks, as long as this object lives, whether weights are sharded.
+    config = HfDeepSpeedConfig(zero_config(3, accumulation=1, max_grad_norm=0.0, bf16=bf16))
+    try:
+        yield
+    finally:
+        del config
+        unset_hf_deepspeed_config()
+
+
+def _shape(parameter: Any) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def gathered_state(module: nn.Module) -> dict[str, Tensor]:
+    """Copy a sharded module's tensors, whole; every worker must call it."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(module.parameters())):
+        return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}

@@ -1,0 +1,70 @@
+"""What a model makes of clips that it is not trained on: loss and transcripts, on one worker or shared out over many."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graft.audio import read_audio
+from graft.processor import GraftProcessor
+from graft.training.backends import Backend
+from graft.transcriber import max_new_tokens
+from jobs.ingest import BatchLoader, Delivery, training_batches
+
+
+class Validation:
+    """Measures the loss on this worker's share of other clips, and what the model makes of the first few of all."""
+
+    def __init__(self, delivery: Delivery, backend: Backend, processor: GraftProcessor, transcripts: int):
+        self.backend, self.processor = backend, processor
+        self.model: Any = backend.model
+        self.device = next(backend.model.parameters()).device
+        self.rank, workers = place()
+        loader = BatchLoader(delivery)
+        self.batches = [loader.load(delivery.batches[number]) for number in range(self.rank, len(delivery.batches), workers)]
+        rows = delivery.rows
+        self.samples = []
+        for row in range(min(transcripts, len(rows))):
+            wav, _ = loader.reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
+            self.samples.append((rows.id(row), rows.text(row), read_audio(wav, name=rows.id(row))))
+
+    def loss(self) -> float:
+        """The loss per label token over all workers' clips."""
+        with self.backend.evaluating():
+            sums = summed_loss(self.model, self.batches)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        return float(sums[0] / sums[1])
+
+    def transcripts(self) -> list[dict[str, str]]:
+        """Transcribe the samples greedily; every worker does, since their weights may be shared out among them."""
+        heard = []
+        for name, text, clip in self.samples:
+            inputs = self.processor(audio=clip).to(self.device)
+            with self.backend.evaluating():
+                ids = self.model.generate(
+                    **inputs, do_sample=False, max_new_tokens=max_new_tokens(clip.duration_s), synced_gpus=place()[1] > 1
+                )
+            answer = self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            heard.append({"id": name, "text": text, "heard": answer.strip()})
+        return heard
+
+
+def summed_loss(model: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> Tensor:
+    """Add up over loaded batches: the loss of all labels, and the number of labels; float64 (2,)."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    blocks = ({name: value[None] for name, value in batch.items()} for batch in batches)
+    for batch in training_batches(blocks, device, []):
+        sums[0] += model(**batch.inputs, label_count=1).loss
+        sums[1] += (batch.inputs["labels"] != -100).sum()
+    return sums
+
+
+def place() -> tuple[int, int]:
+    """This worker's number, and how many there are."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -65,6 +65,11 @@ def stage_model(
         model, processor = open_graft(graft, dtype=DTYPES[computing.dtype], device=device, nf4=stage.nf4, attention=computing.attention)
     if computing.is_sharded:
         model.audio_projector = _whole_projector(model).to(device)
+    return prepared(model, stage, computing, seed=seed), processor
+
+
+def prepared(model: GraftForConditionalGeneration, stage: Stage, computing: Computing, *, seed: int = 0) -> GraftForConditionalGeneration:
+    """Make an open graft ready for a stage, in train mode."""
     model.audio_projector.float()  # before it is loaded, lest `dtype` round it
     if stage.projector:
         load_projector(model, stage.projector)
@@ -78,7 +83,7 @@ def stage_model(
     if computing.compile:
         for layer in [*model.model.language_model.layers, *model.audio_tower.layers]:
             layer.compile(dynamic=True)
-    return model.train(), processor
+    return model.train()
 
 
 def make_backend(

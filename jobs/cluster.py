@@ -14,7 +14,8 @@ WORKER_VARIABLES = {"OMP_NUM_THREADS": "1", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "6
 def connect(*, cpus: int | None = None) -> None:
     """Join the Ray cluster named by RAY_ADDRESS (as under `ray job submit`) or start a local one; do nothing where Ray already runs.
 
-    A local Ray counts at least four logical CPUs, so that a trainer and its feature workers also start on a machine with two cores.
+    A local Ray counts at least four logical CPUs, and at least `cpus`, so that trainers and their feature workers also start on a machine
+    with two cores.
     """
     import ray
     import ray.data
@@ -32,7 +33,7 @@ def connect(*, cpus: int | None = None) -> None:
     else:
         ray.init(
             address="local",
-            num_cpus=cpus or max(4, os.cpu_count() or 1),
+            num_cpus=max(4, os.cpu_count() or 1, cpus or 0),
             object_store_memory=512 * 2**20,
             # Ray Train asks the dashboard whether its controller lives; without one of its own it would ask another Ray on this machine
             # (port 8265), hear that it does not know the controller, and end the workers.

@@ -5,22 +5,17 @@ it is done also projector.safetensors (stage 2: the adapters too), curves.png, s
 """
 
 import contextlib
-import hashlib
 import json
 import pickle
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from graft.corpus import RowTable, Sources, read_rows
-from graft.errors import DataError, GraftError, RecipeError, require
+from graft.errors import GraftError, RecipeError, require
 from graft.model.adapters import save_adapters
 from graft.model.configuration import GraftConfig
 from graft.model.opening import base_graft, check_graft, write_stage
@@ -30,8 +25,7 @@ from graft.stages import Computing, Stage
 from graft.training.checkpoint import load_checkpoint
 from graft.training.encoder_cache import EncoderCache, open_cache
 from graft.training.loop import LoopSettings, is_over
-from graft.training.plan import Batches, Plan, PlanSettings
-from graft.training.progress import Progress, best_checkpoint, latest_checkpoint, read_progress
+from graft.training.progress import best_checkpoint, latest_checkpoint, read_progress
 from graft.training.tracking import draw_curves
 from graft.wording import trained_words
 from jobs.cluster import connect
@@ -39,14 +33,12 @@ from jobs.console import follow
 from jobs.ingest import Delivery
 from jobs.observing import CHECKPOINTS, LOG_FILE, STOP_FILE
 from jobs.outputs import claim_output, holds_results, write_atomic
+from jobs.planning import ROWS, check_plan, kept_rows, planned, validation_delivery, what_is_left
 from jobs.remote import Remaining, train
-from jobs.samples import Variation, plan_training, trainable, vary
 from jobs.train_recipe import HOW_NOT_WHAT, TrainRecipe
 from jobs.train_worker import FAULT_FILE, Run
 
 RESULT_FILE = "result.json"
-PLAN_FILE = "plan.sha256"
-ROWS = "rows"
 STOPPED = 128 + signal.SIGTERM
 
 
@@ -67,19 +59,19 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     if stage.projector:
         read_projector(stage.projector, config)
     processor = GraftProcessor.from_pretrained(graft)
-    with _kept_rows(out) as kept:
+    with kept_rows(out) as kept:
         rows, variation, plan = planned(recipe, processor, cache=kept)
         progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
         batches, total_steps = what_is_left(plan, progress, recipe)
-        validation = _validation(recipe, graft, processor)
+        validation = validation_delivery(recipe, graft, processor)
         cache = _encoder_cache(recipe, stage, config, graft, processor)
         claim_output(recipe.out, recipe, ignore=HOW_NOT_WHAT)  # now that nothing in it can be wrong
-    _check_plan(out, plan)
+    check_plan(out, plan)
     hours = rows.duration_s.sum() / 3600
     print(f"stage {stage.number}: {len(rows)} clips, {hours:.2f} h, {total_steps} steps, padding {plan.padding_waste():.1%}", flush=True)
     settings = loop_settings(recipe)
     if not is_over(progress, settings, total_steps):
-        connect()
+        connect(cpus=recipe.workers + recipe.data_workers)
         delivery = Delivery(rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups, encoder_cache=cache)
         run = Run(recipe.model_dump(), stage, computing(recipe), settings, graft, str(out), total_steps, validation, cache)
         _train(recipe, run, delivery)
@@ -89,28 +81,6 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
         raise SystemExit(STOPPED)
     words = None if recipe.words.plain else trained_words(recipe.words)
     return _finish(out, config, stage, graft=graft, words=words, seconds=time.perf_counter() - started)
-
-
-def planned(recipe: TrainRecipe, processor: GraftProcessor, *, cache: Path | None = None) -> tuple[RowTable, Variation, Plan]:
-    """Read the recipe's data, without its audio, and plan the run; `cache` is a folder that makes reading again quick.
-
-    Prints what is left out. Raises DataError, RecipeError.
-    """
-    rows = _trainable(recipe.data, cache)
-    settings = PlanSettings(recipe.seed, recipe.epochs, recipe.token_budget, recipe.max_batch_clips, recipe.window_row_groups)
-    variation = vary(rows, processor, seed=recipe.seed, no_speech=recipe.no_speech, augment=recipe.augment, words=recipe.words)
-    return rows, variation, plan_training(rows, processor, settings, variation)
-
-
-def what_is_left(plan: Plan, progress: Progress, recipe: TrainRecipe) -> tuple[Batches, int]:
-    """List what is still to be delivered, and count the updates at its end."""
-    step_batches = recipe.step_batches or recipe.workers
-    slots = recipe.workers * recipe.accumulation
-    batches = plan.delivery(position=progress.position, step_batches=step_batches, slots=slots)
-    steps = len(batches) // slots
-    if recipe.max_steps is not None:
-        steps = min(steps, max(0, recipe.max_steps - progress.step))
-    return batches[: steps * slots], progress.step + steps
 
 
 def loop_settings(recipe: TrainRecipe) -> LoopSettings:
@@ -127,53 +97,6 @@ def loop_settings(recipe: TrainRecipe) -> LoopSettings:
 def computing(recipe: TrainRecipe) -> Computing:
     """Take from a recipe how its arithmetic is done."""
     return Computing(**{name: getattr(recipe, name) for name in Computing.__dataclass_fields__})
-
-
-def _trainable(data: Sources, cache: Path | None = None) -> RowTable:
-    rows, left_out = trainable(read_rows(data, cache=cache))
-    if left_out:
-        reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
-        print(f"left out: {reasons}; {len(rows)} clips remain", flush=True)
-    return rows
-
-
-@contextlib.contextmanager
-def _kept_rows(out: Path) -> Iterator[Path]:
-    """A folder for what is read of the data's files, so that a run which goes on does not ask a hub for thousands of them again.
-
-    It gets its place only when the block ends well: what is refused leaves nothing.
-    """
-    if (out / ROWS).is_dir():
-        yield out / ROWS
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-        shutil.copytree(folder, out / ROWS)
-
-
-def _check_plan(out: Path, plan: Plan) -> None:
-    """Raise DataError when a run would go on with other rows than those it began with."""
-    columns = plan.columns
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in (columns.token_counts, columns.label_counts, columns.row_groups)))
-    path = out / PLAN_FILE
-    if not path.is_file():
-        write_atomic(path, digest.hexdigest() + "\n")
-    elif path.read_text().strip() != digest.hexdigest():
-        raise DataError(
-            f"the data are not those that {out} began with: train anew in another out=, or put them back (hub: name a revision)"
-        )
-
-
-def _validation(recipe: TrainRecipe, graft: str, processor: GraftProcessor) -> Delivery | None:
-    """Batches of the validation's clips, one after the other for each worker, fillers at the end."""
-    if recipe.validation is None:
-        return None
-    rows = _trainable(recipe.validation.data)
-    if len(rows) > recipe.validation.clips:
-        rows = rows.select(np.sort(np.random.default_rng(recipe.seed).permutation(len(rows))[: recipe.validation.clips]))
-    settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_row_groups)
-    batches = plan_training(rows, processor, settings).delivery(position=0, step_batches=recipe.workers)
-    return Delivery(rows, batches, graft, cache_row_groups=recipe.window_row_groups)
 
 
 def _encoder_cache(recipe: TrainRecipe, stage: Stage, config: GraftConfig, graft: str, processor: GraftProcessor) -> EncoderCache | None:
@@ -272,7 +195,7 @@ def _finish(out: Path, config: GraftConfig, stage: Stage, *, graft: str, words: 
     lines = draw_curves(out, title=f"stage {stage.number}")
     result = {
         "loss_first": progress.first_loss,
-        "loss_last": lines[-1]["loss"],
+        "loss_last": [line["loss"] for line in lines if "loss" in line][-1],
         "steps": progress.step,
         "best_step": progress.best_step,
         "validation_loss": progress.best_loss,

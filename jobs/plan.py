@@ -28,7 +28,7 @@ from graft.training.estimate import (
 from graft.training.memory import LAYOUTS, device_memory
 from jobs.build import BuildRecipe, graft_settings
 from jobs.cli import PlanOptions
-from jobs.fit import planned
+from jobs.planning import planned
 from jobs.train_recipe import TrainRecipe
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -69,6 +69,8 @@ def work(run: Run) -> None:
         encoder = CachingEncoder(model, run.encoder_cache) if run.encoder_cache else None
         batches = training_batches(blocks, device, observer.skipped, encoder=encoder, cost=_cost(run, model.config))
         first = next(batches)
+        if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
+            raise RuntimeError(f"batch {first.position} does not follow the checkpoint at {progress.position}")
         if progress.step == 0 and first.ids:  # not a filler, nor clips that were all masked
             result = preflight(model, first.inputs, processor.prompt_end_ids())
             observer.say(

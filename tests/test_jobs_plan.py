@@ -13,8 +13,8 @@ from graft.config import read_recipe
 from graft.processor import GraftProcessor
 from jobs import stage1, stage2
 from jobs.cli import run_job
-from jobs.fit import planned
 from jobs.plan import print_plan
+from jobs.planning import planned
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "jobs" / "recipes"

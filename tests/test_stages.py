@@ -125,8 +125,10 @@ def resumed(home: Home, address: str) -> Path:
 
 @pytest.fixture(scope="module")
 def second(home: Home, first: Path) -> Path:
-    """Stage 2 on stage 1's projector: QLoRA, one worker, cut short by max_steps."""
-    shared = home.stage1_recipe("stage2", workers=1, max_steps=6, learning_rate=1e-2, warmup_steps=0, backend="torch").model_dump()
+    """Stage 2 on stage 1's projector: QLoRA, one worker, cut short by max_steps, with validations."""
+    validation = {"data": home.other, "every": 2, "transcripts": 2}
+    changed = {"workers": 1, "max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 0, "backend": "torch", "validation": validation}
+    shared = home.stage1_recipe("stage2", **changed).model_dump()
     recipe = stage2.Stage2Recipe.model_validate({**shared, "projector": str(first), "lora": {"rank": 4, "alpha": 8}})
     assert recipe.quantize == "nf4"
     stage2.run(recipe)
@@ -193,11 +195,32 @@ def test_stage2_stops_at_max_steps_and_leaves_adapters_too(second: Path) -> None
     assert {path.name for path in second.iterdir()} - {"skipped.jsonl"} == LEFT_BY_A_STAGE | {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "transcripts.jsonl",
     }
-    assert [line["step"] for line in lines(second / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    metrics = lines(second / "metrics.jsonl")
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4, 5, 6]
     result = json.loads((second / "result.json").read_text())
+    validations = {line["step"]: line["validation_loss"] for line in metrics if "validation_loss" in line}
+    assert list(validations) == [2, 4, 6]
+    assert result["validation_loss"] == validations[result["best_step"]] == min(validations.values())
+    heard = lines(second / "transcripts.jsonl")
+    assert [(line["step"], line["id"]) for line in heard] == [(step, name) for step in (2, 4, 6) for name in ("u0", "u1")]
     assert (result["steps"], result["loss_last"] < result["loss_first"]) == (6, True)
     assert json.loads((second / "stage.json").read_text()) == {"stage": 2, "graft": "../graft"}
+
+
+@pytest.mark.slow
+def test_zero_3_trains_as_zero_2_does(home: Home, first: Path) -> None:
+    """Sharded over two workers, with validations whose transcripts need all of them."""
+    validation = {"data": home.other, "every": 8, "transcripts": 1}
+    losses = {}
+    for zero_stage in (2, 3):
+        recipe = home.stage1_recipe(f"zero{zero_stage}", zero_stage=zero_stage, max_steps=8, validation=validation)
+        stage1.run(recipe)
+        losses[zero_stage] = [line.get("loss", line.get("validation_loss")) for line in lines(Path(recipe.out, "metrics.jsonl"))]
+    assert losses[3] == pytest.approx(losses[2], abs=1e-5)
+    heard = [lines(Path(home.out(f"zero{zero_stage}"), "transcripts.jsonl")) for zero_stage in (2, 3)]
+    assert heard[0] == heard[1]
 
 
 def in_memory(name: str) -> str:

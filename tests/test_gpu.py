@@ -1,0 +1,51 @@
+"""The tests for a GPU keep running: here on the CPU, in a process that lacks every package which a bare PyTorch machine may lack."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LACKING = (
+    *("ray", "deepspeed", "bitsandbytes", "flash_attn", "soundfile", "soxr", "jiwer", "wandb", "matplotlib"),
+    *("fastapi", "pydantic", "pyarrow", "hypothesis", "psutil", "vllm"),
+)
+SHARE = (
+    "test_gpu_attention.py",
+    "test_gpu_memory.py",
+    "test_gpu_model.py",
+    "test_gpu_training.py::test_a_stage_learns_and_changes_only_what_it_trains",
+    "test_gpu_training.py::test_states_from_the_cache_equal_those_of_the_encoder",
+)
+
+
+def lacking(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code where importing any of LACKING raises ModuleNotFoundError, as where it is not installed, and pytest has no plugins."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({LACKING!r})); "
+    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    command = [sys.executable, "-c", block + code]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_the_gpu_tests_pass_on_a_cpu_and_name_what_is_missing() -> None:
+    arguments = ["-m", "gpu", "-rs", "-p", "no:cacheprovider", *(f"tests/gpu/{name}" for name in SHARE)]
+    done = lacking(f"import pytest; sys.exit(pytest.main({arguments!r}))", GRAFT_TEST_DEVICE="cpu")
+    assert done.returncode == 0, done.stdout
+    assert "could not import 'bitsandbytes'" in done.stdout
+    assert "no CUDA device" in done.stdout
+    assert "failed" not in done.stdout
+
+
+def test_training_needs_none_of_what_a_bare_machine_lacks() -> None:
+    modules = ["stages", "training.loop", "training.preflight", "training.encoder_cache", "training.estimate", "model.shapes"]
+    done = lacking("import " + ", ".join(f"graft.{module}" for module in modules))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu() -> None:
+    options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--seconds", "0.1", "--budgets", "50", "100"]
+    done = lacking(f"from jobs.bench_gpu import main; sys.exit(main({options!r}))")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("stage1", "stage2"))]
+    assert [(row[0], row[1]) for row in rows] == [("stage1", "50"), ("stage1", "100"), ("stage2", "50"), ("stage2", "100")]
+    assert all(float(row[2]) > 0 for row in rows)

@@ -42,6 +42,7 @@ def test_two_processes_of_zero_equal_torch(folder: str, alone: dict[str, dict], 
         assert all(one["resident"] <= 0.55 * other["resident"] for one, other in zip(sharded, whole, strict=True))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_three_processes_goes_on_in_two(folder: str, alone: dict[str, dict], tmp_path: Path) -> None:
     """From ZeRO-3 on three, whose shares the sizes do not divide into, to ZeRO-3 and ZeRO-2 on two; four batches a step all along."""
     (begun,) = in_processes(3, [Case(folder, "stage2", ZERO3, end=1)], tmp_path)

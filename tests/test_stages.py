@@ -166,6 +166,7 @@ def test_stage1_leaves_what_it_promises(home: Home, first: Path) -> None:
     assert not torch.equal(trained, load_file(Path(home.graft, "model.safetensors"))["audio_projector.linear.weight"])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(first: Path, resumed: Path) -> None:
     metrics, expected = lines(resumed / "metrics.jsonl"), lines(first / "metrics.jsonl")
     (step,) = re.findall(r"^going on at step (\d+), batch \d+ of the plan$", (resumed / "log.txt").read_text(), re.MULTILINE)

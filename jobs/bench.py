@@ -1,37 +1,26 @@
-"""Benchmarks: `python -m jobs.bench NAME [--json FILE]` prints a table of numbers and writes the same numbers as JSON.
+"""Benchmarks: `python -m jobs.bench NAME [--json FILE]` prints what it finds and writes the numbers as JSON.
 
 features    FLAC -> log-mel on one core, beside soundfile + transformers' extractor
+train       training steps beside the reference system's and AudioFlamingo3's, Ray's feeding beside a bare loop, two workers beside one
 """
 
 import argparse
 import json
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
-import soundfile
-import torch
-from transformers import WhisperFeatureExtractor
-
-from graft.audio import SAMPLE_RATE, read_audio
-from graft.errors import AudioError, GraftError, OutputError
-from graft.features import HOP_LENGTH, WINDOW_FRAMES, Featurizer
+from graft.errors import GraftError, OutputError
 from jobs.outputs import write_atomic
 
-Numbers = dict[str, float]
-REPETITIONS = 9
+PARTS = ("step", "gains", "ingest", "workers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; exit code 2 and one line on stderr for bad input."""
     arguments = _parser().parse_args(argv)
     try:
-        numbers: Numbers = arguments.benchmark(arguments)
-        print(_table(numbers))
+        numbers = arguments.benchmark(arguments)
         if arguments.json:
             _write_json(arguments.json, numbers)
     except GraftError as error:
@@ -52,98 +41,49 @@ def _parser() -> argparse.ArgumentParser:
     features = benchmarks.add_parser("features", parents=[common], help="FLAC to log-mel on one core")
     features.add_argument("--seconds", type=float, default=600.0, help="how much audio to decode (default: %(default)s)")
     features.add_argument("--audio", metavar="DIR", help="16 kHz mono clips up to 30 s to use instead of made ones")
-    features.set_defaults(benchmark=bench_features)
+    features.set_defaults(benchmark=_features)
+
+    train = benchmarks.add_parser("train", parents=[common], help="training steps, feeding and workers (10 minutes on 2 idle cores)")
+    train.add_argument("--only", metavar="PARTS", type=_parts, default=PARTS, help=f"some of {','.join(PARTS)}")
+    train.add_argument("--graft", metavar="DIR", help="the graft to train; by default one is built from the bundled weights")
+    train.add_argument("--clips", type=int, default=16, help="how many to hear in steps (default: %(default)s)")
+    train.add_argument("--fed-clips", type=int, default=1000, help="how many to feed (default: %(default)s)")
+    train.add_argument("--repetitions", type=int, default=3, help="of steps (default: %(default)s)")
+    train.set_defaults(benchmark=_train)
     return parser
 
 
-def _table(numbers: Numbers) -> str:
-    width = max(map(len, numbers))
-    return "\n".join(f"{name:<{width}}  {value:>12{',' if isinstance(value, int) else ',.2f'}}" for name, value in numbers.items())
+def _parts(text: str) -> list[str]:
+    parts = text.split(",")
+    if unknown := set(parts) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    return parts
 
 
-def _write_json(path: str, numbers: Numbers) -> None:
+def _features(arguments: argparse.Namespace) -> dict[str, Any]:
+    from jobs.benchmarks.features import bench_features
+
+    findings = bench_features(arguments.audio, seconds=arguments.seconds)
+    print(findings.text)
+    return findings.numbers
+
+
+def _train(arguments: argparse.Namespace) -> dict[str, Any]:
+    from jobs.benchmarks.train import TrainBench, bench_train
+
+    names = ("graft", "clips", "repetitions", "fed_clips")
+    numbers: dict[str, Any] = {}
+    for part, findings in bench_train(TrainBench(arguments.only, **{name: getattr(arguments, name) for name in names})):
+        print(f"{part}\n{findings.text}\n", flush=True)
+        numbers[part] = findings.numbers
+    return numbers
+
+
+def _write_json(path: str, numbers: dict[str, Any]) -> None:
     try:
         write_atomic(path, json.dumps(numbers, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}: name another --json file") from error
-
-
-def bench_features(arguments: argparse.Namespace) -> Numbers:
-    """Seconds of audio per second on one core (medians), for graft and for what it is measured against, and their ratio."""
-    torch.set_num_threads(1)
-    featurizer, extractor = Featurizer(80), WhisperFeatureExtractor(feature_size=80)
-
-    def with_graft(path: Path) -> None:
-        featurizer(read_audio(path))
-
-    def with_transformers(path: Path) -> None:
-        samples, _ = soundfile.read(path, dtype="float32")
-        extractor(samples, sampling_rate=SAMPLE_RATE, padding="do_not_pad", return_tensors="np")
-
-    with tempfile.TemporaryDirectory() as folder:
-        clips = _found_clips(Path(arguments.audio), arguments.seconds) if arguments.audio else _made_clips(Path(folder), arguments.seconds)
-        audio_s = sum(soundfile.info(path).duration for path in clips)
-        graft_s, transformers_s = _interleaved(clips, with_graft, with_transformers)
-    return {
-        "clips": len(clips),
-        "audio_s": audio_s,
-        "repetitions": REPETITIONS,
-        "graft_rtfx": audio_s / statistics.median(graft_s),
-        "transformers_rtfx": audio_s / statistics.median(transformers_s),
-        "ratio": statistics.median(theirs / ours for ours, theirs in zip(graft_s, transformers_s, strict=True)),
-    }
-
-
-def _interleaved(clips: Sequence[Path], *ways: Callable[[Path], None]) -> list[list[float]]:
-    """Seconds that each way takes for all clips, REPETITIONS times after a warm-up, in turns so that a busy machine slows all alike."""
-    taken: list[list[float]] = [[] for _ in ways]
-    for repetition in range(REPETITIONS + 1):
-        for way, seconds in zip(ways, taken, strict=True):
-            started = time.perf_counter()
-            for clip in clips:
-                way(clip)
-            if repetition > 0:
-                seconds.append(time.perf_counter() - started)
-    return taken
-
-
-def _found_clips(folder: Path, seconds: float) -> list[Path]:
-    """Clips of a folder, in order of name, until they last `seconds`, without those that the extractor can't take as they are."""
-    clips: list[Path] = []
-    total_s = 0.0
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".flac", ".wav", ".ogg", ".opus", ".mp3")):
-        try:
-            info = soundfile.info(path)
-        except soundfile.LibsndfileError as error:
-            raise AudioError(f"{path}: not readable as audio ({error.error_string}): take it out of the folder") from error
-        if (info.samplerate, info.channels) == (SAMPLE_RATE, 1) and 0 < info.frames <= WINDOW_FRAMES * HOP_LENGTH and total_s < seconds:
-            clips.append(path)
-            total_s += info.duration
-    if not clips:
-        raise AudioError(f"{folder}: no 16 kHz mono clips of up to 30 s in it: name a folder that holds some, or leave --audio out")
-    return clips
-
-
-def _made_clips(folder: Path, seconds: float) -> list[Path]:
-    """FLAC files of 2-20 s, `seconds` altogether (at least one file)."""
-    rng = np.random.default_rng(0)
-    clips: list[Path] = []
-    total_s = 0.0
-    while not clips or total_s < seconds:
-        duration_s = rng.uniform(2, 20)
-        clips.append(folder / f"{len(clips):05d}.flac")
-        soundfile.write(clips[-1], _speech_like(rng, int(duration_s * SAMPLE_RATE)), SAMPLE_RATE, subtype="PCM_16")
-        total_s += duration_s
-    return clips
-
-
-def _speech_like(rng: np.random.Generator, sample_count: int) -> np.ndarray:
-    """Noise with the long-term spectrum of speech, falling 9 dB an octave above 500 Hz, in syllables of 1/4 s with pauses between."""
-    spectrum = np.fft.rfft(rng.standard_normal(sample_count))
-    frequency = np.fft.rfftfreq(sample_count, 1 / SAMPLE_RATE)
-    noise = np.fft.irfft(spectrum * (1 + frequency / 500) ** -1.5, sample_count)
-    syllables = np.maximum(0, np.sin(2 * np.pi * 2 * np.arange(sample_count) / SAMPLE_RATE)) ** 2
-    return 0.3 * noise / np.abs(noise).max() * (syllables + 0.01)
 
 
 if __name__ == "__main__":

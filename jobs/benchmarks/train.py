@@ -1,0 +1,58 @@
+"""What training costs: steps, feeding and workers, each a part that is measured on its own, on one graft."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from graft.model.opening import check_graft
+from jobs.benchmarks.ingest import bench_ingest
+from jobs.benchmarks.measuring import Findings
+from jobs.benchmarks.steps import bench_gains, bench_step
+from jobs.benchmarks.workers import bench_workers
+from jobs.build import BuildRecipe, run
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """Which parts to measure, on which graft (None: one built of the bundled weights), and for how long."""
+
+    parts: Sequence[str]
+    graft: str | None = None
+    clips: int = 16
+    """In a turn of steps; two workers share twice as many."""
+    repetitions: int = 3
+    fed_clips: int = 1000
+    """To feed to the stand-in step."""
+
+
+def bench_train(bench: TrainBench) -> Iterator[tuple[str, Findings]]:
+    """Measure part by part. Raises ModelError for a folder that is no graft, MissingExtra where the bundled weights are not installed."""
+    torch.set_num_threads(1)
+    with _graft(bench.graft) as graft:
+        parts: dict[str, Callable[[], Findings]] = {
+            "step": lambda: bench_step(graft, clips=bench.clips, repetitions=bench.repetitions),
+            "gains": lambda: bench_gains(graft, clips=bench.clips, repetitions=1),
+            "ingest": lambda: bench_ingest(graft, clips=bench.fed_clips),
+            "workers": lambda: bench_workers(graft, clips=2 * bench.clips, repetitions=bench.repetitions),
+        }
+        for name in bench.parts:
+            findings = parts[name]()
+            load = os.getloadavg()[0]  # more than the benchmark's own processes on the cores: wall times mislead
+            yield name, Findings(findings.numbers | {"load_average": load}, f"{findings.text}\nload average {load:.1f}")
+
+
+@contextlib.contextmanager
+def _graft(folder: str | None) -> Iterator[str]:
+    if folder:
+        check_graft(folder)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        built = str(Path(scratch, "graft"))
+        run(BuildRecipe(out=built))
+        yield built

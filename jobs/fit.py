@@ -139,7 +139,8 @@ def _train(recipe: TrainRecipe, run: Run, delivery: Delivery) -> None:
     with follow(out / LOG_FILE), _on_sigterm((out / STOP_FILE).touch), _deaths_told(out, retries=recipe.retries):
         trainer.fit()
     if (out / FAULT_FILE).is_file():
-        raise GraftError(json.loads((out / FAULT_FILE).read_text())["error"])
+        fault = json.loads((out / FAULT_FILE).read_text())
+        raise GraftError(fault["error"]) if "error" in fault else RuntimeError(f"a training worker failed:\n{fault['bug']}")
     shutil.rmtree(out / "ray", ignore_errors=True)
 
 

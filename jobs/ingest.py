@@ -1,5 +1,6 @@
 """Planned batches become blocks of arrays in Ray Data's loader actors, and blocks become batches on a training worker's device."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -161,9 +162,10 @@ def training_batches(
         skipped += json.loads(str(block["skipped"][0]))
         ids = tuple(json.loads(str(block["ids"][0])))
         inputs = {name: torch.tensor(block[name][0], device=device) for name in _TENSORS}
+        encode = None
         if encoder:
-            features, counts = inputs.pop("input_features"), inputs["audio_frame_counts"]
-            inputs["audio_states"] = encoder(features, counts, json.loads(str(block["cache_keys"][0])), _found(block, device))
+            features, counts, keys = inputs.pop("input_features"), inputs["audio_frame_counts"], json.loads(str(block["cache_keys"][0]))
+            encode = functools.partial(encoder, features, counts, keys, _found(block, device))
         yield TrainingBatch(
             inputs=inputs,
             position=int(block["position"][0]),
@@ -174,6 +176,7 @@ def training_batches(
             token_count=int(block["token_count"][0]),
             audio_s=float(block["audio_s"][0]),
             flops=cost(block) if cost else 0.0,
+            encode=encode,
         )
 
 

@@ -6,6 +6,8 @@ Ray starts the workers anew when one of them or its node dies; they go on from t
 import contextlib
 import itertools
 import json
+import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,9 @@ from jobs.observing import CHECKPOINTS, RunObserver
 from jobs.validation import Validation
 
 FAULT_FILE = "fault.json"
+_DEATH_OF_ANOTHER = re.compile(
+    r"\b(gloo|nccl|peer|connection|socket|timed? ?out|store|ray\w*error|actor\w*error|does not follow the checkpoint)\b", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,10 @@ def work(run: Run) -> None:
         if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
             raise RuntimeError(f"batch {first.position} does not follow the checkpoint at {progress.position}")
         if progress.step == 0 and first.ids:  # not a filler, nor clips that were all masked
-            result = preflight(model, first.inputs, processor.prompt_end_ids())
+            with backend.evaluating():
+                found = preflight(model, first.model_inputs(), processor.prompt_end_ids())
             observer.say(
-                f"preflight: other audio changes the logits by {result.logit_change:.2g}; {result.label_count} labels, all in answers"
+                f"preflight: other audio changes the logits by {found.logit_change:.2g}; {found.label_count} labels, all in answers"
             )
         train(itertools.chain([first], batches), backend, settings, progress=progress, total_steps=run.total_steps, observer=observer)
         observer.close()
@@ -89,9 +95,8 @@ def _cost(run: Run, config: GraftConfig) -> Callable[[Mapping[str, np.ndarray]],
     def cost(block: Mapping[str, np.ndarray]) -> float:
         frame_counts = block["audio_frame_counts"][0]
         if "found_places" in block:
-            frame_counts = [
-                count for count, found in zip(frame_counts, json.loads(str(block["found_places"][0])), strict=True) if not found
-            ]
+            found = json.loads(str(block["found_places"][0]))
+            frame_counts = [count for count, tokens in zip(frame_counts, found, strict=True) if tokens is None]
         return batch_flops(
             config,
             token_counts=block["attention_mask"][0].sum(axis=1),
@@ -118,7 +123,10 @@ def _agreed(path: Path | None) -> Path | None:
 
 @contextlib.contextmanager
 def _told(out: Path) -> Iterator[None]:
-    """Leave what a user can mend where the workers that Ray starts in place of these, and the driver, find it."""
+    """Leave what would come again, a bug or what a user can mend, where the driver and the workers that Ray starts anew find it.
+
+    What happens to a worker because another one died is not of that kind.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -127,4 +135,8 @@ def _told(out: Path) -> Iterator[None]:
         raise ModelError(reason) from error
     except GraftError as error:
         (out / FAULT_FILE).write_text(json.dumps({"error": str(error)}) + "\n")
+        raise
+    except Exception as error:
+        if not _DEATH_OF_ANOTHER.search(f"{type(error).__name__} {error}"):
+            (out / FAULT_FILE).write_text(json.dumps({"bug": traceback.format_exc()}) + "\n")
         raise

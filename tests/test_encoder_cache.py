@@ -59,14 +59,15 @@ def test_cached_or_not_the_loss_is_the_same_bit_for_bit(folder: str, data: str, 
     for _ in range(2):
         encoder = CachingEncoder(model, cache)
         (batch,) = batches(folder, data, cache, everything, encoder)
-        encoder.close()
         assert "input_features" not in batch.inputs
-        losses.append(model(**batch.inputs, label_count=50).loss)
+        inputs = batch.model_inputs()
+        encoder.close()
+        losses.append(model(**inputs, label_count=50).loss)
         assert len(list(tmp_path.glob("*/*.safetensors"))) == ROWS - 1
     (plain,) = batches(folder, data, None, everything, None)
     assert losses[0] == losses[1] == model(**plain.inputs, label_count=50).loss
     assert plain.ids == batch.ids == ("c0", "c1", "c2", "c3", "no-speech")
-    assert preflight(model, batch.inputs, processor.prompt_end_ids()).logit_change > 1e-6
+    assert preflight(model, inputs, processor.prompt_end_ids()).logit_change > 1e-6
 
 
 def test_what_is_kept_is_not_decoded_again(folder: str, data: str, tmp_path: Path) -> None:
@@ -74,7 +75,8 @@ def test_what_is_kept_is_not_decoded_again(folder: str, data: str, tmp_path: Pat
     cache, encoder = EncoderCache(tmp_path), None
     for rows in ([0, 1], [1, 0, 2]):
         encoder = CachingEncoder(model, cache)
-        batches(folder, data, cache, rows, encoder)
+        for batch in batches(folder, data, cache, rows, encoder):
+            batch.model_inputs()
         encoder.close()
     block = loader(folder, data, cache).load(PlannedBatch((2, 0), (0, 0), 1, 1, 50))
     assert block["input_features"].size == 0
@@ -89,7 +91,8 @@ def test_blocks_of_any_mixture_pass_through_ray(folder: str, data: str, tmp_path
     model, _ = stage_model(Stage(1), folder, Computing("bf16", "torch"))
     cache = EncoderCache(tmp_path)
     encoder = CachingEncoder(model, cache)
-    batches(folder, data, cache, [0, 1], encoder)
+    for batch in batches(folder, data, cache, [0, 1], encoder):
+        batch.model_inputs()
     encoder.close()
     load = loader(folder, data, cache)
     planned = [PlannedBatch(rows, rows, 1, 1, 50) for rows in ((0, 1), (2, 3), (1, 2))]
@@ -98,7 +101,8 @@ def test_blocks_of_any_mixture_pass_through_ray(folder: str, data: str, tmp_path
     for before, after in zip(blocks, through, strict=True):
         assert before.keys() == after.keys()
         assert all(np.array_equal(before[name], after[name]) for name in before)
-        assert [len(one.inputs["audio_states"]) for one in training_batches([after], CPU, [], encoder=CachingEncoder(model, cache))]
+        (one,) = training_batches([after], CPU, [], encoder=CachingEncoder(model, cache))
+        assert len(one.model_inputs()["audio_states"]) == int((one.inputs["input_ids"] == model.config.audio_token_id).sum())
 
 
 def test_any_change_of_encoder_features_or_precision_begins_anew(folder: str, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A batch as the training loop takes it, whoever made it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,3 +22,9 @@ class TrainingBatch:
     audio_s: float
     flops: float = 0.0
     """What the model must compute for it, forward and backward."""
+    encode: Callable[[], Tensor] | None = None
+    """Makes the clips' audio_states, where they stand in place of input_features."""
+
+    def model_inputs(self) -> Mapping[str, Tensor]:
+        """All that the model takes; encodes what is not encoded yet."""
+        return self.inputs if self.encode is None else {**self.inputs, "audio_states": self.encode()}

@@ -112,7 +112,7 @@ def _accumulate(step: Sequence[TrainingBatch], backend: Backend, settings: LoopS
     for index, batch in enumerate(step):
         torch.manual_seed(settings.seed * 1_000_003 + batch.position)  # dropout depends on the batch, not on the worker
         is_last = index == len(step) - 1
-        losses.append(backend.backward(batch.inputs, label_count=batch.step_label_count, is_last=is_last))
+        losses.append(backend.backward(batch.model_inputs(), label_count=batch.step_label_count, is_last=is_last))
     return torch.stack(losses).sum().double()
 
 

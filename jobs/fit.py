@@ -34,7 +34,7 @@ from jobs.ingest import Delivery
 from jobs.observing import CHECKPOINTS, LOG_FILE, STOP_FILE
 from jobs.outputs import claim_output, holds_results, write_atomic
 from jobs.planning import ROWS, check_plan, kept_rows, planned, validation_delivery, what_is_left
-from jobs.remote import Remaining, train
+from jobs.remote import Remaining, train, trainer
 from jobs.train_recipe import HOW_NOT_WHAT, TrainRecipe
 from jobs.train_worker import FAULT_FILE, Run
 
@@ -115,29 +115,15 @@ def _encoder_cache(recipe: TrainRecipe, stage: Stage, config: GraftConfig, graft
 
 def _train(recipe: TrainRecipe, run: Run, delivery: Delivery) -> None:
     import ray
-    import ray.train
-    from ray.data import ExecutionOptions
-    from ray.train.torch import TorchTrainer
 
     out = Path(run.out)
     for left in (STOP_FILE, FAULT_FILE):
         (out / left).unlink(missing_ok=True)
-    resources = {"CPU": 1.0, **({"GPU": 1.0} if recipe.gpu else {})}
     remaining = Remaining(ray.put(delivery), delivery.batches.step_positions, str(out / CHECKPOINTS), recipe.data_workers)
-    trainer = TorchTrainer(
-        train,
-        train_loop_config={"run": pickle.dumps(run)},
-        scaling_config=ray.train.ScalingConfig(num_workers=recipe.workers, use_gpu=recipe.gpu, resources_per_worker=resources),
-        run_config=ray.train.RunConfig(
-            name=f"attempt-{time.time_ns()}",
-            storage_path=str(out / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=recipe.retries),
-        ),
-        datasets={"train": remaining},
-        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
-    )
+    config = {"run": pickle.dumps(run)}
+    workers = trainer(train, config, remaining, workers=recipe.workers, gpu=recipe.gpu, retries=recipe.retries, storage=str(out / "ray"))
     with follow(out / LOG_FILE), _on_sigterm((out / STOP_FILE).touch), _deaths_told(out, retries=recipe.retries):
-        trainer.fit()
+        workers.fit()
     if (out / FAULT_FILE).is_file():
         fault = json.loads((out / FAULT_FILE).read_text())
         raise GraftError(fault["error"]) if "error" in fault else RuntimeError(f"a training worker failed:\n{fault['bug']}")

@@ -5,6 +5,7 @@ saves each of those processes a few hundred MB and seconds.
 """
 
 import pickle
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,32 @@ def train(config: dict[str, bytes]) -> None:
     from jobs.train_worker import work
 
     work(pickle.loads(config["run"]))
+
+
+def trainer(function: Any, config: dict[str, Any], dataset: Any, *, workers: int, gpu: bool, retries: int, storage: str) -> Any:
+    """Make a TorchTrainer whose workers get a dataset's blocks in order; `dataset` may be what makes one at every start of the workers."""
+    import ray.train
+    from ray.data import ExecutionOptions
+    from ray.train.torch import TorchTrainer
+
+    resources = {"CPU": 1.0, **({"GPU": 1.0} if gpu else {})}
+    return TorchTrainer(
+        function,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{time.time_ns()}", storage_path=storage, failure_config=ray.train.FailureConfig(max_failures=retries)
+        ),
+        datasets={"train": dataset},
+        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+    )
+
+
+def delivered_blocks() -> Any:
+    """Iterate over the blocks that this worker is given."""
+    import ray.train
+
+    return ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from graft.training.preflight import preflight
 from graft.training.progress import latest_checkpoint, read_progress
 from jobs.ingest import Delivery, training_batches
 from jobs.observing import CHECKPOINTS, RunObserver
+from jobs.remote import delivered_blocks
 from jobs.validation import Validation
 
 FAULT_FILE = "fault.json"
@@ -70,9 +71,8 @@ def work(run: Run) -> None:
         if checkpoint:
             backend.load_state(load_checkpoint(checkpoint)[0], step=progress.step)
             observer.say(f"going on at step {progress.step}, batch {progress.position} of the plan")
-        blocks = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
         encoder = CachingEncoder(model, run.encoder_cache) if run.encoder_cache else None
-        batches = training_batches(blocks, device, observer.skipped, encoder=encoder, cost=_cost(run, model.config))
+        batches = training_batches(delivered_blocks(), device, observer.skipped, encoder=encoder, cost=_cost(run, model.config))
         first = next(batches)
         if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
             raise RuntimeError(f"batch {first.position} does not follow the checkpoint at {progress.position}")

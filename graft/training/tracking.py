@@ -90,9 +90,12 @@ def draw_curves(folder: str | Path, *, title: str) -> list[dict[str, Any]]:
     _plot(share, lines, "mfu", label="model FLOPs utilisation")
     share.set(ylabel="share", xlabel="step", ylim=(0, 1))
     _plot(share.twinx(), lines, "memory_gb", label="memory, GB (right)", color="tab:gray", from_zero=True)
-    for axes in figure.axes:
-        if axes.lines:
-            axes.legend(fontsize=8, loc="upper left" if axes in panels else "upper right")
+    every: list[Any] = figure.axes
+    for axes in every:
+        is_left = axes in panels
+        if axes.lines:  # above the panel, where no curve runs
+            corner, anchor = ("lower left", (0, 1)) if is_left else ("lower right", (1, 1))
+            axes.legend(fontsize=8, ncols=2, frameon=False, loc=corner, bbox_to_anchor=anchor)
     for axes in panels.flat:
         axes.grid(alpha=0.3)
     figure.savefig(Path(folder) / CURVES_FILE, dpi=110)

@@ -29,7 +29,7 @@ from jobs.benchmarks.measuring import Findings, Numbers, list_numbers, spent_on
 from jobs.benchmarks.speech import write_speech_corpus
 from jobs.cluster import connect
 from jobs.ingest import BatchLoader, Delivery, training_batches
-from jobs.remote import Remaining
+from jobs.remote import Remaining, delivered_blocks, trainer
 from jobs.samples import plan_training
 
 MEL_COUNT = 128
@@ -108,22 +108,12 @@ def bench_ingest(graft: str, *, clips: int) -> Findings:
 def _train_fed(delivery: Delivery, folder: Path) -> list[dict[str, float]]:
     """Run the stand-in in a worker of Ray Train, fed as a training run is; returns its log lines."""
     import ray
-    import ray.train
-    from ray.data import ExecutionOptions
-    from ray.train.torch import TorchTrainer
 
     connect()
     lines = folder / "lines.json"
     remaining = Remaining(ray.put(delivery), delivery.batches.step_positions, str(folder / "checkpoints"), DATA_WORKERS)
-    trainer = TorchTrainer(
-        _fed_worker,
-        train_loop_config={"total_steps": len(delivery.batches), "lines": str(lines)},
-        scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1.0}),
-        run_config=ray.train.RunConfig(name="bench", storage_path=str(folder / "ray")),
-        datasets={"train": remaining},
-        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
-    )
-    trainer.fit()
+    config = {"total_steps": len(delivery.batches), "lines": str(lines)}
+    trainer(_fed_worker, config, remaining, workers=1, gpu=False, retries=0, storage=str(folder / "ray")).fit()
     return json.loads(lines.read_text())
 
 
@@ -133,11 +123,8 @@ def _steady(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def _fed_worker(config: dict[str, Any]) -> None:
-    import ray.train
-
     torch.set_num_threads(1)
-    blocks = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
-    batches = training_batches(blocks, torch.device("cpu"), [])
+    batches = training_batches(delivered_blocks(), torch.device("cpu"), [])
     Path(config["lines"]).write_text(json.dumps(_train(batches, config["total_steps"])))
 
 

@@ -82,12 +82,13 @@ class RunObserver(Observer):
 
     def _list_skipped(self) -> None:
         """List clips that were masked, each once however many epochs and resumptions meet it, and forget them."""
+        skipped = self.skipped[:]
+        del self.skipped[: len(skipped)]  # a thread adds to it meanwhile
         path = self.out / SKIPPED_FILE
         listed = set(path.read_text().splitlines()) if path.is_file() else set()
-        if new := [line for line in dict.fromkeys(map(json.dumps, self.skipped)) if line not in listed]:
+        if new := [line for line in dict.fromkeys(map(json.dumps, skipped)) if line not in listed]:
             _append(path, new)
             _append(self.out / LOG_FILE, [f"{len(new)} clips could not be decoded and do not count, see {SKIPPED_FILE}"])
-        self.skipped.clear()
 
 
 def _append(path: Path, lines: Sequence[str]) -> None:

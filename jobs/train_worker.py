@@ -25,7 +25,7 @@ from graft.training.estimate import batch_flops, device_peak_flops
 from graft.training.loop import LoopSettings, is_over, train
 from graft.training.preflight import preflight
 from graft.training.progress import latest_checkpoint, read_progress
-from jobs.ingest import Delivery, training_batches
+from jobs.ingest import Delivery, ahead, training_batches
 from jobs.observing import CHECKPOINTS, RunObserver
 from jobs.remote import delivered_blocks
 from jobs.validation import Validation
@@ -72,7 +72,8 @@ def work(run: Run) -> None:
             backend.load_state(load_checkpoint(checkpoint)[0], step=progress.step)
             observer.say(f"going on at step {progress.step}, batch {progress.position} of the plan")
         encoder = CachingEncoder(model, run.encoder_cache) if run.encoder_cache else None
-        batches = training_batches(delivered_blocks(), device, observer.skipped, encoder=encoder, cost=_cost(run, model.config))
+        cost = _cost(run, model.config)
+        batches = ahead(training_batches(delivered_blocks(), device, observer.skipped, encoder=encoder, cost=cost))
         first = next(batches)
         if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
             raise RuntimeError(f"batch {first.position} does not follow the checkpoint at {progress.position}")

@@ -4,7 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from graft.audio import read_audio
 from graft.augmentation import AugmentRecipe
 from graft.corpus import RowReader, read_rows
 from graft.engines import EngineRequest, Token
+from graft.errors import DataError
 from graft.processor import GraftProcessor
 from graft.training.plan import Plan, PlannedBatch, PlanSettings
 from graft.transcriber import Transcriber
 from graft.wording import WordsRecipe
-from jobs.ingest import BatchLoader, Delivery, training_batches
+from jobs.ingest import BatchLoader, Delivery, ahead, training_batches
 from jobs.samples import Variation, plan_columns, plan_training, trainable, vary
 
 SECONDS = [0.5, 1.234, 0.05, 2.0, 0.333, 0.75, 1.0, 0.21]
@@ -196,3 +197,25 @@ def test_training_features_equal_serving_features_bit_for_bit(folder, processor,
         assert batch["audio_frame_counts"].tolist() == [request.features.frame_count]
         is_prompt = batch["labels"][0] == -100
         assert batch["input_ids"][0][is_prompt].tolist() == request.prompt_ids
+
+
+def test_batches_made_ahead_come_in_order_and_so_do_faults():
+    made: list[int] = []
+
+    def batches(fault_at: int) -> Iterator[int]:
+        for number in range(5):
+            if number == fault_at:
+                raise DataError(f"batch {number}")
+            made.append(number)
+            yield number
+
+    assert list(ahead(batches(9))) == [0, 1, 2, 3, 4]
+    coming = ahead(batches(2))
+    assert [next(coming), next(coming)] == [0, 1]
+    with pytest.raises(DataError, match="batch 2"):
+        next(coming)
+    made.clear()
+    coming = ahead(batches(9))
+    next(coming)
+    coming.close()  # a run that stops
+    assert len(made) <= 3

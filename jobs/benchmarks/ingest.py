@@ -28,7 +28,7 @@ from graft.training.progress import Progress
 from jobs.benchmarks.measuring import Findings, Numbers, list_numbers, spent_on
 from jobs.benchmarks.speech import write_speech_corpus
 from jobs.cluster import connect
-from jobs.ingest import BatchLoader, Delivery, training_batches
+from jobs.ingest import BatchLoader, Delivery, ahead, training_batches
 from jobs.remote import Remaining, delivered_blocks, trainer
 from jobs.samples import plan_training
 
@@ -124,7 +124,7 @@ def _steady(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def _fed_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    batches = training_batches(delivered_blocks(), torch.device("cpu"), [])
+    batches = ahead(training_batches(delivered_blocks(), torch.device("cpu"), []))
     Path(config["lines"]).write_text(json.dumps(_train(batches, config["total_steps"])))
 
 

@@ -27,7 +27,7 @@ help: ## list the targets
 demo: $(READY) ## train, merge, evaluate and transcribe on the bundled speech (10 minutes on 2 cores); results in runs/demo
 	python -m jobs.demo
 
-test: $(READY) ## the tests (5 minutes on 2 cores)
+test: $(READY) ## the tests (10 minutes on 2 cores)
 	python -m pytest
 
 test-slow: $(READY) ## the tests that take minutes: workers, drivers and nodes that are killed (10 minutes on 2 cores)

@@ -58,9 +58,14 @@ def bench_workers(graft: str, *, clips: int, repetitions: int) -> Findings:
 
 
 def _work(rank: int, count: int, graft: str, scratch: str) -> None:
-    """Train on this worker's share, the first step untimed; leaves the seconds in `scratch`."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=count)
+    _train_share(rank, count, graft, scratch)  # returns without its model: DDP must not outlive the group, whose end waits for the GIL
+    distributed.destroy_process_group()
+
+
+def _train_share(rank: int, count: int, graft: str, scratch: str) -> None:
+    """Train on this worker's share, the first step untimed; leaves the seconds in `scratch`."""
     accumulation = STEP_BATCHES // count
     model, _ = stage_model(Stage(1), graft, COMPUTING)
     backend = make_backend(model, COMPUTING, accumulation=accumulation, weight_decay=0.0, max_grad_norm=1.0)
@@ -75,7 +80,6 @@ def _work(rank: int, count: int, graft: str, scratch: str) -> None:
     distributed.barrier()
     spent = spent_on(lambda: steps(1, len(share) // accumulation))
     Path(scratch, f"{rank}.json").write_text(json.dumps(asdict(spent)))
-    distributed.destroy_process_group()
 
 
 def _together(scratch: Path) -> Spent:

@@ -57,7 +57,7 @@ class RunObserver(Observer):
             self.say(f"  {sample['id']}: {sample['text']!r} -> {sample['heard']!r}")
         return loss
 
-    def checkpoint(self, progress: Progress, *, is_best: bool) -> None:
+    def checkpoint(self, progress: Progress) -> None:
         state = self.backend.state()  # gathered from all workers
         if self.writer:
             self.writer.write(state, progress)

@@ -1,13 +1,16 @@
 """What a model makes of clips that it is not trained on: loss and transcripts, on one worker or shared out over many."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from graft.audio import read_audio
+from graft.audio import AudioClip, read_audio
+from graft.errors import AudioError, DataError
 from graft.processor import GraftProcessor
 from graft.training.backends import Backend
 from graft.transcriber import max_new_tokens
@@ -24,11 +27,7 @@ class Validation:
         self.rank, workers = place()
         loader = BatchLoader(delivery)
         self.batches = [loader.load(delivery.batches[number]) for number in range(self.rank, len(delivery.batches), workers)]
-        rows = delivery.rows
-        self.samples = []
-        for row in range(min(transcripts, len(rows))):
-            wav, _ = loader.reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
-            self.samples.append((rows.id(row), rows.text(row), read_audio(wav, name=rows.id(row))))
+        self.samples = list(itertools.islice(_readable(loader), transcripts))
 
     def loss(self) -> float:
         """The loss per label token over all workers' clips."""
@@ -50,6 +49,15 @@ class Validation:
             answer = self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             heard.append({"id": name, "text": text, "heard": answer.strip()})
         return heard
+
+
+def _readable(loader: BatchLoader) -> Iterator[tuple[str, str, AudioClip]]:
+    """Id, text and audio of the clips that can be read; the others are masked in the loss too."""
+    rows = loader.delivery.rows
+    for row in range(len(rows)):
+        with contextlib.suppress(AudioError, DataError):
+            wav, path = loader.reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
+            yield rows.id(row), rows.text(row), read_audio(wav, name=path or rows.id(row))
 
 
 def summed_loss(model: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> Tensor:

@@ -143,3 +143,14 @@ def test_an_entry_that_is_cut_off_is_none(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*/*")
     path.write_bytes(path.read_bytes()[:-4])
     assert cache.get(key) is None
+
+
+def test_what_cannot_be_written_is_told(folder: str, data: str, tmp_path: Path) -> None:
+    model, _ = stage_model(Stage(1), folder, Computing("fp32", "torch"))
+    (tmp_path / "file").write_text("")
+    encoder = CachingEncoder(model, EncoderCache(tmp_path / "file"))
+    (batch,) = batches(folder, data, encoder.cache, [0, 1], encoder)
+    batch.model_inputs()
+    for later in (batch.model_inputs, encoder.close):
+        with pytest.raises(NotADirectoryError):
+            later()

@@ -126,7 +126,7 @@ def resumed(home: Home, address: str) -> Path:
 @pytest.fixture(scope="module")
 def second(home: Home, first: Path) -> Path:
     """Stage 2 on stage 1's projector: QLoRA, one worker, cut short by max_steps, with validations."""
-    validation = {"data": home.other, "every": 2, "transcripts": 2}
+    validation = {"data": home.other, "every": 2, "transcripts": 5}
     changed = {"workers": 1, "max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 0, "backend": "torch", "validation": validation}
     shared = home.stage1_recipe("stage2", **changed).model_dump()
     recipe = stage2.Stage2Recipe.model_validate({**shared, "projector": str(first), "lora": {"rank": 4, "alpha": 8}})
@@ -205,7 +205,9 @@ def test_stage2_stops_at_max_steps_and_leaves_adapters_too(second: Path) -> None
     assert list(validations) == [2, 4, 6]
     assert result["validation_loss"] == validations[result["best_step"]] == min(validations.values())
     heard = lines(second / "transcripts.jsonl")
-    assert [(line["step"], line["id"]) for line in heard] == [(step, name) for step in (2, 4, 6) for name in ("u0", "u1")]
+    assert [(line["step"], line["id"]) for line in heard] == [
+        (step, name) for step in (2, 4, 6) for name in ("u0", "u1", "u2", "u3")
+    ]  # not the broken one
     assert (result["steps"], result["loss_last"] < result["loss_first"]) == (6, True)
     assert json.loads((second / "stage.json").read_text()) == {"stage": 2, "graft": "../graft"}
 

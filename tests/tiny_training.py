@@ -68,8 +68,8 @@ class Recorder(Observer):
     def validate(self, step: int) -> float:
         return self.losses.pop(0)
 
-    def checkpoint(self, progress: Progress, *, is_best: bool) -> None:
-        self.checkpoints.append((progress, is_best))
+    def checkpoint(self, progress: Progress) -> None:
+        self.checkpoints.append((progress, progress.step == progress.best_step))
 
     def wants_stop(self) -> bool:
         self.asked += 1

@@ -88,7 +88,7 @@ class TorchBackend:
     def state(self) -> State:
         states = self.optimizer.state
         return {
-            name: {"weight": _copied(p), **{key: _copied(states[p][key]) for key in STATE_KEYS if key in states[p]}}
+            name: {"weight": copied(p), **{key: copied(states[p][key]) for key in STATE_KEYS if key in states[p]}}
             for name, p in self.trained.items()
         }
 
@@ -137,5 +137,6 @@ def _leave_casting_to_autocast(model: nn.Module) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def copied(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU in float32, also where it lies there already: training goes on while the copy is written."""
     return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -8,7 +8,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,13 +78,16 @@ class CachingEncoder:
     def __init__(self, model: GraftForConditionalGeneration, cache: EncoderCache):
         self.model, self.cache = model, cache
         self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-encoder-cache")
+        self._writes: list[Future[None]] = []
 
     @torch.no_grad()
     def __call__(self, input_features: Tensor | None, frame_counts: Tensor, keys: Sequence[str], found: Mapping[int, Tensor]) -> Tensor:
         """Encode the clips whose places are not in `found` and write them down under their keys ("" has none).
 
-        input_features (missing clips, mels, frames); frame_counts (clips,); returns (tokens of all clips, d_model).
+        input_features (missing clips, mels, frames); frame_counts (clips,); returns (tokens of all clips, d_model). Waits for what the
+        batch before left to write, and raises OSError where that went wrong.
         """
+        self._settle()
         missing = [place for place in range(len(keys)) if place not in found]
         states = dict(found)
         if missing and input_features is not None:
@@ -92,12 +95,18 @@ class CachingEncoder:
             for place, one in zip(missing, encoded.split(self._token_counts(frame_counts[missing])), strict=True):
                 states[place] = one
                 if keys[place]:
-                    self._writing.submit(self.cache.put, keys[place], Encoded(one, int(frame_counts[place])))
+                    self._writes.append(self._writing.submit(self.cache.put, keys[place], Encoded(one, int(frame_counts[place]))))
         return torch.cat([states[place] for place in range(len(keys))])
 
     def close(self) -> None:
-        """Return when all is written."""
+        """Return when all is written. Raises OSError where that went wrong."""
         self._writing.shutdown()
+        self._settle()
+
+    def _settle(self) -> None:
+        for write in self._writes:
+            write.result()
+        self._writes.clear()
 
     def _token_counts(self, frame_counts: Tensor) -> list[int]:
         config = self.model.config

@@ -48,8 +48,8 @@ class Observer:
         """Measure the model's loss on other data, over all workers."""
         raise NotImplementedError
 
-    def checkpoint(self, progress: Progress, *, is_best: bool) -> None:
-        """Keep what was trained; `is_best` after the best validation so far."""
+    def checkpoint(self, progress: Progress) -> None:
+        """Keep what was trained; its step is `progress.best_step` after the best validation so far."""
 
     def wants_stop(self) -> bool:
         """Whether this worker was asked to end the run early."""
@@ -88,7 +88,7 @@ def train(
         if ends or progress.step == 1 or progress.step % settings.log_every == 0:
             observer.log(meter.read(progress.step, learning_rate, grad_norm, waiting))
         if ends or is_best or progress.step % settings.checkpoint_every == 0:
-            observer.checkpoint(progress, is_best=is_best)
+            observer.checkpoint(progress)
     return progress
 
 

@@ -11,15 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import require
-from graft.training.backends import BETAS, STATE_KEYS, eval_mode, trained_parameters
+from graft.training.backends import BETAS, STATE_KEYS, copied, eval_mode, trained_parameters
 from graft.training.checkpoint import State
 
 
 class ZeroBackend:
-    """AdamW under DeepSpeed ZeRO; the process group exists already.
-
-    `trained` names the parameters that are sharded and updated; their master weights are float32 whatever the model computes in.
-    """
+    """AdamW under DeepSpeed ZeRO, for a process group that exists; master weights are float32 whatever the model computes in."""
 
     def __init__(self, model: nn.Module, *, zero_stage: int, accumulation: int, weight_decay: float, max_grad_norm: float, bf16: bool):
         deepspeed = require("deepspeed", extra="train")
@@ -47,16 +44,11 @@ class ZeroBackend:
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0)
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        with eval_mode(self.model):
-            yield
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        return eval_mode(self.model)
 
     def state(self) -> State:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        def copied(tensor: Tensor) -> Tensor:
-            return tensor.detach().to("cpu", torch.float32, copy=True)
 
         return {
             name: {

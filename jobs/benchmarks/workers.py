@@ -24,13 +24,6 @@ STEP_BATCHES = 2
 ABOUT = "the same steps of two batches, made beforehand, by one worker that takes both and by two that take one each (DDP over gloo)"
 
 
-class Quiet(Observer):
-    """Keeps nothing: what is written while training is not measured here."""
-
-    def checkpoint(self, progress: Progress, *, is_best: bool) -> None:
-        pass
-
-
 def bench_workers(graft: str, *, clips: int, repetitions: int) -> Findings:
     """Measure two workers' steps beside one's."""
     counts = (1, STEP_BATCHES)
@@ -74,7 +67,7 @@ def _train_share(rank: int, count: int, graft: str, scratch: str) -> None:
 
     def steps(first: int, end: int) -> None:
         batches = share[first * accumulation : end * accumulation]
-        train(batches, backend, settings, progress=Progress(step=first), total_steps=end, observer=Quiet())
+        train(batches, backend, settings, progress=Progress(step=first), total_steps=end, observer=Observer())
 
     steps(0, 1)
     distributed.barrier()

@@ -102,4 +102,4 @@ def _home(ties: set[Tie], winners: Mapping[Tie, str], shares: Mapping[str, float
         drawn -= share
         if drawn < 0:
             return split
-    return takers[-1][0]  # shares that add up to a little less than 1
+    return takers[-1][0] if takers else ""  # shares that add up to a little less than 1, or none, as every clip is pinned

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ray.data._internal.execution.execution_callback import ExecutionCallback  # no public name; DataContext asks for its subclasses
 
 from graft.training.progress import latest_checkpoint, read_progress
+
+SCHEDULING_S = 0.02
 
 
 def train(config: dict[str, bytes]) -> None:
@@ -75,6 +78,7 @@ def planned_dataset(delivery: Any, first: int, count: int, *, data_workers: int,
 
     dataset = ray.data.range(count, override_num_blocks=min(count, most_tasks))
     dataset.context.target_max_block_size = 1  # bytes: never two batches in a block
+    dataset.context.custom_execution_callback_classes = [Unhurried]
     return dataset.map_batches(
         LoadBatches,
         batch_size=None,
@@ -82,6 +86,20 @@ def planned_dataset(delivery: Any, first: int, count: int, *, data_workers: int,
         num_cpus=1,
         fn_constructor_args=(delivery, first),
     )
+
+
+class Unhurried(ExecutionCallback):
+    """Lets Ray Data's scheduling loop turn no oftener than every SCHEDULING_S.
+
+    While loaded batches wait for a slower training step, the loop would turn without a pause and take half a CPU from the loaders.
+    """
+
+    def __init__(self) -> None:
+        self.turned_s = time.monotonic()
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(max(0.0, self.turned_s + SCHEDULING_S - time.monotonic()))
+        self.turned_s = time.monotonic()
 
 
 class LoadBatches:

@@ -150,6 +150,15 @@ def test_pinned_rows_win(tmp_path):
     assert dropped == {(1, "u"): "text stands in split test", (1, "q"): "text stands in split test", (3, "p"): "duplicate id"}
 
 
+def test_splits_may_all_be_pinned(tmp_path):
+    sources = [
+        {"manifest": manifest(tmp_path / name, [{"id": name, "text": f"said in {name}"}]), "split": name} for name in ("test", "extra")
+    ]
+    _, ids, dropped = prepare(tmp_path, sources, splits={})
+    assert ids == {"test": {"test"}, "extra": {"extra"}}
+    assert not dropped
+
+
 def test_disjoint_speakers_drops_rows_without_one(tmp_path):
     rows = [{"id": f"r{i}", "text": f"text {i}", "speaker": f"s{i % 6}"} for i in range(24)] + [{"id": "nobody", "text": "who"}]
     _, ids, dropped = prepare(tmp_path, [manifest(tmp_path / "in", rows)], disjoint_speakers=True, splits={"a": 0.5, "b": 0.5})

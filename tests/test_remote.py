@@ -1,5 +1,6 @@
 """What Ray delivers to training workers: every batch once, in order, each worker its own, whichever loader made it."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +14,7 @@ from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
 from jobs.cluster import connect
 from jobs.ingest import BatchLoader, Delivery
-from jobs.remote import planned_dataset
+from jobs.remote import SCHEDULING_S, Unhurried, planned_dataset
 from jobs.samples import plan_training
 
 
@@ -60,3 +61,14 @@ def test_loaders_share_the_delivery_instead_of_copying_it(delivery):
     columns = (shared.batches.rows, shared.batches.draws, shared.batches.offsets, shared.rows.duration_s, shared.rows.row)
     assert all(not column.flags.owndata and not column.flags.writeable for column in columns)
     assert (shared.rows.id(5), shared.batches[3]) == (delivery.rows.id(5), delivery.batches[3])
+
+
+def test_scheduling_takes_its_time(delivery):
+    import ray
+
+    dataset = planned_dataset(ray.put(delivery), 0, len(delivery.batches), data_workers=1)
+    assert Unhurried in dataset.context.execution_callback_classes
+    callback, start = Unhurried(), time.monotonic()
+    for _ in range(5):
+        callback.on_execution_step(None)
+    assert time.monotonic() - start >= 5 * SCHEDULING_S

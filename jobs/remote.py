@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ray.data._internal.execution.execution_callback import ExecutionCallback  # no public name; DataContext asks for its subclasses
 
 from graft.training.progress import latest_checkpoint, read_progress
 
@@ -78,7 +77,7 @@ def planned_dataset(delivery: Any, first: int, count: int, *, data_workers: int,
 
     dataset = ray.data.range(count, override_num_blocks=min(count, most_tasks))
     dataset.context.target_max_block_size = 1  # bytes: never two batches in a block
-    dataset.context.custom_execution_callback_classes = [Unhurried]
+    dataset.context.custom_execution_callback_classes = [Unhurried]  # type: ignore[list-item]  # the base class would bring in Ray
     return dataset.map_batches(
         LoadBatches,
         batch_size=None,
@@ -88,8 +87,8 @@ def planned_dataset(delivery: Any, first: int, count: int, *, data_workers: int,
     )
 
 
-class Unhurried(ExecutionCallback):
-    """Lets Ray Data's scheduling loop turn no oftener than every SCHEDULING_S.
+class Unhurried:
+    """Lets Ray Data's scheduling loop, whose callback it is, turn no oftener than every SCHEDULING_S.
 
     While loaded batches wait for a slower training step, the loop would turn without a pause and take half a CPU from the loaders.
     """
@@ -97,9 +96,15 @@ class Unhurried(ExecutionCallback):
     def __init__(self) -> None:
         self.turned_s = time.monotonic()
 
+    def before_execution_starts(self, executor: Any) -> None: ...
+
     def on_execution_step(self, executor: Any) -> None:
         time.sleep(max(0.0, self.turned_s + SCHEDULING_S - time.monotonic()))
         self.turned_s = time.monotonic()
+
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
 
 
 class LoadBatches:

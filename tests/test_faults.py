@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_a_loader_is_killed(home: Home, undisturbed: Folder, epoch_batches: int)
     assert "going on" not in folder.log  # the training workers did not notice
     whole, read_after = reads(home, recipe), home.train.groups_read()[len(read_before) :]
     assert read_before == whole[: len(read_before)]
-    assert read_after == whole[-len(read_after) :]
+    assert not Counter(read_after) - Counter(whole)  # what waited at the loader may be loaded again in another order
     assert 0 < len(read_after) < len(whole)
 
 

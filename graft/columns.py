@@ -24,7 +24,8 @@ class Columns(Recipe):
     """null: the file's stem and the row's number in it, `train-00003:17`."""
     duration: str | None = "duration"
     """In seconds. null: measured, for which the audio is read once while planning."""
-    text: str = "text"
+    text: str | None = "text"
+    """null: nobody wrote down what is said; jobs.label does."""
     audio: str = "wav"
     """Whole audio files: bytes, or a struct of `bytes` and, where it has one, `path`."""
 
@@ -54,7 +55,8 @@ def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> Me
     else:
         duration_s = _cast(table, columns.duration, pa.float64(), name).fill_null(np.nan).to_numpy()
     sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-    return Metadata(ids, _strings(table, columns.text, name).fill_null(""), duration_s, sizes)
+    texts = _strings(table, columns.text, name) if columns.text else pa.chunked_array([pa.nulls(len(ids), pa.large_string())])
+    return Metadata(ids, texts.fill_null(""), duration_s, sizes)
 
 
 def read_texts(parquet: pq.ParquetFile, *, name: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:

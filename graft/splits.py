@@ -1,7 +1,7 @@
 """Which split a labelled clip belongs to, so that no text, and where asked no speaker, stands in two splits.
 
-Clips that share a text (lower case, no punctuation) or a speaker must not be apart. Clips that are chained together so form a group, and
-the hash of seed and group draws its split by the shares. Pinned clips win:
+Clips that share a text (lower case, no punctuation) or a speaker must not be apart; a clip without text shares its text with none. Clips
+that are chained together so form a group, and the hash of seed and group draws its split by the shares. Pinned clips win:
 - a group whose pinned members claim one split goes there, if that split takes a share of the unpinned clips;
 - otherwise its clips that share something with a pinned clip of another split are in conflict;
 - between two pinned splits, the one with the smaller share (none counts as 0; then by name) keeps what both hold.
@@ -14,16 +14,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-Tie = tuple[str, str]  # ("text", normalised) or ("speaker", name)
+Tie = tuple[str, str]  # ("text", normalised), ("clip", name) where there is no text, or ("speaker", name)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A clip to place: `speaker` None ties it to nobody, `pinned` names the split that it was given."""
+    """A clip to place: `speaker` None ties it to nobody, `pinned` names the split that it was given, `name` stands in for a text."""
 
     text: str
     speaker: str | None = None
     pinned: str | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def seeded_hash(seed: int, key: str) -> float:
 
 
 def _ties(candidate: Candidate) -> list[Tie]:
-    ties = [("text", comparable_text(candidate.text))]
+    text = comparable_text(candidate.text)
+    ties = [("text", text) if text else ("clip", candidate.name)]
     return [*ties, ("speaker", candidate.speaker)] if candidate.speaker is not None else ties
 
 
@@ -97,7 +99,7 @@ def _home(ties: set[Tie], winners: Mapping[Tie, str], shares: Mapping[str, float
     takers = [(split, share) for split, share in shares.items() if share > 0]
     if len(claimed) == 1 and claimed <= dict(takers).keys():
         return claimed.pop()
-    drawn = seeded_hash(seed, min(value for kind, value in ties if kind == "text"))
+    drawn = seeded_hash(seed, min(value for kind, value in ties if kind != "speaker"))
     for split, share in takers:
         drawn -= share
         if drawn < 0:

@@ -1,30 +1,35 @@
 """Score a model on labelled clips: WER and CER with intervals, plain Whisper beside it, and once with the clips' audio swapped.
 
+On request also with other instructions, on clips joined to recordings, and on sounds without speech, where what is written is counted.
 Writes report.json and, one clip a line, predictions.jsonl.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field
 
 from graft.config import Recipe
-from graft.corpus import CorpusFile, RowTable, Sources, read_rows
-from graft.errors import DataError
+from graft.corpus import Sources
+from graft.errors import DataError, RecipeError
 from graft.scoring import score
+from graft.sounds import SOUNDS
 from jobs.cli import run_job
 from jobs.cluster import connect
 from jobs.hearing import Listener, hear, whisper_folder
 from jobs.outputs import staged_output
+from jobs.scored import SWAPPED, Item, as_rows, joined, joined_name, labelled, sounds, swapped
 
 REPORT_FILE = "report.json"
 PREDICTIONS_FILE = "predictions.jsonl"
-SWAPPED = "swapped"
+MADE = "made"
+"""Folder of the corpora that are made, while they are heard."""
 
 
 class EvaluateRecipe(Recipe):
@@ -35,36 +40,28 @@ class EvaluateRecipe(Recipe):
     data: dict[str, Sources]
     """Name of a test set -> its parquet files, folder or glob, or {files, columns}."""
     out: str
-    """Folder for the report."""
+    """Folder for the report; sounds and recordings lie there while they are heard, where every machine of a cluster must find them."""
     baseline: str | None = "bundled"
     """A Whisper checkpoint to score beside the model; `bundled` is Whisper base, null none."""
     limit: int | None = Field(default=None, ge=1)
     """Score only the first clips of each set."""
     audio_check: str | None = None
     """A set that is also scored with every clip's audio swapped for another's: a model that listens fails."""
+    instructions: list[str] = Field(default=[])
+    """What the graft is asked for besides its default, as a text style or a phrasing that it was trained for: scored as further models."""
+    sounds: bool = False
+    """Count what is written on silence, noise, tones and ringing, which are made by the seed."""
+    recordings_s: float | None = Field(default=None, gt=30)
+    """Score each set also as recordings of about so many seconds, in which its clips follow one another with short pauses."""
     batch_clips: int = Field(default=16, ge=1)
     workers: int = Field(default=1, ge=1)
     threads_per_worker: int = Field(default=1, ge=1)
     dtype: Literal["fp32", "bf16"] = "fp32"
     gpu: bool = False
     seed: int = 0
-    """Of the bootstrap."""
+    """Of the bootstrap and of the sounds."""
     expected: dict[str, dict[Literal["wer", "cer", "wer_raw", "cer_raw"], tuple[float, float]]] = Field(default={})
     """Set -> rate -> the least and the greatest value that agree with a published figure; else the job ends with exit code 1."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One clip to transcribe: the row whose text is the reference, and the row whose audio is heard."""
-
-    set_name: str
-    id: str
-    text: str
-    audio_id: str
-    file: CorpusFile
-    row_group: int
-    row: int
-    duration_s: float
 
 
 @dataclass(frozen=True)
@@ -77,80 +74,89 @@ class Heard:
 
 
 def run(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """Score recipe.model; returns what stands in report.json. Raises DataError for rows without text, ModelError, MissingExtra."""
-    for key, name in [("audio_check", recipe.audio_check), *(("expected", name) for name in recipe.expected)]:
-        if name and name not in recipe.data:
-            raise DataError(f"{key}={name} is no set of data ({', '.join(recipe.data)}): give one of them")
+    """Score recipe.model; returns what stands in report.json.
+
+    Raises DataError for rows without text and for names of sets, RecipeError, MissingExtra, and ModelError, also for an instruction that
+    the model was not trained for.
+    """
+    _check_sets(recipe)
     score(["a"], ["a"])  # a missing extra is told now, not after the listening
     baseline = _checked_models(recipe)
     with staged_output(recipe.out, recipe) as out:
-        items = [item for name in recipe.data for item in _items(name, recipe)]
+        items = _items(recipe, out / MADE)
         connect()
-        models = {"graft": _hear_all("graft", recipe.model, items, recipe)}
-        if baseline:
-            plain = [item for item in items if item.set_name != SWAPPED]
-            models["whisper"] = _hear_all("whisper", baseline, plain, recipe)
+        models = _hear_models(items, baseline, recipe)
         report = _report(models, items, recipe)
         (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         with (out / PREDICTIONS_FILE).open("w") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(models, items))
+        shutil.rmtree(out / MADE)
     print(table(report), flush=True)
     return report
 
 
-def _items(name: str, recipe: EvaluateRecipe) -> list[Item]:
-    """The clips of a set and, where it is the audio check's, the same texts with the audio of the next clip."""
-    if name == SWAPPED:
-        raise DataError(f"data.{SWAPPED}: that name is taken by the audio check: give the set another one")
-    rows = read_rows(recipe.data[name])
-    count = min(len(rows), recipe.limit or len(rows))
-    if empty := [rows.id(row) for row in range(count) if not rows.text(row).strip()]:
-        raise DataError(f"{len(empty)} rows of data.{name} have no text, {empty[0]} first: drop them with python -m jobs.prepare")
-
-    def item(set_name: str, row: int, heard: int) -> Item:
-        place = (rows.files[rows.file[heard]], int(rows.row_group[heard]), int(rows.row[heard]))
-        return Item(set_name, rows.id(row), rows.text(row), rows.id(heard), *place, float(np.nan_to_num(rows.duration_s[heard])))
-
-    swapped = [item(SWAPPED, row, (row + 1) % count) for row in range(count)] if name == recipe.audio_check else []
-    return [item(name, row, row) for row in range(count)] + swapped
-
-
-def _hear_all(kind: Literal["graft", "whisper"], path: str, items: Sequence[Item], recipe: EvaluateRecipe) -> Heard:
-    """Transcribe items, clips of like length together."""
-    order = np.argsort([item.duration_s for item in items], kind="stable")
-    batches = [order[start : start + recipe.batch_clips] for start in range(0, len(order), recipe.batch_clips)]
-    listener = Listener(kind, path, recipe.dtype, recipe.gpu, recipe.threads_per_worker, recipe.workers)
-    texts: dict[Item, str] = {}
-    errors: dict[Item, str] = {}
-    times: list[float] = []
-    for heard in hear(listener, _as_rows(items), batches):
-        times += heard.times
-        for index, (text, error) in zip(batches[heard.number], heard.texts, strict=True):
-            (errors if error else texts)[items[index]] = error or text
-    return Heard(texts, errors, sum(item.duration_s for item in texts) / (max(times) - min(times)))
-
-
-def _as_rows(items: Sequence[Item]) -> RowTable:
-    files = {file: index for index, file in enumerate(dict.fromkeys(item.file for item in items))}
-    return RowTable(
-        ids=pa.array([item.audio_id for item in items], pa.large_string()),
-        texts=pa.array([item.text for item in items], pa.large_string()),
-        duration_s=np.array([item.duration_s for item in items]),
-        source=np.zeros(len(items), np.int16),
-        file=np.array([files[item.file] for item in items], np.int32),
-        row_group=np.array([item.row_group for item in items], np.int32),
-        row=np.array([item.row for item in items], np.int32),
-        files=list(files),
-        weights=[1.0],
-    )
+def _check_sets(recipe: EvaluateRecipe) -> None:
+    for key, name in [("audio_check", recipe.audio_check), *(("expected", name) for name in recipe.expected)]:
+        if name and name not in recipe.data:
+            raise DataError(f"{key}={name} is no set of data ({', '.join(recipe.data)}): give one of them")
+    if recipe.audio_check and recipe.recordings_s:
+        raise RecipeError(f"recordings_s would join the clips of audio_check={recipe.audio_check} too: leave one out, or run twice")
+    recordings = map(joined_name, recipe.data if recipe.recordings_s else [])
+    for name in (SWAPPED, *recordings, *(SOUNDS if recipe.sounds else [])):
+        if name in recipe.data:
+            raise DataError(f"data.{name}: that name is taken by a set which is made here: give the set another one")
 
 
 def _checked_models(recipe: EvaluateRecipe) -> str | None:
     """The baseline's checkpoint. Raises ModelError when it or the model is of another kind, before a cluster starts for them."""
-    from graft.model.opening import check_graft
+    from graft.model.opening import check_graft, open_processor
 
     check_graft(recipe.model)
+    if recipe.instructions:
+        processor = open_processor(recipe.model)
+        for instruction in recipe.instructions:
+            processor.instruction(instruction, None)
     return whisper_folder(recipe.baseline) if recipe.baseline else None
+
+
+def _items(recipe: EvaluateRecipe, folder: Path) -> list[Item]:
+    """All that is heard, one set after the other; what has to be made for it goes into the folder."""
+    folder.mkdir()
+    items = []
+    for name, sources in recipe.data.items():
+        mine = labelled(name, sources, limit=recipe.limit)
+        items += mine
+        if name == recipe.audio_check:
+            items += swapped(mine)
+        if recipe.recordings_s:
+            items += joined(mine, recipe.recordings_s, folder)
+    return items + (sounds(recipe.seed, folder) if recipe.sounds else [])
+
+
+def _hear_models(items: Sequence[Item], baseline: str | None, recipe: EvaluateRecipe) -> dict[str, Heard]:
+    """What each model hears; swapped audio is for the graft alone."""
+    as_they_are = [item for item in items if item.set_name != SWAPPED]
+    graft = Listener("graft", recipe.model, recipe.dtype, recipe.gpu, recipe.threads_per_worker, recipe.workers)
+    models = {"graft": _hear_all(graft, items, recipe.batch_clips)}
+    for instruction in recipe.instructions:
+        models[f"graft {instruction}"] = _hear_all(replace(graft, instruction=instruction), as_they_are, recipe.batch_clips)
+    if baseline:
+        models["whisper"] = _hear_all(replace(graft, kind="whisper", path=baseline), as_they_are, recipe.batch_clips)
+    return models
+
+
+def _hear_all(listener: Listener, items: Sequence[Item], batch_clips: int) -> Heard:
+    """Transcribe items, clips of like length together."""
+    order = np.argsort([item.duration_s for item in items], kind="stable")
+    batches = [order[start : start + batch_clips] for start in range(0, len(order), batch_clips)]
+    texts: dict[Item, str] = {}
+    errors: dict[Item, str] = {}
+    times: list[float] = []
+    for heard in hear(listener, as_rows(items), batches):
+        times += heard.times
+        for index, clip in zip(batches[heard.number], heard.clips, strict=True):
+            (errors if clip.error else texts)[items[index]] = clip.error or clip.text
+    return Heard(texts, errors, sum(item.duration_s for item in texts) / (max(times) - min(times)))
 
 
 def _report(models: Mapping[str, Heard], items: Sequence[Item], recipe: EvaluateRecipe) -> dict[str, Any]:
@@ -158,11 +164,24 @@ def _report(models: Mapping[str, Heard], items: Sequence[Item], recipe: Evaluate
     for name in dict.fromkeys(item.set_name for item in items):
         for kind, heard in models.items():
             if scored := [item for item in items if item.set_name == name and item in heard.texts]:
-                result = score([item.text for item in scored], [heard.texts[item] for item in scored], seed=recipe.seed)
-                sets.setdefault(name, {})[kind] = result.to_dict()
+                sets.setdefault(name, {})[kind] = _scores(scored, [heard.texts[item] for item in scored], seed=recipe.seed)
     errors = {item.audio_id: error for item, error in models["graft"].errors.items()}
     rtfx = {kind: heard.rtfx for kind, heard in models.items()}
     return {"model": recipe.model, "sets": sets, "expected": _verdicts(sets, recipe), "rtfx": rtfx, "errors": errors}
+
+
+def _scores(items: Sequence[Item], texts: Sequence[str], *, seed: int) -> dict[str, float]:
+    """The error rates of a set's texts or, where nobody speaks, how much was written."""
+    if any(item.text for item in items):
+        return score([item.text for item in items], texts, seed=seed).to_dict()
+    minutes = sum(item.duration_s for item in items) / 60
+    written = [len(text) for text in texts]
+    return {
+        "clips": len(items),
+        "minutes": minutes,
+        "chars_per_minute": sum(written) / minutes,
+        "share_with_text": float(np.mean(np.array(written) > 0)),
+    }
 
 
 def _verdicts(sets: Mapping[str, Any], recipe: EvaluateRecipe) -> list[dict[str, Any]]:
@@ -185,13 +204,21 @@ def _predictions(models: Mapping[str, Heard], items: Sequence[Item]) -> list[dic
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Lay a report out as a table: WER with its 95 % interval and CER after Whisper's normaliser, and WER of the raw strings."""
-    lines = [f"{'set':<12} {'model':<8} {'clips':>5} {'words':>6}  {'WER':>6}  {'95 % interval':<16} {'CER':>6}  {'raw WER':>7}"]
-    for name, scores in report["sets"].items():
-        for kind, s in scores.items():
+    """Lay a report out: WER with its 95 % interval and CER after Whisper's normaliser, WER of the raw strings; below, what silence made."""
+    rows = [(name, kind, scores) for name, kinds in report["sets"].items() for kind, scores in kinds.items()]
+    names, kinds = (max([least, *(len(row[column]) for row in rows)]) for column, least in ((0, 12), (1, 8)))
+    headings = f"{'clips':>5} {'words':>6}  {'WER':>6}  {'95 % interval':<16} {'CER':>6}  {'raw WER':>7}"
+    lines = [f"{'set':<{names}} {'model':<{kinds}} {headings}"]
+    for name, kind, s in rows:
+        if "wer" in s:
             interval = f"[{s['wer_low']:.1%}, {s['wer_high']:.1%}]"
             rates = f"{s['wer']:>6.1%}  {interval:<16} {s['cer']:>6.1%}  {s['wer_raw']:>7.1%}"
-            lines.append(f"{name:<12} {kind:<8} {s['clips']:>5} {s['words']:>6}  {rates}")
+            lines.append(f"{name:<{names}} {kind:<{kinds}} {s['clips']:>5} {s['words']:>6}  {rates}")
+    if silent := [row for row in rows if "chars_per_minute" in row[2]]:
+        lines.append(f"{'no speech':<{names}} {'model':<{kinds}} {'clips':>5} {'min':>6}  {'chars/min':>9}  {'with text':>9}")
+        for name, kind, s in silent:
+            counts = f"{s['clips']:>5} {s['minutes']:>6.1f}  {s['chars_per_minute']:>9.1f}  {s['share_with_text']:>9.1%}"
+            lines.append(f"{name:<{names}} {kind:<{kinds}} {counts}")
     for v in report["expected"]:
         verdict = "agrees with" if v["agrees"] else "does not agree with"
         found = "of no clip" if v["found"] is None else f"{v['found']:.2%}"

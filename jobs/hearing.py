@@ -1,13 +1,13 @@
 """Clips of a corpus -> texts, through Ray Data: a pool of actors with a graft or plain Whisper each takes batches of rows.
 
-A clip that can't be read is a value, its error in the text's place.
+A clip that can't be read is a value too: it has an error and no text.
 """
 
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -28,14 +28,27 @@ class Listener:
     gpu: bool = False
     threads: int = 1
     workers: int = 1
+    instruction: str | None = None
+    """What a graft is asked to write, by the name of a wording or in words; null: what it was trained on first."""
+
+
+@dataclass(frozen=True)
+class HeardClip:
+    """What is heard in a clip, or else the error that says why it can't be read."""
+
+    text: str = ""
+    error: str = ""
+    duration_s: float = 0.0
+    mean_logprob: float | None = None
+    """Of the text's tokens; Whisper's alone."""
 
 
 @dataclass(frozen=True)
 class HeardBatch:
-    """A text and an error, one of them "", for each clip of the `number`-th batch, and when it was begun and done (seconds)."""
+    """The clips of the `number`-th batch, and when it was begun and done (seconds)."""
 
     number: int
-    texts: list[tuple[str, str]]
+    clips: list[HeardClip]
     times: list[float]
 
 
@@ -57,7 +70,7 @@ def hear(listener: Listener, rows: RowTable, batches: Sequence[np.ndarray]) -> I
             answer = json.loads(str(heard))
             if answer["fault"]:
                 raise ModelError(answer["fault"])
-            yield HeardBatch(int(number), [(text, error) for text, error in answer["texts"]], answer["times"])
+            yield HeardBatch(int(number), [HeardClip(**clip) for clip in answer["clips"]], answer["times"])
 
 
 def whisper_folder(name: str) -> str:
@@ -85,7 +98,7 @@ class _Ears:
         self.batches: list[np.ndarray] = ray.get(batches)
         self.fault = ""
         try:
-            self.transcribe = _load(listener, path)
+            self.listen = _load(listener, path)
         except GraftError as error:
             self.fault = str(error)
 
@@ -101,9 +114,9 @@ class _Ears:
             return {"fault": self.fault}
         start = time.time()
         clips = [self._read(int(row)) for row in batch]
-        texts = iter(self.transcribe([clip for clip in clips if isinstance(clip, AudioClip)]))
-        answers = [(next(texts), "") if isinstance(clip, AudioClip) else ("", str(clip)) for clip in clips]
-        return {"fault": "", "texts": answers, "times": [start, time.time()]}
+        heard = iter(self.listen([clip for clip in clips if isinstance(clip, AudioClip)]))
+        answers = [next(heard) if isinstance(clip, AudioClip) else HeardClip(error=str(clip)) for clip in clips]
+        return {"fault": "", "clips": [asdict(answer) for answer in answers], "times": [start, time.time()]}
 
     def _read(self, row: int) -> AudioClip | AudioError | DataError:
         rows = self.rows
@@ -114,22 +127,26 @@ class _Ears:
             return error
 
 
-def _load(listener: Listener, path: str) -> Callable[[Sequence[AudioClip]], list[str]]:
+def _load(listener: Listener, path: str) -> Callable[[Sequence[AudioClip]], list[HeardClip]]:
     from graft.engines.whisper import WhisperBaseline
     from graft.model.opening import DTYPES
     from graft.transcriber import load
 
     device = "cuda" if listener.gpu else "cpu"
     if listener.kind == "whisper":
-        return WhisperBaseline(path, device=device, dtype=DTYPES[listener.dtype]).transcribe_many
+        whisper = WhisperBaseline(path, device=device, dtype=DTYPES[listener.dtype])
+        return lambda clips: [
+            HeardClip(hearing.text, duration_s=clip.duration_s, mean_logprob=hearing.mean_logprob)
+            for clip, hearing in zip(clips, whisper.hear_many(clips), strict=True)
+        ]
     transcriber = load(path, device=device, dtype=listener.dtype)
 
-    def transcribe(clips: Sequence[AudioClip]) -> list[str]:
-        texts = []
-        for transcript in transcriber.transcribe_many(clips):
+    def transcribe(clips: Sequence[AudioClip]) -> list[HeardClip]:
+        heard = []
+        for transcript in transcriber.transcribe_many(clips, instruction=listener.instruction):
             if isinstance(transcript, AudioError):
                 raise transcript  # left out, it would shift every later clip's text to its neighbour
-            texts.append(transcript.text)
-        return texts
+            heard.append(HeardClip(transcript.text, duration_s=transcript.duration_s))
+        return heard
 
     return transcribe

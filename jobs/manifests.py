@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +34,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 """What a field is called: by graft first, then by NeMo or Common Voice."""
 
 _DELIMITERS = "\t,;|"
+_NO_FIELDS = ("not JSON", "not CSV")  # reasons of lines whose fields can't be told
 _SLACK_S = 0.1  # between what a manifest says of a file's length and what the file says
 
 
@@ -49,15 +51,20 @@ class Manifest(Recipe):
     """Of a CSV; null: the one of tab, comma, semicolon and bar that its header line holds most often. With a tab, quotes are text."""
     columns: dict[FieldName, str] = Field(default_factory=dict)
     """Field -> what it is called in this manifest."""
+    only: dict[str, str] = Field(default_factory=dict)
+    """Field, by its name in this manifest -> glob, as {source: "LibriSpeech*"}. Lines that do not match all are no part of this source, and
+    not counted as dropped: a manifest can be given once for each split that it holds."""
+    unlabelled: Literal["drop", "keep"] = "drop"
+    """Keep writes lines without a text, for jobs.label; they have an empty one."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A labelled clip of a manifest, and where it stands there."""
+    """A clip of a manifest, and where it stands there."""
 
     id: str
     audio: Path
-    text: str
+    text: str  # "" where it is unlabelled
     speaker: str | None
     sex: str | None
     pinned: str | None  # split
@@ -80,14 +87,20 @@ class Dropped:
 
 
 def read_manifests(sources: Sequence[Manifest]) -> Iterator[Row | Dropped]:
-    """Read every line of every manifest, in order. Raises DataError for one that is missing or of another kind altogether."""
+    """Read every line of every manifest, in order; lines that a source's `only` leaves out are passed over, unless they can't be read.
+
+    Raises DataError for a manifest that is missing or of another kind altogether, and where `only` matches none of its lines.
+    """
     for source in sources:
         try:
             content = Path(source.manifest).read_bytes()
         except OSError as error:
             raise DataError(f"manifest {source.manifest}: {error.strerror}: give the path of a JSON-lines or CSV file") from error
         is_csv = source.delimiter or Path(source.manifest).suffix.lower() in (".csv", ".tsv")
-        yield from _read_csv(content, source) if is_csv else _read_json(content, source)
+        results = list(_read_csv(content, source) if is_csv else _read_json(content, source))
+        if source.only and all(isinstance(result, Dropped) and result.reason in _NO_FIELDS for result in results):
+            raise DataError(f"manifest {source.manifest}: no line matches only={source.only}: give a glob of a field's whole value")
+        yield from results
 
 
 def header_s(row: Row) -> float:
@@ -132,10 +145,10 @@ def _read_json(content: bytes, source: Manifest) -> Iterator[Row | Dropped]:
     results = [_parse_line(line, source, number) for number, line in enumerate(lines, start=1) if line.strip()]
     if all(isinstance(result, Dropped) and result.reason == "not JSON" for result in results):
         raise DataError(f"manifest {source.manifest}: none of its {len(results)} lines is JSON: wants one object a line")
-    yield from results
+    yield from (result for result in results if result)
 
 
-def _parse_line(line: bytes, source: Manifest, number: int) -> Row | Dropped:
+def _parse_line(line: bytes, source: Manifest, number: int) -> Row | Dropped | None:
     try:
         values = json.loads(line)
         json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
@@ -143,7 +156,7 @@ def _parse_line(line: bytes, source: Manifest, number: int) -> Row | Dropped:
         return Dropped(source.manifest, number, None, "not JSON", str(error))
     if not isinstance(values, dict):
         return Dropped(source.manifest, number, None, "not JSON", f"a {type(values).__name__}, wants an object")
-    return _row(values, source, number)
+    return _row(values, source, number) if _matches(values, source) else None
 
 
 def _read_csv(content: bytes, source: Manifest) -> Iterator[Row | Dropped]:
@@ -157,15 +170,15 @@ def _read_csv(content: bytes, source: Manifest) -> Iterator[Row | Dropped]:
     header: list[str] = []
     try:
         header = [name.strip() for name in next(lines, [])]
-        wanted = [field for field in ("audio", "text") if not set(_names(source, field)) & set(header)]
+        wanted = [field for field in _needed(source, "audio", "text") if not set(_names(source, field)) & set(header)]
         if wanted:
             raise DataError(f"manifest {source.manifest}: its header {header} names no {' and no '.join(wanted)}: say `columns: {{...}}`")
         for values in lines:
             if len(values) not in (0, len(header)):
                 detail = f"{len(values)} fields, the header has {len(header)}"
                 yield Dropped(source.manifest, lines.line_num, None, "not CSV", detail)
-            elif values:
-                yield _row(dict(zip(header, values, strict=True)), source, lines.line_num)
+            elif values and _matches(fields := dict(zip(header, values, strict=True)), source):
+                yield _row(fields, source, lines.line_num)
     except csv.Error as error:
         raise DataError(f"manifest {source.manifest}: line {lines.line_num}: {error}") from error
 
@@ -174,13 +187,23 @@ def _names(source: Manifest, field: str) -> tuple[str, ...]:
     return (source.columns[field],) if field in source.columns else NAMES[field]
 
 
+def _matches(values: Mapping[str, Any], source: Manifest) -> bool:
+    return all(fnmatchcase(_value(values, name), pattern) for name, pattern in source.only.items())
+
+
+def _needed(source: Manifest, *fields: str) -> list[str]:
+    return [field for field in fields if field != "text" or source.unlabelled == "drop"]
+
+
 def _row(values: Mapping[str, Any], source: Manifest, number: int) -> Row | Dropped:
     found = {field: next((name for name in _names(source, field) if _value(values, name)), "") for field in NAMES}
     fields = {field: _value(values, name) for field, name in found.items()}
     if found["audio"] in NAMES["audio"][1:] and not fields["id"]:  # NeMo and Common Voice have no ids
         fields["id"] = fields["audio"] + (f"@{fields['offset']}" if fields["offset"] else "")
-    for field in ("id", "audio", "text"):
-        if not (comparable_text(fields[field]) if field == "text" else fields[field]):
+    if not comparable_text(fields["text"]):
+        fields["text"] = ""  # nothing that could be said
+    for field in _needed(source, "id", "audio", "text"):
+        if not fields[field]:
             return Dropped(source.manifest, number, fields["id"] or None, f"no {field}")
     try:
         offset_s = float(fields["offset"] or 0)

@@ -1,8 +1,8 @@
 """Folders of speech with manifests (JSON lines, NeMo's, CSV) -> LargeScaleASR parquet in disjoint, seeded splits.
 
 manifest lines -> rows -> checks of text and audio -> one row an id -> splits (graft.splits) -> out/SPLIT/part-00000.parquet ...,
-out/dropped.jsonl, out/summary.json. Every line ends up in a split or, with its reason, in dropped.jsonl. Same input and seed, same bytes;
-the order of a manifest's lines changes no split.
+out/dropped.jsonl, out/summary.json. Every line that a source takes ends up in a split or, with its reason, in dropped.jsonl. Same input and
+seed, same bytes; the order of a manifest's lines changes no split.
 """
 
 import json
@@ -30,7 +30,8 @@ class PrepareRecipe(Recipe):
     """What jobs.prepare does."""
 
     sources: list[str | Manifest] = Field(min_length=1)
-    """Manifests: paths, or {manifest, split} to pin one to a split, and {manifest, columns} where its fields have other names."""
+    """Manifests: paths, or {manifest, split} to pin one to a split, {manifest, columns} where its fields have other names, {manifest, only}
+    for some of its lines, and {manifest, unlabelled: keep} for those without text too."""
     out: str
     """Folder that the splits are written to."""
     splits: dict[SplitName, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=lambda: {"train": 0.95, "dev": 0.05})
@@ -44,7 +45,7 @@ class PrepareRecipe(Recipe):
     max_duration_s: float = Field(default=30, gt=0)
     """Longer clips are dropped: cutting one would leave its text whole."""
     min_text_chars: int = Field(default=2, ge=1)
-    """Rows with a shorter text are dropped."""
+    """Rows with a shorter text are dropped, but for unlabelled ones that are kept."""
     max_chars_per_s: float = Field(default=40, gt=0)
     """Rows that would have to be spoken faster are dropped: their text belongs to other audio."""
     rows_per_file: int = Field(default=1000, ge=1)
@@ -78,6 +79,7 @@ def main(recipe: PrepareRecipe) -> None:
         splits = _split(rows, recipe, dropped)
         for split, members in splits.items():
             _write_split(folder / split, members, recipe)
+        dropped = list(dict.fromkeys(dropped))  # a line that can't be read is so for each source that its manifest serves
         lines = [json.dumps(vars(row), ensure_ascii=False) + "\n" for row in sorted(dropped, key=lambda row: (row.source, row.line))]
         (folder / "dropped.jsonl").write_text("".join(lines), encoding="utf-8")
         summary = {"splits": {split: _measures(members) for split, members in splits.items()}, "dropped": _reasons(dropped)}
@@ -95,7 +97,7 @@ def _keep(results: Iterable[Row | Dropped], dropped: list[Dropped]) -> Iterator[
 
 def _checked(row: Row, recipe: PrepareRecipe) -> Row | Dropped:
     """The row with its measured duration, or why it is dropped."""
-    if len(row.text) < recipe.min_text_chars:
+    if row.text and len(row.text) < recipe.min_text_chars:  # those without text were kept by their source
         return _drop(row, "text too short", f"{len(row.text)} characters, at least {recipe.min_text_chars}")
     if recipe.disjoint_speakers and row.speaker is None:
         return _drop(row, "no speaker", "disjoint_speakers wants one")
@@ -129,7 +131,7 @@ def _unique_ids(rows: Iterable[Row], recipe: PrepareRecipe) -> Iterator[Row | Dr
 
 def _split(rows: Sequence[Row], recipe: PrepareRecipe, dropped: list[Dropped]) -> dict[str, list[Row]]:
     """Rows with distinct ids -> the rows of each split; appends those in conflict to `dropped`."""
-    candidates = [Candidate(row.text, row.speaker if recipe.disjoint_speakers else None, row.pinned) for row in rows]
+    candidates = [Candidate(row.text, row.speaker if recipe.disjoint_speakers else None, row.pinned, row.id) for row in rows]
     splits: dict[str, list[Row]] = {}
     for row, placement in zip(rows, assign_splits(candidates, recipe.splits, seed=recipe.seed), strict=True):
         if placement.conflict:

@@ -106,9 +106,9 @@ def plan_columns(rows: RowTable, processor: GraftProcessor, variation: Variation
     answers = [processor.target_lengths(rows.texts[start:stop].to_pylist()) for start, stop in _blocks(len(rows))]
     label_counts = np.concatenate([*answers, np.repeat(processor.target_lengths([""]), free)])
     groups = np.unique(rows.file.astype(np.int64) << 32 | rows.row_group, return_inverse=True)[1]
-    audio_counts = _audio_counts(processor, np.concatenate([rows.duration_s, variation.no_speech_s]))
+    counts = audio_counts(processor, np.concatenate([rows.duration_s, variation.no_speech_s]))
     return PlanColumns(
-        processor.prompt_lengths([DEFAULT_INSTRUCTION])[0] + audio_counts + label_counts,
+        processor.prompt_lengths([DEFAULT_INSTRUCTION])[0] + counts + label_counts,
         label_counts,
         np.concatenate([groups, np.full(free, -1)]),
         np.concatenate([rows.source, np.full(free, len(rows.weights), np.int16)]),
@@ -134,7 +134,7 @@ class _SampleCounts:
         if self.variation.wordings and not self.variation.wordings.plain:
             worded = [self._worded(rows[start:stop], draws[start:stop]) for start, stop in _blocks(len(rows))]
             prompt_counts, label_counts = np.concatenate(worded, axis=1)
-        return prompt_counts + _audio_counts(self.processor, durations_s) + label_counts, label_counts
+        return prompt_counts + audio_counts(self.processor, durations_s) + label_counts, label_counts
 
     def _worded(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The prompt's tokens without those of the audio, and the answer's."""
@@ -149,7 +149,7 @@ class _SampleCounts:
         return prompt_counts, label_counts
 
 
-def _audio_counts(processor: GraftProcessor, durations_s: np.ndarray) -> np.ndarray:
+def audio_counts(processor: GraftProcessor, durations_s: np.ndarray) -> np.ndarray:
     """The audio tokens of clips of these lengths."""
     frames = np.ceil(np.round(durations_s * SAMPLE_RATE) / HOP_LENGTH).clip(MIN_FRAMES, WINDOW_FRAMES).astype(int)
     counts = np.array([processor.audio_token_count(count) for count in range(MIN_FRAMES, WINDOW_FRAMES + 1)])

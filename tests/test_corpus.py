@@ -142,6 +142,14 @@ def test_ids_and_durations_that_a_corpus_lacks_are_made(tmp_path, caplog):
     assert "reading all of its audio" in caplog.text
 
 
+def test_a_corpus_may_have_no_texts(tmp_path):
+    corpus = tmp_path / "speech.parquet"
+    pq.write_table(pa.table({"ID": ["a", "b"], "duration": [1.0, 2.0], "wav": [b"RIFF", b"RIFF"]}), corpus)
+    with pytest.raises(DataError, match="lacks text"):
+        read_rows(str(corpus))
+    assert read_rows(Source(files=str(corpus), columns=Columns(text=None))).texts.to_pylist() == ["", ""]
+
+
 def test_sources_keep_their_order_weights_and_columns(tmp_path):
     for name in ("b", "a"):
         write_corpus(rows(2, name), tmp_path / f"{name}.parquet")

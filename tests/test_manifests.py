@@ -136,6 +136,24 @@ def test_a_part_keeps_its_rate_channels_and_depth(tmp_path):
     assert np.array_equal(clip, stereo[22_050 : 22_050 + 44_100])
 
 
+def test_only_takes_the_lines_whose_fields_match_all(tmp_path):
+    content = "id,audio,words,set\nx1,a.wav,one,clean 1\nx2,a.wav,two,other\nx3,a.wav,one two,clean 2\nbad,a.wav\nx4,a.wav,,clean 3\n"
+    columns = {"text": "words"}
+    rows, dropped = read(tmp_path / "rows.csv", content, columns=columns, only={"set": "clean*", "words": "one*"})
+    assert [row.id for row in rows] == ["x1", "x3"]
+    assert dropped == {(5, None): "not CSV"}
+    rows, dropped = read(tmp_path / "rows.csv", content, columns=columns, only={"set": "clean [3-9]"}, unlabelled="keep")
+    assert [(row.id, row.text) for row in rows] == [("x4", "")]
+    for only in ({"set": "Clean*"}, {"sett": "clean*"}, {"set": "clean"}):
+        with pytest.raises(DataError, match=r"no line matches only=\{'set"):
+            read(tmp_path / "rows.csv", content, columns=columns, only=only)
+
+
+def test_a_csv_without_a_text_column_may_be_unlabelled(tmp_path):
+    (row,), _ = read(tmp_path / "rows.csv", "id,audio\nx,a.wav\n", unlabelled="keep", delimiter=",")
+    assert row.text == ""
+
+
 def test_times_beyond_the_file_are_audio_errors(tmp_path):
     sound(tmp_path / "a.wav", 2)
     (tmp_path / "b.wav").write_text("no audio")

@@ -211,6 +211,41 @@ def test_a_pinned_split_that_takes_a_share_draws_its_mates():
     assert [p.conflict for p in placements] == [None, "speaker stands in split dev", None, None]
 
 
+def test_clips_without_text_share_it_with_none():
+    unlabelled = [Candidate("", name=f"clip{index}") for index in range(1000)] + [Candidate("...", pinned="dev", name="pinned")]
+    placements = assign_splits(unlabelled, {"train": 0.9, "dev": 0.1}, seed=0)
+    assert not any(placement.conflict for placement in placements)
+    assert [placement.split for placement in placements].count("dev") == pytest.approx(100, abs=30)
+    mates = [Candidate("", "ann", "dev", "a"), Candidate("", "ann", None, "b"), Candidate("words", "ann", None, "c")]
+    assert {placement.split for placement in assign_splits(mates, {"train": 0.9, "dev": 0.1}, seed=0)} == {"dev"}
+
+
+def test_unlabelled_lines_are_written_where_a_source_keeps_them(tmp_path):
+    rows = [
+        {"id": "none"},
+        {"id": "null", "text": None},
+        {"id": "dots", "text": " ... "},
+        {"id": "x", "text": "x"},
+        {"id": "said", "text": "yes"},
+    ]
+    source = manifest(tmp_path / "in", rows)
+    out, ids, dropped = prepare(tmp_path, [{"manifest": source, "unlabelled": "keep"}], **ALL)
+    assert ids == {"train": {"none", "null", "dots", "said"}}
+    assert dropped == {(4, "x"): "text too short"}
+    table = read_rows(str(out / "train"))
+    assert dict(zip(table.ids.to_pylist(), table.texts.to_pylist(), strict=True)) == {"none": "", "null": "", "dots": "", "said": "yes"}
+
+
+def test_a_manifest_serves_a_source_for_each_split_that_it_holds(tmp_path):
+    rows = [{"id": f"{corpus}{index}", "text": f"{corpus} {index}", "source": f"{corpus} v1"} for corpus in "ab" for index in range(3)]
+    source = manifest(tmp_path / "in", [*rows, {"id": "c", "text": "no source"}, "{broken"])
+    sources = [{"manifest": source, "split": split, "only": {"source": f"{split}*"}} for split in "ab"]
+    _, ids, dropped = prepare(tmp_path, sources, splits={})
+    assert ids == {split: {f"{split}{index}" for index in range(3)} for split in "ab"}
+    assert dropped == {(8, None): "not JSON"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["dropped"] == {"not JSON": 1}
+
+
 def test_texts_are_compared_without_case_and_punctuation():
     assert comparable_text(" It's  HALF-past\n2! ") == comparable_text("it\u2019s half past 2") == "its half past 2"
     assert comparable_text("\u0915\u093f") != comparable_text("\u0915\u093e")  # vowel signs are no punctuation

@@ -6,13 +6,20 @@ import pytest
 
 from graft.config import Recipe, read_recipe
 from graft.model.shapes import AUDIO_BASES, TEXT_BASES
+from jobs.ablate import AblateRecipe
 from jobs.build import BuildRecipe
 from jobs.evaluate import EvaluateRecipe
 from jobs.stage1 import Stage1Recipe
 from jobs.stage2 import Stage2Recipe
 
 RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
-CLASSES: dict[str, type[Recipe]] = {"build": BuildRecipe, "stage1": Stage1Recipe, "stage2": Stage2Recipe, "evaluate": EvaluateRecipe}
+CLASSES: dict[str, type[Recipe]] = {
+    "build": BuildRecipe,
+    "stage1": Stage1Recipe,
+    "stage2": Stage2Recipe,
+    "evaluate": EvaluateRecipe,
+    "ablation": AblateRecipe,
+}
 GIVEN = {"model": "m", "projector": "p", "data": "d", "out": "o"}
 """What a recipe may leave to the command line."""
 KINDS = ("reference-7b", "fast-7b", "quality-7b", "reference-2b", "fast-2b", "quality-2b", "small")
@@ -35,6 +42,7 @@ def test_there_is_a_recipe_for_each_stage_and_kind():
     assert {path.stem for path in RECIPES.iterdir()} == {
         *(f"{kind}-{job}" for kind in KINDS for job in ("build", "stage1", "stage2")),
         "reference-evaluate",
+        "small-ablation",
     }
 
 

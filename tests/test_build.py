@@ -5,13 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperFeatureExtractor, WhisperModel
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, WhisperModel
 
 from graft.errors import ModelError
 from graft.model.build import build_graft
@@ -22,28 +21,10 @@ from jobs.build import BuildRecipe, graft_settings, main
 from jobs.cli import run_job
 
 
-def save_text_base(folder: Path, *, spare_rows: int = 8, tied: bool = False) -> str:
-    words = tiny.tokenizer(audio=False)
-    config: dict[str, Any] = tiny.qwen2vl_config().to_dict()
-    config["text_config"] |= {"vocab_size": len(words) + spare_rows, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
-    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
-    config |= dict(zip(names, words.convert_tokens_to_ids(list(tiny.VISION_TOKENS)), strict=True))
-    torch.manual_seed(3)
-    Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config | {"tie_word_embeddings": tied})).save_pretrained(folder)
-    words.save_pretrained(folder)
-    return str(folder)
-
-
-def save_audio_base(folder: Path) -> str:
-    tiny.whisper_model().save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("bases")
-    return save_audio_base(folder / "whisper"), save_text_base(folder / "qwen")
+    return tiny.save_audio_base(folder / "whisper"), tiny.save_text_base(folder / "qwen")
 
 
 def build_job(*arguments: str) -> int:
@@ -67,7 +48,7 @@ def test_the_bases_tensors_are_kept_bit_for_bit(bases):
 
 @pytest.mark.parametrize(("spare_rows", "tied"), [(8, False), (8, True), (1, False), (1, True)])
 def test_audio_tokens_take_spare_rows_or_new_ones(bases, tmp_path, spare_rows, tied):
-    text = save_text_base(tmp_path / "qwen", spare_rows=spare_rows, tied=tied)
+    text = tiny.save_text_base(tmp_path / "qwen", spare_rows=spare_rows, tied=tied)
     base = Qwen2VLForConditionalGeneration.from_pretrained(text)
     model, processor = build_graft(bases[0], text)
     before, after = base.get_input_embeddings().weight, model.get_input_embeddings().weight

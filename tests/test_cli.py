@@ -9,6 +9,7 @@ import pytest
 from graft.config import Recipe
 from graft.errors import AudioError, DataError
 from jobs.cli import PlanOptions, run_job, user_message
+from jobs.stage2 import Stage2Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,7 +43,11 @@ def run(arguments: list[str], *, cwd: Path, code: str | None = None) -> subproce
         (["--recipe", "none.yaml"], "recipe none.yaml: no such file"),
         (["--recipe"], "expected one argument"),
         (["out"], "argument 'out' is not key=value"),
-        (["--out=x"], "argument '--out=x' is not key=value"),
+        (["--out=x", "--sede", "3", "--sources", "[m.jsonl]"], "unknown key sede=3 (did you mean 'seed'?"),
+        (["--out", "x", "--sources=[missing.jsonl]"], "manifest missing.jsonl: No such file"),
+        (["--sources", "[m.jsonl]", "--out"], "argument '--out' is not key=value or --key value: see --help"),
+        (["--out", "--sources", "[m.jsonl]"], "argument '--out' is not key=value or --key value"),
+        (["-out=x"], "argument '-out=x' is not key=value"),
     ],
 )
 def test_a_bad_command_line_ends_in_one_line(arguments, words, tmp_path):
@@ -133,6 +138,29 @@ def test_main_gets_the_recipe_and_gives_the_exit_code(capsys):
 
     assert run_job(Job, interrupted, summary="", argv=["out=a"]) == 130
     assert capsys.readouterr().err == "graft: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["out=a b", "group.rate=-2"],
+        ["--out=a b", "--group.rate=-2"],
+        ["--out", "a b", "--group.rate", "-2"],
+        ["--group.rate", "-2", "out=a b"],
+        ["--recipe", "{recipe}", "--group.rate", "-2", "--debug"],
+    ],
+)
+def test_keys_may_be_written_as_options(argv, tmp_path):
+    (tmp_path / "r.yaml").write_text("out: a b\n")
+    seen: list[Job] = []
+    given = [argument.format(recipe=tmp_path / "r.yaml") for argument in argv]
+    assert run_job(Job, seen.append, summary="", argv=given) == 0
+    assert seen == [Job(out="a b", group=Group(rate=-2))]
+
+
+def test_no_key_of_a_stage_is_an_option_too():
+    """Such a key could be given as key=value alone."""
+    assert not {"recipe", "debug", "plan", "help", *PlanOptions.model_fields} & Stage2Recipe.model_fields.keys()
 
 
 def test_a_bug_keeps_its_traceback():

@@ -226,6 +226,17 @@ def test_zero_3_trains_as_zero_2_does(home: Home, first: Path) -> None:
     assert heard[0] == heard[1]
 
 
+@pytest.mark.slow
+def test_stage2_goes_on_from_a_merged_grafts_own_projector(home: Home, merged: Path) -> None:
+    changed = {"model": str(merged), "workers": 1, "max_steps": 1, "learning_rate": 1e-6, "warmup_steps": 0, "backend": "torch"}
+    shared = home.stage1_recipe("further", **changed).model_dump()
+    recipe = stage2.Stage2Recipe.model_validate({**shared, "quantize": "none", "lora": {"rank": 4, "alpha": 8}})
+    stage2.run(recipe)
+    assert json.loads(Path(recipe.out, "stage.json").read_text()) == {"stage": 2, "graft": "../merged"}
+    trained, own = (load_file(Path(folder, "projector.safetensors")) for folder in (recipe.out, merged / "adapter"))
+    torch.testing.assert_close(trained, own, rtol=0, atol=1e-5)
+
+
 def in_memory(name: str) -> str:
     """The name on disk -> the one in the model."""
     return re.sub(r"^model\.layers", "model.language_model.layers", name)

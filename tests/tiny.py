@@ -1,6 +1,7 @@
 """Tiny random models of the real classes, and inputs for them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -171,3 +172,21 @@ def save_tiny_graft(folder: str | Path, *, seed: int = 0, width: int = 32, **aud
         tokenizer=words,
     ).save_pretrained(folder)
     return Path(folder)
+
+
+def save_text_base(folder: Path, *, spare_rows: int = 8, tied: bool = False, seed: int = 3) -> str:
+    words = tokenizer(audio=False)
+    config: dict[str, Any] = qwen2vl_config().to_dict()
+    config["text_config"] |= {"vocab_size": len(words) + spare_rows, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    config |= dict(zip(names, words.convert_tokens_to_ids(list(VISION_TOKENS)), strict=True))
+    torch.manual_seed(seed)
+    Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config | {"tie_word_embeddings": tied})).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+def save_audio_base(folder: Path) -> str:
+    whisper_model().save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    return str(folder)

@@ -1,7 +1,7 @@
-"""LoRA and NF4: adapters on the language model alone, in PEFT's format, merged into full-precision weights."""
+"""LoRA and NF4: adapters on the language model alone, in PEFT's format, cut to a smaller rank, merged into full-precision weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,22 @@ def nf4_config(compute_dtype: torch.dtype) -> Any:
     )
 
 
-def dequantized(model: GraftForConditionalGeneration, dtype: torch.dtype) -> GraftForConditionalGeneration:
-    """Make plain matrices of an NF4 model's, with the weights that its rounding left."""
-    return model.dequantize(dtype=dtype)
+def round_to_nf4(model: GraftForConditionalGeneration) -> None:
+    """Leave the language model's matrices with the values that QLoRA's quantization gives them, unquantized."""
+    functional = require("bitsandbytes", extra="train").functional
+    for module in model.model.language_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            packed = functional.quantize_4bit(module.weight.data, quant_type="nf4", compress_statistics=True)
+            module.weight.data = functional.dequantize_4bit(*packed)
 
 
 def add_adapters(model: GraftForConditionalGeneration, settings: LoraSettings) -> None:
     """Inject fresh LoRA layers (float32, B zero) and leave only them trainable."""
-    _inject(model, _lora_config(settings))
+    _inject(model, lora_config(settings))
 
 
-def _lora_config(settings: LoraSettings) -> Any:
+def lora_config(settings: LoraSettings) -> Any:
+    """Describe adapters to PEFT."""
     peft = require("peft", extra="train")
     targets = f"{LORA_TARGETS}|{ENCODER_TARGETS}" if settings.encoder else LORA_TARGETS
     return peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, bias="none")
@@ -81,7 +86,7 @@ def save_adapters(state: Mapping[str, Tensor], settings: LoraSettings, folder: s
         if ".lora_" in name
     }
     save_file(tensors, Path(folder) / ADAPTER_FILES[1], metadata={"format": "pt"})
-    config = _lora_config(settings)
+    config = lora_config(settings)
     config.inference_mode = True
     config.save_pretrained(str(folder))
 
@@ -92,6 +97,11 @@ def has_adapters(folder: str | Path) -> bool:
 
 def attach_adapters(model: GraftForConditionalGeneration, folder: str | Path) -> None:
     """Inject saved adapters into a graft, unmerged. Raises ModelError when the files are missing or do not fit."""
+    put_adapters(model, *read_adapters(folder), source=str(folder))
+
+
+def read_adapters(folder: str | Path) -> tuple[dict[str, Tensor], Any]:
+    """Read saved adapters: tensors by the graft's names, and PEFT's configuration. Raises ModelError when they are missing or broken."""
     if not has_adapters(folder):
         raise ModelError(f"{folder} holds no adapters ({', '.join(ADAPTER_FILES)}): give the output folder of stage 2")
     peft = require("peft", extra="train")
@@ -100,14 +110,51 @@ def attach_adapters(model: GraftForConditionalGeneration, folder: str | Path) ->
         state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(Path(folder) / ADAPTER_FILES[1]).items()}
     except (SafetensorError, TypeError, ValueError) as error:
         raise ModelError(f"the adapters in {folder} can't be read ({str(error).splitlines()[0]}): copy or train them again") from error
+    return state, config
+
+
+def put_adapters(model: GraftForConditionalGeneration, state: Mapping[str, Tensor], config: Any, *, source: str) -> None:
+    """Inject adapters into a graft, unmerged. Raises ModelError when they do not fit it."""
+    peft = require("peft", extra="train")
     _inject(model, config)
     expected = {name for name in peft.get_peft_model_state_dict(model)}
     if state.keys() != expected:
-        raise ModelError(f"the adapters in {folder} do not fit this graft: {len(state.keys() ^ expected)} tensors differ, train them on it")
+        raise ModelError(f"the adapters in {source} do not fit this graft: {len(state.keys() ^ expected)} tensors differ, train them on it")
     try:
-        peft.set_peft_model_state_dict(model, state)
+        peft.set_peft_model_state_dict(model, dict(state))
     except RuntimeError as error:
-        raise ModelError(f"the adapters in {folder} do not fit this graft: {str(error).splitlines()[-1].strip()}") from error
+        raise ModelError(f"the adapters in {source} do not fit this graft: {str(error).splitlines()[-1].strip()}") from error
+
+
+def truncate_adapters(
+    state: Mapping[str, Tensor], settings: LoraSettings, rank: int
+) -> tuple[dict[str, Tensor], LoraSettings, dict[str, float]]:
+    """Cut each adapter's change of its matrix to the best approximation of `rank`, or of the adapters' own where that is smaller.
+
+    Returns float32 tensors by the same names, the settings that go with them, and by matrix the share of the change's squares that is kept.
+    """
+    rank = min(rank, settings.rank)
+    cut: dict[str, Tensor] = {}
+    kept = {}
+    for matrix in sorted(name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")):
+        names = (f"{matrix}.lora_A.weight", f"{matrix}.lora_B.weight")
+        a, b = (state[name].double() for name in names)
+        *factors, kept[matrix] = _truncated(a, settings.alpha / settings.rank * b, rank)
+        cut |= {name: factor.float().contiguous() for name, factor in zip(names, factors, strict=True)}
+    return cut, replace(settings, rank=rank, alpha=rank), kept
+
+
+def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best factors of `rank` for B A, with equal weight in both, and the share of its squares that they keep."""
+    basis_a, core_a = torch.linalg.qr(a.T)  # (in, r), (r, r)
+    basis_b, core_b = torch.linalg.qr(b)  # (out, r), (r, r)
+    left, values, right = torch.linalg.svd(core_b @ core_a.T, full_matrices=False)
+    roots = values[:rank].sqrt()
+    energy = values.square()
+    share = float(energy[:rank].sum() / energy.sum()) if energy.any() else 1.0
+    new_a, new_b = roots[:, None] * (right[:rank] @ basis_a.T), basis_b @ left[:, :rank] * roots
+    missing = rank - len(roots)  # where a matrix is smaller than the rank
+    return torch.nn.functional.pad(new_a, (0, 0, 0, missing)), torch.nn.functional.pad(new_b, (0, missing)), share
 
 
 def merge_adapters(model: GraftForConditionalGeneration) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from graft.errors import ModelError
-from graft.model.adapters import attach_adapters, dequantized, has_adapters, nf4_config
+from graft.model.adapters import attach_adapters, has_adapters, nf4_config, round_to_nf4
 from graft.model.build import check_kind, reading
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
@@ -38,9 +38,9 @@ def open_graft(
     configuration and processor.
     Raises ModelError for anything else, and for a deaf projector.
     """
-    model = _load_model(base_graft(path), dtype=dtype, device=device, nf4=nf4 or rounded_to_nf4, attention=attention)
+    model = _load_model(base_graft(path), dtype=dtype, device=device, nf4=nf4, attention=attention)
     if rounded_to_nf4:
-        model = dequantized(model, dtype or torch.bfloat16)
+        round_to_nf4(model)
     processor = open_processor(path)
     model.config.trained_styles, model.config.trained_context = list(processor.trained_styles), processor.trained_context
     if read_stage(path):

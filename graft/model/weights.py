@@ -29,15 +29,20 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 def encoder_digest(graft: str | Path) -> str:
     """Digest the encoder's tensors in a graft's folder or hub id, without its other weights."""
-    from huggingface_hub import snapshot_download
-
-    folder = Path(graft) if Path(graft).is_dir() else Path(snapshot_download(str(graft), allow_patterns="*.safetensors"))
     tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(graft):
         with safe_open(path, framework="pt") as file:
             names = [name for name in list(file.keys()) if name.startswith("audio_tower.")]
             tensors |= {name: file.get_tensor(name) for name in names}
     return state_digest(tensors)
+
+
+def weight_files(graft: str | Path) -> list[Path]:
+    """List the safetensors of a graft's folder or hub id."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(graft) if Path(graft).is_dir() else Path(snapshot_download(str(graft), allow_patterns="*.safetensors"))
+    return sorted(folder.glob("*.safetensors"))
 
 
 def save_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:

@@ -48,6 +48,15 @@ def read_audio(source: str | os.PathLike[str] | bytes | BinaryIO, *, name: str |
     return AudioClip(samples)
 
 
+def flac_bytes(clip: AudioClip) -> bytes:
+    """Encode a clip as a FLAC file of 16 bits."""
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, clip.samples, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
+    return file.getvalue()
+
+
 def _name_of(source: str | os.PathLike[str] | bytes | BinaryIO) -> str:
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from graft.audio import AudioClip, flac_bytes
 from graft.columns import Columns, Metadata, read_audio_column, read_metadata, read_texts
 from graft.config import Recipe
 from graft.errors import DataError
@@ -188,6 +189,12 @@ def write_corpus(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]
     finally:
         temporary.unlink(missing_ok=True)
     return count
+
+
+def clip_row(name: str, clip: AudioClip, text: str) -> dict[str, Any]:
+    """Make a row for write_corpus of a clip that stands in no file."""
+    wav = {"bytes": flac_bytes(clip), "path": f"{name}.flac"}
+    return {"ID": name, "duration": clip.duration_s, "wav": wav, "spk_id": "", "sex": "", "text": text}
 
 
 def _group_table(group: list[Mapping[str, Any]]) -> pa.Table:

@@ -77,7 +77,8 @@ def planned_dataset(delivery: Any, first: int, count: int, *, data_workers: int,
 
     dataset = ray.data.range(count, override_num_blocks=min(count, most_tasks))
     dataset.context.target_max_block_size = 1  # bytes: never two batches in a block
-    dataset.context.custom_execution_callback_classes = [Unhurried]  # type: ignore[list-item]  # the base class would bring in Ray
+    callbacks: list[Any] = [Unhurried]  # of no class of Ray's, which this module does not import
+    dataset.context.custom_execution_callback_classes = callbacks
     return dataset.map_batches(
         LoadBatches,
         batch_size=None,

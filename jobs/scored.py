@@ -3,7 +3,6 @@
 What is made for it is written as a corpus, so that it is heard as any other clip is.
 """
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from graft.audio import SAMPLE_RATE, AudioClip, read_audio
-from graft.corpus import CorpusFile, RowReader, RowTable, Sources, read_rows, write_corpus
+from graft.corpus import CorpusFile, RowReader, RowTable, Sources, clip_row, read_rows, write_corpus
 from graft.errors import AudioError, DataError
 from graft.sounds import SOUNDS, made_sounds
-from jobs.benchmarks.speech import write_flac
 
 SWAPPED = "swapped"
 PAUSE_S = 0.5
@@ -71,7 +69,7 @@ def sounds(seed: int, folder: Path) -> list[Item]:
     items = []
     for kind in SOUNDS:
         path = folder / f"{kind}.parquet"
-        write_corpus((_row(sound.name, sound.clip, "") for sound in made_sounds(kind, seed)), path, rows_per_group=4)
+        write_corpus((clip_row(sound.name, sound.clip, "") for sound in made_sounds(kind, seed)), path, rows_per_group=4)
         items += _items(kind, str(path))
     return items
 
@@ -125,17 +123,4 @@ def _readable(items: Sequence[Item]) -> Iterator[tuple[Item, AudioClip]]:
 def _recording(parts: Sequence[tuple[Item, AudioClip]]) -> Mapping[str, Any]:
     pause = np.zeros(round(PAUSE_S * SAMPLE_RATE), np.float32)
     samples = np.concatenate([piece for _, clip in parts for piece in (clip.samples, pause)])
-    return _row(f"{parts[0][0].id}..{parts[-1][0].id}", AudioClip(samples), " ".join(item.text for item, _ in parts))
-
-
-def _row(name: str, clip: AudioClip, text: str) -> Mapping[str, Any]:
-    file = io.BytesIO()
-    write_flac(clip.samples, file)
-    return {
-        "ID": name,
-        "duration": clip.duration_s,
-        "wav": {"bytes": file.getvalue(), "path": f"{name}.flac"},
-        "spk_id": "",
-        "sex": "",
-        "text": text,
-    }
+    return clip_row(f"{parts[0][0].id}..{parts[-1][0].id}", AudioClip(samples), " ".join(item.text for item, _ in parts))

@@ -12,7 +12,7 @@ from tiny_speech import corpus, row
 from graft.corpus import read_rows
 from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
-from jobs.cluster import connect
+from jobs.cluster import WORKER_VARIABLES, connect
 from jobs.ingest import BatchLoader, Delivery
 from jobs.remote import SCHEDULING_S, Unhurried, planned_dataset
 from jobs.samples import plan_training
@@ -61,6 +61,16 @@ def test_loaders_share_the_delivery_instead_of_copying_it(delivery):
     columns = (shared.batches.rows, shared.batches.draws, shared.batches.offsets, shared.rows.duration_s, shared.rows.row)
     assert all(not column.flags.owndata and not column.flags.writeable for column in columns)
     assert (shared.rows.id(5), shared.batches[3]) == (delivery.rows.id(5), delivery.batches[3])
+
+
+def test_workers_are_told_how_to_compute():
+    import os
+
+    import ray
+
+    environment = ray.get(ray.remote(lambda: dict(os.environ)).remote())
+    assert int(environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
+    assert environment.items() >= WORKER_VARIABLES.items()
 
 
 def test_scheduling_takes_its_time(delivery):

@@ -116,7 +116,7 @@ def audio_token_rows(graft: str, config: GraftConfig) -> Tensor:
     """Read the embeddings of a graft's audio tokens, (3, text width), without its other weights."""
     for path in weight_files(graft):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            for name in list(file.keys()):
                 if name.endswith("embed_tokens.weight"):
                     rows = file.get_slice(name)
                     return torch.cat([rows[index : index + 1] for index in _audio_ids(config)])

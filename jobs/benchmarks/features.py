@@ -9,11 +9,11 @@ import soundfile
 import torch
 from transformers import WhisperFeatureExtractor
 
-from graft.audio import SAMPLE_RATE, read_audio
+from graft.audio import SAMPLE_RATE, AudioClip, flac_bytes, read_audio
 from graft.errors import AudioError
 from graft.features import HOP_LENGTH, WINDOW_FRAMES, Featurizer
 from jobs.benchmarks.measuring import Findings, in_turns, list_numbers, median_ratio
-from jobs.benchmarks.speech import speech_like, write_flac
+from jobs.benchmarks.speech import speech_like
 
 REPETITIONS = 9
 
@@ -76,6 +76,6 @@ def _made_clips(folder: Path, seconds: float) -> list[Path]:
     while not clips or total_s < seconds:
         duration_s = rng.uniform(2, 20)
         clips.append(folder / f"{len(clips):05d}.flac")
-        write_flac(speech_like(rng, int(duration_s * SAMPLE_RATE)), clips[-1])
+        clips[-1].write_bytes(flac_bytes(AudioClip(speech_like(rng, int(duration_s * SAMPLE_RATE)).astype(np.float32))))
         total_s += duration_s
     return clips

@@ -1,15 +1,12 @@
 """What benchmarks hear: noise in the shape of speech, of lengths and with words like a corpus's, the same for the same seed."""
 
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import soundfile
 
 from graft.audio import SAMPLE_RATE, AudioClip
-from graft.corpus import write_corpus
+from graft.corpus import clip_row, write_corpus
 
 WORDS = (
     "the",
@@ -66,18 +63,6 @@ def labelled_clips(count: int, *, seed: int = 0) -> Iterator[tuple[AudioClip, st
 
 def write_speech_corpus(path: Path, *, clips: int, times: int) -> str:
     """Write a corpus of FLAC clips, each of which stands in it `times` times, in row groups of 100; returns its path."""
-    rows = [_row(clip, text) for clip, text in labelled_clips(clips)]
+    rows = [clip_row("made", clip, text) for clip, text in labelled_clips(clips)]
     write_corpus((row | {"ID": f"{time}-{number}"} for time in range(times) for number, row in enumerate(rows)), path)
     return str(path)
-
-
-def write_flac(samples: Sequence[float] | np.ndarray, file: Any) -> None:
-    """Write samples as 16 bits at 16 kHz to a path or a file object."""
-    soundfile.write(file, samples, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
-
-
-def _row(clip: AudioClip, text: str) -> dict[str, Any]:
-    file = io.BytesIO()
-    write_flac(clip.samples, file)
-    wav = {"bytes": file.getvalue(), "path": "made.flac"}
-    return {"duration": clip.duration_s, "wav": wav, "spk_id": "", "sex": "", "text": text}

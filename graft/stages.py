@@ -1,7 +1,7 @@
 """The two stages: what each trains of a graft, opened and frozen accordingly, on the backend that shares it between workers.
 
-Stage 1 trains the projector between a frozen encoder and a frozen language model; stage 2 LoRA adapters as well, on an NF4 base (QLoRA)
-or a plain one.
+Stage 1 trains the projector between a frozen encoder and a frozen language model, or by CTC against its letters; stage 2 LoRA adapters as
+well, on an NF4 base (QLoRA) or a plain one.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from graft.model.adapters import LoraSettings, add_adapters
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.opening import DTYPES, open_graft
 from graft.model.projector import AudioProjector
+from graft.model.spelling import Speller
 from graft.model.weights import load_projector
 from graft.processor import GraftProcessor
 from graft.training.backends import Backend, TorchBackend
@@ -29,6 +30,8 @@ class Stage:
     lora: LoraSettings | None = None
     nf4: bool = False
     projector: str | None = None
+    letters: str | None = None
+    """What the projector learns to spell by CTC; None for transcripts by the language model."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def prepared(model: GraftForConditionalGeneration, stage: Stage, computing: Comp
 
 
 def make_backend(
-    model: GraftForConditionalGeneration, computing: Computing, *, accumulation: int, weight_decay: float, max_grad_norm: float
+    model: GraftForConditionalGeneration | Speller, computing: Computing, *, accumulation: int, weight_decay: float, max_grad_norm: float
 ) -> Backend:
     """Put a stage's model under its backend."""
     bf16 = computing.dtype == "bf16"
@@ -101,6 +104,28 @@ def make_backend(
         max_grad_norm=max_grad_norm,
         bf16=bf16,
     )
+
+
+def learner(
+    model: GraftForConditionalGeneration, stage: Stage, computing: Computing, processor: GraftProcessor
+) -> GraftForConditionalGeneration | Speller:
+    """What learns of a graft that is prepared for a stage: itself, or, where it is to spell, what is left of it without its language model.
+
+    A projector that is given none to start from spells from silence on: nothing of a random one remains in what the language model reads.
+    Raises ModelError for letters that are not one token each, and where weights are sharded.
+    """
+    if not stage.letters:
+        return model
+    if computing.is_sharded:
+        raise ModelError("ZeRO-3 has nothing to share out in spelling, which needs no language model: use zero_stage 1 or 2")
+    if not stage.projector:
+        last = [module for module in model.audio_projector.modules() if isinstance(module, torch.nn.Linear)][-1]
+        for parameter in last.parameters():
+            torch.nn.init.zeros_(parameter)
+    try:
+        return Speller(model, processor.tokenizer, stage.letters).train()
+    except ValueError as error:
+        raise ModelError(str(error)) from error
 
 
 def _whole_projector(model: GraftForConditionalGeneration) -> AudioProjector:

@@ -6,6 +6,7 @@ it is done also projector.safetensors (stage 2: the adapters too), curves.png, s
 
 import contextlib
 import json
+import math
 import pickle
 import shutil
 import signal
@@ -69,7 +70,7 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     check_plan(out, plan)
     hours = rows.duration_s.sum() / 3600
     print(f"stage {stage.number}: {len(rows)} clips, {hours:.2f} h, {total_steps} steps, padding {plan.padding_waste():.1%}", flush=True)
-    settings = loop_settings(recipe)
+    settings = loop_settings(recipe, stage)
     if not is_over(progress, settings, total_steps):
         connect(cpus=recipe.workers + recipe.data_workers)
         delivery = Delivery(rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups, encoder_cache=cache)
@@ -83,12 +84,13 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     return _finish(out, config, stage, graft=graft, words=words, seconds=time.perf_counter() - started)
 
 
-def loop_settings(recipe: TrainRecipe) -> LoopSettings:
+def loop_settings(recipe: TrainRecipe, stage: Stage) -> LoopSettings:
     """Take from a recipe what a step does."""
-    names = ("learning_rate", "schedule", "warmup_steps", "accumulation", "seed", "log_every", "checkpoint_every", "max_loss")
+    names = ("learning_rate", "schedule", "warmup_steps", "accumulation", "seed", "log_every", "checkpoint_every")
     validation = recipe.validation
     return LoopSettings(
         **{name: getattr(recipe, name) for name in names},
+        max_loss=math.inf if stage.letters else recipe.max_loss,  # a nat for each audio token, of which many make a label
         validate_every=validation.every if validation else None,
         patience=validation.patience if validation else None,
     )

@@ -5,7 +5,7 @@ ship, by its name (fast-7b): the bases that it names are known by shape.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,8 @@ class Trained:
     lora_rank: int | None = None
     lora_encoder: bool = False
     nf4: bool = False
+    reads: bool = True
+    """Whether the language model takes part, which it does not where the projector learns to spell."""
 
 
 PROJECTOR_ALONE = Trained()
@@ -155,8 +157,8 @@ def _work(
     share = min(1.0, recipe.max_steps / steps) if recipe.max_steps else 1.0
     flops = batch_flops(
         config,
-        token_counts=token_counts,
-        label_count=label_count,
+        token_counts=token_counts if trained.reads else [],
+        label_count=label_count if trained.reads else 0,
         frame_counts=frame_counts,
         lora_rank=trained.lora_rank,
         lora_encoder=trained.lora_encoder,
@@ -210,7 +212,10 @@ def _memory_lines(recipe: TrainRecipe, config: GraftConfig, parameters: Paramete
     """A table of what each layout takes; the recipe's own is marked."""
     tokens = min(recipe.token_budget, recipe.max_batch_clips * work.longest)
     own = f"zero {recipe.zero_stage}" if recipe.backend == "deepspeed" else "ddp"
-    layouts = [layout for layout in LAYOUTS if not (trained.nf4 and layout == "zero 3")]  # which cannot shard 4-bit weights
+    shards = trained.reads and not trained.nf4  # 4-bit weights cannot be sharded
+    layouts = [layout for layout in LAYOUTS if shards or layout != "zero 3"]
+    if not trained.reads:
+        parameters, tokens = replace(parameters, text=0, lm_head=0, vision=0), 0
     yield f"memory      GB a device, {recipe.workers} workers, for {tokens:,} tokens, {'NF4' if trained.nf4 else recipe.dtype}"
     yield f"            {'':<8}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'total':>9}"
     for layout in layouts:

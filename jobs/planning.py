@@ -29,7 +29,8 @@ def planned(recipe: TrainRecipe, processor: GraftProcessor, *, cache: Path | Non
     Prints what is left out. Raises DataError, RecipeError.
     """
     rows = _trainable(recipe.data, cache)
-    settings = PlanSettings(recipe.seed, recipe.epochs, recipe.token_budget, recipe.max_batch_clips, recipe.window_row_groups)
+    names = ("seed", "epochs", "token_budget", "max_batch_clips", "window_row_groups", "short_first")
+    settings = PlanSettings(**{name: getattr(recipe, name) for name in names})
     variation = vary(rows, processor, seed=recipe.seed, no_speech=recipe.no_speech, augment=recipe.augment, words=recipe.words)
     return rows, variation, plan_training(rows, processor, settings, variation)
 

@@ -1,22 +1,40 @@
-"""Stage 1: train the projector alone, on a frozen Whisper encoder and a frozen language model."""
+"""Stage 1: train the projector alone, on a frozen Whisper encoder and a frozen language model, by its transcripts or by spelling."""
 
+import os
 import sys
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
+
+from graft.model.spelling import LETTERS
 from graft.stages import Stage
-from jobs.cli import run_job
+from jobs.cli import PlanOptions, run_job
 from jobs.fit import fit
-from jobs.plan import print_plan
+from jobs.plan import Trained, print_plan
 from jobs.train_recipe import TrainRecipe
 
 
 class Stage1Recipe(TrainRecipe):
     """Stage 1: the projector, by default under DeepSpeed ZeRO-2."""
 
+    objective: Literal["transcript", "ctc"] = "transcript"
+    """Transcripts by the language model, or, without it, spelling by CTC against its embeddings of `letters`: minutes that spare either
+    stage hours."""
+    letters: str = Field(default=LETTERS, min_length=1)
+    """What is spelled, besides the space, in lower case and without accents."""
+    projector: str | None = None
+    """Output folder of an earlier stage 1 to start from; null for the graft's own projector, or for CTC none."""
+
 
 def run(recipe: Stage1Recipe) -> dict[str, Any]:
     """Train the projector of a graft; returns losses, counts and seconds."""
-    return fit(recipe, Stage(1))
+    projector = os.path.abspath(recipe.projector) if recipe.projector else None
+    return fit(recipe, Stage(1, projector=projector, letters=recipe.letters if recipe.objective == "ctc" else None))
+
+
+def plan(recipe: Stage1Recipe, options: PlanOptions) -> None:
+    """Print what a run takes."""
+    print_plan(recipe, options, trained=Trained(reads=recipe.objective == "transcript"))
 
 
 def main(recipe: Stage1Recipe) -> None:
@@ -24,4 +42,4 @@ def main(recipe: Stage1Recipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(Stage1Recipe, main, summary="Train the projector of a graft.", plan=print_plan))
+    sys.exit(run_job(Stage1Recipe, main, summary="Train the projector of a graft.", plan=plan))

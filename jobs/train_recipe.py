@@ -55,6 +55,8 @@ class TrainRecipe(Recipe):
     max_batch_clips: int = Field(default=64, ge=1)
     window_row_groups: int = Field(default=16, ge=1)
     """Row groups that are read and shuffled together."""
+    short_first: bool = False
+    """Take the first epoch from the shortest clips to the longest; window_row_groups of all the data keep what is read in memory."""
     step_batches: int | None = Field(default=None, ge=1)
     """Batches to one update, shared out over the workers; given, their number does not change the result. By default one for each."""
     no_speech: float = Field(default=0.0, ge=0)
@@ -69,7 +71,7 @@ class TrainRecipe(Recipe):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_loss: float = Field(default=24.0, gt=0)
-    """Stop when a step's loss exceeds it (nats per label token)."""
+    """Stop when a step's loss exceeds it (nats per label token); not in spelling."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Of the frozen weights and of the arithmetic; trained weights are kept in float32."""
     backend: Literal["deepspeed", "torch"] = "deepspeed"

@@ -18,12 +18,17 @@ import torch
 
 from graft.errors import GraftError, ModelError
 from graft.model.configuration import GraftConfig
-from graft.stages import Computing, Stage, make_backend, stage_model
+from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.spelling import Speller
+from graft.processor import GraftProcessor
+from graft.stages import Computing, Stage, learner, make_backend, stage_model
+from graft.training.backends import Backend
+from graft.training.batch import TrainingBatch
 from graft.training.checkpoint import load_checkpoint
 from graft.training.encoder_cache import CachingEncoder, EncoderCache
 from graft.training.estimate import batch_flops, device_peak_flops
 from graft.training.loop import LoopSettings, is_over, train
-from graft.training.preflight import preflight
+from graft.training.preflight import check_labels, preflight
 from graft.training.progress import latest_checkpoint, read_progress
 from jobs.ingest import Delivery, ahead, training_batches
 from jobs.observing import CHECKPOINTS, RunObserver
@@ -63,7 +68,9 @@ def work(run: Run) -> None:
         return  # a fault that would come again, or workers that were started anew after their work was done
     torch.set_num_threads(run.recipe["threads_per_worker"])
     with _told(out):
-        model, processor = stage_model(run.stage, run.graft, run.computing, device=device, seed=run.recipe["seed"])
+        graft, processor = stage_model(run.stage, run.graft, run.computing, device=device, seed=run.recipe["seed"])
+        model = learner(graft, run.stage, run.computing, processor)
+        del graft  # a language model that does not take part leaves the device
         limits = {name: run.recipe[name] for name in ("weight_decay", "max_grad_norm")}
         backend = make_backend(model, run.computing, accumulation=settings.accumulation, **limits)
         validation = Validation(run.validation, backend, processor, run.recipe["validation"]["transcripts"]) if run.validation else None
@@ -78,20 +85,27 @@ def work(run: Run) -> None:
         if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
             raise RuntimeError(f"batch {first.position} does not follow the checkpoint at {progress.position}")
         if progress.step == 0 and first.ids:  # not a filler, nor clips that were all masked
-            with backend.evaluating():
-                found = preflight(model, first.model_inputs(), processor.prompt_end_ids())
-            observer.say(
-                f"preflight: other audio changes the logits by {found.logit_change:.2g}; {found.label_count} labels, all in answers"
-            )
+            observer.say(_checked(model, backend, first, processor))
         train(itertools.chain([first], batches), backend, settings, progress=progress, total_steps=run.total_steps, observer=observer)
         observer.close()
         if encoder:
             encoder.close()
 
 
+def _checked(model: GraftForConditionalGeneration | Speller, backend: Backend, batch: TrainingBatch, processor: GraftProcessor) -> str:
+    """Look at the first batch before hours are spent on it; a projector that is to learn to spell says nothing yet."""
+    end = processor.prompt_end_ids()
+    if isinstance(model, Speller):
+        return f"preflight: {check_labels(batch.inputs['input_ids'], batch.inputs['labels'], end)} labels, all in answers"
+    with backend.evaluating():
+        found = preflight(model, batch.model_inputs(), end)
+    return f"preflight: other audio changes the logits by {found.logit_change:.2g}; {found.label_count} labels, all in answers"
+
+
 def _cost(run: Run, config: GraftConfig) -> Callable[[Mapping[str, np.ndarray]], float]:
     """Make what tells the FLOPs of a delivered block, so that the log can tell how well the device is used."""
     lora = run.stage.lora
+    spells = run.stage.letters is not None
 
     def cost(block: Mapping[str, np.ndarray]) -> float:
         frame_counts = block["audio_frame_counts"][0]
@@ -100,8 +114,8 @@ def _cost(run: Run, config: GraftConfig) -> Callable[[Mapping[str, np.ndarray]],
             frame_counts = [count for count, tokens in zip(frame_counts, found, strict=True) if tokens is None]
         return batch_flops(
             config,
-            token_counts=block["attention_mask"][0].sum(axis=1),
-            label_count=int((block["labels"][0] != -100).sum()),
+            token_counts=[] if spells else block["attention_mask"][0].sum(axis=1),
+            label_count=0 if spells else int((block["labels"][0] != -100).sum()),
             frame_counts=frame_counts,
             lora_rank=lora.rank if lora else None,
             lora_encoder=bool(lora and lora.encoder),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graft.audio import AudioClip, read_audio
 from graft.errors import AudioError, DataError
+from graft.model.spelling import Speller
 from graft.processor import GraftProcessor
 from graft.training.backends import Backend
 from graft.transcriber import max_new_tokens
@@ -38,17 +39,21 @@ class Validation:
         return float(sums[0] / sums[1])
 
     def transcripts(self) -> list[dict[str, str]]:
-        """Transcribe the samples greedily; every worker does, since their weights may be shared out among them."""
+        """Transcribe the samples greedily, or spell them; every worker does, since their weights may be shared out among them."""
+        hear = self._spell if isinstance(self.model, Speller) else self._transcribe
         heard = []
         for name, text, clip in self.samples:
             inputs = self.processor(audio=clip).to(self.device)
             with self.backend.evaluating():
-                ids = self.model.generate(
-                    **inputs, do_sample=False, max_new_tokens=max_new_tokens(clip.duration_s), synced_gpus=place()[1] > 1
-                )
-            answer = self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            heard.append({"id": name, "text": text, "heard": answer.strip()})
+                heard.append({"id": name, "text": text, "heard": hear(inputs, clip.duration_s)})
         return heard
+
+    def _transcribe(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
+        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens(duration_s), synced_gpus=place()[1] > 1)
+        return self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def _spell(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
+        return self.model.spell(inputs["input_features"], inputs["audio_frame_counts"])[0]
 
 
 def _readable(loader: BatchLoader) -> Iterator[tuple[str, str, AudioClip]]:

@@ -13,7 +13,6 @@ from graft.config import read_recipe
 from graft.processor import GraftProcessor
 from jobs import stage1, stage2
 from jobs.cli import run_job
-from jobs.plan import print_plan
 from jobs.planning import planned
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +25,7 @@ def never(recipe: object) -> None:
 
 def plan_of(*arguments: str, stage: int = 1) -> int:
     if stage == 1:
-        return run_job(stage1.Stage1Recipe, never, summary="", plan=print_plan, argv=[*arguments, "--plan"])
+        return run_job(stage1.Stage1Recipe, never, summary="", plan=stage1.plan, argv=[*arguments, "--plan"])
     return run_job(stage2.Stage2Recipe, never, summary="", plan=stage2.plan, argv=[*arguments, "--plan"])
 
 
@@ -87,6 +86,16 @@ def test_every_worker_and_no_more_is_counted(capsys):
     assert rate("--share", "0.9") == pytest.approx(2 * one, rel=0.01)
     assert rate("gradient_checkpointing=true") < 0.8 * one
     assert rate("epochs=10", "encoder_cache=c") > rate("epochs=2", "encoder_cache=c") > one
+
+
+def test_spelling_needs_no_language_model(capsys):
+    recipe = str(RECIPES / "fast-7b-stage1.yaml")
+    assert plan_of("--recipe", recipe, "model=fast-7b", "objective=ctc") == 0
+    text = capsys.readouterr().out
+    assert number(text, r"ddp +#") < 2
+    assert number(text, r"work +# TFLOP") < 1
+    assert "99% of it the encoder's" in text or "100% of it the encoder's" in text
+    assert "zero 3" not in text
 
 
 def test_stage_2_counts_its_adapters(capsys):

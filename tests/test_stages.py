@@ -166,6 +166,21 @@ def test_stage1_leaves_what_it_promises(home: Home, first: Path) -> None:
     assert not torch.equal(trained, load_file(Path(home.graft, "model.safetensors"))["audio_projector.linear.weight"])
 
 
+def test_spelling_is_a_start_for_transcripts(home: Home) -> None:
+    validation = {"data": [home.other], "every": 10, "transcripts": 1}
+    spelling = home.stage1_recipe("spelling", objective="ctc", backend="torch", max_steps=30, validation=validation)
+    stage1.run(spelling)
+    spelled = Path(spelling.out)
+    losses = [line["loss"] for line in lines(spelled / "metrics.jsonl") if "loss" in line]
+    assert sum(losses[-10:]) / 10 < 0.8 * losses[0]
+    assert (spelled / "log.txt").read_text().startswith("preflight: ")
+    assert re.search(r"^step 30  validation loss", (spelled / "log.txt").read_text(), re.MULTILINE)
+    after = home.stage1_recipe("after-spelling", projector=str(spelled), max_steps=1, learning_rate=1e-30)
+    stage1.run(after)
+    started, heard = (load_file(Path(folder, "projector.safetensors"))["linear.weight"] for folder in (after.out, spelled))
+    torch.testing.assert_close(started, heard)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(first: Path, resumed: Path) -> None:
     metrics, expected = lines(resumed / "metrics.jsonl"), lines(first / "metrics.jsonl")

@@ -20,7 +20,7 @@ def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Te
     input_features (clips, mels, frames) float32 log-mels, frame_counts (clips,) the mel frames that are each clip's own.
     Returns (tokens of all clips, d_model). What stands past a clip's two tail frames is replaced by silence, whatever it was.
     """
-    kept = [audio_token_count(count, pool=config.audio_pool, context=config.audio_context) for count in frame_counts.tolist()]
+    kept = token_counts(frame_counts, config)
     own = (frame_counts + 1) // 2
     if config.audio_context == "valid":
         context = (own + round(config.audio_margin_s * ENCODER_FRAMES_PER_S)).clamp(max=WINDOW_FRAMES // 2)
@@ -34,6 +34,11 @@ def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Te
     hidden = tower.layer_norm(_pool(hidden, config.audio_pool))
     is_kept = torch.arange(hidden.shape[1], device=hidden.device) < torch.tensor(kept, device=hidden.device)[:, None]
     return hidden[is_kept]
+
+
+def token_counts(frame_counts: Tensor, config: GraftConfig) -> list[int]:
+    """Count the audio tokens of clips of so many mel frames (clips,). Raises ValueError as audio_token_count does."""
+    return [audio_token_count(count, pool=config.audio_pool, context=config.audio_context) for count in frame_counts.tolist()]
 
 
 def pad_with_silence(input_features: Tensor, frame_counts: Tensor, length: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The epoch is a plan: which clips stand together in which batch, in which order, as a pure function of a seed and a few columns.
 
 Row groups are shuffled and read a window at a time; within a window clips of like length share batches of at most `token_budget` padded
-tokens, and the batches are shuffled. The number of workers changes neither the batches nor their order, only where a step is filled up.
+tokens, and the batches are shuffled; the first epoch may go from short clips to long ones instead. The number of workers changes neither
+the batches nor their order, only where a step is filled up.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ class PlanSettings:
     """Tokens of a batch, padding included: its clips times its longest."""
     max_batch_clips: int = 64
     window_row_groups: int = 16
+    short_first: bool = False
+    """The first epoch's batches go from the shortest clips to the longest, whatever row groups they stand in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +201,11 @@ def _epoch(plan: Plan, number: int) -> Epoch:
     longest = int(token_counts.max())
     if longest > settings.token_budget:
         raise DataError(f"a clip makes {longest} tokens, more than token_budget={settings.token_budget}: raise it or shorten the clips")
-    batches = _batches(columns.row_groups[rows], token_counts, settings, np.random.default_rng([settings.seed, number]))
+    rng = np.random.default_rng([settings.seed, number])
+    if settings.short_first and number == 0:
+        batches = _pack(rng.permutation(len(rows)), token_counts, settings)[::-1]
+    else:
+        batches = _batches(columns.row_groups[rows], token_counts, settings, rng)
     order = np.concatenate(batches)
     offsets = np.concatenate([[0], np.cumsum([len(batch) for batch in batches])])
     padded = np.maximum.reduceat(token_counts[order], offsets[:-1]) * np.diff(offsets)

@@ -1,7 +1,8 @@
 """What a setting is worth: variants of one recipe, each a small change of it, trained on the same clips and scored on the same sets.
 
-For each variant and seed: build -> stage 1 -> stage 2, the WER after each stage, all in out/VARIANT-SEED/; then ablation.json and
-ablation.md are written anew. What an earlier trial did with the same settings is not done again, and a run that was cut off goes on.
+For each variant and seed: build -> stage 1 -> stage 2, the WER after each stage (not after spelling, which is not read yet), all in
+out/VARIANT-SEED/; then ablation.json and ablation.md are written anew. What an earlier trial did with the same settings is not done
+again, and a run that was cut off goes on.
 All variants take equally many steps over the same clips when max_batch_clips bounds a batch, and token_budget never does.
 """
 
@@ -145,9 +146,14 @@ def _result(trial: Trial, rows: RowTable) -> dict[str, Any]:
         build.run(trial.build)
     return {
         "audio_tokens_per_s": float(audio_counts(open_processor(trial.build.out), rows.duration_s).sum() / rows.duration_s.sum()),
-        "stage1": stage1.run(trial.stage1) | {"scores": _scores(trial.stage1.out, trial.scoring)},
+        "stage1": stage1.run(trial.stage1) | ({"scores": _scores(trial.stage1.out, trial.scoring)} if _reads(trial) else {}),
         "stage2": stage2.run(trial.stage2) | {"scores": _scores(trial.stage2.out, trial.scoring)},
     }
+
+
+def _reads(trial: Trial) -> bool:
+    """Whether the language model has learned to read what stage 1 writes, so that its transcripts can be scored."""
+    return trial.stage1.objective == "transcript"
 
 
 def _scores(stage: str, recipe: evaluate.EvaluateRecipe) -> dict[str, Any]:
@@ -165,8 +171,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     rows = [["variant", "change", *wers, *COUNTS, "audio tokens/s"]]
     rows += [["---"] * len(rows[0])]
     for line in sorted(results, key=lambda line: line["stage2"]["scores"][sets[0]]["wer"]):
-        scores = (line[stage]["scores"][name] for name in sets for stage in reversed(STAGES))
-        wers = [f"{s['wer']:.1%} [{s['wer_low']:.1%}, {s['wer_high']:.1%}]" for s in scores]
+        scores = (line[stage].get("scores", {}).get(name) for name in sets for stage in reversed(STAGES))
+        wers = [f"{s['wer']:.1%} [{s['wer_low']:.1%}, {s['wer_high']:.1%}]" if s else "-" for s in scores]
         counts = [[line[stage][key] for stage in STAGES] for key in COUNTS.values()]
         numbers = [" / ".join("-" if n is None else f"{n:.4g}" if n < 1000 else f"{n:.0f}" for n in pair) for pair in counts]
         rows += [[f"{line['variant']}-{line['seed']}", line["change"], *wers, *numbers, f"{line['audio_tokens_per_s']:.1f}"]]

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from graft.scoring import score
 from graft.training.backends import Backend
 from graft.training.batch import TrainingBatch
 from graft.training.checkpoint import CheckpointWriter
@@ -30,6 +31,7 @@ class RunObserver(Observer):
     def __init__(self, recipe: dict[str, Any], out: Path, backend: Backend, *, from_step: int, validation: Validation | None):
         self.out, self.backend, self.validation = out, backend, validation
         self.rank, _ = place()
+        self.shown: dict[str, int] = recipe["validation"] or {}
         self.skipped: list[dict[str, str]] = []
         self.tracker = Tracker(out, recipe, from_step=from_step) if self.rank == 0 else None
         self.writer = CheckpointWriter(out / CHECKPOINTS, keep=recipe["keep_checkpoints"]) if self.rank == 0 else None
@@ -48,12 +50,18 @@ class RunObserver(Observer):
     def validate(self, step: int) -> float:
         if self.validation is None:
             return super().validate(step)
-        loss, samples = self.validation.loss(), self.validation.transcripts()
+        loss, heard = self.validation.loss(), self.validation.transcripts()
+        found, line = {"validation_loss": loss}, f"step {step}  validation loss {loss:.4f}"
+        if scored := heard[: self.shown["wer_clips"]]:
+            errors = score([sample["text"] for sample in scored], [sample["heard"] for sample in scored])
+            found["validation_wer"] = errors.wer
+            line += f"  WER {errors.wer:.1%} [{errors.wer_low:.1%}, {errors.wer_high:.1%}] of {errors.clips} clips"
+        shown = heard[: self.shown["transcripts"]]
         if self.tracker:
-            self.tracker.write({"step": step, "validation_loss": loss})
-            self.tracker.write_transcripts(step, samples)
-        self.say(f"step {step}  validation loss {loss:.4f}")
-        for sample in samples:
+            self.tracker.write({"step": step, **found})
+            self.tracker.write_transcripts(step, shown)
+        self.say(line)
+        for sample in shown:
             self.say(f"  {sample['id']}: {sample['text']!r} -> {sample['heard']!r}")
         return loss
 

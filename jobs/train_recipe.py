@@ -31,6 +31,8 @@ class ValidationRecipe(Recipe):
     """How many clips, drawn by the seed where there are more."""
     transcripts: int = Field(default=4, ge=0)
     """Of how many clips the transcripts are shown."""
+    wer_clips: int = Field(default=0, ge=0)
+    """From how many clips' transcripts the word error rate is told; all of them are written at every validation."""
     patience: int | None = Field(default=None, ge=1)
     """End the run after so many validations in a row without a better loss."""
 

@@ -73,7 +73,7 @@ def work(run: Run) -> None:
         del graft  # a language model that does not take part leaves the device
         limits = {name: run.recipe[name] for name in ("weight_decay", "max_grad_norm")}
         backend = make_backend(model, run.computing, accumulation=settings.accumulation, **limits)
-        validation = Validation(run.validation, backend, processor, run.recipe["validation"]["transcripts"]) if run.validation else None
+        validation = _validation(run, backend, processor)
         observer = RunObserver(run.recipe, out, backend, from_step=progress.step, validation=validation)
         if checkpoint:
             backend.load_state(load_checkpoint(checkpoint)[0], step=progress.step)
@@ -90,6 +90,13 @@ def work(run: Run) -> None:
         observer.close()
         if encoder:
             encoder.close()
+
+
+def _validation(run: Run, backend: Backend, processor: GraftProcessor) -> Validation | None:
+    if run.validation is None:
+        return None
+    samples = max(run.recipe["validation"][name] for name in ("transcripts", "wer_clips"))
+    return Validation(run.validation, backend, processor, samples=samples, is_sharded=run.computing.is_sharded)
 
 
 def _checked(model: GraftForConditionalGeneration | Speller, backend: Backend, batch: TrainingBatch, processor: GraftProcessor) -> str:

@@ -19,16 +19,21 @@ from jobs.ingest import BatchLoader, Delivery, training_batches
 
 
 class Validation:
-    """Measures the loss on this worker's share of other clips, and what the model makes of the first few of all."""
+    """Measures the loss on this worker's share of other clips, and what the model makes of the first `samples` of all.
 
-    def __init__(self, delivery: Delivery, backend: Backend, processor: GraftProcessor, transcripts: int):
+    Where weights are shared out among the workers (`is_sharded`) they write all transcripts together, otherwise each its share.
+    """
+
+    def __init__(self, delivery: Delivery, backend: Backend, processor: GraftProcessor, *, samples: int, is_sharded: bool):
         self.backend, self.processor = backend, processor
         self.model: Any = backend.model
         self.device = next(backend.model.parameters()).device
-        self.rank, workers = place()
+        self.is_sharded = is_sharded
+        rank, workers = place()
         loader = BatchLoader(delivery)
-        self.batches = [loader.load(delivery.batches[number]) for number in range(self.rank, len(delivery.batches), workers)]
-        self.samples = list(itertools.islice(_readable(loader), transcripts))
+        self.batches = [loader.load(delivery.batches[number]) for number in range(rank, len(delivery.batches), workers)]
+        of_all = itertools.islice(_readable(loader), samples)
+        self.samples = list(of_all if is_sharded else itertools.islice(of_all, rank, None, workers))
 
     def loss(self) -> float:
         """The loss per label token over all workers' clips."""
@@ -39,17 +44,18 @@ class Validation:
         return float(sums[0] / sums[1])
 
     def transcripts(self) -> list[dict[str, str]]:
-        """Transcribe the samples greedily, or spell them; every worker does, since their weights may be shared out among them."""
+        """Transcribe the samples greedily, or spell them; every worker gets those of all."""
         hear = self._spell if isinstance(self.model, Speller) else self._transcribe
         heard = []
         for name, text, clip in self.samples:
             inputs = self.processor(audio=clip).to(self.device)
             with self.backend.evaluating():
                 heard.append({"id": name, "text": text, "heard": hear(inputs, clip.duration_s)})
-        return heard
+        return heard if self.is_sharded else _in_turns(heard)
 
     def _transcribe(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
-        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens(duration_s), synced_gpus=place()[1] > 1)
+        limits = {"max_new_tokens": max_new_tokens(duration_s), "synced_gpus": self.is_sharded}
+        ids = self.model.generate(**inputs, do_sample=False, **limits)
         return self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def _spell(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
@@ -63,6 +69,14 @@ def _readable(loader: BatchLoader) -> Iterator[tuple[str, str, AudioClip]]:
         with contextlib.suppress(AudioError, DataError):
             wav, path = loader.reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
             yield rows.id(row), rows.text(row), read_audio(wav, name=path or rows.id(row))
+
+
+def _in_turns(share: list[dict[str, str]]) -> list[dict[str, str]]:
+    """What all workers have, one of each in turn, as it was dealt out."""
+    shares: list[Any] = [share] * place()[1]
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(shares, share)
+    return [sample for turn in itertools.zip_longest(*shares) for sample in turn if sample is not None]
 
 
 def summed_loss(model: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> Tensor:

@@ -120,7 +120,7 @@ def test_the_small_recipe_changes_one_thing_at_a_time() -> None:
     base, *others = trials(recipe)
     assert {trial.variant for trial in others} == {"base", *recipe.variants}
     builders = [trial for trial in others if trial.stage1.out.startswith(f"o/{trial.variant}-")]
-    assert {trial.variant for trial in others} - {trial.variant for trial in builders} == {"rank-8", "rank-64"}
+    assert {trial.variant for trial in others} - {trial.variant for trial in builders} == {"rank-16", "rank-64"}
     for trial in others:
         steps = [(stage.epochs, stage.max_batch_clips, stage.token_budget, stage.data) for stage in (trial.stage1, trial.stage2)]
         assert steps == [(3, 16, 40000, "d")] * 2

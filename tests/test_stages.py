@@ -128,7 +128,7 @@ def second(home: Home, first: Path) -> Path:
     """Stage 2 on stage 1's projector: QLoRA, one worker, cut short by max_steps, with validations."""
     validation = {"data": home.other, "every": 2, "transcripts": 5}
     changed = {"workers": 1, "max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 0, "backend": "torch", "validation": validation}
-    shared = home.stage1_recipe("stage2", **changed).model_dump()
+    shared = home.stage1_recipe("stage2", **changed).model_dump(exclude={"objective", "letters"})
     recipe = stage2.Stage2Recipe.model_validate({**shared, "projector": str(first), "lora": {"rank": 4, "alpha": 8}})
     assert recipe.quantize == "nf4"
     stage2.run(recipe)
@@ -167,14 +167,18 @@ def test_stage1_leaves_what_it_promises(home: Home, first: Path) -> None:
 
 
 def test_spelling_is_a_start_for_transcripts(home: Home) -> None:
-    validation = {"data": [home.other], "every": 10, "transcripts": 1}
+    validation = {"data": [home.other], "every": 10, "transcripts": 1, "wer_clips": 3}
     spelling = home.stage1_recipe("spelling", objective="ctc", backend="torch", max_steps=30, validation=validation)
     stage1.run(spelling)
     spelled = Path(spelling.out)
     losses = [line["loss"] for line in lines(spelled / "metrics.jsonl") if "loss" in line]
     assert sum(losses[-10:]) / 10 < 0.8 * losses[0]
     assert (spelled / "log.txt").read_text().startswith("preflight: ")
-    assert re.search(r"^step 30  validation loss", (spelled / "log.txt").read_text(), re.MULTILINE)
+    told = re.findall(r"^step 30  validation loss (.*)  WER (.*)% .* of 3 clips\n(  .*\n)", (spelled / "log.txt").read_text(), re.MULTILINE)
+    validations = [line for line in lines(spelled / "metrics.jsonl") if "validation_wer" in line]
+    assert [line["step"] for line in validations] == [10, 20, 30]
+    assert float(told[0][1]) == pytest.approx(100 * validations[-1]["validation_wer"], abs=0.06)
+    assert told[0][2].startswith("  u0: ")  # both workers write, and one clip is shown
     after = home.stage1_recipe("after-spelling", projector=str(spelled), max_steps=1, learning_rate=1e-30)
     stage1.run(after)
     started, heard = (load_file(Path(folder, "projector.safetensors"))["linear.weight"] for folder in (after.out, spelled))
@@ -244,7 +248,7 @@ def test_zero_3_trains_as_zero_2_does(home: Home, first: Path) -> None:
 @pytest.mark.slow
 def test_stage2_goes_on_from_a_merged_grafts_own_projector(home: Home, merged: Path) -> None:
     changed = {"model": str(merged), "workers": 1, "max_steps": 1, "learning_rate": 1e-6, "warmup_steps": 0, "backend": "torch"}
-    shared = home.stage1_recipe("further", **changed).model_dump()
+    shared = home.stage1_recipe("further", **changed).model_dump(exclude={"objective", "letters"})
     recipe = stage2.Stage2Recipe.model_validate({**shared, "quantize": "none", "lora": {"rank": 4, "alpha": 8}})
     stage2.run(recipe)
     assert json.loads(Path(recipe.out, "stage.json").read_text()) == {"stage": 2, "graft": "../merged"}

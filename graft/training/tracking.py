@@ -80,6 +80,7 @@ def draw_curves(folder: str | Path, *, title: str) -> list[dict[str, Any]]:
     _plot(loss, lines, "loss", label="training")
     _plot(loss, lines, "validation_loss", label="validation", marker="o")
     loss.set(ylabel="loss per label token (nats)", ylim=(0, None))
+    _plot(loss.twinx(), lines, "validation_wer", label="validation WER (right)", color="tab:red", from_zero=True, marker="o")
     _plot(rate, lines, "learning_rate", label="learning rate")
     rate.set(ylabel="learning rate", ylim=(0, None))
     _plot(rate.twinx(), lines, "grad_norm", label="gradient norm (log, right)", color="tab:red", log=True)

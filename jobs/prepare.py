@@ -1,8 +1,8 @@
 """Folders of speech with manifests (JSON lines, NeMo's, CSV) -> LargeScaleASR parquet in disjoint, seeded splits.
 
-manifest lines -> rows -> checks of text and audio -> one row an id -> splits (graft.splits) -> out/SPLIT/part-00000.parquet ...,
-out/dropped.jsonl, out/summary.json. Every line that a source takes ends up in a split or, with its reason, in dropped.jsonl. Same input and
-seed, same bytes; the order of a manifest's lines changes no split.
+manifest lines -> rows -> checks of text and audio -> one row an id -> splits (graft.splits), on request with longer clips made of theirs
+(jobs.joining) -> out/SPLIT/part-00000.parquet ..., out/dropped.jsonl, out/summary.json. Every line that a source takes ends up in a split
+or, with its reason, in dropped.jsonl. Same input and seed, same bytes; the order of a manifest's lines changes no split.
 """
 
 import json
@@ -22,6 +22,7 @@ from graft.config import Recipe
 from graft.errors import AudioError, DataError, require
 from graft.splits import Candidate, assign_splits, seeded_hash
 from jobs.cli import run_job
+from jobs.joining import JoinedRecipe, JoinedRow, join_splits, joined_columns
 from jobs.manifests import Dropped, Manifest, Row, SplitName, clip_of, header_s, read_manifests
 from jobs.outputs import holds_results, staged_output
 
@@ -48,6 +49,8 @@ class PrepareRecipe(Recipe):
     """Rows with a shorter text are dropped, but for unlabelled ones that are kept."""
     max_chars_per_s: float = Field(default=40, gt=0)
     """Rows that would have to be spoken faster are dropped: their text belongs to other audio."""
+    joined: JoinedRecipe | None = None
+    """Add longer clips, made of clips of one speaker: who hears single sentences alone does not learn to write down 30 s."""
     rows_per_file: int = Field(default=1000, ge=1)
     """Rows of one parquet file."""
     rows_per_group: int = Field(default=100, ge=1)
@@ -57,6 +60,16 @@ class PrepareRecipe(Recipe):
     def _check_splits(self) -> "PrepareRecipe":
         if any(source.split is None for source in self.long_sources()) and abs(sum(self.splits.values()) - 1) > 1e-6:
             raise ValueError(f"splits add up to {sum(self.splits.values()):g}, want 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_joined(self) -> "PrepareRecipe":
+        if self.joined and self.joined.longest_s > self.max_duration_s:
+            raise ValueError(f"joined.longest_s is {self.joined.longest_s:g}, over max_duration_s {self.max_duration_s:g}: lower it")
+        pinned = [source.split for source in self.long_sources()]
+        known = {*filter(None, pinned), *(self.splits if None in pinned else [])}
+        if self.joined and (unknown := set(self.joined.splits or []) - known):
+            raise ValueError(f"joined.splits names {', '.join(sorted(unknown))}, the splits are {', '.join(sorted(known))}")
         return self
 
     def long_sources(self) -> list[Manifest]:
@@ -77,12 +90,15 @@ def main(recipe: PrepareRecipe) -> None:
             rows = list(_keep(pool.map(lambda row: _checked(row, recipe), rows), dropped))
         rows = list(_keep(_unique_ids(rows, recipe), dropped))
         splits = _split(rows, recipe, dropped)
+        joined = join_splits(splits, recipe.joined, seed=recipe.seed) if recipe.joined else {}
         for split, members in splits.items():
-            _write_split(folder / split, members, recipe)
+            _write_split(folder / split, [*members, *joined.get(split, [])], recipe)
         dropped = list(dict.fromkeys(dropped))  # a line that can't be read is so for each source that its manifest serves
         lines = [json.dumps(vars(row), ensure_ascii=False) + "\n" for row in sorted(dropped, key=lambda row: (row.source, row.line))]
         (folder / "dropped.jsonl").write_text("".join(lines), encoding="utf-8")
         summary = {"splits": {split: _measures(members) for split, members in splits.items()}, "dropped": _reasons(dropped)}
+        if recipe.joined:
+            summary["joined"] = {split: {"rows": len(clips), "hours": _hours(clips)} for split, clips in joined.items()}
         (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _print_table(recipe.out, summary)
 
@@ -153,7 +169,7 @@ def _check_filled(splits: dict[str, list[Row]], recipe: PrepareRecipe, dropped: 
             )
 
 
-def _write_split(folder: Path, rows: Sequence[Row], recipe: PrepareRecipe) -> None:
+def _write_split(folder: Path, rows: Sequence[Row | JoinedRow], recipe: PrepareRecipe) -> None:
     """Parquet files of the rows in a seeded random order: manifests are sorted by speaker and book, batches should not be."""
     from graft.corpus import write_corpus
 
@@ -164,7 +180,9 @@ def _write_split(folder: Path, rows: Sequence[Row], recipe: PrepareRecipe) -> No
         write_corpus(columns, folder / f"part-{part:05d}.parquet", rows_per_group=recipe.rows_per_group)
 
 
-def _columns(row: Row) -> dict[str, Any]:
+def _columns(row: Row | JoinedRow) -> dict[str, Any]:
+    if isinstance(row, JoinedRow):
+        return joined_columns(row)
     clip = clip_of(row)
     content, suffix = (clip, ".flac") if isinstance(clip, bytes) else (clip.read_bytes(), row.audio.suffix)
     wav = {"bytes": content, "path": row.audio.stem + suffix}
@@ -172,8 +190,11 @@ def _columns(row: Row) -> dict[str, Any]:
 
 
 def _measures(rows: Sequence[Row]) -> dict[str, float]:
-    hours = sum(sorted(row.duration_s for row in rows)) / 3600
-    return {"rows": len(rows), "hours": round(hours, 4), "speakers": len({row.speaker for row in rows if row.speaker})}
+    return {"rows": len(rows), "hours": _hours(rows), "speakers": len({row.speaker for row in rows if row.speaker})}
+
+
+def _hours(rows: Sequence[Row | JoinedRow]) -> float:
+    return round(sum(sorted(row.duration_s for row in rows)) / 3600, 4)
 
 
 def _reasons(dropped: Iterable[Dropped]) -> dict[str, int]:
@@ -184,6 +205,8 @@ def _print_table(out: str, summary: dict[str, Any]) -> None:
     print(f"{'split':<16}{'rows':>8}{'hours':>10}{'speakers':>10}")
     for split, measures in summary["splits"].items():
         print(f"{split:<16}{measures['rows']:>8}{measures['hours']:>10.2f}{measures['speakers']:>10}")
+    for split, measures in summary.get("joined", {}).items():
+        print(f"{split + ' joined':<16}{measures['rows']:>8}{measures['hours']:>10.2f}")
     for reason, count in summary["dropped"].items():
         print(f"dropped {count:>16}  {reason}")
     print(f"in {out}; dropped rows in {out}/dropped.jsonl")

@@ -12,7 +12,7 @@ from tiny_speech import corpus, row
 
 from graft.config import read_recipe
 from graft.errors import RecipeError
-from jobs.ablate import AblateRecipe, run, trials
+from jobs.ablate import AblateRecipe, run, table, trials
 from jobs.cli import run_job
 from jobs.cluster import connect
 
@@ -115,6 +115,20 @@ def test_variants_share_a_stage_and_go_on_after_a_fault(
     assert json.loads((out / "ablation.json").read_text()) == results
 
 
+def test_what_spells_is_not_scored_but_listed() -> None:
+    counts = {"loss_last": 1.5, "validation_loss": 2.0, "steps": 7, "audio_s": 9.0, "seconds": 3.0}
+    scores = {"test": {"wer": 0.25, "wer_low": 0.2, "wer_high": 0.3}}
+    line = {
+        "variant": "base",
+        "seed": 0,
+        "change": "-",
+        "audio_tokens_per_s": 25.0,
+        "stage1": counts,
+        "stage2": counts | {"scores": scores},
+    }
+    assert "| base-0 | - | 25.0% [20.0%, 30.0%] | - | 1.5 / 1.5 | 2 / 2 |" in table([line])
+
+
 def test_the_small_recipe_changes_one_thing_at_a_time() -> None:
     recipe = read_recipe(AblateRecipe, str(SMALL), ["data=d", "validation=v", "out=o"])
     base, *others = trials(recipe)
@@ -123,7 +137,8 @@ def test_the_small_recipe_changes_one_thing_at_a_time() -> None:
     assert {trial.variant for trial in others} - {trial.variant for trial in builders} == {"rank-16", "rank-64"}
     for trial in others:
         steps = [(stage.epochs, stage.max_batch_clips, stage.token_budget, stage.data) for stage in (trial.stage1, trial.stage2)]
-        assert steps == [(3, 16, 40000, "d")] * 2
+        assert steps == [(1, 4, 8000, "d")] * 2
+        assert trial.stage1.objective == "ctc"
         assert trial.stage1.encoder_cache == trial.stage2.encoder_cache == "o/encoded"
         assert trial.stage2.validation is not None
         assert trial.stage2.validation.data == "v"

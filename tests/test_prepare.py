@@ -1,12 +1,15 @@
 import hashlib
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from graft.audio import SAMPLE_RATE, read_audio
 from graft.config import read_recipe
 from graft.corpus import RowReader, read_rows
 from graft.errors import DataError, OutputError, RecipeError
@@ -288,3 +291,121 @@ def test_wrong_splits_are_recipe_errors():
             read_recipe(PrepareRecipe, None, ["out=x", "sources=[a.jsonl]", override])
     pinned = ["out=x", "sources=[{manifest: a.jsonl, split: train}]", "splits={}"]
     assert read_recipe(PrepareRecipe, None, pinned).long_sources()[0].split == "train"
+
+
+JOINED = {"share": 0.8, "shortest_s": 3.0, "longest_s": 5.0, "pause_s": [0.1, 0.3]}
+
+
+def sentences(folder: Path, speakers: list[str | None], count: int = 8) -> list[dict]:
+    """Rows of half a second to two for each speaker; each has its own noise, and its id for a text."""
+    rows = []
+    for speaker in speakers:
+        for number in range(count):
+            name = f"{folder.name}-{speaker}-{number}"
+            noise = np.random.default_rng(len(rows)).uniform(-0.3, 0.3, 8000 + (5077 * len(rows)) % 24_000)
+            (folder / "audio").mkdir(parents=True, exist_ok=True)
+            soundfile.write(folder / "audio" / f"{name}.flac", noise, SAMPLE_RATE)
+            sex = {"ann": "female", "bob": "male"}.get(speaker or "")
+            rows.append({"id": name, "audio": f"audio/{name}.flac", "text": f"{name}.", "speaker": speaker, "sex": sex})
+    return rows
+
+
+def columns(out: Path, split: str) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The single rows of a split and the joined ones, by their ids, in the order of the files, with `samples`."""
+    rows = [row for path in sorted((out / split).iterdir()) for row in pq.read_table(path).to_pylist()]
+    by_id = {row["ID"]: {**row, "samples": read_audio(row["wav"]["bytes"]).samples} for row in rows}
+    assert len(by_id) == len(rows)
+    joined = {name: row for name, row in by_id.items() if name.startswith("joined-")}
+    return {name: row for name, row in by_id.items() if name not in joined}, joined
+
+
+def test_joined_clips_are_clips_of_one_speaker_with_pauses_between_them(tmp_path, capsys):
+    named = [*sentences(tmp_path / "in", ["ann", "bob"]), {"id": "silent", "speaker": "ann"}]
+    named[3]["text"] = "in-ann-3"  # no full stop
+    nameless = [{"manifest": manifest(tmp_path / name, sentences(tmp_path / name, [None]))} for name in ("x", "y")]
+    sources = [{"manifest": manifest(tmp_path / "in", named), "unlabelled": "keep"}, *nameless]
+    out, ids, dropped = prepare(tmp_path, sources, joined={**JOINED, "share": 2}, **ALL)
+    single, joined = columns(out, "train")
+    assert not dropped
+    assert single.keys() | joined.keys() == ids["train"]
+    assert len(single) == 8 * 4 + 1
+    heard, orders = set(), []
+    for row in joined.values():
+        parts = [single[text.removesuffix(".")] for text in row["text"].split(" ")]
+        assert row["text"] == " ".join(part["text"] for part in parts)
+        assert len({part["ID"] for part in parts}) == len(parts) > 1
+        assert len({part["ID"].rpartition("-")[0] for part in parts}) == 1  # one speaker, and without one, one source
+        assert {(part["spk_id"], part["sex"]) for part in parts} == {(row["spk_id"], row["sex"])}
+        assert row["wav"]["path"] == row["ID"] + ".flac"
+        assert 3 <= len(row["samples"]) / SAMPLE_RATE <= 5
+        assert row["duration"] == np.float32(len(row["samples"]) / SAMPLE_RATE)
+        gaps = without(row["samples"], [part["samples"] for part in parts])
+        assert all(1600 <= len(gap) <= 4800 and not gap.any() for gap in gaps)
+        heard.add(parts[0]["ID"].rpartition("-")[0])
+        orders.append([part["ID"] for part in parts])
+    assert heard == {"in-ann", "in-bob", "x-None", "y-None"}
+    assert orders != [sorted(order) for order in orders]
+    single_s, joined_s = sum(row["duration"] for row in single.values()) - 1, sum(row["duration"] for row in joined.values())
+    assert 2 * single_s <= joined_s < 2 * single_s + 5
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["joined"] == {"train": {"rows": len(joined), "hours": pytest.approx(joined_s / 3600, abs=1e-4)}}
+    assert summary["splits"]["train"]["rows"] == len(single)
+    assert re.search(rf"^train joined +{len(joined)} +0\.02$", capsys.readouterr().out, re.MULTILINE)
+
+
+def without(samples: np.ndarray, parts: list[np.ndarray]) -> list[np.ndarray]:
+    """What stands between the parts, which begin and end the samples. Fails where one is not found."""
+    gaps, end = [], 0
+    for part in parts:
+        start = next(at for at in range(end, len(samples)) if np.array_equal(samples[at : at + 50], part[:50]))
+        assert np.array_equal(samples[start : start + len(part)], part)
+        gaps.append(samples[end:start])
+        end = start + len(part)
+    assert (len(gaps[0]), end) == (0, len(samples))
+    return gaps[1:]
+
+
+def test_joined_clips_hang_on_ids_and_seed_and_leave_other_rows_as_they_are(tmp_path):
+    rows = sentences(tmp_path / "in", ["ann", "bob"], 30)
+    in_train = {"joined": {**JOINED, "splits": ["train"]}}
+    parquets, trains = [], []
+    for number, more in enumerate([{}, in_train, in_train, {"joined": JOINED, "seed": 1}]):
+        random.Random(number).shuffle(rows)
+        source = manifest(tmp_path / "in", rows)
+        out, _, _ = prepare(tmp_path, [source], splits={"train": 0.7, "dev": 0.3}, rows_per_file=16, **more)
+        parquets.append({name: digest for name, digest in tree(out).items() if "part" in name})
+        trains.append(columns(out, "train"))
+        out.rename(tmp_path / f"out{number}")
+    assert parquets[1] == parquets[2]
+    assert parquets[0].items() & parquets[1].items() == {item for item in parquets[0].items() if "dev" in item[0]} != set()
+    assert not trains[0][1]
+    assert list(trains[0][0]) == list(trains[1][0])  # the single rows, in their order
+    first_names = pq.read_table(min((tmp_path / "out1" / "train").iterdir()))["ID"].to_pylist()
+    assert {name.startswith("joined-") for name in first_names} == {True, False}
+    assert not {row["text"] for row in trains[1][1].values()} & {row["text"] for row in trains[3][1].values()}
+    assert json.loads((tmp_path / "out3" / "summary.json").read_text())["joined"].keys() == {"train", "dev"}
+
+
+def test_clips_that_cannot_be_joined_are_a_data_error(tmp_path):
+    source = manifest(tmp_path / "in", [{"id": f"r{i}", "text": f"text {i}", "speaker": f"s{i}"} for i in range(6)])
+    with pytest.raises(DataError, match=r"share=0.5 of split train is 0.00083 h, .* make 0 h of 3 to 5 s") as caught:
+        prepare(tmp_path, [source], joined={**JOINED, "share": 0.5}, **ALL)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("joined", "words"),
+    [
+        ("{}", "joined.share is required"),
+        ("{share: 0}", "joined.share=0: input should be greater than 0"),
+        ("{share: 1, shortest_s: 29}", r"shortest_s and longest_s are \[29.0, 28.0\]: give the smaller number first"),
+        ("{share: 1, pause_s: [1, 0.5]}", r"pause_s is \[1.0, 0.5\]: give the smaller number first"),
+        ("{share: 1, longest_s: 31}", "joined.longest_s is 31, over max_duration_s 30"),
+        ("{share: 1, splits: [trian]}", "joined.splits names trian, the splits are dev, test, train"),
+    ],
+)
+def test_wrong_joining_is_a_recipe_error(joined, words):
+    with pytest.raises(RecipeError, match=words) as caught:
+        read_recipe(PrepareRecipe, None, ["out=x", "sources=[a.jsonl, {manifest: b.jsonl, split: test}]", f"joined={joined}"])
+    assert "\n" not in str(caught.value)

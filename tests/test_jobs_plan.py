@@ -133,7 +133,7 @@ def test_data_is_planned_as_it_is_trained(graft, data, capsys, settings):
     [
         (["model=small", "--device", "abacus"], "--device abacus is not known: give one of b200, gh200, h200"),
         (["model=small", "--price", "free"], "price='free'"),
-        (["model=small", "token_budget=10"], "a clip makes 297 tokens, more than token_budget=10"),
+        (["model=small", "token_budget=10"], "a clip makes 299 tokens, more than token_budget=10"),
         (["model=medium-9b"], "medium-9b can't be read as a graft checkpoint"),
         (["data=d"], "key model is required"),
     ],

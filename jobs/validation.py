@@ -55,7 +55,8 @@ class Validation:
 
     def _transcribe(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
         limits = {"max_new_tokens": max_new_tokens(duration_s), "synced_gpus": self.is_sharded}
-        ids = self.model.generate(**inputs, do_sample=False, **limits)
+        with torch.compiler.set_stance("force_eager"):  # compiled for each layer's place in the cache, layers soon exceed what is compiled
+            ids = self.model.generate(**inputs, do_sample=False, **limits)
         return self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def _spell(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:

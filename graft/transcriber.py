@@ -1,6 +1,6 @@
 """Transcriber: audio of any length in, transcripts out; the same object in bulk, online and at the prompt.
 
-audio -> read_audio -> windows of up to 30 s -> features and prompt -> Engine -> Segment -> stitch -> Transcript
+audio -> read_audio -> windows of up to 30 s -> features and prompt -> Engine -> guards -> Segment -> stitch -> Transcript
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,9 +19,11 @@ import torch
 
 from graft.audio import AudioClip, read_audio
 from graft.chunking import Chunk, windows
-from graft.engines import Engine, EngineRequest
+from graft.engines import Engine, EngineCounts, EngineRequest
+from graft.engines.greedy import repeats
 from graft.engines.transformers_engine import TransformersEngine
 from graft.errors import AudioError
+from graft.guards import NO_REPEAT_NGRAM, Judged, better, judge
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.opening import DTYPES, open_graft
 from graft.processor import GraftProcessor
@@ -30,10 +32,9 @@ from graft.transcript import Segment, Transcript, stitch
 Audio = str | os.PathLike[str] | bytes | AudioClip
 """A path, the bytes of a file, or samples."""
 
-TRUNCATED = "truncated"
-"""Flag of a segment whose answer was cut at its most tokens: the model rambles, or speech is faster than the bound."""
-
 BATCH_TOKENS = {"cpu": 16_384, "cuda": 65_536}
+PREFILL_TOKENS = {"cpu": 1_024, "cuda": 8_192}
+"""Of prompts that are read between two steps: what waits for them is everyone's next word."""
 
 T = TypeVar("T")
 
@@ -41,11 +42,15 @@ T = TypeVar("T")
 class Transcriber:
     """Transcribes with an engine and the processor of its model; `name` stands in the transcripts.
 
-    Any number of threads and event loops may use one at once: their chunks share the engine's batches.
+    Any number of threads and event loops may use one at once: their chunks share the engine's batches. What the guards find suspicious is
+    decoded once more, with n-grams blocked, and flagged if it stays so; `has_speech` tells them whether anybody speaks in a chunk.
     """
 
-    def __init__(self, engine: Engine, processor: GraftProcessor, name: str) -> None:
+    def __init__(
+        self, engine: Engine, processor: GraftProcessor, name: str, *, has_speech: Callable[[AudioClip], bool] | None = None
+    ) -> None:
         self.name = name
+        self._has_speech = has_speech
         self._engine = engine
         self._processor = processor
         self._tokenizing = threading.Lock()  # fast tokenizers refuse a second thread at times ("Already borrowed")
@@ -88,6 +93,10 @@ class Transcriber:
         asked = self._processor.instruction(instruction, context)
         return await self._decode(await self._in_background(self._prepare, audio, asked))
 
+    def counts(self) -> EngineCounts:
+        """What the engine holds and has done, for benchmarks and metrics."""
+        return self._engine.counts()
+
     def close(self) -> None:
         """Stop the engine and release the model."""
         self._engine.close()
@@ -96,7 +105,8 @@ class Transcriber:
     def _prepare(self, audio: Audio, instruction: str) -> "_Prepared":
         clip = audio if isinstance(audio, AudioClip) else read_audio(audio)
         chunks = windows(clip)
-        return _Prepared(clip.duration_s, chunks, [self._request(chunk.clip, instruction) for chunk in chunks])
+        has_speech = [self._has_speech(chunk.clip) if self._has_speech else None for chunk in chunks]
+        return _Prepared(clip.duration_s, chunks, [self._request(chunk.clip, instruction) for chunk in chunks], has_speech)
 
     def _request(self, clip: AudioClip, instruction: str) -> EngineRequest:
         features = self._processor.featurizer(clip)
@@ -105,21 +115,31 @@ class Transcriber:
         return EngineRequest(uuid.uuid4().hex, features, prompt_ids, max_new_tokens(clip.duration_s))
 
     async def _decode(self, prepared: "_Prepared") -> Transcript:
-        segments = await asyncio.gather(*map(self._decode_chunk, prepared.chunks, prepared.requests))
+        segments = await asyncio.gather(*map(self._decode_chunk, prepared.chunks, prepared.requests, prepared.has_speech))
         return stitch(segments, duration_s=prepared.duration_s, model=self.name)
 
-    async def _decode_chunk(self, chunk: Chunk, request: EngineRequest) -> Segment:
+    async def _decode_chunk(self, chunk: Chunk, request: EngineRequest, has_speech: bool | None) -> Segment:
+        judged, ids = await self._hear(chunk, request, has_speech)
+        if judged.flags and repeats(ids, NO_REPEAT_NGRAM):
+            request = replace(request, request_id=uuid.uuid4().hex, no_repeat_ngram=NO_REPEAT_NGRAM)
+            judged = better(judged, (await self._hear(chunk, request, has_speech))[0])
+        return Segment(chunk.start_s, chunk.start_s + chunk.clip.duration_s, judged.text, judged.mean_logprob, judged.flags)
+
+    async def _hear(self, chunk: Chunk, request: EngineRequest, has_speech: bool | None) -> tuple[Judged, list[int]]:
+        """Decode a chunk; returns the judged text and its tokens."""
         async with aclosing(self._engine.stream(request)) as stream:
             tokens = [token async for token in stream]
+        ids = [token.id for token in tokens]
         with self._tokenizing:
-            text = self._processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True)
-        return Segment(
-            chunk.start_s,
-            chunk.start_s + chunk.clip.duration_s,
-            text.strip(),
-            mean_logprob=sum(token.logprob for token in tokens) / len(tokens) if tokens else None,
-            flags=(TRUNCATED,) if len(tokens) == request.max_new_tokens else (),
+            text = self._processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        judged = judge(
+            text,
+            [token.logprob for token in tokens],
+            duration_s=chunk.clip.duration_s,
+            is_cut=len(tokens) == request.max_new_tokens,
+            has_speech=has_speech,
         )
+        return judged, ids
 
     async def _in_background(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)
@@ -127,11 +147,12 @@ class Transcriber:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A recording cut into chunks, and what the engine is asked for each."""
+    """A recording cut into chunks, what the engine is asked for each, and whether anybody speaks there (None: unknown)."""
 
     duration_s: float
     chunks: list[Chunk]
     requests: list[EngineRequest]
+    has_speech: list[bool | None]
 
 
 def load(path: str | os.PathLike[str], *, device: str | None = None, dtype: str | torch.dtype | None = None) -> Transcriber:
@@ -155,6 +176,7 @@ def transcriber_of(model: GraftForConditionalGeneration, processor: GraftProcess
         pad_id=processor.tokenizer.pad_token_id,
         eos_ids={processor.target_ids("")[-1], *([ends] if isinstance(ends, int) else ends)},  # trained answers end as this one
         max_batch_tokens=BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]),
+        max_prefill_tokens=PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"]),
     )
     return Transcriber(engine, processor, name)
 

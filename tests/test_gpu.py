@@ -12,6 +12,7 @@ LACKING = (
 )
 SHARE = (
     "test_gpu_attention.py",
+    "test_gpu_engine.py",
     "test_gpu_memory.py",
     "test_gpu_model.py",
     "test_gpu_training.py::test_a_stage_learns_and_changes_only_what_it_trains",

@@ -15,7 +15,9 @@ import torch
 
 import graft
 from graft.audio import AudioClip
+from graft.engines.greedy import repeats
 from graft.errors import AudioError, ModelError
+from graft.guards import NO_REPEAT_NGRAM
 from graft.model.opening import open_graft
 from graft.transcriber import Transcriber, load, max_new_tokens
 
@@ -42,18 +44,19 @@ def transcriber(folder):
 
 def test_text_equals_the_models_own_generate(folder, transcriber):
     model, processor = open_graft(folder)
-    clip = make_clip(1.3)
-    ids = model.generate(**processor(audio=clip), max_new_tokens=max_new_tokens(1.3), do_sample=False)
+    clip = make_clip(0.5)
+    ids = model.generate(**processor(audio=clip), max_new_tokens=max_new_tokens(0.5), do_sample=False)
     prompt = processor.prompt_ids(processor.featurizer(clip).frame_count)
     transcript = transcriber.transcribe(clip)
+    assert not repeats(ids[0, len(prompt) :].tolist(), NO_REPEAT_NGRAM)  # so it is not decoded again
     assert transcript.text == processor.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip() != ""
-    assert (transcript.model, transcript.duration_s) == ("tiny-graft", 1.3)
+    assert (transcript.model, transcript.duration_s) == ("tiny-graft", 0.5)
     (segment,) = transcript.segments
-    assert (segment.start_s, segment.end_s, segment.flags) == (0.0, 1.3, ("truncated",))
-    assert segment.mean_logprob < 0
+    assert (segment.start_s, segment.end_s, segment.flags) == (0.0, 0.5, ("low_confidence", "truncated"))
+    assert segment.mean_logprob < -1
 
 
-def test_an_answer_that_ends_by_itself_is_not_flagged(folder, tmp_path):
+def test_an_answer_that_ends_by_itself_was_not_cut(folder, tmp_path):
     model, processor = open_graft(folder)
     clip = make_clip(0.5)
     ids = model.generate(**processor(audio=clip), max_new_tokens=8, do_sample=False)[0, -8:].tolist()
@@ -64,7 +67,7 @@ def test_an_answer_that_ends_by_itself_is_not_flagged(folder, tmp_path):
     ending = load(other)
     (segment,) = ending.transcribe(clip).segments
     ending.close()
-    assert segment.flags == ()
+    assert segment.flags == ("low_confidence",)
     assert segment.text == processor.tokenizer.decode(ids[: ids.index(end)]).strip()
 
 
@@ -161,15 +164,15 @@ def test_concurrent_requests_share_batches(folder):
     transcriber = Transcriber(engine, processor, "tiny")
     clips = [make_clip(3.0, seed) for seed in range(6)]
     transcriber.transcribe_many(clips)
-    assert clip_counts == [6]
+    assert clip_counts[0] == 6
+    clip_counts.clear()
 
     async def online():
         await asyncio.gather(*map(transcriber.transcribe_async, clips))
 
     asyncio.run(online())
     transcriber.close()
-    assert sum(clip_counts[1:]) == 6
-    assert len(clip_counts[1:]) < 6
+    assert max(clip_counts) > 1
 
 
 def test_a_folder_that_is_no_graft_is_refused(tmp_path):
@@ -181,7 +184,7 @@ def test_a_folder_that_is_no_graft_is_refused(tmp_path):
 
 def test_dtype_and_device_are_taken(folder):
     transcriber = load(folder, device="cpu", dtype="bf16")
-    assert transcriber._engine._model.dtype == torch.bfloat16
+    assert transcriber._engine._decoder._model.dtype == torch.bfloat16
     assert transcriber.transcribe(make_clip(0.3)).segments
     transcriber.close()
 

@@ -9,20 +9,39 @@ from graft.features import Features
 
 @dataclass(frozen=True, eq=False)
 class EngineRequest:
-    """One clip to hear, the prompt whose placeholders it fills, and the most tokens to answer with."""
+    """One clip to hear, the prompt whose placeholders it fills, and the most tokens to answer with.
+
+    With `no_repeat_ngram` over 0 no so many tokens in a row come twice in the answer: the likeliest token that keeps to it is chosen.
+    """
 
     request_id: str
     features: Features
     prompt_ids: list[int]
     max_new_tokens: int
+    no_repeat_ngram: int = 0
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer and its natural log-probability."""
+    """A token of an answer and its natural log-probability, of which blocking n-grams takes nothing."""
 
     id: int
     logprob: float
+
+
+@dataclass(frozen=True)
+class EngineCounts:
+    """The rows that an engine decodes and those that wait now, and what it has done since it was made.
+
+    A prefill encodes clips and reads their prompts together; a step gives each running row a token; `busy_s` are the seconds of both.
+    """
+
+    running: int
+    waiting: int
+    prefills: int
+    steps: int
+    tokens: int
+    busy_s: float
 
 
 class Engine(Protocol):
@@ -37,6 +56,10 @@ class Engine(Protocol):
 
     def abort(self, request_id: str) -> None:
         """Free a request's place and end its stream; an unknown or finished id is ignored."""
+        ...
+
+    def counts(self) -> EngineCounts:
+        """How it stands, for benchmarks and metrics; from any thread."""
         ...
 
     def close(self) -> None:

@@ -1,59 +1,35 @@
-"""The engine that works everywhere: a thread that owns the model and decodes one left-padded batch after another.
+"""The engine that works everywhere: a thread that owns the model, and rows that join and leave between its decode steps.
 
-    stream() -> waiting -> _admit: rows of like length within a token budget -> prefill -> step, step, ... -> each row's own stream
+    stream() -> waiting -> pick: the oldest and its like, within budgets -> prefill -> a slot -> step, step, ... -> the row's own stream
 
-A row leaves its batch the moment it ends or is aborted. In fp32 the rows beside it never change its tokens.
+A turn prefills one group at most, then takes a step with all rows: neither those that run nor those that wait are kept for long.
+In fp32 a row's tokens are never changed by the rows beside it.
 """
 
 import asyncio
 import threading
 import time
 import traceback
-from collections.abc import AsyncGenerator, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
-from graft.engines import EngineRequest, Token
+from graft.engines import EngineCounts, EngineRequest, Token
+from graft.engines.greedy import choose, repeating_ids
+from graft.engines.rows import Row, longest_of, pick, send
+from graft.engines.slots import SlotDecoder
 from graft.model.modeling import GraftForConditionalGeneration
-from graft.processor import collate_features, pad_prompts
-
-ENCODER_ROWS = 32
-"""Clips that are encoded together: 30 s windows of a whole batch would need more memory than its cache."""
-
-
-@dataclass(eq=False)
-class _Row:
-    """A request on its way through the engine and the stream that waits for its tokens."""
-
-    request: EngineRequest
-    loop: asyncio.AbstractEventLoop
-    outbox: "asyncio.Queue[Token | Exception | None]"
-    token_count: int = 0
-    is_over: bool = False
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt_ids) + self.request.max_new_tokens
-
-    def send(self, item: Token | Exception | None) -> None:
-        """Hand over a token, or end the stream with an error or None."""
-        if not isinstance(item, Token):
-            self.is_over = True
-        try:
-            self.loop.call_soon_threadsafe(self.outbox.put_nowait, item)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            self.is_over = True
 
 
 class TransformersEngine:
-    """Greedy decoding with transformers, batched.
+    """Greedy decoding with transformers, in a batch that rows join and leave at any step.
 
     Tokens equal those of `model.generate(..., do_sample=False)`; ids in the generation config's `suppress_tokens` never come.
-    `max_batch_tokens` bounds the rows times the longest row (prompt and answer) of a batch, one row aside; a batch waits for more requests
-    as long as another comes every `gather_s` seconds, at most ten times as long. Call `close` to release the model.
+    `max_batch_tokens` bounds the rows that decode together times the longest (prompt and most answer, rounded up to slots.COLUMNS);
+    `max_prefill_tokens` bounds the rows whose prompts are read between two steps times the longest prompt; both but for one row. An idle
+    engine waits for more requests as long as another comes every `gather_s` seconds, at most ten times as long. Where the model fails on
+    several rows, each half of them is tried by itself: only those on which it fails alone end, with its error, or with MemoryError.
+    `graphs` says whether steps are CUDA graphs, by default on CUDA. Call `close` to release the model.
     """
 
     def __init__(
@@ -63,16 +39,23 @@ class TransformersEngine:
         pad_id: int,
         eos_ids: Collection[int],
         max_batch_tokens: int = 16_384,
+        max_prefill_tokens: int = 4_096,
         gather_s: float = 0.01,
+        graphs: bool | None = None,
     ) -> None:
-        self._model = model.eval()
-        self._pad_id = pad_id
+        self._device = model.device
+        graphs = graphs if graphs is not None else self._device.type == "cuda"
+        self._decoder = SlotDecoder(model, pad_id=pad_id, tokens=max_batch_tokens, graphs=graphs)
         self._eos_ids = frozenset(eos_ids)
-        self._suppressed_ids = list(model.generation_config.suppress_tokens or [])
+        self._suppressed_ids = torch.tensor(model.generation_config.suppress_tokens or [], dtype=torch.long, device=self._device)
         self._max_batch_tokens = max_batch_tokens
+        self._max_prefill_tokens = max_prefill_tokens
         self._gather_s = gather_s
-        self._rows: dict[str, _Row] = {}
-        self._waiting: list[_Row] = []
+        self._running: list[Row] = []  # in the order of their slots; the thread's own, as the next four
+        self._prefills = self._steps = self._tokens = 0
+        self._busy_s = 0.0
+        self._rows: dict[str, Row] = {}
+        self._waiting: list[Row] = []
         self._is_closed = False
         self._changed = threading.Condition()  # guards the three above
         self._thread = threading.Thread(target=self._work, name="graft-engine", daemon=True)
@@ -80,7 +63,7 @@ class TransformersEngine:
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Token, None]:
         """See Engine. Raises ValueError for an id that is under way, RuntimeError when the engine is closed."""
-        row = _Row(request, asyncio.get_running_loop(), asyncio.Queue())
+        row = Row(request, asyncio.get_running_loop(), asyncio.Queue())
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the engine is closed")
@@ -95,16 +78,17 @@ class TransformersEngine:
                     raise item
                 yield item
         finally:
-            self.abort(request.request_id)
+            self._leave(row)
 
     def abort(self, request_id: str) -> None:
-        """See Engine. The row leaves its batch before the next step."""
-        with self._changed:
-            row = self._rows.pop(request_id, None)
-            if row in self._waiting:
-                self._waiting.remove(row)
-        if row is not None:
-            row.send(None)
+        """See Engine. The row leaves its slot before the next step."""
+        if row := self._rows.get(request_id):
+            self._leave(row)
+
+    def counts(self) -> EngineCounts:
+        """See Engine."""
+        running = sum(not row.is_over for row in self._running)
+        return EngineCounts(running, len(self._waiting), self._prefills, self._steps, self._tokens, self._busy_s)
 
     def close(self) -> None:
         """See Engine."""
@@ -113,28 +97,37 @@ class TransformersEngine:
             self._changed.notify()
         self._thread.join()
 
-    def _work(self) -> None:
-        while rows := self._admit():
-            try:
-                self._decode(rows)
-            except Exception as error:
-                traceback.clear_frames(error.__traceback__)  # they hold the batch's tensors
-                _end(rows, error)
+    def _leave(self, row: Row) -> None:
         with self._changed:
-            _end(list(self._rows.values()), RuntimeError("the engine is closed"))
-        del self._model
+            if self._rows.get(row.request.request_id) is row:
+                del self._rows[row.request.request_id]
+            if row in self._waiting:
+                self._waiting.remove(row)
+        if not row.is_over:
+            send([(row, None)])
 
-    def _admit(self) -> list[_Row]:
-        """Wait for requests and take a batch of them out of the queue; nothing when the engine is closed."""
+    @torch.inference_mode()
+    def _work(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        while self._is_wanted():
+            start = time.monotonic()
+            try:
+                self._turn()
+            except Exception as error:
+                self._drop(error)
+            self._busy_s += time.monotonic() - start
         with self._changed:
-            while not self._is_closed:
+            send((row, RuntimeError("the engine is closed")) for row in self._rows.values())
+        del self._decoder
+
+    def _is_wanted(self) -> bool:
+        """Wait for something to do; False when the engine is closed."""
+        with self._changed:
+            if not self._running:
                 self._changed.wait_for(lambda: self._waiting or self._is_closed)
                 self._linger()
-                if self._waiting and not self._is_closed:
-                    rows = _pick(self._waiting, self._max_batch_tokens)
-                    self._waiting = [row for row in self._waiting if row not in rows]
-                    return rows
-            return []
+            return not self._is_closed
 
     def _linger(self) -> None:
         deadline, seen = time.monotonic() + 10 * self._gather_s, 0
@@ -142,94 +135,87 @@ class TransformersEngine:
             seen = len(self._waiting)
             self._changed.wait(self._gather_s)
 
-    @torch.inference_mode()
-    def _decode(self, rows: list[_Row]) -> None:
-        batch = _Batch(self._model, rows)
-        logits = batch.prefill(self._pad_id)
-        while True:
-            ids = self._hand_out(batch.rows, logits)
-            kept = [index for index, row in enumerate(batch.rows) if not row.is_over]
-            if not kept:
-                return
-            if self._is_closed:
-                raise RuntimeError("the engine is closed")
-            if len(kept) < len(batch.rows):
-                batch.keep(kept)
-                ids = ids[kept]
-            logits = batch.step(ids)
+    def _turn(self) -> None:
+        self._retire()
+        if group := self._admit():
+            self._try(group, self._prefill)
+        self._retire()
+        if self._running:
+            self._decoder.fit(longest_of(self._running))
+            self._try(self._running, self._step)
 
-    def _hand_out(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
-        """Choose each row's next token from (rows, vocabulary), send it, and end the rows that are complete; returns the ids (rows,)."""
-        logits = logits.to(torch.float32, copy=True)
-        logits[:, self._suppressed_ids] = float("-inf")
-        best, ids = logits.max(dim=-1)
-        logprobs = best - logits.logsumexp(dim=-1)
-        for row, id, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+    def _retire(self) -> None:
+        kept = [slot for slot, row in enumerate(self._running) if not row.is_over]
+        if len(kept) < len(self._running):
+            self._running = [self._running[slot] for slot in self._decoder.keep(kept)]
+
+    def _admit(self) -> list[Row]:
+        """Take the next group out of the queue."""
+        with self._changed:
+            group = pick(self._waiting, self._running, self._max_batch_tokens, self._max_prefill_tokens)
+            if picked := set(group):
+                self._waiting = [row for row in self._waiting if row not in picked]
+            return group
+
+    def _drop(self, error: Exception) -> None:
+        """End everything: it is not known any more which row is where."""
+        with self._changed:
+            self._waiting = []
+            send([(row, error) for row in self._rows.values()])
+        self._running = []
+        self._decoder.keep([])
+
+    def _try(self, rows: list[Row], work: Callable[[list[Row]], None]) -> None:
+        """Do work for rows or, where it fails, for each half of them; a row for which it fails alone ends."""
+        try:
+            work(rows)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the rows' tensors
+            fault = self._told(error)
+        else:
+            return
+        if len(rows) == 1:
+            send([(rows[0], fault)])
+        else:
+            self._try(rows[: len(rows) // 2], work)
+            self._try(rows[len(rows) // 2 :], work)
+
+    def _told(self, error: Exception) -> Exception:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate" not in str(error):
+            return error
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        told = MemoryError(f"not enough memory for one request: lower max_batch_tokens, now {self._max_batch_tokens}")
+        told.__cause__ = error
+        return told
+
+    def _prefill(self, rows: list[Row]) -> None:
+        together = [*self._running, *rows]
+        cache, logits = self._decoder.prefill([row.request for row in rows])
+        chosen = choose(logits, self._suppressed_ids, {})
+        self._decoder.reserve(max(self._max_batch_tokens, len(together) * max(row.length for row in together)))
+        self._decoder.fit(longest_of(together))
+        self._decoder.join(cache, [row.prompt_length for row in rows])
+        self._running = together
+        self._prefills += 1
+        self._hand_out(rows, *chosen)
+
+    def _step(self, rows: list[Row]) -> None:
+        first = self._running.index(rows[0])
+        logits = self._decoder.step([row.tokens[-1] for row in rows], [row.position for row in rows], first=first)
+        blocked = {place: repeating_ids(row.tokens, row.request.no_repeat_ngram) for place, row in enumerate(rows)}
+        chosen = choose(logits, self._suppressed_ids, {place: ids for place, ids in blocked.items() if ids})
+        self._steps += 1
+        self._hand_out(rows, *chosen)
+
+    def _hand_out(self, rows: Sequence[Row], ids: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Send each row its next token, and end those that are complete."""
+        items: list[tuple[Row, Token | None]] = []
+        for row, id, logprob in zip(rows, ids, logprobs, strict=True):
+            row.tokens.append(id)
             if id not in self._eos_ids:
-                row.send(Token(id, logprob))
-                row.token_count += 1
-            if id in self._eos_ids or row.token_count == row.request.max_new_tokens:
-                row.send(None)
-        return ids
-
-
-class _Batch:
-    """Rows that decode in step, their attention mask (rows, tokens so far) and their cache."""
-
-    def __init__(self, model: GraftForConditionalGeneration, rows: list[_Row]) -> None:
-        self.rows = rows
-        self._model = model
-        self._mask = torch.empty(0)
-        self._cache = DynamicCache(config=model.config.get_text_config())
-
-    def prefill(self, pad_id: int) -> Tensor:
-        """Encode the clips, read the prompts; returns the logits (rows, vocabulary) of each row's first token."""
-        ids, mask = pad_prompts([row.request.prompt_ids for row in self.rows], pad_id)
-        self._mask = torch.from_numpy(mask).to(self._model.device)
-        embeddings = []
-        for start in range(0, len(self.rows), ENCODER_ROWS):
-            part = slice(start, start + ENCODER_ROWS)
-            audio = collate_features([row.request.features for row in self.rows[part]])
-            inputs = {"input_ids": ids[part], **audio}
-            embeddings.append(self._model.embed(**{name: torch.from_numpy(array).to(self._model.device) for name, array in inputs.items()}))
-        return self._forward(torch.cat(embeddings), (self._mask.cumsum(dim=1) - 1).clamp(min=0))
-
-    def step(self, ids: Tensor) -> Tensor:
-        """Append a token to every row; returns the logits (rows, vocabulary) of the next."""
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids), 1)], dim=1)
-        return self._forward(self._model.get_input_embeddings()(ids[:, None]), self._mask.sum(dim=1, keepdim=True) - 1)
-
-    def keep(self, kept: list[int]) -> None:
-        """Drop all other rows and their part of the cache."""
-        self.rows = [self.rows[index] for index in kept]
-        self._mask = self._mask[kept]
-        self._cache.batch_select_indices(torch.tensor(kept, device=self._mask.device))
-
-    def _forward(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        # Explicit positions (rows, length), equal in time, height and width: the model's own would depend on its last call (rope_deltas).
-        output = self._model(
-            inputs_embeds=embeddings,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
-
-
-def _pick(waiting: Sequence[_Row], max_batch_tokens: int) -> list[_Row]:
-    """The row that has waited longest and those nearest to it in length, as many as fit."""
-    picked: list[_Row] = []
-    longest = 0
-    for row in sorted(waiting, key=lambda row: abs(row.length - waiting[0].length)):
-        longest = max(longest, row.length)
-        if picked and longest * (len(picked) + 1) > max_batch_tokens:
-            break
-        picked.append(row)
-    return picked
-
-
-def _end(rows: Sequence[_Row], error: Exception) -> None:
-    for row in rows:
-        row.send(error)
+                items.append((row, Token(id, logprob)))
+            if id in self._eos_ids or len(row.tokens) == row.request.max_new_tokens:
+                items.append((row, None))
+        self._tokens += sum(item is not None for _, item in items)
+        send(items)

@@ -1,13 +1,32 @@
-"""A clip of any length -> windows that the model can hear, cut where it is quietest."""
+"""A clip of any length -> what the model can hear at a time: chunks of the speech in it, or windows of all of it, cut where it is quiet."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+from pydantic import Field
 
 from graft.audio import SAMPLE_RATE, AudioClip
+from graft.config import Recipe
+from graft.speech import FRAME, Speech
 
 SEARCH_S = 5.0
 QUIET_S = 0.2
+
+Span = tuple[int, int]
+"""Start and end in samples."""
+
+
+class ChunkSettings(Recipe):
+    """How stretches of speech become chunks."""
+
+    max_s: float = Field(default=28.0, ge=2, le=30)
+    """Longest chunk, in seconds, padding included."""
+    padding_s: float = Field(default=0.15, ge=0, le=0.5)
+    """Seconds kept before and after speech, up to half of the silence between two chunks."""
+    max_pause_s: float = Field(default=2.0, ge=0)
+    """A longer silence ends a chunk and is skipped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +35,24 @@ class Chunk:
 
     start_s: float
     clip: AudioClip
+
+
+def speech_chunks(clip: AudioClip, speech: Speech, settings: ChunkSettings | None = None) -> list[Chunk]:
+    """Cut the speech that was found in a clip into chunks, in order and apart; none if there is no speech. The samples are views."""
+    bounds = chunk_bounds(speech.spans, speech.scores, len(clip.samples), settings or ChunkSettings())
+    return [Chunk(start / SAMPLE_RATE, AudioClip(clip.samples[start:end])) for start, end in bounds]
+
+
+def chunk_bounds(spans: Sequence[Span], scores: np.ndarray, sample_count: int, settings: ChunkSettings) -> list[Span]:
+    """Merge spans of speech to chunks, as `speech_chunks` does: every sample of speech in one chunk, no sample in two, none too long.
+
+    Speech that is too long for one is cut at the longest silence in the second half of what fits; where there is none, where it is least
+    like speech by the detector's `scores`.
+    """
+    padding = round(settings.padding_s * SAMPLE_RATE)
+    longest = int(settings.max_s * SAMPLE_RATE) - 2 * padding
+    parts = [part for run in _runs(spans, settings.max_pause_s * SAMPLE_RATE) for part in _parts(run, scores, longest)]
+    return _padded(parts, padding, sample_count)
 
 
 def windows(clip: AudioClip, *, max_s: float = 30.0) -> list[Chunk]:
@@ -37,11 +74,56 @@ def windows(clip: AudioClip, *, max_s: float = 30.0) -> list[Chunk]:
     return chunks
 
 
+def quietest(energy: np.ndarray, width: int) -> int:
+    """The middle of the `width` entries in a row whose sum is least, of equal ones the last; the end where there are fewer entries."""
+    if len(energy) < width:
+        return len(energy)
+    total = np.concatenate([[0.0], np.cumsum(energy)])
+    sums = total[width:] - total[:-width]  # (len(energy) - width + 1,)
+    return len(sums) - 1 - int(np.argmin(sums[::-1])) + width // 2
+
+
 def _quietest_cut(window: np.ndarray) -> int:
     """The middle of the quietest QUIET_S near the window's end; of equally quiet ones the last."""
     search = min(int(SEARCH_S * SAMPLE_RATE), len(window) // 2)
-    quiet = int(QUIET_S * SAMPLE_RATE)
-    energy = np.concatenate([[0.0], np.cumsum(np.square(window[-search:], dtype=np.float64))])
-    quiet_energy = energy[quiet:] - energy[:-quiet]  # (search - quiet + 1,)
-    last_quietest = len(quiet_energy) - 1 - int(np.argmin(quiet_energy[::-1]))
-    return len(window) - search + last_quietest + quiet // 2
+    return len(window) - search + quietest(np.square(window[-search:], dtype=np.float64), int(QUIET_S * SAMPLE_RATE))
+
+
+def _runs(spans: Sequence[Span], max_pause: float) -> list[list[Span]]:
+    """Spans with pauses of at most `max_pause` samples in between, run by run."""
+    runs: list[list[Span]] = []
+    for span in spans:
+        if runs and span[0] - runs[-1][-1][1] <= max_pause:
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return runs
+
+
+def _parts(run: list[Span], scores: np.ndarray, longest: int) -> Iterator[Span]:
+    """A run as parts of at most `longest` samples."""
+    while (start := run[0][0]) + longest < run[-1][1]:
+        cut = _cut(run, scores, start + longest // 2, start + longest)
+        yield start, max(min(end, cut) for begin, end in run if begin < cut)
+        run = [(max(begin, cut), end) for begin, end in run if end > cut]
+    yield start, run[-1][1]
+
+
+def _cut(run: list[Span], scores: np.ndarray, earliest: int, latest: int) -> int:
+    """The middle of the longest pause in reach, or of the QUIET_S in which scores are lowest; of equal ones the last."""
+    pauses = [(end, begin) for (_, end), (begin, _) in pairwise(run) if end <= latest and begin >= earliest]
+    if pauses:
+        end, begin = max(reversed(pauses), key=lambda pause: pause[1] - pause[0])
+        return (end + begin) // 2
+    first, last, quiet = -(-earliest // FRAME), latest // FRAME, round(QUIET_S * SAMPLE_RATE / FRAME)
+    return (first + quietest(scores[first:last].astype(np.float64), quiet)) * FRAME
+
+
+def _padded(parts: Sequence[Span], padding: int, sample_count: int) -> list[Span]:
+    """Parts with `padding` samples more on either side, or half of the silence to the next part, or what there is."""
+    if not parts:
+        return []
+    before = [parts[0][0], *((begin - end) // 2 for (_, end), (begin, _) in pairwise(parts))]
+    after = [*before[1:], sample_count - parts[-1][1]]
+    room = zip(parts, before, after, strict=True)
+    return [(start - min(padding, left), end + min(padding, right)) for (start, end), left, right in room]

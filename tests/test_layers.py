@@ -19,7 +19,7 @@ ORDER = (
     {"errors", "transcript"},
     {"config", "audio", "model.configuration"},
     {"chunking", "prompts"},
-    {"features", "wording", "formatting"},
+    {"features", "wording", "formatting", "guards", "speech"},
     {"processor"},
     {"transcriber"},
 )

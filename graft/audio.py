@@ -1,14 +1,13 @@
-"""Any audio file or upload -> 16 kHz mono samples: decode (libsndfile), average the channels, resample (soxr)."""
+"""Any audio file or upload -> 16 kHz mono samples: decode (libsndfile, FFmpeg), average the channels, resample (soxr)."""
 
 import io
-import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from graft.errors import AudioError
+from graft.files import Source
 
 SAMPLE_RATE = 16_000
 
@@ -24,28 +23,48 @@ class AudioClip:
         return len(self.samples) / SAMPLE_RATE
 
 
-def read_audio(source: str | os.PathLike[str] | bytes | BinaryIO, *, name: str | None = None) -> AudioClip:
-    """Decode a path, the bytes of a file or an open binary file: wav, flac, mp3, ogg and opus, any rate, any channels.
+def read_audio(source: Source, *, name: str | None = None, max_s: float | None = None) -> AudioClip:
+    """Decode a path, a URI, the bytes of a file or an open binary file: any format, any rate, any channels, of a video its sound.
 
-    `name` is what error messages call the source; by default its path. Raises AudioError if the source is missing,
-    unreadable, truncated (where its format can tell), no audio, without samples, or holds NaN or infinite samples.
+    `name` is what error messages call the source; by default its path. Raises AudioError if the source is missing, unreadable, damaged,
+    truncated (where its format can tell), no audio, without samples, longer than `max_s` seconds, or holds NaN or infinite samples.
     """
-    name = name or _name_of(source)
-    data = _read_bytes(source, name)
-    if not data:
-        raise AudioError(f"{name}: the file is empty (0 bytes): fetch or record it again")
-    channels, rate = _decode(data, name)
-    # A matrix product is ten times as fast as mean(axis=1) over a short axis.
-    samples = channels[:, 0] if channels.shape[1] == 1 else channels @ np.full(channels.shape[1], 1 / channels.shape[1], np.float32)
-    if rate != SAMPLE_RATE:
-        import soxr
+    from graft.decoding import open_audio  # here, so that what trains on clips that are decoded already does without
 
-        samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
-    if not len(samples):
-        raise AudioError(f"{name}: holds no audio ({len(channels)} samples at {rate} Hz): fetch or record it again")
+    with open_audio(source, name=name) as audio:
+        mixed = map(mix, audio.frames(max_s=max_s))
+        samples = np.concatenate(list(resampled(mixed, audio.info.rate)))
+        if not len(samples):
+            raise AudioError(f"{audio.name}: holds no audio (under 1 sample at 16 kHz): fetch or record it again")
+        check_finite(samples, audio.name)
+    return AudioClip(samples)
+
+
+def mix(channels: np.ndarray) -> np.ndarray:
+    """The mean of channels: (samples, channels) -> (samples,)."""
+    # A matrix product is ten times as fast as mean(axis=1) over a short axis.
+    return channels[:, 0] if channels.shape[1] == 1 else channels @ np.full(channels.shape[1], 1 / channels.shape[1], np.float32)
+
+
+def resampled(blocks: Iterable[np.ndarray], rate: int, to: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
+    """Resample consecutive blocks, (samples,) or (samples, channels): bit by bit what the whole would become, however it is cut."""
+    if rate == to:
+        yield from blocks
+        return
+    import soxr
+
+    stream, block = None, None
+    for block in blocks:
+        stream = stream or soxr.ResampleStream(rate, to, 1 if block.ndim == 1 else block.shape[1], dtype="float32", quality="HQ")
+        yield stream.resample_chunk(block)
+    if stream is not None and block is not None:
+        yield stream.resample_chunk(block[:0], last=True)
+
+
+def check_finite(samples: np.ndarray, name: str) -> None:
+    """Raise AudioError for NaN and infinite samples."""
     if not np.isfinite(samples).all():
         raise AudioError(f"{name}: holds NaN or infinite samples: export it again, e.g. as 16-bit PCM")
-    return AudioClip(samples)
 
 
 def flac_bytes(clip: AudioClip) -> bytes:
@@ -55,34 +74,3 @@ def flac_bytes(clip: AudioClip) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, clip.samples, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
     return file.getvalue()
-
-
-def _name_of(source: str | os.PathLike[str] | bytes | BinaryIO) -> str:
-    if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
-    return f"audio of {len(source)} bytes" if isinstance(source, bytes) else str(getattr(source, "name", "audio stream"))
-
-
-def _read_bytes(source: str | os.PathLike[str] | bytes | BinaryIO, name: str) -> bytes:
-    """Everything goes through memory, so that a file, a row and an upload decode in exactly the same way."""
-    if isinstance(source, bytes):
-        return source
-    try:
-        return Path(source).read_bytes() if isinstance(source, str | os.PathLike) else source.read()
-    except OSError as error:
-        raise AudioError(f"{name}: {error.strerror or error}: give the path of a readable audio file") from error
-
-
-def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
-    """Bytes of a file -> float32 (samples, channels) and their rate in Hz."""
-    import soundfile  # here, so that what trains on clips that are decoded already does without
-
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            if file.frames > len(data) * 10_000:  # a header without a length counts as 2^63 - 1
-                raise AudioError(f"{name}: its header does not state its length: re-encode it, e.g. `ffmpeg -i IN OUT.flac`")
-            # In one read: block by block, soundfile seeks after each and an mp3 comes out different.
-            return file.read(dtype="float32", always_2d=True), file.samplerate
-    except soundfile.LibsndfileError as error:
-        reason = error.error_string.rstrip(".").removeprefix("Error : ")
-        raise AudioError(f"{name}: not readable as audio ({reason}): convert it, e.g. `ffmpeg -i IN OUT.flac`") from error

@@ -40,8 +40,19 @@ def list_files(places: Sequence[str]) -> list[str]:
 @contextlib.contextmanager
 def open_parquet(uri: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
     """Open one file of `list_files`; with its metadata, its footer is not fetched again. Use it inside `again`."""
-    with _open(uri) as file, pq.ParquetFile(file, metadata=metadata, pre_buffer=True) as parquet:
+    with open_file(uri) as file, pq.ParquetFile(file, metadata=metadata, pre_buffer=True) as parquet:
         yield parquet
+
+
+def open_file(uri: str) -> Any:
+    """Open any file to read ranges of it. Use it inside `again`."""
+    if uri.startswith(("http://", "https://")):
+        require("aiohttp", extra="jobs")
+    if uri.startswith(("hf://", "http://", "https://")):
+        filesystem, path = fsspec.url_to_fs(uri)
+        return _Ranges(filesystem.open(path, "rb", cache_type="none"))  # by default it reads 5 MB ahead, for a footer of 10 kB
+    filesystem, path = _connect(uri)
+    return filesystem.open_input_file(path)
 
 
 def version_of(uri: str) -> str | None:
@@ -121,17 +132,6 @@ def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
 def _bucket(uri: str) -> pafs.FileSystem:
     """One client for each bucket: a new one asks for the bucket's region and opens new connections."""
     return pafs.FileSystem.from_uri(uri)[0]
-
-
-def _open(uri: str) -> Any:
-    """A file to read ranges of."""
-    if uri.startswith(("http://", "https://")):
-        require("aiohttp", extra="jobs")
-    if uri.startswith(("hf://", "http://", "https://")):
-        filesystem, path = fsspec.url_to_fs(uri)
-        return _Ranges(filesystem.open(path, "rb", cache_type="none"))  # by default it reads 5 MB ahead, for a footer of 10 kB
-    filesystem, path = _connect(uri)
-    return filesystem.open_input_file(path)
 
 
 class _Ranges(io.RawIOBase):

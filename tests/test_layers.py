@@ -18,8 +18,8 @@ REMOTE_CODE = ("configuration", "audio", "projector", "modeling")
 ORDER = (
     {"errors", "transcript"},
     {"config", "audio", "model.configuration"},
-    {"chunking", "prompts"},
-    {"features", "wording", "formatting", "guards", "speech"},
+    {"speech", "prompts"},
+    {"chunking", "features", "wording", "formatting", "guards"},
     {"processor"},
     {"transcriber"},
 )

@@ -1,7 +1,7 @@
 """A clip of any length -> what the model can hear at a time: chunks of the speech in it, or windows of all of it, cut where it is quiet."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +9,7 @@ from pydantic import Field
 
 from graft.audio import SAMPLE_RATE, AudioClip
 from graft.config import Recipe
-from graft.speech import FRAME, Speech
+from graft.speech import FRAME, Speech, SpeechDetector, SpeechSettings
 
 SEARCH_S = 5.0
 QUIET_S = 0.2
@@ -27,20 +27,38 @@ class ChunkSettings(Recipe):
     """Seconds kept before and after speech, up to half of the silence between two chunks."""
     max_pause_s: float = Field(default=2.0, ge=0)
     """A longer silence ends a chunk and is skipped."""
+    skip_silence: bool = True
+    """False: all is transcribed, and what the model writes where nobody speaks is flagged `no_speech`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """A window of a clip and where in the clip it starts."""
+    """A window of a clip, where in the clip it starts, and whether anybody speaks in it (None: unknown)."""
 
     start_s: float
     clip: AudioClip
+    has_speech: bool | None = None
+
+
+class Chunker:
+    """Cuts clips where nobody speaks; of equal samples and settings always alike. One for each thread. Raises MissingExtra."""
+
+    def __init__(self, speech: SpeechSettings | None = None, settings: ChunkSettings | None = None) -> None:
+        self.settings = settings or ChunkSettings()
+        self._detector = SpeechDetector(speech)
+
+    def __call__(self, clip: AudioClip) -> list[Chunk]:
+        """Cut a clip of any length into the speech in it or, where silence is not skipped, into windows of all of it."""
+        speech = self._detector.find(clip)
+        if self.settings.skip_silence:
+            return speech_chunks(clip, speech, self.settings)
+        return [_judged(window, speech) for window in windows(clip, max_s=self.settings.max_s)]
 
 
 def speech_chunks(clip: AudioClip, speech: Speech, settings: ChunkSettings | None = None) -> list[Chunk]:
     """Cut the speech that was found in a clip into chunks, in order and apart; none if there is no speech. The samples are views."""
     bounds = chunk_bounds(speech.spans, speech.scores, len(clip.samples), settings or ChunkSettings())
-    return [Chunk(start / SAMPLE_RATE, AudioClip(clip.samples[start:end])) for start, end in bounds]
+    return [Chunk(start / SAMPLE_RATE, AudioClip(clip.samples[start:end]), has_speech=True) for start, end in bounds]
 
 
 def chunk_bounds(spans: Sequence[Span], scores: np.ndarray, sample_count: int, settings: ChunkSettings) -> list[Span]:
@@ -81,6 +99,12 @@ def quietest(energy: np.ndarray, width: int) -> int:
     total = np.concatenate([[0.0], np.cumsum(energy)])
     sums = total[width:] - total[:-width]  # (len(energy) - width + 1,)
     return len(sums) - 1 - int(np.argmin(sums[::-1])) + width // 2
+
+
+def _judged(window: Chunk, speech: Speech) -> Chunk:
+    start = round(window.start_s * SAMPLE_RATE)
+    end = start + len(window.clip.samples)
+    return replace(window, has_speech=any(begin < end and start < stop for begin, stop in speech.spans))
 
 
 def _quietest_cut(window: np.ndarray) -> int:

@@ -10,6 +10,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -18,11 +19,13 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from fsspec.utils import glob_translate
 
 from graft.errors import DataError, require
 from graft.retries import again, shown, told
 
 _PINNED = re.compile("@[0-9a-f]{40}/")
+_HIDDEN = re.compile(r"(?:^|/)\.")
 
 
 def list_files(places: Sequence[str]) -> list[str]:
@@ -30,11 +33,34 @@ def list_files(places: Sequence[str]) -> list[str]:
 
     Raises DataError when a place is missing, or none of them holds a parquet file.
     """
-    found = sorted({file for place in places for file in again(place, functools.partial(_expand, place))})
+    placed = (file for place in places for file in find_files(place, "*.parquet"))
+    found = sorted({file.uri for file in placed if not PurePosixPath(file.name).name.startswith("_")})
     if not found:
         where = ", ".join(map(shown, places)) or "(none)"
         raise DataError(f"corpus {where}: no *.parquet file found there (FOLDER/*/*.parquet takes those in its subfolders)")
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedFile:
+    """A file that a place holds."""
+
+    uri: str
+    """Or its absolute local path."""
+    name: str
+    """Its path below the place, or below a glob's fixed part."""
+    size: int | None
+    """In bytes, where that is told."""
+    version: str
+    """What changes when the file does: its size and time, or the commit in its URI; "" where none is told."""
+
+
+def find_files(place: str, pattern: str = "**") -> list[PlacedFile]:
+    """Find a file, the files of a folder that match a pattern (`**` reaches into subfolders), or those of a glob, in no order.
+
+    Hidden ones (.name) are left out, unless named themselves. Raises DataError when the place is missing.
+    """
+    return again(place, functools.partial(_expand, place, pattern))
 
 
 @contextlib.contextmanager
@@ -66,29 +92,36 @@ def version_of(uri: str) -> str | None:
     return f"{uri} {info.size} {info.mtime_ns}" if info.mtime_ns else None
 
 
-def _expand(place: str) -> list[str]:
+def _expand(place: str, pattern: str) -> list[PlacedFile]:
     """The files that a file, folder or glob stands for, as URIs or absolute local paths (Ray's workers have other working folders)."""
     if place.startswith(("http://", "https://")):
-        return [place]
+        return [PlacedFile(place, PurePosixPath(urlsplit(place).path).name, None, "")]
     place = _pinned(place) if "://" in place else os.path.abspath(os.path.expanduser(place))
     plain = "://" not in place or place.startswith("hf://")  # in other URIs names are quoted, and "?" begins the options
     base, options = (place, "") if plain else (place.partition("?")[0], "".join(place.partition("?")[1:]))
-    base, pattern = base.rstrip("/"), "*.parquet"
+    base = base.rstrip("/")
     signs = "*[?" if plain else "*["
     if any(sign in base for sign in signs) and not os.path.exists(base):
         parts = base.split("/")
         first = next(index for index, part in enumerate(parts) if any(sign in part for sign in signs))
         base, pattern = "/".join(parts[:first]), "/".join(parts[first:])
     filesystem, root = _connect(base + options)
-    kind = filesystem.get_file_info(root).type
-    if kind == pafs.FileType.File:
-        return [base + options]
-    if kind == pafs.FileType.NotFound:
+    found = filesystem.get_file_info(root)
+    if found.type == pafs.FileType.File:
+        return [_placed(base + options, PurePosixPath(base).name, found)]
+    if found.type == pafs.FileType.NotFound:
         raise FileNotFoundError(base)
-    inside = filesystem.get_file_info(pafs.FileSelector(root, recursive="/" in pattern))
-    names = [info.path[len(root) :].lstrip("/") for info in inside if info.type == pafs.FileType.File]
-    chosen = [name for name in names if _matches(name, pattern) and not PurePosixPath(name).name.startswith((".", "_"))]
-    return [f"{base}/{name if plain else quote(name)}{options}" for name in chosen]
+    inside = filesystem.get_file_info(pafs.FileSelector(root, recursive="/" in pattern or "**" in pattern))
+    matches = re.compile(glob_translate(pattern)).match
+    names = ((info.path[len(root) :].lstrip("/"), info) for info in inside if info.type == pafs.FileType.File)
+    chosen = ((name, info) for name, info in names if matches(name) and not _HIDDEN.search(name))
+    return [_placed(f"{base}/{name if plain else quote(name)}{options}", name, info) for name, info in chosen]
+
+
+def _placed(uri: str, name: str, info: pafs.FileInfo) -> PlacedFile:
+    pinned = uri.startswith("hf://") and _PINNED.search(uri)
+    version = uri if pinned else f"{info.size} {info.mtime_ns}" if info.mtime_ns else ""
+    return PlacedFile(uri, name, info.size, version)
 
 
 def _pinned(uri: str) -> str:
@@ -105,10 +138,6 @@ def _pinned(uri: str) -> str:
         return uri  # a bucket
     commit = HfApi().repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision).sha
     return "hf://" + type(place)(place.repo_type, place.repo_id, commit, place.path_in_repo).unresolve()
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return name.count("/") == pattern.count("/") and PurePosixPath(name).match(pattern)
 
 
 def _connect(uri: str) -> tuple[pafs.FileSystem, str]:

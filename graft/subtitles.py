@@ -7,7 +7,7 @@ import html
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import wrap
 from typing import Literal, get_args
 
@@ -49,17 +49,18 @@ def format_transcript(transcript: Transcript, form: Format, limits: CueLimits | 
     """Write a transcript in a format, lines ending in a line feed.
 
     txt is its text; srt and vtt hold cues within the limits; tsv is Whisper's, with milliseconds and text of each segment; json is
-    all that a transcript holds. Segments without text are in json alone.
+    all that a transcript holds. Segments without text are in json alone. Where channels are apart, all but json say which one speaks, and
+    txt has a line for each segment.
     """
     match form:
         case "txt":
-            return transcript.text + "\n"
+            return _plain(transcript)
         case "srt":
             return "\n".join(_srt_block(number, cue) for number, cue in enumerate(cues_of(transcript, limits), start=1))
         case "vtt":
             return "\n".join(["WEBVTT\n", *map(_vtt_block, cues_of(transcript, limits))])
         case "tsv":
-            rows = _timed(Word(segment.start_s, segment.end_s, segment.text) for segment in transcript.segments)
+            rows = _timed(Word(segment.start_s, segment.end_s, _labelled(segment, segment.text)) for segment in transcript.segments)
             return "".join(["start\tend\ttext\n", *(f"{row.start_ms}\t{row.end_ms}\t{row.text}\n" for row in rows)])
         case "json":
             return json.dumps(transcript.to_dict(), indent=2, ensure_ascii=False) + "\n"
@@ -72,11 +73,23 @@ def cues_of(transcript: Transcript, limits: CueLimits | None = None) -> list[Cue
     return [Cue(cue.start_ms, cue.end_ms, "\n".join(_lines(cue.text, limits))) for cue in cues]
 
 
+def _plain(transcript: Transcript) -> str:
+    spoken = [segment for segment in transcript.segments if segment.text.strip()]
+    if all(segment.channel is None for segment in spoken):
+        return transcript.text + "\n"
+    return "".join(f"{_labelled(segment, _one_line(segment.text))}\n" for segment in spoken)
+
+
+def _labelled(segment: Segment, text: str) -> str:
+    return text if segment.channel is None or not text.strip() else f"channel {segment.channel}: {text}"
+
+
 def _pieces(segment: Segment, limits: CueLimits) -> list[Word]:
     """The segment's words, joined to as much as a cue shows; the segment as a whole where it has none."""
     words = [Word(word.start_s, word.end_s, text) for word in segment.words if (text := _one_line(word.text))]
     if not words:
-        return [Word(segment.start_s, segment.end_s, segment.text)]
+        return [Word(segment.start_s, segment.end_s, _labelled(segment, segment.text))]
+    words[0] = replace(words[0], text=_labelled(segment, words[0].text))
     parts = _parts(words, limits)
     return [Word(part[0].start_s, min(part[-1].end_s, part[0].start_s + limits.duration_s), _joined(part)) for part in parts]
 

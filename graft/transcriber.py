@@ -1,6 +1,6 @@
 """Transcriber: audio of any length in, transcripts out; the same object in bulk, online and at the prompt.
 
-audio -> read_audio -> windows of up to 30 s -> features and prompt -> Engine -> guards -> Segment -> stitch -> Transcript
+audio -> read_audio -> chunks of up to 30 s -> features and prompt -> Engine -> guards -> Aligner -> Segment -> stitch -> Transcript
 """
 
 import asyncio
@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from graft.audio import AudioClip, read_audio
-from graft.chunking import Chunk, windows
+from graft.chunking import Chunk, Chunker, windows
 from graft.engines import Engine, EngineCounts, EngineRequest
 from graft.engines.greedy import repeats
 from graft.engines.transformers_engine import TransformersEngine
@@ -27,12 +27,18 @@ from graft.guards import NO_REPEAT_NGRAM, Judged, better, judge
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.opening import DTYPES, open_graft
 from graft.processor import GraftProcessor
-from graft.transcript import Segment, Transcript, stitch
+from graft.transcript import Segment, Transcript, Word, stitch
+
+if TYPE_CHECKING:
+    from graft.alignment import Aligner
 
 Audio = str | os.PathLike[str] | bytes | AudioClip
 """A path, the bytes of a file, or samples."""
 
 BATCH_TOKENS = {"cpu": 16_384, "cuda": 65_536}
+Cut = Callable[[AudioClip], list[Chunk]]
+"""What makes chunks of a clip: a Chunker, or `chunking.windows`, which skips nothing."""
+
 PREFILL_TOKENS = {"cpu": 1_024, "cuda": 8_192}
 """Of prompts that are read between two steps: what waits for them is everyone's next word."""
 
@@ -42,20 +48,23 @@ T = TypeVar("T")
 class Transcriber:
     """Transcribes with an engine and the processor of its model; `name` stands in the transcripts.
 
-    Any number of threads and event loops may use one at once: their chunks share the engine's batches. What the guards find suspicious is
-    decoded once more, with n-grams blocked, and flagged if it stays so; `has_speech` tells them whether anybody speaks in a chunk.
+    Any number of threads and event loops may use one at once: their chunks share the engine's batches. `cut` makes a clip's chunks. What
+    the guards find suspicious is decoded once more, with n-grams blocked, and flagged if it stays so. With an `aligner`, segments have
+    words.
     """
 
     def __init__(
-        self, engine: Engine, processor: GraftProcessor, name: str, *, has_speech: Callable[[AudioClip], bool] | None = None
+        self, engine: Engine, processor: GraftProcessor, name: str, *, cut: Cut = windows, aligner: "Aligner | None" = None
     ) -> None:
         self.name = name
-        self._has_speech = has_speech
         self._engine = engine
         self._processor = processor
+        self._cut = cut
+        self._aligner = aligner
         self._tokenizing = threading.Lock()  # fast tokenizers refuse a second thread at times ("Already borrowed")
         # One thread prepares while the engine decodes; more would only fight over cores and the GIL.
         self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-prepare")
+        self._aligning = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-align")
 
     def transcribe(self, audio: Audio, *, instruction: str | None = None, context: Sequence[str] | None = None) -> Transcript:
         """Transcribe one recording of any length.
@@ -93,6 +102,13 @@ class Transcriber:
         asked = self._processor.instruction(instruction, context)
         return await self._decode(await self._in_background(self._prepare, audio, asked))
 
+    async def transcribe_chunks(
+        self, chunks: Sequence[Chunk], *, instruction: str | None = None, context: Sequence[str] | None = None
+    ) -> list[Segment]:
+        """Transcribe chunks that are cut already; a segment for each, in their order. Raises ModelError as `transcribe`."""
+        asked = self._processor.instruction(instruction, context)
+        return await asyncio.gather(*(self._hear(chunk, asked) for chunk in chunks))
+
     def counts(self) -> EngineCounts:
         """What the engine holds and has done, for benchmarks and metrics."""
         return self._engine.counts()
@@ -101,12 +117,12 @@ class Transcriber:
         """Stop the engine and release the model."""
         self._engine.close()
         self._preparing.shutdown()
+        self._aligning.shutdown()
 
     def _prepare(self, audio: Audio, instruction: str) -> "_Prepared":
         clip = audio if isinstance(audio, AudioClip) else read_audio(audio)
-        chunks = windows(clip)
-        has_speech = [self._has_speech(chunk.clip) if self._has_speech else None for chunk in chunks]
-        return _Prepared(clip.duration_s, chunks, [self._request(chunk.clip, instruction) for chunk in chunks], has_speech)
+        chunks = self._cut(clip)
+        return _Prepared(clip.duration_s, chunks, [self._request(chunk.clip, instruction) for chunk in chunks])
 
     def _request(self, clip: AudioClip, instruction: str) -> EngineRequest:
         features = self._processor.featurizer(clip)
@@ -115,31 +131,36 @@ class Transcriber:
         return EngineRequest(uuid.uuid4().hex, features, prompt_ids, max_new_tokens(clip.duration_s))
 
     async def _decode(self, prepared: "_Prepared") -> Transcript:
-        segments = await asyncio.gather(*map(self._decode_chunk, prepared.chunks, prepared.requests, prepared.has_speech))
+        segments = await asyncio.gather(*map(self._decode_chunk, prepared.chunks, prepared.requests))
         return stitch(segments, duration_s=prepared.duration_s, model=self.name)
 
-    async def _decode_chunk(self, chunk: Chunk, request: EngineRequest, has_speech: bool | None) -> Segment:
-        judged, ids = await self._hear(chunk, request, has_speech)
+    async def _hear(self, chunk: Chunk, instruction: str) -> Segment:
+        return await self._decode_chunk(chunk, await self._in_background(self._request, chunk.clip, instruction))
+
+    async def _decode_chunk(self, chunk: Chunk, request: EngineRequest) -> Segment:
+        judged, ids = await self._answer(chunk, request)
         if judged.flags and repeats(ids, NO_REPEAT_NGRAM):
             request = replace(request, request_id=uuid.uuid4().hex, no_repeat_ngram=NO_REPEAT_NGRAM)
-            judged = better(judged, (await self._hear(chunk, request, has_speech))[0])
-        return Segment(chunk.start_s, chunk.start_s + chunk.clip.duration_s, judged.text, judged.mean_logprob, judged.flags)
+            judged = better(judged, (await self._answer(chunk, request))[0])
+        end_s = chunk.start_s + chunk.clip.duration_s
+        return Segment(chunk.start_s, end_s, judged.text, judged.mean_logprob, judged.flags, await self._words(chunk, judged.text))
 
-    async def _hear(self, chunk: Chunk, request: EngineRequest, has_speech: bool | None) -> tuple[Judged, list[int]]:
+    async def _words(self, chunk: Chunk, text: str) -> tuple[Word, ...]:
+        if not (self._aligner and text):
+            return ()
+        words = await asyncio.get_running_loop().run_in_executor(self._aligning, self._aligner.align, chunk.clip, text)
+        return tuple(Word(chunk.start_s + word.start_s, chunk.start_s + word.end_s, word.text) for word in words)
+
+    async def _answer(self, chunk: Chunk, request: EngineRequest) -> tuple[Judged, list[int]]:
         """Decode a chunk; returns the judged text and its tokens."""
         async with aclosing(self._engine.stream(request)) as stream:
             tokens = [token async for token in stream]
         ids = [token.id for token in tokens]
         with self._tokenizing:
             text = self._processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        judged = judge(
-            text,
-            [token.logprob for token in tokens],
-            duration_s=chunk.clip.duration_s,
-            is_cut=len(tokens) == request.max_new_tokens,
-            has_speech=has_speech,
-        )
-        return judged, ids
+        is_cut = len(tokens) == request.max_new_tokens
+        logprobs = [token.logprob for token in tokens]
+        return judge(text, logprobs, duration_s=chunk.clip.duration_s, is_cut=is_cut, has_speech=chunk.has_speech), ids
 
     async def _in_background(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)
@@ -147,28 +168,37 @@ class Transcriber:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A recording cut into chunks, what the engine is asked for each, and whether anybody speaks there (None: unknown)."""
+    """A recording cut into chunks, and what the engine is asked for each."""
 
     duration_s: float
     chunks: list[Chunk]
     requests: list[EngineRequest]
-    has_speech: list[bool | None]
 
 
-def load(path: str | os.PathLike[str], *, device: str | None = None, dtype: str | torch.dtype | None = None) -> Transcriber:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    cut: Cut | None = None,
+    aligner: "Aligner | None" = None,
+) -> Transcriber:
     """Open a graft's folder, a stage's output folder or a hub id for transcription.
 
-    `device` defaults to cuda where there is one, `dtype` ("fp32", "bf16" or torch's) to the checkpoint's own. Raises ModelError,
-    ValueError for an unknown dtype.
+    `device` defaults to cuda where there is one, `dtype` ("fp32", "bf16" or torch's) to the checkpoint's own, `cut` to a Chunker, which
+    skips what is no speech; `aligner` finds the words' times. Raises ModelError, ValueError for an unknown dtype.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = open_graft(os.fspath(path), device=device, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype)
-    return transcriber_of(model, processor, name=Path(path).resolve().name if Path(path).exists() else os.fspath(path))
+    name = Path(path).resolve().name if Path(path).exists() else os.fspath(path)
+    return transcriber_of(model, processor, name=name, cut=cut or Chunker(), aligner=aligner)
 
 
-def transcriber_of(model: GraftForConditionalGeneration, processor: GraftProcessor, *, name: str) -> Transcriber:
+def transcriber_of(
+    model: GraftForConditionalGeneration, processor: GraftProcessor, *, name: str, cut: Cut = windows, aligner: "Aligner | None" = None
+) -> Transcriber:
     """Make the Transcriber of a model that is open already."""
     ends = model.generation_config.eos_token_id or []
     engine = TransformersEngine(
@@ -178,7 +208,7 @@ def transcriber_of(model: GraftForConditionalGeneration, processor: GraftProcess
         max_batch_tokens=BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]),
         max_prefill_tokens=PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"]),
     )
-    return Transcriber(engine, processor, name)
+    return Transcriber(engine, processor, name, cut=cut, aligner=aligner)
 
 
 def max_new_tokens(duration_s: float) -> int:

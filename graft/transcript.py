@@ -19,7 +19,7 @@ class Segment:
     """One stretch of audio and what is said in it.
 
     `mean_logprob` is the mean natural log-probability of its tokens, None if unknown; `flags` name what the guards found
-    suspicious, empty if nothing; `words` is empty unless word times were asked for.
+    suspicious, empty if nothing; `words` is empty unless word times were asked for; `channel` counts from 1, None if channels were mixed.
     """
 
     start_s: float
@@ -28,6 +28,7 @@ class Segment:
     mean_logprob: float | None = None
     flags: tuple[str, ...] = ()
     words: tuple[Word, ...] = ()
+    channel: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,6 @@ class Transcript:
 
 def stitch(segments: Iterable[Segment], *, duration_s: float, model: str) -> Transcript:
     """Put the segments of one recording in order of time and join their texts with single spaces."""
-    ordered = tuple(sorted(segments, key=lambda segment: segment.start_s))
+    ordered = tuple(sorted(segments, key=lambda segment: (segment.start_s, segment.channel or 0)))
     text = " ".join(part for segment in ordered if (part := segment.text.strip()))
     return Transcript(text, duration_s, ordered, model)

@@ -1,6 +1,6 @@
 """The command line that every job shares: `python -m jobs.VERB --recipe FILE key=value ... [--plan] [--debug]`.
 
-`--key=value` and `--key value` mean key=value.
+`--key=value` and `--key value` mean key=value, and `--some-key` some_key=true where that is yes or no.
 
 argv -> recipe -> the job's main, or its plan -> exit code. What a user can mend (GraftError, also from inside Ray's workers) ends as one
 line on stderr and exit code 2; anything else is a bug and keeps its traceback.
@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, create_model
@@ -130,7 +130,7 @@ def _read_arguments(recipe_class: type[Recipe], summary: str, argv: Sequence[str
     parser = argparse.ArgumentParser(
         usage=usage,
         description=summary,
-        epilog="\n".join(["recipe keys, as key=value, --key=value or --key value:", *_documented(recipe_class)]),
+        epilog="\n".join(["recipe keys, as key=value, --key=value or --key value (--key alone for True):", *_documented(recipe_class)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
@@ -146,17 +146,24 @@ def _read_arguments(recipe_class: type[Recipe], summary: str, argv: Sequence[str
         options, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise RecipeError(f"{error}: see --help") from error
-    return options, list(_overrides(overrides))
+    switches = {name for name, field in recipe_class.model_fields.items() if field.annotation is bool}
+    return options, list(_overrides(overrides, switches))
 
 
-def _overrides(arguments: Sequence[str]) -> Iterator[str]:
+def _overrides(arguments: Sequence[str], switches: Set[str]) -> Iterator[str]:
     """What argparse left over, each as key=value."""
     left = iter(arguments)
     for argument in left:
         override = argument.removeprefix("--")
-        if override != argument and "=" not in argument and not (value := next(left, "--")).startswith("--"):
-            override = f"{override}={value}"
-        if override.startswith("-") or "=" not in override:
+        if override != argument:
+            key, equals, value = override.partition("=")
+            key = key.replace("-", "_")
+            if not equals and key in switches:
+                equals, value = "=", "true"
+            elif not equals and not (value := next(left, "--")).startswith("--"):
+                equals = "="
+            override = f"{key}{equals}{value}" if equals else ""
+        if "=" not in override:
             raise RecipeError(f"argument {argument!r} is not key=value or --key value: see --help")
         yield override
 

@@ -128,6 +128,7 @@ class _Ears:
 
 
 def _load(listener: Listener, path: str) -> Callable[[Sequence[AudioClip]], list[HeardClip]]:
+    from graft.chunking import windows
     from graft.engines.whisper import WhisperBaseline
     from graft.model.opening import DTYPES
     from graft.transcriber import load
@@ -139,7 +140,7 @@ def _load(listener: Listener, path: str) -> Callable[[Sequence[AudioClip]], list
             HeardClip(hearing.text, duration_s=clip.duration_s, mean_logprob=hearing.mean_logprob)
             for clip, hearing in zip(clips, whisper.hear_many(clips), strict=True)
         ]
-    transcriber = load(path, device=device, dtype=listener.dtype)
+    transcriber = load(path, device=device, dtype=listener.dtype, cut=windows)  # all of a clip, as Whisper hears it
 
     def transcribe(clips: Sequence[AudioClip]) -> list[HeardClip]:
         heard = []

@@ -1,29 +1,47 @@
-"""Audio files and folders of them -> transcripts, printed and written.
+"""Archives of recordings of any length -> transcripts, on a Ray cluster; what is killed goes on when it is started again.
 
-recordings -> Ray Data -> a pool of actors with a Transcriber each -> rows -> out/<name>.txt, out/<name>.json, out/transcripts.jsonl
-A recording that can't be read becomes a line on stderr and in out/errors.jsonl, and exit code 3; the others go on.
+    audio -> recordings (archive) -> work items (items) -> Ray Data (bulk) -> recordings with text (results) -> a summary
+
+out/ holds recordings/*.parquet, files/NAME.txt and the like, errors.jsonl, summary.json, and in work/ what later runs go on from.
 """
 
+import contextlib
+import functools
 import json
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field
 
+from graft.chunking import ChunkSettings, windows
+from graft.columns import Columns
 from graft.config import Recipe
-from graft.errors import AudioError, DataError, GraftError, ModelError
+from graft.errors import OutputError
+from graft.speech import SpeechSettings
+from graft.subtitles import CueLimits, Format
+from graft.transcriber import Transcriber
+from jobs.archive import find_recordings
+from jobs.bulk import Reading, Workers, transcribe_items
+from jobs.bulk_progress import BulkProgress
 from jobs.cli import run_job
 from jobs.cluster import connect
+from jobs.items import FILES_PER_TASK, at_attempts, durations, plan_items
 from jobs.outputs import claim_output, write_atomic
+from jobs.results import Totals, Written, join_recordings, read_index
 
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 PARTLY_FAILED = 3
-HOW = frozenset({"workers", "threads", "gpus_per_worker", "files_per_batch"})
-"""Keys that change how fast the transcripts come, not what they say."""
+HOW = frozenset(
+    {"workers", "threads", "gpus_per_worker", "readers", "items_per_batch", "formats", "cues", "strict", "retry_errors", "price"}
+    | {f"cues.{name}" for name in CueLimits.model_fields}
+)
+"""Keys that change how transcripts come, and in which files, not what they say."""
 
 
 class TranscribeRecipe(Recipe):
@@ -31,113 +49,93 @@ class TranscribeRecipe(Recipe):
 
     model: str
     """A graft's folder, a stage's output folder or a hub id."""
+    model_digest: str | None = None
+    """SHA-256 over its files; null: what is there. Results of another are never mixed with these."""
     audio: str | list[str]
-    """Audio files and folders; folders are searched for wav, flac, mp3, ogg and opus files at any depth."""
+    """Files, folders (at any depth), globs, s3:// and other URIs; .txt lists of them, one a line; parquet files with audio in them."""
     out: str | None = None
     """Folder for the transcripts; without it they are only printed."""
+    columns: Columns = Columns()
+    """What the columns of parquet files are called."""
+    channels: Literal["mix", "split"] = "mix"
+    """split transcribes every channel by itself, labels its segments and orders them by time: for calls with a speaker a side."""
     instruction: str | None = None
     """A text style (raw, lower, formatted) that the model was trained for, or a phrasing that asks for one; by default its own."""
     context: list[str] | None = None
     """Words that may occur (names, terms), where the model was trained for lists of words."""
+    words: bool = False
+    """Whether segments have words with times."""
+    speech: SpeechSettings = SpeechSettings()
+    chunks: ChunkSettings = ChunkSettings()
     dtype: Literal["fp32", "bf16"] | None = None
     """Precision of the weights; by default as they are stored."""
+    item_s: float = Field(default=1800.0, ge=10)
+    """Seconds of audio in a work item, about: longer recordings are shared out, and a killed run loses no more."""
+    formats: tuple[Format, ...] = ("txt", "json")
+    """Files to write of each recording besides its parquet row."""
+    cues: CueLimits = CueLimits()
+    """How much a subtitle shows at a time."""
     workers: int = Field(default=1, ge=1)
     """Models that transcribe side by side."""
     threads: int = Field(default=1, ge=1)
     """CPU threads, and CPUs taken from the cluster, of each worker."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """0 transcribes on CPU."""
-    files_per_batch: int = Field(default=16, ge=1)
-    """Recordings that a worker has in hand at a time."""
-
-
-@dataclass(frozen=True)
-class Recording:
-    """An audio file as the user named it, and its results' place in `out`, without suffix."""
-
-    path: Path
-    stem: str
-
-
-class TranscribeBatch:
-    """Ray Data's side of a Transcriber: a batch's `audio` (paths, or bytes of files) becomes `transcript` (JSON) or `error`.
-
-    A model that can't be opened is a value too, `fault`: raised in here, Ray would print it with three tracebacks.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        dtype: str | None,
-        threads: int,
-        device: str,
-        instruction: str | None = None,
-        context: Sequence[str] | None = None,
-    ) -> None:
-        import torch
-
-        from graft.transcriber import load
-
-        torch.set_num_threads(threads)
-        self.fault = ""
-        self.words: dict[str, Any] = {"instruction": instruction, "context": context}
-        try:
-            self.transcriber = load(model, device=device, dtype=dtype)
-        except GraftError as error:
-            self.fault = str(error)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        audio = list(batch.pop("audio"))
-        results = [AudioError()] * len(audio) if self.fault else self.transcriber.transcribe_many(audio, **self.words)
-        errors = [str(result) if isinstance(result, AudioError) else "" for result in results]
-        transcripts = ["" if isinstance(result, AudioError) else json.dumps(result.to_dict(), ensure_ascii=False) for result in results]
-        return {**batch, "transcript": transcripts, "error": errors, "fault": [self.fault] * len(audio)}
+    readers: int = Field(default=1, ge=1)
+    """Most processes that decode and look for speech; each takes a CPU."""
+    items_per_batch: int = Field(default=16, ge=1)
+    """Items that are read, heard and written together."""
+    strict: bool = False
+    """Whether the exit code is 3 if any recording failed."""
+    retry_errors: bool = False
+    """Whether recordings that failed in an earlier run are tried again."""
+    price: float | None = Field(default=None, ge=0)
+    """Of an hour on the whole cluster: the summary then tells the cost of an hour of audio."""
 
 
 def main(recipe: TranscribeRecipe) -> int:
-    """Transcribe the recipe's recordings; 3 if one could not be read. Raises DataError when there are none, ModelError, OutputError."""
-    recordings = find_recordings([recipe.audio] if isinstance(recipe.audio, str) else recipe.audio)
-    _check_model(recipe)
-    folder = claim_output(recipe.out, recipe, ignore=HOW) if recipe.out else None
-    transcripts: dict[int, dict[str, Any]] = {}
-    errors: dict[int, dict[str, str]] = {}
-    for place, transcript, error in _transcribed(recordings, recipe):
-        file = str(recordings[place].path)
-        if error:
-            errors[place] = {"file": file, "error": error}
-            print(f"graft: {file}: {error}", file=sys.stderr)
-        else:
-            transcripts[place] = {"file": file, **transcript}
-            print(f"{file}: {transcript['text']}", flush=True)
-            if folder:
-                _write_transcript(folder / recordings[place].stem, transcripts[place])
-    if folder:
-        _write_lines(folder / "transcripts.jsonl", transcripts)
-        _write_lines(folder / "errors.jsonl", errors)
-    return PARTLY_FAILED if errors else 0
+    """Transcribe the recipe's recordings; 3 if one failed and `strict` is on.
 
-
-def find_recordings(sources: Sequence[str]) -> list[Recording]:
-    """List files as they are named and the audio files in folders, sorted, each once.
-
-    Raises DataError when there are none, and when the results of two would have the same name.
+    Raises DataError when there are none, ModelError, OutputError.
     """
-    stems: dict[str, Recording] = {}
-    for source in sources:
-        root = Path(source)
-        if root.is_dir():
-            paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-            found = [Recording(path, path.relative_to(root).with_suffix("").as_posix()) for path in paths]
-        else:
-            found = [Recording(root, root.stem)]
-        for recording in found:
-            other = stems.setdefault(recording.stem, recording)
-            if other.path.absolute() != recording.path.absolute():
-                raise DataError(f"{other.path} and {recording.path} would both become {recording.stem}.txt: transcribe them in two runs")
-    if not stems:
-        raise DataError(f"no audio in {', '.join(sources)}: give files, or folders with {', '.join(SUFFIXES)} files")
-    return list(stems.values())
+    recordings = find_recordings([recipe.audio] if isinstance(recipe.audio, str) else recipe.audio, recipe.columns)
+    _check_model(recipe)
+    with _output(recipe) as out:
+        totals, summary = transcribe(recordings, recipe, out)
+        if recipe.out is None:
+            _print_transcripts(out)
+        for line in _told(summary):
+            print(line)
+    return PARTLY_FAILED if recipe.strict and totals.failed else 0
+
+
+def transcribe(recordings: pa.Table, recipe: TranscribeRecipe, out: Path) -> tuple[Totals, dict[str, Any]]:
+    """Transcribe recordings (archive.RECORDINGS) into the folder `out`, but for what is done there; returns totals and the summary."""
+    start = time.monotonic()
+    connect(cpus=recipe.readers + recipe.workers * recipe.threads + 2)
+    home = out / "work"
+    home.mkdir(exist_ok=True)
+    done = read_index(home)
+    plan = at_attempts(plan_items(recordings, item_s=recipe.item_s, probe=_probe), done, retry_errors=recipe.retry_errors)
+    missing = plan.join(done.select(["item", "attempt"]), ["item", "attempt"], join_type="left anti").num_rows
+    progress = BulkProgress(plan, done, home)
+    if missing:
+        pq.write_table(plan, home / "plan.parquet.tmp", row_group_size=50_000)
+        (home / "plan.parquet.tmp").replace(home / "plan.parquet")
+        with progress:
+            transcribe_items(
+                home / "plan.parquet",
+                home,
+                _reading(recipe),
+                _opener(recipe),
+                {"instruction": recipe.instruction, "context": recipe.context},
+                _workers(recipe),
+            )
+    written = Written(str(out / "files"), recipe.formats if recipe.out else (), recipe.cues, _name(recipe.model))
+    totals = join_recordings(plan, read_index(home), home, out, written)
+    summary = _summary(totals, progress.rtfx if missing else None, time.monotonic() - start, recipe.price)
+    write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return totals, summary
 
 
 def _check_model(recipe: TranscribeRecipe) -> None:
@@ -149,44 +147,96 @@ def _check_model(recipe: TranscribeRecipe) -> None:
         open_processor(recipe.model).instruction(recipe.instruction, recipe.context)
 
 
-def _transcribed(recordings: Sequence[Recording], recipe: TranscribeRecipe) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """Place, transcript and error of each recording, in the order in which they are ready."""
-    import ray.data
+@contextlib.contextmanager
+def _output(recipe: TranscribeRecipe) -> Iterator[Path]:
+    """The folder of results: the recipe's own or, without one, a temporary folder."""
+    if recipe.out is None:
+        with tempfile.TemporaryDirectory(prefix="graft-transcripts-") as folder:
+            yield Path(folder)
+        return
+    from graft.model.opening import model_digest
 
-    connect()
-    # Workers need not share this process's directory.
-    paths = [str(recording.path.absolute()) for recording in recordings]
-    rows = ray.data.from_items([{"place": place, "audio": path} for place, path in enumerate(paths)]).map_batches(
-        TranscribeBatch,
-        fn_constructor_args=[os.path.abspath(recipe.model) if os.path.exists(recipe.model) else recipe.model],
-        fn_constructor_kwargs={
-            "dtype": recipe.dtype,
-            "threads": recipe.threads,
-            "device": "cuda" if recipe.gpus_per_worker else "cpu",
-            "instruction": recipe.instruction,
-            "context": recipe.context,
-        },
-        batch_size=recipe.files_per_batch,
-        compute=ray.data.ActorPoolStrategy(size=recipe.workers),
-        num_cpus=recipe.threads,
-        num_gpus=recipe.gpus_per_worker,
+    digest = model_digest(recipe.model)
+    if recipe.model_digest not in (None, digest):
+        raise OutputError(f"model {recipe.model} is not the one that model_digest={recipe.model_digest} names: it is {digest}")
+    yield claim_output(recipe.out, recipe.model_copy(update={"model_digest": digest}), ignore=HOW).absolute()
+
+
+def _probe(uris: Sequence[str]) -> list[float | None]:
+    """How long files are, asked in parallel."""
+    import ray
+
+    ask = ray.remote(num_cpus=0.5)(durations)
+    parts = [ask.remote(uris[start : start + FILES_PER_TASK]) for start in range(0, len(uris), FILES_PER_TASK)]
+    return [seconds for part in parts for seconds in ray.get(part)]
+
+
+def _reading(recipe: TranscribeRecipe) -> Reading:
+    return Reading(recipe.speech, recipe.chunks, recipe.channels, recipe.columns.audio)
+
+
+def _opener(recipe: TranscribeRecipe) -> functools.partial[Transcriber]:
+    return functools.partial(
+        open_transcriber,
+        os.path.abspath(recipe.model) if os.path.exists(recipe.model) else recipe.model,  # workers have another working folder
+        device="cuda" if recipe.gpus_per_worker else "cpu",
+        dtype=recipe.dtype,
+        threads=recipe.threads,
+        words=recipe.words,
     )
-    for row in rows.iter_rows():
-        if row["fault"]:
-            raise ModelError(row["fault"])
-        place = int(row["place"])
-        yield place, json.loads(row["transcript"] or "{}"), row["error"].removeprefix(f"{paths[place]}: ")
 
 
-def _write_transcript(path: Path, transcript: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(f"{path}.txt", transcript["text"] + "\n")
-    write_atomic(f"{path}.json", json.dumps(transcript, indent=2, ensure_ascii=False) + "\n")
+def open_transcriber(model: str, *, device: str, dtype: str | None, threads: int, words: bool) -> Transcriber:
+    """Open a worker's Transcriber, whose chunks are cut already."""
+    import torch
+
+    from graft.transcriber import load
+
+    torch.set_num_threads(threads)
+    return load(model, device=device, dtype=dtype, cut=windows)
 
 
-def _write_lines(path: Path, rows: dict[int, dict[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(rows[place], ensure_ascii=False) + "\n" for place in sorted(rows)))
+def _workers(recipe: TranscribeRecipe) -> Workers:
+    return Workers(recipe.readers, recipe.workers, recipe.threads, recipe.gpus_per_worker, recipe.items_per_batch)
+
+
+def _name(model: str) -> str:
+    return Path(model).resolve().name if os.path.exists(model) else model
+
+
+def _summary(totals: Totals, rtfx: float | None, seconds: float, price: float | None) -> dict[str, Any]:
+    cost = price / rtfx if price is not None and rtfx else None
+    return {
+        "done": totals.done,
+        "failed": sum(totals.failed.values()),
+        "failed_by_reason": dict(totals.failed.most_common()),
+        "flagged_segments": dict(totals.flagged.most_common()),
+        "audio_hours": totals.audio_s / 3600,
+        "rtfx": rtfx,
+        "read_cpu_s_per_audio_s": totals.read_s / totals.audio_s if totals.audio_s else None,
+        "cost_per_audio_hour": cost,
+        "seconds": seconds,
+    }
+
+
+def _told(summary: dict[str, Any]) -> Iterator[str]:
+    """The summary in a few lines."""
+    rtfx, cost = summary["rtfx"], summary["cost_per_audio_hour"]
+    speed = f", {rtfx:.1f} times as fast as real time in this run" if rtfx else ", nothing was left to do"
+    price = f", {cost:.4f} an hour of audio" if cost is not None else ""
+    yield f"{summary['done']} recordings done, {summary['failed']} failed; {summary['audio_hours']:.2f} h of audio{speed}{price}"
+    yield from (f"  failed: {count} x {reason}" for reason, count in summary["failed_by_reason"].items())
+    yield from (f"  flagged: {count} segments {flag}" for flag, count in summary["flagged_segments"].items())
+
+
+def _print_transcripts(out: Path) -> None:
+    for path in sorted((out / "recordings").glob("*.parquet")):
+        for row in pq.read_table(path, columns=["uri", "text", "error"], partitioning=None).to_pylist():
+            if row["error"]:
+                print(f"graft: {row['uri']}: {row['error']}", file=sys.stderr)
+            else:
+                print(f"{row['uri']}: {row['text']}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(TranscribeRecipe, main, summary="Transcribe audio files and folders of them."))
+    raise SystemExit(run_job(TranscribeRecipe, main, summary="Transcribe archives of audio."))

@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from graft.audio import AudioClip
+from graft.chunking import Chunk
 from graft.engines import EngineRequest
 from graft.engines.greedy import repeats
 from graft.guards import LOW_CONFIDENCE, NO_REPEAT_NGRAM, NO_SPEECH, REPETITION, TRUNCATED, Judged, better, judge
@@ -189,13 +190,15 @@ def test_where_both_are_suspicious_the_better_is_kept_and_flagged(opened, chain,
 
 def test_text_where_nobody_speaks_is_flagged_and_not_decoded_again(opened):
     assert opened(GREETING).transcribe(clip_of(2)).segments[0].flags == ()
-    transcriber = opened(GREETING, has_speech=lambda clip: clip.duration_s > 3)
+    transcriber = opened(GREETING, cut=lambda clip: [Chunk(0.0, clip, has_speech=clip.duration_s > 3)])
     quiet, spoken = transcriber.transcribe_many([clip_of(2), clip_of(4)])
     assert [(one.text, one.segments[0].flags) for one in (quiet, spoken)] == [("hi", (NO_SPEECH,)), ("hi", ())]
     assert transcriber.counts().tokens == 4
 
 
-@pytest.mark.parametrize(("chain", "options"), [(None, {}), (STUCK, {}), (GREETING, {"has_speech": lambda clip: False})])
+@pytest.mark.parametrize(
+    ("chain", "options"), [(None, {}), (STUCK, {}), (GREETING, {"cut": lambda clip: [Chunk(0.0, clip, has_speech=False)]})]
+)
 def test_what_a_babbling_model_writes_about_sounds_is_flagged(opened, chain, options):
     sounds = [next(sound for sound in made_sounds(kind) if sound.clip.duration_s < 6.1) for kind in SOUNDS]
     assert [sound.kind for sound in sounds] == ["silence", "noise", "tones", "ringing"]

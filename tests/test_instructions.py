@@ -9,6 +9,7 @@ from tiny_speech import flac
 from tiny_training import run_steps, step_batches
 
 from graft.audio import read_audio
+from graft.chunking import windows
 from graft.errors import ModelError
 from graft.model.opening import open_graft
 from graft.prompts import DEFAULT_INSTRUCTION, INSTRUCTIONS
@@ -41,7 +42,7 @@ def trained(folder: Path, wordings: Wordings, audios: Sequence[bytes], texts: Se
 def test_two_instructions_give_two_formats(tmp_path):
     wordings = Wordings(WordsRecipe(styles={"formatted": 0.5}), "lower")
     audios, texts = [flac(0.4 + 0.2 * seed, seed) for seed in range(3)], ["Yes, Bob.", "It is? No!", "GO ON"]
-    transcriber = load(trained(tmp_path, wordings, audios, texts, draws=24))
+    transcriber = load(trained(tmp_path, wordings, audios, texts, draws=24), cut=windows)
     for instruction in (None, "lower", DEFAULT_INSTRUCTION):
         heard = transcriber.transcribe_many(audios, instruction=instruction)
         assert [one.text for one in heard] == ["yes bob", "it is no", "go on"]
@@ -57,7 +58,7 @@ def test_a_listed_word_decides_what_is_heard(tmp_path):
     names = ["anna", "otto"]
     wordings = Wordings(WordsRecipe(context=1.0, context_words=1, context_empty=0, context_absent=0), "lower", names)
     audio = flac(0.5)
-    transcriber = load(trained(tmp_path, wordings, [audio] * 2, names, draws=8))
+    transcriber = load(trained(tmp_path, wordings, [audio] * 2, names, draws=8), cut=windows)
     for name in names:
         assert transcriber.transcribe(audio, context=[name]).text == name
     transcriber.close()

@@ -1,30 +1,33 @@
-"""`jobs.transcribe` on a real local Ray: files and folders in, transcripts out, bad files reported."""
+"""`jobs.transcribe` on a real local Ray: archives in, transcripts out, bad files reported, nothing done twice."""
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import tiny
+import tiny_hub
+import tiny_media
 import yaml
+from ray.data._internal.planner.planner import Planner
 
-from graft.errors import DataError
-from graft.transcriber import load
+from graft.transcriber import Transcriber, load
+from graft.transcript import Transcript
 from jobs.cli import run_job
 from jobs.cluster import connect
 from jobs.outputs import holds_results
-from jobs.transcribe import HOW, TranscribeRecipe, find_recordings, main
+from jobs.transcribe import HOW, TranscribeRecipe, main
+
+PROMPTS = sorted(tiny_media.PROMPTS, key=lambda path: path.stat().st_size)
+"""The shortest first."""
 
 
 def run(*arguments: str) -> int:
     return run_job(TranscribeRecipe, main, summary="", argv=list(arguments))
-
-
-def write_audio(path: Path, seconds: float, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.random.default_rng(seed).standard_normal(int(seconds * 16_000)) * 0.1, 16_000)
-    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,61 +41,172 @@ def folder(tmp_path_factory) -> Path:
     return tiny.save_tiny_graft(tmp_path_factory.mktemp("transcribe") / "tiny-graft")
 
 
-def test_good_files_are_transcribed_and_bad_ones_reported(folder, tmp_path, capsys):
-    paths = [write_audio(tmp_path / name, 0.4 + place, place) for place, name in enumerate(["talks/a.flac", "talks/deep/b.wav", "c.ogg"])]
-    (tmp_path / "talks" / "broken.mp3").write_bytes(b"no audio")
-    (tmp_path / "talks" / "notes.txt").write_text("not for us")
-    sources, out = [str(tmp_path / "talks"), str(paths[2]), str(tmp_path / "missing.wav")], tmp_path / "out"
-    assert run(f"model={folder}", f"audio={sources}", f"out={out}", "files_per_batch=2", "workers=2") == 3
+@pytest.fixture(scope="module")
+def transcriber(folder) -> Iterator[Transcriber]:
+    opened = load(folder)
+    yield opened
+    opened.close()
 
-    transcriber = load(folder)
-    expected = [transcriber.transcribe(path).to_dict() for path in paths]
-    transcriber.close()
-    for stem, path, transcript in zip(["a", "deep/b", "c"], paths, expected, strict=True):
-        assert (out / f"{stem}.txt").read_bytes().decode() == transcript["text"] + "\n"
-        written = json.loads((out / f"{stem}.json").read_text())
-        logprob = written["segments"][0].pop("mean_logprob")
-        assert logprob == pytest.approx(transcript["segments"][0].pop("mean_logprob"), abs=1e-5)
-        assert written == {"file": str(path), **json.loads(json.dumps(transcript))}
-    lines = [json.loads(line)["file"] for line in (out / "transcripts.jsonl").read_text().splitlines()]
-    assert lines == list(map(str, paths))
-    errors = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
-    assert [error["file"] for error in errors] == [str(tmp_path / "talks" / "broken.mp3"), sources[2]]
+
+@pytest.fixture
+def calls(tmp_path) -> Path:
+    """Three recordings, one of them long, a broken one, and a file that is none."""
+    root = tmp_path / "calls"
+    (root / "deep").mkdir(parents=True)
+    shutil.copy(PROMPTS[0], root / "a.flac")
+    (root / "deep" / "b.webm").write_bytes(
+        tiny_media.encode(tiny_media.speech(48_000, seconds=25.0), 48_000, "libopus", "webm", seekable=False)
+    )
+    soundfile.write(root / "a.wav", np.zeros(16_000), 16_000)
+    (root / "broken.mp3").write_bytes(b"no audio")
+    (root / "notes.md").write_text("not for us")
+    return root
+
+
+def rows_of(out: Path) -> dict[str, dict]:
+    rows = [row for path in sorted((out / "recordings").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+def is_as(row: dict, transcript: Transcript) -> None:
+    expected = transcript.to_dict()
+    assert row["text"] == expected["text"]
+    assert row["duration_s"] == pytest.approx(expected["duration_s"], abs=1e-3)
+    for part, segment in zip(row["segments"], expected["segments"], strict=True):
+        assert part["mean_logprob"] == pytest.approx(segment["mean_logprob"], abs=1e-5)
+        exact = {"flags": list(segment["flags"]), "words": list(segment["words"]), "mean_logprob": part["mean_logprob"]}
+        assert part == segment | exact
+
+
+def test_an_archive_is_transcribed_once_and_what_failed_can_be_tried_again(folder, calls, tmp_path, capsys, transcriber):
+    out = tmp_path / "out"
+    arguments = [f"model={folder}", f"audio={calls}", f"out={out}", "item_s=10", "formats=[txt, vtt, json]"]
+    assert run(*arguments, "price=3") == 0
+    rows = rows_of(out)
+    assert list(rows) == ["a.flac", "a.wav", "broken.mp3", "deep/b.webm"]
+    is_as(rows["a.flac"], transcriber.transcribe(calls / "a.flac"))
+    assert (rows["a.wav"]["text"], rows["a.wav"]["segments"], rows["a.wav"]["error"]) == ("", [], None)
+    assert rows["a.wav"]["duration_s"] == 1.0
+    assert rows["deep/b.webm"]["duration_s"] == pytest.approx(25.0, abs=0.1)
+    assert rows["deep/b.webm"]["segments"][-1]["start_s"] > 5  # of its second item
+    assert "truncated" in rows["deep/b.webm"]["flags"]
+    assert 0 < rows["deep/b.webm"]["confidence"] < 1
+    assert rows["broken.mp3"]["error"].startswith("not readable as audio")
+    written = sorted(path.relative_to(out / "files").as_posix() for path in (out / "files").rglob("*.*"))
+    assert written == sorted(f"{stem}.{kind}" for stem in ("a.flac", "a.wav", "deep/b") for kind in ("txt", "vtt", "json"))
+    assert (out / "files" / "deep" / "b.txt").read_bytes().decode() == rows["deep/b.webm"]["text"] + "\n"
+    assert json.loads((out / "files" / "a.flac.json").read_text())["text"] == rows["a.flac"]["text"]
+    (fault,) = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+    assert (fault["recording"], fault["uri"]) == ("broken.mp3", str(calls / "broken.mp3"))
     assert yaml.safe_load((out / "recipe.yaml").read_text())["model"] == str(folder)
-    assert not list(out.rglob("*.tmp"))
-
+    assert not [path for path in out.rglob("*") if "partial" in path.name or path.suffix == ".tmp"]
     output = capsys.readouterr()
-    for path, transcript in zip(paths, expected, strict=True):
-        assert f"{path}: {transcript['text']}" in output.out
-    reports = [line for line in output.err.splitlines() if line.startswith("graft: ")]
-    assert len(reports) == 2
-    assert any("broken.mp3: not readable as audio" in line for line in reports)
-    assert any("missing.wav: No such file" in line for line in reports)
+    assert "4/4 recordings  0.01 h  RTFx " in output.out
+    assert "3 recordings done, 1 failed; 0.01 h of audio" in output.out
+    assert "  failed: 1 x not readable as audio\n" in output.out
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["cost_per_audio_hour"] == pytest.approx(3 / summary["rtfx"])
     assert "Traceback" not in output.err
 
-    # Another recipe may not overwrite these results, the same one may, however fast.
-    assert run(f"model={folder}", f"audio={paths[0]}", f"out={out}") == 2
-    assert "holds another recipe's results: audio" in capsys.readouterr().err
-    assert holds_results(str(out), TranscribeRecipe(model=str(folder), audio=sources, out=str(out), workers=1), ignore=HOW)
+    # The same again, however fast, does nothing; with a file more, that file; errors only when asked.
+    items = set((out / "work" / "items").iterdir())
+    shutil.copy(PROMPTS[1], calls / "new.flac")
+    shutil.copy(PROMPTS[2], calls / "broken.mp3")
+    assert run(*arguments, "items_per_batch=1", "--strict") == 0
+    assert "nothing was left to do" not in capsys.readouterr().out
+    assert len(set((out / "work" / "items").iterdir()) - items) == 2  # new.flac, and broken.mp3, which is another file now
+    again = rows_of(out)
+    assert {name: row for name, row in again.items() if name in rows and name != "broken.mp3"} == {
+        name: row for name, row in rows.items() if name != "broken.mp3"
+    }
+    is_as(again["broken.mp3"], transcriber.transcribe(calls / "broken.mp3"))
+    assert run(*arguments, "--strict") == 0
+    assert "5 recordings done, 0 failed; 0.01 h of audio, nothing was left to do" in capsys.readouterr().out
+
+
+def test_errors_are_tried_again_only_when_asked(folder, tmp_path, capsys, transcriber):
+    out = tmp_path / "out"
+    (tmp_path / "files").mkdir()
+    with tiny_hub.serve(tmp_path / "files") as hub:
+        arguments = [f"model={folder}", f"audio={hub.url}/files/later.flac", f"out={out}"]
+        assert run(*arguments, "--strict") == 3
+        assert "0 recordings done, 1 failed" in capsys.readouterr().out
+        shutil.copy(PROMPTS[0], tmp_path / "files" / "later.flac")
+        assert run(*arguments, "--strict") == 3
+        assert "nothing was left to do" in capsys.readouterr().out
+        assert run(*arguments, "--strict", "--retry-errors") == 0
+        assert run(*arguments, "--strict") == 0
+    assert "1 recordings done, 0 failed; 0.00 h of audio, nothing was left to do" in capsys.readouterr().out
+    is_as(rows_of(out)["later.flac"], transcriber.transcribe(PROMPTS[0]))
+    assert not (out / "errors.jsonl").read_text()
+
+
+def test_results_of_another_model_or_recipe_never_mix(folder, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(folder, model)
+    arguments = [f"model={model}", f"audio={PROMPTS[0]}", f"out={out}"]
+    assert run(*arguments) == 0
+    before = rows_of(out)
+    for changed in [f"audio={PROMPTS[1]}", "item_s=60", "chunks.max_s=20", f"model={folder}"]:
+        assert run(*arguments, changed) == 2
+        key, _, value = changed.partition("=")
+        assert f"holds another recipe's results: {key} was " in (message := capsys.readouterr().err)
+        assert f"is {value!r} now" in message or f"is {value} now" in message or f"is {float(value)} now" in message
+    shutil.rmtree(model)
+    tiny.save_tiny_graft(model, seed=1)
+    assert run(*arguments) == 2
+    message = capsys.readouterr().err
+    assert "holds another recipe's results: model_digest was '" in message
+    assert rows_of(out) == before
+    assert run(*arguments, "model_digest=abc", f"out={tmp_path / 'new'}") == 2
+    assert "is not the one that model_digest=abc names" in capsys.readouterr().err
+    known = TranscribeRecipe(**yaml.safe_load((out / "recipe.yaml").read_text()) | {"workers": 3, "formats": ["srt"]})
+    assert holds_results(str(out), known, ignore=HOW)
+
+
+def test_a_run_without_checkpoints_is_an_error(folder, tmp_path, monkeypatch):
+    """Ray only warns, and a run that is killed would begin anew."""
+    monkeypatch.setattr(Planner, "_check_supports_checkpointing", lambda planner, plan: False)
+    with pytest.raises(UserWarning, match="Checkpointing will be disabled"):
+        run(f"model={folder}", f"audio={PROMPTS[0]}", f"out={tmp_path / 'out'}")
+
+
+def test_channels_are_told_apart_and_ordered_by_time(folder, tmp_path):
+    one, two = (soundfile.read(path, dtype="float32")[0] for path in PROMPTS[:2])
+    silence = np.zeros_like
+    apart = np.stack([np.concatenate([one, silence(two), one]), np.concatenate([silence(one), two, silence(one)])], axis=1)
+    soundfile.write(tmp_path / "call.wav", apart, 16_000)
+    settings = ["chunks.max_pause_s=0.5", "formats=[txt, srt]"]
+    assert run(f"model={folder}", f"audio={tmp_path / 'call.wav'}", f"out={tmp_path / 'out'}", "channels=split", *settings) == 0
+    segments = rows_of(tmp_path / "out")["call.wav"]["segments"]
+    assert [segment["channel"] for segment in segments] == [1, 2, 1]
+    assert [segment["start_s"] for segment in segments] == sorted(segment["start_s"] for segment in segments)
+    text = (tmp_path / "out" / "files" / "call.txt").read_text()
+    assert [line.partition(":")[0] for line in text.splitlines()] == ["channel 1", "channel 2", "channel 1"]
+    assert "channel 2: " in (tmp_path / "out" / "files" / "call.srt").read_text()
 
 
 def test_without_out_it_prints_only(folder, tmp_path, capsys, monkeypatch):
-    path = write_audio(tmp_path / "a.wav", 0.3)
+    shutil.copy(PROMPTS[0], tmp_path / "a.flac")
     monkeypatch.chdir(tmp_path)
-    assert run(f"model={folder}", "audio=a.wav") == 0
-    assert capsys.readouterr().out.startswith("a.wav: ")
-    assert list(tmp_path.iterdir()) == [path]
+    assert run(f"model={folder}", "audio=[a.flac, gone.wav]") == 0
+    output = capsys.readouterr()
+    assert f"\n{tmp_path / 'a.flac'}: " in output.out
+    assert f"graft: {tmp_path / 'gone.wav'}: No such file" in output.err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.flac"]
 
 
-def test_instruction_and_context_reach_the_workers(tmp_path, capsys):
+def test_instruction_and_context_reach_the_workers(tmp_path):
     folder = tiny.save_tiny_graft(tmp_path / "worded", trained_styles=["formatted"], trained_context=True)
-    path, words = write_audio(tmp_path / "a.wav", 0.5), {"instruction": "formatted", "context": ["Aachen", "New York"]}
-    assert run(f"model={folder}", f"audio={path}", "instruction=formatted", "context=[Aachen, New York]") == 0
-    transcriber = load(folder)
-    asked, plain = transcriber.transcribe(path, **words).text, transcriber.transcribe(path).text
-    transcriber.close()
-    assert asked != plain
-    assert capsys.readouterr().out.strip() == f"{path}: {asked}".strip()
+    words = {"instruction": "formatted", "context": ["Aachen", "New York"]}
+    arguments = ["instruction=formatted", "context=[Aachen, New York]", f"out={tmp_path / 'out'}"]
+    assert run(f"model={folder}", f"audio={PROMPTS[0]}", *arguments) == 0
+    opened = load(folder)
+    asked, plain = opened.transcribe(PROMPTS[0], **words), opened.transcribe(PROMPTS[0])
+    opened.close()
+    assert asked.text != plain.text
+    is_as(rows_of(tmp_path / "out")[PROMPTS[0].name], asked)
 
 
 def test_a_deaf_model_is_refused_in_one_line(folder, tmp_path, capsys):
@@ -103,7 +217,7 @@ def test_a_deaf_model_is_refused_in_one_line(folder, tmp_path, capsys):
     save_file(
         state | {"audio_projector.linear.weight": state["audio_projector.linear.weight"] * 0}, deaf / "model.safetensors", {"format": "pt"}
     )
-    assert run(f"model={deaf}", f"audio={write_audio(tmp_path / 'a.wav', 0.3)}") == 2
+    assert run(f"model={deaf}", f"audio={PROMPTS[0]}") == 2
     errors = capsys.readouterr().err
     assert "all zeros, so the model is deaf" in errors
     assert "Traceback" not in errors
@@ -135,18 +249,3 @@ def test_what_is_wrong_from_the_start_is_one_line_and_exit_code_2(folder, tmp_pa
     assert message in errors
     assert "\n" not in errors
     assert not out.exists()
-
-
-def test_recordings_are_found_once_and_in_order(tmp_path):
-    for name in ["b.flac", "a.WAV", "sub/a.opus", "sub/readme.md"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = find_recordings([str(tmp_path), str(tmp_path / "b.flac")])
-    assert [(recording.path.relative_to(tmp_path).as_posix(), recording.stem) for recording in found] == [
-        ("a.WAV", "a"),
-        ("b.flac", "b"),
-        ("sub/a.opus", "sub/a"),
-    ]
-    (tmp_path / "b.mp3").touch()
-    with pytest.raises(DataError, match=r"b\.flac and .*b\.mp3 would both become b\.txt"):
-        find_recordings([str(tmp_path)])

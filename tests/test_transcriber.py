@@ -15,6 +15,7 @@ import torch
 
 import graft
 from graft.audio import AudioClip
+from graft.chunking import windows
 from graft.engines.greedy import repeats
 from graft.errors import AudioError, ModelError
 from graft.guards import NO_REPEAT_NGRAM
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transcriber(folder):
-    transcriber = load(folder)
+    transcriber = load(folder, cut=windows)
     yield transcriber
     transcriber.close()
 
@@ -111,7 +112,7 @@ def test_many_together_equal_each_alone_and_bad_ones_are_values(transcriber, tmp
 
 
 def test_instruction_and_context_reach_the_model(tmp_path):
-    transcriber = load(tiny.save_tiny_graft(tmp_path, trained_styles=["raw"], trained_context=True))
+    transcriber = load(tiny.save_tiny_graft(tmp_path, trained_styles=["raw"], trained_context=True), cut=windows)
     clip = make_clip(1.0)
     plain, raw = transcriber.transcribe(clip), transcriber.transcribe(clip, instruction="raw")
     listed = transcriber.transcribe(clip, instruction="raw", context=["Aachen", "Zwolle"])
@@ -183,7 +184,7 @@ def test_a_folder_that_is_no_graft_is_refused(tmp_path):
 
 
 def test_dtype_and_device_are_taken(folder):
-    transcriber = load(folder, device="cpu", dtype="bf16")
+    transcriber = load(folder, device="cpu", dtype="bf16", cut=windows)
     assert transcriber._engine._decoder._model.dtype == torch.bfloat16
     assert transcriber.transcribe(make_clip(0.3)).segments
     transcriber.close()

@@ -1,5 +1,6 @@
 """Open what graft's jobs wrote: a whole graft, or a stage's output on top of the graft it was trained on."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from graft.model.adapters import attach_adapters, has_adapters, nf4_config, roun
 from graft.model.build import check_kind, reading
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
-from graft.model.weights import check_projector, load_projector, read_projector
+from graft.model.weights import check_projector, load_projector, read_projector, weight_files
 from graft.processor import GraftProcessor
 
 STAGE_FILE = "stage.json"
@@ -49,6 +50,18 @@ def open_graft(
             attach_adapters(model, path)
     check_projector(model, source=str(path))
     return model.eval(), processor
+
+
+def model_digest(path: str | Path) -> str:
+    """SHA-256 over the files that make up what open_graft opens: weights and configuration, of a stage also of its graft."""
+    digest = hashlib.sha256()
+    for part in dict.fromkeys([str(path), str(base_graft(path))]):
+        weights = weight_files(part)
+        folder = weights[0].parent
+        for file in [*weights, *(folder / name for name in ("config.json", STAGE_FILE) if (folder / name).is_file())]:
+            with file.open("rb") as data:
+                digest.update(f"{file.name} {hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def open_processor(path: str | Path) -> GraftProcessor:

@@ -163,7 +163,7 @@ def _overrides(arguments: Sequence[str], switches: Set[str]) -> Iterator[str]:
             elif not equals and not (value := next(left, "--")).startswith("--"):
                 equals = "="
             override = f"{key}{equals}{value}" if equals else ""
-        if "=" not in override:
+        if "=" not in override or override.startswith("-"):
             raise RecipeError(f"argument {argument!r} is not key=value or --key value: see --help")
         yield override
 

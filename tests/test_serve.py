@@ -11,6 +11,7 @@ import pytest
 import requests
 import soundfile
 import tiny
+import tiny_media
 import yaml
 from pydantic import ValidationError
 
@@ -21,6 +22,9 @@ from serve.app import build
 from serve.schema import ServeArgs
 
 MAX_UPLOAD = 3_000_000
+
+
+PROMPTS = sorted(tiny_media.PROMPTS, key=lambda path: path.stat().st_size)
 
 
 def flac(seconds: float, seed: int = 0) -> bytes:
@@ -64,17 +68,17 @@ def assert_fault(response, status, *, param, code, message) -> None:
 
 def test_answers_are_the_transcribers_own(url, folder):
     transcriber = load(folder)
-    for seed, seconds in enumerate([0.5, 35.0]):
-        text = transcriber.transcribe(flac(seconds, seed)).text
-        assert post(url, file=flac(seconds, seed)).json() == {"text": text}
-        plain = post(url, {"response_format": "text", "language": "en", "temperature": "0", "stream": "false"}, file=flac(seconds, seed))
+    for audio in [PROMPTS[0].read_bytes(), tiny_media.write(tiny_media.speech(16_000, seconds=35.0, channels=1), 16_000, "FLAC")]:
+        text = transcriber.transcribe(audio).text
+        assert post(url, file=audio).json() == {"text": text}
+        plain = post(url, {"response_format": "text", "language": "en", "temperature": "0", "stream": "false"}, file=audio)
         assert plain.text == text + "\n"
         assert plain.headers["content-type"].startswith("text/plain")
     transcriber.close()
 
 
 def test_concurrent_requests_get_their_own_answers(url):
-    uploads = [flac(0.3 + seed / 10, seed) for seed in range(8)]
+    uploads = [path.read_bytes() for path in PROMPTS[:8]]
     alone = [post(url, file=upload).json()["text"] for upload in uploads]
     with ThreadPoolExecutor(8) as threads:
         together = list(threads.map(lambda upload: post(url, file=upload).json()["text"], uploads))

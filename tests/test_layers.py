@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT) for folder in ("graft", "jobs", "serve") for path in (ROOT / folder).rglob("*.py"))
 EDGE = {"ray", "fastapi", "starlette", "uvicorn"}
-OPTIONAL = ("deepspeed", "peft", "bitsandbytes")
+OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "vllm")
 REMOTE_CODE = ("configuration", "audio", "projector", "modeling")
 
 # In graft, a module imports only from rows above its own.

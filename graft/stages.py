@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from graft.errors import ModelError, require
-from graft.model.adapters import LoraSettings, add_adapters
+from graft.model.adapters import LoraSettings, add_adapters, fill_adapters, read_adapters
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.opening import DTYPES, open_graft
 from graft.model.projector import AudioProjector
@@ -30,6 +30,8 @@ class Stage:
     lora: LoraSettings | None = None
     nf4: bool = False
     projector: str | None = None
+    adapters: str | None = None
+    """Folder of those to start from; None for fresh ones."""
     letters: str | None = None
     """What the projector learns to spell by CTC; None for transcripts by the language model."""
 
@@ -80,6 +82,8 @@ def prepared(model: GraftForConditionalGeneration, stage: Stage, computing: Comp
     if stage.lora:
         torch.manual_seed(seed)
         add_adapters(model, stage.lora)
+        if stage.adapters:
+            fill_adapters(model, read_adapters(stage.adapters)[0], source=stage.adapters)
     model.audio_projector.requires_grad_(True)
     if computing.gradient_checkpointing:
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from graft.config import Recipe
 from graft.errors import ModelError
-from graft.model.adapters import LoraSettings, has_adapters
+from graft.model.adapters import LoraSettings, has_adapters, read_adapters
 from graft.model.opening import read_stage
 from graft.stages import Stage
 from jobs.build import is_untrained
@@ -32,7 +32,9 @@ class Stage2Recipe(TrainRecipe):
     """Stage 2: adapters and projector."""
 
     projector: str | None = None
-    """Output folder of stage 1; null for the graft's own projector, where it is trained: a pretrained or merged graft's."""
+    """Output folder of stage 1; null for that of `adapters` or the graft's own, where it is trained: a pretrained or merged graft's."""
+    adapters: str | None = None
+    """Output folder of an earlier stage 2 on the same graft, to train on with its adapters; null for fresh ones."""
     quantize: Literal["nf4", "none"] = "nf4"
     """NF4 makes it QLoRA; none leaves the base in `dtype`."""
     lora: LoraRecipe = LoraRecipe()
@@ -44,17 +46,30 @@ class Stage2Recipe(TrainRecipe):
 def run(recipe: Stage2Recipe) -> dict[str, Any]:
     """Train adapters and projector; returns losses, counts and seconds."""
     lora = LoraSettings(**recipe.lora.model_dump())
-    return fit(recipe, Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=_projector(recipe)))
+    adapters = _adapters(recipe)
+    return fit(recipe, Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=_projector(recipe), adapters=adapters))
+
+
+def _adapters(recipe: Stage2Recipe) -> str | None:
+    """The folder of the adapters to start from. Raises ModelError for others than the recipe's `lora` makes."""
+    if recipe.adapters is None:
+        return None
+    _, config = read_adapters(recipe.adapters)
+    if (config.r, config.lora_alpha) != (recipe.lora.rank, recipe.lora.alpha):
+        raise ModelError(f"the adapters in {recipe.adapters} have lora.rank={config.r} lora.alpha={config.lora_alpha}: give these")
+    return os.path.abspath(recipe.adapters)
 
 
 def _projector(recipe: Stage2Recipe) -> str | None:
     """The folder of the projector to start from; None for the graft's own. Raises ModelError for one that was never trained."""
+    if recipe.projector is None and recipe.adapters is not None:
+        return os.path.abspath(recipe.adapters)
     if recipe.projector is None and read_stage(recipe.model) is None:
         if is_untrained(recipe.model):
             raise ModelError(f"the projector of {recipe.model} is untrained: give projector=, the output folder of stage 1")
         return None
     if recipe.projector is None and has_adapters(recipe.model):
-        raise ModelError(f"{recipe.model} is stage 2's output: merge it (python -m jobs.merge) and train the merged graft")
+        raise ModelError(f"{recipe.model} is stage 2's output: give its graft as model= and it as adapters=, or merge it first")
     return os.path.abspath(recipe.projector or recipe.model)
 
 

@@ -271,5 +271,21 @@ def test_stage_2_starts_from_a_trained_projector_only(home, exported, built, tmp
     assert stage2._projector(told(built(exported))) is None
     with pytest.raises(ModelError, match="graft is untrained: give projector=, the output folder of stage 1"):
         stage2.run(told(home / "graft"))
-    with pytest.raises(ModelError, match="stage2 is stage 2's output: merge it"):
+    with pytest.raises(ModelError, match="stage2 is stage 2's output: give its graft as model= and it as adapters=, or merge it first"):
         stage2.run(told(home / "stage2"))
+
+
+def test_stage_2_trains_on_with_adapters(home, tmp_path):
+    def told(**lora: int) -> stage2.Stage2Recipe:
+        settings = {"model": str(home / "graft"), "data": ["d"], "out": str(tmp_path / "out"), "adapters": str(home / "stage2"), "lora": lora}
+        return stage2.Stage2Recipe.model_validate(settings)
+
+    recipe = told(rank=SETTINGS.rank, alpha=SETTINGS.alpha)
+    folder = stage2._adapters(recipe)
+    assert folder == stage2._projector(recipe) == str(home / "stage2")
+    stage = Stage(2, lora=SETTINGS, projector=folder, adapters=folder)
+    model, _ = stage_model(stage, recipe.model, Computing(dtype="fp32"))
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" in name}
+    assert torch.equal(logits(model.eval()), logits(open_graft(home / "stage2")[0]))
+    with pytest.raises(ModelError, match=f"have lora.rank={SETTINGS.rank} lora.alpha={SETTINGS.alpha}: give these"):
+        stage2.run(told(rank=SETTINGS.rank + 1))

@@ -115,8 +115,13 @@ def read_adapters(folder: str | Path) -> tuple[dict[str, Tensor], Any]:
 
 def put_adapters(model: GraftForConditionalGeneration, state: Mapping[str, Tensor], config: Any, *, source: str) -> None:
     """Inject adapters into a graft, unmerged. Raises ModelError when they do not fit it."""
-    peft = require("peft", extra="train")
     _inject(model, config)
+    fill_adapters(model, state, source=source)
+
+
+def fill_adapters(model: GraftForConditionalGeneration, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Give adapters that are injected already the weights of others. Raises ModelError when they do not fit."""
+    peft = require("peft", extra="train")
     expected = {name for name in peft.get_peft_model_state_dict(model)}
     if state.keys() != expected:
         raise ModelError(f"the adapters in {source} do not fit this graft: {len(state.keys() ^ expected)} tensors differ, train them on it")

@@ -196,15 +196,15 @@ def transcribe_items(
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
 
-    items = ray.data.read_parquet(str(plan))
-    (home / "items").mkdir(exist_ok=True)
-    (home / "done").mkdir(exist_ok=True)
-    items.context.checkpoint_config = CheckpointConfig(
-        id_column="id", checkpoint_path=str(home / "done"), delete_checkpoint_on_success=False
-    )
-    results = (
-        items.repartition(target_num_rows_per_block=workers.items_per_batch)
-        .map_batches(
+    for name in ("items", "done"):
+        (home / name).mkdir(exist_ok=True)
+    context = ray.data.DataContext.get_current().copy()
+    context.use_datasource_v2 = False  # it starts eight processes, to read the footer of one file
+    context.checkpoint_config = CheckpointConfig(id_column="id", checkpoint_path=str(home / "done"), delete_checkpoint_on_success=False)
+    with ray.data.DataContext.current(context), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*logical plan doesn't support")  # without checkpoints a run would begin anew
+        items = ray.data.read_parquet(str(plan)).repartition(target_num_rows_per_block=workers.items_per_batch)
+        read = items.map_batches(
             ItemReader,
             fn_constructor_args=[reading],
             batch_size=None,
@@ -213,7 +213,7 @@ def transcribe_items(
             num_cpus=1,
             memory=GIB,
         )
-        .map_batches(
+        heard = read.map_batches(
             ItemListener,
             fn_constructor_args=[opener, wording],
             batch_size=None,
@@ -227,10 +227,7 @@ def transcribe_items(
             num_cpus=workers.cpus_per_listener,
             num_gpus=workers.gpus_per_listener,
         )
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*logical plan doesn't support")  # without checkpoints a run would begin anew
-        results.write_parquet(str(home / "items"))
+        heard.write_parquet(str(home / "items"))
 
 
 def _clip(samples: np.ndarray) -> AudioClip:

@@ -247,7 +247,7 @@ def _show(demo: Demo, summary: dict[str, Any], report: dict[str, Any], shown: li
         print(f"  {name:<22} {what}")
     print("\nthree transcripts:")
     for row in shown:
-        said = json.loads((demo.root / "transcripts" / f"{Path(row['audio']).stem}.json").read_text())["text"]
+        said = json.loads((demo.root / "transcripts" / "files" / f"{Path(row['audio']).stem}.json").read_text())["text"]
         print(f"  {Path(row['audio']).name}\n    said:  {row['text']}\n    heard: {said}")
     print(f"\nyour own file: python -m jobs.transcribe model={demo.path('merged')} audio=YOUR_FILE", flush=True)
 

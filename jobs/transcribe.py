@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from pydantic import Field
 from graft.chunking import ChunkSettings, windows
 from graft.columns import Columns
 from graft.config import Recipe
-from graft.errors import OutputError
+from graft.errors import OutputError, RecipeError, require
 from graft.speech import SpeechSettings
 from graft.subtitles import CueLimits, Format
 from graft.transcriber import Transcriber
@@ -69,6 +69,10 @@ class TranscribeRecipe(Recipe):
     chunks: ChunkSettings = ChunkSettings()
     dtype: Literal["fp32", "bf16"] | None = None
     """Precision of the weights; by default as they are stored."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """vllm: the language model in vLLM, with its own batches (`pip install 'graft[vllm]'`)."""
+    quantization: str | None = None
+    """How vLLM quantizes the language model, such as fp8; null: not at all."""
     item_s: float = Field(default=1800.0, ge=10)
     """Seconds of audio in a work item, about: longer recordings are shared out, and a killed run loses no more."""
     formats: tuple[Format, ...] = ("txt", "json")
@@ -109,8 +113,13 @@ def main(recipe: TranscribeRecipe) -> int:
     return PARTLY_FAILED if recipe.strict and totals.failed else 0
 
 
-def transcribe(recordings: pa.Table, recipe: TranscribeRecipe, out: Path) -> tuple[Totals, dict[str, Any]]:
-    """Transcribe recordings (archive.RECORDINGS) into the folder `out`, but for what is done there; returns totals and the summary."""
+def transcribe(
+    recordings: pa.Table, recipe: TranscribeRecipe, out: Path, opener: Callable[[], Transcriber] | None = None
+) -> tuple[Totals, dict[str, Any]]:
+    """Transcribe recordings (archive.RECORDINGS) into the folder `out`, but for what is done there; returns totals and the summary.
+
+    Workers hear with what `opener` opens, by default the recipe's model.
+    """
     start = time.monotonic()
     connect(cpus=recipe.readers + recipe.workers * recipe.threads + 2)
     home = out / "work"
@@ -127,7 +136,7 @@ def transcribe(recordings: pa.Table, recipe: TranscribeRecipe, out: Path) -> tup
                 home / "plan.parquet",
                 home,
                 _reading(recipe),
-                _opener(recipe),
+                opener or _opener(recipe),
                 {"instruction": recipe.instruction, "context": recipe.context},
                 _workers(recipe),
             )
@@ -142,6 +151,10 @@ def _check_model(recipe: TranscribeRecipe) -> None:
     """Refuse what is no graft, and words that it was not trained for, before a cluster starts."""
     from graft.model.opening import check_graft, open_processor
 
+    if recipe.quantization and recipe.engine != "vllm":
+        raise RecipeError(f"quantization={recipe.quantization} goes with engine=vllm")
+    if recipe.engine == "vllm":
+        require("vllm", extra="vllm")
     check_graft(recipe.model)
     if recipe.instruction or recipe.context:
         open_processor(recipe.model).instruction(recipe.instruction, recipe.context)
@@ -179,20 +192,31 @@ def _opener(recipe: TranscribeRecipe) -> functools.partial[Transcriber]:
     return functools.partial(
         open_transcriber,
         os.path.abspath(recipe.model) if os.path.exists(recipe.model) else recipe.model,  # workers have another working folder
+        name=_name(recipe.model),
         device="cuda" if recipe.gpus_per_worker else "cpu",
         dtype=recipe.dtype,
         threads=recipe.threads,
+        engine=recipe.engine,
+        quantization=recipe.quantization,
         words=recipe.words,
     )
 
 
-def open_transcriber(model: str, *, device: str, dtype: str | None, threads: int, words: bool) -> Transcriber:
+def open_transcriber(
+    model: str, *, name: str, device: str, dtype: str | None, threads: int, engine: str, quantization: str | None, words: bool
+) -> Transcriber:
     """Open a worker's Transcriber, whose chunks are cut already."""
     import torch
 
     from graft.transcriber import load
 
     torch.set_num_threads(threads)
+    if engine == "vllm":
+        from graft.engines.vllm_engine import open_vllm_engine
+        from graft.model.opening import DTYPES
+
+        weights = DTYPES[dtype] if dtype else None
+        return Transcriber(*open_vllm_engine(model, device=device, dtype=weights, quantization=quantization), name)
     return load(model, device=device, dtype=dtype, cut=windows)
 
 

@@ -231,6 +231,8 @@ def test_a_deaf_model_is_refused_in_one_line(folder, tmp_path, capsys):
         (["model={folder}", "audio=a.wav", "wrokers=2"], "did you mean 'workers'"),
         (["model={folder}", "audio=a.wav", "workers=0"], "workers=0"),
         (["model={folder}"], "key audio is required"),
+        (["model={folder}", "audio=a.wav", "quantization=fp8"], "quantization=fp8 goes with engine=vllm"),
+        (["model={folder}", "audio=a.wav", "engine=vllm"], "vllm is not installed: pip install 'graft[vllm]'"),
         (
             ["model={folder}", "audio=a.wav", "instruction=formatted"],
             "instruction 'formatted': this checkpoint was trained for lower: give",

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ import torch
 
 from graft.audio import AudioClip, read_audio
 from graft.chunking import Chunk, Chunker, windows
-from graft.engines import Engine, EngineCounts, EngineRequest
+from graft.engines import Engine, EngineCounts, EngineRequest, Token
 from graft.engines.greedy import repeats
 from graft.engines.transformers_engine import TransformersEngine
 from graft.errors import AudioError
@@ -109,6 +109,29 @@ class Transcriber:
         asked = self._processor.instruction(instruction, context)
         return await asyncio.gather(*(self._hear(chunk, asked) for chunk in chunks))
 
+    async def stream_chunk(
+        self, chunk: Chunk, *, instruction: str | None = None, context: Sequence[str] | None = None
+    ) -> AsyncGenerator[str | Segment, None]:
+        """Yield a chunk's text in parts as it comes, and at last its segment, whose text is those parts joined.
+
+        Nothing is taken back: what the guards find suspicious is flagged, but not decoded again. Raises ModelError as `transcribe`.
+        """
+        asked = self._processor.instruction(instruction, context)
+        request = await self._in_background(self._request, chunk.clip, asked)
+        tokens: list[Token] = []
+        sent = ""
+        async with aclosing(self._engine.stream(request)) as stream:
+            async for token in stream:
+                tokens.append(token)
+                text = self._text(tokens).rstrip("\ufffd").rstrip()  # a character may take several tokens
+                if len(text) > len(sent) and text.startswith(sent):
+                    yield text[len(sent) :]
+                    sent = text
+        judged = self._judged(chunk, request, tokens)
+        if rest := judged.text.removeprefix(sent):
+            yield rest
+        yield await self._segment(chunk, judged)
+
     def counts(self) -> EngineCounts:
         """What the engine holds and has done, for benchmarks and metrics."""
         return self._engine.counts()
@@ -142,6 +165,9 @@ class Transcriber:
         if judged.flags and repeats(ids, NO_REPEAT_NGRAM):
             request = replace(request, request_id=uuid.uuid4().hex, no_repeat_ngram=NO_REPEAT_NGRAM)
             judged = better(judged, (await self._answer(chunk, request))[0])
+        return await self._segment(chunk, judged)
+
+    async def _segment(self, chunk: Chunk, judged: Judged) -> Segment:
         end_s = chunk.start_s + chunk.clip.duration_s
         return Segment(chunk.start_s, end_s, judged.text, judged.mean_logprob, judged.flags, await self._words(chunk, judged.text))
 
@@ -155,12 +181,16 @@ class Transcriber:
         """Decode a chunk; returns the judged text and its tokens."""
         async with aclosing(self._engine.stream(request)) as stream:
             tokens = [token async for token in stream]
-        ids = [token.id for token in tokens]
-        with self._tokenizing:
-            text = self._processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return self._judged(chunk, request, tokens), [token.id for token in tokens]
+
+    def _judged(self, chunk: Chunk, request: EngineRequest, tokens: Sequence[Token]) -> Judged:
         is_cut = len(tokens) == request.max_new_tokens
         logprobs = [token.logprob for token in tokens]
-        return judge(text, logprobs, duration_s=chunk.clip.duration_s, is_cut=is_cut, has_speech=chunk.has_speech), ids
+        return judge(self._text(tokens), logprobs, duration_s=chunk.clip.duration_s, is_cut=is_cut, has_speech=chunk.has_speech)
+
+    def _text(self, tokens: Sequence[Token]) -> str:
+        with self._tokenizing:
+            return self._processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True).strip()
 
     async def _in_background(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)

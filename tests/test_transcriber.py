@@ -21,6 +21,7 @@ from graft.errors import AudioError, ModelError
 from graft.guards import NO_REPEAT_NGRAM
 from graft.model.opening import open_graft
 from graft.transcriber import Transcriber, load, max_new_tokens
+from graft.transcript import Segment
 
 
 def make_clip(seconds: float, seed: int = 0) -> AudioClip:
@@ -211,3 +212,16 @@ def test_uploads_in_every_container(transcriber):
         file = io.BytesIO()
         soundfile.write(file, clip.samples, 16_000, format=kind)
         assert transcriber.transcribe(file.getvalue()).duration_s == pytest.approx(0.6, abs=0.1)
+
+
+def test_a_streamed_chunk_says_what_a_whole_one_says(transcriber):
+    chunk = windows(make_clip(1.5, seed=3))[0]
+
+    async def stream() -> list[str | Segment]:
+        return [part async for part in transcriber.stream_chunk(chunk)]
+
+    *parts, segment = asyncio.run(stream())
+    (whole,) = asyncio.run(transcriber.transcribe_chunks([chunk]))
+    assert len(parts) > 3
+    assert "".join(parts) == segment.text == whole.text != ""
+    assert (segment.start_s, segment.end_s, segment.flags) == (whole.start_s, whole.end_s, whole.flags)

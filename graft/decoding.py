@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from graft.errors import AudioError
+from graft.errors import AudioError, AudioTooLong
 from graft.files import Source, SourceFile, open_source
 from graft.headers import mp3_is_counted, ogg_is_one_stream, wav_data_start
 
@@ -63,7 +63,7 @@ class OpenAudio:
     def frames(self, start: int = 0, end: int | None = None, *, max_s: float | None = None) -> Iterator[np.ndarray]:
         """Frames `start` to `end` or to the last, float32 (frames, channels), full scale +-1, in blocks of up to 4 MB.
 
-        Raises AudioError if the file is damaged, truncated (where its format can tell) or holds none, and beyond `max_s` seconds.
+        Raises AudioError if the file is damaged, truncated (where its format can tell) or holds none, AudioTooLong beyond `max_s` seconds.
         """
         most = None if max_s is None else int(max_s * self.info.rate)
         position = start if self.info.exact_seek else 0
@@ -71,7 +71,7 @@ class OpenAudio:
             wanted = block[max(0, start - position) : None if end is None else max(0, end - position)]
             position += len(block)
             if most is not None and position > most and (end is None or end > most):
-                raise AudioError(f"{self.name}: over the limit of {max_s:g} s of audio: cut it")
+                raise AudioTooLong(f"{self.name}: over the limit of {max_s:g} s of audio: cut it")
             if len(wanted):
                 yield wanted
             if end is not None and position >= end:

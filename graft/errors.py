@@ -1,8 +1,9 @@
-"""What graft raises on purpose: every message is one line that says what, where and the remedy.
+r"""What graft raises on purpose: every message is one line that says what, where and the remedy.
 
 GraftError
  |- RecipeError    a recipe's key or value
  |- AudioError     a file or upload that is not usable speech audio
+ |   \- AudioTooLong   it is usable, but longer than is taken
  |- DataError      a manifest, a parquet file or a row
  |- ModelError     a checkpoint, its parts or its provenance
  |- OutputError    a folder that holds something else's results
@@ -23,6 +24,10 @@ class RecipeError(GraftError):
 
 class AudioError(GraftError):
     """Audio is missing, unreadable, empty or too long."""
+
+
+class AudioTooLong(AudioError):
+    """Audio goes on beyond the limit that was given."""
 
 
 class DataError(GraftError):

@@ -103,11 +103,14 @@ class Transcriber:
         return await self._decode(await self._in_background(self._prepare, audio, asked))
 
     async def transcribe_chunks(
-        self, chunks: Sequence[Chunk], *, instruction: str | None = None, context: Sequence[str] | None = None
+        self, chunks: Sequence[Chunk], *, instruction: str | None = None, context: Sequence[str] | None = None, words: bool = True
     ) -> list[Segment]:
-        """Transcribe chunks that are cut already; a segment for each, in their order. Raises ModelError as `transcribe`."""
+        """Transcribe chunks that are cut already; a segment for each, in their order. Raises ModelError as `transcribe`.
+
+        With `words` false, segments have none also where there is an aligner.
+        """
         asked = self._processor.instruction(instruction, context)
-        return await asyncio.gather(*(self._hear(chunk, asked) for chunk in chunks))
+        return await asyncio.gather(*(self._hear(chunk, asked, words) for chunk in chunks))
 
     async def stream_chunk(
         self, chunk: Chunk, *, instruction: str | None = None, context: Sequence[str] | None = None
@@ -130,7 +133,17 @@ class Transcriber:
         judged = self._judged(chunk, request, tokens)
         if rest := judged.text.removeprefix(sent):
             yield rest
-        yield await self._segment(chunk, judged)
+        yield await self._segment(chunk, judged, words=False)
+
+    @property
+    def takes_context(self) -> bool:
+        """Whether the model was trained for lists of words that may occur."""
+        return self._processor.trained_context
+
+    @property
+    def times_words(self) -> bool:
+        """Whether there is an aligner."""
+        return self._aligner is not None
 
     def counts(self) -> EngineCounts:
         """What the engine holds and has done, for benchmarks and metrics."""
@@ -157,19 +170,19 @@ class Transcriber:
         segments = await asyncio.gather(*map(self._decode_chunk, prepared.chunks, prepared.requests))
         return stitch(segments, duration_s=prepared.duration_s, model=self.name)
 
-    async def _hear(self, chunk: Chunk, instruction: str) -> Segment:
-        return await self._decode_chunk(chunk, await self._in_background(self._request, chunk.clip, instruction))
+    async def _hear(self, chunk: Chunk, instruction: str, words: bool) -> Segment:
+        return await self._decode_chunk(chunk, await self._in_background(self._request, chunk.clip, instruction), words=words)
 
-    async def _decode_chunk(self, chunk: Chunk, request: EngineRequest) -> Segment:
+    async def _decode_chunk(self, chunk: Chunk, request: EngineRequest, *, words: bool = True) -> Segment:
         judged, ids = await self._answer(chunk, request)
         if judged.flags and repeats(ids, NO_REPEAT_NGRAM):
             request = replace(request, request_id=uuid.uuid4().hex, no_repeat_ngram=NO_REPEAT_NGRAM)
             judged = better(judged, (await self._answer(chunk, request))[0])
-        return await self._segment(chunk, judged)
+        return await self._segment(chunk, judged, words=words)
 
-    async def _segment(self, chunk: Chunk, judged: Judged) -> Segment:
-        end_s = chunk.start_s + chunk.clip.duration_s
-        return Segment(chunk.start_s, end_s, judged.text, judged.mean_logprob, judged.flags, await self._words(chunk, judged.text))
+    async def _segment(self, chunk: Chunk, judged: Judged, *, words: bool) -> Segment:
+        timed = await self._words(chunk, judged.text) if words else ()
+        return Segment(chunk.start_s, chunk.start_s + chunk.clip.duration_s, judged.text, judged.mean_logprob, judged.flags, timed)
 
     async def _words(self, chunk: Chunk, text: str) -> tuple[Word, ...]:
         if not (self._aligner and text):

@@ -1,56 +1,97 @@
-"""What goes over the wire: the application's argument, OpenAI's transcription form, its answers and its errors."""
+"""What goes over the wire: OpenAI's transcription form, its answers, events and errors."""
 
+import zlib
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from graft.transcript import Segment, Transcript, Word
 
-class ServeArgs(BaseModel):
-    """The argument of `serve run serve.app:build key=value ...` and of serve.yaml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
-
-    model: str
-    """A graft's folder, a stage's output folder or a hub id."""
-    name: str | None = None
-    """What clients call the model; by default the folder's name."""
-    dtype: Literal["fp32", "bf16"] | None = None
-    """Precision of the weights; by default as they are stored."""
-    min_replicas: int = Field(default=1, ge=1)
-    """Models that are always up."""
-    max_replicas: int = Field(default=1, ge=1)
-    """Models that load may bring up."""
-    gpus_per_replica: float = Field(default=0, ge=0)
-    """0 serves on CPU."""
-    threads: int = Field(default=1, ge=1)
-    """CPU threads, and CPUs taken from the cluster, of each replica."""
-    max_ongoing_requests: int = Field(default=64, ge=1)
-    """Requests that share a replica's batches; more wait in line."""
-    max_queued_requests: int = Field(default=256, ge=-1)
-    """Requests that may wait; more get 503. -1 is no limit."""
-    max_upload_bytes: int = Field(default=25_000_000, ge=1)
-    """Larger request bodies get 413."""
-    max_duration_s: float = Field(default=1800, gt=0)
-    """Longer audio gets 400."""
+ResponseFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
 
 
 class TranscriptionForm(BaseModel):
-    """OpenAI's form fields; of those that graft has no use for, only values that ask for nothing are taken."""
+    """OpenAI's form fields. What the model can't do is refused when it is known which one is asked."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
     file: UploadFile
     model: str
-    response_format: Literal["json", "text"] = "json"
-    language: Literal["en"] = "en"
-    temperature: Annotated[float, Field(ge=0, le=0)] = 0
-    stream: Literal["false"] = "false"
+    """Id of the served model, as GET /v1/models tells it."""
+    language: str | None = None
+    """ISO 639-1 code of what is spoken; by default the model's own language."""
+    prompt: str | None = Field(default=None, max_length=4_000)
+    """Words that may occur (names, terms), between commas or line ends; only for models that were trained for such lists."""
+    response_format: ResponseFormat = "json"
+    timestamp_granularities: list[Literal["word", "segment"]] = Field(default=["segment"], alias="timestamp_granularities[]")
+    """With verbose_json: `word` adds the times of words, where an aligner is loaded."""
+    temperature: Annotated[float, Field(ge=0, le=1)] = 0
+    """0 alone: decoding is greedy, so that a request has one answer."""
+    stream: bool = False
+    """Whether the text comes in events, as it is heard."""
+    chunking_strategy: Literal["auto"] | None = None
+    """Long audio is always cut where nobody speaks."""
+
+    @field_validator("prompt", "language", mode="after")
+    @classmethod
+    def _none_for_blank(cls, value: str | None) -> str | None:
+        return value.strip() or None if value else None
 
 
 class TranscriptionAnswer(BaseModel):
     """The answer in response_format json."""
 
+    text: str
+
+
+class TimedWord(BaseModel):
+    """A word of verbose_json, in seconds."""
+
+    word: str
+    start: float
+    end: float
+
+
+class TimedSegment(BaseModel):
+    """A segment of verbose_json; `flags` are graft's own: what is suspicious about the text."""
+
+    id: int
+    seek: int
+    start: float
+    end: float
+    text: str
+    tokens: list[int] = []
+    temperature: float = 0.0
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    flags: list[str]
+
+
+class VerboseAnswer(BaseModel):
+    """The answer in response_format verbose_json."""
+
+    task: Literal["transcribe"] = "transcribe"
+    language: str
+    duration: float
+    text: str
+    segments: list[TimedSegment] | None = None
+    words: list[TimedWord] | None = None
+
+
+class DeltaEvent(BaseModel):
+    """A part of the text, as it comes."""
+
+    type: Literal["transcript.text.delta"] = "transcript.text.delta"
+    delta: str
+
+
+class DoneEvent(BaseModel):
+    """The end of a stream: the deltas, joined."""
+
+    type: Literal["transcript.text.done"] = "transcript.text.done"
     text: str
 
 
@@ -70,11 +111,14 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+FaultKind = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+
+
 class Fault(BaseModel):
     """What went wrong, as OpenAI's clients read it."""
 
     message: str
-    type: Literal["invalid_request_error", "server_error"] = "invalid_request_error"
+    type: FaultKind = "invalid_request_error"
     param: str | None = None
     code: str | None = None
 
@@ -83,3 +127,41 @@ class FaultAnswer(BaseModel):
     """The body of every answer that is not a success."""
 
     error: Fault
+
+
+def verbose(transcript: Transcript, *, language: str, granularities: Iterable[str]) -> VerboseAnswer:
+    """A transcript in OpenAI's verbose form."""
+    wanted = set(granularities)
+    segments = [_segment(number, segment) for number, segment in enumerate(transcript.segments)]
+    words = [_word(word) for segment in transcript.segments for word in segment.words]
+    return VerboseAnswer(
+        language=language,
+        duration=transcript.duration_s,
+        text=transcript.text,
+        segments=segments if "segment" in wanted else None,
+        words=words if "word" in wanted else None,
+    )
+
+
+def _segment(number: int, segment: Segment) -> TimedSegment:
+    data = segment.text.encode()
+    return TimedSegment(
+        id=number,
+        seek=round(segment.start_s * 100),
+        start=segment.start_s,
+        end=segment.end_s,
+        text=segment.text,
+        avg_logprob=segment.mean_logprob or 0.0,
+        compression_ratio=len(data) / len(zlib.compress(data)) if data else 0.0,
+        no_speech_prob=float("no_speech" in segment.flags),
+        flags=list(segment.flags),
+    )
+
+
+def _word(word: Word) -> TimedWord:
+    return TimedWord(word=word.text, start=word.start_s, end=word.end_s)
+
+
+def event(data: BaseModel) -> bytes:
+    """An event of a stream (text/event-stream)."""
+    return f"data: {data.model_dump_json()}\n\n".encode()

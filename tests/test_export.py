@@ -277,7 +277,13 @@ def test_stage_2_starts_from_a_trained_projector_only(home, exported, built, tmp
 
 def test_stage_2_trains_on_with_adapters(home, tmp_path):
     def told(**lora: int) -> stage2.Stage2Recipe:
-        settings = {"model": str(home / "graft"), "data": ["d"], "out": str(tmp_path / "out"), "adapters": str(home / "stage2"), "lora": lora}
+        settings = {
+            "model": str(home / "graft"),
+            "data": ["d"],
+            "out": str(tmp_path / "out"),
+            "adapters": str(home / "stage2"),
+            "lora": lora,
+        }
         return stage2.Stage2Recipe.model_validate(settings)
 
     recipe = told(rank=SETTINGS.rank, alpha=SETTINGS.alpha)

@@ -1,0 +1,122 @@
+"""Uploads -> chunks of speech, in processes of their own: whatever a file does to its decoder, the service stays up.
+
+upload on disk -> a worker process (bounded in time and memory) -> decode, find speech, cut -> chunks
+"""
+
+import asyncio
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+from pebble import ProcessExpired, ProcessPool
+from pydantic import BaseModel, ConfigDict, Field
+
+from graft.audio import AudioClip
+from graft.chunking import Chunk, Chunker, ChunkSettings
+from graft.errors import AudioError
+from graft.speech import SpeechSettings
+
+DAMAGED = "file: can't be decoded: convert it, e.g. `ffmpeg -i IN OUT.flac`"
+UPLOADS_PER_PROCESS = 1_000
+"""Then a fresh process takes over: what decoders leak does not add up."""
+
+
+class DecodeArgs(BaseModel):
+    """What an upload may take."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    processes: int = Field(default=2, ge=1)
+    """Uploads that are decoded at a time: with two, a long one does not keep a short one waiting."""
+    max_duration_s: float = Field(default=3600, gt=0)
+    """Longer audio is refused."""
+    timeout_s: float = Field(default=60, gt=0)
+    """Seconds for which an upload may keep a process."""
+    memory_bytes: int = Field(default=2 * 2**30, ge=2**28)
+    """Memory that a process may take on top of what it has when it starts."""
+    speech: SpeechSettings = SpeechSettings()
+    chunks: ChunkSettings = ChunkSettings()
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An upload's length in seconds and its chunks."""
+
+    duration_s: float
+    chunks: list[Chunk]
+
+
+class Decoder:
+    """Decodes uploads. Call `close` to end its processes."""
+
+    def __init__(self, args: DecodeArgs) -> None:
+        self._args = args
+        self._pool = _pool(args)
+
+    async def __call__(self, path: str) -> Decoded:
+        """Decode and cut an upload. Raises AudioError for one that can't be, or is too long; the process of a cancelled one is ended."""
+        if not self._pool.active:  # it broke, as where memory is too short to start processes
+            self._pool = _pool(self._args)
+        future = self._pool.schedule(_decode, args=(path, self._args.max_duration_s), timeout=self._args.timeout_s)
+        try:
+            return await asyncio.wrap_future(future)
+        except TimeoutError as error:
+            raise AudioError(f"file: not decoded within {self._args.timeout_s:g} s: cut it") from error
+        except (ProcessExpired, BrokenProcessPool, MemoryError) as error:
+            raise AudioError(DAMAGED) from error
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+        self._pool.stop()
+        self._pool.join()
+
+
+def _pool(args: DecodeArgs) -> ProcessPool:
+    return ProcessPool(
+        max_workers=args.processes,
+        max_tasks=UPLOADS_PER_PROCESS,
+        initializer=_start,
+        initargs=(args.memory_bytes, args.speech, args.chunks),
+        context=multiprocessing.get_context("spawn"),
+    )
+
+
+_cut: Callable[[AudioClip], list[Chunk]]
+
+
+def _start(memory_bytes: int, speech: SpeechSettings, chunks: ChunkSettings) -> None:
+    """Prepare a process: load what it needs, then bound its memory."""
+    import resource
+
+    import torch
+
+    import graft.decoding  # noqa: F401 - before memory is bounded
+
+    global _cut
+    torch.set_num_threads(1)
+    _cut = Chunker(speech, chunks)
+    _cut(AudioClip(np.zeros(16_000, np.float32)))
+    most = _address_space() + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def _decode(path: str, max_duration_s: float) -> Decoded:
+    from graft.audio import read_audio
+
+    clip = read_audio(path, name="file", max_s=max_duration_s)
+    return Decoded(clip.duration_s, [_own(chunk) for chunk in _cut(clip)])
+
+
+def _own(chunk: Chunk) -> Chunk:
+    """A chunk with samples of its own, so that the clip is not sent along."""
+    return Chunk(chunk.start_s, AudioClip(chunk.clip.samples.copy()), chunk.has_speech)
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped."""
+    import resource
+
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()

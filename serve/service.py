@@ -1,0 +1,150 @@
+"""The service without HTTP: uploads -> chunks -> whoever hears them -> transcripts or their parts, within limits.
+
+upload -> Decoder -> chunks, a few of a request at a time -> Listener -> segments -> stitch -> Transcript
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from graft.chunking import Chunk
+from graft.transcript import Segment, Transcript, stitch
+from serve.decoding import Decoded, Decoder
+
+CHUNKS_PER_REQUEST = 4
+"""Of one request in the engine at a time: the hours of one client do not stand before the seconds of another."""
+
+
+class Busy(Exception):
+    """There is no room for a request; `retry_after_s` says when to ask again."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__("too many requests are waiting")
+        self.retry_after_s = retry_after_s
+
+
+class NotReady(Exception):
+    """No model is loaded just now."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What is served, and what it can be asked for."""
+
+    name: str
+    language: str
+    takes_context: bool
+    times_words: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request wants of its text."""
+
+    context: tuple[str, ...] | None = None
+    words: bool = False
+
+
+class Listener(Protocol):
+    """Hears chunks: a Transcriber in this process, or engines behind Ray Serve."""
+
+    async def about(self) -> About:
+        """What is served now."""
+        ...
+
+    def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
+        """Yield a chunk's segment; with `stream` before it its text in parts, as it comes. Closing it frees the chunk's place."""
+        ...
+
+
+class Service:
+    """Transcribes uploads; of `max_requests` at once, and not more than `max_queued_s` seconds of audio."""
+
+    def __init__(self, decoder: Decoder, listener: Listener, *, max_requests: int, max_queued_s: float) -> None:
+        self.listener = listener
+        self._decoder = decoder
+        self._max_requests = max_requests
+        self._max_queued_s = max_queued_s
+        self.requests = 0
+        self.queued_s = 0.0
+
+    async def transcribe(self, path: str, asked: Asked) -> Transcript:
+        """Transcribe a file. Raises AudioError, Busy."""
+        about = await self.listener.about()
+        async with self._admitted(path) as decoded:
+            slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
+
+            async def heard(chunk: Chunk) -> Segment:
+                async with slots:
+                    return await _segment_of(self.listener.hear(chunk, asked, stream=False))
+
+            async with asyncio.TaskGroup() as tasks:  # if one fails, the others free their places
+                parts = [tasks.create_task(heard(chunk)) for chunk in decoded.chunks]
+            return stitch([part.result() for part in parts], duration_s=decoded.duration_s, model=about.name)
+
+    async def parts(self, path: str, asked: Asked) -> AsyncGenerator[str, None]:
+        """Yield the text of a file in parts, in order, as they come; joined they are its transcript's text. Raises as `transcribe`."""
+        async with self._admitted(path) as decoded, aclosing(_in_order(decoded.chunks, self.listener, asked)) as parts:
+            async for part in parts:
+                yield part
+
+    @asynccontextmanager
+    async def _admitted(self, path: str) -> AsyncIterator[Decoded]:
+        """A decoded file, once there is room for it."""
+        if self.requests >= self._max_requests:
+            raise Busy(self._retry_after_s())
+        self.requests += 1
+        try:
+            decoded = await self._decoder(path)
+            spoken_s = sum(chunk.clip.duration_s for chunk in decoded.chunks)
+            if self.queued_s and self.queued_s + spoken_s > self._max_queued_s:
+                raise Busy(self._retry_after_s())
+            self.queued_s += spoken_s
+            try:
+                yield decoded
+            finally:
+                self.queued_s -= spoken_s
+        finally:
+            self.requests -= 1
+
+    def _retry_after_s(self) -> int:
+        return max(1, round(self.queued_s / 10))
+
+
+async def _segment_of(hearing: AsyncGenerator[str | Segment, None]) -> Segment:
+    async with aclosing(hearing) as parts:
+        async for part in parts:
+            if isinstance(part, Segment):
+                return part
+    raise RuntimeError("a chunk was heard without a segment")
+
+
+async def _in_order(chunks: Sequence[Chunk], listener: Listener, asked: Asked) -> AsyncGenerator[str, None]:
+    """The text of chunks that are heard side by side, one after the other, with a space between two."""
+    slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
+    outboxes: list[asyncio.Queue[str | Segment | Exception]] = [asyncio.Queue() for _ in chunks]
+
+    async def hear(chunk: Chunk, outbox: asyncio.Queue[str | Segment | Exception]) -> None:
+        try:
+            async with slots, aclosing(listener.hear(chunk, asked, stream=True)) as parts:
+                async for part in parts:
+                    outbox.put_nowait(part)
+        except Exception as error:
+            outbox.put_nowait(error)
+
+    tasks = [asyncio.create_task(hear(chunk, outbox)) for chunk, outbox in zip(chunks, outboxes, strict=True)]
+    space = ""
+    try:
+        for outbox in outboxes:
+            while not isinstance(part := await outbox.get(), Segment):
+                if isinstance(part, Exception):
+                    raise part
+                yield space + part
+                space = ""
+            space = " " if part.text else space
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,141 @@
+"""The service through the official `openai` client, which must not notice that it is not OpenAI's."""
+
+import asyncio
+import io
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+import soundfile
+import tiny
+import tiny_media
+
+from graft.audio import read_audio
+from graft.subtitles import format_transcript
+from graft.transcriber import Transcriber, load
+from jobs.cluster import connect
+from serve.app import build
+from serve.arguments import ServeArgs
+
+PROMPTS = sorted(tiny_media.PROMPTS, key=lambda path: path.stat().st_size)
+KEY = "sk-test-of-the-service"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.save_tiny_graft(tmp_path_factory.mktemp("serve") / "tiny-graft", trained_styles=["formatted"], trained_context=True)
+
+
+@pytest.fixture(scope="module")
+def transcriber(folder) -> Iterator[Transcriber]:
+    opened = load(folder)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def url(folder, tmp_path_factory) -> Iterator[str]:
+    from ray import serve
+
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"another\n{KEY}\n")
+    connect()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 60})
+    serve.run(build(ServeArgs(model=str(folder), key_file=str(keys))), name="openai")
+    yield f"http://127.0.0.1:{port}/v1"
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(url) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
+
+
+def two_chunks() -> io.BytesIO:
+    """Speech, a long pause, and speech again."""
+    one, two = (soundfile.read(path, dtype="float32")[0] for path in PROMPTS[5:7])
+    file = io.BytesIO()
+    soundfile.write(file, np.concatenate([one, np.zeros(4 * 16_000, np.float32), two]), 16_000, format="wav")
+    file.name = "two.wav"
+    file.seek(0)
+    return file
+
+
+def test_every_format_holds_what_the_transcriber_says(client, transcriber):
+    audio = two_chunks()
+    expected = transcriber.transcribe(audio.getvalue())
+    assert len(expected.segments) == 2
+
+    def ask(**options):
+        return client.audio.transcriptions.create(file=("two.wav", audio.getvalue()), model="tiny-graft", **options)
+
+    assert ask().text == expected.text
+    assert ask(response_format="text") == expected.text + "\n"
+    assert ask(response_format="srt") == format_transcript(expected, "srt")
+    assert ask(response_format="vtt") == format_transcript(expected, "vtt")
+    told = ask(response_format="verbose_json", timestamp_granularities=["segment"], language="en", temperature=0)
+    assert (told.text, told.language, told.duration) == (expected.text, "en", expected.duration_s)
+    for part, segment in zip(told.segments, expected.segments, strict=True):
+        assert (part.start, part.end, part.text, part.flags) == (segment.start_s, segment.end_s, segment.text, list(segment.flags))
+        assert part.avg_logprob == pytest.approx(segment.mean_logprob, abs=1e-5)
+
+
+def test_a_stream_ends_with_its_parts_joined(client, transcriber):
+    audio = two_chunks()
+
+    async def whole() -> str:
+        parts = []
+        for chunk in transcriber._cut(read_audio(audio.getvalue())):
+            parts.append("".join([part async for part in transcriber.stream_chunk(chunk) if isinstance(part, str)]))
+        return " ".join(parts)
+
+    events = list(client.audio.transcriptions.create(file=("two.wav", audio.getvalue()), model="tiny-graft", stream=True))
+    deltas = [event.delta for event in events[:-1]]
+    assert {event.type for event in events[:-1]} == {"transcript.text.delta"}
+    assert len(deltas) > 4
+    assert events[-1].type == "transcript.text.done"
+    assert "".join(deltas) == events[-1].text == asyncio.run(whole())
+
+
+def test_words_that_may_occur_change_the_answer_and_never_stand_in_it(client, transcriber):
+    words = ["Aachen", "New York"]
+    plain = client.audio.transcriptions.create(file=PROMPTS[3], model="tiny-graft").text
+    told = client.audio.transcriptions.create(file=PROMPTS[3], model="tiny-graft", prompt=", ".join(words)).text
+    assert told == transcriber.transcribe(PROMPTS[3], context=words).text != plain
+    assert not any(word in told for word in words)
+
+
+def test_errors_are_the_clients_own(client, url):
+    def ask(key=KEY, **options):
+        one = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
+        return one.audio.transcriptions.create(**{"file": PROMPTS[0], "model": "tiny-graft"} | options)
+
+    with pytest.raises(openai.AuthenticationError) as unknown:
+        ask(key="sk-unknown")
+    assert unknown.value.body["type"] == "authentication_error"
+    assert "sk-unknown" not in str(unknown.value)
+    with pytest.raises(openai.NotFoundError) as missing:
+        ask(model="whisper-1")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(language="de")
+    assert (refused.value.param, refused.value.code) == ("language", "unsupported_value")
+    with pytest.raises(openai.BadRequestError) as broken:
+        ask(file=("a.wav", b"no audio"))
+    assert broken.value.code == "invalid_audio"
+    with pytest.raises(openai.BadRequestError) as early:
+        ask(file=("a.wav", b"no audio"), stream=True)
+    assert early.value.code == "invalid_audio"
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["tiny-graft"]
+    assert client.models.retrieve("tiny-graft").owned_by == "graft"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("whisper-1")

@@ -26,7 +26,7 @@ def test_json_holds_everything() -> None:
         "text": "The quick  fox lazy dog.",
         "duration_s": 41.0,
         "segments": [
-            {"start_s": 0.0, "end_s": 29.5, "text": "The quick  fox \n", "mean_logprob": None, "flags": [], "words": []},
+            {"start_s": 0.0, "end_s": 29.5, "text": "The quick  fox \n", "mean_logprob": None, "flags": [], "words": [], "channel": None},
             {
                 "start_s": 29.5,
                 "end_s": 41.0,
@@ -34,6 +34,7 @@ def test_json_holds_everything() -> None:
                 "mean_logprob": -0.25,
                 "flags": ["loop"],
                 "words": [{"start_s": 29.5, "end_s": 30.0, "text": "lazy"}, {"start_s": 30.0, "end_s": 31.0, "text": "dog."}],
+                "channel": None,
             },
         ],
         "model": "graft-base",

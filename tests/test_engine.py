@@ -35,11 +35,7 @@ FRAME_COUNTS = [37, 250, 8, 120, 121]
 
 
 def make_model(**audio):
-    """A tiny model that pays attention: with initial weights of std 0.02 hardly more than the last token counts."""
-    model = tiny.graft_model(**audio)
-    for parameter in model.model.language_model.parameters():
-        if parameter.ndim > 1:
-            parameter.data = torch.randn(parameter.shape) / parameter.shape[1] ** 0.5
+    model = tiny.pay_attention(tiny.graft_model(**audio))
     model.generation_config.suppress_tokens = PLACEHOLDERS
     return model
 

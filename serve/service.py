@@ -90,11 +90,15 @@ class Service:
             async for part in parts:
                 yield part
 
+    def check_room(self, coming: int = 0) -> None:
+        """Raise Busy where there is no room for one more request, besides those in hand and so many that are still received."""
+        if self.requests + coming >= self._max_requests:
+            raise Busy(self._retry_after_s())
+
     @asynccontextmanager
     async def _admitted(self, path: str) -> AsyncIterator[Decoded]:
         """A decoded file, once there is room for it."""
-        if self.requests >= self._max_requests:
-            raise Busy(self._retry_after_s())
+        self.check_room()
         self.requests += 1
         try:
             decoded = await self._decoder(path)

@@ -29,8 +29,8 @@ from graft.transcript import Segment
 from jobs.items import ITEMS
 
 GIB = 2**30
-CALLS = 2
-"""Batches that a listener hears at a time: while the last answers of one are decoded, the next fills the engine."""
+CALLS = 3
+"""Batches that a listener hears at a time: while the last answers of one are decoded, others fill the engine; two end together at times."""
 FAULTS_IN_A_ROW = 3
 """Items on which the engine may fail one after the other: more are the engine's fault, not theirs."""
 
@@ -203,7 +203,9 @@ def transcribe_items(
     context.checkpoint_config = CheckpointConfig(id_column="id", checkpoint_path=str(home / "done"), delete_checkpoint_on_success=False)
     with ray.data.DataContext.current(context), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*logical plan doesn't support")  # without checkpoints a run would begin anew
-        items = ray.data.read_parquet(str(plan)).repartition(target_num_rows_per_block=workers.items_per_batch)
+        planned = ray.data.read_parquet(str(plan))
+        # strict, or what is left of each block is a batch of its own
+        items = planned.repartition(target_num_rows_per_block=workers.items_per_batch, strict=True)
         read = items.map_batches(
             ItemReader,
             fn_constructor_args=[reading],
@@ -222,7 +224,7 @@ def transcribe_items(
                 size=workers.listeners,
                 max_concurrent_calls_per_actor=CALLS,
                 enable_true_multi_threading=True,
-                max_tasks_in_flight_per_actor=2 * CALLS,
+                max_tasks_in_flight_per_actor=CALLS + 2,
             ),
             num_cpus=workers.cpus_per_listener,
             num_gpus=workers.gpus_per_listener,

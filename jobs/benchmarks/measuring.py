@@ -1,5 +1,6 @@
 """How benchmarks measure: ways to do the same work in turns, wall time beside this process's CPU time, and medians of ratios."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,12 @@ def in_turns(ways: Mapping[str, Callable[[], object]], repetitions: int) -> dict
         for name, work in ways.items():
             spent[name].append(spent_on(work))
     return spent
+
+
+def with_load(findings: Findings) -> Findings:
+    """Findings with the machine's load: where it is more than the benchmark's own processes, wall times mislead."""
+    load = os.getloadavg()[0]
+    return Findings(findings.numbers | {"load_average": load}, f"{findings.text}\nload average {load:.1f}")
 
 
 def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:

@@ -1,20 +1,15 @@
 """What training costs: steps, feeding and workers, each a part that is measured on its own, on one graft."""
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from graft.model.opening import check_graft
+from jobs.benchmarks.building import graft_or_built
 from jobs.benchmarks.ingest import bench_ingest
-from jobs.benchmarks.measuring import Findings
+from jobs.benchmarks.measuring import Findings, with_load
 from jobs.benchmarks.steps import bench_gains, bench_step
 from jobs.benchmarks.workers import bench_workers
-from jobs.build import BuildRecipe, run
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,7 @@ class TrainBench:
 def bench_train(bench: TrainBench) -> Iterator[tuple[str, Findings]]:
     """Measure part by part. Raises ModelError for a folder that is no graft, MissingExtra where the bundled weights are not installed."""
     torch.set_num_threads(1)
-    with _graft(bench.graft) as graft:
+    with graft_or_built(bench.graft) as graft:
         parts: dict[str, Callable[[], Findings]] = {
             "step": lambda: bench_step(graft, clips=bench.clips, repetitions=bench.repetitions),
             "gains": lambda: bench_gains(graft, clips=bench.clips, repetitions=1),
@@ -41,18 +36,4 @@ def bench_train(bench: TrainBench) -> Iterator[tuple[str, Findings]]:
             "workers": lambda: bench_workers(graft, clips=2 * bench.clips, repetitions=bench.repetitions),
         }
         for name in bench.parts:
-            findings = parts[name]()
-            load = os.getloadavg()[0]  # more than the benchmark's own processes on the cores: wall times mislead
-            yield name, Findings(findings.numbers | {"load_average": load}, f"{findings.text}\nload average {load:.1f}")
-
-
-@contextlib.contextmanager
-def _graft(folder: str | None) -> Iterator[str]:
-    if folder:
-        check_graft(folder)
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        built = str(Path(scratch, "graft"))
-        run(BuildRecipe(out=built))
-        yield built
+            yield name, with_load(parts[name]())

@@ -2,18 +2,23 @@
 
 features    FLAC -> log-mel on one core, beside soundfile + transformers' extractor
 train       training steps beside the reference system's and AudioFlamingo3's, Ray's feeding beside a bare loop, two workers beside one
+bulk        Ray's transcription beside a bare loop, graft beside other transcribers, memory, and what batches change in bf16
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from graft.errors import GraftError, OutputError
 from jobs.outputs import write_atomic
 
-PARTS = ("step", "gains", "ingest", "workers")
+if TYPE_CHECKING:
+    from jobs.benchmarks.measuring import Findings
+
+TRAIN_PARTS = ("step", "gains", "ingest", "workers")
+BULK_PARTS = ("pipeline", "peers", "memory", "bf16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,20 +49,35 @@ def _parser() -> argparse.ArgumentParser:
     features.set_defaults(benchmark=_features)
 
     train = benchmarks.add_parser("train", parents=[common], help="training steps, feeding and workers (10 minutes on 2 idle cores)")
-    train.add_argument("--only", metavar="PARTS", type=_parts, default=PARTS, help=f"some of {','.join(PARTS)}")
+    _add_only(train, TRAIN_PARTS)
     train.add_argument("--graft", metavar="DIR", help="the graft to train; by default one is built from the bundled weights")
     train.add_argument("--clips", type=int, default=16, help="how many to hear in steps (default: %(default)s)")
     train.add_argument("--fed-clips", type=int, default=1000, help="how many to feed (default: %(default)s)")
     train.add_argument("--repetitions", type=int, default=3, help="of steps (default: %(default)s)")
     train.set_defaults(benchmark=_train)
+
+    bulk = benchmarks.add_parser("bulk", parents=[common], help="bulk transcription (10 minutes on 2 idle cores)")
+    _add_only(bulk, BULK_PARTS)
+    bulk.add_argument("--model", metavar="DIR", help="a trained graft; without one, what it would say is left out")
+    bulk.add_argument("--speech", metavar="FILE", nargs="+", help="manifests of labelled clips (default: the bundled prompts)")
+    bulk.add_argument("--threads", type=int, default=1, help="of each transcriber (default: %(default)s)")
+    bulk.add_argument("--seconds", type=float, default=30.0, help="of each turn of a pipeline (default: %(default)s)")
+    bulk.add_argument("--repetitions", type=int, default=1, help="of its turns (default: %(default)s)")
+    bulk.add_argument("--recordings", type=int, default=10_000, help="short ones, for the driver's memory (default: %(default)s)")
+    bulk.add_argument("--hours", type=float, default=10.0, help="of one recording, for the workers' memory (default: %(default)s)")
+    bulk.add_argument("--rows", type=int, default=1_000_000, help="of a plan (default: %(default)s)")
+    bulk.set_defaults(benchmark=_bulk)
     return parser
 
 
-def _parts(text: str) -> list[str]:
-    parts = text.split(",")
-    if unknown := set(parts) - set(PARTS):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    return parts
+def _add_only(parser: argparse.ArgumentParser, known: Sequence[str]) -> None:
+    def parts(text: str) -> list[str]:
+        found = text.split(",")
+        if unknown := set(found) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+        return found
+
+    parser.add_argument("--only", metavar="PARTS", type=parts, default=known, help=f"some of {','.join(known)}")
 
 
 def _features(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -72,8 +92,21 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     from jobs.benchmarks.train import TrainBench, bench_train
 
     names = ("graft", "clips", "repetitions", "fed_clips")
-    numbers: dict[str, Any] = {}
-    for part, findings in bench_train(TrainBench(arguments.only, **{name: getattr(arguments, name) for name in names})):
+    return _told(bench_train(TrainBench(arguments.only, **{name: getattr(arguments, name) for name in names})))
+
+
+def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
+    from jobs.benchmarks.bulk import BulkBench, bench_bulk
+
+    names = ("model", "speech", "threads", "seconds", "repetitions", "recordings", "hours", "rows")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return _told(bench_bulk(BulkBench(arguments.only, **given)))
+
+
+def _told(parts: "Iterable[tuple[str, Findings]]") -> dict[str, Any]:
+    """Print each part as soon as it is measured; returns the numbers by part."""
+    numbers = {}
+    for part, findings in parts:
         print(f"{part}\n{findings.text}\n", flush=True)
         numbers[part] = findings.numbers
     return numbers

@@ -1,0 +1,84 @@
+"""Work in a fresh process, and the most memory that it, and whatever it started, came to hold. Linux: from /proc."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+POLL_S = 0.5
+IDLE = "ray::IDLE"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as it stands: its parent, what it calls itself, and the most memory that it has held so far, shared memory included."""
+
+    parent: int
+    title: str
+    peak_mb: float
+
+
+@dataclass
+class Watched(Generic[T]):
+    """What work returned, the peak of its own process, and of those below it by what they call themselves."""
+
+    result: T
+    own_mb: float
+    below_mb: dict[str, float] = field(default_factory=dict)
+
+    def peak_mb(self, name: str) -> float:
+        """The most that one of the processes held whose title has this in it."""
+        return max((peak for title, peak in self.below_mb.items() if name in title), default=0.0)
+
+
+def alone(work: Callable[..., T], *arguments: object) -> T:
+    """Do work in a fresh process."""
+    with _fresh() as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def watched(work: Callable[..., T], *arguments: object) -> Watched[T]:
+    """Do work in a fresh process, and see what it and those that it starts hold at most."""
+    seen: dict[int, Process] = {}
+    with _fresh() as pool:
+        root = pool.submit(os.getpid).result()
+        future = pool.submit(work, *arguments)
+        while not future.done():
+            wait([future], POLL_S)
+            for pid, process in _family(root):
+                title = seen[pid].title if process.title == IDLE and pid in seen else process.title
+                seen[pid] = replace(process, title=title)
+    own = seen.pop(root)
+    titles = {process.title for process in seen.values()}
+    below = {title: max(process.peak_mb for process in seen.values() if process.title == title) for title in titles}
+    return Watched(future.result(), own.peak_mb, below)
+
+
+def _fresh() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
+def _family(root: int) -> Iterator[tuple[int, Process]]:
+    """A process, and all below it."""
+    found = {pid: process for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if (process := _look(pid))}
+    for pid, process in found.items():
+        above = pid
+        while above in found and above != root:
+            above = found[above].parent
+        if above == root:
+            yield pid, process
+
+
+def _look(pid: int) -> Process | None:
+    """None for what has ended meanwhile, or has no memory of its own."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+    except OSError:
+        return None
+    values = dict(line.split(":", 1) for line in status.splitlines())
+    return Process(int(values["PPid"]), title, int(values["VmHWM"].split()[0]) / 1024) if "VmHWM" in values else None

@@ -120,10 +120,11 @@ def request_instruction(
         return asked
     if not trained_context:
         raise ModelError("context: this checkpoint was not trained for lists of words: leave it out, or train stage 2 with words.context")
-    return with_context(asked, _checked_words(context))
+    return with_context(asked, checked_words(context))
 
 
-def _checked_words(context: Sequence[str]) -> list[str]:
+def checked_words(context: Sequence[str]) -> list[str]:
+    """Words that may occur, each once, without spaces, commas and stops around it. Raises ModelError for what is no list of words."""
     if isinstance(context, str):
         raise ModelError(f"context {context!r:.80} is a text: give a list of words")
     words = list(dict.fromkeys(" ".join(word.split()).strip(" ,.") for word in context))

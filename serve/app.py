@@ -5,28 +5,31 @@ client -> Ingress (HTTP, decode, cut; replicas by requests) -> Engine (a Transcr
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve import Application
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from graft.chunking import Chunk
+from graft.engines import EngineCounts
+from graft.errors import GraftError
 from graft.transcript import Segment
 from serve.api import transcription_api
 from serve.arguments import ServeArgs
 from serve.decoding import Decoder
 from serve.keys import Keys
-from serve.local import LocalListener
+from serve.local import LocalListener, open_transcriber, served_name
+from serve.logs import LOG, log_through_serve
+from serve.metrics import EngineMetrics, RequestMetrics, every_second
+from serve.remote import RemoteListener
 from serve.service import About, Asked, NotReady, Service
 
-TRIES = 2
-"""Of a chunk whose engine died: what kills two is not sent to a third."""
+LOGS = {"encoding": "JSON", "enable_access_log": False}  # the ingress tells of each request itself
 
 
 class Engine:
@@ -35,92 +38,80 @@ class Engine:
     def __init__(self, args: ServeArgs) -> None:
         import torch
 
+        log_through_serve()
         torch.set_num_threads(args.threads)
         self._args = args
-        self._model = args.model
-        self._listener = self._open(args.model)
+        self._metrics = EngineMetrics()
+        self._model = ""
+        self._listener: LocalListener | None = None
+        self._standing: asyncio.Task[None] | None = None
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Serve calls this with `user_config`: another `model` takes over; requests that are under way end on the old one."""
+        """Serve calls this with `user_config` at the start and when it changes: its model takes over.
+
+        Requests that are under way end on the old one. A model that can't be opened leaves the old one in place, and an error in the log.
+        """
         model = config.get("model", self._args.model)
         if model == self._model:
             return
-        old, self._listener = self._listener, await asyncio.to_thread(self._open, model)
-        self._model = model
-        await old.close()
+        try:
+            new = LocalListener(await asyncio.to_thread(open_transcriber, self._args, model), served_name(self._args))
+        except GraftError as error:
+            if self._listener is None:
+                raise
+            LOG.error("the model stays as it was: %s", error)
+            return
+        LOG.info("a model is open")
+        old, self._listener, self._model = self._listener, new, model
+        if old is None:
+            self._standing = asyncio.create_task(every_second(lambda: self._metrics.stand(self._loaded().counts())))
+        else:
+            await old.close()
 
-    def _open(self, model: str) -> LocalListener:
-        from graft.chunking import windows
-        from graft.transcriber import load
-
-        transcriber = load(model, device="cuda" if self._args.gpus_per_replica else "cpu", dtype=self._args.dtype, cut=windows)
-        return LocalListener(transcriber, self._args.name)
+    def _loaded(self) -> LocalListener:
+        if self._listener is None:
+            raise NotReady
+        return self._listener
 
     async def about(self) -> About:
         """What is served now."""
-        return await self._listener.about()
+        return await self._loaded().about()
+
+    async def counts(self) -> EngineCounts:
+        """What this replica holds and has done."""
+        return self._loaded().counts()
 
     async def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
         """See Listener."""
-        async with aclosing(self._listener.hear(chunk, asked, stream=stream)) as parts:
+        start = time.monotonic()
+        async with aclosing(self._loaded().hear(chunk, asked, stream=stream)) as parts:
             async for part in parts:
                 yield part
-
-
-class RemoteListener:
-    """Engines behind Ray Serve as one Listener: a chunk whose engine dies is heard by another, from where its text had come to."""
-
-    def __init__(self, engine: DeploymentHandle) -> None:
-        self._engine = engine
-        self._streams = engine.options(stream=True)
-
-    async def about(self) -> About:
-        """See Listener. Raises NotReady."""
-        try:
-            return await self._engine.about.remote()
-        except (RayActorError, RayServeException) as error:
-            raise NotReady from error
-
-    async def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
-        """See Listener."""
-        sent = 0
-        for left in reversed(range(TRIES)):
-            try:
-                async with aclosing(self._parts(chunk, asked, stream)) as parts:
-                    place = 0
-                    async for part in parts:
-                        if isinstance(part, Segment):
-                            yield part
-                            return
-                        place += len(part)
-                        if place > sent:
-                            yield part[sent - place :]
-                            sent = place
-            except RayActorError:
-                if not left:
-                    raise
-
-    async def _parts(self, chunk: Chunk, asked: Asked, stream: bool) -> AsyncGenerator[Any, None]:
-        response: Any = self._streams.hear.remote(chunk, asked, stream=stream)
-        try:
-            async for part in response:
-                yield part
-        finally:
-            response.cancel()
+        self._metrics.heard(chunk.clip.duration_s)
+        LOG.info("a chunk was heard", extra={"audio_s": round(chunk.clip.duration_s, 3), "seconds": round(time.monotonic() - start, 3)})
 
 
 class Ingress:
     """A replica that answers HTTP: decodes and cuts uploads, and has their chunks heard."""
 
     def __init__(self, args: ServeArgs, engine: DeploymentHandle) -> None:
+        log_through_serve()
         self._args = args
+        self._metrics = RequestMetrics()
         self._service = Service(
-            Decoder(args.decode), RemoteListener(engine), max_requests=args.max_ongoing_requests, max_queued_s=args.max_queued_s
+            Decoder(args.decode),
+            RemoteListener(engine),
+            max_requests=args.max_ongoing_requests,
+            max_queued_s=args.max_queued_s,
+            observer=self._metrics,
         )
+        self._standing = asyncio.create_task(every_second(lambda: self._metrics.stand(self._service)))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         keys = Keys.from_environment(self._args.key_file)
-        return transcription_api(self._service, keys=keys, max_upload_bytes=self._args.max_upload_bytes)
+        return transcription_api(
+            self._service, keys=keys, max_upload_bytes=self._args.max_upload_bytes, observer=self._metrics, tells_id=False
+        )
 
 
 def build(args: ServeArgs) -> Application:
@@ -133,17 +124,20 @@ def build(args: ServeArgs) -> Application:
     if os.path.exists(args.model):  # replicas have another working directory
         args = args.model_copy(update={"model": os.path.abspath(args.model)})
     engine = serve.deployment(
+        user_config={"model": args.model},
         max_ongoing_requests=args.max_ongoing_chunks,
         autoscaling_config=_autoscaling(args, args.min_replicas, args.max_replicas, args.max_ongoing_chunks),
         ray_actor_options={"num_cpus": args.threads, "num_gpus": args.gpus_per_replica},
         graceful_shutdown_timeout_s=60,
         health_check_period_s=2,
+        logging_config=LOGS,
     )(Engine).bind(args)
     ingress = serve.deployment(
         max_ongoing_requests=4 * args.max_ongoing_requests,  # the ingress itself refuses, and says when to come back
         autoscaling_config=_autoscaling(args, args.min_ingress_replicas, args.max_ingress_replicas, args.max_ongoing_requests),
         graceful_shutdown_timeout_s=60,
         health_check_period_s=2,
+        logging_config=LOGS,
     )(serve.ingress()(Ingress))
     return ingress.bind(args, engine)
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serve.decoding import DecodeArgs
 
@@ -15,9 +15,13 @@ class ServeArgs(BaseModel):
     model: str
     """A graft's folder, a stage's output folder or a hub id; `user_config: {model: ...}` of the Engine wins over it, also while it runs."""
     name: str | None = None
-    """What clients call the model; by default the folder's name."""
+    """What clients call the model, also when another has taken over; by default the folder's name."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Precision of the weights; by default as they are stored."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What decodes; vllm needs the extra of that name."""
+    quantization: str | None = None
+    """vLLM's, of the language model's weights, such as fp8; by default none."""
     min_replicas: int = Field(default=1, ge=1)
     """Models that are always up."""
     max_replicas: int = Field(default=1, ge=1)
@@ -44,3 +48,9 @@ class ServeArgs(BaseModel):
     """Seconds of load before a replica comes."""
     downscale_delay_s: float = Field(default=300, ge=0)
     """Seconds without it before one goes."""
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> "ServeArgs":
+        if self.quantization and self.engine != "vllm":
+            raise ValueError(f"quantization={self.quantization} goes with engine=vllm")
+        return self

@@ -1,13 +1,37 @@
 """A Transcriber in this process as the Listener of a Service: for tests, notebooks and servers without Ray."""
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from pathlib import Path
 
 from graft.chunking import Chunk
+from graft.engines import EngineCounts
 from graft.transcriber import Transcriber
 from graft.transcript import Segment
+from serve.arguments import ServeArgs
 from serve.service import About, Asked
+
+
+def served_name(args: ServeArgs) -> str:
+    """What clients call the model; it stays when another model takes over."""
+    return args.name or (Path(args.model).resolve().name if os.path.exists(args.model) else args.model)
+
+
+def open_transcriber(args: ServeArgs, model: str) -> Transcriber:
+    """Open a model with the engine that was asked for; what it hears is cut already. Raises ModelError, MissingExtra."""
+    from graft.chunking import windows
+    from graft.transcriber import load
+
+    device = "cuda" if args.gpus_per_replica else "cpu"
+    if args.engine == "vllm":
+        from graft.engines.vllm_engine import open_vllm_engine
+        from graft.model.opening import DTYPES
+
+        weights = DTYPES[args.dtype] if args.dtype else None
+        return Transcriber(*open_vllm_engine(model, device=device, dtype=weights, quantization=args.quantization), model)
+    return load(model, device=device, dtype=args.dtype, cut=windows)
 
 
 class LocalListener:
@@ -27,6 +51,10 @@ class LocalListener:
     async def about(self) -> About:
         """See Listener."""
         return self._about
+
+    def counts(self) -> EngineCounts:
+        """What the engine holds and has done."""
+        return self._transcriber.counts()
 
     async def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
         """See Listener."""

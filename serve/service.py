@@ -4,6 +4,7 @@ upload -> Decoder -> chunks, a few of a request at a time -> Listener -> segment
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Protocol
 from graft.chunking import Chunk
 from graft.transcript import Segment, Transcript, stitch
 from serve.decoding import Decoded, Decoder
+from serve.observing import Observer
 
 CHUNKS_PER_REQUEST = 4
 """Of one request in the engine at a time: the hours of one client do not stand before the seconds of another."""
@@ -62,8 +64,11 @@ class Listener(Protocol):
 class Service:
     """Transcribes uploads; of `max_requests` at once, and not more than `max_queued_s` seconds of audio."""
 
-    def __init__(self, decoder: Decoder, listener: Listener, *, max_requests: int, max_queued_s: float) -> None:
+    def __init__(
+        self, decoder: Decoder, listener: Listener, *, max_requests: int, max_queued_s: float, observer: Observer | None = None
+    ) -> None:
         self.listener = listener
+        self._observer = observer or Observer()
         self._decoder = decoder
         self._max_requests = max_requests
         self._max_queued_s = max_queued_s
@@ -72,6 +77,7 @@ class Service:
 
     async def transcribe(self, path: str, asked: Asked) -> Transcript:
         """Transcribe a file. Raises AudioError, Busy."""
+        start = time.monotonic()
         about = await self.listener.about()
         async with self._admitted(path) as decoded:
             slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
@@ -80,15 +86,24 @@ class Service:
                 async with slots:
                     return await _segment_of(self.listener.hear(chunk, asked, stream=False))
 
-            async with asyncio.TaskGroup() as tasks:  # if one fails, the others free their places
-                parts = [tasks.create_task(heard(chunk)) for chunk in decoded.chunks]
+            try:
+                async with asyncio.TaskGroup() as tasks:  # if one fails, the others free their places
+                    parts = [tasks.create_task(heard(chunk)) for chunk in decoded.chunks]
+            except ExceptionGroup as failed:
+                raise failed.exceptions[0] from None
+            self._observer.transcribed(decoded.duration_s, time.monotonic() - start)
             return stitch([part.result() for part in parts], duration_s=decoded.duration_s, model=about.name)
 
     async def parts(self, path: str, asked: Asked) -> AsyncGenerator[str, None]:
         """Yield the text of a file in parts, in order, as they come; joined they are its transcript's text. Raises as `transcribe`."""
+        start, has_begun = time.monotonic(), False
         async with self._admitted(path) as decoded, aclosing(_in_order(decoded.chunks, self.listener, asked)) as parts:
             async for part in parts:
+                if not has_begun:
+                    self._observer.began(time.monotonic() - start)
+                    has_begun = True
                 yield part
+            self._observer.transcribed(decoded.duration_s, time.monotonic() - start)
 
     def check_room(self, coming: int = 0) -> None:
         """Raise Busy where there is no room for one more request, besides those in hand and so many that are still received."""

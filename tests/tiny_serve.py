@@ -1,0 +1,151 @@
+"""A service on a Ray of its own that tests ask, watch and hurt, and what its clients say."""
+
+import contextlib
+import io
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import requests
+import soundfile
+import tiny_media
+from tiny_faults import processes, until
+
+from graft.engines import EngineCounts
+from serve.arguments import ServeArgs
+
+APP = "service"
+PROMPTS = sorted(tiny_media.PROMPTS, key=lambda path: path.stat().st_size)
+ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.edge:middlewares", "RAY_metrics_report_interval_ms": "1000"}
+
+
+@contextlib.contextmanager
+def own_ray(cpus: int = 16) -> Iterator[None]:
+    """A Ray whose proxies and metrics are as tests want them; CPUs are not taken, only counted."""
+    import ray
+
+    from jobs.cluster import connect
+
+    ray.shutdown()  # of a module before this one
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    try:
+        connect(cpus=cpus)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        ray.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that runs."""
+
+    url: str
+    app: str = APP
+
+    def ask(self, audio: bytes, *, session: Any = requests, headers: dict[str, str] | None = None, **form: str) -> requests.Response:
+        return session.post(
+            f"{self.url}/v1/audio/transcriptions",
+            files={"file": ("a.flac", audio)},
+            data={"model": "tiny-graft"} | form,
+            headers=headers,
+            timeout=120,
+        )
+
+    def stream(self, audio: bytes) -> Iterator[dict[str, Any]]:
+        """The events of a stream, as they come."""
+        with requests.post(
+            f"{self.url}/v1/audio/transcriptions",
+            files={"file": ("a.flac", audio)},
+            data={"model": "tiny-graft", "stream": "true"},
+            timeout=120,
+            stream=True,
+        ) as response:
+            assert response.status_code == 200, response.text
+            for line in response.iter_lines(chunk_size=1):
+                if line:
+                    yield json.loads(line.removeprefix(b"data: "))
+
+    def counts(self) -> EngineCounts:
+        """Of the one engine."""
+        from ray import serve
+
+        return serve.get_deployment_handle("Engine", self.app).counts.remote().result(timeout_s=60)
+
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        return processes(f"ServeReplica:{self.app}:{deployment}")
+
+    def kill(self, deployment: str) -> int:
+        """End a replica at once; returns its pid."""
+        until(lambda: bool(self.replicas(deployment)))
+        process = self.replicas(deployment)[0]
+        process.kill()
+        return process.pid
+
+    def in_hand(self) -> int:
+        """The chunks that the engine decodes or is to decode."""
+        counts = self.counts()
+        return counts.running + counts.waiting
+
+
+@contextlib.contextmanager
+def serving(args: ServeArgs) -> Iterator[Running]:
+    """Run a service until the block ends."""
+    from ray import serve
+
+    from serve.app import build
+
+    with own_ray():
+        port = free_port()
+        serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 120})
+        serve.run(build(args), name=APP)
+        yield Running(f"http://127.0.0.1:{port}")
+        serve.shutdown()
+
+
+def spoken(seconds: float, *, first: int = 0) -> bytes:
+    """A FLAC file of the prompts, one after the other, up to a length."""
+    samples: list[np.ndarray] = []
+    while sum(map(len, samples)) < seconds * 16_000:
+        samples.append(soundfile.read(PROMPTS[(first + len(samples)) % len(PROMPTS)], dtype="float32")[0])
+    file = io.BytesIO()
+    soundfile.write(file, np.concatenate(samples)[: int(seconds * 16_000)], 16_000, format="flac")
+    return file.getvalue()
+
+
+def scraped(kind: str = "ray_graft") -> dict[str, dict[str, float]]:
+    """What Ray's own metrics ports tell now: by metric and labels."""
+    import ray
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: dict[str, dict[str, float]] = {}
+    for node in ray.nodes():
+        text = requests.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=60).text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith(kind):
+                    found.setdefault(sample.name, {})[json.dumps(sample.labels, sort_keys=True)] = sample.value
+    return found
+
+
+def replica_logs() -> Iterator[dict[str, Any]]:
+    """The records that replicas of this Ray's session have written."""
+    import ray
+
+    for file in sorted(Path(ray._private.worker._global_node.get_logs_dir_path(), "serve").glob("replica_*.log")):
+        for line in file.read_text().splitlines():
+            yield json.loads(line)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -95,7 +96,8 @@ def test_only_a_demos_own_folder_is_emptied(tmp_path: Path, capsys: pytest.Captu
 
 def test_both_stages_read_what_the_steps_before_them_wrote(tmp_path: Path) -> None:
     demo = Demo(DemoRecipe(out=str(tmp_path), stage1_epochs=4, stage2_epochs=5, workers=3))
-    first, second, score = demo_job._stage1_recipe(demo), demo_job._stage2_recipe(demo), demo_job._evaluate_recipe(demo)
+    first, second, score = demo_job._stage1_recipe(demo), demo_job._stage2_recipe(demo), demo_job._evaluate_recipe(demo, "merged")
+    before = demo_job._evaluate_recipe(demo, "graft")
     assert (first.epochs, second.epochs, first.workers, second.workers) == (4, 5, 3, 3)
     assert first.backend == "deepspeed"
     assert second.quantize == demo.recipe.quantize
@@ -107,19 +109,24 @@ def test_both_stages_read_what_the_steps_before_them_wrote(tmp_path: Path) -> No
     sources = demo_job._prepare_recipe(demo).long_sources()
     assert [(source.split, Path(source.manifest).is_file()) for source in sources] == [("train", True), ("unseen", True)]
     assert {Path(path).name for path in (*first.data, *score.data.values())} == {source.split for source in sources}
+    assert before.model == first.model == second.model != score.model
+    assert before.data == {"unseen": score.data["unseen"]}
 
 
 def test_the_summary_has_the_keys_that_others_read(tmp_path: Path) -> None:
     demo = Demo(DemoRecipe(out=str(tmp_path)))
     assert demo.step("prepare", "rows", lambda: 7) == 7
+    assert demo.step("evaluate", "one", lambda: time.sleep(0.06)) is demo.step("evaluate", "another", lambda: time.sleep(0.06)) is None
     scores = {
         name: {"graft": {"wer": place, "clips": 20}, "whisper": {"wer": place / 2}} for place, name in enumerate(["trained", "unseen"])
     }
     report = {"sets": {**scores, "swapped": {"graft": {"wer": 2}}}, "rtfx": {"graft": 3.0}}
     stage = {"loss_first": 6.0, "loss_last": 1.0, "steps": 9, "seconds": 5.0}
-    summary = demo_job._summary(demo, stage, stage, report)
+    before = {"sets": {"unseen": {"graft": {"wer": 3}}}}
+    summary = demo_job._summary(demo, stage, stage, before, report)
     assert summary["stage1"] == summary["stage2"] == {"loss_first": 6.0, "loss_last": 1.0, "seconds": 5.0}
-    assert summary["wer"] == {"trained": 0, "unseen": 1, "swapped": 2, "whisper_trained": 0, "whisper_unseen": 0.5}
+    assert summary["wer"] == {"trained": 0, "unseen": 1, "swapped": 2, "whisper_trained": 0, "whisper_unseen": 0.5, "unseen_as_it_comes": 3}
     assert summary["clips"] == {"trained": 64, "unseen": 20, "scored": 20}
-    assert summary["seconds"]["prepare"] == summary["seconds"]["total"]
+    assert summary["seconds"]["total"] == pytest.approx(summary["seconds"]["prepare"] + summary["seconds"]["evaluate"])
+    assert summary["seconds"]["evaluate"] >= 0.1  # of both times
     assert summary["rtfx"] == 3.0

@@ -9,6 +9,8 @@ from graft.model.shapes import AUDIO_BASES, TEXT_BASES
 from jobs.ablate import AblateRecipe
 from jobs.build import BuildRecipe
 from jobs.evaluate import EvaluateRecipe
+from jobs.label import LabelRecipe
+from jobs.prepare import PrepareRecipe
 from jobs.stage1 import Stage1Recipe
 from jobs.stage2 import Stage2Recipe
 
@@ -17,6 +19,10 @@ CLASSES: dict[str, type[Recipe]] = {
     "build": BuildRecipe,
     "stage1": Stage1Recipe,
     "stage2": Stage2Recipe,
+    "data": PrepareRecipe,
+    "unlabelled": PrepareRecipe,
+    "dev": PrepareRecipe,
+    "label": LabelRecipe,
     "evaluate": EvaluateRecipe,
     "ablation": AblateRecipe,
 }
@@ -35,14 +41,31 @@ def read(name: str) -> Recipe:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.iterdir()))
 def test_recipe_is_read(name):
-    assert read(name).out == "o"
+    assert read(name).out == "o" or name.startswith("small-")
+
+
+def test_the_small_recipes_follow_one_another():
+    data, unlabelled, label, dev, build, first, second, evaluate = (
+        read(f"small-{job}") for job in ("data", "unlabelled", "label", "dev", "build", "stage1", "stage2", "evaluate")
+    )
+    splits = {f"{recipe.out}/{source.split}" for recipe in (data, unlabelled) for source in recipe.long_sources()}
+    for stage in (first, second):
+        assert stage.model == build.out
+        assert {source.files for source in stage.data} == splits
+        assert {source.texts for source in stage.data} == {None, f"{label.out}/texts.parquet"}
+    assert label.data == f"{unlabelled.out}/train"
+    assert second.projector == first.out
+    assert second.encoder_cache == first.encoder_cache
+    held_out = {f"{dev.out}/{source.split}" for source in dev.long_sources()}
+    assert set(second.validation.data) < set(evaluate.data.values()) == held_out
+    assert not held_out & splits
 
 
 def test_there_is_a_recipe_for_each_stage_and_kind():
     assert {path.stem for path in RECIPES.iterdir()} == {
         *(f"{kind}-{job}" for kind in KINDS for job in ("build", "stage1", "stage2")),
         "reference-evaluate",
-        "small-ablation",
+        *(f"small-{job}" for job in ("data", "unlabelled", "label", "dev", "evaluate", "ablation")),
     }
 
 

@@ -1,10 +1,11 @@
 """Uploads -> chunks of speech, in processes of their own: whatever a file does to its decoder, the service stays up.
 
-upload on disk -> a worker process (bounded in time and memory) -> decode, find speech, cut -> chunks
+upload on disk -> the process with the least to do (bounded in time and memory) -> decode, find speech, cut -> chunks
 """
 
 import asyncio
 import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from graft.speech import SpeechSettings
 DAMAGED = "file: can't be decoded: convert it, e.g. `ffmpeg -i IN OUT.flac`"
 UPLOADS_PER_PROCESS = 1_000
 """Then a fresh process takes over: what decoders leak does not add up."""
+SHORT_BYTES = 2**20
+"""Longer uploads (of over half a minute, if not compressed) stay out of the first process, where short ones are not kept waiting."""
+PRELOADED = ["av", "torch", "graft.decoding", "graft.speech", "serve.decoding"]
+"""By the process from which the others are forked: so a new one is there within a second."""
 
 
 class DecodeArgs(BaseModel):
@@ -29,7 +34,7 @@ class DecodeArgs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     processes: int = Field(default=2, ge=1)
-    """Uploads that are decoded at a time: with two, a long one does not keep a short one waiting."""
+    """Uploads that are decoded at a time; of several, one is left to short ones."""
     max_duration_s: float = Field(default=3600, gt=0)
     """Longer audio is refused."""
     timeout_s: float = Field(default=60, gt=0)
@@ -52,42 +57,65 @@ class Decoder:
     """Decodes uploads. Call `close` to end its processes."""
 
     def __init__(self, args: DecodeArgs) -> None:
-        self._args = args
-        self._pool = _pool(args)
+        self._processes = [_Process(args) for _ in range(args.processes)]
 
     async def __call__(self, path: str) -> Decoded:
         """Decode and cut an upload. Raises AudioError for one that can't be, or is too long; the process of a cancelled one is ended."""
-        if not self._pool.active:  # it broke, as where memory is too short to start processes
-            self._pool = _pool(self._args)
-        future = self._pool.schedule(_decode, args=(path, self._args.max_duration_s), timeout=self._args.timeout_s)
+        size = os.path.getsize(path)
+        open_to_it = self._processes[1:] if size > SHORT_BYTES else self._processes
+        return await min(open_to_it or self._processes, key=lambda process: process.waiting_bytes).decode(path, size)
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+        for process in self._processes:
+            process.close()
+
+
+class _Process:
+    """One process and the uploads that wait for it; it is replaced when it dies."""
+
+    def __init__(self, args: DecodeArgs) -> None:
+        self._args = args
+        self._pool = self._start()
+        self.waiting_bytes = 0
+
+    async def decode(self, path: str, size: int) -> Decoded:
+        if not self._pool.active:  # it broke, as where memory is too short to start a process
+            self._pool = self._start()
+        self.waiting_bytes += size
         try:
+            future = self._pool.schedule(_decode, args=(path, self._args.max_duration_s), timeout=self._args.timeout_s)
             return await asyncio.wrap_future(future)
         except TimeoutError as error:
             raise AudioError(f"file: not decoded within {self._args.timeout_s:g} s: cut it") from error
         except (ProcessExpired, BrokenProcessPool, MemoryError) as error:
             raise AudioError(DAMAGED) from error
+        finally:
+            self.waiting_bytes -= size
 
     def close(self) -> None:
-        """End the processes, whatever they do."""
         self._pool.stop()
         self._pool.join()
 
-
-def _pool(args: DecodeArgs) -> ProcessPool:
-    return ProcessPool(
-        max_workers=args.processes,
-        max_tasks=UPLOADS_PER_PROCESS,
-        initializer=_start,
-        initargs=(args.memory_bytes, args.speech, args.chunks),
-        context=multiprocessing.get_context("spawn"),
-    )
+    def _start(self) -> ProcessPool:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        pool = ProcessPool(
+            max_workers=1,
+            max_tasks=UPLOADS_PER_PROCESS,
+            initializer=_prepare,
+            initargs=(self._args.memory_bytes, self._args.speech, self._args.chunks),
+            context=context,
+        )
+        pool.schedule(os.getpid)  # starts the process now, not at the first upload
+        return pool
 
 
 _cut: Callable[[AudioClip], list[Chunk]]
 
 
-def _start(memory_bytes: int, speech: SpeechSettings, chunks: ChunkSettings) -> None:
-    """Prepare a process: load what it needs, then bound its memory."""
+def _prepare(memory_bytes: int, speech: SpeechSettings, chunks: ChunkSettings) -> None:
+    """Make a process ready: load what it needs, bound its memory, and keep what decoders print, and what crashes leave, to itself."""
     import resource
 
     import torch
@@ -100,6 +128,10 @@ def _start(memory_bytes: int, speech: SpeechSettings, chunks: ChunkSettings) -> 
     _cut(AudioClip(np.zeros(16_000, np.float32)))
     most = _address_space() + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
 
 
 def _decode(path: str, max_duration_s: float) -> Decoded:

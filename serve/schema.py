@@ -24,6 +24,8 @@ class TranscriptionForm(BaseModel):
     """ISO 639-1 code of what is spoken; by default the model's own language."""
     prompt: str | None = Field(default=None, max_length=4_000)
     """Words that may occur (names, terms), between commas or line ends; only for models that were trained for such lists."""
+    keywords: list[Annotated[str, Field(max_length=100)]] = Field(default=[], alias="keywords[]", max_length=100)
+    """Words that may occur, one each; with those of `prompt`."""
     response_format: ResponseFormat = "json"
     timestamp_granularities: list[Literal["word", "segment"]] = Field(default=["segment"], alias="timestamp_granularities[]")
     """With verbose_json: `word` adds the times of words, where an aligner is loaded."""
@@ -40,10 +42,18 @@ class TranscriptionForm(BaseModel):
         return value.strip() or None if value else None
 
 
+class Usage(BaseModel):
+    """How many seconds of audio were transcribed."""
+
+    type: Literal["duration"] = "duration"
+    seconds: float
+
+
 class TranscriptionAnswer(BaseModel):
     """The answer in response_format json."""
 
     text: str
+    usage: Usage
 
 
 class TimedWord(BaseModel):
@@ -79,6 +89,7 @@ class VerboseAnswer(BaseModel):
     text: str
     segments: list[TimedSegment] | None = None
     words: list[TimedWord] | None = None
+    usage: Usage
 
 
 class DeltaEvent(BaseModel):
@@ -140,7 +151,13 @@ def verbose(transcript: Transcript, *, language: str, granularities: Iterable[st
         text=transcript.text,
         segments=segments if "segment" in wanted else None,
         words=words if "word" in wanted else None,
+        usage=usage(transcript),
     )
+
+
+def usage(transcript: Transcript) -> Usage:
+    """What OpenAI would bill."""
+    return Usage(seconds=transcript.duration_s)
 
 
 def _segment(number: int, segment: Segment) -> TimedSegment:

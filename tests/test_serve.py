@@ -74,7 +74,7 @@ def test_answers_are_the_transcribers_own(url, folder):
     transcriber = load(folder)
     for audio in [PROMPTS[0].read_bytes(), tiny_media.write(tiny_media.speech(16_000, seconds=35.0, channels=1), 16_000, "FLAC")]:
         text = transcriber.transcribe(audio).text
-        assert post(url, file=audio).json() == {"text": text}
+        assert post(url, file=audio).json()["text"] == text
         plain = post(url, {"response_format": "text", "language": "en", "temperature": "0", "stream": "false"}, file=audio)
         assert plain.text == text + "\n"
         assert plain.headers["content-type"].startswith("text/plain")
@@ -139,12 +139,12 @@ def test_what_is_missing_or_unknown(url):
 
 def test_too_large_is_413_announced_or_not(url):
     upload = os.urandom(MAX_UPLOAD + 1000)
-    assert_fault(post(url, file=upload), 413, param=None, code=None, message=f"over {MAX_UPLOAD} bytes")
+    assert_fault(post(url, file=upload), 413, param=None, code="upload_too_large", message=f"over {MAX_UPLOAD} bytes")
     parts = [b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.flac"\r\n\r\n', upload, b"\r\n--x--\r\n"]
     chunked = requests.post(
         f"{url}/v1/audio/transcriptions", data=iter(parts), headers={"content-type": "multipart/form-data; boundary=x"}, timeout=60
     )
-    assert_fault(chunked, 413, param=None, code=None, message=f"over {MAX_UPLOAD} bytes")
+    assert_fault(chunked, 413, param=None, code="upload_too_large", message=f"over {MAX_UPLOAD} bytes")
 
 
 def test_arguments_are_checked(tmp_path):

@@ -22,6 +22,7 @@ CLASSES: dict[str, type[Recipe]] = {
     "data": PrepareRecipe,
     "unlabelled": PrepareRecipe,
     "dev": PrepareRecipe,
+    "start": Stage2Recipe,
     "label": LabelRecipe,
     "evaluate": EvaluateRecipe,
     "ablation": AblateRecipe,
@@ -45,17 +46,17 @@ def test_recipe_is_read(name):
 
 
 def test_the_small_recipes_follow_one_another():
-    data, unlabelled, label, dev, build, first, second, evaluate = (
-        read(f"small-{job}") for job in ("data", "unlabelled", "label", "dev", "build", "stage1", "stage2", "evaluate")
-    )
+    data, unlabelled, label, dev, evaluate = (read(f"small-{job}") for job in ("data", "unlabelled", "label", "dev", "evaluate"))
+    build, first, start, second = (read(f"small-{job}") for job in ("build", "stage1", "start", "stage2"))
     splits = {f"{recipe.out}/{source.split}" for recipe in (data, unlabelled) for source in recipe.long_sources()}
-    for stage in (first, second):
+    for stage in (first, start, second):
         assert stage.model == build.out
         assert {source.files for source in stage.data} == splits
         assert {source.texts for source in stage.data} == {None, f"{label.out}/texts.parquet"}
     assert label.data == f"{unlabelled.out}/train"
-    assert second.projector == first.out
-    assert second.encoder_cache == first.encoder_cache
+    assert start.projector == first.out
+    assert second.adapters == start.out
+    assert first.encoder_cache == start.encoder_cache == second.encoder_cache
     held_out = {f"{dev.out}/{source.split}" for source in dev.long_sources()}
     assert set(second.validation.data) < set(evaluate.data.values()) == held_out
     assert not held_out & splits
@@ -65,7 +66,7 @@ def test_there_is_a_recipe_for_each_stage_and_kind():
     assert {path.stem for path in RECIPES.iterdir()} == {
         *(f"{kind}-{job}" for kind in KINDS for job in ("build", "stage1", "stage2")),
         "reference-evaluate",
-        *(f"small-{job}" for job in ("data", "unlabelled", "label", "dev", "evaluate", "ablation")),
+        *(f"small-{job}" for job in ("data", "unlabelled", "label", "dev", "start", "evaluate", "ablation")),
     }
 
 

@@ -1,6 +1,7 @@
 """Engines behind Ray Serve as one Listener: a chunk whose engine dies is heard once more, by another."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -20,6 +21,8 @@ TRIES = 2
 DIED = (RayActorError, ObjectLostError)
 FRESH_S = 2.0
 """For so long what an engine told of itself is not asked again."""
+PATIENCE_S = 5.0
+"""For so long it is waited for."""
 
 
 class HeardOtherwise(Exception):
@@ -37,11 +40,15 @@ class RemoteListener:
         self._asking = asyncio.Lock()
 
     async def about(self) -> About:
-        """See Listener. Raises NotReady."""
+        """See Listener. While all engines are busy, what one told before holds. Raises NotReady."""
         async with self._asking:
             if self._about is None or time.monotonic() - self._asked_at > FRESH_S:
-                self._about = await self._ask()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PATIENCE_S):
+                        self._about = await self._ask()
                 self._asked_at = time.monotonic()
+            if self._about is None:
+                raise NotReady
             return self._about
 
     async def _ask(self) -> About:

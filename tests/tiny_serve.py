@@ -2,10 +2,14 @@
 
 import contextlib
 import io
+import itertools
 import json
+import logging
 import os
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,33 +19,40 @@ import psutil
 import requests
 import soundfile
 import tiny_media
+from ray.exceptions import RayActorError
 from tiny_faults import processes, until
 
 from graft.engines import EngineCounts
 from serve.arguments import ServeArgs
 
 APP = "service"
+PATIENCE_S = 240
 PROMPTS = sorted(tiny_media.PROMPTS, key=lambda path: path.stat().st_size)
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.edge:middlewares", "RAY_metrics_report_interval_ms": "1000"}
 
 
 @contextlib.contextmanager
-def own_ray(cpus: int = 16) -> Iterator[None]:
-    """A Ray whose proxies and metrics are as tests want them; CPUs are not taken, only counted."""
+def own_ray(*, cpus: int = 16, dashboard: bool = False) -> Iterator[str]:
+    """The address of the dashboard of a Ray whose proxies and metrics are as tests want them; CPUs are not taken, only counted."""
     import ray
-
-    from jobs.cluster import connect
 
     ray.shutdown()  # of a module before this one
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
     try:
-        connect(cpus=cpus)
-        yield
+        context = ray.init(
+            address="local",
+            num_cpus=cpus,
+            object_store_memory=512 * 2**20,
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        yield f"http://{context.dashboard_url}"
     finally:
+        ray.shutdown()
         os.environ.clear()
         os.environ.update(before)
-        ray.shutdown()
 
 
 def free_port() -> int:
@@ -63,7 +74,7 @@ class Running:
             files={"file": ("a.flac", audio)},
             data={"model": "tiny-graft"} | form,
             headers=headers,
-            timeout=120,
+            timeout=PATIENCE_S,
         )
 
     def stream(self, audio: bytes) -> Iterator[dict[str, Any]]:
@@ -72,7 +83,7 @@ class Running:
             f"{self.url}/v1/audio/transcriptions",
             files={"file": ("a.flac", audio)},
             data={"model": "tiny-graft", "stream": "true"},
-            timeout=120,
+            timeout=PATIENCE_S,
             stream=True,
         ) as response:
             assert response.status_code == 200, response.text
@@ -84,7 +95,7 @@ class Running:
         """Of the one engine."""
         from ray import serve
 
-        return serve.get_deployment_handle("Engine", self.app).counts.remote().result(timeout_s=60)
+        return serve.get_deployment_handle("Engine", self.app).counts.remote().result(timeout_s=PATIENCE_S)
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         return processes(f"ServeReplica:{self.app}:{deployment}")
@@ -97,9 +108,46 @@ class Running:
         return process.pid
 
     def in_hand(self) -> int:
-        """The chunks that the engine decodes or is to decode."""
-        counts = self.counts()
-        return counts.running + counts.waiting
+        """The chunks that the engine decodes or is to decode; 0 while it is dead."""
+        with contextlib.suppress(RayActorError):
+            counts = self.counts()
+            return counts.running + counts.waiting
+        return 0
+
+
+class Crowd:
+    """Clients that do something again and again, until they are told to stop; each turn has a number."""
+
+    def __init__(self, clients: Sequence[Callable[[int], None]]) -> None:
+        self.turns = 0
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(len(clients))
+        self._clients: list[Future[None]] = [self._pool.submit(self._insist, client, number) for number, client in enumerate(clients)]
+
+    def _insist(self, client: Callable[[int], None], number: int) -> None:
+        for turn in itertools.count(number):
+            if self._stop.is_set():
+                return
+            client(turn)
+            self.turns += 1
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition; raises what went wrong for a client."""
+        until(lambda: condition() or any(client.done() for client in self._clients))
+        for client in self._clients:
+            if client.done():
+                client.result()
+
+    def wait_for(self, turns: int) -> None:
+        """Wait until so many more turns are over."""
+        wanted = self.turns + turns
+        self.wait_until(lambda: self.turns >= wanted)
+
+    def leave(self) -> None:
+        """Have the clients stop; raises what went wrong for one."""
+        self._stop.set()
+        for client in self._clients:
+            client.result()
 
 
 @contextlib.contextmanager
@@ -111,7 +159,7 @@ def serving(args: ServeArgs) -> Iterator[Running]:
 
     with own_ray():
         port = free_port()
-        serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 120})
+        serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": PATIENCE_S})
         serve.run(build(args), name=APP)
         yield Running(f"http://127.0.0.1:{port}")
         serve.shutdown()

@@ -2,6 +2,7 @@
 
 features    FLAC -> log-mel on one core, beside soundfile + transformers' extractor
 train       training steps beside the reference system's and AudioFlamingo3's, Ray's feeding beside a bare loop, two workers beside one
+serve       the service beside its engine offline, under load, beside other servers, and with engines that come and go
 bulk        Ray's transcription beside a bare loop, graft beside other transcribers, memory, and what batches change in bf16
 """
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 TRAIN_PARTS = ("step", "gains", "ingest", "workers")
 BULK_PARTS = ("pipeline", "peers", "memory", "bf16")
+SERVE_PARTS = ("saturation", "servers", "replicas")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +69,15 @@ def _parser() -> argparse.ArgumentParser:
     bulk.add_argument("--hours", type=float, default=10.0, help="of one recording, for the workers' memory (default: %(default)s)")
     bulk.add_argument("--rows", type=int, default=1_000_000, help="of a plan (default: %(default)s)")
     bulk.set_defaults(benchmark=_bulk)
+
+    serve = benchmarks.add_parser("serve", parents=[common], help="the service (15 minutes on 2 idle cores)")
+    _add_only(serve, SERVE_PARTS)
+    serve.add_argument("--model", metavar="DIR", help="a trained graft; without one, what it would say is left out")
+    serve.add_argument("--speech", metavar="FILE", nargs="+", help="manifests of labelled clips (default: the bundled prompts)")
+    serve.add_argument("--threads", type=int, default=1, help="of each engine (default: %(default)s)")
+    serve.add_argument("--clients", type=int, default=32, help="that saturate the service (default: %(default)s)")
+    serve.add_argument("--seconds", type=float, default=60.0, help="of each load (default: %(default)s)")
+    serve.set_defaults(benchmark=_serve)
     return parser
 
 
@@ -101,6 +112,14 @@ def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("model", "speech", "threads", "seconds", "repetitions", "recordings", "hours", "rows")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return _told(bench_bulk(BulkBench(arguments.only, **given)))
+
+
+def _serve(arguments: argparse.Namespace) -> dict[str, Any]:
+    from jobs.benchmarks.serve import ServeBench, bench_serve
+
+    names = ("model", "speech", "threads", "clients", "seconds")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return _told(bench_serve(ServeBench(arguments.only, **given)))
 
 
 def _told(parts: "Iterable[tuple[str, Findings]]") -> dict[str, Any]:

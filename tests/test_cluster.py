@@ -1,106 +1,233 @@
-"""cluster/ agrees with itself, with pyproject.toml and with the jobs. Nothing here builds the image or needs Kubernetes."""
+"""cluster/ against the schemas of Kubernetes, KubeRay and Ray, and with pyproject.toml and the jobs. Nothing here builds the image."""
 
+import importlib
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from tiny_kuberay import KINDS
 
 ROOT = Path(__file__).parents[1]
-DOCKERFILE = (ROOT / "cluster" / "Dockerfile").read_text()
+CLUSTER = ROOT / "cluster"
+DOCKERFILE = (CLUSTER / "Dockerfile").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+JOBS = ["rayjob-train.yaml", "rayjob-transcribe.yaml"]
+MANIFESTS = [*JOBS, "rayservice.yaml", "outputs.yaml"]
+KUBERNETES = ["1.30", "1.37"]
+GPU, SPOT = "nvidia.com/gpu", {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"}
 
 
-@pytest.fixture(scope="module")
-def job() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "cluster" / "rayjob.yaml").read_text())
+def resources(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((CLUSTER / name).read_text()))
 
 
-def pods(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    cluster = job["spec"]["rayClusterSpec"]
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        yield group["template"]["spec"]
+def ray_cluster(name: str) -> dict[str, Any]:
+    spec = resources(name)[0]["spec"]
+    return spec.get("rayClusterSpec") or spec["rayClusterConfig"]
 
 
-def dockerfile_lines(instruction: str) -> list[str]:
-    return re.findall(rf"^{instruction} +(.+)$", DOCKERFILE, re.MULTILINE)
+def groups(cluster: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield from (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
 
 
-def test_rayjob_is_autoscaled_guarded_and_cleans_up(job: dict[str, Any]) -> None:
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    assert job["spec"]["shutdownAfterJobFinishes"] is True
-    cluster = job["spec"]["rayClusterSpec"]
+def container(group: dict[str, Any]) -> dict[str, Any]:
+    (only,) = group["template"]["spec"]["containers"]
+    return only
+
+
+@pytest.fixture(params=[*JOBS, "rayservice.yaml"])
+def cluster(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return ray_cluster(request.param)
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_are_as_kubernetes_and_kuberay_take_them(name: str, version: str) -> None:
+    for resource in resources(name):
+        if model := KINDS.get(resource["kind"]):
+            model.model_validate(resource)
+            for group in groups(ray_cluster(name)):
+                template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}, "template": group["template"]}
+                kubernetes_validate.validate(template, version, strict=True)
+        else:
+            kubernetes_validate.validate(resource, version, strict=True)
+
+
+def test_what_no_schema_knows_is_refused() -> None:
+    job, template = resources("rayjob-train.yaml")[0], {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}}
+    with pytest.raises(ValueError, match="shutdownAfterJobFinished"):
+        KINDS["RayJob"].model_validate(job | {"spec": job["spec"] | {"shutdownAfterJobFinished": True}})
+    pod = ray_cluster("rayjob-train.yaml")["headGroupSpec"]["template"]["spec"]
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(template | {"template": {"spec": pod | {"toleration": []}}}, KUBERNETES[0], strict=True)
+
+
+def test_rays_autoscaler_reads_the_groups(cluster: dict[str, Any]) -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    config = _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "graft", "namespace": "default"}, "spec": cluster})
+    nodes = {name: node["resources"] for name, node in config["available_node_types"].items()}
+    assert nodes.pop(config["head_node_type"])["CPU"] == 0  # nothing but drivers and Serve's controller sits there
+    assert sum("GPU" in node for node in nodes.values()) == sum("GPU" not in node for node in nodes.values()) == 1
+    assert all(node["CPU"] == 8 for node in nodes.values())
+
+
+def test_clusters_are_autoscaled_and_guarded(cluster: dict[str, Any]) -> None:
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["autoscalerOptions"]["version"] == "v2"
     assert cluster["authOptions"]["mode"] == "token"
-    assert {group["groupName"] for group in cluster["workerGroupSpecs"]} == {"features", "gpu"}
     for group in cluster["workerGroupSpecs"]:
         assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
-def test_entrypoint_names_a_job_and_a_recipe_that_exist(job: dict[str, Any]) -> None:
-    python, m, module, recipe_flag, recipe, *overrides = shlex.split(job["spec"]["entrypoint"])
-    assert (python, m, recipe_flag) == ("python", "-m", "--recipe")
-    assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
-    assert (ROOT / recipe).is_file()
-    assert overrides == [override for override in overrides if re.fullmatch(r"[\w.]+=[\w/.:\[\]-]+", override)]  # no quoting on the way
-
-
-def test_entrypoint_is_a_whole_recipe(job: dict[str, Any]) -> None:
-    from graft.config import read_recipe
-    from jobs.stage1 import Stage1Recipe
-
-    *_, recipe, model, data, out, workers, gpu = shlex.split(job["spec"]["entrypoint"])
-    settings = read_recipe(Stage1Recipe, str(ROOT / recipe), [model, data, out, workers, gpu])
-    assert settings.gpu
-    mounts = {mount["mountPath"] for pod in pods(job) for container in pod["containers"] for mount in container["volumeMounts"]}
-    assert isinstance(settings.data, str)
-    assert all(path.startswith(tuple(f"{mount}/" for mount in mounts)) for path in (settings.model, settings.out, settings.data))
-
-
-def test_ray_is_one_version_everywhere(job: dict[str, Any]) -> None:
-    (ray_version,) = re.findall(r"^ARG RAY_VERSION=(.+)$", DOCKERFILE, re.MULTILINE)
-    images = {container["image"] for pod in pods(job) for container in pod["containers"]}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert job["spec"]["rayClusterSpec"]["rayVersion"] == ray_version
-    assert [image.rpartition("/")[2] for image in images] == [f"graft:{project['version']}-ray{ray_version}"]
-    asked = [spec for extra in project["optional-dependencies"].values() for spec in extra if spec.startswith("ray[")]
-    assert asked
-    assert all(re.search(r"==(.+)$", spec)[1] == re.sub(r"\.\d+$", ".*", ray_version) for spec in asked)
-
-
-def test_pods_get_what_they_ask_for_and_share_the_outputs(job: dict[str, Any]) -> None:
-    claim = yaml.safe_load((ROOT / "cluster" / "outputs.yaml").read_text())
+def test_pods_get_what_they_ask_for_are_probed_and_share_the_outputs(cluster: dict[str, Any]) -> None:
+    (claim,) = resources("outputs.yaml")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    resources = [job["spec"]["rayClusterSpec"]["autoscalerOptions"]["resources"]]
-    for pod in pods(job):
+    for group in groups(cluster):
+        pod, inside = group["template"]["spec"], container(group)
         assert pod["restartPolicy"] == "Never"
         assert pod["securityContext"]["runAsNonRoot"] is True
+        assert inside["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         claimed = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]}
-        (container,) = pod["containers"]
-        assert [claimed[mount["name"]] for mount in container["volumeMounts"]] == [claim["metadata"]["name"]]
-        resources.append(container["resources"])
-    for resource in resources:
-        assert resource["requests"] == resource["limits"]
-        assert {"cpu", "memory"} <= resource["limits"].keys()
-    assert [resource["limits"].get("nvidia.com/gpu") for resource in resources] == [None, None, None, "1"]
+        assert [claimed[mount["name"]] for mount in inside["volumeMounts"]] == [claim["metadata"]["name"]]
+        assert inside["resources"]["requests"] == inside["resources"]["limits"]
+        assert {"cpu", "memory"} <= inside["resources"]["limits"].keys()
+        for probe in ("livenessProbe", "readinessProbe"):
+            assert "local_raylet_healthz" in inside[probe]["exec"]["command"][-1]
 
 
-def test_image_is_pinned_and_not_root(job: dict[str, Any]) -> None:
-    (base,) = dockerfile_lines("FROM")
-    assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+", base)
-    (user,) = dockerfile_lines("USER")
-    assert int(user) == next(pods(job))["securityContext"]["runAsUser"] > 0
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    (installed,) = re.findall(r'"\.\[([\w,]+)\]"', DOCKERFILE)
-    assert set(installed.split(",")) == {"bundled", "train", "serve"} <= extras.keys()
+def test_gpu_pods_have_the_cuda_image_and_workers_may_sit_on_spot_nodes(cluster: dict[str, Any]) -> None:
+    head, *workers = groups(cluster)
+    assert "tolerations" not in head["template"]["spec"]
+    for group in workers:
+        tolerated = {toleration["key"] for toleration in group["template"]["spec"]["tolerations"]}
+        has_gpu = container(group)["resources"]["limits"].get(GPU) == "1"
+        assert tolerated == SPOT | ({GPU} if has_gpu else set())
+        assert container(group)["image"].endswith("-cuda" if has_gpu else "-cpu")
 
 
-def test_image_installs_dependencies_before_code() -> None:
-    dependencies, code = DOCKERFILE.index('".[bundled'), DOCKERFILE.index("COPY . .")
-    assert DOCKERFILE.index("COPY pyproject.toml .") < dependencies < code
-    ignored = (ROOT / ".dockerignore").read_text().split()
-    assert {".git", ".venv", "runs"} <= set(ignored)
+@pytest.mark.parametrize("name", JOBS)
+def test_jobs_clean_up_and_their_entrypoints_are_whole_recipes(name: str) -> None:
+    from graft.config import models_in, read_recipe
+    from jobs.cli import PlanOptions
+
+    (job,) = resources(name)
+    assert job["spec"]["shutdownAfterJobFinishes"] is True
+    python, m, module, *arguments = shlex.split(job["spec"]["entrypoint"])
+    assert (python, m) == ("python", "-m")
+    path = arguments.pop(arguments.index("--recipe") + 1) if "--recipe" in arguments else None
+    overrides = [argument for argument in arguments if argument != "--recipe"]
+    assert all(re.fullmatch(r"[\w.]+=[\w/.:,\[\]-]+", override) for override in overrides)  # no quoting on the way
+    verb = importlib.import_module(module)
+    (recipe_class,) = {one for one in models_in(verb.main.__annotations__["recipe"]) if one is not PlanOptions}
+    recipe = read_recipe(recipe_class, str(ROOT / path) if path else None, overrides)
+    assert recipe.gpu if module == "jobs.stage1" else recipe.gpus_per_worker == 1
+    gpus = next(group for group in ray_cluster(name)["workerGroupSpecs"] if group["groupName"] == "gpu")
+    assert recipe.workers <= gpus["maxReplicas"]
+    mounts = tuple(f"{mount['mountPath']}/" for group in groups(ray_cluster(name)) for mount in container(group)["volumeMounts"])
+    given = dict(override.split("=") for override in overrides)
+    assert all(given[key].startswith(mounts) for key in ("model", "data", "audio", "out") if key in given)
+
+
+def test_the_service_is_one_that_serve_and_the_application_take() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from serve.app import Engine
+    from serve.arguments import ServeArgs
+
+    service, *budgets = resources("rayservice.yaml")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    module, _, builder = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), builder))
+    args = ServeArgs.model_validate(application.args)
+    (engine,) = application.deployments
+    assert (engine.name, engine.user_config) == (Engine.__name__, {"model": args.model})
+    assert config.http_options.host == "0.0.0.0"
+
+    _, ingress, gpu = groups(ray_cluster("rayservice.yaml"))
+    assert gpu["minReplicas"] >= args.min_replicas
+    assert args.max_replicas <= gpu["maxReplicas"]
+    for group in (ingress, gpu):  # requests come to pods whose proxy answers
+        assert f"localhost:{config.http_options.port}/-/healthz" in container(group)["readinessProbe"]["exec"]["command"][-1]
+    variables = {variable["name"]: variable["value"] for variable in container(ingress)["env"]}
+    module, _, middlewares = variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
+    assert getattr(importlib.import_module(module), middlewares)()
+
+    labels = [group["template"]["metadata"]["labels"] for group in groups(ray_cluster("rayservice.yaml"))]
+    assert [budget["spec"]["selector"]["matchLabels"] for budget in budgets] == labels
+    assert all(isinstance(budget["spec"]["minAvailable"], int) for budget in budgets)
+
+
+def test_ray_up_takes_the_machines() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+    from ray.scripts.scripts import cli
+
+    config = prepare_config(yaml.safe_load((CLUSTER / "ray-up.yaml").read_text()))
+    validate_config(config)
+    assert config["available_node_types"]["local.cluster.node"]["max_workers"] == len(config["provider"]["worker_ips"])
+    assert "--env=RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    (path,) = re.findall("--env=RAY_AUTH_TOKEN_PATH=(.+)", "\n".join(config["docker"]["run_options"]))
+    assert path in config["file_mounts"]
+    starts = [line.rpartition(";")[2] for key in ("head_start_ray_commands", "worker_start_ray_commands") for line in config[key]]
+    for line in starts:
+        ray, command, *options = shlex.split(line)
+        assert ray == "ray"
+        cli.commands[command].make_context(command, options)  # parses, and raises what it does not know
+
+
+def test_ray_and_graft_are_one_version_everywhere() -> None:
+    pinned = dict(line.split("==") for line in (CLUSTER / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
+    tag = f"graft:{PROJECT['version']}-ray{pinned['ray']}"
+    images = [container(group)["image"] for name in (*JOBS, "rayservice.yaml") for group in groups(ray_cluster(name))]
+    images.append(yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())["docker"]["image"])
+    assert {image.rpartition("/")[2] for image in images} == {f"{tag}-cpu", f"{tag}-cuda"}
+    assert {ray_cluster(name)["rayVersion"] for name in (*JOBS, "rayservice.yaml")} == {pinned["ray"]}
+    assert set(re.findall(r"graft:[\w.-]+", DOCKERFILE)) == {f"{tag}-cpu", f"{tag}-cuda"}
+
+    asked = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in image_extras())]
+    for requirement in map(Requirement, (line for lines in asked for line in lines)):
+        if requirement.name != "graft":
+            assert requirement.specifier.contains(pinned[requirement.name.lower()]), requirement
+
+
+def image_extras() -> set[str]:
+    """The extras that the image installs, and those that they name."""
+    (installed,) = set(re.findall(r'"\.\[([\w,]+)\]"', DOCKERFILE))
+    extras = set(installed.split(","))
+    assert extras == {"bundled", "train", "serve"}
+    for extra in list(extras):
+        extras |= {one for line in PROJECT["optional-dependencies"][extra] if line.startswith("graft[") for one in Requirement(line).extras}
+    return extras
+
+
+def test_images_are_pinned_and_not_root_and_code_comes_last() -> None:
+    stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)
+    base, names = stages[1].splitlines()[0], re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)
+    assert re.fullmatch(r"python:\$\{PYTHON\}-slim-\w+ AS system", base)
+    assert re.search(r"^ARG PYTHON=3\.\d+\.\d+$", stages[0], re.MULTILINE)
+    assert names == ["system", "cpu-packages", "cuda-packages", "cpu", "cuda"]
+    for packages in stages[2:4]:
+        assert "--constraint constraints.txt" in packages
+        (user,) = re.findall(r"^USER (\d+)$", packages, re.MULTILINE)
+        assert int(user) == ray_cluster(JOBS[0])["headGroupSpec"]["template"]["spec"]["securityContext"]["runAsUser"] > 0
+    for code in stages[4:]:
+        assert re.findall(r"^(\w+) ", code.partition("\n")[2], re.MULTILINE) == ["COPY", "ENV"]
+    assert {".git", ".venv", "runs"} <= set((ROOT / ".dockerignore").read_text().split())
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint has no package for this machine")
+    found = subprocess.run([hadolint, str(CLUSTER / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "")

@@ -1,0 +1,114 @@
+"""Every command in the documents is one that graft's recipes, Ray's and Serve's command lines and the Makefile take."""
+
+import importlib
+import re
+import shlex
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "cluster/README.md"]
+ELSEWHERE = {"docker", "kubectl", "curl", ".", "export", "apt", "pip"}
+"""What other people's tools take; of their arguments, the files of this repository are looked at."""
+
+
+def commands(document: str) -> Iterator[str]:
+    """The commands in the fenced shell blocks and in the indented lines of a document, continued lines joined."""
+    text = (ROOT / document).read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"^    (?:make|python -m|ray|serve|kubectl|docker) .+$", text, re.MULTILINE)
+    for line in "\n".join([*blocks, *indented]).replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield shlex.join(words)
+
+
+ALL = [pytest.param(command, id=f"{document}: {command:.60}") for document in DOCUMENTS for command in dict.fromkeys(commands(document))]
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_commands_are_understood(command: str) -> None:
+    words = [word for word in shlex.split(command) if word]
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    for name in files_named(words):
+        assert (ROOT / name).exists(), f"{name} does not exist"
+    check(words)
+
+
+def files_named(words: list[str]) -> Iterator[str]:
+    for word in words:
+        for part in re.split(r"[=@]", word):
+            if re.fullmatch(r"(?:cluster|jobs/recipes|serve|tests)/[\w./-]+", part):
+                yield part
+
+
+def check(words: list[str]) -> None:
+    """Raise what a tool would say of a command."""
+    match words:
+        case ["python", "-m", "jobs.submit", *arguments]:
+            from jobs.submit import _parser
+
+            options = _parser().parse_args(arguments)
+            check_job(options.verb, options.arguments)
+        case ["python", "-m", module, *arguments] if module.startswith("jobs."):
+            check_job(module.removeprefix("jobs."), arguments)
+        case ["ray", *arguments]:
+            check_ray(arguments)
+        case ["serve", command, *arguments]:
+            check_serve(command, arguments)
+        case ["make", *targets]:
+            known = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+            assert set(targets) <= known
+        case [tool, *_]:
+            assert tool in ELSEWHERE, f"nobody checks {tool}"
+
+
+def check_job(verb: str, arguments: list[str]) -> None:
+    from graft.config import Recipe, read_recipe
+    from jobs.cli import PlanOptions, _plan_options, _read_arguments, _with_model_alone
+
+    job = importlib.import_module(f"jobs.{verb}")
+    if verb == "bench":
+        job._parser().parse_args(arguments)
+        return
+    if verb == "demo" and not arguments:
+        return
+    recipe_class = typing.get_type_hints(job.main)["recipe"]
+    assert issubclass(recipe_class, Recipe)
+    plans = hasattr(job, "plan")
+    options, overrides = _read_arguments(recipe_class, "", arguments, plans=plans)
+    if plans and options.plan:
+        assert isinstance(_plan_options(options), PlanOptions)
+        recipe_class = _with_model_alone(recipe_class)
+    read_recipe(recipe_class, options.recipe and str(ROOT / options.recipe), overrides)
+
+
+def check_ray(arguments: list[str]) -> None:
+    from ray.scripts.scripts import cli
+
+    group = cli
+    while arguments[0] in getattr(group, "commands", {}):
+        group, arguments = group.commands[arguments[0]], arguments[1:]
+        if not hasattr(group, "commands"):
+            break
+    context = group.make_context("ray", list(arguments))  # parses, and raises what it does not know
+    if entrypoint := context.params.get("entrypoint"):
+        check(list(entrypoint))
+
+
+def check_serve(command: str, arguments: list[str]) -> None:
+    from ray.serve.scripts import cli
+
+    from serve.arguments import ServeArgs
+
+    context = cli.commands[command].make_context(command, list(arguments))
+    target = context.params.get("config_or_import_path") or context.params["config_file_name"]
+    if target.endswith(".yaml"):
+        assert (ROOT / target).is_file()
+        return
+    module, _, builder = target.partition(":")
+    assert callable(getattr(importlib.import_module(module), builder))
+    ServeArgs.model_validate(dict(word.split("=", 1) for word in context.params["arguments"]))

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from graft.aligners.opening import open_aligner
 from graft.audio import AudioClip, read_audio
 from graft.chunking import Chunk, Chunker, windows
 from graft.engines import Engine, EngineCounts, EngineRequest, Token
 from graft.engines.greedy import repeats
 from graft.engines.transformers_engine import TransformersEngine
-from graft.errors import AudioError
+from graft.errors import AudioError, ModelError
 from graft.guards import NO_REPEAT_NGRAM, Judged, better, judge
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.opening import DTYPES, open_graft
@@ -30,7 +31,7 @@ from graft.processor import GraftProcessor
 from graft.transcript import Segment, Transcript, Word, stitch
 
 if TYPE_CHECKING:
-    from graft.alignment import Aligner
+    from graft.aligners import Aligner
 
 Audio = str | os.PathLike[str] | bytes | AudioClip
 """A path, the bytes of a file, or samples."""
@@ -66,22 +67,26 @@ class Transcriber:
         self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-prepare")
         self._aligning = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-align")
 
-    def transcribe(self, audio: Audio, *, instruction: str | None = None, context: Sequence[str] | None = None) -> Transcript:
+    def transcribe(
+        self, audio: Audio, *, instruction: str | None = None, context: Sequence[str] | None = None, words: bool | None = None
+    ) -> Transcript:
         """Transcribe one recording of any length.
 
-        `instruction` names a text style (raw, lower, formatted) or is a phrasing that asks for one; `context` lists words that may occur.
-        Raises AudioError if the recording can't be read, ModelError for a style or words that the model was not trained for.
+        `instruction` names a text style (raw, lower, formatted) or is a phrasing that asks for one; `context` lists words that may occur;
+        `words` says whether segments have words with times, by default wherever there is an aligner.
+        Raises AudioError if the recording can't be read, ModelError for a style or context that the model was not trained for, and for
+        words without an aligner.
         """
-        return _run(self.transcribe_async(audio, instruction=instruction, context=context))
+        return _run(self.transcribe_async(audio, instruction=instruction, context=context, words=words))
 
     def transcribe_many(
-        self, audios: Sequence[Audio], *, instruction: str | None = None, context: Sequence[str] | None = None
+        self, audios: Sequence[Audio], *, instruction: str | None = None, context: Sequence[str] | None = None, words: bool | None = None
     ) -> list[Transcript | AudioError]:
         """Transcribe recordings together; one that can't be read has its AudioError in its place. Raises ModelError as `transcribe`.
 
         All are prepared before the first is decoded, so that the engine's batches are full, and the same at every call.
         """
-        asked = self._processor.instruction(instruction, context)
+        asked, timed = self._processor.instruction(instruction, context), self._times(words)
 
         async def prepare(audio: Audio) -> "_Prepared | AudioError":
             try:
@@ -90,27 +95,26 @@ class Transcriber:
                 return error
 
         async def decode(prepared: "_Prepared | AudioError") -> Transcript | AudioError:
-            return prepared if isinstance(prepared, AudioError) else await self._decode(prepared)
+            return prepared if isinstance(prepared, AudioError) else await self._decode(prepared, timed)
 
         async def transcribe_all() -> list[Transcript | AudioError]:
             return await asyncio.gather(*map(decode, await asyncio.gather(*map(prepare, audios))))
 
         return _run(transcribe_all())
 
-    async def transcribe_async(self, audio: Audio, *, instruction: str | None = None, context: Sequence[str] | None = None) -> Transcript:
+    async def transcribe_async(
+        self, audio: Audio, *, instruction: str | None = None, context: Sequence[str] | None = None, words: bool | None = None
+    ) -> Transcript:
         """Transcribe one recording without blocking the event loop; cancelling frees its place in the engine. Raises as `transcribe`."""
-        asked = self._processor.instruction(instruction, context)
-        return await self._decode(await self._in_background(self._prepare, audio, asked))
+        asked, timed = self._processor.instruction(instruction, context), self._times(words)
+        return await self._decode(await self._in_background(self._prepare, audio, asked), timed)
 
     async def transcribe_chunks(
-        self, chunks: Sequence[Chunk], *, instruction: str | None = None, context: Sequence[str] | None = None, words: bool = True
+        self, chunks: Sequence[Chunk], *, instruction: str | None = None, context: Sequence[str] | None = None, words: bool | None = None
     ) -> list[Segment]:
-        """Transcribe chunks that are cut already; a segment for each, in their order. Raises ModelError as `transcribe`.
-
-        With `words` false, segments have none also where there is an aligner.
-        """
-        asked = self._processor.instruction(instruction, context)
-        return await asyncio.gather(*(self._hear(chunk, asked, words) for chunk in chunks))
+        """Transcribe chunks that are cut already; a segment for each, in their order. Raises ModelError as `transcribe`."""
+        asked, timed = self._processor.instruction(instruction, context), self._times(words)
+        return await asyncio.gather(*(self._hear(chunk, asked, timed) for chunk in chunks))
 
     async def stream_chunk(
         self, chunk: Chunk, *, instruction: str | None = None, context: Sequence[str] | None = None
@@ -166,14 +170,22 @@ class Transcriber:
             prompt_ids = self._processor.prompt_ids(features.frame_count, instruction)
         return EngineRequest(uuid.uuid4().hex, features, prompt_ids, max_new_tokens(clip.duration_s))
 
-    async def _decode(self, prepared: "_Prepared") -> Transcript:
-        segments = await asyncio.gather(*map(self._decode_chunk, prepared.chunks, prepared.requests))
-        return stitch(segments, duration_s=prepared.duration_s, model=self.name)
+    def _times(self, words: bool | None) -> bool:
+        """Whether words are timed, if they are to be. Raises ModelError where nothing can."""
+        if words and not self._aligner:
+            raise ModelError("words have no times without an aligner: load the model with aligner='whisper'")
+        return self._aligner is not None if words is None else words
+
+    async def _decode(self, prepared: "_Prepared", words: bool) -> Transcript:
+        parts = zip(prepared.chunks, prepared.requests, strict=True)
+        segments = await asyncio.gather(*(self._decode_chunk(chunk, request, words) for chunk, request in parts))
+        aligner = self._aligner.name if self._aligner and words else None
+        return stitch(segments, duration_s=prepared.duration_s, model=self.name, aligner=aligner)
 
     async def _hear(self, chunk: Chunk, instruction: str, words: bool) -> Segment:
-        return await self._decode_chunk(chunk, await self._in_background(self._request, chunk.clip, instruction), words=words)
+        return await self._decode_chunk(chunk, await self._in_background(self._request, chunk.clip, instruction), words)
 
-    async def _decode_chunk(self, chunk: Chunk, request: EngineRequest, *, words: bool = True) -> Segment:
+    async def _decode_chunk(self, chunk: Chunk, request: EngineRequest, words: bool) -> Segment:
         judged, ids = await self._answer(chunk, request)
         if judged.flags and repeats(ids, NO_REPEAT_NGRAM):
             request = replace(request, request_id=uuid.uuid4().hex, no_repeat_ngram=NO_REPEAT_NGRAM)
@@ -202,8 +214,10 @@ class Transcriber:
         return judge(self._text(tokens), logprobs, duration_s=chunk.clip.duration_s, is_cut=is_cut, has_speech=chunk.has_speech)
 
     def _text(self, tokens: Sequence[Token]) -> str:
+        """What tokens say, in one line, so that words joined by spaces are the text."""
         with self._tokenizing:
-            return self._processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True).strip()
+            text = self._processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True)
+        return " ".join(text.split())
 
     async def _in_background(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, function, *arguments)
@@ -224,18 +238,21 @@ def load(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     cut: Cut | None = None,
-    aligner: "Aligner | None" = None,
+    aligner: "Aligner | str | None" = None,
 ) -> Transcriber:
     """Open a graft's folder, a stage's output folder or a hub id for transcription.
 
     `device` defaults to cuda where there is one, `dtype` ("fp32", "bf16" or torch's) to the checkpoint's own, `cut` to a Chunker, which
-    skips what is no speech; `aligner` finds the words' times. Raises ModelError, ValueError for an unknown dtype.
+    skips what is no speech. `aligner` times words: "whisper" is the bundled one, anything else a folder or hub id of a Whisper or a CTC
+    model. Raises ModelError, ValueError for an unknown dtype, MissingExtra where the bundled Whisper is not installed.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = open_graft(os.fspath(path), device=device, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype)
     name = Path(path).resolve().name if Path(path).exists() else os.fspath(path)
+    if isinstance(aligner, str):
+        aligner = open_aligner(aligner, device=device)
     return transcriber_of(model, processor, name=name, cut=cut or Chunker(), aligner=aligner)
 
 

@@ -115,7 +115,11 @@ class Ingress:
 
 
 def build(args: ServeArgs) -> Application:
-    """Make the application. Raises ModelError for what is no graft before a replica starts, RecipeError for keys that can't be read."""
+    """Make the application.
+
+    Raises ModelError for what is no graft or no aligner before a replica starts, RecipeError for keys that can't be read.
+    """
+    from graft.aligners.opening import locate_aligner
     from graft.model.build import check_kind
     from graft.model.opening import base_graft
 
@@ -123,6 +127,8 @@ def build(args: ServeArgs) -> Application:
     Keys.from_environment(args.key_file)
     if os.path.exists(args.model):  # replicas have another working directory
         args = args.model_copy(update={"model": os.path.abspath(args.model)})
+    if args.aligner:
+        args = args.model_copy(update={"aligner": locate_aligner(args.aligner)})
     engine = serve.deployment(
         user_config={"model": args.model},
         max_ongoing_requests=args.max_ongoing_chunks,

@@ -22,6 +22,8 @@ class ServeArgs(BaseModel):
     """What decodes; vllm needs the extra of that name."""
     quantization: str | None = None
     """vLLM's, of the language model's weights, such as fp8; by default none."""
+    aligner: str | None = None
+    """What times words: whisper (the bundled one), a folder or hub id of a Whisper or a CTC model; null: asking for them is a 400."""
     min_replicas: int = Field(default=1, ge=1)
     """Models that are always up."""
     max_replicas: int = Field(default=1, ge=1)

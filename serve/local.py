@@ -26,12 +26,14 @@ def open_transcriber(args: ServeArgs, model: str) -> Transcriber:
 
     device = "cuda" if args.gpus_per_replica else "cpu"
     if args.engine == "vllm":
+        from graft.aligners.opening import open_aligner
         from graft.engines.vllm_engine import open_vllm_engine
         from graft.model.opening import DTYPES
 
         weights = DTYPES[args.dtype] if args.dtype else None
-        return Transcriber(*open_vllm_engine(model, device=device, dtype=weights, quantization=args.quantization), model)
-    return load(model, device=device, dtype=args.dtype, cut=windows)
+        opened = open_vllm_engine(model, device=device, dtype=weights, quantization=args.quantization)
+        return Transcriber(*opened, model, aligner=open_aligner(args.aligner, device=device) if args.aligner else None)
+    return load(model, device=device, dtype=args.dtype, cut=windows, aligner=args.aligner)
 
 
 class LocalListener:

@@ -51,7 +51,7 @@ def test_text_equals_the_models_own_generate(folder, transcriber):
     prompt = processor.prompt_ids(processor.featurizer(clip).frame_count)
     transcript = transcriber.transcribe(clip)
     assert not repeats(ids[0, len(prompt) :].tolist(), NO_REPEAT_NGRAM)  # so it is not decoded again
-    assert transcript.text == processor.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip() != ""
+    assert transcript.text == " ".join(processor.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).split()) != ""
     assert (transcript.model, transcript.duration_s) == ("tiny-graft", 0.5)
     (segment,) = transcript.segments
     assert (segment.start_s, segment.end_s, segment.flags) == (0.0, 0.5, ("low_confidence", "truncated"))
@@ -70,7 +70,7 @@ def test_an_answer_that_ends_by_itself_was_not_cut(folder, tmp_path):
     (segment,) = ending.transcribe(clip).segments
     ending.close()
     assert segment.flags == ("low_confidence",)
-    assert segment.text == processor.tokenizer.decode(ids[: ids.index(end)]).strip()
+    assert segment.text == " ".join(processor.tokenizer.decode(ids[: ids.index(end)]).split())
 
 
 def test_paths_bytes_and_clips_say_the_same(transcriber, tmp_path):

@@ -38,6 +38,7 @@ def test_json_holds_everything() -> None:
             },
         ],
         "model": "graft-base",
+        "aligner": None,
     }
 
 

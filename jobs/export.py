@@ -131,17 +131,23 @@ def _bases(recipe: ExportRecipe, build: Mapping[str, Any], graft: str) -> dict[s
 
 
 def _runs(model: str) -> dict[str, dict[str, Any]]:
-    """The recipes that led to a stage's output, as far as they are found: build, stage1, stage2. Raises ModelError for another folder."""
+    """The recipes that led to a stage's output, as far as they are found: build, stage1, stage2, and stage2-before where one trained on.
+
+    Raises ModelError for another folder.
+    """
     from graft.model.opening import base_graft, read_stage
 
-    stage = read_stage(model)
+    folder, stage = model, read_stage(model)
     if stage is None:
         raise ModelError(f"{model} is no stage's output (it has no stage.json): give the out folder of jobs.stage1 or jobs.stage2")
-    last = _recipe_in(model)
-    found = {"build": _recipe_in(base_graft(model)), f"stage{stage['stage']}": last}
-    projector = last.get("projector")
-    if projector and (before := read_stage(projector)):
-        found.setdefault(f"stage{before['stage']}", _recipe_in(projector))
+    found = {"build": _recipe_in(base_graft(model))}
+    while stage:
+        name = f"stage{stage['stage']}"
+        while name in found:
+            name += "-before"
+        found[name] = _recipe_in(folder)
+        folder = found[name].get("adapters") or found[name].get("projector") or ""
+        stage = read_stage(folder) if folder else None
     return {job: found[job] for job in sorted(found) if found[job]}
 
 

@@ -94,6 +94,18 @@ def test_built_from_an_export_equals_the_merged_graft(home, tmp_path, built, sta
     assert parts == {path.name for path in (tmp_path / "merged" / "adapter").iterdir()}
 
 
+def test_the_recipes_of_all_runs_that_led_there_travel(home, tmp_path):
+    shutil.copytree(home / "stage2", tmp_path / "more")
+    recipe = stage2.Stage2Recipe(model=str(home / "graft"), data="other", out="more", adapters=str(home / "stage2"))
+    (tmp_path / "more" / "recipe.yaml").write_text(recipe_yaml(recipe))
+    write_stage(tmp_path / "more", stage=2, graft=home / "graft", words=WORDS)
+    assert job(export, f"model={tmp_path / 'more'}", f"out={tmp_path / 'exported'}") == 0
+    recipes = tmp_path / "exported" / "recipes"
+    assert {path.stem for path in recipes.iterdir()} == {"build", "stage1", "stage2-before", "stage2"}
+    assert yaml.safe_load((recipes / "stage2.yaml").read_text())["data"] == "other"
+    assert yaml.safe_load((recipes / "stage2-before.yaml").read_text())["data"] == ["train"]
+
+
 def test_the_files_are_small_and_name_no_machine(home, exported):
     shards = sorted(exported.glob("adapter-0*-of-0*.safetensors"))
     assert len(shards) > 2

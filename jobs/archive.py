@@ -44,8 +44,9 @@ RECORDINGS = pa.schema(
 
 
 def find_recordings(sources: Sequence[str], columns: Columns | None = None) -> pa.Table:
-    """List the recordings of files, folders (at any depth), globs and URIs, of lists of them, and in parquet files: RECORDINGS, by name.
+    """List the recordings of files, folders (at any depth), globs and URIs, of lists of them, and in parquet files: RECORDINGS.
 
+    Files come by name, then rows of parquet files as they stand there, so that each row group is read once.
     A list is a .txt or .lst file with a place in each line, relative to its own folder. Of parquet files, `columns` says what is what.
     A file that does not exist is a recording too: the run reports it. Raises DataError when there are none, when two have the same name,
     for lists that are not text and parquet files without the columns.
@@ -140,7 +141,10 @@ def _table(values: dict[str, pa.Array], count: int) -> pa.Table:
 
 
 def _each_once(table: pa.Table) -> pa.Table:
-    """Recordings in the order of their names; one that is named twice counts once. Raises DataError for two of one name."""
+    """Files in the order of their names, rows in that of their places; what is named twice counts once.
+
+    Raises DataError for two of one name.
+    """
     keys = ["recording", "uri", "row_group", "row"]
     table = table.take(pc.sort_indices(table, [(key, "ascending") for key in keys]))
     names, others = table["recording"].combine_chunks(), table.select(keys[1:]).to_struct_array().combine_chunks()
@@ -149,7 +153,10 @@ def _each_once(table: pa.Table) -> pa.Table:
         if others[int(place)] != others[int(place) + 1]:
             one, other = (shown(str(others[int(index)]["uri"])) for index in (place, place + 1))
             raise DataError(f"{one} and {other} would both be called {names[int(place)]}: give a folder that holds both, or two runs")
-    return table.filter(pa.array(np.concatenate([[True], ~same_name])))
+    table = table.filter(pa.array(np.concatenate([[True], ~same_name])))
+    is_row = table["row"].is_valid()
+    rows = table.filter(is_row).sort_by([(key, "ascending") for key in keys[1:]])
+    return pa.concat_tables([table.filter(pc.invert(is_row)), rows])
 
 
 def _suffix(name: str) -> str:

@@ -1,15 +1,24 @@
 """What is to be transcribed: every way to name recordings, each found once under a name that stays."""
 
 import os
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import soundfile
+import tiny_media
+import tiny_s3
 import tiny_speech
 
+from graft.chunking import ChunkSettings
 from graft.columns import Columns
 from graft.corpus import write_corpus
 from graft.errors import AudioError, DataError
+from graft.speech import SpeechSettings
 from jobs.archive import RECORDINGS, find_recordings
+from jobs.items import durations, plan_items
+from jobs.reading import ItemReader, Reading
 
 
 @pytest.fixture
@@ -51,6 +60,24 @@ def test_files_globs_and_uris_name_the_same_files(folder):
     assert names("calls", "calls/b.flac", str(folder)) == names("calls")
 
 
+def test_a_bucket_is_an_archive(tmp_path):
+    """Found, probed for its length, cut into items and read by ranges."""
+    (tmp_path / "calls" / "may").mkdir(parents=True)
+    soundfile.write(tmp_path / "calls" / "may" / "a b.wav", tiny_media.speech(16_000, seconds=25.0, channels=1), 16_000)
+    shutil.copy(tiny_media.PROMPTS[0], tmp_path / "calls" / "c.flac")
+    with tiny_s3.serve(tmp_path / "calls", "archive/calls") as address:
+        there = f"?endpoint_override={address}&scheme=http"
+        found = find_recordings([f"s3://archive/calls{there}"])
+        assert found["recording"].to_pylist() == ["c.flac", "may/a b.wav"]
+        assert find_recordings([f"s3://archive/calls/**/*.wav{there}"])["uri"].to_pylist() == found["uri"].to_pylist()[1:]
+        items = plan_items(found, item_s=12.0, probe=durations)
+        assert items["item_count"].to_pylist() == [1, 2, 2]
+        reading = Reading(SpeechSettings(detector="energy"), ChunkSettings(skip_silence=False))
+        table = pa.concat_tables(ItemReader(reading)(items))
+    assert table["error"].to_pylist() == [None] * 3
+    assert sum(table["duration_s"].to_pylist()[1:]) == pytest.approx(25.0)
+
+
 def test_a_list_names_places_relative_to_its_own_folder(folder):
     (folder / "all.txt").write_text(f"# calls of May\nb.flac\n\nsub/a.opus\n{folder}/sub/deep/call.m4a\nsub/gone.mp3\n")
     found = find_recordings(["calls/all.txt"])
@@ -80,6 +107,16 @@ def test_parquet_rows_are_recordings(folder):
     assert len(find_recordings([str(folder)])) == 4 + 3
     with pytest.raises(DataError, match=r"lacks sound, has ID.*: say under `columns`"):
         find_recordings([str(corpus)], Columns(audio="sound"))
+
+
+def test_rows_come_as_they_stand_in_their_files_whatever_they_are_called(folder):
+    """Each row group is then read once, not once for each of its rows."""
+    for file, names in {"x": "dbca", "w": "hefg"}.items():
+        rows = [tiny_speech.row(name, 0, duration=0.5, wav={"bytes": tiny_speech.flac(0.5), "path": ""}) for name in names]
+        write_corpus(rows, folder / f"{file}.parquet", rows_per_group=2)
+    found = find_recordings([str(folder), f"{folder}/x.parquet"])
+    assert found["recording"].to_pylist() == ["a.WAV", "b.flac", "sub/a.opus", "sub/deep/call.m4a", *"hefg", *"dbca"]
+    assert found["row_group"].to_pylist()[4:] == [0, 0, 1, 1] * 2
 
 
 def test_two_recordings_never_share_a_name(folder):

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import tiny_hub
+import tiny_s3
 
 from graft.corpus import RowReader, read_rows, write_corpus
 from graft.errors import DataError
@@ -178,21 +178,10 @@ def test_planning_and_reading_are_tried_again_but_not_for_ever(folder, hub, monk
 
 
 @pytest.fixture
-def bucket(folder, monkeypatch) -> Iterator[str]:
-    """An S3 server that holds the corpus; yields its address."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    client = pafs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True)
-    client.create_dir("clips")
-    pafs.copy_files(str(folder), "clips/large", destination_filesystem=client)
-    yield f"{host}:{port}"
-    server.stop()
+def bucket(folder) -> Iterator[str]:
+    """The address of an S3 server that holds the corpus."""
+    with tiny_s3.serve(folder, "clips/large") as address:
+        yield address
 
 
 def test_s3_gives_the_same_rows(folder, bucket, monkeypatch):

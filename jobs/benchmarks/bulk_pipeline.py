@@ -30,10 +30,11 @@ from jobs.archive import find_recordings
 from jobs.benchmarks.bulk_engine import MEL_COUNT, Device, open_stand_in
 from jobs.benchmarks.bulk_speech import write_archive
 from jobs.benchmarks.measuring import Findings, Numbers, in_turns, list_numbers
-from jobs.bulk import CALLS, ItemListener, ItemReader, Reading, Workers, transcribe_items
+from jobs.bulk import CALLS, ItemListener, Workers, transcribe_items
 from jobs.cluster import connect
 from jobs.console import quiet_libraries
 from jobs.items import durations, plan_items
+from jobs.reading import ItemReader, Reading
 
 ITEMS_PER_BATCH = 32
 HEADROOM = 4.0

@@ -1,0 +1,30 @@
+"""Work items of files as a run plans them, and what a reader makes of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from graft.chunking import ChunkSettings
+from graft.speech import SpeechSettings
+from jobs.archive import find_recordings
+from jobs.items import durations, plan_items
+from jobs.reading import READ, ItemReader, Reading
+
+QUICK = SpeechSettings(detector="energy")
+
+
+def items_of(*sources: Path, item_s: float = 1800.0) -> pa.Table:
+    return plan_items(find_recordings([str(source) for source in sources]), item_s=item_s, probe=durations)
+
+
+def read(items: pa.Table, **changed) -> pa.Table:
+    reader = ItemReader(Reading(**{"speech": QUICK, "chunks": ChunkSettings(max_s=5.0)} | changed))
+    table = pa.concat_tables(reader(items))
+    assert table.schema == READ
+    return table
+
+
+def chunks_of(table: pa.Table) -> list[tuple[float, int | None, np.ndarray]]:
+    parts = (chunk for row in table["chunks"].to_pylist() for chunk in row)
+    return [(chunk["start_s"], chunk["channel"], np.frombuffer(chunk["samples"], np.float32)) for chunk in parts]

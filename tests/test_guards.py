@@ -12,14 +12,14 @@ import pytest
 import tiny
 import torch
 
-from graft.audio import AudioClip
-from graft.chunking import Chunk
+from graft.audio import AudioClip, read_audio
+from graft.chunking import Chunk, Chunker
 from graft.engines import EngineRequest
 from graft.engines.greedy import repeats
 from graft.guards import LOW_CONFIDENCE, NO_REPEAT_NGRAM, NO_SPEECH, REPETITION, TRUNCATED, Judged, better, judge
 from graft.model.opening import open_graft
 from graft.sounds import SOUNDS, made_sounds
-from graft.transcriber import Transcriber, max_new_tokens, transcriber_of
+from graft.transcriber import Transcriber, load, max_new_tokens, transcriber_of
 from graft.transcript import Segment
 
 PROMPTS = Path(__file__).parents[1] / "jobs" / "data" / "prompts"
@@ -176,6 +176,19 @@ def test_a_loop_is_decoded_again_and_a_text_without_one_is_not_flagged(opened):
     assert [one.segments for one in transcriber.transcribe_many([clip, clip])] == [(segment,)] * 2
 
 
+def test_what_is_decoded_again_is_the_same_in_any_company(opened):
+    """The second decoding depends on the chunk alone, wherever the others are by then."""
+    transcriber = opened(CHUCKLE)
+    clips = [clip_of(seconds) for seconds in (0.3, 12, 4, 1, 30, 7, 2.5, 4)]
+    alone_each = [transcriber.transcribe(clip).segments for clip in clips]
+    before = transcriber.counts().tokens
+    for order in (range(8), [4, 1, 7, 0, 2, 5, 3, 6]):
+        together = transcriber.transcribe_many([clips[place] for place in order])
+        assert [one.segments for one in together] == [alone_each[place] for place in order]
+    assert transcriber.counts().tokens == 3 * before  # all of them again, each time
+    assert {segment.flags for (segment,) in alone_each} >= {()}
+
+
 @pytest.mark.parametrize(("chain", "flags"), [(STUCK, (REPETITION, TRUNCATED)), (STAMMER, (LOW_CONFIDENCE,))])
 def test_where_both_are_suspicious_the_better_is_kept_and_flagged(opened, chain, flags):
     transcriber = opened(chain)
@@ -194,6 +207,28 @@ def test_text_where_nobody_speaks_is_flagged_and_not_decoded_again(opened):
     quiet, spoken = transcriber.transcribe_many([clip_of(2), clip_of(4)])
     assert [(one.text, one.segments[0].flags) for one in (quiet, spoken)] == [("hi", (NO_SPEECH,)), ("hi", ())]
     assert transcriber.counts().tokens == 4
+
+
+def test_a_clip_that_ends_in_a_word_is_heard_to_its_last_sample(opened):
+    """Whatever its model makes of half a word: no sample is lost, and an answer without an end is flagged."""
+    path = max((PROMPTS / "audio").glob("*.flac"), key=lambda path: path.stat().st_size)
+    whole = read_audio(path)
+    loudest = int(np.argmax(np.convolve(np.abs(whole.samples[16_000:]), np.ones(1600), "valid"))) + 16_000
+    clip = AudioClip(whole.samples[: loudest + 800])
+    chunks = Chunker()(clip)
+    assert chunks[-1].start_s + chunks[-1].clip.duration_s == pytest.approx(clip.duration_s, abs=1e-6)
+    for chain in (None, STUCK, CHUCKLE):
+        transcript = opened(chain, cut=Chunker()).transcribe(clip)
+        assert transcript.segments[-1].end_s == pytest.approx(clip.duration_s, abs=1e-6)
+        assert all(segment.flags for segment in transcript.segments) or chain is CHUCKLE
+
+
+def test_words_that_may_occur_do_not_where_nobody_speaks(tmp_path):
+    transcriber = load(tiny.save_tiny_graft(tmp_path / "worded", trained_context=True), dtype="fp32")
+    for kind in SOUNDS:
+        sound = next(sound for sound in made_sounds(kind) if sound.clip.duration_s < 6.1)
+        assert transcriber.transcribe(sound.clip, context=["Dvorak", "Brno"]).segments == ()
+    transcriber.close()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What goes over the wire: OpenAI's transcription form, its answers, events and errors."""
 
+import math
 import zlib
 from collections.abc import Iterable
 from typing import Annotated, Literal
@@ -161,14 +162,14 @@ def usage(transcript: Transcript) -> Usage:
 
 
 def _segment(number: int, segment: Segment) -> TimedSegment:
-    data = segment.text.encode()
+    data, logprob = segment.text.encode(), segment.mean_logprob
     return TimedSegment(
         id=number,
         seek=round(segment.start_s * 100),
         start=segment.start_s,
         end=segment.end_s,
         text=segment.text,
-        avg_logprob=segment.mean_logprob or 0.0,
+        avg_logprob=logprob if logprob is not None and math.isfinite(logprob) else 0.0,
         compression_ratio=len(data) / len(zlib.compress(data)) if data else 0.0,
         no_speech_prob=float("no_speech" in segment.flags),
         flags=list(segment.flags),

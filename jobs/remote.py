@@ -24,17 +24,27 @@ def train(config: dict[str, bytes]) -> None:
     work(pickle.loads(config["run"]))
 
 
-def trainer(function: Any, config: dict[str, Any], dataset: Any, *, workers: int, gpu: bool, retries: int, storage: str) -> Any:
+def trainer(
+    function: Any,
+    config: dict[str, Any],
+    dataset: Any,
+    *,
+    workers: int,
+    gpu: bool,
+    retries: int,
+    storage: str,
+    resource: str | None = None,
+) -> Any:
     """Make a TorchTrainer whose workers get a dataset's blocks in order; `dataset` may be what makes one at every start of the workers."""
     import ray.train
     from ray.data import ExecutionOptions
     from ray.train.torch import TorchTrainer
 
-    resources = {"CPU": 1.0, **({"GPU": 1.0} if gpu else {})}
+    each = {"CPU": 1.0, **({"GPU": 1.0} if gpu else {}), **one_of(resource)}
     return TorchTrainer(
         function,
         train_loop_config=config,
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=each),
         run_config=ray.train.RunConfig(
             name=f"attempt-{time.time_ns()}", storage_path=storage, failure_config=ray.train.FailureConfig(max_failures=retries)
         ),
@@ -58,15 +68,18 @@ class Remaining:
     step_positions: np.ndarray
     checkpoints: str
     data_workers: int
+    data_resource: str | None = None
 
     def __call__(self) -> Any:
         position = read_progress(latest_checkpoint(self.checkpoints)).position
         first = int(np.searchsorted(self.step_positions, position, side="right"))
         count = max(1, len(self.step_positions) - first)  # Ray makes no dataset of nothing, and workers that are done read none
-        return planned_dataset(self.delivery, first, count, data_workers=self.data_workers)
+        return planned_dataset(self.delivery, first, count, data_workers=self.data_workers, resource=self.data_resource)
 
 
-def planned_dataset(delivery: Any, first: int, count: int, *, data_workers: int, most_tasks: int = 5000) -> Any:
+def planned_dataset(
+    delivery: Any, first: int, count: int, *, data_workers: int, most_tasks: int = 5000, resource: str | None = None
+) -> Any:
     """Make the Ray dataset of `count` batches of a delivery from the `first` on, in order, one a row and a block.
 
     `delivery` is a reference to a jobs.ingest.Delivery. With order preserved, block i reaches worker i mod workers. A task of the range,
@@ -84,8 +97,14 @@ def planned_dataset(delivery: Any, first: int, count: int, *, data_workers: int,
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=data_workers),
         num_cpus=1,
+        resources=one_of(resource) or None,
         fn_constructor_args=(delivery, first),
     )
+
+
+def one_of(resource: str | None) -> dict[str, float]:
+    """What to ask of a cluster for one of a resource of its own."""
+    return {resource: 1.0} if resource else {}
 
 
 class Unhurried:

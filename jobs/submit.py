@@ -63,8 +63,16 @@ def _client(address: str | None) -> Any:
         raise RecipeError("no cluster is named: give --address http://HEAD:8265, or set RAY_ADDRESS")
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except _faults() as error:
         raise GraftError(f"cluster {address}: {' '.join(str(error).split())}") from error
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """What a client raises: no connection, a lost one, no token or a wrong one, what the cluster refuses."""
+    import aiohttp
+    from ray.exceptions import AuthenticationError
+
+    return (OSError, RuntimeError, ValueError, AuthenticationError, aiohttp.ClientError)
 
 
 def _submit(client: Any, options: argparse.Namespace) -> str:
@@ -79,7 +87,7 @@ def _submit(client: Any, options: argparse.Namespace) -> str:
     command = shlex.join(["python", "-m", f"jobs.{options.verb}", *options.arguments])
     try:
         return client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT), "env_vars": variables})
-    except (RuntimeError, ValueError) as error:
+    except _faults() as error:
         raise GraftError(f"the cluster refused the job: {' '.join(str(error).split())}") from error
 
 
@@ -95,12 +103,12 @@ async def _follow(client: Any, name: str) -> Any:
                     print(text[told - seen :], end="", flush=True)
                     told = seen
             is_whole = True
-        except (OSError, RuntimeError):
+        except _faults():
             pass
         try:
             job = client.get_job_info(name)
             answered = time.monotonic()
-        except (OSError, RuntimeError) as error:
+        except _faults() as error:
             if time.monotonic() - answered > PATIENCE_S:
                 raise GraftError(f"the cluster no longer answers; job {name} may go on there") from error
         else:

@@ -13,6 +13,7 @@ from graft.wording import WordsRecipe
 HOW_NOT_WHAT = frozenset(
     {
         *("workers", "threads_per_worker", "data_workers", "gpu", "retries", "log_every", "checkpoint_every", "keep_checkpoints"),
+        *("device_resource", "data_resource"),
         *("backend", "zero_stage", "attention", "gradient_checkpointing", "compile", "encoder_cache"),
         *("wandb", "wandb.project", "wandb.name", "wandb.mode"),
     }
@@ -93,6 +94,10 @@ class TrainRecipe(Recipe):
     """CPU workers that decode and featurize."""
     gpu: bool = False
     """One GPU for each worker."""
+    device_resource: str | None = None
+    """A resource of the cluster's own, of which each worker takes one: workers then sit on the nodes that have it."""
+    data_resource: str | None = None
+    """The same for data workers."""
     retries: int = Field(default=3, ge=0)
     """How often workers are started anew after one of them or its node died."""
     log_every: int = Field(default=10, ge=1)

@@ -35,8 +35,9 @@ class Machines:
     cluster: Any
     nodes: list[Any] = field(default_factory=list)
 
-    def add(self) -> None:
-        self.nodes.append(self.cluster.add_node(num_cpus=2, object_store_memory=256 * 2**20))
+    def add(self, *, cpus: int = 2, **resources: float) -> Any:
+        self.nodes.append(self.cluster.add_node(num_cpus=cpus, resources=resources, object_store_memory=256 * 2**20))
+        return self.nodes[-1]
 
     def node_of(self, process: psutil.Process) -> Any:
         """The node whose raylet started a process."""

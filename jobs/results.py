@@ -38,6 +38,7 @@ TRANSCRIPTS = pa.schema(
         ("flags", pa.list_(pa.string())),  # of any of its segments
         ("error", pa.string()),  # null, or why it, or part of it, has no text
         ("model", pa.string()),
+        ("aligner", pa.string()),  # where the times of words come from; null where words have none
         ("read_s", pa.float64()),  # CPU seconds of decoding and finding speech
         ("heard_s", pa.float64()),  # seconds in the engine, beside others
     ]
@@ -46,12 +47,13 @@ TRANSCRIPTS = pa.schema(
 
 @dataclass(frozen=True)
 class Written:
-    """How a recording's files are written."""
+    """How a recording's row and files are written."""
 
     folder: str
     formats: tuple[Format, ...]
     cues: CueLimits
     model: str
+    aligner: str | None = None
 
 
 @dataclass
@@ -156,7 +158,7 @@ def _join_part(plan: pa.Table, items: str, path: str, written: Written) -> tuple
     totals, faults = Totals(), []
     with pq.ParquetWriter(f"{path}.tmp", TRANSCRIPTS) as writer:
         for name, parts in by_recording.items():
-            row, transcript = _joined(name, parts, written.model)
+            row, transcript = _joined(name, parts, written)
             writer.write_table(pa.Table.from_pylist([row], TRANSCRIPTS))
             _count(totals, row, parts)
             faults += [_fault(part) for part in parts if part["error"]]
@@ -172,10 +174,10 @@ def _results(plan: pa.Table, items: str) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for table in tables for row in table.to_pylist() if row["id"] in wanted}
 
 
-def _joined(name: str, parts: Sequence[dict[str, Any]], model: str) -> tuple[dict[str, Any], Transcript]:
+def _joined(name: str, parts: Sequence[dict[str, Any]], written: Written) -> tuple[dict[str, Any], Transcript]:
     segments = [_segment(values) for part in parts for values in part["segments"]]
     duration_s = sum(part["duration_s"] for part in parts)
-    transcript = stitch(segments, duration_s=duration_s, model=model)
+    transcript = stitch(segments, duration_s=duration_s, model=written.model, aligner=written.aligner)
     errors = [_reason(part) for part in parts if part["error"]]
     row = {
         "id": name,
@@ -186,7 +188,8 @@ def _joined(name: str, parts: Sequence[dict[str, Any]], model: str) -> tuple[dic
         "confidence": _confidence(transcript.segments),
         "flags": sorted({flag for segment in segments for flag in segment.flags}),
         "error": "; ".join(errors) or None,
-        "model": model,
+        "model": written.model,
+        "aligner": written.aligner,
         "read_s": sum(part["read_s"] for part in parts),
         "heard_s": sum(part["heard_s"] for part in parts),
     }

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from graft.aligners.opening import aligner_name, locate_aligner, open_aligner
 from graft.chunking import ChunkSettings, windows
 from graft.columns import Columns
 from graft.config import Recipe
@@ -63,8 +64,8 @@ class TranscribeRecipe(Recipe):
     """A text style (raw, lower, formatted) that the model was trained for, or a phrasing that asks for one; by default its own."""
     context: list[str] | None = None
     """Words that may occur (names, terms), where the model was trained for lists of words."""
-    words: bool = False
-    """Whether segments have words with times."""
+    aligner: str | None = None
+    """What times words: whisper (the bundled one), a folder or hub id of a Whisper or a CTC model; null: words have no times."""
     speech: SpeechSettings = SpeechSettings()
     chunks: ChunkSettings = ChunkSettings()
     dtype: Literal["fp32", "bf16"] | None = None
@@ -140,7 +141,8 @@ def transcribe(
                 {"instruction": recipe.instruction, "context": recipe.context},
                 _workers(recipe),
             )
-    written = Written(str(out / "files"), recipe.formats if recipe.out else (), recipe.cues, _name(recipe.model))
+    aligner = aligner_name(recipe.aligner) if recipe.aligner else None
+    written = Written(str(out / "files"), recipe.formats if recipe.out else (), recipe.cues, _name(recipe.model), aligner)
     totals = join_recordings(plan, read_index(home), home, out, written)
     summary = _summary(totals, progress.rtfx if missing else None, time.monotonic() - start, recipe.price)
     write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -148,7 +150,7 @@ def transcribe(
 
 
 def _check_model(recipe: TranscribeRecipe) -> None:
-    """Refuse what is no graft, and words that it was not trained for, before a cluster starts."""
+    """Refuse what is no graft or no aligner, and words that the model was not trained for, before a cluster starts."""
     from graft.model.opening import check_graft, open_processor
 
     if recipe.quantization and recipe.engine != "vllm":
@@ -158,6 +160,8 @@ def _check_model(recipe: TranscribeRecipe) -> None:
     check_graft(recipe.model)
     if recipe.instruction or recipe.context:
         open_processor(recipe.model).instruction(recipe.instruction, recipe.context)
+    if recipe.aligner:
+        locate_aligner(recipe.aligner)
 
 
 @contextlib.contextmanager
@@ -198,12 +202,12 @@ def _opener(recipe: TranscribeRecipe) -> functools.partial[Transcriber]:
         threads=recipe.threads,
         engine=recipe.engine,
         quantization=recipe.quantization,
-        words=recipe.words,
+        aligner=locate_aligner(recipe.aligner) if recipe.aligner else None,
     )
 
 
 def open_transcriber(
-    model: str, *, name: str, device: str, dtype: str | None, threads: int, engine: str, quantization: str | None, words: bool
+    model: str, *, name: str, device: str, dtype: str | None, threads: int, engine: str, quantization: str | None, aligner: str | None
 ) -> Transcriber:
     """Open a worker's Transcriber, whose chunks are cut already."""
     import torch
@@ -216,8 +220,9 @@ def open_transcriber(
         from graft.model.opening import DTYPES
 
         weights = DTYPES[dtype] if dtype else None
-        return Transcriber(*open_vllm_engine(model, device=device, dtype=weights, quantization=quantization), name)
-    return load(model, device=device, dtype=dtype, cut=windows)
+        opened = open_vllm_engine(model, device=device, dtype=weights, quantization=quantization)
+        return Transcriber(*opened, name, aligner=open_aligner(aligner, device=device) if aligner else None)
+    return load(model, device=device, dtype=dtype, cut=windows, aligner=aligner)
 
 
 def _workers(recipe: TranscribeRecipe) -> Workers:

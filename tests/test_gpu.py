@@ -50,3 +50,13 @@ def test_the_gpu_benchmark_runs_on_a_cpu() -> None:
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("stage1", "stage2"))]
     assert [(row[0], row[1]) for row in rows] == [("stage1", "50"), ("stage1", "100"), ("stage2", "50"), ("stage2", "100")]
     assert all(float(row[2]) > 0 for row in rows)
+
+
+def test_the_benchmark_of_the_engine_runs_on_a_cpu() -> None:
+    options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--batch-tokens", "512", "--rounds", "1"]
+    done = lacking(f"from jobs.bench_engine import main; sys.exit(main({options!r}))")
+    assert done.returncode == 0, done.stderr
+    (row,) = (line.split() for line in done.stdout.splitlines()[2:])
+    assert row[:4] == ["1", "12", "41", "3"]
+    assert float(row[4]) > 0
+    assert row[5:7] == ["-", "-"]

@@ -1,0 +1,88 @@
+"""The benchmark of the service, small: clients that tell what they saw of a real server, and all its parts on a tiny graft."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_media
+import uvicorn
+from tiny_faults import until
+
+from graft.transcriber import load
+from jobs.bench import main as bench
+from jobs.benchmarks.serve_load import ask_at, ask_for, ask_once
+from jobs.benchmarks.serve_service import ServerFailed, free_port, running
+from serve.api import transcription_api
+from serve.decoding import DecodeArgs, Decoder
+from serve.keys import Keys
+from serve.local import LocalListener
+from serve.service import Service
+
+UPLOADS = [path.read_bytes() for path in tiny_media.PROMPTS[:4]]
+
+
+@pytest.fixture(scope="module")
+def graft(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.save_tiny_graft(tmp_path_factory.mktemp("serve") / "graft"))
+
+
+@pytest.fixture
+def url(graft: str) -> Iterator[str]:
+    """A server without Ray."""
+    transcriber, decoder = load(graft), Decoder(DecodeArgs(processes=1))
+    service = Service(decoder, LocalListener(transcriber), max_requests=4, max_queued_s=1000)
+    port = free_port()
+    api = transcription_api(service, keys=Keys([]), max_upload_bytes=10**6)
+    server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    until(lambda: server.started)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+    decoder.close()
+    transcriber.close()
+
+
+def test_clients_tell_of_every_upload(url: str, graft: str) -> None:
+    transcriber = load(graft)
+    texts = [transcriber.transcribe(upload).text for upload in UPLOADS]
+    transcriber.close()
+    once = ask_once(url, UPLOADS, clients=2)
+    assert sorted(answer.upload for answer in once.answers) == [0, 1, 2, 3]
+    assert all(answer.text == texts[answer.upload] for answer in once.answers)
+    assert once.failed == 0
+    assert 0 < once.latency_s(50) <= once.latency_s(95) <= once.wall_s
+    assert 0 < once.cpu_share < 1
+
+    over = ask_for(url, [*UPLOADS, b"no audio"], clients=2, seconds=2)
+    assert over.failed == sum(answer.upload == 4 for answer in over.answers)
+    assert all(answer.sent_s <= 2 for answer in over.answers)
+
+    at_random = ask_at(url, UPLOADS, per_s=5, seconds=2)
+    assert 2 <= len(at_random.answers) <= 20
+    assert {answer.status for answer in at_random.answers} <= {200, 429}  # nobody waits for others' answers here
+
+
+def test_a_server_that_does_not_come_up_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ServerFailed, match="No such file or directory"), running(["ls", str(tmp_path / "nothing")], "http://127.0.0.1:9"):
+        raise AssertionError("it did not come up")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_parts_are_printed_and_written(graft: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "serve.json"
+    assert bench(["serve", "--model", graft, "--clients", "4", "--seconds", "6", "--json", str(file)]) == 0
+    numbers = json.loads(file.read_text())
+    assert list(numbers) == ["saturation", "servers", "replicas"]
+    saturation = numbers["saturation"]
+    assert 0 < saturation["saturated_busy"] <= 1.01
+    assert saturation["saturated_failed"] == saturation["loaded_failed"] == numbers["replicas"]["failed"] == 0
+    assert {f"graft {clients} {key}" for clients in (1, 4, 16) for key in ("rtfx", "p50_s", "p95_s", "wer")} <= set(numbers["servers"])
+    assert numbers["replicas"]["up_s"] > 0
+    assert numbers["replicas"]["down_s"] > 0
+    assert "speaches is left out" in capsys.readouterr().out

@@ -4,14 +4,14 @@ upload on disk -> the process with the least to do (bounded in time and memory) 
 """
 
 import asyncio
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessPool
 from pydantic import BaseModel, ConfigDict, Field
 
 from graft.audio import AudioClip
@@ -19,6 +19,7 @@ from graft.chunking import Chunk, Chunker, ChunkSettings
 from graft.errors import AudioError
 from graft.speech import SpeechSettings
 
+LOG = logging.getLogger("graft.serve")
 DAMAGED = "file: can't be decoded: convert it, e.g. `ffmpeg -i IN OUT.flac`"
 UPLOADS_PER_PROCESS = 1_000
 """Then a fresh process takes over: what decoders leak does not add up."""
@@ -88,7 +89,10 @@ class _Process:
             return await asyncio.wrap_future(future)
         except TimeoutError as error:
             raise AudioError(f"file: not decoded within {self._args.timeout_s:g} s: cut it") from error
-        except (ProcessExpired, BrokenProcessPool, MemoryError) as error:
+        except AudioError:
+            raise
+        except Exception as error:  # the process died, had too little memory, or met what no decoder foresaw
+            LOG.warning("a decoder failed on an upload: %s", type(error).__name__)
             raise AudioError(DAMAGED) from error
         finally:
             self.waiting_bytes -= size

@@ -6,6 +6,7 @@ import json
 import logging
 import select
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -340,6 +341,12 @@ def test_words_are_asked_for_by_prompt_or_keywords_and_stand_in_no_answer(url, h
         assert post(url, {"prompt": prompt}, file=silence).json()["text"] == ""
         assert "data: " in (events := post(url, {"prompt": prompt, "stream": "true"}, file=silence).text)
         assert json.loads(events.removeprefix("data: ")) == {"type": "transcript.text.done", "text": ""}
+
+
+def test_what_no_decoder_foresaw_is_bad_audio(url):
+    wav = tiny_media.write(tiny_media.speech(16_000, seconds=1, channels=1), 16_000, "WAV")
+    rf64 = b"RF64\xff\xff\xff\xffWAVEds64" + struct.pack("<IQQQI", 28, 2**63, 2**63, 2**63, 2**31) + wav[12:]
+    assert fault_of(post(url, file=rf64), 400)["code"] == "invalid_audio"
 
 
 class Broken(LocalListener):

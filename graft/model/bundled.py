@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,25 +104,33 @@ def bundled_qwen2vl(cache: Path | None = None) -> Path:
 
 
 def _convert_once(name: str, sources: Sequence[PackageFile], write: Callable[[list[Path], Path], None], cache: Path | None) -> Path:
-    root = cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()
     source_digest = hashlib.sha256("".join(source.sha256 for source in sources).encode()).hexdigest()
-    folder = root / "bundled" / f"{name}-{source_digest[:12]}-{CONVERSION}"
+    origin = {source.path: source.sha256 for source in sources}
+    folder = f"{name}-{source_digest[:12]}-{CONVERSION}"
+    return write_once(folder, lambda out: write([_locate(source) for source in sources], out), origin, cache)
+
+
+def write_once(name: str, write: Callable[[Path], None], sources: Mapping[str, str], cache: Path | None = None) -> Path:
+    """Write a checkpoint folder into the cache, or find it there and check its files; `sources` stand beside their digests.
+
+    `cache` defaults to $GRAFT_CACHE, then ~/.cache/graft. Raises ModelError where a digest differs or the folder can't be written.
+    """
+    root = cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()
+    folder = root / "bundled" / name
     if folder.is_dir():
         _check_folder(folder)
         return folder
-    paths = [_locate(source) for source in sources]
     building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         building.mkdir(parents=True)
-        write(paths, building)
+        write(building)
         files = {path.name: _sha256(path) for path in sorted(building.iterdir())}
-        record = {"sources": {source.path: source.sha256 for source in sources}, "files": files}
-        (building / DIGESTS_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        (building / DIGESTS_FILE).write_text(json.dumps({"sources": dict(sources), "files": files}, indent=2) + "\n")
         building.rename(folder)
     except OSError as error:
         if not folder.is_dir():
             raise ModelError(f"{folder} can't be written ({error.strerror}): set GRAFT_CACHE to a folder with 1 GB free") from error
-        _check_folder(folder)  # another process converted the same files meanwhile
+        _check_folder(folder)  # another process wrote the same files meanwhile
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder

@@ -15,6 +15,7 @@ from graft.model.adapters import attach_adapters, has_adapters, nf4_config, roun
 from graft.model.build import check_kind, reading
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.pretrained import installed_graft, known_names
 from graft.model.weights import check_projector, load_projector, read_projector, weight_files
 from graft.processor import GraftProcessor
 
@@ -31,7 +32,7 @@ def open_graft(
     attention: str = "sdpa",
     rounded_to_nf4: bool = False,
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
-    """Load a model and its processor from a graft's folder, a stage's output folder or a hub id.
+    """Load a model and its processor from a graft's folder, a stage's output folder, a hub id or the name of a graft that comes along.
 
     `dtype` defaults to the checkpoint's own. With `nf4` the language model is quantized (QLoRA); with `rounded_to_nf4` its
     weights are those that quantization leaves, in `dtype` again. `attention` is transformers' name of an implementation. A stage's
@@ -55,7 +56,7 @@ def open_graft(
 def model_digest(path: str | Path) -> str:
     """SHA-256 over the files that make up what open_graft opens: weights and configuration, of a stage also of its graft."""
     digest = hashlib.sha256()
-    for part in dict.fromkeys([str(path), str(base_graft(path))]):
+    for part in [*([path] if read_stage(path) else []), base_graft(path)]:
         weights = weight_files(part)
         folder = weights[0].parent
         for file in [*weights, *(folder / name for name in ("config.json", STAGE_FILE) if (folder / name).is_file())]:
@@ -100,10 +101,15 @@ def read_stage(folder: str | Path) -> dict[str, Any] | None:
 
 
 def base_graft(path: str | Path) -> str:
-    """Name the whole graft behind a path: itself, or the one that a stage's output was trained on; an absolute path, or a hub id."""
+    """Name the whole graft behind a path: itself, or the one that a stage's output was trained on; an absolute path, or a hub id.
+
+    A name that comes with the package, where no such folder is, stands for that graft, which is built at its first use.
+    """
     stage = read_stage(path)
     folder = Path(path, stage["graft"]) if stage else Path(path)
-    return str(folder.resolve()) if folder.exists() else str(path)
+    if folder.exists():
+        return str(folder.resolve())
+    return str(installed_graft(str(path))) if str(path) in known_names() else str(path)
 
 
 def _load_model(

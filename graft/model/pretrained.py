@@ -4,7 +4,7 @@
     adapter*.safetensors                    projector, adapters and the audio tokens' embeddings, in one file or in shards with an index
     README.md, recipes/, recipe.yaml        for people
 
-Folders below graft/pretrained/ come with the package and are known by their names.
+Folders below graft/pretrained/ come with the package and are known by their names, which stand for whole grafts on the bundled pair.
 """
 
 import json
@@ -23,6 +23,7 @@ from torch import Tensor
 from graft.errors import ModelError
 from graft.model.adapters import LoraSettings, lora_config, merge_adapters, put_adapters, round_to_nf4, save_adapters
 from graft.model.build import build_graft
+from graft.model.bundled import CONVERSION, bundled_qwen2vl, bundled_whisper, write_once
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.weights import check_projector, state_digest, weight_files, write_projector
@@ -73,6 +74,22 @@ def pretrained_folder(source: str) -> Path:
             return folder
     known = ", ".join(known_names()) or "none come with this installation"
     raise ModelError(f"{source} is no pretrained graft: give a name ({known}) or a folder written by jobs.export")
+
+
+def installed_graft(name: str, cache: Path | None = None) -> Path:
+    """The graft that comes with the package by that name, on the bundled pair, float32; built into the cache at its first use.
+
+    `cache` defaults to $GRAFT_CACHE, then ~/.cache/graft. Raises MissingExtra without the bundled weights, ModelError as pretrained_graft.
+    """
+    folder = FOLDER / name
+    digest = read_pretrained(folder).digest
+
+    def write(out: Path) -> None:
+        model, processor = pretrained_graft(folder, audio_base=str(bundled_whisper(cache)), text_base=str(bundled_qwen2vl(cache)))
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
+
+    return write_once(f"{name}-{digest[:12]}-{CONVERSION}", write, {name: digest}, cache)
 
 
 def read_pretrained(folder: Path) -> Pretrained:

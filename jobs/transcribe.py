@@ -29,12 +29,13 @@ from graft.speech import SpeechSettings
 from graft.subtitles import CueLimits, Format
 from graft.transcriber import Transcriber
 from jobs.archive import find_recordings
-from jobs.bulk import Reading, Workers, transcribe_items
+from jobs.bulk import Workers, transcribe_items
 from jobs.bulk_progress import BulkProgress
 from jobs.cli import run_job
 from jobs.cluster import connect
 from jobs.items import FILES_PER_TASK, at_attempts, durations, plan_items
 from jobs.outputs import claim_output, write_atomic
+from jobs.reading import Reading
 from jobs.results import Totals, Written, join_recordings, read_index
 
 PARTLY_FAILED = 3

@@ -111,6 +111,65 @@ def test_words_that_may_occur_change_the_answer_and_never_stand_in_it(client, tr
     assert not any(word in told for word in words)
 
 
+def test_words_may_come_as_keywords(client, transcriber):
+    words = ["Aachen", "New York"]
+    told = client.audio.transcriptions.create(file=PROMPTS[3], model="tiny-graft", keywords=words)
+    assert told.text == transcriber.transcribe(PROMPTS[3], context=words).text
+
+
+def test_the_asynchronous_client_asks_and_streams(url, transcriber):
+    async def ask() -> tuple[list[str], str, str]:
+        async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+            asked = [client.audio.transcriptions.create(file=path, model="tiny-graft") for path in PROMPTS[:4]]
+            texts = [answer.text for answer in await asyncio.gather(*asked)]
+            deltas, done = "", ""
+            async for event in await client.audio.transcriptions.create(file=PROMPTS[3], model="tiny-graft", stream=True):
+                if event.type == "transcript.text.delta":
+                    deltas += event.delta
+                else:
+                    done += event.text
+            return texts, deltas, done
+
+    texts, deltas, done = asyncio.run(ask())
+    assert texts == [transcriber.transcribe(path).text for path in PROMPTS[:4]]
+    assert deltas == done != ""
+
+
+def test_answers_tell_their_request_and_usage(client, transcriber):
+    raw = client.audio.transcriptions.with_raw_response.create(file=PROMPTS[3], model="tiny-graft", extra_headers={"X-Request-Id": "mine"})
+    assert raw.headers["x-request-id"] == "mine"
+    seconds = transcriber.transcribe(PROMPTS[3]).duration_s
+    assert (raw.parse().usage.type, raw.parse().usage.seconds) == ("duration", seconds)
+    verbose = client.audio.transcriptions.create(file=PROMPTS[3], model="tiny-graft", response_format="verbose_json")
+    assert verbose.usage.seconds == seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"include": ["logprobs"]}, "include[]"),
+        ({"chunking_strategy": {"type": "server_vad"}}, "chunking_strategy[type]"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"response_format": "diarized_json"}, "response_format"),
+        ({"response_format": "verbose_json", "timestamp_granularities": ["word"]}, "timestamp_granularities[]"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_what_cannot_be_done_is_a_bad_request(client, options, param):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.audio.transcriptions.create(file=PROMPTS[0], model="tiny-graft", **options)
+    assert refused.value.param == param
+
+
+def test_what_is_too_large_or_elsewhere_is_told(client):
+    with pytest.raises(openai.APIStatusError) as large:
+        client.audio.transcriptions.create(file=("a.wav", bytes(60_000_000)), model="tiny-graft")
+    assert (large.value.status_code, large.value.code) == (413, "upload_too_large")
+    with pytest.raises(openai.NotFoundError) as elsewhere:
+        client.audio.translations.create(file=PROMPTS[0], model="tiny-graft")
+    assert elsewhere.value.type == "invalid_request_error"
+
+
 def test_errors_are_the_clients_own(client, url):
     def ask(key=KEY, **options):
         one = openai.OpenAI(base_url=url, api_key=key, max_retries=0)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from pebble import ProcessPool
+from pebble import ProcessExpired, ProcessPool
 from pydantic import BaseModel, ConfigDict, Field
 
 from graft.audio import AudioClip
@@ -81,12 +81,12 @@ class _Process:
         self.waiting_bytes = 0
 
     async def decode(self, path: str, size: int) -> Decoded:
-        if not self._pool.active:  # it broke, as where memory is too short to start a process
-            self._pool = self._start()
         self.waiting_bytes += size
         try:
-            future = self._pool.schedule(_decode, args=(path, self._args.max_duration_s), timeout=self._args.timeout_s)
-            return await asyncio.wrap_future(future)
+            try:
+                return await self._decode(path)
+            except ProcessExpired:  # perhaps of another upload, whose turn it still was
+                return await self._decode(path)
         except TimeoutError as error:
             raise AudioError(f"file: not decoded within {self._args.timeout_s:g} s: cut it") from error
         except AudioError:
@@ -100,6 +100,12 @@ class _Process:
     def close(self) -> None:
         self._pool.stop()
         self._pool.join()
+
+    async def _decode(self, path: str) -> Decoded:
+        if not self._pool.active:  # it broke, as where memory is too short to start a process
+            self._pool = self._start()
+        future = self._pool.schedule(_decode, args=(path, self._args.max_duration_s), timeout=self._args.timeout_s)
+        return await asyncio.wrap_future(future)
 
     def _start(self) -> ProcessPool:
         context = multiprocessing.get_context("forkserver")

@@ -105,21 +105,25 @@ def bundled_qwen2vl(cache: Path | None = None) -> Path:
 
 def _convert_once(name: str, sources: Sequence[PackageFile], write: Callable[[list[Path], Path], None], cache: Path | None) -> Path:
     source_digest = hashlib.sha256("".join(source.sha256 for source in sources).encode()).hexdigest()
-    origin = {source.path: source.sha256 for source in sources}
     folder = f"{name}-{source_digest[:12]}-{CONVERSION}"
-    return write_once(folder, lambda out: write([_locate(source) for source in sources], out), origin, cache)
+    if found := cached_folder(folder, cache):
+        return found
+    paths = [_locate(source) for source in sources]
+    return write_cached(folder, lambda out: write(paths, out), {source.path: source.sha256 for source in sources}, cache)
 
 
-def write_once(name: str, write: Callable[[Path], None], sources: Mapping[str, str], cache: Path | None = None) -> Path:
-    """Write a checkpoint folder into the cache, or find it there and check its files; `sources` stand beside their digests.
+def cached_folder(name: str, cache: Path | None = None) -> Path | None:
+    """Find a checkpoint folder in the cache and check its files; None where there is none. Raises ModelError where a digest differs."""
+    folder = _in_cache(name, cache)
+    if not folder.is_dir():
+        return None
+    _check_folder(folder)
+    return folder
 
-    `cache` defaults to $GRAFT_CACHE, then ~/.cache/graft. Raises ModelError where a digest differs or the folder can't be written.
-    """
-    root = cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()
-    folder = root / "bundled" / name
-    if folder.is_dir():
-        _check_folder(folder)
-        return folder
+
+def write_cached(name: str, write: Callable[[Path], None], sources: Mapping[str, str], cache: Path | None = None) -> Path:
+    """Write a checkpoint folder into the cache; `sources` stand in it beside their digests. Raises ModelError where it can't be written."""
+    folder = _in_cache(name, cache)
     building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         building.mkdir(parents=True)
@@ -134,6 +138,10 @@ def write_once(name: str, write: Callable[[Path], None], sources: Mapping[str, s
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+def _in_cache(name: str, cache: Path | None) -> Path:
+    return (cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()) / "bundled" / name
 
 
 def _locate(source: PackageFile) -> Path:

@@ -23,7 +23,7 @@ from torch import Tensor
 from graft.errors import ModelError
 from graft.model.adapters import LoraSettings, lora_config, merge_adapters, put_adapters, round_to_nf4, save_adapters
 from graft.model.build import build_graft
-from graft.model.bundled import CONVERSION, bundled_qwen2vl, bundled_whisper, write_once
+from graft.model.bundled import CONVERSION, bundled_qwen2vl, bundled_whisper, cached_folder, write_cached
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.weights import check_projector, state_digest, weight_files, write_projector
@@ -83,13 +83,14 @@ def installed_graft(name: str, cache: Path | None = None) -> Path:
     """
     folder = FOLDER / name
     digest = read_pretrained(folder).digest
+    cached_name = f"{name}-{digest[:12]}-{CONVERSION}"
 
     def write(out: Path) -> None:
         model, processor = pretrained_graft(folder, audio_base=str(bundled_whisper(cache)), text_base=str(bundled_qwen2vl(cache)))
         model.save_pretrained(out)
         processor.save_pretrained(out)
 
-    return write_once(f"{name}-{digest[:12]}-{CONVERSION}", write, {name: digest}, cache)
+    return cached_folder(cached_name, cache) or write_cached(cached_name, write, {name: digest}, cache)
 
 
 def read_pretrained(folder: Path) -> Pretrained:

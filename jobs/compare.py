@@ -19,7 +19,7 @@ from graft.training.plan import PlanSettings
 from graft.transcriber import transcriber_of
 from graft.transcript import Transcript
 from jobs.ingest import BatchLoader, Delivery
-from jobs.samples import plan_training, trainable
+from jobs.samples import as_they_are, plan_training, trainable
 from jobs.validation import summed_loss
 
 TOKEN_BUDGET = 4096
@@ -49,8 +49,9 @@ def _variants(
 
 
 def _loss(model: GraftForConditionalGeneration, processor: GraftProcessor, rows: RowTable, graft: Path) -> float:
-    batches = plan_training(rows, processor, PlanSettings(token_budget=TOKEN_BUDGET)).delivery(position=0, step_batches=1)
-    loader = BatchLoader(Delivery(rows, batches, str(graft)))
+    variation = as_they_are(rows, processor)
+    batches = plan_training(rows, processor, PlanSettings(token_budget=TOKEN_BUDGET), variation).delivery(position=0, step_batches=1)
+    loader = BatchLoader(Delivery(rows, batches, str(graft), variation))
     with torch.no_grad():
         total, count = summed_loss(model, [loader.load(batch) for batch in batches]).tolist()
     return total / count

@@ -5,35 +5,27 @@ Each step is the job of that name with a small recipe; everything lands in runs/
 """
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import Field
 
 from graft.config import Recipe, read_recipe
-from graft.errors import GraftError, OutputError, RecipeError
+from graft.errors import OutputError, RecipeError
 from jobs import build, check, evaluate, merge, prepare, stage1, stage2, transcribe
 from jobs.cli import run_job
 from jobs.cluster import connect
 from jobs.outputs import RECIPE_FILE, claim_output, write_atomic
+from jobs.serving import post, serving
 
 SPEECH = Path(__file__).parent / "data" / "prompts"
 SUMMARY_FILE = "summary.json"
 SPLITS = {"trained": "train", "unseen": "unseen"}
 """Sets that are scored -> their splits."""
-SERVER_START_S = 120
 
 T = TypeVar("T")
 
@@ -174,59 +166,10 @@ def _transcribe_recipe(demo: Demo, model: str, files: list[str]) -> transcribe.T
     return transcribe.TranscribeRecipe(model=demo.path(model), audio=files, out=demo.path(f"transcripts-{model}"))
 
 
-def _ask_server(demo: Demo, file: Path) -> str:
-    """Start the service on the demo's Ray, post a file to it, and stop it again; returns the text of the answer."""
-    import ray
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    application = {
-        "name": "demo",
-        "route_prefix": "/",
-        "import_path": "serve.app:build",
-        "args": {"model": os.path.abspath(demo.path("merged"))},
-    }
-    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
-    path = demo.root / "serve.yaml"
-    path.write_text(yaml.safe_dump(config))
-    command = [str(Path(sys.executable).parent / "serve"), "run", str(path)]
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    with open(demo.root / "serve.log", "w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_until_healthy(url, server)
-            text = _post(f"{url}/v1/audio/transcriptions", file)
-        finally:
-            server.send_signal(signal.SIGINT)
-            try:
-                server.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                server.kill()
-    print(f"POST {url}/v1/audio/transcriptions with {file.name}: {text}")
-    return text
-
-
-def _wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + SERVER_START_S
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/healthz", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise GraftError(f"the server did not answer within {SERVER_START_S} s: see serve.log in the demo's folder")
-
-
-def _post(url: str, file: Path) -> str:
-    boundary = uuid.uuid4().hex
-    head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{file.name}"\r\n\r\n'
-    tail = f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="model"\r\n\r\nmerged\r\n--{boundary}--\r\n'
-    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-    request = urllib.request.Request(url, data=head.encode() + file.read_bytes() + tail.encode(), headers=headers)
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)["text"]
+def _ask_server(demo: Demo, file: Path) -> None:
+    """Start the service on the demo's Ray, post a file to it, and stop it again."""
+    with serving(demo.path("merged"), demo.root, app="demo") as url:
+        print(f"POST {url}/v1/audio/transcriptions with {file.name}: {post(url, file, model='merged')}")
 
 
 def _summary(demo: Demo, first: dict[str, Any], second: dict[str, Any], before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

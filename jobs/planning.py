@@ -16,7 +16,7 @@ from graft.training.plan import Batches, Plan, PlanSettings
 from graft.training.progress import Progress
 from jobs.ingest import Delivery
 from jobs.outputs import write_atomic
-from jobs.samples import Variation, plan_training, trainable, vary
+from jobs.samples import Variation, as_they_are, plan_training, trainable, vary
 from jobs.train_recipe import TrainRecipe
 
 PLAN_FILE = "plan.sha256"
@@ -54,8 +54,9 @@ def validation_delivery(recipe: TrainRecipe, graft: str, processor: GraftProcess
     if len(rows) > recipe.validation.clips:
         rows = rows.select(np.sort(np.random.default_rng(recipe.seed).permutation(len(rows))[: recipe.validation.clips]))
     settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_row_groups)
-    batches = plan_training(rows, processor, settings).delivery(position=0, step_batches=recipe.workers)
-    return Delivery(rows, batches, graft, cache_row_groups=recipe.window_row_groups)
+    variation = as_they_are(rows, processor)
+    batches = plan_training(rows, processor, settings, variation).delivery(position=0, step_batches=recipe.workers)
+    return Delivery(rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups)
 
 
 @contextlib.contextmanager

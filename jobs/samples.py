@@ -94,6 +94,11 @@ def vary(
     )
 
 
+def as_they_are(rows: RowTable, processor: GraftProcessor) -> Variation:
+    """How samples differ where nothing is varied: a label that is not formatted is asked for in lower case, as in training."""
+    return vary(rows, processor, words=WordsRecipe())
+
+
 def plan_training(rows: RowTable, processor: GraftProcessor, settings: PlanSettings, variation: Variation = NO_VARIATION) -> Plan:
     """Plan a run over trainable rows."""
     columns = plan_columns(rows, processor, variation)

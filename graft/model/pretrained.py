@@ -7,6 +7,7 @@
 Folders below graft/pretrained/ come with the package and are known by their names, which stand for whole grafts on the bundled pair.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -76,9 +77,11 @@ def pretrained_folder(source: str) -> Path:
     raise ModelError(f"{source} is no pretrained graft: give a name ({known}) or a folder written by jobs.export")
 
 
+@functools.cache
 def installed_graft(name: str, cache: Path | None = None) -> Path:
-    """The graft that comes with the package by that name, on the bundled pair, float32; built into the cache at its first use.
+    """Find the graft that comes with the package by that name, on the bundled pair, float32; built into the cache at its first use.
 
+    A process checks its files once.
     `cache` defaults to $GRAFT_CACHE, then ~/.cache/graft. Raises MissingExtra without the bundled weights, ModelError as pretrained_graft.
     """
     folder = FOLDER / name

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from graft.audio import flac_bytes
 from graft.scoring import score
@@ -12,8 +13,9 @@ from jobs.benchmarks.bulk_processes import alone
 from jobs.benchmarks.bulk_speech import Labelled, labelled_speech
 from jobs.benchmarks.measuring import Findings, Numbers, table
 from jobs.benchmarks.serve_load import Load, ask_once
-from jobs.benchmarks.serve_service import free_port, running, service
+from jobs.benchmarks.serve_service import service
 from jobs.console import quiet_libraries
+from jobs.serving import free_port, running
 
 CLIENTS = (1, 4, 16)
 KIND = "int8"
@@ -42,7 +44,7 @@ def bench_servers(graft: str, manifests: Sequence[str], *, threads: int, trained
             port = free_port()
             url = f"http://127.0.0.1:{port}"
             command = [sys.executable, "-m", "jobs.benchmarks.serve_peer", folder, KIND, str(threads), str(port)]
-            with running(command, f"{url}/v1/models"):
+            with running(command, f"{url}/v1/models", Path(folder, "peer.log")):
                 loads |= {(PEER, clients): load for clients, load in _loads(url, uploads).items()}
     else:
         missing.append(NO_FASTER_WHISPER)

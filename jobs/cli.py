@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import json
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -24,6 +25,9 @@ from graft.errors import GraftError, RecipeError
 from jobs.console import quiet_libraries
 
 R = TypeVar("R", bound=Recipe)
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a job that was stopped and saved first."""
 
 # Where Ray and Ray Train keep the error that they wrap.
 _INNER_ERRORS = ("cause", "_base_exc", "training_failed_error", "controller_failure", "health_check_failure", "__cause__")

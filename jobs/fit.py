@@ -29,6 +29,7 @@ from graft.training.loop import LoopSettings, is_over
 from graft.training.progress import best_checkpoint, latest_checkpoint, read_progress
 from graft.training.tracking import draw_curves
 from graft.wording import trained_words
+from jobs.cli import STOPPED
 from jobs.cluster import connect
 from jobs.console import follow
 from jobs.ingest import Delivery
@@ -40,7 +41,6 @@ from jobs.train_recipe import HOW_NOT_WHAT, TrainRecipe
 from jobs.train_worker import FAULT_FILE, Run
 
 RESULT_FILE = "result.json"
-STOPPED = 128 + signal.SIGTERM
 
 
 def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
@@ -125,6 +125,8 @@ def _train(recipe: TrainRecipe, run: Run, delivery: Delivery) -> None:
         ray.put(delivery), delivery.batches.step_positions, str(out / CHECKPOINTS), recipe.data_workers, recipe.data_resource
     )
     config = {"run": pickle.dumps(run)}
+    for resource in {recipe.device_resource, recipe.data_resource} - {None} - ray.cluster_resources().keys():
+        print(f"stage {run.stage.number}: no node has the resource {resource} yet: waiting for one", flush=True)
     workers = trainer(
         train,
         config,

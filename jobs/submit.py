@@ -9,7 +9,6 @@ import asyncio
 import importlib.util
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import GraftError, RecipeError, require
+from jobs.cli import STOPPED
 
 ROOT = Path(__file__).parents[1]
 STOP_WAIT_S = 120
 """What a job has between SIGTERM and SIGKILL when it is stopped: training saves meanwhile."""
-STOPPED = 128 + signal.SIGTERM
 PATIENCE_S = 120
 """For so long a cluster may not answer before following a job ends."""
 
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"graft: {f'job {name} goes on; `ray job stop {name}` ends it' if name else 'interrupted'}", file=sys.stderr)
         return 130
     except GraftError as error:
-        print(f"graft: error: {error}", file=sys.stderr)
+        print(f"graft: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -64,7 +63,7 @@ def _client(address: str | None) -> Any:
     try:
         return JobSubmissionClient(address)
     except _faults() as error:
-        raise GraftError(f"cluster {address}: {' '.join(str(error).split())}") from error
+        raise GraftError(f"cluster {address}: {error}") from error
 
 
 def _faults() -> tuple[type[Exception], ...]:
@@ -88,7 +87,7 @@ def _submit(client: Any, options: argparse.Namespace) -> str:
     try:
         return client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT), "env_vars": variables})
     except _faults() as error:
-        raise GraftError(f"the cluster refused the job: {' '.join(str(error).split())}") from error
+        raise GraftError(f"the cluster refused the job: {error}") from error
 
 
 async def _follow(client: Any, name: str) -> Any:
@@ -107,12 +106,13 @@ async def _follow(client: Any, name: str) -> Any:
             pass
         try:
             job = client.get_job_info(name)
-            answered = time.monotonic()
         except _faults() as error:
             if time.monotonic() - answered > PATIENCE_S:
                 raise GraftError(f"the cluster no longer answers; job {name} may go on there") from error
         else:
-            if is_whole and job.status.is_terminal():
+            if not job.status.is_terminal():
+                answered = time.monotonic()
+            elif is_whole or time.monotonic() - answered > PATIENCE_S:  # its log may be gone with its node
                 return job
         await asyncio.sleep(1)
 

@@ -5,11 +5,10 @@ A resource of the cluster's own stands for the device. What was injected, and wh
 
 import itertools
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,30 @@ import pytest
 import requests
 import tiny
 import tiny_media
-from test_submit import free_ports
 from tiny_faults import LOADING, TRAINING, Folder, Machines, is_as, machines, meanwhile, processes, resumption, until
 from tiny_serve import APP, PATIENCE_S, spoken
 from tiny_speech import corpus, row
 
 from jobs import stage1, stage2, transcribe
 from jobs.cluster import connect
+from jobs.serving import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 CLIPS, RECORDINGS, REQUESTS = 33, 60, 40
 
 
-@dataclass
-class Faults:
-    """What was injected, and what it cost."""
-
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
-
-    def tell(self, fault: str, under: str, lost: str) -> None:
-        self.rows.append((fault, under, lost))
+Faults = list[tuple[str, str, str]]
+"""What was injected, under what, and what it cost."""
 
 
 @pytest.fixture(scope="module")
 def faults(pytestconfig: pytest.Config) -> Iterator[Faults]:
-    told = Faults()
+    told: Faults = []
     yield told
     reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
     reporter.write_line("")
-    for fault, under, lost in [("fault", "under", "lost"), *told.rows]:
+    for fault, under, lost in [("fault", "under", "lost"), *told]:
         reporter.write_line(f"{fault:42}{under:16}{lost}")
 
 
@@ -122,7 +115,7 @@ def test_a_device_node_dies_while_training_and_another_takes_over(stage: str, no
     assert nodes.machines.nodes[-1] in later  # the node that was added
     is_as(folder, whole)
     done_over = resumption(folder).step
-    faults.tell("a device node killed, another added", stage, f"nothing; went on from step {done_over} of {whole.result['steps']}")
+    faults.append(("a device node killed, another added", stage, f"nothing; went on from step {done_over} of {whole.result['steps']}"))
 
 
 def log_of(folder: Folder) -> str:
@@ -150,7 +143,9 @@ def test_a_node_dies_while_an_archive_is_transcribed(nodes: Nodes, home: Path, f
     said = [[(row["id"], row["text"], row["error"]) for row in result] for result in (whole, rows)]
     assert said[0] == said[1]
     assert len(rows) == RECORDINGS
-    faults.tell("a node with a listener killed, another added", "transcription", f"nothing; {RECORDINGS} recordings, each once, same texts")
+    faults.append(
+        ("a node with a listener killed, another added", "transcription", f"nothing; {RECORDINGS} recordings, each once, same texts")
+    )
 
 
 def test_a_node_dies_while_the_service_answers(nodes: Nodes, home: Path, faults: Faults) -> None:
@@ -160,13 +155,12 @@ def test_a_node_dies_while_the_service_answers(nodes: Nodes, home: Path, faults:
     from serve.arguments import ServeArgs
 
     connect()
-    (port,) = free_ports(1)
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": PATIENCE_S})
     serve.run(build(ServeArgs(model=str(home / "graft"), name="tiny-graft")), name=APP)
     try:
         audio = [spoken(3, first=number) for number in range(4)]
         expected = [ask(port, one)[0] for one in audio]
-        over = threading.Event()
 
         def client(number: int) -> int:
             text, tries = ask(port, audio[number % 4])
@@ -175,14 +169,13 @@ def test_a_node_dies_while_the_service_answers(nodes: Nodes, home: Path, faults:
 
         with ThreadPoolExecutor(4) as pool:
             asked = [pool.submit(client, number) for number in range(REQUESTS)]
-            until(lambda: sum(one.done() for one in asked) >= 4, over=over)
+            until(lambda: sum(one.done() for one in asked) >= 4)
             nodes.exchange(f"ServeReplica:{APP}:Engine")
             tries = [one.result() for one in asked]
     finally:
         serve.shutdown()
-    faults.tell(
-        "the engine's node killed, another added", "service", f"nothing; {REQUESTS} answers as before, {sum(tries) - REQUESTS} asked again"
-    )
+    lost = f"nothing; {REQUESTS} answers as before, {sum(tries) - REQUESTS} asked again"
+    faults.append(("the engine's node killed, another added", "service", lost))
 
 
 def ask(port: int, audio: bytes) -> tuple[str, int]:

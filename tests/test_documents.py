@@ -94,6 +94,7 @@ def check_ray(arguments: list[str]) -> None:
         group, arguments = group.commands[arguments[0]], arguments[1:]
         if not hasattr(group, "commands"):
             break
+    assert not hasattr(group, "commands"), f"ray has no {arguments}"
     context = group.make_context("ray", list(arguments))  # parses, and raises what it does not know
     if entrypoint := context.params.get("entrypoint"):
         check(list(entrypoint))

@@ -1,4 +1,4 @@
-"""Every job, unchanged, through the Jobs API on a real cluster of its own: a head node on loopback, with a token and without one."""
+"""The jobs, unchanged, through the Jobs API on a real cluster of its own: a head node on loopback, with a token and without one."""
 
 import contextlib
 import json
@@ -157,6 +157,7 @@ def test_a_submitted_job_does_the_same_as_a_local_one(cluster: Cluster, tmp_path
 
 
 def test_without_a_token_a_cluster_is_as_closed_as_with_a_wrong_one(cluster: Cluster) -> None:
+    before = len(jobs_of(cluster))
     for token in ("", "another"):
         stranger = Cluster(cluster.dashboard, {**cluster.environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
         if not token:
@@ -165,6 +166,7 @@ def test_without_a_token_a_cluster_is_as_closed_as_with_a_wrong_one(cluster: Clu
         code, output = submit(stranger, "build", "out=nowhere")
         assert code == 2, output
         assert "Traceback" not in output
+    assert len(jobs_of(cluster)) == before
 
 
 def test_a_stopped_job_saves_first(cluster: Cluster, tmp_path: Path) -> None:
@@ -194,9 +196,26 @@ def test_without_authentication_jobs_run_too(tmp_path: Path) -> None:
     with head({"RAY_AUTH_MODE": "disabled"}) as cluster:
         done(cluster, "build", f"audio_base={bases[0]}", f"text_base={bases[1]}", f"out={tmp_path / 'graft'}")
         assert submit(cluster, "stage1", "nonsense=1")[0] == 2
+        plain = [
+            RAY,
+            "job",
+            "submit",
+            "--address",
+            cluster.dashboard,
+            "--working-dir",
+            ".",
+            "--",
+            "python",
+            "-m",
+            "jobs.stage1",
+            "nonsense=1",
+        ]
+        ended = subprocess.run(plain, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False, timeout=JOB_S)
+        assert ended.returncode == 1, ended.stdout
+        assert sorted(job["driver_exit_code"] for job in jobs_of(cluster)) == [0, 2, 2]
 
 
-def test_every_job_runs_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
+def test_jobs_follow_one_another_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
     home = tmp_path / "shared"
     home.mkdir()
     rows = []

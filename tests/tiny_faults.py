@@ -30,7 +30,7 @@ LOADING = "LoadBatches"
 
 @dataclass
 class Machines:
-    """A Ray cluster: a head without CPUs, on which drivers and what steers them run, and nodes of two CPUs."""
+    """A Ray cluster: a head without CPUs, on which drivers and what steers them run, and nodes."""
 
     cluster: Any
     nodes: list[Any] = field(default_factory=list)

@@ -23,8 +23,10 @@ def serve(folder: Path, to: str) -> Iterator[str]:
         environment.setenv("AWS_ACCESS_KEY_ID", "key")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        client = pafs.S3FileSystem(endpoint_override=address, scheme="http", region="us-east-1", allow_bucket_creation=True)
-        client.create_dir(to.partition("/")[0])
-        pafs.copy_files(str(folder), to, destination_filesystem=client)
-        yield address
-    server.stop()
+        try:
+            client = pafs.S3FileSystem(endpoint_override=address, scheme="http", region="us-east-1", allow_bucket_creation=True)
+            client.create_dir(to.partition("/")[0])
+            pafs.copy_files(str(folder), to, destination_filesystem=client)
+            yield address
+        finally:
+            server.stop()

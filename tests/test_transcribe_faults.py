@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 
 ROOT = Path(__file__).parents[1]
 RECORDINGS, KILLS = 300, 20
+COMING_S = 30
 ROUNDED = {"read_s", "heard_s", "confidence", "logprobs"}
 """What took as long as it took, or depends on the batch by rounding."""
 
@@ -57,10 +58,13 @@ class Archive:
 
 
 def kill(title: str) -> bool:
-    """End one process with a title at once."""
-    with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-        random.choice(processes(title)).kill()
-        return True
+    """End one process with a title at once, as soon as there is one: after a driver's death it takes seconds. False where none comes."""
+    deadline = time.monotonic() + COMING_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            random.choice(processes(title)).kill()
+            return True
+        time.sleep(0.1)
     return False
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import pyarrow as pa
 
 from graft.errors import GraftError
+from graft.retries import told
 from graft.transcriber import Transcriber
 from graft.transcript import Segment
-from jobs.reading import FAULTS_IN_A_ROW, KEYS, MEASURED, READ, ItemReader, Reading, chunk_of, told
+from jobs.reading import FAULTS_IN_A_ROW, KEYS, MEASURED, READ, ItemReader, Reading, chunk_of
 
 GIB = 2**30
 CALLS = 3
@@ -78,8 +79,9 @@ class ItemListener:
             self._faults += 1
             if self._faults > FAULTS_IN_A_ROW:
                 raise
-            return [], f"the engine failed: {told(error)}", time.monotonic() - start
-        self._faults = 0
+            return [], f"the engine failed: {type(error).__name__}: {told(error)}", time.monotonic() - start
+        if cut:  # the engine was asked
+            self._faults = 0
         return (
             [replace(segment, channel=channel) for segment, (_, channel) in zip(segments, cut, strict=True)],
             None,
@@ -101,7 +103,7 @@ class Workers:
 def transcribe_items(
     plan: Path, home: Path, reading: Reading, opener: Callable[[], Transcriber], wording: dict[str, Any], workers: Workers
 ) -> None:
-    """Transcribe the items of a plan that have no result in `home` yet: home/items/*.parquet. Raises what the engine does, OutputError."""
+    """Transcribe the items of a plan that have no result in `home` yet: home/items/*.parquet. Raises what the engine does."""
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
 

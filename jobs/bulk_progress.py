@@ -49,7 +49,8 @@ class BulkProgress:
 
     def line(self) -> str:
         """The line as of the last look."""
-        left = time.strftime("%H:%M:%S", time.gmtime(self._left_s())) if self.rtfx else "?"
+        seconds = round(self._left_s()) if self.rtfx else 0
+        left = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}" if self.rtfx else "?"
         done = f"{int(self._recordings + 1e-6)}/{self._recording_count} recordings"
         return f"{done}  {self._audio_s / 3600:.2f} h  RTFx {self.rtfx:.1f}  left {left}  {self._errors} errors"
 

@@ -36,15 +36,19 @@ class Deaths:
     @contextlib.contextmanager
     def noted(self, batch: str) -> Iterator[None]:
         """Note a batch while the context lasts."""
-        self._note.write_text(_of_batch(batch))
+        self.note_batch(batch)
         try:
             yield
         finally:
             self._note.unlink(missing_ok=True)
 
     def note_item(self, item: str) -> None:
-        """Note an item of the noted batch in its place."""
+        """Note an item of the noted batch in its place, while it is read."""
         self._note.write_text(item)
+
+    def note_batch(self, batch: str) -> None:
+        """Note the batch again."""
+        self._note.write_text(_of_batch(batch))
 
 
 def _of_batch(first: str) -> str:

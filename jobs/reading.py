@@ -19,7 +19,7 @@ from graft.decoding import CONVERT
 from graft.errors import AudioError, DataError
 from graft.files import Source
 from graft.recordings import probe, read_span
-from graft.retries import shown
+from graft.retries import shown, told
 from graft.speech import SpeechSettings
 from jobs.deaths import Deaths
 from jobs.items import ITEMS
@@ -68,10 +68,14 @@ class ItemReader:
             yield from map(self._read, items)
             return
         with deaths.noted(first := items[0]["id"]):
+            is_suspected = deaths.has_ended_a_process(first)
             for item in items:
-                if deaths.has_ended_a_process(first):
+                if is_suspected:
                     deaths.note_item(item["id"])
-                yield self._unread(item) if deaths.is_deadly(item["id"]) else self._read(item)
+                row = self._unread(item) if deaths.is_deadly(item["id"]) else self._read(item)
+                if is_suspected:  # it has been read, and may wait long to be taken
+                    deaths.note_batch(first)
+                yield row
 
     def _read(self, item: dict[str, Any]) -> pa.Table:
         start, error, duration_s, chunks = time.process_time(), None, 0.0, NO_CHUNKS
@@ -86,11 +90,11 @@ class ItemReader:
             self._faults += 1
             if self._faults > FAULTS_IN_A_ROW:
                 raise
-            error = f"{_name(item)}: reading it failed: {told(fault)}"
+            error = f"{name_of(item)}: reading it failed: {type(fault).__name__}: {told(fault)}"
         return _row(item, error=error, duration_s=duration_s, read_s=time.process_time() - start, chunks=chunks)
 
     def _unread(self, item: dict[str, Any]) -> pa.Table:
-        error = f"{_name(item)}: whatever reads it dies: {CONVERT}, or take a smaller item_s if memory ran out"
+        error = f"{name_of(item)}: whatever reads it dies: {CONVERT}, or take a smaller item_s if memory ran out"
         return _row(item, error=error, duration_s=0.0, read_s=0.0, chunks=NO_CHUNKS)
 
     def _decode(self, item: dict[str, Any]) -> tuple[np.ndarray, int]:
@@ -111,8 +115,8 @@ class ItemReader:
         place = self._places.setdefault(item["uri"], len(self._places))
         if place == len(self._corpora.files):
             self._corpora.files.append(CorpusFile(item["uri"], self._reading.audio_column))
-        audio, path = self._corpora.wav(place, item["row_group"], item["row"])
-        return audio, path or item["recording"]
+        audio, _ = self._corpora.wav(place, item["row_group"], item["row"])
+        return audio, name_of(item)
 
     def _cut(self, channels: np.ndarray, place: int) -> pa.Array:
         """The chunks of all channels as one row."""
@@ -141,11 +145,6 @@ def chunk_of(row: pa.StructScalar) -> tuple[Chunk, int | None]:
     return Chunk(row["start_s"].as_py(), AudioClip(samples), row["has_speech"].as_py()), row["channel"].as_py()
 
 
-def told(error: Exception) -> str:
-    """In one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
 def _row(item: dict[str, Any], *, chunks: pa.Array, **measured: object) -> pa.Table:
     """What is read of an item, as a row of READ."""
     values = item | measured
@@ -153,8 +152,8 @@ def _row(item: dict[str, Any], *, chunks: pa.Array, **measured: object) -> pa.Ta
     return pa.table(columns, schema=READ)
 
 
-def _name(item: dict[str, Any]) -> str:
-    """What messages call an item's recording."""
+def name_of(item: dict[str, Any]) -> str:
+    """What messages call an item's recording: they begin with it."""
     return shown(item["uri"]) if item["row"] is None else item["recording"]
 
 

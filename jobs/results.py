@@ -22,6 +22,7 @@ from graft.subtitles import CueLimits, Format, format_transcript
 from graft.transcript import Segment, Transcript, Word, stitch
 from jobs.bulk import SEGMENTS
 from jobs.outputs import write_atomic
+from jobs.reading import name_of
 
 RECORDINGS_PER_TASK = 500
 PENDING = ".pending.parquet"
@@ -34,11 +35,14 @@ TRANSCRIPTS = pa.schema(
         ("duration_s", pa.float64()),
         ("text", pa.string()),
         ("segments", SEGMENTS),
-        ("confidence", pa.float64()),  # 0 to 1: the geometric mean of its tokens' probabilities; null without text
+        (
+            "confidence",
+            pa.float64(),
+        ),  # 0 to 1: of its segments' geometric means of token probabilities, by the lengths of their texts; null without text
         ("flags", pa.list_(pa.string())),  # of any of its segments
         ("error", pa.string()),  # null, or why it, or part of it, has no text
         ("model", pa.string()),
-        ("aligner", pa.string()),  # where the times of words come from; null where words have none
+        ("aligner", pa.string()),  # where the times of words come from; null without an aligner
         ("read_s", pa.float64()),  # CPU seconds of decoding and finding speech
         ("heard_s", pa.float64()),  # seconds in the engine, beside others
     ]
@@ -222,7 +226,7 @@ def _fault(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reason(part: dict[str, Any]) -> str:
-    return str(part["error"]).removeprefix(f"{part['uri']}: ")
+    return str(part["error"]).removeprefix(f"{name_of(part)}: ")
 
 
 def _kind(reason: str) -> str:

@@ -55,6 +55,14 @@ def test_what_was_done_before_counts_as_done_but_not_as_fast(home: Path) -> None
     assert line(progress) == "1/2 recordings  1.00 h  RTFx 0.0  left ?  0 errors"
 
 
+def test_days_are_left(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = BulkProgress(plan(("a", [3600.0]), ("b", [3600.0 * 30])), read_index(home), home, io.StringIO())
+    write(home, "one", ("a-0", 1, 3600.0, None))
+    progress._look()
+    monkeypatch.setattr(BulkProgress, "rtfx", 1.0)
+    assert progress.line() == "1/2 recordings  1.00 h  RTFx 1.0  left 30:00:00  0 errors"
+
+
 def test_half_a_recording_is_none_yet_and_errors_are_counted(home: Path) -> None:
     items = plan(("a", [1800.0, 1800.0]), ("b", [7200.0]), ("c", [None]))
     progress = BulkProgress(items, read_index(home), home, io.StringIO())

@@ -18,6 +18,7 @@ from tiny_items import QUICK, chunks_of, items_of, read
 from graft.audio import SAMPLE_RATE, read_audio
 from graft.chunking import ChunkSettings
 from graft.corpus import write_corpus
+from jobs import results
 from jobs.deaths import DEATHS
 from jobs.reading import FAULTS_IN_A_ROW, ItemReader, Reading
 
@@ -85,6 +86,8 @@ def test_rows_of_parquet_are_read_and_what_fails_has_its_error(tmp_path, recordi
     errors = table["error"].to_pylist()
     assert [error is None for error in errors] == [True, True, False, True, True]
     assert errors[2].startswith("bad: not readable as audio")
+    broken = items_of(tmp_path / "c.parquet", item_s=25.0).to_pylist()[2] | {"error": errors[2]}
+    assert results._kind(results._reason(broken)) == "not readable as audio"  # by which failures are counted, whatever their names
     missing = read(items_of(tmp_path / "gone.wav"))
     assert missing["error"].to_pylist() == [f"{tmp_path}/gone.wav: No such file or directory: give the path of a readable audio file"]
     assert missing["chunks"].to_pylist() == [[]]
@@ -128,21 +131,58 @@ def test_an_item_that_ends_its_reader_every_time_becomes_an_error(tmp_path):
 
 
 def test_what_was_only_there_when_its_readers_died_is_read(tmp_path):
-    """Nodes go at any time: each of these readers is killed at another item."""
-    (tmp_path / "notes").mkdir()
-    for name in "abc":
-        shutil.copy(tiny_media.PROMPTS[0], tmp_path / f"{name}.flac")
-    items = items_of(tmp_path)
-    for number in range(3):
-        reading = ItemReader(Reading(QUICK, ChunkSettings()), tmp_path / "notes")(items)
-        for _ in range(number + 1):
-            next(reading)
-        (note,) = (path for path in (tmp_path / "notes").iterdir() if not path.name.startswith("of"))
-        note.rename(note.with_name(f"of a reader {number}"))  # which is killed before it takes its note back
-        reading.close()
-    table = pa.concat_tables(ItemReader(Reading(QUICK, ChunkSettings()), tmp_path / "notes")(items))
+    """Nodes go at any time: each of these readers is killed while it reads another item."""
+    items, notes = three_items(tmp_path)
+    for name in ("a.flac", "b.flac", "c.flac"):
+        with pytest.raises(Killed):
+            list(KilledAt(name, notes)(items))
+    table = pa.concat_tables(ItemReader(Reading(QUICK, ChunkSettings()), notes)(items))
     assert table["error"].to_pylist() == [None] * 3
-    assert len(list((tmp_path / "notes").iterdir())) == 3  # its own is taken back
+    assert len(list(notes.iterdir())) == 3  # its own is taken back
+
+
+def test_what_waits_to_be_taken_is_not_being_read(tmp_path):
+    """An engine that does not start ends runs while what was read waits."""
+    items, notes = three_items(tmp_path)
+    for number in range(1 + DEATHS + 1):
+        reading = ItemReader(Reading(QUICK, ChunkSettings()), notes)(items)
+        next(reading)
+        leave_note(notes, f"of a run {number}")
+        reading.close()
+    table = pa.concat_tables(ItemReader(Reading(QUICK, ChunkSettings()), notes)(items))
+    assert table["error"].to_pylist() == [None] * 3
+
+
+class Killed(BaseException):
+    """A process that is killed: nothing catches it."""
+
+
+class KilledAt(ItemReader):
+    """Killed while it reads one recording; its note stays."""
+
+    def __init__(self, name: str, notes: Path) -> None:
+        super().__init__(Reading(QUICK, ChunkSettings()), notes)
+        self._name, self._notes = name, notes
+
+    def _decode(self, item):
+        if item["recording"] == self._name:
+            leave_note(self._notes, f"of one killed at {self._name}")
+            raise Killed
+        return super()._decode(item)
+
+
+def leave_note(notes: Path, name: str) -> None:
+    """As if the process that wrote it had no time to take it back."""
+    (note,) = (path for path in notes.iterdir() if not path.name.startswith("of"))
+    note.rename(note.with_name(name))
+
+
+def three_items(folder: Path) -> tuple[pa.Table, Path]:
+    for name in "abc":
+        shutil.copy(tiny_media.PROMPTS[0], folder / f"{name}.flac")
+    items, notes = items_of(folder), folder / "notes"
+    notes.mkdir()
+    return items, notes
 
 
 def test_what_no_one_thought_of_is_an_error_but_not_one_after_the_other(tmp_path):

@@ -63,6 +63,11 @@ def longest_of(rows: Iterable[Row]) -> int:
     return max(row.position for row in rows) + 1
 
 
+def underway(rows: Iterable[Row]) -> int:
+    """How many of the rows have tokens to come: one is over as soon as its last token goes out, wherever it is still listed."""
+    return sum(not row.is_over for row in rows)
+
+
 def send(items: Iterable[tuple[Row, Item]]) -> None:
     """Hand over tokens, or end streams with an error or None; every event loop is woken once."""
     parcels: defaultdict[asyncio.AbstractEventLoop, list[tuple[Row, Item]]] = defaultdict(list)

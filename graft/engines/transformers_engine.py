@@ -16,7 +16,7 @@ import torch
 
 from graft.engines import EngineCounts, EngineRequest, Token
 from graft.engines.greedy import choose, repeating_ids
-from graft.engines.rows import Row, longest_of, pick, send
+from graft.engines.rows import Row, longest_of, pick, send, underway
 from graft.engines.slots import SlotDecoder
 from graft.model.modeling import GraftForConditionalGeneration
 
@@ -87,8 +87,7 @@ class TransformersEngine:
 
     def counts(self) -> EngineCounts:
         """See Engine."""
-        running = sum(not row.is_over for row in self._running)
-        return EngineCounts(running, len(self._waiting), self._prefills, self._steps, self._tokens, self._busy_s)
+        return EngineCounts(underway(self._running), len(self._waiting), self._prefills, self._steps, self._tokens, self._busy_s)
 
     def close(self) -> None:
         """See Engine."""

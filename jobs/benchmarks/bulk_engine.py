@@ -13,7 +13,7 @@ import numpy as np
 from transformers import WhisperFeatureExtractor
 
 from graft.engines import EngineCounts, EngineRequest, Token
-from graft.engines.rows import ENCODER_ROWS, Row, send
+from graft.engines.rows import ENCODER_ROWS, Row, send, underway
 from graft.model.opening import open_processor
 from graft.transcriber import Transcriber
 from jobs.benchmarks.speech import WORDS
@@ -85,7 +85,7 @@ class StandInEngine:
 
     def counts(self) -> EngineCounts:
         """See Engine."""
-        return EngineCounts(len(self._running), len(self._waiting), self._prefills, self._steps, self._tokens, self._busy_s)
+        return EngineCounts(underway(self._running), underway(self._waiting), self._prefills, self._steps, self._tokens, self._busy_s)
 
     def close(self) -> None:
         """See Engine."""

@@ -114,6 +114,11 @@ class GraftProcessor(ProcessorMixin):
         """The ids that end every prompt; what follows them is the answer."""
         return list(self._prompt_parts[2])
 
+    def end_ids(self, generation_config: Any) -> set[int]:
+        """Ids that end an answer: the last of trained answers, and those of transformers' generation configuration."""
+        ends = generation_config.eos_token_id or []
+        return {self.target_ids("")[-1], *([ends] if isinstance(ends, int) else ends)}
+
     def target_ids(self, text: str, style: str | None = None) -> list[int]:
         """Tokenize the answer to train for a transcript, in a text style or the graft's own; special tokens in it are taken apart."""
         return self._plain_ids([self._answer(text, style)])[0] + self._answer_end_ids

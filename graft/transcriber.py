@@ -12,13 +12,14 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
+from graft.aligners import Aligner
 from graft.aligners.opening import open_aligner
 from graft.audio import AudioClip, read_audio
+from graft.checkpoints import checkpoint_name
 from graft.chunking import Chunk, Chunker, windows
 from graft.engines import Engine, EngineCounts, EngineRequest, Token
 from graft.engines.greedy import repeats
@@ -29,9 +30,6 @@ from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.opening import DTYPES, open_graft
 from graft.processor import GraftProcessor
 from graft.transcript import Segment, Transcript, Word, stitch
-
-if TYPE_CHECKING:
-    from graft.aligners import Aligner
 
 Audio = str | os.PathLike[str] | bytes | AudioClip
 """A path, the bytes of a file, or samples."""
@@ -54,9 +52,7 @@ class Transcriber:
     words.
     """
 
-    def __init__(
-        self, engine: Engine, processor: GraftProcessor, name: str, *, cut: Cut = windows, aligner: "Aligner | None" = None
-    ) -> None:
+    def __init__(self, engine: Engine, processor: GraftProcessor, name: str, *, cut: Cut = windows, aligner: Aligner | None = None) -> None:
         self.name = name
         self._engine = engine
         self._processor = processor
@@ -238,33 +234,41 @@ def load(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     cut: Cut | None = None,
-    aligner: "Aligner | str | None" = None,
+    aligner: Aligner | str | None = None,
+    engine: Literal["transformers", "vllm"] = "transformers",
+    quantization: str | None = None,
+    name: str | None = None,
 ) -> Transcriber:
-    """Open a graft's folder, a stage's output folder or a hub id for transcription.
+    """Open a graft's folder, a stage's output folder, a hub id or the name of a graft that comes along for transcription.
 
     `device` defaults to cuda where there is one, `dtype` ("fp32", "bf16" or torch's) to the checkpoint's own, `cut` to a Chunker, which
-    skips what is no speech. `aligner` times words: "whisper" is the bundled one, anything else a folder or hub id of a Whisper or a CTC
-    model. Raises ModelError, ValueError for an unknown dtype, MissingExtra where the bundled Whisper is not installed.
+    skips what is no speech, `name` to the folder's. `aligner` times words: "whisper" is the bundled one, anything else a folder or hub id
+    of a Whisper or a CTC model. `quantization` is vLLM's. Raises ModelError, ValueError for an unknown dtype, MissingExtra where the
+    bundled Whisper or vLLM is not installed.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = open_graft(os.fspath(path), device=device, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype)
-    name = Path(path).resolve().name if Path(path).exists() else os.fspath(path)
-    if isinstance(aligner, str):
+    weights = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if isinstance(aligner, str):  # before a large model takes its minutes
         aligner = open_aligner(aligner, device=device)
-    return transcriber_of(model, processor, name=name, cut=cut or Chunker(), aligner=aligner)
+    name, cut = name or checkpoint_name(path), cut or Chunker()
+    if engine == "vllm":
+        from graft.engines.vllm_engine import open_vllm_engine
+
+        opened = open_vllm_engine(os.fspath(path), device=device, dtype=weights, quantization=quantization)
+        return Transcriber(*opened, name, cut=cut, aligner=aligner)
+    return transcriber_of(*open_graft(os.fspath(path), device=device, dtype=weights), name=name, cut=cut, aligner=aligner)
 
 
 def transcriber_of(
-    model: GraftForConditionalGeneration, processor: GraftProcessor, *, name: str, cut: Cut = windows, aligner: "Aligner | None" = None
+    model: GraftForConditionalGeneration, processor: GraftProcessor, *, name: str, cut: Cut = windows, aligner: Aligner | None = None
 ) -> Transcriber:
     """Make the Transcriber of a model that is open already."""
-    ends = model.generation_config.eos_token_id or []
     engine = TransformersEngine(
         model,
         pad_id=processor.tokenizer.pad_token_id,
-        eos_ids={processor.target_ids("")[-1], *([ends] if isinstance(ends, int) else ends)},  # trained answers end as this one
+        eos_ids=processor.end_ids(model.generation_config),
         max_batch_tokens=BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]),
         max_prefill_tokens=PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"]),
     )

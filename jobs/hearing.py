@@ -4,7 +4,6 @@ A clip that can't be read is a value too: it has an error and no text.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from graft.audio import AudioClip, read_audio
+from graft.checkpoints import from_anywhere
 from graft.corpus import RowReader, RowTable
 from graft.errors import AudioError, DataError, GraftError, ModelError
 
@@ -56,7 +56,7 @@ def hear(listener: Listener, rows: RowTable, batches: Sequence[np.ndarray]) -> I
     """Transcribe batches of row numbers, in the order in which they are ready. Raises ModelError for a model that can't be opened."""
     import ray
 
-    path = os.path.abspath(listener.path) if os.path.exists(listener.path) else listener.path  # workers need not share this folder
+    path = from_anywhere(listener.path)
     blocks = ray.data.range(len(batches), override_num_blocks=len(batches)).map_batches(
         _Ears,
         batch_size=1,

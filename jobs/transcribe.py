@@ -8,7 +8,6 @@ out/ holds recordings/*.parquet, files/NAME.txt and the like, errors.jsonl, summ
 import contextlib
 import functools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -20,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from graft.aligners.opening import aligner_name, locate_aligner, open_aligner
+from graft.aligners.opening import find_aligner
+from graft.checkpoints import checkpoint_name, from_anywhere
 from graft.chunking import ChunkSettings, windows
 from graft.columns import Columns
 from graft.config import Recipe
@@ -123,6 +123,7 @@ def transcribe(
     Workers hear with what `opener` opens, by default the recipe's model.
     """
     start = time.monotonic()
+    aligner = find_aligner(recipe.aligner) if recipe.aligner else (None, None)
     connect(cpus=recipe.readers + recipe.workers * recipe.threads + 2)
     home = out / "work"
     home.mkdir(exist_ok=True)
@@ -138,12 +139,12 @@ def transcribe(
                 home / "plan.parquet",
                 home,
                 _reading(recipe),
-                opener or _opener(recipe),
+                opener or _opener(recipe, aligner[0]),
                 {"instruction": recipe.instruction, "context": recipe.context},
                 _workers(recipe),
             )
-    aligner = aligner_name(recipe.aligner) if recipe.aligner else None
-    written = Written(str(out / "files"), recipe.formats if recipe.out else (), recipe.cues, _name(recipe.model), aligner)
+    formats = recipe.formats if recipe.out else ()
+    written = Written(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner[1])
     totals = join_recordings(plan, read_index(home), home, out, written)
     summary = _summary(totals, progress.rtfx if missing else None, time.monotonic() - start, recipe.price)
     write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -162,7 +163,7 @@ def _check_model(recipe: TranscribeRecipe) -> None:
     if recipe.instruction or recipe.context:
         open_processor(recipe.model).instruction(recipe.instruction, recipe.context)
     if recipe.aligner:
-        locate_aligner(recipe.aligner)
+        find_aligner(recipe.aligner)
 
 
 @contextlib.contextmanager
@@ -193,45 +194,31 @@ def _reading(recipe: TranscribeRecipe) -> Reading:
     return Reading(recipe.speech, recipe.chunks, recipe.channels, recipe.columns.audio)
 
 
-def _opener(recipe: TranscribeRecipe) -> functools.partial[Transcriber]:
+def _opener(recipe: TranscribeRecipe, aligner: str | None) -> functools.partial[Transcriber]:
     return functools.partial(
         open_transcriber,
-        os.path.abspath(recipe.model) if os.path.exists(recipe.model) else recipe.model,  # workers have another working folder
-        name=_name(recipe.model),
+        from_anywhere(recipe.model),
+        threads=recipe.threads,
         device="cuda" if recipe.gpus_per_worker else "cpu",
         dtype=recipe.dtype,
-        threads=recipe.threads,
         engine=recipe.engine,
         quantization=recipe.quantization,
-        aligner=locate_aligner(recipe.aligner) if recipe.aligner else None,
+        aligner=aligner,
     )
 
 
-def open_transcriber(
-    model: str, *, name: str, device: str, dtype: str | None, threads: int, engine: str, quantization: str | None, aligner: str | None
-) -> Transcriber:
-    """Open a worker's Transcriber, whose chunks are cut already."""
+def open_transcriber(model: str, *, threads: int, **settings: Any) -> Transcriber:
+    """Open a worker's Transcriber, whose chunks are cut already, with the settings of graft.load."""
     import torch
 
     from graft.transcriber import load
 
     torch.set_num_threads(threads)
-    if engine == "vllm":
-        from graft.engines.vllm_engine import open_vllm_engine
-        from graft.model.opening import DTYPES
-
-        weights = DTYPES[dtype] if dtype else None
-        opened = open_vllm_engine(model, device=device, dtype=weights, quantization=quantization)
-        return Transcriber(*opened, name, aligner=open_aligner(aligner, device=device) if aligner else None)
-    return load(model, device=device, dtype=dtype, cut=windows, aligner=aligner)
+    return load(model, cut=windows, **settings)
 
 
 def _workers(recipe: TranscribeRecipe) -> Workers:
     return Workers(recipe.readers, recipe.workers, recipe.threads, recipe.gpus_per_worker, recipe.items_per_batch)
-
-
-def _name(model: str) -> str:
-    return Path(model).resolve().name if os.path.exists(model) else model
 
 
 def _summary(totals: Totals, rtfx: float | None, seconds: float, price: float | None) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """A Transcriber in this process as the Listener of a Service: for tests, notebooks and servers without Ray."""
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
 
+from graft.checkpoints import checkpoint_name
 from graft.chunking import Chunk
 from graft.engines import EngineCounts
 from graft.transcriber import Transcriber
@@ -16,7 +15,7 @@ from serve.service import About, Asked
 
 def served_name(args: ServeArgs) -> str:
     """What clients call the model; it stays when another model takes over."""
-    return args.name or (Path(args.model).resolve().name if os.path.exists(args.model) else args.model)
+    return args.name or checkpoint_name(args.model)
 
 
 def open_transcriber(args: ServeArgs, model: str) -> Transcriber:
@@ -24,16 +23,15 @@ def open_transcriber(args: ServeArgs, model: str) -> Transcriber:
     from graft.chunking import windows
     from graft.transcriber import load
 
-    device = "cuda" if args.gpus_per_replica else "cpu"
-    if args.engine == "vllm":
-        from graft.aligners.opening import open_aligner
-        from graft.engines.vllm_engine import open_vllm_engine
-        from graft.model.opening import DTYPES
-
-        weights = DTYPES[args.dtype] if args.dtype else None
-        opened = open_vllm_engine(model, device=device, dtype=weights, quantization=args.quantization)
-        return Transcriber(*opened, model, aligner=open_aligner(args.aligner, device=device) if args.aligner else None)
-    return load(model, device=device, dtype=args.dtype, cut=windows, aligner=args.aligner)
+    return load(
+        model,
+        device="cuda" if args.gpus_per_replica else "cpu",
+        dtype=args.dtype,
+        cut=windows,
+        aligner=args.aligner,
+        engine=args.engine,
+        quantization=args.quantization,
+    )
 
 
 class LocalListener:

@@ -15,7 +15,7 @@ from tiny_words import VOCABULARY, in_order, save_ctc
 from transformers import GenerationConfig
 
 from graft.aligners import spread
-from graft.aligners.opening import aligner_name, open_aligner
+from graft.aligners.opening import find_aligner, open_aligner
 from graft.aligners.paths import best_paths
 from graft.audio import AudioClip
 from graft.chunking import windows
@@ -87,9 +87,10 @@ def words_are_in_order(transcript: Transcript) -> bool:
 
 
 def test_aligners_are_opened_by_what_they_are_and_say_so(folders, tmp_path):
-    assert aligner_name("whisper") == "whisper-base, cross-attention"
+    assert find_aligner("whisper") == ("whisper", "whisper-base, cross-attention")
     for kind, name in {"whisper": "tiny-whisper, cross-attention", "ctc": "tiny-ctc, CTC"}.items():
-        assert open_aligner(str(folders[kind])).name == aligner_name(str(folders[kind])) == name
+        assert open_aligner(str(folders[kind])).name == name
+        assert find_aligner(str(folders[kind])) == (str(folders[kind]), name)
     with pytest.raises(ModelError, match="tiny-graft is a graft checkpoint, no aligner: give whisper, or"):
         open_aligner(str(folders["graft"]))
     with pytest.raises(ModelError, match=r"can't be read .*: give whisper, or a folder or hub id"):

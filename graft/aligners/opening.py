@@ -1,10 +1,9 @@
 """Aligners by what they are called in recipes: the bundled Whisper, or a folder or hub id of a Whisper or a CTC model."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 from graft.aligners import Aligner
+from graft.checkpoints import checkpoint_name, from_anywhere
 from graft.errors import ModelError
 
 BUNDLED = "whisper"
@@ -25,15 +24,12 @@ def open_aligner(model: str, *, device: str = "cpu") -> Aligner:
         return (WhisperAligner if is_whisper else CtcAligner)(folder, name=name, device=device)
 
 
-def aligner_name(model: str) -> str:
-    """The name of the aligner that `open_aligner` opens; reads no weights, but for the bundled ones. Raises as it does."""
-    return _found(model)[1]
+def find_aligner(model: str) -> tuple[str, str]:
+    """What processes with another working folder open for `model`, and the aligner's name.
 
-
-def locate_aligner(model: str) -> str:
-    """What processes with another working folder open for `model`. Raises as `open_aligner`, but for weights that can't be read."""
-    _found(model)
-    return os.path.abspath(model) if model != BUNDLED and os.path.exists(model) else model
+    Reads no weights, but for the bundled ones. Raises as `open_aligner`, but for weights that can't be read.
+    """
+    return BUNDLED if model == BUNDLED else from_anywhere(model), _found(model)[1]
 
 
 def _found(model: str) -> tuple[str, str, bool]:
@@ -43,7 +39,7 @@ def _found(model: str) -> tuple[str, str, bool]:
     if model == BUNDLED:
         return str(bundled_whisper()), "whisper-base, cross-attention", True
     config = _config(model)
-    name = Path(model).resolve().name if Path(model).exists() else model
+    name = checkpoint_name(model)
     if config.model_type == "whisper":
         return model, f"{name}, cross-attention", True
     if any("ForCTC" in kind for kind in config.architectures or ()):

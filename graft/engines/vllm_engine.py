@@ -71,9 +71,7 @@ def open_vllm_engine(
         enforce_eager=is_cpu,  # there to compile takes minutes
         disable_log_stats=True,
     )
-    ends = ears.generation_config.eos_token_id or []
-    eos_ids = {processor.target_ids("")[-1], *([ends] if isinstance(ends, int) else ends)}
-    return VllmEngine(ears, arguments, eos_ids=eos_ids), processor
+    return VllmEngine(ears, arguments, eos_ids=processor.end_ids(ears.generation_config)), processor
 
 
 class VllmEngine:

@@ -7,12 +7,10 @@ torch and transformers. `--shape tiny` runs anywhere.
 import argparse
 import asyncio
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -24,12 +22,16 @@ from graft.features import Features
 from graft.model.configuration import TAIL_FRAMES, WINDOW_FRAMES, GraftConfig, audio_token_count
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.opening import DTYPES
-from jobs.bench_gpu import FRAMES_PER_S, LABELS_PER_S, PROMPT_TOKENS, SHAPES, bench_config
+from graft.training.estimate import name_words
+from jobs.bench_gpu import FRAMES_PER_S, LABELS_PER_S, PROMPT_TOKENS, SHAPES, bench_config, describe, write_rows
 
-CEILINGS = {("7b", "H200", 10.0): 1629.0, ("7b", "H200", 30.0): 1660.0, ("7b", "A100", 10.0): 483.0, ("7b", "A100", 30.0): 497.0}
-"""Seconds of audio a second that are possible at 25 Hz on a clip's own frames, 256 clips at a time: 2.27 TFLOP to encode 30 s and 0.68 to
-encode 10 s, 10.3 and 3.67 to read the prompt, and steps that read 14.1 GB of weights; 790 TFLOP/s and 4.8 TB/s on an H200, 312 and 1.555 on
-an A100 of 40 GB."""
+CEILINGS = {
+    ("h200",): {10.0: 1629.0, 30.0: 1660.0},
+    ("a100", "40gb"): {10.0: 483.0, 30.0: 497.0},
+}
+"""Seconds of audio a second that are possible with the 7b shape at 25 Hz on a clip's own frames, 256 clips at a time, by words of a GPU's
+name and by the clips' seconds: 2.27 TFLOP to encode 30 s and 0.68 to encode 10 s, 10.3 and 3.67 to read the prompt, and steps that read
+14.1 GB of weights; 790 TFLOP/s and 4.8 TB/s on an H200, 312 and 1.555 on an A100 of 40 GB."""
 
 HEADER = f"{'clip s':>6}{'clips':>7}{'prompt':>8}{'answer':>8}{'RTFx':>9}{'ceiling':>9}{'share':>7}{'rows':>7}{'busy':>7}{'GB':>7}"
 
@@ -55,23 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print a row for each length of clips; exit code 2 and one line on stderr for what a user can mend."""
     arguments = _parser().parse_args(argv)
     device = torch.device(arguments.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = describe(device)
     print(f"{arguments.shape}, {arguments.dtype}, {name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    print(
-        f"{'clip s':>6}{'clips':>7}{'tokens':>8}{'answer':>8}{'RTFx':>9}{'ceiling':>9}{'share':>7}{'rows':>7}{'busy':>7}{'GB':>7}",
-        flush=True,
-    )
+    print(HEADER, flush=True)
     rows = []
     try:
         for row in _measure(arguments, device, name):
             print(_line(row), flush=True)
             rows.append(row)
-    except (GraftError, MemoryError) as error:
+        if arguments.json:
+            write_rows(arguments, name, [asdict(row) for row in rows])
+    except (GraftError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"graft: error: {error}", file=sys.stderr)
         return 2
-    if arguments.json:
-        found = {"device": name, **vars(arguments), "rows": [asdict(row) for row in rows]}
-        Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 
@@ -99,10 +97,10 @@ def _measure(arguments: argparse.Namespace, device: torch.device, name: str) -> 
             request = _request(config, clip_s)
             count = max(1, round(arguments.rounds * arguments.batch_tokens / (len(request.prompt_ids) + request.max_new_tokens)))
             asyncio.run(_hear_all(engine, request, count))  # to warm up: steps become CUDA graphs when their shapes recur
-            yield _row(engine, request, count, clip_s=clip_s, ceiling=_ceiling(arguments.shape, name, clip_s), device=device)
+            yield _row(engine, request, count, clip_s=clip_s, most=ceiling(arguments.shape, name, clip_s), device=device)
 
 
-def _row(engine: Engine, request: EngineRequest, count: int, *, clip_s: float, ceiling: float | None, device: torch.device) -> Row:
+def _row(engine: Engine, request: EngineRequest, count: int, *, clip_s: float, most: float | None, device: torch.device) -> Row:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     before, start = engine.counts(), time.perf_counter()
@@ -114,15 +112,19 @@ def _row(engine: Engine, request: EngineRequest, count: int, *, clip_s: float, c
         prompt_tokens=len(request.prompt_ids),
         answer_tokens=request.max_new_tokens,
         rtfx=count * clip_s / seconds,
-        ceiling=ceiling,
+        ceiling=most,
         tokens_a_step=(after.tokens - before.tokens) / max(1, after.steps - before.steps),
         busy=(after.busy_s - before.busy_s) / seconds,
         memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
     )
 
 
-def _ceiling(shape: str, name: str, clip_s: float) -> float | None:
-    return next((most for (one, card, length_s), most in CEILINGS.items() if (one, length_s) == (shape, clip_s) and card in name), None)
+def ceiling(shape: str, name: str, clip_s: float) -> float | None:
+    """What is possible on a GPU of this name; None where that was not computed."""
+    words = name_words(name)
+    if shape != "7b" or "mig" in words:
+        return None
+    return next((most.get(clip_s) for card, most in CEILINGS.items() if words.issuperset(card)), None)
 
 
 def _request(config: GraftConfig, clip_s: float) -> EngineRequest:
@@ -136,18 +138,17 @@ def _request(config: GraftConfig, clip_s: float) -> EngineRequest:
 
 async def _hear_all(engine: Engine, request: EngineRequest, count: int) -> None:
     async def hear(number: int) -> None:
-        one = EngineRequest(f"clip {number}", request.features, request.prompt_ids, request.max_new_tokens)
-        async for _ in engine.stream(one):
+        async for _ in engine.stream(replace(request, request_id=f"clip {number}")):
             pass
 
     await asyncio.gather(*map(hear, range(count)))
 
 
 def _line(row: Row) -> str:
-    ceiling, share = ("-", "-") if row.ceiling is None else (f"{row.ceiling:.0f}", f"{row.rtfx / row.ceiling:.0%}")
+    most, share = ("-", "-") if row.ceiling is None else (f"{row.ceiling:.0f}", f"{row.rtfx / row.ceiling:.0%}")
     memory = "-" if row.memory_gb is None else f"{row.memory_gb:.1f}"
     sizes = f"{row.clip_s:>6g}{row.clips:>7}{row.prompt_tokens:>8}{row.answer_tokens:>8}"
-    return f"{sizes}{row.rtfx:>9.1f}{ceiling:>9}{share:>7}{row.tokens_a_step:>7.1f}{row.busy:>7.0%}{memory:>7}"
+    return f"{sizes}{row.rtfx:>9.1f}{most:>9}{share:>7}{row.tokens_a_step:>7.1f}{row.busy:>7.0%}{memory:>7}"
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graft.errors import GraftError
+from graft.errors import GraftError, OutputError
 from graft.model.adapters import LoraSettings
 from graft.model.configuration import GraftConfig, audio_token_count
 from graft.model.modeling import GraftForConditionalGeneration
@@ -58,22 +59,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print a row for each stage and token budget; exit code 2 and one line on stderr for what a user can mend."""
     arguments = _parser().parse_args(argv)
     device = torch.device(arguments.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{arguments.shape}, {arguments.clip_s:g} s clips, {arguments.dtype}, {arguments.attention}, {name}, torch {torch.__version__}")
+    name = describe(device)
+    asked = f"{arguments.shape}, {arguments.clip_s:g} s clips, {arguments.dtype}, {arguments.attention}"
+    print(f"{asked}, {name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(f"{'':<7}{'budget':>8}{'samples/s':>11}{'clips':>7}{'tokens':>8}{'s/step':>9}{'TFLOP/s':>9}{'MFU':>7}{'GB':>8}", flush=True)
     rows = []
     try:
         for row in _measure(arguments, device, device_peak_flops(name)):
             print(_line(row), flush=True)
             rows.append(row)
-    except GraftError as error:
+        if arguments.json:
+            write_rows(arguments, name, [asdict(row) for row in rows])
+    except (GraftError, torch.OutOfMemoryError) as error:
         print(f"graft: error: {error}", file=sys.stderr)
         return 2
-    if arguments.json:
-        Path(arguments.json).write_text(
-            json.dumps({"device": name, **vars(arguments), "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
-        )
     return 0
+
+
+def describe(device: torch.device) -> str:
+    """The name of a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def write_rows(arguments: argparse.Namespace, device: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write what was found to the file that `--json` names, with what was asked for, of which device, and when. Raises OutputError."""
+    found = vars(arguments) | {"device": device, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    try:
+        Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(f"{arguments.json} cannot be written: {error.strerror or error}: name another --json file") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,9 +1,16 @@
 """The tests for a GPU keep running: here on the CPU, in a process that lacks every package which a bare PyTorch machine may lack."""
 
+import datetime
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from jobs.bench_engine import ceiling
+from jobs.bench_engine import main as bench_engine
 
 ROOT = Path(__file__).parents[1]
 LACKING = (
@@ -43,20 +50,45 @@ def test_training_needs_none_of_what_a_bare_machine_lacks() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_gpu_benchmark_runs_on_a_cpu() -> None:
+def written(file: Path) -> list[dict]:
+    """The rows that a benchmark wrote, of this device and day."""
+    found = json.loads(file.read_text())
+    assert (found["shape"], found["device"]) == ("tiny", "CPU")
+    assert datetime.date.today() - datetime.date.fromisoformat(found["date"]) <= datetime.timedelta(days=1)
+    return found["rows"]
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--seconds", "0.1", "--budgets", "50", "100"]
+    options += ["--json", str(tmp_path / "found.json")]
     done = lacking(f"from jobs.bench_gpu import main; sys.exit(main({options!r}))")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("stage1", "stage2"))]
     assert [(row[0], row[1]) for row in rows] == [("stage1", "50"), ("stage1", "100"), ("stage2", "50"), ("stage2", "100")]
     assert all(float(row[2]) > 0 for row in rows)
+    assert [(row["stage"], row["token_budget"]) for row in written(tmp_path / "found.json")] == [(1, 50), (1, 100), (2, 50), (2, 100)]
 
 
-def test_the_benchmark_of_the_engine_runs_on_a_cpu() -> None:
+def test_the_benchmark_of_the_engine_runs_on_a_cpu(tmp_path: Path) -> None:
     options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--batch-tokens", "512", "--rounds", "1"]
+    options += ["--json", str(tmp_path / "found.json")]
     done = lacking(f"from jobs.bench_engine import main; sys.exit(main({options!r}))")
     assert done.returncode == 0, done.stderr
     (row,) = (line.split() for line in done.stdout.splitlines()[2:])
     assert row[:4] == ["1", "12", "41", "3"]
     assert float(row[4]) > 0
     assert row[5:7] == ["-", "-"]
+    (found,) = written(tmp_path / "found.json")
+    assert (found["clips"], found["rtfx"], found["ceiling"]) == (12, pytest.approx(float(row[4]), abs=0.06), None)
+
+
+def test_what_is_possible_is_told_of_the_cards_that_it_was_computed_for() -> None:
+    cards = ["NVIDIA H200", "NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA H200 MIG 1g.18gb", "NVIDIA GH200 480GB", "CPU"]
+    assert [ceiling("7b", card, 10.0) for card in cards] == [1629.0, 483.0, None, None, None, None]
+    assert [ceiling(shape, "NVIDIA H200", clip_s) for shape, clip_s in [("7b", 30.0), ("7b", 5.0), ("2b", 10.0)]] == [1660.0, None, None]
+
+
+def test_a_file_that_can_not_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--batch-tokens", "128", "--rounds", "1", "--json", str(tmp_path)]
+    assert bench_engine(options) == 2
+    assert capsys.readouterr().err == f"graft: error: {tmp_path} cannot be written: Is a directory: name another --json file\n"

@@ -45,9 +45,14 @@ PEAKS: dict[tuple[str, ...], float | None] = {
 
 def device_peak_flops(name: str) -> float | None:
     """The bf16 FLOP/s of a GPU by what torch.cuda.get_device_name calls it, or by a word such as `h200`; None where unknown."""
-    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    words = name_words(name)
     peak = next((peak for key, peak in PEAKS.items() if words.issuperset(key)), None)
     return None if peak is None else peak * 1e12
+
+
+def name_words(name: str) -> frozenset[str]:
+    """The words of a GPU's name, in lower case."""
+    return frozenset(re.split(r"[^a-z0-9]+", name.lower()))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import asyncio
 import functools
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -115,6 +117,8 @@ def test_the_memory_of_a_process_and_of_those_below_it_is_seen() -> None:
     assert watched(divmod, 7, 2).result == (3, 1)
     with pytest.raises(ZeroDivisionError):
         watched(divmod, 1, 0)
+    with pytest.raises(BrokenProcessPool):
+        watched(os._exit, 1)
 
 
 def test_labelled_speech_is_read_whole_or_refused(tmp_path: Path) -> None:
@@ -155,21 +159,27 @@ def test_peers_hear_and_what_is_missing_is_told(graft: str, tmp_path: Path, caps
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_ray_keeps_pace_with_the_bare_loop(graft: str, tmp_path: Path) -> None:
-    """Where the device is the bottleneck; the wall times of a busy machine say nothing."""
+    """At the device's own rate and where it is the bottleneck. It wants idle cores."""
     file = tmp_path / "bulk.json"
-    assert bench(["bulk", "--only", "pipeline", "--model", graft, "--seconds", "20", "--json", str(file)]) == 0
-    assert json.loads(file.read_text())["pipeline"]["slowed_ray_to_bare"] > 0.9
+    assert bench(["bulk", "--only", "pipeline", "--model", graft, "--json", str(file)]) == 0
+    numbers = json.loads(file.read_text())["pipeline"]
+    assert numbers["device_ray_to_bare"] >= 0.95
+    assert numbers["slowed_ray_to_bare"] >= 0.95
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_memory_does_not_grow_with_the_archive(graft: str, tmp_path: Path) -> None:
+    """From 100 to 10,000 recordings, in ten hours of one, and with a plan of a million rows."""
     file = tmp_path / "bulk.json"
-    sizes = ["--recordings", "1000", "--hours", "2", "--rows", "100000"]
-    assert bench(["bulk", "--only", "memory", "--model", graft, *sizes, "--json", str(file)]) == 0
+    assert bench(["bulk", "--only", "memory", "--model", graft, "--json", str(file)]) == 0
     numbers = json.loads(file.read_text())["memory"]
-    assert numbers["many_more_mb"] < 50
+    assert (numbers["few_recordings"], numbers["many_recordings"], numbers["long_hours"]) == (100, 10_000, 10)
+    assert numbers["many_more_mb"] < 200
+    assert 0 < min(numbers["long_reader_mb"], numbers["long_listener_mb"])
     assert max(numbers["long_reader_mb"], numbers["long_listener_mb"]) < 2048
+    assert numbers["plan_rows"] == 1_000_000
+    assert numbers["plan_s"] < 120
     assert numbers["plan_mb"] < 1024

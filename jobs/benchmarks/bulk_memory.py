@@ -36,7 +36,8 @@ def bench_memory(graft: str, *, recordings: int, hours: float, rows: int) -> Fin
     """Measure the driver with few recordings and with so many, workers on a recording of so many hours, and a plan of so many rows."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        few, many = (_short_recordings(graft, folder / str(count), count) for count in (min(FEW, recordings), recordings))
+        few = _short_recordings(graft, folder / "few", min(FEW, recordings))
+        many = _short_recordings(graft, folder / "many", recordings)
         write_long_recording(folder / "long.wav", hours)
         long = watched(_transcribe, graft, str(folder / "long.wav"), str(folder / "long"))
         planned = _planned(folder / "plan", rows)

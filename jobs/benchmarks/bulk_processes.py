@@ -47,15 +47,18 @@ def watched(work: Callable[..., T], *arguments: object) -> Watched[T]:
     with _fresh() as pool:
         root = pool.submit(os.getpid).result()
         future = pool.submit(work, *arguments)
-        while not future.done():
+        is_done = False
+        while not is_done:
             wait([future], POLL_S)
+            is_done = future.done()  # what it holds in the end is seen once more
             for pid, process in _family(root):
                 title = seen[pid].title if process.title == IDLE and pid in seen else process.title
                 seen[pid] = replace(process, title=title)
+    result = future.result()
     own = seen.pop(root)
     titles = {process.title for process in seen.values()}
     below = {title: max(process.peak_mb for process in seen.values() if process.title == title) for title in titles}
-    return Watched(future.result(), own.peak_mb, below)
+    return Watched(result, own.peak_mb, below)
 
 
 def _fresh() -> ProcessPoolExecutor:

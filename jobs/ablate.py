@@ -1,6 +1,6 @@
 """What a setting is worth: variants of one recipe, each a small change of it, trained on the same clips and scored on the same sets.
 
-For each variant and seed: build -> stage 1 -> stage 2, the WER after each stage (not after spelling, which is not read yet), all in
+For each variant and seed: build -> stage 1 -> stage 2, the WER after each stage (after spelling the CER of what is spelled), all in
 out/VARIANT-SEED/; then ablation.json and ablation.md are written anew. What an earlier trial did with the same settings is not done
 again, and a run that was cut off goes on.
 All variants take equally many steps over the same clips when max_batch_clips bounds a batch, and token_budget never does.
@@ -23,6 +23,7 @@ from jobs import build, evaluate, stage1, stage2
 from jobs.cli import run_job
 from jobs.outputs import claim_output, holds_results, write_atomic
 from jobs.samples import audio_counts, trainable
+from jobs.spelled import score_spelling
 from jobs.train_recipe import HOW_NOT_WHAT
 
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
@@ -144,41 +145,48 @@ def _in_words(changes: Mapping[Any, Any], was: Mapping[Any, Any] | None) -> Iter
 def _result(trial: Trial, rows: RowTable) -> dict[str, Any]:
     if not holds_results(trial.build.out, build.as_trained(trial.build)):
         build.run(trial.build)
+    spells = trial.stage1.objective == "ctc"
     return {
         "audio_tokens_per_s": float(audio_counts(open_processor(trial.build.out), rows.duration_s).sum() / rows.duration_s.sum()),
-        "stage1": stage1.run(trial.stage1) | ({"scores": _scores(trial.stage1.out, trial.scoring)} if _reads(trial) else {}),
-        "stage2": stage2.run(trial.stage2) | {"scores": _scores(trial.stage2.out, trial.scoring)},
+        "stage1": stage1.run(trial.stage1) | (_spelled(trial) if spells else _scores(trial.stage1.out, trial.scoring)),
+        "stage2": stage2.run(trial.stage2) | _scores(trial.stage2.out, trial.scoring),
     }
 
 
-def _reads(trial: Trial) -> bool:
-    """Whether the language model has learned to read what stage 1 writes, so that its transcripts can be scored."""
-    return trial.stage1.objective == "transcript"
+def _spelled(trial: Trial) -> dict[str, dict[str, Any]]:
+    recipe = trial.scoring.model_copy(update={"model": trial.stage1.out, "out": f"{trial.stage1.out}-scored"})
+    return {"spelled": score_spelling(recipe, trial.stage1.letters)}
 
 
-def _scores(stage: str, recipe: evaluate.EvaluateRecipe) -> dict[str, Any]:
+def _scores(stage: str, recipe: evaluate.EvaluateRecipe) -> dict[str, dict[str, Any]]:
     """Set -> what jobs.evaluate finds of a stage there, now or in an earlier run."""
     recipe = recipe.model_copy(update={"model": stage, "out": f"{stage}-scored"})
     is_done = holds_results(recipe.out, recipe, ignore=HOW_NOT_WHAT)
     report = json.loads(Path(recipe.out, evaluate.REPORT_FILE).read_text()) if is_done else evaluate.run(recipe)
-    return {name: report["sets"][name]["graft"] for name in recipe.data}
+    return {"scores": {name: report["sets"][name]["graft"] for name in recipe.data}}
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Lay results out as Markdown, the least WER on the first set first; `a / b` is of stage 1 and of stage 2."""
     sets = list(results[0]["stage2"]["scores"])
-    wers = [f"WER {name}, stage {number}" for name in sets for number in (2, 1)]
-    rows = [["variant", "change", *wers, *COUNTS, "audio tokens/s"]]
+    titles = [f"WER {name}, stage {number}" for name in sets for number in (2, 1)]
+    rows = [["variant", "change", *titles, *COUNTS, "audio tokens/s"]]
     rows += [["---"] * len(rows[0])]
     for line in sorted(results, key=lambda line: line["stage2"]["scores"][sets[0]]["wer"]):
-        scores = (line[stage].get("scores", {}).get(name) for name in sets for stage in reversed(STAGES))
-        wers = [f"{s['wer']:.1%} [{s['wer_low']:.1%}, {s['wer_high']:.1%}]" if s else "-" for s in scores]
+        rates = [_rate(line[stage], name) for name in sets for stage in reversed(STAGES)]
         counts = [[line[stage][key] for stage in STAGES] for key in COUNTS.values()]
         numbers = [" / ".join("-" if n is None else f"{n:.4g}" if n < 1000 else f"{n:.0f}" for n in pair) for pair in counts]
-        rows += [[f"{line['variant']}-{line['seed']}", line["change"], *wers, *numbers, f"{line['audio_tokens_per_s']:.1f}"]]
+        rows += [[f"{line['variant']}-{line['seed']}", line["change"], *rates, *numbers, f"{line['audio_tokens_per_s']:.1f}"]]
     unequal = len({tuple(line[stage]["steps"] for stage in STAGES) for line in results}) > 1
     note = "\nNot all took equally many steps: raise token_budget or lower max_batch_clips, unless steps are compared.\n" if unequal else ""
     return "".join(f"| {' | '.join(row)} |\n" for row in rows) + note
+
+
+def _rate(stage: Mapping[str, Any], name: str) -> str:
+    if "spelled" in stage:
+        return f"CER {stage['spelled'][name]['cer']:.1%}"
+    rates = stage["scores"][name]
+    return f"{rates['wer']:.1%} [{rates['wer_low']:.1%}, {rates['wer_high']:.1%}]"
 
 
 if __name__ == "__main__":

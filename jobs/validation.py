@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graft.audio import AudioClip, read_audio
+from graft.corpus import RowReader, RowTable
 from graft.errors import AudioError, DataError
 from graft.model.spelling import Speller
 from graft.processor import GraftProcessor
@@ -32,7 +33,7 @@ class Validation:
         rank, workers = place()
         loader = BatchLoader(delivery)
         self.batches = [loader.load(delivery.batches[number]) for number in range(rank, len(delivery.batches), workers)]
-        of_all = itertools.islice(_readable(loader), samples)
+        of_all = itertools.islice(readable(delivery.rows, loader.reader), samples)
         self.samples = list(of_all if is_sharded else itertools.islice(of_all, rank, None, workers))
 
     def loss(self) -> float:
@@ -63,12 +64,11 @@ class Validation:
         return self.model.spell(inputs["input_features"], inputs["audio_frame_counts"])[0]
 
 
-def _readable(loader: BatchLoader) -> Iterator[tuple[str, str, AudioClip]]:
+def readable(rows: RowTable, reader: RowReader) -> Iterator[tuple[str, str, AudioClip]]:
     """Id, text and audio of the clips that can be read; the others are masked in the loss too."""
-    rows = loader.delivery.rows
     for row in range(len(rows)):
         with contextlib.suppress(AudioError, DataError):
-            wav, path = loader.reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
+            wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
             yield rows.id(row), rows.text(row), read_audio(wav, name=path or rows.id(row))
 
 

@@ -115,7 +115,7 @@ def test_variants_share_a_stage_and_go_on_after_a_fault(
     assert json.loads((out / "ablation.json").read_text()) == results
 
 
-def test_what_spells_is_not_scored_but_listed() -> None:
+def test_what_spells_is_listed_by_its_letters() -> None:
     counts = {"loss_last": 1.5, "validation_loss": 2.0, "steps": 7, "audio_s": 9.0, "seconds": 3.0}
     scores = {"test": {"wer": 0.25, "wer_low": 0.2, "wer_high": 0.3}}
     line = {
@@ -123,10 +123,10 @@ def test_what_spells_is_not_scored_but_listed() -> None:
         "seed": 0,
         "change": "-",
         "audio_tokens_per_s": 25.0,
-        "stage1": counts,
+        "stage1": counts | {"spelled": {"test": {"cer": 0.125}}},
         "stage2": counts | {"scores": scores},
     }
-    assert "| base-0 | - | 25.0% [20.0%, 30.0%] | - | 1.5 / 1.5 | 2 / 2 |" in table([line])
+    assert "| base-0 | - | 25.0% [20.0%, 30.0%] | CER 12.5% | 1.5 / 1.5 | 2 / 2 |" in table([line])
 
 
 def test_the_small_recipe_changes_one_thing_at_a_time() -> None:

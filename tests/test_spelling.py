@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from tiny_speech import flac
+from tiny_speech import corpus, flac
+from tiny_speech import row as corpus_row
 
 from graft.audio import read_audio
 from graft.errors import ModelError
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.spelling import LETTERS, Speller
 from graft.processor import GraftProcessor
+from graft.scoring import score
 from graft.stages import Computing, Stage, learner, make_backend, stage_model
+from jobs.evaluate import EvaluateRecipe
+from jobs.spelled import score_spelling
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +106,16 @@ def test_letters_that_cannot_be_spelled_are_named(graft: str) -> None:
         model, processor = stage_model(stage, graft, Computing())
         with pytest.raises(ModelError, match=message):
             learner(model, stage, computing, processor)
+
+
+def test_what_a_stage_spells_is_scored_once(graft: str, tmp_path: Path) -> None:
+    rows = [corpus_row(f"c{seed}", seed) for seed in range(3)]
+    recipe = EvaluateRecipe(model=graft, data={"test": corpus(tmp_path / "test.parquet", rows)}, out=str(tmp_path / "scored"), limit=2)
+    speller, processor = speller_of(graft)
+    inputs = [processor(audio=read_audio(row["wav"]["bytes"])) for row in rows[:2]]
+    heard = [speller.eval().spell(clip["input_features"], clip["audio_frame_counts"])[0] for clip in inputs]
+    scores = {"test": score([speller.spelled(row["text"]) for row in rows[:2]], heard).to_dict()}
+    assert scores["test"]["cer"] > 0
+    assert score_spelling(recipe, LETTERS) == scores
+    (tmp_path / "test.parquet").unlink()
+    assert score_spelling(recipe, LETTERS) == scores

@@ -3,23 +3,21 @@
 upload on disk -> the process with the least to do (bounded in time and memory) -> decode, find speech, cut -> chunks
 """
 
-import asyncio
-import logging
-import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from pebble import ProcessExpired, ProcessPool
 from pydantic import BaseModel, ConfigDict, Field
 
 from graft.audio import AudioClip
 from graft.chunking import Chunk, Chunker, ChunkSettings
 from graft.errors import AudioError
 from graft.speech import SpeechSettings
+from serve.isolation import Failed, Isolated
+from serve.logs import LOG
 
-LOG = logging.getLogger("graft.serve")
 DAMAGED = "file: can't be decoded: convert it, e.g. `ffmpeg -i IN OUT.flac`"
 UPLOADS_PER_PROCESS = 1_000
 """Then a fresh process takes over: what decoders leak does not add up."""
@@ -58,13 +56,23 @@ class Decoder:
     """Decodes uploads. Call `close` to end its processes."""
 
     def __init__(self, args: DecodeArgs) -> None:
+        self._timeout_s = args.timeout_s
         self._processes = [_Process(args) for _ in range(args.processes)]
 
     async def __call__(self, path: str) -> Decoded:
-        """Decode and cut an upload. Raises AudioError for one that can't be, or is too long; the process of a cancelled one is ended."""
+        """Decode and cut an upload; the process of a cancelled one is ended. Raises AudioError for one that can't be, or is too long."""
         size = os.path.getsize(path)
         open_to_it = self._processes[1:] if size > SHORT_BYTES else self._processes
-        return await min(open_to_it or self._processes, key=lambda process: process.waiting_bytes).decode(path, size)
+        try:
+            decoded = await min(open_to_it or self._processes, key=lambda process: process.waiting_bytes).decode(path, size)
+        except TimeoutError as error:
+            raise AudioError(f"file: not decoded within {self._timeout_s:g} s: cut it") from error
+        except Failed as error:  # its process died, had too little memory, or met what no decoder foresaw
+            LOG.warning("a decoder failed on an upload: %s", error)
+            raise AudioError(DAMAGED) from error
+        if isinstance(decoded, AudioError):
+            raise decoded
+        return decoded
 
     def close(self) -> None:
         """End the processes, whatever they do."""
@@ -72,83 +80,51 @@ class Decoder:
             process.close()
 
 
-class _Process:
-    """One process and the uploads that wait for it; it is replaced when it dies."""
+class _Process(Isolated["Decoded | AudioError"]):
+    """A process that decodes, and the bytes that wait for it."""
 
     def __init__(self, args: DecodeArgs) -> None:
-        self._args = args
-        self._pool = self._start()
+        super().__init__(partial(_opened, args), timeout_s=args.timeout_s, most=UPLOADS_PER_PROCESS, preloaded=PRELOADED)
         self.waiting_bytes = 0
 
-    async def decode(self, path: str, size: int) -> Decoded:
+    async def decode(self, path: str, size: int) -> Decoded | AudioError:
         self.waiting_bytes += size
         try:
-            try:
-                return await self._decode(path)
-            except ProcessExpired:  # perhaps of another upload, whose turn it still was
-                return await self._decode(path)
-        except TimeoutError as error:
-            raise AudioError(f"file: not decoded within {self._args.timeout_s:g} s: cut it") from error
-        except AudioError:
-            raise
-        except Exception as error:  # the process died, had too little memory, or met what no decoder foresaw
-            LOG.warning("a decoder failed on an upload: %s", type(error).__name__)
-            raise AudioError(DAMAGED) from error
+            return await self.call(path)
         finally:
             self.waiting_bytes -= size
 
-    def close(self) -> None:
-        self._pool.stop()
-        self._pool.join()
 
-    async def _decode(self, path: str) -> Decoded:
-        if not self._pool.active:  # it broke, as where memory is too short to start a process
-            self._pool = self._start()
-        future = self._pool.schedule(_decode, args=(path, self._args.max_duration_s), timeout=self._args.timeout_s)
-        return await asyncio.wrap_future(future)
+def _opened(args: DecodeArgs) -> Callable[[str], Decoded | AudioError]:
+    """What decodes, once the process is ready: it has loaded what that takes, and has its memory bounded.
 
-    def _start(self) -> ProcessPool:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        pool = ProcessPool(
-            max_workers=1,
-            max_tasks=UPLOADS_PER_PROCESS,
-            initializer=_prepare,
-            initargs=(self._args.memory_bytes, self._args.speech, self._args.chunks),
-            context=context,
-        )
-        pool.schedule(os.getpid)  # starts the process now, not at the first upload
-        return pool
-
-
-_cut: Callable[[AudioClip], list[Chunk]]
-
-
-def _prepare(memory_bytes: int, speech: SpeechSettings, chunks: ChunkSettings) -> None:
-    """Make a process ready: load what it needs, bound its memory, and keep what decoders print, and what crashes leave, to itself."""
+    It keeps to itself what decoders print, and what crashes leave.
+    """
     import resource
 
     import torch
 
     import graft.decoding  # noqa: F401 - before memory is bounded
+    from graft.audio import read_audio
 
-    global _cut
     torch.set_num_threads(1)
-    _cut = Chunker(speech, chunks)
-    _cut(AudioClip(np.zeros(16_000, np.float32)))
-    most = _address_space() + memory_bytes
+    cut = Chunker(args.speech, args.chunks)
+    cut(AudioClip(np.zeros(16_000, np.float32)))
+    most = _address_space() + args.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
 
+    def decode(path: str) -> Decoded | AudioError:
+        try:
+            clip = read_audio(path, name="file", max_s=args.max_duration_s)
+        except AudioError as error:
+            return error
+        return Decoded(clip.duration_s, [_own(chunk) for chunk in cut(clip)])
 
-def _decode(path: str, max_duration_s: float) -> Decoded:
-    from graft.audio import read_audio
-
-    clip = read_audio(path, name="file", max_s=max_duration_s)
-    return Decoded(clip.duration_s, [_own(chunk) for chunk in _cut(clip)])
+    return decode
 
 
 def _own(chunk: Chunk) -> Chunk:

@@ -74,9 +74,10 @@ def run(recipe: AblateRecipe) -> None:
     rows, _ = trainable(read_rows(recipe.data))
     out = claim_output(recipe.out, recipe.model_copy(update={"variants": {}, "seeds": [0]}))  # these may grow
     results: list[dict[str, Any]] = []
+    unchanged = _trial(recipe, BASE, {}, 0, {})
     for trial in planned:
         changes = recipe.variants.get(trial.variant, {})
-        change = ", ".join(_in_words(changes, {job: getattr(planned[0], job).model_dump() for job in changes})) or "-"
+        change = ", ".join(_in_words(changes, {job: getattr(unchanged, job).model_dump() for job in changes})) or "-"
         print(f"\n== {trial.variant}-{trial.seed}, {len(results) + 1} of {len(planned)}: {change}", flush=True)
         results.append({"variant": trial.variant, "seed": trial.seed, "change": change, **_result(trial, rows)})
         write_atomic(out / RESULT_FILE, json.dumps(results, indent=2) + "\n")

@@ -9,7 +9,7 @@ GET /docs                        all of it, described
 import hashlib
 import re
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Form, Header, Response
@@ -80,21 +80,22 @@ def transcription_api(
     ) -> Response:
         about = await service.listener.about()
         asked = _asked(form, about)
-        if form.stream:
-            async with saved(form.file) as path:  # until its first text has come: then it is decoded
-                return await _streamed(service, path, asked)
+        async with AsyncExitStack() as files:
+            path = await files.enter_async_context(saved(form.file))
 
-        async def answer() -> Response:
-            async with saved(form.file) as path:
-                return _answered(form, await service.transcribe(path, asked), about)
+            async def answer(own: AsyncExitStack) -> Response:
+                async with own:
+                    return _answered(form, await service.transcribe(path, asked, model=about.name), about)
 
-        if idempotency_key is None:
-            return await answer()
-        own = hashlib.sha256(f"{key and key.credentials} {idempotency_key}".encode()).hexdigest()
-        try:
-            return await answers.once(own, f"{await digest(form.file)} {form.model_dump(exclude={'file'})}", answer)
-        except KeyReused as error:
-            raise Refusal(409, "the idempotency key belongs to another request", code="idempotency_key_reused") from error
+            if form.stream:
+                return await _streamed(service, path, asked)  # the first text: the file has been decoded
+            if idempotency_key is None:
+                return await answer(files.pop_all())
+            request = f"{await digest(path)} {form.model_dump(exclude={'file'})}"
+            try:
+                return await answers.once(_own(idempotency_key, key), request, lambda: answer(files.pop_all()))
+            except KeyReused as error:
+                raise Refusal(409, "the idempotency key belongs to another request", code="idempotency_key_reused") from error
 
     @api.get("/v1/models", **protected)
     async def models() -> ModelList:
@@ -115,6 +116,11 @@ def transcription_api(
         return {"status": "ready"}
 
     return api
+
+
+def _own(idempotency_key: str, key: HTTPAuthorizationCredentials | None) -> str:
+    """An idempotency key apart from the same one of other clients."""
+    return hashlib.sha256(f"{key and key.credentials} {idempotency_key}".encode()).hexdigest()
 
 
 def _asked(form: TranscriptionForm, about: About) -> Asked:

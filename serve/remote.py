@@ -2,19 +2,20 @@
 
 import asyncio
 import contextlib
+import contextvars
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from graft.chunking import Chunk
 from graft.transcript import Segment
 from serve.logs import LOG
-from serve.service import About, Asked, NotReady
+from serve.service import UNHEARD, About, Asked, NotReady
 
 TRIES = 2
 """Of a chunk whose engine died: what kills two is not sent to a third."""
@@ -37,19 +38,24 @@ class RemoteListener:
         self._streams = engine.options(stream=True)
         self._about: About | None = None
         self._asked_at = 0.0
-        self._asking = asyncio.Lock()
+        self._asking: asyncio.Task[None] | None = None
 
     async def about(self) -> About:
-        """See Listener. While all engines are busy, what one told before holds. Raises NotReady."""
-        async with self._asking:
-            if self._about is None or time.monotonic() - self._asked_at > FRESH_S:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(PATIENCE_S):
-                        self._about = await self._ask()
-                self._asked_at = time.monotonic()
+        """See Listener. What an engine told last holds while it is asked again, also where all are busy or dead. Raises NotReady."""
+        if self._about is None or time.monotonic() - self._asked_at > FRESH_S:
+            if self._asking is None or self._asking.done():  # one asks for all, and is not cancelled with the request that made it ask
+                self._asking = asyncio.create_task(self._refresh(), context=contextvars.Context())
             if self._about is None:
-                raise NotReady
-            return self._about
+                await asyncio.wait([self._asking])
+        if self._about is None:
+            raise NotReady
+        return self._about
+
+    async def _refresh(self) -> None:
+        with contextlib.suppress(TimeoutError, NotReady):
+            async with asyncio.timeout(PATIENCE_S):
+                self._about = await self._ask()
+        self._asked_at = time.monotonic()
 
     async def _ask(self) -> About:
         try:
@@ -57,7 +63,7 @@ class RemoteListener:
                 return await self._engine.about.remote()
             except RayActorError:  # it has just died: the next one tells
                 return await self._engine.about.remote()
-        except (RayActorError, RayServeException) as error:
+        except (RayActorError, RayServeException, RayTaskError) as error:
             raise NotReady from error
 
     async def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
@@ -79,15 +85,21 @@ class RemoteListener:
                         if rest := heard[len(told) :]:
                             yield rest
                             told = heard
+                raise RuntimeError(UNHEARD)
             except DIED as error:
                 LOG.warning("an engine died", extra={"chunk_start_s": chunk.start_s, "tries_left": left})
                 if not left:
                     raise NotReady from error
+            except RayServeException as error:
+                raise NotReady from error
 
     async def _parts(self, chunk: Chunk, asked: Asked, stream: bool) -> AsyncGenerator[Any, None]:
+        """What an engine says. Raises what went wrong there as it was: Ray's own message has the engine's traceback, with its paths."""
         response: Any = self._streams.hear.remote(chunk, asked, stream=stream)
         try:
             async for part in response:
                 yield part
+        except RayTaskError as error:
+            raise error.cause from None
         finally:
             response.cancel()

@@ -17,6 +17,7 @@ from serve.observing import Observer
 
 CHUNKS_PER_REQUEST = 4
 """Of one request in the engine at a time: the hours of one client do not stand before the seconds of another."""
+UNHEARD = "a chunk was heard without a segment"
 
 
 class Busy(Exception):
@@ -73,12 +74,16 @@ class Service:
         self._max_requests = max_requests
         self._max_queued_s = max_queued_s
         self.requests = 0
-        self.queued_s = 0.0
+        self._spoken_s: list[float] = []
 
-    async def transcribe(self, path: str, asked: Asked) -> Transcript:
-        """Transcribe a file. Raises AudioError, Busy."""
+    @property
+    def queued_s(self) -> float:
+        """Seconds of speech in hand."""
+        return sum(self._spoken_s)  # one that is added to and taken from need not come back to 0
+
+    async def transcribe(self, path: str, asked: Asked, *, model: str) -> Transcript:
+        """Transcribe a file; `model` is what the transcript says who heard it. Raises AudioError, Busy, NotReady, ModelError."""
         start = time.monotonic()
-        about = await self.listener.about()
         async with self._admitted(path) as decoded:
             slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
 
@@ -91,8 +96,10 @@ class Service:
                     parts = [tasks.create_task(heard(chunk)) for chunk in decoded.chunks]
             except ExceptionGroup as failed:
                 raise failed.exceptions[0] from None
+            if any(part.cancelled() for part in parts):  # by whoever hears; if this request were, it would not come here
+                raise RuntimeError(UNHEARD)
             self._observer.transcribed(decoded.duration_s, time.monotonic() - start)
-            return stitch([part.result() for part in parts], duration_s=decoded.duration_s, model=about.name)
+            return stitch([part.result() for part in parts], duration_s=decoded.duration_s, model=model)
 
     async def parts(self, path: str, asked: Asked) -> AsyncGenerator[str, None]:
         """Yield the text of a file in parts, in order, as they come; joined they are its transcript's text. Raises as `transcribe`."""
@@ -120,11 +127,11 @@ class Service:
             spoken_s = sum(chunk.clip.duration_s for chunk in decoded.chunks)
             if self.queued_s and self.queued_s + spoken_s > self._max_queued_s:
                 raise Busy(self._retry_after_s())
-            self.queued_s += spoken_s
+            self._spoken_s.append(spoken_s)
             try:
                 yield decoded
             finally:
-                self.queued_s -= spoken_s
+                self._spoken_s.remove(spoken_s)
         finally:
             self.requests -= 1
 
@@ -137,7 +144,7 @@ async def _segment_of(hearing: AsyncGenerator[str | Segment, None]) -> Segment:
         async for part in parts:
             if isinstance(part, Segment):
                 return part
-    raise RuntimeError("a chunk was heard without a segment")
+    raise RuntimeError(UNHEARD)
 
 
 async def _in_order(chunks: Sequence[Chunk], listener: Listener, asked: Asked) -> AsyncGenerator[str, None]:
@@ -152,6 +159,8 @@ async def _in_order(chunks: Sequence[Chunk], listener: Listener, asked: Asked) -
                     outbox.put_nowait(part)
         except Exception as error:
             outbox.put_nowait(error)
+        finally:  # whoever has the segment, or an error, reads no further
+            outbox.put_nowait(RuntimeError(UNHEARD))
 
     tasks = [asyncio.create_task(hear(chunk, outbox)) for chunk, outbox in zip(chunks, outboxes, strict=True)]
     space = ""

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
@@ -14,21 +13,17 @@ from fastapi import UploadFile
 @asynccontextmanager
 async def saved(upload: UploadFile) -> AsyncIterator[str]:
     """The path of a copy."""
-    with tempfile.NamedTemporaryFile(prefix="graft-upload-", delete=False) as file:
-        try:
-            await asyncio.to_thread(shutil.copyfileobj, upload.file, file, 2**20)
-            file.flush()
-            yield file.name
-        finally:
-            os.unlink(file.name)
+    with tempfile.NamedTemporaryFile(prefix="graft-upload-") as file:
+        await asyncio.to_thread(shutil.copyfileobj, upload.file, file, 2**20)
+        file.flush()
+        yield file.name
 
 
-async def digest(upload: UploadFile) -> str:
-    """What tells an upload from others."""
+async def digest(path: str) -> str:
+    """What tells a file from others."""
 
     def read() -> str:
-        whole = hashlib.file_digest(upload.file, "sha256").hexdigest()  # type: ignore[arg-type]
-        upload.file.seek(0)
-        return whole
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     return await asyncio.to_thread(read)

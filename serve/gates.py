@@ -26,7 +26,7 @@ class Gate:
         self._receiving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(GUARDED):
+        if scope["type"] != "http" or not _route(scope).startswith(GUARDED):
             await self._app(scope, receive, send)
             return
         try:
@@ -61,6 +61,12 @@ class Gate:
             await self._app(scope, counting, send)
         finally:
             self._receiving -= left
+
+
+def _route(scope: Scope) -> str:
+    """The address as the API declares it: without what it is mounted under (Ray Serve's route_prefix)."""
+    root, path = scope.get("root_path", ""), str(scope["path"])
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 class UploadLimit:

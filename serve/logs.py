@@ -31,18 +31,24 @@ class RequestLog:
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("ascii", "replace")
         request_id = given if re.fullmatch(r"[\w.-]{1,100}", given) else uuid.uuid4().hex
-        start, status = time.monotonic(), GONE
+        start, status, has_left = time.monotonic(), GONE, False
+
+        async def received() -> Message:
+            nonlocal has_left
+            message = await receive()
+            has_left = has_left or message["type"] == "http.disconnect"
+            return message
 
         async def answered(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = GONE if has_left else message["status"]
                 if self._tells_id:
                     message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
-            await self._app(scope, receive, answered)
+            await self._app(scope, received, answered)
         except Exception:  # answered further out
             status = 500
             raise

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import tempfile
 import threading
-import time
 import tracemalloc
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,11 @@ import pytest
 import requests
 import tiny
 import tiny_media
-from tiny_http import decoder, listener, served
+import tiny_words
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from tiny_faults import until
+from tiny_http import api_of, decoder, listener, running, served
 
 from graft.chunking import Chunk
 from graft.errors import RecipeError
@@ -29,6 +32,8 @@ from graft.transcript import Segment
 from serve.decoding import Decoder
 from serve.keys import VARIABLE, Keys
 from serve.local import LocalListener
+from serve.logs import GONE
+from serve.observing import Observer
 from serve.service import About, Asked
 
 KEY, OTHER = "sk-test-one", "sk-test-two"
@@ -57,7 +62,7 @@ def decoding() -> Iterator[Decoder]:
 
 @pytest.fixture(scope="module")
 def url(decoding, hearing) -> Iterator[str]:
-    with served(decoding, hearing, keys=(KEY, OTHER), max_upload_bytes=MAX_UPLOAD, max_upload_s=2) as address:
+    with served(decoding, hearing, keys=(KEY, OTHER), max_upload_bytes=MAX_UPLOAD) as address:
         yield address
 
 
@@ -67,13 +72,6 @@ def uploads(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield tmp_path
     until(lambda: not list(tmp_path.glob("graft-upload-*")))
-
-
-def until(holds) -> None:
-    end = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def post(url, data=None, *, file=CLIP, key=KEY, headers=None, **options) -> requests.Response:
@@ -141,6 +139,18 @@ def test_keys_are_asked_for_everywhere_but_for_health(url):
         assert requests.get(f"{url}/v1/models", headers={"Authorization": f"bearer {key}"}, timeout=10).status_code == 200
 
 
+def test_keys_are_asked_for_under_any_address(decoding, hearing):
+    """As Ray Serve mounts what has a route_prefix."""
+    api = api_of(decoding, hearing, keys=(KEY,))
+    for prefix in ("/asr", "/v", "/v1", "/a/v1"):
+        with running(Starlette(routes=[Mount(prefix, api)])) as url:
+            assert requests.get(f"{url}{prefix}/v1/models", timeout=10).status_code == 401
+            assert fault_of(post(url + prefix, key=OTHER), 401)
+            assert post(url + prefix).status_code == 200
+            for path in ("/healthz", "/openapi.json"):
+                assert requests.get(url + prefix + path, timeout=10).status_code == 200
+
+
 def test_a_key_is_checked_before_the_upload_comes(url):
     for key, status in {"sk-unknown": 401, KEY: 413}.items():
         connection = Connection(url, "Content-Length: 100000000", key=key)
@@ -182,13 +192,36 @@ def test_an_upload_is_never_all_in_memory(decoding, hearing, tmp_path):
     assert most < 6_000_000
 
 
-def test_an_upload_that_does_not_come_is_refused(url):
-    connection = Connection(url, "Content-Length: 1000")
-    connection.send(b"--x\r\n")
-    status, fault = connection.answer()
-    assert status == 408
-    assert "took over 2 s" in fault["message"]
-    connection.close()
+def test_an_upload_that_does_not_come_is_refused(decoding, hearing):
+    with served(decoding, hearing, max_upload_s=2) as url:
+        connection = Connection(url, "Content-Length: 1000")
+        connection.send(b"--x\r\n")
+        status, fault = connection.answer()
+        assert status == 408
+        assert "took over 2 s" in fault["message"]
+        connection.close()
+
+
+class Seen(Observer):
+    """Keeps the statuses of answers."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+
+    def answered(self, endpoint: str, status: int, seconds: float) -> None:
+        self.statuses.append(status)
+
+
+def test_who_leaves_while_the_upload_comes_is_told_of_as_gone(decoding, hearing):
+    seen = Seen()
+    with served(decoding, hearing, observer=seen) as url:
+        connection = Connection(url, "Content-Length: 1000")
+        connection.send(b"--x\r\n")
+        connection.close()
+        until(lambda: bool(seen.statuses))
+        post(url, file=b"no audio")
+        until(lambda: len(seen.statuses) > 1)
+    assert seen.statuses == [GONE, 400]
 
 
 def test_uploads_that_are_coming_take_places(decoding, hearing):
@@ -341,6 +374,22 @@ def test_words_are_asked_for_by_prompt_or_keywords_and_stand_in_no_answer(url, h
         assert post(url, {"prompt": prompt}, file=silence).json()["text"] == ""
         assert "data: " in (events := post(url, {"prompt": prompt, "stream": "true"}, file=silence).text)
         assert json.loads(events.removeprefix("data: ")) == {"type": "transcript.text.done", "text": ""}
+
+
+def test_words_have_times_where_an_aligner_is_loaded(decoding, folder, tmp_path):
+    words = {"timestamp_granularities[]": "word"}
+    aligner = tiny_words.save_ctc(tmp_path / "ctc", tiny_words.VOCABULARY)
+    with listener(folder, aligner=str(aligner)) as timing, served(decoding, timing) as url:
+        told = post(url, words | {"response_format": "verbose_json"}, file=LONGER).json()
+        assert [word["word"] for word in told["words"]] == told["text"].split()
+        times = [time for word in told["words"] for time in (word["start"], word["end"])]
+        assert times == sorted(times)
+        assert 0 <= times[0] < times[-1] <= told["duration"]
+        plain = post(url, {"response_format": "verbose_json"}, file=LONGER).json()
+        assert (plain["words"], plain["text"]) == (None, told["text"])
+        subtitles = post(url, words | {"response_format": "srt"}, file=LONGER).text
+        assert subtitles.startswith("1\n00:00:0")
+        assert fault_of(post(url, words, file=LONGER), 400)["param"] == "timestamp_granularities[]"
 
 
 def test_what_no_decoder_foresaw_is_bad_audio(url):

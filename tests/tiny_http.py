@@ -9,6 +9,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from graft.transcriber import load
 from serve.api import transcription_api
@@ -31,9 +32,9 @@ def decoder(**args: Any) -> Iterator[Decoder]:
 
 
 @contextlib.contextmanager
-def listener(folder: Path) -> Iterator[LocalListener]:
+def listener(folder: Path, **options: Any) -> Iterator[LocalListener]:
     """Whoever hears with a graft."""
-    local = LocalListener(load(folder))
+    local = LocalListener(load(folder, **options))
     try:
         yield local
     finally:
@@ -43,13 +44,17 @@ def listener(folder: Path) -> Iterator[LocalListener]:
 @contextlib.contextmanager
 def served(decoding: Decoder, hearing: Listener, *, keys: tuple[str, ...] = (), limits: Any = None, **settings: Any) -> Iterator[str]:
     """The address of a service of these; what `limits` and `settings` leave out is generous."""
-    service = Service(decoding, hearing, **LIMITS | (limits or {}))
-    with running(transcription_api(service, keys=Keys(list(keys)), **{"max_upload_bytes": 25_000_000} | settings)) as url:
+    with running(api_of(decoding, hearing, keys=keys, limits=limits, **settings)) as url:
         yield url
 
 
+def api_of(decoding: Decoder, hearing: Listener, *, keys: tuple[str, ...] = (), limits: Any = None, **settings: Any) -> FastAPI:
+    service = Service(decoding, hearing, **LIMITS | (limits or {}))
+    return transcription_api(service, keys=Keys(list(keys)), **{"max_upload_bytes": 25_000_000} | settings)
+
+
 @contextlib.contextmanager
-def running(api: FastAPI) -> Iterator[str]:
+def running(api: ASGIApp) -> Iterator[str]:
     """The address of an application."""
     server = uvicorn.Server(uvicorn.Config(api, port=0, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)

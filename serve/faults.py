@@ -1,6 +1,5 @@
 """What goes wrong, in OpenAI's shape: an answer for each exception that may reach the API, without paths, tracebacks or keys."""
 
-import logging
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graft.errors import AudioError, AudioTooLong, ModelError
+from serve.logs import LOG
 from serve.schema import Fault, FaultAnswer, FaultKind
 from serve.service import Busy, NotReady
 
@@ -26,7 +26,6 @@ FAULTS: dict[int | str, dict[str, Any]] = {
     503: {"model": FaultAnswer, "description": "No model is loaded just now"},
 }
 SERVER_FAULT = Fault(message="the server failed on this request: try again", type="server_error", code="internal_error")
-LOG = logging.getLogger("graft.serve")
 
 
 class Refusal(HTTPException):

@@ -5,7 +5,7 @@ cluster/dashboard.json draws them.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -22,13 +22,12 @@ class RequestMetrics(Observer):
     """See Observer. Of an ingress replica."""
 
     def __init__(self) -> None:
-        self._answered = _counter(
-            "graft_requests", "Requests answered, by endpoint and status; 499: the client left before.", "endpoint", "status"
-        )
-        self._latency = _histogram("graft_request_seconds", "From a request to the end of its answer.", SECONDS, "endpoint")
-        self._first_text = _histogram("graft_first_text_seconds", "From an upload to the first text of its stream.", SECONDS)
-        self._speed = _histogram("graft_request_rtfx", "Seconds of an upload per second that its transcript took.", SPEEDS)
-        self._audio = _counter("graft_audio_seconds", "Seconds of uploads transcribed.")
+        told = "Requests answered, by endpoint and status; 499: the client left before."
+        self._answered = Counter("graft_requests", told, ("endpoint", "status"))  # type: ignore[arg-type]  # Ray says that there is one tag
+        self._latency = Histogram("graft_request_seconds", "From a request to the end of its answer.", list(SECONDS), ("endpoint",))
+        self._first_text = Histogram("graft_first_text_seconds", "From an upload to the first text of its stream.", list(SECONDS))
+        self._speed = Histogram("graft_request_rtfx", "Seconds of an upload per second that its transcript took.", list(SPEEDS))
+        self._audio = Counter("graft_audio_seconds", "Seconds of uploads transcribed.")
         self._requests = Gauge("graft_requests_in_hand", "Uploads that an ingress has in hand.")
         self._queue = Gauge("graft_queue_seconds", "Seconds of speech that an ingress has in hand.")
 
@@ -58,11 +57,11 @@ class EngineMetrics:
     def __init__(self) -> None:
         self._running = Gauge("graft_batch_size", "Chunks that decode together.")
         self._waiting = Gauge("graft_waiting_chunks", "Chunks that wait to be decoded.")
-        self._prefills = _counter("graft_prefills", "Times that clips were encoded and their prompts read.")
-        self._steps = _counter("graft_steps", "Steps that gave each chunk of a batch a token.")
-        self._tokens = _counter("graft_tokens", "Tokens of answers.")
-        self._busy = _counter("graft_busy_seconds", "Seconds that prefills and steps took.")
-        self._heard = _counter("graft_heard_seconds", "Seconds of chunks heard.")
+        self._prefills = Counter("graft_prefills", "Times that clips were encoded and their prompts read.")
+        self._steps = Counter("graft_steps", "Steps that gave each chunk of a batch a token.")
+        self._tokens = Counter("graft_tokens", "Tokens of answers.")
+        self._busy = Counter("graft_busy_seconds", "Seconds that prefills and steps took.")
+        self._heard = Counter("graft_heard_seconds", "Seconds of chunks heard.")
         self._last = NOTHING
 
     def heard(self, audio_s: float) -> None:
@@ -86,14 +85,6 @@ async def every_second(look: Callable[[], None]) -> None:
     while True:
         look()
         await asyncio.sleep(1)
-
-
-def _counter(name: str, description: str, *tags: str) -> Counter:
-    return Counter(name, description, tags)  # type: ignore[arg-type]  # Ray says that there is one tag
-
-
-def _histogram(name: str, description: str, bounds: Sequence[float], *tags: str) -> Histogram:
-    return Histogram(name, description, list(bounds), tags)  # type: ignore[arg-type]
 
 
 def _add(counter: Counter, amount: float) -> None:

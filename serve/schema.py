@@ -29,7 +29,7 @@ class TranscriptionForm(BaseModel):
     """Words that may occur, one each; with those of `prompt`."""
     response_format: ResponseFormat = "json"
     timestamp_granularities: list[Literal["word", "segment"]] = Field(default=["segment"], alias="timestamp_granularities[]")
-    """With verbose_json: `word` adds the times of words, where an aligner is loaded."""
+    """With verbose_json, `word` adds the times of words, with srt and vtt it gives each word its time, where an aligner is loaded."""
     temperature: Annotated[float, Field(ge=0, le=1)] = 0
     """0 alone: decoding is greedy, so that a request has one answer."""
     stream: bool = False

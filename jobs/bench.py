@@ -4,6 +4,7 @@ features    FLAC -> log-mel on one core, beside soundfile + transformers' extrac
 train       training steps beside the reference system's and AudioFlamingo3's, Ray's feeding beside a bare loop, two workers beside one
 serve       the service beside its engine offline, under load, beside other servers, and with engines that come and go
 bulk        Ray's transcription beside a bare loop, graft beside other transcribers, memory, and what batches change in bf16
+scale       one run's batches split over 64 stand-ins for workers, and Ray Train with four workers
 """
 
 import argparse
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 TRAIN_PARTS = ("step", "gains", "ingest", "workers")
 BULK_PARTS = ("pipeline", "peers", "memory", "bf16")
 SERVE_PARTS = ("saturation", "servers", "replicas")
+SCALE_PARTS = ("split", "real", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", metavar="FILE", help="also write the numbers there")
     common.add_argument("--debug", action="store_true", help="show tracebacks")
+    listening = argparse.ArgumentParser(add_help=False)
+    listening.add_argument("--model", metavar="DIR", help="a trained graft; without one, what it would say is left out")
+    listening.add_argument("--speech", metavar="FILE", nargs="+", help="manifests of labelled clips (default: the bundled prompts)")
+    listening.add_argument("--threads", type=int, default=1, help="of each model (default: %(default)s)")
     parser = argparse.ArgumentParser(prog="python -m jobs.bench", description="Measure a part of graft.")
     benchmarks = parser.add_subparsers(metavar="NAME", required=True)
 
@@ -58,11 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--repetitions", type=int, default=3, help="of steps (default: %(default)s)")
     train.set_defaults(benchmark=_train)
 
-    bulk = benchmarks.add_parser("bulk", parents=[common], help="bulk transcription (10 minutes on 2 idle cores)")
+    bulk = benchmarks.add_parser("bulk", parents=[common, listening], help="bulk transcription (10 minutes on 2 idle cores)")
     _add_only(bulk, BULK_PARTS)
-    bulk.add_argument("--model", metavar="DIR", help="a trained graft; without one, what it would say is left out")
-    bulk.add_argument("--speech", metavar="FILE", nargs="+", help="manifests of labelled clips (default: the bundled prompts)")
-    bulk.add_argument("--threads", type=int, default=1, help="of each transcriber (default: %(default)s)")
     bulk.add_argument("--seconds", type=float, default=30.0, help="of each turn of a pipeline (default: %(default)s)")
     bulk.add_argument("--repetitions", type=int, default=1, help="of its turns (default: %(default)s)")
     bulk.add_argument("--recordings", type=int, default=10_000, help="short ones, for the driver's memory (default: %(default)s)")
@@ -70,14 +73,20 @@ def _parser() -> argparse.ArgumentParser:
     bulk.add_argument("--rows", type=int, default=1_000_000, help="of a plan (default: %(default)s)")
     bulk.set_defaults(benchmark=_bulk)
 
-    serve = benchmarks.add_parser("serve", parents=[common], help="the service (15 minutes on 2 idle cores)")
+    serve = benchmarks.add_parser("serve", parents=[common, listening], help="the service (15 minutes on 2 idle cores)")
     _add_only(serve, SERVE_PARTS)
-    serve.add_argument("--model", metavar="DIR", help="a trained graft; without one, what it would say is left out")
-    serve.add_argument("--speech", metavar="FILE", nargs="+", help="manifests of labelled clips (default: the bundled prompts)")
-    serve.add_argument("--threads", type=int, default=1, help="of each engine (default: %(default)s)")
     serve.add_argument("--clients", type=int, default=32, help="that saturate the service (default: %(default)s)")
     serve.add_argument("--seconds", type=float, default=60.0, help="of each load (default: %(default)s)")
     serve.set_defaults(benchmark=_serve)
+
+    scale = benchmarks.add_parser("scale", parents=[common], help="more and more training workers (10 minutes on 2 idle cores)")
+    _add_only(scale, SCALE_PARTS)
+    scale.add_argument("--graft", metavar="DIR", help="whose widths and words to take; by default one is built from the bundled weights")
+    scale.add_argument("--consumers", type=int, nargs="+", help="stand-ins for workers (default: 1 8 64)")
+    scale.add_argument("--workers", type=int, nargs="+", help="of training runs (default: 1 2 4)")
+    scale.add_argument("--seconds", type=float, default=20.0, help="of each split, about (default: %(default)s)")
+    scale.add_argument("--steps", type=int, default=60, help="of each training run (default: %(default)s)")
+    scale.set_defaults(benchmark=_scale)
     return parser
 
 
@@ -120,6 +129,14 @@ def _serve(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("model", "speech", "threads", "clients", "seconds")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return _told(bench_serve(ServeBench(arguments.only, **given)))
+
+
+def _scale(arguments: argparse.Namespace) -> dict[str, Any]:
+    from jobs.benchmarks.scale import ScaleBench, bench_scale
+
+    names = ("graft", "consumers", "workers", "seconds", "steps")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return _told(bench_scale(ScaleBench(arguments.only, **given)))
 
 
 def _told(parts: "Iterable[tuple[str, Findings]]") -> dict[str, Any]:

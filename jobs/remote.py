@@ -37,7 +37,6 @@ def trainer(
 ) -> Any:
     """Make a TorchTrainer whose workers get a dataset's blocks in order; `dataset` may be what makes one at every start of the workers."""
     import ray.train
-    from ray.data import ExecutionOptions
     from ray.train.torch import TorchTrainer
 
     each = {"CPU": 1.0, **({"GPU": 1.0} if gpu else {}), **one_of(resource)}
@@ -49,15 +48,28 @@ def trainer(
             name=f"attempt-{time.time_ns()}", storage_path=storage, failure_config=ray.train.FailureConfig(max_failures=retries)
         ),
         datasets={"train": dataset},
-        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        dataset_config=in_order(),
     )
+
+
+def in_order() -> Any:
+    """How Ray Train shares out a dataset: block i goes to worker i mod workers."""
+    import ray.train
+    from ray.data import ExecutionOptions
+
+    return ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True))
 
 
 def delivered_blocks() -> Any:
     """Iterate over the blocks that this worker is given."""
     import ray.train
 
-    return ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+    return blocks_of(ray.train.get_dataset_shard("train"))
+
+
+def blocks_of(shard: Any) -> Any:
+    """Iterate over the blocks of a worker's share, of which two are fetched ahead."""
+    return shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
 
 
 @dataclass(frozen=True)
@@ -78,13 +90,20 @@ class Remaining:
 
 
 def planned_dataset(
-    delivery: Any, first: int, count: int, *, data_workers: int, most_tasks: int = 5000, resource: str | None = None
+    delivery: Any,
+    first: int,
+    count: int,
+    *,
+    data_workers: int,
+    most_tasks: int = 5000,
+    resource: str | None = None,
+    loader: Any = None,
 ) -> Any:
     """Make the Ray dataset of `count` batches of a delivery from the `first` on, in order, one a row and a block.
 
-    `delivery` is a reference to a jobs.ingest.Delivery. With order preserved, block i reaches worker i mod workers. A task of the range,
-    which fuses with a loader actor, makes a block of each batch that it loads: with a task a batch, Ray would take a millisecond for each
-    of a large run's batches before the first is loaded.
+    `delivery` is a reference to a jobs.ingest.Delivery, or to what a `loader` other than LoadBatches takes. With order preserved, block i
+    reaches worker i mod workers. A task of the range, which fuses with a loader actor, makes a block of each batch that it loads: with a
+    task a batch, Ray would take a millisecond for each of a large run's batches before the first is loaded.
     """
     import ray
 
@@ -93,7 +112,7 @@ def planned_dataset(
     callbacks: list[Any] = [Unhurried]  # of no class of Ray's, which this module does not import
     dataset.context.custom_execution_callback_classes = callbacks
     return dataset.map_batches(
-        LoadBatches,
+        loader or LoadBatches,
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=data_workers),
         num_cpus=1,

@@ -36,7 +36,7 @@ def staged_output(out: str, recipe: Recipe) -> Iterator[Path]:
 
     For jobs that finish in one go: then `out` exists only when it is complete. Raises OutputError when `out` holds anything.
     """
-    final = Path(out)
+    final = _local(out)
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise OutputError(f"output {out} exists: choose another out= or remove it")
     stage = final.with_name(f".{final.name}.partial")
@@ -53,8 +53,8 @@ def staged_output(out: str, recipe: Recipe) -> Iterator[Path]:
 
 
 def holds_results(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozenset()) -> bool:
-    """Whether the folder `out` already belongs to this recipe. Raises OutputError when it belongs to another one."""
-    path = Path(out) / RECIPE_FILE
+    """Whether the folder `out` already belongs to this recipe. Raises OutputError when it belongs to another one, and when it is a URI."""
+    path = _local(out) / RECIPE_FILE
     if not path.is_file():
         return False
     try:
@@ -86,6 +86,13 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _local(out: str) -> Path:
+    """The path that `out` is: as one, a URI would name a folder in the working folder of whichever node runs the job."""
+    if "://" in out:
+        raise OutputError(f"output {out} is no path: give a folder that every node sees, and copy it there afterwards")
+    return Path(out)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,15 @@ def test_a_file_in_the_way_is_an_output_error(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_bucket_is_no_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="output s3://bucket/out is no path: give a folder that every node sees"):
+        claim_output("s3://bucket/out", Job())
+    with pytest.raises(OutputError, match="no path"), staged_output("s3://bucket/out", Job()):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_staged_output_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "out"
     stage = staged_output(str(out), Job())

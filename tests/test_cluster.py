@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tiny_kuberay import KINDS
 
 ROOT = Path(__file__).parents[1]
@@ -203,6 +205,33 @@ def test_ray_and_graft_are_one_version_everywhere() -> None:
     for requirement in map(Requirement, (line for lines in asked for line in lines)):
         if requirement.name != "graft":
             assert requirement.specifier.contains(pinned[requirement.name.lower()]), requirement
+
+
+def test_all_that_the_image_brings_is_pinned_to_what_fits() -> None:
+    """Also what graft's packages ask for, and theirs, as far as they are installed here as they are pinned."""
+    if sys.platform != "linux" or sys.version_info[:2] != (3, 11):
+        pytest.skip("the image has Python 3.11 on Linux, which asks for other packages")
+    pinned = dict(line.split("==") for line in (CLUSTER / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
+    for requirement in brought("graft", frozenset(image_extras()), pinned, set()):
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{requirement} is not pinned"
+        assert requirement.specifier.contains(pinned[name], prereleases=True), f"{requirement}, not {pinned[name]}"
+
+
+Asked = tuple[str, frozenset[str]]
+"""A package and extras of it."""
+
+
+def brought(package: str, extras: frozenset[str], pinned: dict[str, str], seen: set[Asked]) -> Iterator[Requirement]:
+    """What a package asks for, here and with these extras, and what that asks for in turn; torch pins what it brings itself."""
+    if (package, extras) in seen or package == "torch" or version(package) != pinned.get(package, version(package)):
+        return
+    seen.add((package, extras))
+    for requirement in map(Requirement, requires(package) or []):
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {""}):
+            if requirement.name != "graft":
+                yield requirement
+            yield from brought(canonicalize_name(requirement.name), frozenset(requirement.extras), pinned, seen)
 
 
 def image_extras() -> set[str]:

@@ -124,16 +124,17 @@ def build(args: ServeArgs) -> Application:
 
     Raises ModelError for what is no graft or no aligner before a replica starts, RecipeError for keys that can't be read.
     """
-    from graft.aligners.opening import locate_aligner
-    from graft.model.build import check_kind
-    from graft.model.opening import base_graft
+    from graft.aligners.opening import find_aligner
+    from graft.model.opening import check_graft
 
-    check_kind(base_graft(args.model), "graft")
+    check_graft(args.model)
     Keys.from_environment(args.key_file)
     if os.path.exists(args.model):  # replicas have another working directory
         args = args.model_copy(update={"model": os.path.abspath(args.model)})
+    if args.key_file:
+        args = args.model_copy(update={"key_file": os.path.abspath(args.key_file)})
     if args.aligner:
-        args = args.model_copy(update={"aligner": locate_aligner(args.aligner)})
+        args = args.model_copy(update={"aligner": find_aligner(args.aligner)[0]})
     engine = serve.deployment(
         user_config={"model": args.model},
         max_ongoing_requests=args.max_ongoing_chunks,

@@ -1,25 +1,17 @@
 """The benchmark of the service, small: clients that tell what they saw of a real server, and all its parts on a tiny graft."""
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import tiny_media
-import uvicorn
-from tiny_faults import until
+from tiny_http import decoder, listener, served
 
 from graft.transcriber import load
 from jobs.bench import main as bench
 from jobs.benchmarks.serve_load import ask_at, ask_for, ask_once
-from jobs.serving import free_port
-from serve.api import transcription_api
-from serve.decoding import DecodeArgs, Decoder
-from serve.keys import Keys
-from serve.local import LocalListener
-from serve.service import Service
 
 UPLOADS = [path.read_bytes() for path in tiny_media.PROMPTS[:4]]
 
@@ -32,19 +24,8 @@ def graft(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def url(graft: str) -> Iterator[str]:
     """A server without Ray."""
-    transcriber, decoder = load(graft), Decoder(DecodeArgs(processes=1))
-    service = Service(decoder, LocalListener(transcriber), max_requests=4, max_queued_s=1000)
-    port = free_port()
-    api = transcription_api(service, keys=Keys([]), max_upload_bytes=10**6)
-    server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    until(lambda: server.started)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
-    decoder.close()
-    transcriber.close()
+    with decoder(processes=1) as decoding, listener(Path(graft)) as hearing, served(decoding, hearing, limits={"max_requests": 4}) as url:
+        yield url
 
 
 def test_clients_tell_of_every_upload(url: str, graft: str) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import os
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,23 +10,19 @@ import pytest
 import requests
 import soundfile
 import tiny
-import tiny_media
 import yaml
 from pydantic import ValidationError
+from tiny_media import SHORTEST_FIRST, speech, write
 
 from graft.errors import ModelError
 from graft.transcriber import load
 from jobs.cluster import connect
+from jobs.serving import free_port
 from serve.app import build
 from serve.arguments import ServeArgs
 from serve.decoding import DecodeArgs
 
 MAX_UPLOAD = 3_000_000
-
-
-PROMPTS = sorted(tiny_media.PROMPTS, key=lambda path: path.stat().st_size)
-
-
 WORDS = {"timestamp_granularities[]": "word"}
 
 
@@ -48,9 +43,7 @@ def url(folder):
     from ray import serve
 
     connect()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 60})
     serve.run(build(ServeArgs(model=str(folder), max_upload_bytes=MAX_UPLOAD, decode=DecodeArgs(max_duration_s=40))), name="test")
     yield f"http://127.0.0.1:{port}"
@@ -72,7 +65,7 @@ def assert_fault(response, status, *, param, code, message) -> None:
 
 def test_answers_are_the_transcribers_own(url, folder):
     transcriber = load(folder)
-    for audio in [PROMPTS[0].read_bytes(), tiny_media.write(tiny_media.speech(16_000, seconds=35.0, channels=1), 16_000, "FLAC")]:
+    for audio in [SHORTEST_FIRST[0].read_bytes(), write(speech(16_000, seconds=35.0, channels=1), 16_000, "FLAC")]:
         text = transcriber.transcribe(audio).text
         assert post(url, file=audio).json()["text"] == text
         plain = post(url, {"response_format": "text", "language": "en", "temperature": "0", "stream": "false"}, file=audio)
@@ -82,7 +75,7 @@ def test_answers_are_the_transcribers_own(url, folder):
 
 
 def test_concurrent_requests_get_their_own_answers(url):
-    uploads = [path.read_bytes() for path in PROMPTS[:8]]
+    uploads = [path.read_bytes() for path in SHORTEST_FIRST[:8]]
     alone = [post(url, file=upload).json()["text"] for upload in uploads]
     with ThreadPoolExecutor(8) as threads:
         together = list(threads.map(lambda upload: post(url, file=upload).json()["text"], uploads))

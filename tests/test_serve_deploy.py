@@ -13,9 +13,11 @@ import requests
 import tiny
 import yaml
 from tiny_faults import until
-from tiny_serve import PROMPTS, Crowd, Running, free_port, own_ray, replica_logs, spoken
+from tiny_media import SHORTEST_FIRST
+from tiny_serve import Crowd, Running, own_ray, replica_logs, spoken
 
 from graft.transcriber import load
+from jobs.serving import free_port
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 
@@ -67,7 +69,7 @@ def test_serve_run_scales_ingress_and_engine_each_on_its_own(url, folder):
             return len(service.replicas("Ingress")), len(service.replicas("Engine"))
 
         assert count() == (1, 1)
-        long, short = spoken(300), PROMPTS[0].read_bytes()
+        long, short = spoken(300), SHORTEST_FIRST[0].read_bytes()
         texts = [service.ask(audio).json()["text"] for audio in (long, short)]
 
         def ask(audio: bytes, text: str) -> None:
@@ -90,7 +92,7 @@ def test_serve_run_scales_ingress_and_engine_each_on_its_own(url, folder):
 
 def test_another_model_takes_over_without_a_dropped_request(url, folder, dashboard, tmp_path):
     other = tiny.save_tiny_graft(tmp_path / "other", seed=1)
-    audio = PROMPTS[0].read_bytes()
+    audio = SHORTEST_FIRST[0].read_bytes()
     texts = [transcribed(model, audio) for model in (folder, other)]
     assert texts[0] != texts[1]
 

@@ -38,7 +38,7 @@ from serve.service import About, Asked
 
 KEY, OTHER = "sk-test-one", "sk-test-two"
 MAX_UPLOAD = 2_000_000
-CLIP = min(tiny_media.PROMPTS, key=lambda path: path.stat().st_size)
+CLIP = tiny_media.SHORTEST_FIRST[0]
 LONGER = tiny_media.PROMPTS[0]
 WORDS = ["Aachen", "New York"]
 

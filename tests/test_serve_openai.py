@@ -1,8 +1,8 @@
 """The service through the official `openai` client, which must not notice that it is not OpenAI's."""
 
 import asyncio
+import contextlib
 import io
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +11,16 @@ import openai
 import pytest
 import soundfile
 import tiny
-import tiny_media
+from tiny_media import SHORTEST_FIRST
 
 from graft.audio import read_audio
 from graft.subtitles import format_transcript
 from graft.transcriber import Transcriber, load
 from jobs.cluster import connect
+from jobs.serving import free_port
 from serve.app import build
 from serve.arguments import ServeArgs
 
-PROMPTS = sorted(tiny_media.PROMPTS, key=lambda path: path.stat().st_size)
 KEY = "sk-test-of-the-service"
 
 
@@ -40,15 +40,15 @@ def transcriber(folder) -> Iterator[Transcriber]:
 def url(folder, tmp_path_factory) -> Iterator[str]:
     from ray import serve
 
-    keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text(f"another\n{KEY}\n")
+    keys = tmp_path_factory.mktemp("keys")
+    (keys / "keys").write_text(f"another\n{KEY}\n")
     connect()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 60})
-    serve.run(build(ServeArgs(model=str(folder), key_file=str(keys))), name="openai")
-    yield f"http://127.0.0.1:{port}/v1"
+    with contextlib.chdir(keys):  # replicas are elsewhere
+        application = build(ServeArgs(model=str(folder), key_file="keys"))
+    serve.run(application, name="openai", route_prefix="/asr")
+    yield f"http://127.0.0.1:{port}/asr/v1"
     serve.shutdown()
 
 
@@ -59,7 +59,7 @@ def client(url) -> openai.OpenAI:
 
 def two_chunks() -> io.BytesIO:
     """Speech, a long pause, and speech again."""
-    one, two = (soundfile.read(path, dtype="float32")[0] for path in PROMPTS[5:7])
+    one, two = (soundfile.read(path, dtype="float32")[0] for path in SHORTEST_FIRST[5:7])
     file = io.BytesIO()
     soundfile.write(file, np.concatenate([one, np.zeros(4 * 16_000, np.float32), two]), 16_000, format="wav")
     file.name = "two.wav"
@@ -105,25 +105,25 @@ def test_a_stream_ends_with_its_parts_joined(client, transcriber):
 
 def test_words_that_may_occur_change_the_answer_and_never_stand_in_it(client, transcriber):
     words = ["Aachen", "New York"]
-    plain = client.audio.transcriptions.create(file=PROMPTS[3], model="tiny-graft").text
-    told = client.audio.transcriptions.create(file=PROMPTS[3], model="tiny-graft", prompt=", ".join(words)).text
-    assert told == transcriber.transcribe(PROMPTS[3], context=words).text != plain
+    plain = client.audio.transcriptions.create(file=SHORTEST_FIRST[3], model="tiny-graft").text
+    told = client.audio.transcriptions.create(file=SHORTEST_FIRST[3], model="tiny-graft", prompt=", ".join(words)).text
+    assert told == transcriber.transcribe(SHORTEST_FIRST[3], context=words).text != plain
     assert not any(word in told for word in words)
 
 
 def test_words_may_come_as_keywords(client, transcriber):
     words = ["Aachen", "New York"]
-    told = client.audio.transcriptions.create(file=PROMPTS[3], model="tiny-graft", keywords=words)
-    assert told.text == transcriber.transcribe(PROMPTS[3], context=words).text
+    told = client.audio.transcriptions.create(file=SHORTEST_FIRST[3], model="tiny-graft", keywords=words)
+    assert told.text == transcriber.transcribe(SHORTEST_FIRST[3], context=words).text
 
 
 def test_the_asynchronous_client_asks_and_streams(url, transcriber):
     async def ask() -> tuple[list[str], str, str]:
         async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
-            asked = [client.audio.transcriptions.create(file=path, model="tiny-graft") for path in PROMPTS[:4]]
+            asked = [client.audio.transcriptions.create(file=path, model="tiny-graft") for path in SHORTEST_FIRST[:4]]
             texts = [answer.text for answer in await asyncio.gather(*asked)]
             deltas, done = "", ""
-            async for event in await client.audio.transcriptions.create(file=PROMPTS[3], model="tiny-graft", stream=True):
+            async for event in await client.audio.transcriptions.create(file=SHORTEST_FIRST[3], model="tiny-graft", stream=True):
                 if event.type == "transcript.text.delta":
                     deltas += event.delta
                 else:
@@ -131,16 +131,18 @@ def test_the_asynchronous_client_asks_and_streams(url, transcriber):
             return texts, deltas, done
 
     texts, deltas, done = asyncio.run(ask())
-    assert texts == [transcriber.transcribe(path).text for path in PROMPTS[:4]]
+    assert texts == [transcriber.transcribe(path).text for path in SHORTEST_FIRST[:4]]
     assert deltas == done != ""
 
 
 def test_answers_tell_their_request_and_usage(client, transcriber):
-    raw = client.audio.transcriptions.with_raw_response.create(file=PROMPTS[3], model="tiny-graft", extra_headers={"X-Request-Id": "mine"})
+    raw = client.audio.transcriptions.with_raw_response.create(
+        file=SHORTEST_FIRST[3], model="tiny-graft", extra_headers={"X-Request-Id": "mine"}
+    )
     assert raw.headers["x-request-id"] == "mine"
-    seconds = transcriber.transcribe(PROMPTS[3]).duration_s
+    seconds = transcriber.transcribe(SHORTEST_FIRST[3]).duration_s
     assert (raw.parse().usage.type, raw.parse().usage.seconds) == ("duration", seconds)
-    verbose = client.audio.transcriptions.create(file=PROMPTS[3], model="tiny-graft", response_format="verbose_json")
+    verbose = client.audio.transcriptions.create(file=SHORTEST_FIRST[3], model="tiny-graft", response_format="verbose_json")
     assert verbose.usage.seconds == seconds
 
 
@@ -157,7 +159,7 @@ def test_answers_tell_their_request_and_usage(client, transcriber):
 )
 def test_what_cannot_be_done_is_a_bad_request(client, options, param):
     with pytest.raises(openai.BadRequestError) as refused:
-        client.audio.transcriptions.create(file=PROMPTS[0], model="tiny-graft", **options)
+        client.audio.transcriptions.create(file=SHORTEST_FIRST[0], model="tiny-graft", **options)
     assert refused.value.param == param
 
 
@@ -166,14 +168,14 @@ def test_what_is_too_large_or_elsewhere_is_told(client):
         client.audio.transcriptions.create(file=("a.wav", bytes(60_000_000)), model="tiny-graft")
     assert (large.value.status_code, large.value.code) == (413, "upload_too_large")
     with pytest.raises(openai.NotFoundError) as elsewhere:
-        client.audio.translations.create(file=PROMPTS[0], model="tiny-graft")
+        client.audio.translations.create(file=SHORTEST_FIRST[0], model="tiny-graft")
     assert elsewhere.value.type == "invalid_request_error"
 
 
 def test_errors_are_the_clients_own(client, url):
     def ask(key=KEY, **options):
         one = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
-        return one.audio.transcriptions.create(**{"file": PROMPTS[0], "model": "tiny-graft"} | options)
+        return one.audio.transcriptions.create(**{"file": SHORTEST_FIRST[0], "model": "tiny-graft"} | options)
 
     with pytest.raises(openai.AuthenticationError) as unknown:
         ask(key="sk-unknown")

@@ -12,7 +12,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 from tiny_http import decoder, listener, served
 
 KEY = "sk-test-of-the-schema"
-CLIP = min(tiny_media.PROMPTS, key=lambda path: path.stat().st_size).read_bytes()
+CLIP = tiny_media.SHORTEST_FIRST[0].read_bytes()
 TRANSCRIBE = ("/v1/audio/transcriptions", "POST")
 OTHERS = [("/v1/models", "GET"), ("/v1/models/{model}", "GET"), ("/healthz", "GET"), ("/readyz", "GET")]
 

@@ -12,6 +12,7 @@ import soundfile
 import soxr
 
 PROMPTS = sorted((Path(__file__).parents[1] / "jobs" / "data" / "prompts" / "audio").glob("*.flac"))
+SHORTEST_FIRST = sorted(PROMPTS, key=lambda path: path.stat().st_size)
 
 
 @functools.cache

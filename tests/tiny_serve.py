@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,16 +17,16 @@ import numpy as np
 import psutil
 import requests
 import soundfile
-import tiny_media
 from ray.exceptions import RayActorError
 from tiny_faults import processes, until
+from tiny_media import SHORTEST_FIRST
 
 from graft.engines import EngineCounts
+from jobs.serving import free_port
 from serve.arguments import ServeArgs
 
 APP = "service"
 PATIENCE_S = 240
-PROMPTS = sorted(tiny_media.PROMPTS, key=lambda path: path.stat().st_size)
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.edge:middlewares", "RAY_metrics_report_interval_ms": "1000"}
 
 
@@ -53,12 +52,6 @@ def own_ray(*, cpus: int = 16, dashboard: bool = False) -> Iterator[str]:
         ray.shutdown()
         os.environ.clear()
         os.environ.update(before)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @dataclass(frozen=True)
@@ -169,7 +162,7 @@ def spoken(seconds: float, *, first: int = 0) -> bytes:
     """A FLAC file of the prompts, one after the other, up to a length."""
     samples: list[np.ndarray] = []
     while sum(map(len, samples)) < seconds * 16_000:
-        samples.append(soundfile.read(PROMPTS[(first + len(samples)) % len(PROMPTS)], dtype="float32")[0])
+        samples.append(soundfile.read(SHORTEST_FIRST[(first + len(samples)) % len(SHORTEST_FIRST)], dtype="float32")[0])
     file = io.BytesIO()
     soundfile.write(file, np.concatenate(samples)[: int(seconds * 16_000)], 16_000, format="flac")
     return file.getvalue()

@@ -37,6 +37,7 @@ from jobs.observing import CHECKPOINTS, LOG_FILE, STOP_FILE
 from jobs.outputs import claim_output, holds_results, write_atomic
 from jobs.planning import ROWS, check_plan, kept_rows, planned, validation_delivery, what_is_left
 from jobs.remote import Remaining, train, trainer
+from jobs.samples import check_spellable
 from jobs.train_recipe import HOW_NOT_WHAT, TrainRecipe
 from jobs.train_worker import FAULT_FILE, Run
 
@@ -62,6 +63,8 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     processor = GraftProcessor.from_pretrained(graft)
     with kept_rows(out) as kept:
         rows, variation, plan = planned(recipe, processor, cache=kept)
+        if stage.letters:
+            check_spellable(rows, processor)
         progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
         batches, total_steps = what_is_left(plan, progress, recipe)
         validation = validation_delivery(recipe, graft, processor)

@@ -70,6 +70,16 @@ def trainable(rows: RowTable) -> tuple[RowTable, dict[str, int]]:
     return (rows if kept.all() else rows.select(kept)), counts
 
 
+def check_spellable(rows: RowTable, processor: GraftProcessor) -> None:
+    """Raise DataError where CTC can't spell most clips: it writes one letter an audio token at most."""
+    letters = pc.utf8_length(pc.replace_substring_regex(rows.texts, r"[^\pL' ]", "")).to_numpy()
+    if (count := int((letters > audio_counts(processor, rows.duration_s)).sum())) > len(rows) / 2:
+        raise DataError(
+            f"{count} of {len(rows)} clips have more letters than audio tokens, and can't be spelled: "
+            "build the graft with a smaller audio_pool, or give objective=transcript"
+        )
+
+
 def vary(
     rows: RowTable,
     processor: GraftProcessor,

@@ -15,7 +15,7 @@ from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
 from graft.wording import WordsRecipe
 from jobs.ingest import BatchLoader, Delivery
-from jobs.samples import Variation, plan_columns, plan_training, trainable, vary
+from jobs.samples import Variation, check_spellable, plan_columns, plan_training, trainable, vary
 
 SECONDS = [0.5, 1.234, 2.0, 0.333, 0.75, 1.0, 0.21]
 TEXTS = ["YES", "Where is GREENWICH?", "it's 5 o'clock", "no", "one  two three", "Mister Quilter, and Zoroaster", "ÜBER uns"]
@@ -51,6 +51,13 @@ def test_rows_that_cannot_be_trained_are_left_out_and_counted(tmp_path):
     assert trainable(rows) == (rows, {})
     with pytest.raises(DataError, match=r"none of 7 rows can be trained on \(4 no words, 1 no valid duration, 1 over 30 s, 1 under"):
         trainable(read_rows(str(tmp_path / "odd.parquet")))
+
+
+def test_clips_with_more_letters_than_audio_tokens_can_not_be_spelled(processor, tmp_path):
+    quick = {"text": {index: "said " * round(2 + 6 * seconds) for index, seconds in enumerate(SECONDS[:4])}}  # over 25 letters a second
+    check_spellable(read_rows(clips(tmp_path / "good.parquet")), processor)
+    with pytest.raises(DataError, match=r"6 of 7 clips have more letters than audio tokens, .*: build the graft with a smaller audio_pool"):
+        check_spellable(read_rows(clips(tmp_path / "quick.parquet", **quick)), processor)
 
 
 VARIATIONS = [

@@ -7,6 +7,7 @@ whatever the job's exit code, with 0 after a stop too, and gives a stopped job 3
 import argparse
 import asyncio
 import importlib.util
+import logging
 import os
 import shlex
 import sys
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     name = None
     try:
+        _check_verb(options.verb)
         client = _client(options.address)
         name = _submit(client, options)
         print(f"graft: job {name}", file=sys.stderr, flush=True)
@@ -52,11 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_verb(verb: str) -> None:
+    """Raise RecipeError unless `python -m jobs.VERB` does something."""
+    module = importlib.util.find_spec(f"jobs.{verb}") if verb.isidentifier() else None
+    if module is None or not module.origin or '__name__ == "__main__"' not in Path(module.origin).read_text():
+        raise RecipeError(f"there is no job {verb}")
+
+
 def _client(address: str | None) -> Any:
     """A client of the cluster's Jobs API; its token comes from RAY_AUTH_TOKEN or ~/.ray/auth_token, where RAY_AUTH_MODE=token."""
     require("ray", extra="jobs")
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of each file that git ignores
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if not address:
         raise RecipeError("no cluster is named: give --address http://HEAD:8265, or set RAY_ADDRESS")
@@ -75,8 +85,6 @@ def _faults() -> tuple[type[Exception], ...]:
 
 
 def _submit(client: Any, options: argparse.Namespace) -> str:
-    if importlib.util.find_spec(f"jobs.{options.verb}") is None:
-        raise RecipeError(f"there is no job {options.verb}")
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
     for given in options.env:
         variable, equals, value = given.partition("=")

@@ -49,6 +49,12 @@ def test_a_log_that_is_gone_is_not_waited_for_for_ever(capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "first\nsec"
 
 
+@pytest.mark.parametrize("verb", ["nothing", "compare", "stage1.fit"])
+def test_what_is_no_job_is_not_sent(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit.main(["--address", "http://127.0.0.1:1", verb]) == 2
+    assert capsys.readouterr().err == f"graft: error: there is no job {verb}\n"
+
+
 @pytest.mark.parametrize(
     ("status", "driver", "code"),
     [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 143), ("STOPPED", -15, 143)],

@@ -182,10 +182,14 @@ def save_tiny_graft(folder: str | Path, *, seed: int = 0, width: int = 32, **aud
     return Path(folder)
 
 
-def save_text_base(folder: Path, *, spare_rows: int = 8, tied: bool = False, seed: int = 3) -> str:
+def save_text_base(folder: Path, *, spare_rows: int = 8, tied: bool = False, seed: int = 3, width: int = 32) -> str:
+    """`width` as in save_tiny_graft."""
     words = tokenizer(audio=False)
     config: dict[str, Any] = qwen2vl_config().to_dict()
     config["text_config"] |= {"vocab_size": len(words) + spare_rows, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    config["text_config"] |= {"hidden_size": width, "intermediate_size": 2 * width}
+    config["text_config"]["rope_parameters"] |= {"mrope_section": [width // 16, width // 32, width // 32]}
+    config["vision_config"] |= {"hidden_size": width}
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     config |= dict(zip(names, words.convert_tokens_to_ids(list(VISION_TOKENS)), strict=True))
     torch.manual_seed(seed)

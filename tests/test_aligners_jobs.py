@@ -10,22 +10,12 @@ import pytest
 import soundfile
 import tiny
 import webvtt
+from tiny_ray import transcribe
 from tiny_words import in_order, joined, spoken
 
 from graft.transcript import Word
-from jobs.cli import run_job
-from jobs.cluster import connect
-from jobs.transcribe import TranscribeRecipe, main
 
-
-def run(*arguments: str) -> int:
-    return run_job(TranscribeRecipe, main, summary="", argv=list(arguments))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_started():
-    """Here and not inside a test: Ray's loggers keep the stderr they first see, and a test's own is closed after it."""
-    connect()
+pytestmark = pytest.mark.usefixtures("ray_started")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +32,7 @@ def test_words_stand_in_rows_and_files_of_split_channels(graft, tmp_path):
     soundfile.write(tmp_path / "call.wav", sides, 16_000)
     out = tmp_path / "out"
     arguments = [f"model={graft}", f"audio={tmp_path / 'call.wav'}", f"out={out}", "channels=split", "aligner=whisper"]
-    assert run(*arguments, "formats=[json, srt, vtt]", "cues.duration_s=0.5") == 0
+    assert transcribe(*arguments, "formats=[json, srt, vtt]", "cues.duration_s=0.5") == 0
     (row,) = pq.read_table(out / "recordings").to_pylist()
     assert (row["error"], row["aligner"]) == (None, "whisper-base, cross-attention")
     assert [segment["channel"] for segment in row["segments"]] == [1, 2]
@@ -66,6 +56,6 @@ def seconds(clock: str) -> float:
 
 
 def test_what_is_no_aligner_is_one_line_before_anything_starts(graft, tmp_path, capsys):
-    assert run(f"model={graft}", "audio=a.wav", f"aligner={graft}", f"out={tmp_path / 'out'}") == 2
+    assert transcribe(f"model={graft}", "audio=a.wav", f"aligner={graft}", f"out={tmp_path / 'out'}") == 2
     assert "tiny-graft is a graft checkpoint, no aligner: give whisper" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

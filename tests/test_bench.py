@@ -1,7 +1,6 @@
 """The training benchmarks on a tiny graft: what they print and write, and that what graft is measured against does the same work."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,7 @@ from jobs.benchmarks.peers import AllLogits, FlamingoStep, SeedStep, flamingo_in
 from jobs.benchmarks.speech import durations
 from jobs.benchmarks.workers import bench_workers
 
-
-@pytest.fixture(autouse=True)
-def thread_count() -> Iterator[None]:
-    """The benchmarks measure one core; the other tests keep what they had."""
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
+pytestmark = pytest.mark.usefixtures("thread_count")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import asyncio
 import functools
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 import soundfile
 import tiny
 import tiny_media
-import torch
 
 from graft.audio import read_audio
 from graft.chunking import Chunk
@@ -32,12 +30,7 @@ QUICK = Device().slowed(0.01)
 PROMPT = tiny_media.PROMPTS[0]
 
 
-@pytest.fixture(autouse=True)
-def thread_count() -> Iterator[None]:
-    """The benchmarks measure one core; the other tests keep what they had."""
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
+pytestmark = pytest.mark.usefixtures("thread_count")
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-import soundfile
 import tiny
 import tiny_media
-from tiny_items import items_of, read
+from tiny_items import items_of, long_recording, read
 
 from graft.chunking import ChunkSettings
 from graft.errors import ModelError
@@ -19,10 +18,7 @@ from jobs.reading import FAULTS_IN_A_ROW
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("bulk") / "calls" / "long.flac"
-    path.parent.mkdir()
-    soundfile.write(path, tiny_media.speech(8000, channels=2), 8000)
-    return path
+    return long_recording(tmp_path_factory.mktemp("bulk"))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +24,6 @@ SAMPLE_COUNTS = [
     *(47_999, 123_456, 320_000, 479_599, 479_600, 479_601, 479_680, 479_799, 479_840, 479_841, 479_959, 479_960, 479_961),
     *(WINDOW - 1, WINDOW),
 ]
-
-
-@pytest.fixture(autouse=True)
-def thread_count() -> Iterator[None]:
-    """The benchmark measures one core; the other tests keep what they had."""
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
 
 
 def speech_like(sample_count: int, *, seed: int = 0, level: float = 0.3) -> AudioClip:
@@ -115,6 +106,7 @@ def test_silence_value_follows_whispers_normalisation_for_floats_arrays_and_tens
     torch.testing.assert_close(silence_value(torch.from_numpy(values)), torch.from_numpy(expected))
 
 
+@pytest.mark.usefixtures("thread_count")
 def test_the_benchmark_writes_the_numbers_that_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(["features", "--seconds", "20", "--json", str(tmp_path / "features.json")]) == 0
     numbers = json.loads((tmp_path / "features.json").read_text())
@@ -124,11 +116,13 @@ def test_the_benchmark_writes_the_numbers_that_it_prints(tmp_path: Path, capsys:
     assert numbers["ratio"] > 0.5
 
 
+@pytest.mark.usefixtures("thread_count")
 def test_the_benchmark_refuses_a_folder_without_audio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(["features", "--audio", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"graft: error: {tmp_path}: ")
 
 
+@pytest.mark.usefixtures("thread_count")
 def test_the_benchmark_says_where_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "missing" / "a.json"
     assert bench(["features", "--seconds", "1", "--json", str(path)]) == 2

@@ -13,14 +13,9 @@ from graft.engines.whisper import WhisperBaseline
 from graft.formatting import take_format
 from graft.prompts import style_text
 from jobs.cli import run_job
-from jobs.cluster import connect
 from jobs.format import FormatRecipe, main
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_started():
-    """Here and not inside a test: Ray's loggers keep the stderr they first see, and a test's own is closed after it."""
-    connect()
+pytestmark = pytest.mark.usefixtures("ray_started")
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,10 @@ from graft.audio import read_audio
 from graft.corpus import Source, read_rows
 from graft.engines.whisper import WhisperBaseline
 from jobs.cli import run_job
-from jobs.cluster import connect
 from jobs.hearing import HeardClip
 from jobs.label import LabelRecipe, doubt, main
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_started():
-    """Here and not inside a test: Ray's loggers keep the stderr they first see, and a test's own is closed after it."""
-    connect()
+pytestmark = pytest.mark.usefixtures("ray_started")
 
 
 @pytest.fixture(scope="module")

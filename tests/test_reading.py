@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import tiny_media
-from tiny_items import QUICK, chunks_of, items_of, read
+from tiny_items import QUICK, chunks_of, items_of, long_recording, read
 
 from graft.audio import SAMPLE_RATE, read_audio
 from graft.chunking import ChunkSettings
@@ -25,10 +25,7 @@ from jobs.reading import FAULTS_IN_A_ROW, ItemReader, Reading
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("bulk") / "calls" / "long.flac"
-    path.parent.mkdir()
-    soundfile.write(path, tiny_media.speech(8000, channels=2), 8000)
-    return path
+    return long_recording(tmp_path_factory.mktemp("bulk"))
 
 
 def test_items_hold_all_of_a_recording_once(recording):

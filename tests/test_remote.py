@@ -12,15 +12,12 @@ from tiny_speech import corpus, row
 from graft.corpus import read_rows
 from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
-from jobs.cluster import WORKER_VARIABLES, connect
+from jobs.cluster import WORKER_VARIABLES
 from jobs.ingest import BatchLoader, Delivery
 from jobs.remote import SCHEDULING_S, Unhurried, planned_dataset
 from jobs.samples import plan_training
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_started():
-    connect()
+pytestmark = pytest.mark.usefixtures("ray_started")
 
 
 @pytest.fixture(scope="module")

@@ -14,26 +14,17 @@ import tiny_hub
 import tiny_media
 import yaml
 from ray.data._internal.planner.planner import Planner
+from tiny_ray import transcribe
 
 from graft.transcriber import Transcriber, load
 from graft.transcript import Transcript
-from jobs.cli import run_job
-from jobs.cluster import connect
 from jobs.outputs import holds_results
-from jobs.transcribe import HOW, TranscribeRecipe, main
+from jobs.transcribe import HOW, TranscribeRecipe
+
+pytestmark = pytest.mark.usefixtures("ray_started")
 
 PROMPTS = sorted(tiny_media.PROMPTS, key=lambda path: path.stat().st_size)
 """The shortest first."""
-
-
-def run(*arguments: str) -> int:
-    return run_job(TranscribeRecipe, main, summary="", argv=list(arguments))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_started():
-    """Here and not inside a test: Ray's loggers keep the stderr they first see, and a test's own is closed after it."""
-    connect()
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +73,7 @@ def is_as(row: dict, transcript: Transcript) -> None:
 def test_an_archive_is_transcribed_once_and_what_failed_can_be_tried_again(folder, calls, tmp_path, capsys, transcriber):
     out = tmp_path / "out"
     arguments = [f"model={folder}", f"audio={calls}", f"out={out}", "item_s=10", "formats=[txt, vtt, json]"]
-    assert run(*arguments, "price=3") == 0
+    assert transcribe(*arguments, "price=3") == 0
     rows = rows_of(out)
     assert list(rows) == ["a.flac", "a.wav", "broken.mp3", "deep/b.webm"]
     is_as(rows["a.flac"], transcriber.transcribe(calls / "a.flac"))
@@ -113,7 +104,7 @@ def test_an_archive_is_transcribed_once_and_what_failed_can_be_tried_again(folde
     items = set((out / "work" / "items").iterdir())
     shutil.copy(PROMPTS[1], calls / "new.flac")
     shutil.copy(PROMPTS[2], calls / "broken.mp3")
-    assert run(*arguments, "items_per_batch=1", "--strict") == 0
+    assert transcribe(*arguments, "items_per_batch=1", "--strict") == 0
     assert "nothing was left to do" not in capsys.readouterr().out
     assert len(set((out / "work" / "items").iterdir()) - items) == 2  # new.flac, and broken.mp3, which is another file now
     again = rows_of(out)
@@ -121,7 +112,7 @@ def test_an_archive_is_transcribed_once_and_what_failed_can_be_tried_again(folde
         name: row for name, row in rows.items() if name != "broken.mp3"
     }
     is_as(again["broken.mp3"], transcriber.transcribe(calls / "broken.mp3"))
-    assert run(*arguments, "--strict") == 0
+    assert transcribe(*arguments, "--strict") == 0
     assert "5 recordings done, 0 failed; 0.01 h of audio, nothing was left to do" in capsys.readouterr().out
 
 
@@ -130,13 +121,13 @@ def test_errors_are_tried_again_only_when_asked(folder, tmp_path, capsys, transc
     (tmp_path / "files").mkdir()
     with tiny_hub.serve(tmp_path / "files") as hub:
         arguments = [f"model={folder}", f"audio={hub.url}/files/later.flac", f"out={out}"]
-        assert run(*arguments, "--strict") == 3
+        assert transcribe(*arguments, "--strict") == 3
         assert "0 recordings done, 1 failed" in capsys.readouterr().out
         shutil.copy(PROMPTS[0], tmp_path / "files" / "later.flac")
-        assert run(*arguments, "--strict") == 3
+        assert transcribe(*arguments, "--strict") == 3
         assert "nothing was left to do" in capsys.readouterr().out
-        assert run(*arguments, "--strict", "--retry-errors") == 0
-        assert run(*arguments, "--strict") == 0
+        assert transcribe(*arguments, "--strict", "--retry-errors") == 0
+        assert transcribe(*arguments, "--strict") == 0
     assert "1 recordings done, 0 failed; 0.00 h of audio, nothing was left to do" in capsys.readouterr().out
     is_as(rows_of(out)["later.flac"], transcriber.transcribe(PROMPTS[0]))
     assert not (out / "errors.jsonl").read_text()
@@ -146,20 +137,20 @@ def test_results_of_another_model_or_recipe_never_mix(folder, tmp_path, capsys):
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(folder, model)
     arguments = [f"model={model}", f"audio={PROMPTS[0]}", f"out={out}"]
-    assert run(*arguments) == 0
+    assert transcribe(*arguments) == 0
     before = rows_of(out)
     for changed in [f"audio={PROMPTS[1]}", "item_s=60", "chunks.max_s=20", f"model={folder}"]:
-        assert run(*arguments, changed) == 2
+        assert transcribe(*arguments, changed) == 2
         key, _, value = changed.partition("=")
         assert f"holds another recipe's results: {key} was " in (message := capsys.readouterr().err)
         assert f"is {value!r} now" in message or f"is {value} now" in message or f"is {float(value)} now" in message
     shutil.rmtree(model)
     tiny.save_tiny_graft(model, seed=1)
-    assert run(*arguments) == 2
+    assert transcribe(*arguments) == 2
     message = capsys.readouterr().err
     assert "holds another recipe's results: model_digest was '" in message
     assert rows_of(out) == before
-    assert run(*arguments, "model_digest=abc", f"out={tmp_path / 'new'}") == 2
+    assert transcribe(*arguments, "model_digest=abc", f"out={tmp_path / 'new'}") == 2
     assert "is not the one that model_digest=abc names" in capsys.readouterr().err
     known = TranscribeRecipe(**yaml.safe_load((out / "recipe.yaml").read_text()) | {"workers": 3, "formats": ["srt"]})
     assert holds_results(str(out), known, ignore=HOW)
@@ -169,7 +160,7 @@ def test_a_run_without_checkpoints_is_an_error(folder, tmp_path, monkeypatch):
     """Ray only warns, and a run that is killed would begin anew."""
     monkeypatch.setattr(Planner, "_check_supports_checkpointing", lambda planner, plan: False)
     with pytest.raises(UserWarning, match="Checkpointing will be disabled"):
-        run(f"model={folder}", f"audio={PROMPTS[0]}", f"out={tmp_path / 'out'}")
+        transcribe(f"model={folder}", f"audio={PROMPTS[0]}", f"out={tmp_path / 'out'}")
 
 
 def test_channels_are_told_apart_and_ordered_by_time(folder, tmp_path):
@@ -178,7 +169,7 @@ def test_channels_are_told_apart_and_ordered_by_time(folder, tmp_path):
     apart = np.stack([np.concatenate([one, silence(two), one]), np.concatenate([silence(one), two, silence(one)])], axis=1)
     soundfile.write(tmp_path / "call.wav", apart, 16_000)
     settings = ["chunks.max_pause_s=0.5", "formats=[txt, srt]"]
-    assert run(f"model={folder}", f"audio={tmp_path / 'call.wav'}", f"out={tmp_path / 'out'}", "channels=split", *settings) == 0
+    assert transcribe(f"model={folder}", f"audio={tmp_path / 'call.wav'}", f"out={tmp_path / 'out'}", "channels=split", *settings) == 0
     segments = rows_of(tmp_path / "out")["call.wav"]["segments"]
     assert [segment["channel"] for segment in segments] == [1, 2, 1]
     assert [segment["start_s"] for segment in segments] == sorted(segment["start_s"] for segment in segments)
@@ -190,7 +181,7 @@ def test_channels_are_told_apart_and_ordered_by_time(folder, tmp_path):
 def test_without_out_it_prints_only(folder, tmp_path, capsys, monkeypatch):
     shutil.copy(PROMPTS[0], tmp_path / "a.flac")
     monkeypatch.chdir(tmp_path)
-    assert run(f"model={folder}", "audio=[a.flac, gone.wav]") == 0
+    assert transcribe(f"model={folder}", "audio=[a.flac, gone.wav]") == 0
     output = capsys.readouterr()
     assert f"\n{tmp_path / 'a.flac'}: " in output.out
     assert f"graft: {tmp_path / 'gone.wav'}: No such file" in output.err
@@ -201,7 +192,7 @@ def test_instruction_and_context_reach_the_workers(tmp_path):
     folder = tiny.save_tiny_graft(tmp_path / "worded", trained_styles=["formatted"], trained_context=True)
     words = {"instruction": "formatted", "context": ["Aachen", "New York"]}
     arguments = ["instruction=formatted", "context=[Aachen, New York]", f"out={tmp_path / 'out'}"]
-    assert run(f"model={folder}", f"audio={PROMPTS[0]}", *arguments) == 0
+    assert transcribe(f"model={folder}", f"audio={PROMPTS[0]}", *arguments) == 0
     opened = load(folder)
     asked, plain = opened.transcribe(PROMPTS[0], **words), opened.transcribe(PROMPTS[0])
     opened.close()
@@ -217,7 +208,7 @@ def test_a_deaf_model_is_refused_in_one_line(folder, tmp_path, capsys):
     save_file(
         state | {"audio_projector.linear.weight": state["audio_projector.linear.weight"] * 0}, deaf / "model.safetensors", {"format": "pt"}
     )
-    assert run(f"model={deaf}", f"audio={PROMPTS[0]}") == 2
+    assert transcribe(f"model={deaf}", f"audio={PROMPTS[0]}") == 2
     errors = capsys.readouterr().err
     assert "all zeros, so the model is deaf" in errors
     assert "Traceback" not in errors
@@ -245,7 +236,7 @@ def test_what_is_wrong_from_the_start_is_one_line_and_exit_code_2(folder, tmp_pa
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
     filled = [argument.format(folder=folder, empty=tmp_path / "empty") for argument in arguments]
-    assert run(*filled, f"out={out}") == 2
+    assert transcribe(*filled, f"out={out}") == 2
     errors = capsys.readouterr().err.strip()
     assert errors.startswith("graft: error: ")
     assert message in errors

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import soundfile
+import tiny_media
 
 from graft.chunking import ChunkSettings
 from graft.speech import SpeechSettings
@@ -12,6 +14,14 @@ from jobs.items import durations, plan_items
 from jobs.reading import READ, ItemReader, Reading
 
 QUICK = SpeechSettings(detector="energy")
+
+
+def long_recording(home: Path) -> Path:
+    """46.3 s of speech on two channels, as telephones make it."""
+    path = home / "calls" / "long.flac"
+    path.parent.mkdir()
+    soundfile.write(path, tiny_media.speech(8000, channels=2), 8000)
+    return path
 
 
 def items_of(*sources: Path, item_s: float = 1800.0) -> pa.Table:

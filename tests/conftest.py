@@ -1,0 +1,23 @@
+"""What several files of tests ask for; imports nothing that a bare machine lacks."""
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def ray_started() -> None:
+    """A local Ray. Not inside a test: Ray's loggers keep the stderr they first see, and a test's own is closed after it."""
+    from jobs.cluster import connect
+
+    connect()
+
+
+@pytest.fixture
+def thread_count() -> Iterator[None]:
+    """Benchmarks measure one core; the tests after them keep what they had."""
+    import torch
+
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)

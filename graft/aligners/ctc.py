@@ -16,7 +16,7 @@ import torch
 from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
 from graft.aligners import spread, timed
-from graft.aligners.paths import best_paths
+from graft.aligners.paths import best_paths, word_spans
 from graft.audio import SAMPLE_RATE, AudioClip
 from graft.errors import ModelError
 from graft.transcript import Word
@@ -104,8 +104,7 @@ def word_frames(logprobs: np.ndarray, labels: Sequence[Sequence[int]], *, blank:
         return []
     state_owners = np.full(scores.shape[1], -1)
     state_owners[1::2] = owners
-    frames = [np.flatnonzero(state_owners[path] == word) for word in range(len(labels))]
-    return [(int(own[0]), int(own[-1]) + 1) for own in frames]
+    return word_spans(state_owners[path], len(labels))
 
 
 def _forms(letter: str) -> tuple[str, ...]:

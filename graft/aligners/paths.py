@@ -26,3 +26,9 @@ def best_paths(scores: np.ndarray, may_skip: np.ndarray) -> tuple[np.ndarray, np
         path[frame] = state
         state = state - np.take_along_axis(moves[frame], state[..., None], axis=-1)[..., 0]
     return np.moveaxis(path, 0, -1), best[..., -2:].max(axis=-1)
+
+
+def word_spans(owners: np.ndarray, word_count: int) -> list[tuple[int, int]]:
+    """Find each word's first frame and the one after its last, by the words to which frames belong (frames,), -1 where to none."""
+    frames = [np.flatnonzero(owners == word) for word in range(word_count)]
+    return [(int(own[0]), int(own[-1]) + 1) for own in frames]

@@ -21,7 +21,7 @@ import torch
 from transformers import WhisperForConditionalGeneration, WhisperTokenizer
 
 from graft.aligners import spread, timed
-from graft.aligners.paths import best_paths
+from graft.aligners.paths import best_paths, word_spans
 from graft.audio import SAMPLE_RATE, AudioClip
 from graft.errors import ModelError
 from graft.features import Featurizer
@@ -138,9 +138,7 @@ def _word_frames(attention: np.ndarray, evidence: np.ndarray) -> list[tuple[int,
     attention (heads, words, frames); evidence (frames,) in nats, over 0 for speech and under it for a pause.
     """
     heads = _best_heads(attention, evidence)
-    path = _aligned(np.log(_shares(attention[heads]).mean(axis=0) + LEAST_SHARE), evidence)
-    frames = [np.flatnonzero(path == word) for word in range(attention.shape[1])]
-    return [(int(own[0]), int(own[-1]) + 1) for own in frames]
+    return word_spans(_aligned(np.log(_shares(attention[heads]).mean(axis=0) + LEAST_SHARE), evidence), attention.shape[1])
 
 
 def _best_heads(attention: np.ndarray, evidence: np.ndarray) -> np.ndarray:

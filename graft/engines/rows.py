@@ -19,11 +19,11 @@ ENCODER_ROWS = 32
 
 @dataclass(eq=False)
 class Row:
-    """A request on its way through the engine and the stream that waits for its tokens."""
+    """A request on its way through the engine and the stream that waits for its tokens, in the event loop that made it."""
 
     request: EngineRequest
-    loop: asyncio.AbstractEventLoop
-    outbox: "asyncio.Queue[Item]"
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    outbox: "asyncio.Queue[Item]" = field(default_factory=asyncio.Queue)
     tokens: list[int] = field(default_factory=list)
     is_over: bool = False
 
@@ -80,6 +80,14 @@ def send(items: Iterable[tuple[Row, Item]]) -> None:
         except RuntimeError:  # the loop is closed: nobody listens any more
             for row, _ in parcel:
                 row.is_over = True
+
+
+async def received(row: Row) -> Token | None:
+    """The row's next token, None after the last. Raises the error that ends its stream."""
+    item = await row.outbox.get()
+    if isinstance(item, Exception):
+        raise item
+    return item
 
 
 def _deliver(parcel: Sequence[tuple[Row, Item]]) -> None:

@@ -6,7 +6,6 @@ A turn prefills one group at most, then takes a step with all rows: neither thos
 In fp32 a row's tokens are never changed by the rows beside it.
 """
 
-import asyncio
 import threading
 import time
 import traceback
@@ -16,7 +15,7 @@ import torch
 
 from graft.engines import EngineCounts, EngineRequest, Token
 from graft.engines.greedy import choose, repeating_ids
-from graft.engines.rows import Row, longest_of, pick, send, underway
+from graft.engines.rows import Row, longest_of, pick, received, send, underway
 from graft.engines.slots import SlotDecoder
 from graft.model.modeling import GraftForConditionalGeneration
 
@@ -63,7 +62,7 @@ class TransformersEngine:
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Token, None]:
         """See Engine. Raises ValueError for an id that is under way, RuntimeError when the engine is closed."""
-        row = Row(request, asyncio.get_running_loop(), asyncio.Queue())
+        row = Row(request)
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the engine is closed")
@@ -73,10 +72,8 @@ class TransformersEngine:
             self._waiting.append(row)
             self._changed.notify()
         try:
-            while (item := await row.outbox.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+            while token := await received(row):
+                yield token
         finally:
             self._leave(row)
 

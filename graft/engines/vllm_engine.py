@@ -8,7 +8,6 @@ A thread with an event loop of its own owns the requests and vLLM's client; anot
 import asyncio
 import contextlib
 import heapq
-import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
@@ -20,16 +19,11 @@ import torch
 from torch import Tensor
 
 from graft.engines import EngineCounts, EngineRequest, Token
-from graft.engines.greedy import repeating_ids
-from graft.engines.rows import ENCODER_ROWS, Row, send
-from graft.errors import require
+from graft.engines.rows import ENCODER_ROWS, Row, received, send
+from graft.engines.vllm_client import VllmClient, require_vllm, vllm_arguments
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.split import language_model_folder, open_hearing_part
 from graft.processor import GraftProcessor, collate_features
-
-CPU_CACHE_BYTES = 2**30
-MOST_WATCHED_IDS = 128
-"""Of as many tokens vLLM tells the log-probabilities at every step, besides the one it chooses."""
 
 
 def open_vllm_engine(
@@ -51,25 +45,18 @@ def open_vllm_engine(
     weights leave, on a CPU 1 GiB. `max_model_len` bounds prompt and answer together, in tokens, `max_requests` what is decoded at once.
     `quantization` is vLLM's name of a method ("fp8", "bitsandbytes"). Raises MissingExtra without vLLM, ModelError as open_hearing_part.
     """
-    vllm = require("vllm", extra="vllm")
+    require_vllm()
     ears, processor = open_hearing_part(path, dtype=dtype, device=device)
-    is_cpu = torch.device(device).type == "cpu"
-    arguments = vllm.AsyncEngineArgs(
-        model=str(language_model_folder(path)),
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        dtype=str(next(ears.audio_projector.parameters()).dtype).removeprefix("torch."),
+    arguments = vllm_arguments(
+        language_model_folder(path),
+        device=torch.device(device),
+        dtype=next(ears.audio_projector.parameters()).dtype,
         quantization=quantization,
-        enable_prompt_embeds=True,
-        enable_prefix_caching=False,  # no clip comes twice, and to hash its embeddings takes longer than to read them
-        gpu_memory_utilization=memory_fraction,
-        kv_cache_memory_bytes=cache_bytes or (CPU_CACHE_BYTES if is_cpu else None),
+        memory_fraction=memory_fraction,
         max_model_len=min(max_model_len, ears.config.get_text_config().max_position_embeddings),
-        max_num_seqs=max_requests,
+        max_requests=max_requests,
         tensor_parallel_size=tensor_parallel_size,
-        distributed_executor_backend="mp" if tensor_parallel_size > 1 else None,  # within Ray it would take Ray's
-        enforce_eager=is_cpu,  # there to compile takes minutes
-        disable_log_stats=True,
+        cache_bytes=cache_bytes,
     )
     return VllmEngine(ears, arguments, eos_ids=processor.end_ids(ears.generation_config)), processor
 
@@ -85,8 +72,6 @@ class VllmEngine:
     def __init__(self, ears: GraftForConditionalGeneration, arguments: Any, *, eos_ids: Collection[int], gather_s: float = 0.01) -> None:
         self._ears = ears
         self._device = ears.audio_tower.conv1.weight.device
-        self._eos_ids = frozenset(eos_ids)
-        self._suppressed_ids = list(ears.generation_config.suppress_tokens or [])
         self._max_tokens, self._max_requests = arguments.max_model_len, arguments.max_num_seqs
         self._gather_s = gather_s
         self._rows: dict[str, Row] = {}  # this and the next six are the loop's own
@@ -103,8 +88,10 @@ class VllmEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="graft-engine", daemon=True)
         self._thread.start()
+        suppressed_ids = ears.generation_config.suppress_tokens or []
+        starting = VllmClient.started(arguments, embed=self._embedded_ids, eos_ids=eos_ids, suppressed_ids=suppressed_ids)
         try:
-            self._llm = asyncio.run_coroutine_threadsafe(_started(arguments), self._loop).result()
+            self._client = asyncio.run_coroutine_threadsafe(starting, self._loop).result()
         except BaseException:
             self._stop()
             raise
@@ -112,13 +99,11 @@ class VllmEngine:
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Token, None]:
         """See Engine. Raises ValueError for an id that is under way or too long a request, RuntimeError when the engine is closed."""
-        row = Row(request, asyncio.get_running_loop(), asyncio.Queue())
+        row = Row(request)
         self._call(self._arrive, row)
         try:
-            while (item := await row.outbox.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+            while token := await received(row):
+                yield token
         finally:
             with contextlib.suppress(RuntimeError):  # closed, and so over
                 self._call(self._leave, row)
@@ -142,7 +127,7 @@ class VllmEngine:
             self._is_closed = True
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._stop()
-        del self._llm, self._ears
+        del self._client, self._ears
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -195,7 +180,7 @@ class VllmEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._llm.shutdown()
+        self._client.shutdown()
 
     async def _work(self) -> None:
         while True:
@@ -231,7 +216,7 @@ class VllmEngine:
     async def _decode(self, row: Row, embeddings: Tensor) -> None:
         end: Exception | None = None
         try:
-            async with contextlib.aclosing(self._answer(row.request, embeddings)) as answer:
+            async with contextlib.aclosing(self._client.answer(row.request, embeddings)) as answer:
                 async for token in answer:
                     self._count(row)
                     send([(row, token)])
@@ -248,59 +233,9 @@ class VllmEngine:
             self._steps += 1
         self._stepped.add(row)
 
-    async def _answer(self, request: EngineRequest, embeddings: Tensor) -> AsyncGenerator[Token, None]:
-        """Decode, and where the next token would repeat an n-gram ask vLLM once more from there on, with such tokens blocked.
-
-        That they stay blocked later on does no harm as long as none of them is likelier than the token chosen.
-        """
-        ids: list[int] = []
-        while len(ids) < request.max_new_tokens:
-            blocked = set(repeating_ids(ids, request.no_repeat_ngram))
-            async with contextlib.aclosing(self._choices(request, embeddings, ids, blocked)) as choices:
-                async for id, logprobs in choices:
-                    repeating = set(repeating_ids(ids, request.no_repeat_ngram))
-                    if id in repeating or any(logprobs[other] > logprobs[id] for other in blocked - repeating):
-                        break
-                    if id in self._eos_ids:
-                        return
-                    ids.append(id)
-                    yield Token(id, self._logprob(id, logprobs))
-
-    async def _choices(
-        self, request: EngineRequest, embeddings: Tensor, ids: Sequence[int], blocked: Collection[int]
-    ) -> AsyncGenerator[tuple[int, dict[int, float]], None]:
-        """Have vLLM go on after these ids; yields its choices, each with the raw log-probabilities of it and of what it may not choose."""
-        vllm = require("vllm", extra="vllm")
-        barred = [*self._suppressed_ids, *blocked]
-        watched = barred[:MOST_WATCHED_IDS]
-        params = vllm.SamplingParams(
-            temperature=0.0,
-            max_tokens=request.max_new_tokens - len(ids) if watched == barred else 1,
-            stop_token_ids=sorted(self._eos_ids),
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
-            logit_bias=dict.fromkeys(barred, float("-inf")) or None,
-            logprobs=None if watched else 0,  # without any, that of the choice
-            logprob_token_ids=watched or None,
-            skip_clone=True,
-        )
-        prompt = require("vllm.inputs", extra="vllm").embeds_input(self._with_ids(embeddings, ids))
-        async for output in self._llm.generate(prompt, params, f"{request.request_id}-{len(ids)}"):
-            (completion,) = output.outputs
-            for id, logprobs in zip(completion.token_ids, completion.logprobs or (), strict=True):
-                yield id, {other: found.logprob for other, found in logprobs.items()}
-
-    def _logprob(self, id: int, logprobs: dict[int, float]) -> float:
-        """That among the tokens which are not suppressed."""
-        suppressed = sum(math.exp(logprobs[other]) for other in self._suppressed_ids[:MOST_WATCHED_IDS])
-        return logprobs[id] - math.log(max(1 - suppressed, math.ulp(0)))
-
     @torch.inference_mode()
-    def _with_ids(self, embeddings: Tensor, ids: Sequence[int]) -> Tensor:
-        if not ids:
-            return embeddings
-        return torch.cat([embeddings, self._ears.embed(torch.tensor([ids], device=self._device))[0].cpu()])
+    def _embedded_ids(self, ids: Sequence[int]) -> Tensor:
+        return self._ears.embed(torch.tensor([ids], device=self._device))[0].cpu()
 
     # What follows runs in the encoder's thread.
 
@@ -321,7 +256,3 @@ class VllmEngine:
         inputs = {"input_ids": ids, **{name: torch.from_numpy(array) for name, array in audio.items()}}
         embeddings = self._ears.embed(**{name: tensor.to(self._device) for name, tensor in inputs.items()})[0]
         return embeddings.cpu().split([len(request.prompt_ids) for request in requests])
-
-
-async def _started(arguments: Any) -> Any:
-    return require("vllm.v1.engine.async_llm", extra="vllm").AsyncLLM.from_engine_args(arguments)

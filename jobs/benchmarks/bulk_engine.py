@@ -3,7 +3,6 @@
 All else is as in the engines of graft: requests wait, rows join and leave between steps, and tokens reach whoever waits for them.
 """
 
-import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from transformers import WhisperFeatureExtractor
 
 from graft.engines import EngineCounts, EngineRequest, Token
-from graft.engines.rows import ENCODER_ROWS, Row, send, underway
+from graft.engines.rows import ENCODER_ROWS, Row, received, send, underway
 from graft.model.opening import open_processor
 from graft.transcriber import Transcriber
 from jobs.benchmarks.speech import WORDS
@@ -65,17 +64,15 @@ class StandInEngine:
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Token, None]:
         """See Engine."""
-        row = Row(request, asyncio.get_running_loop(), asyncio.Queue())
+        row = Row(request)
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the engine is closed")
             self._waiting.append(row)
             self._changed.notify()
         try:
-            while (item := await row.outbox.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+            while token := await received(row):
+                yield token
         finally:
             row.is_over = True
 

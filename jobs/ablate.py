@@ -8,7 +8,7 @@ All variants take equally many steps over the same clips when max_batch_clips bo
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from graft.corpus import RowTable, Sources, read_rows
 from graft.errors import RecipeError
 from graft.model.opening import open_processor
 from jobs import build, evaluate, stage1, stage2
+from jobs.ablation_table import table
 from jobs.cli import run_job
 from jobs.outputs import claim_output, holds_results, write_atomic
 from jobs.samples import audio_counts, trainable
@@ -28,9 +29,6 @@ from jobs.train_recipe import HOW_NOT_WHAT
 
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
 BASE = "base"
-STAGES = ("stage1", "stage2")
-COUNTS = {"loss": "loss_last", "validation loss": "validation_loss", "steps": "steps", "audio s": "audio_s", "seconds": "seconds"}
-"""Columns of the table that are of both stages -> keys of their results."""
 Settings = dict[Literal["build", "stage1", "stage2"], dict[str, Any]]
 """Keys of three jobs' recipes; a variant names those alone that it changes."""
 
@@ -52,6 +50,8 @@ class AblateRecipe(Recipe):
     """The recipe that the variants change; a stage's encoder_cache is OUT/encoded unless it is given."""
     variants: dict[str, Settings] = Field(default={})
     """Name, which its folder has too -> what is changed; groups such as lora are changed key by key."""
+    last_stage: Literal[1, 2] = 2
+    """1 compares the joins alone: by spelling, a matter of minutes."""
     seeds: list[int] | dict[str, list[int]] = Field(default=[0])
     """Of every variant, or of those named, `base` among them; the others have seed 0."""
 
@@ -72,14 +72,14 @@ def run(recipe: AblateRecipe) -> None:
     """Train and score all variants. Raises what the jobs raise, and RecipeError before the first of them."""
     planned = trials(recipe)
     rows, _ = trainable(read_rows(recipe.data))
-    out = claim_output(recipe.out, recipe.model_copy(update={"variants": {}, "seeds": [0]}))  # these may grow
+    out = claim_output(recipe.out, recipe.model_copy(update={"variants": {}, "seeds": [0], "last_stage": 2}))  # these may grow
     results: list[dict[str, Any]] = []
     unchanged = _trial(recipe, BASE, {}, 0, {})
     for trial in planned:
         changes = recipe.variants.get(trial.variant, {})
         change = ", ".join(_in_words(changes, {job: getattr(unchanged, job).model_dump() for job in changes})) or "-"
         print(f"\n== {trial.variant}-{trial.seed}, {len(results) + 1} of {len(planned)}: {change}", flush=True)
-        results.append({"variant": trial.variant, "seed": trial.seed, "change": change, **_result(trial, rows)})
+        results.append({"variant": trial.variant, "seed": trial.seed, "change": change, **_result(trial, rows, recipe.last_stage)})
         write_atomic(out / RESULT_FILE, json.dumps(results, indent=2) + "\n")
         write_atomic(out / TABLE_FILE, table(results))
     print(f"\n{table(results)}", end="", flush=True)
@@ -143,15 +143,18 @@ def _in_words(changes: Mapping[Any, Any], was: Mapping[Any, Any] | None) -> Iter
         yield from _in_words(value, old) if isinstance(value, dict) else [f"{key} {value} instead of {old}"]
 
 
-def _result(trial: Trial, rows: RowTable) -> dict[str, Any]:
+def _result(trial: Trial, rows: RowTable, last_stage: int) -> dict[str, Any]:
     if not holds_results(trial.build.out, build.as_trained(trial.build)):
         build.run(trial.build)
     spells = trial.stage1.objective == "ctc"
-    return {
-        "audio_tokens_per_s": float(audio_counts(open_processor(trial.build.out), rows.duration_s).sum() / rows.duration_s.sum()),
+    counts = audio_counts(open_processor(trial.build.out), rows.duration_s)
+    results = {
+        "audio_tokens_per_s": float(counts.sum() / rows.duration_s.sum()),
         "stage1": stage1.run(trial.stage1) | (_spelled(trial) if spells else _scores(trial.stage1.out, trial.scoring)),
-        "stage2": stage2.run(trial.stage2) | _scores(trial.stage2.out, trial.scoring),
     }
+    if last_stage == 2:
+        results["stage2"] = stage2.run(trial.stage2) | _scores(trial.stage2.out, trial.scoring)
+    return results
 
 
 def _spelled(trial: Trial) -> dict[str, dict[str, Any]]:
@@ -165,29 +168,6 @@ def _scores(stage: str, recipe: evaluate.EvaluateRecipe) -> dict[str, dict[str, 
     is_done = holds_results(recipe.out, recipe, ignore=HOW_NOT_WHAT)
     report = json.loads(Path(recipe.out, evaluate.REPORT_FILE).read_text()) if is_done else evaluate.run(recipe)
     return {"scores": {name: report["sets"][name]["graft"] for name in recipe.data}}
-
-
-def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Lay results out as Markdown, the least WER on the first set first; `a / b` is of stage 1 and of stage 2."""
-    sets = list(results[0]["stage2"]["scores"])
-    titles = [f"WER {name}, stage {number}" for name in sets for number in (2, 1)]
-    rows = [["variant", "change", *titles, *COUNTS, "audio tokens/s"]]
-    rows += [["---"] * len(rows[0])]
-    for line in sorted(results, key=lambda line: line["stage2"]["scores"][sets[0]]["wer"]):
-        rates = [_rate(line[stage], name) for name in sets for stage in reversed(STAGES)]
-        counts = [[line[stage][key] for stage in STAGES] for key in COUNTS.values()]
-        numbers = [" / ".join("-" if n is None else f"{n:.4g}" if n < 1000 else f"{n:.0f}" for n in pair) for pair in counts]
-        rows += [[f"{line['variant']}-{line['seed']}", line["change"], *rates, *numbers, f"{line['audio_tokens_per_s']:.1f}"]]
-    unequal = len({tuple(line[stage]["steps"] for stage in STAGES) for line in results}) > 1
-    note = "\nNot all took equally many steps: raise token_budget or lower max_batch_clips, unless steps are compared.\n" if unequal else ""
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + note
-
-
-def _rate(stage: Mapping[str, Any], name: str) -> str:
-    if "spelled" in stage:
-        return f"CER {stage['spelled'][name]['cer']:.1%}"
-    rates = stage["scores"][name]
-    return f"{rates['wer']:.1%} [{rates['wer_low']:.1%}, {rates['wer_high']:.1%}]"
 
 
 if __name__ == "__main__":

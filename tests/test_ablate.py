@@ -12,7 +12,8 @@ from tiny_speech import corpus, row
 
 from graft.config import read_recipe
 from graft.errors import RecipeError
-from jobs.ablate import AblateRecipe, run, table, trials
+from jobs.ablate import AblateRecipe, run, trials
+from jobs.ablation_table import table
 from jobs.cli import run_job
 from jobs.cluster import connect
 
@@ -67,6 +68,10 @@ def test_variants_share_a_stage_and_go_on_after_a_fault(
     def ablate(*arguments: str) -> int:
         return run_job(AblateRecipe, run, summary="", argv=["--recipe", str(recipe), f"out={out}", *arguments])
 
+    assert ablate("last_stage=1", "variants={}") == 0
+    assert {path.name for path in (out / "base-0").iterdir()} == {"graft", "stage1", "stage1-scored"}
+    assert "stage 2" not in (out / "ablation.md").read_text()
+
     blocked = out / "rank-0" / "stage2"
     blocked.mkdir(parents=True)
     (blocked / "recipe.yaml").write_text("seed: 7\n")
@@ -117,16 +122,12 @@ def test_variants_share_a_stage_and_go_on_after_a_fault(
 
 def test_what_spells_is_listed_by_its_letters() -> None:
     counts = {"loss_last": 1.5, "validation_loss": 2.0, "steps": 7, "audio_s": 9.0, "seconds": 3.0}
-    scores = {"test": {"wer": 0.25, "wer_low": 0.2, "wer_high": 0.3}}
-    line = {
-        "variant": "base",
-        "seed": 0,
-        "change": "-",
-        "audio_tokens_per_s": 25.0,
-        "stage1": counts | {"spelled": {"test": {"cer": 0.125}}},
-        "stage2": counts | {"scores": scores},
-    }
-    assert "| base-0 | - | 25.0% [20.0%, 30.0%] | CER 12.5% | 1.5 / 1.5 | 2 / 2 |" in table([line])
+    rates = {"test": {"wer": 0.25, "wer_low": 0.2, "wer_high": 0.3, "cer": 0.125}}
+    line = {"variant": "base", "seed": 0, "change": "-", "audio_tokens_per_s": 25.0, "stage1": counts | {"spelled": rates}}
+    spelled = "25.0% [20.0%, 30.0%], CER 12.5%, spelled"
+    assert f"| base-0 | - | {spelled} | 1.5 | 2 |" in table([line])
+    both = line | {"stage2": counts | {"scores": rates}}
+    assert f"| base-0 | - | 25.0% [20.0%, 30.0%] | {spelled} | 1.5 / 1.5 | 2 / 2 |" in table([both])
 
 
 def test_the_small_recipe_changes_one_thing_at_a_time() -> None:

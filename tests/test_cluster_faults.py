@@ -25,7 +25,7 @@ from jobs import stage1, stage2, transcribe
 from jobs.cluster import connect
 from jobs.serving import free_port
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 CLIPS, RECORDINGS, REQUESTS = 33, 60, 40
 

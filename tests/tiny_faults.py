@@ -36,6 +36,8 @@ class Machines:
     nodes: list[Any] = field(default_factory=list)
 
     def add(self, *, cpus: int = 2, **resources: float) -> Any:
+        # Only the main thread may set signals' handlers, by which a node ends with this process; the cluster's own end ends it in any case.
+        self.cluster._shutdown_at_exit = threading.current_thread() is threading.main_thread()
         self.nodes.append(self.cluster.add_node(num_cpus=cpus, resources=resources, object_store_memory=256 * 2**20))
         return self.nodes[-1]
 

@@ -111,11 +111,35 @@ def _expand(place: str, pattern: str) -> list[PlacedFile]:
         return [_placed(base + options, PurePosixPath(base).name, found)]
     if found.type == pafs.FileType.NotFound:
         raise FileNotFoundError(base)
-    inside = filesystem.get_file_info(pafs.FileSelector(root, recursive="/" in pattern or "**" in pattern))
+    is_deep = "/" in pattern or "**" in pattern
+    if is_deep and isinstance(filesystem, pafs.LocalFileSystem):
+        inside = _below(filesystem, root)
+    else:
+        inside = iter(filesystem.get_file_info(pafs.FileSelector(root, recursive=is_deep)))
     matches = re.compile(glob_translate(pattern)).match
     names = ((info.path[len(root) :].lstrip("/"), info) for info in inside if info.type == pafs.FileType.File)
     chosen = ((name, info) for name, info in names if matches(name) and not _HIDDEN.search(name))
     return [_placed(f"{base}/{name if plain else quote(name)}{options}", name, info) for name, info in chosen]
+
+
+def _below(filesystem: pafs.LocalFileSystem, root: str) -> Iterator[pafs.FileInfo]:
+    """What a local folder and those below it hold, but what is hidden. Links are followed, but not round in circles, as Arrow does."""
+    waiting: list[tuple[str, tuple[str, ...]]] = [(root, ())]  # folders, and those from which links have led there
+    while waiting:
+        folder, trail = waiting.pop()
+        for info in filesystem.get_file_info(pafs.FileSelector(folder)):
+            if info.base_name.startswith("."):
+                continue
+            yield info
+            if info.type == pafs.FileType.Directory:
+                passed = (*trail, os.path.realpath(folder)) if os.path.islink(info.path) else trail
+                if passed is trail or not _holds_any(os.path.realpath(info.path), passed):
+                    waiting.append((info.path, passed))
+
+
+def _holds_any(folder: str, others: Sequence[str]) -> bool:
+    """Whether a folder is one of others, or above one."""
+    return any(os.path.commonpath([folder, other]) == folder for other in others)
 
 
 def _placed(uri: str, name: str, info: pafs.FileInfo) -> PlacedFile:

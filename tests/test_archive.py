@@ -34,6 +34,20 @@ def names(*sources: str) -> list[str]:
     return find_recordings(sources)["recording"].to_pylist()
 
 
+def test_links_are_followed_but_not_round_in_circles(folder):
+    more = folder.parent / "more"
+    more.mkdir()
+    (more / "d.wav").write_bytes(b"12345")
+    (folder / "sub" / "up").symlink_to(folder)
+    (folder / "sub" / "self").symlink_to(".")
+    (folder / "more").symlink_to(more)
+    (more / "back").symlink_to(folder / "sub")
+    (folder / "gone.wav").symlink_to(folder / "nowhere.wav")
+    own = ["a.WAV", "b.flac", "more/back/a.opus", "more/back/deep/call.m4a", "more/d.wav", "sub/a.opus", "sub/deep/call.m4a"]
+    assert names(str(folder)) == own
+    assert names(f"{folder}/**/*.opus") == ["more/back/a.opus", "sub/a.opus"]
+
+
 def test_a_folder_holds_the_audio_at_any_depth(folder):
     found = find_recordings([str(folder)])
     assert found.schema == RECORDINGS

@@ -111,10 +111,10 @@ def test_an_upload_whose_client_leaves_ends_its_process_and_one_that_waited_is_n
 
 def test_closing_ends_what_runs_and_what_waits(stuck):
     async def run() -> list[BaseException]:
-        with decoder(processes=1) as decoding:
+        with contextlib.ExitStack() as reading, decoder(processes=1) as decoding:
             asked = [asyncio.create_task(decoding(path)) for path in (stuck, *CLIPS)]
             await asyncio.sleep(0)
-            await asyncio.to_thread(lambda: read(stuck).__enter__())
+            await asyncio.to_thread(reading.enter_context, read(stuck))
         return await asyncio.gather(*asked, return_exceptions=True)
 
     late, *waiting = asyncio.run(run())

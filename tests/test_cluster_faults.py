@@ -38,10 +38,10 @@ Faults = list[tuple[str, str, str]]
 def faults(pytestconfig: pytest.Config) -> Iterator[Faults]:
     told: Faults = []
     yield told
-    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
-    reporter.write_line("")
-    for fault, under, lost in [("fault", "under", "lost"), *told]:
-        reporter.write_line(f"{fault:42}{under:16}{lost}")
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print()
+        for fault, under, lost in [("fault", "under", "lost"), *told]:
+            print(f"{fault:48}{under:16}{lost}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from graft.context import checked_words
 from graft.errors import ModelError
 from graft.model.configuration import AUDIO_END_TOKEN, AUDIO_PAD_TOKEN, AUDIO_START_TOKEN
 
@@ -26,7 +27,6 @@ INSTRUCTIONS = {
     ),
 }
 """How a text style is asked for; a checkpoint trained for a style knows all of its phrasings."""
-MOST_CONTEXT_WORDS = 100
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,3 @@ def request_instruction(
     if not trained_context:
         raise ModelError("context: this checkpoint was not trained for lists of words: leave it out, or train stage 2 with words.context")
     return with_context(asked, checked_words(context))
-
-
-def checked_words(context: Sequence[str]) -> list[str]:
-    """Words that may occur, each once, without spaces, commas and stops around it. Raises ModelError for what is no list of words."""
-    if isinstance(context, str):
-        raise ModelError(f"context {context!r:.80} is a text: give a list of words")
-    words = list(dict.fromkeys(" ".join(word.split()).strip(" ,.") for word in context))
-    if len(words) > MOST_CONTEXT_WORDS or max(map(len, words), default=0) > 100 or "" in words:
-        raise ModelError(f"context of {len(words)} words: give at most {MOST_CONTEXT_WORDS}, none of them empty or over 100 characters")
-    return words

@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from graft.config import Recipe
+from graft.context import MOST_CONTEXT_WORDS
 from graft.errors import DataError, RecipeError
-from graft.prompts import INSTRUCTIONS, MOST_CONTEXT_WORDS, PLAIN_WORDING, Wording, is_formatted, with_context
+from graft.prompts import INSTRUCTIONS, PLAIN_WORDING, Wording, is_formatted, with_context
 
 COMMON_SHARE = 0.9
 MOST_RARE_WORDS = 200_000

@@ -16,7 +16,7 @@ from fastapi import Depends, FastAPI, Form, Header, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from graft.prompts import checked_words
+from graft.context import checked_words
 from graft.subtitles import format_transcript
 from graft.transcript import Transcript
 from serve.answers import Answers, KeyReused

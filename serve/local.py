@@ -3,14 +3,17 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 from graft.checkpoints import checkpoint_name
 from graft.chunking import Chunk
 from graft.engines import EngineCounts
-from graft.transcriber import Transcriber
 from graft.transcript import Segment
 from serve.arguments import ServeArgs
 from serve.service import About, Asked
+
+if TYPE_CHECKING:  # an ingress, which hears nothing itself, is there sooner without torch
+    from graft.transcriber import Transcriber
 
 
 def served_name(args: ServeArgs) -> str:
@@ -18,7 +21,7 @@ def served_name(args: ServeArgs) -> str:
     return args.name or checkpoint_name(args.model)
 
 
-def open_transcriber(args: ServeArgs, model: str) -> Transcriber:
+def open_transcriber(args: ServeArgs, model: str) -> "Transcriber":
     """Open a model with the engine that was asked for; what it hears is cut already. Raises ModelError, MissingExtra."""
     from graft.chunking import windows
     from graft.transcriber import load
@@ -37,7 +40,7 @@ def open_transcriber(args: ServeArgs, model: str) -> Transcriber:
 class LocalListener:
     """See Listener."""
 
-    def __init__(self, transcriber: Transcriber, name: str | None = None) -> None:
+    def __init__(self, transcriber: "Transcriber", name: str | None = None) -> None:
         self._transcriber = transcriber
         self._hearing = 0
         self._about = About(name or transcriber.name, "en", transcriber.takes_context, transcriber.times_words)

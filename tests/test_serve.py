@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -138,6 +140,10 @@ def test_too_large_is_413_announced_or_not(url):
         f"{url}/v1/audio/transcriptions", data=iter(parts), headers={"content-type": "multipart/form-data; boundary=x"}, timeout=60
     )
     assert_fault(chunked, 413, param=None, code="upload_too_large", message=f"over {MAX_UPLOAD} bytes")
+
+
+def test_an_ingress_comes_without_torch():
+    subprocess.run([sys.executable, "-c", "import sys, serve.app; sys.exit('torch' in sys.modules)"], check=True)
 
 
 def test_arguments_are_checked(tmp_path):

@@ -2,9 +2,10 @@
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from graft.features import Features
+if TYPE_CHECKING:  # torch takes seconds to come, and whoever only counts or sends requests on does without
+    from graft.features import Features
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,7 +16,7 @@ class EngineRequest:
     """
 
     request_id: str
-    features: Features
+    features: "Features"
     prompt_ids: list[int]
     max_new_tokens: int
     no_repeat_ngram: int = 0

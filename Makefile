@@ -39,7 +39,7 @@ test-slow: $(READY) ## the tests that take minutes: workers, drivers and nodes t
 	python -m pytest -m slow
 
 test-cluster: $(READY) ## every job sent to a cluster, and nodes that die under training, transcription and service; a table of what was lost
-	python -m pytest -m cluster -rA --show-capture=no tests/test_submit.py tests/test_submit_jobs.py tests/test_cluster_faults.py
+	python -m pytest -m cluster -rA --show-capture=no --disable-warnings tests/test_submit.py tests/test_submit_jobs.py tests/test_cluster_faults.py
 
 test-gpu: ## the tests for a machine with a GPU, in the Python that is there; what is not installed is skipped by name
 	$(PYTHON) -m pytest -m gpu -rs tests/gpu

@@ -19,7 +19,7 @@ from jobs.cluster import connect
 from jobs.remote import blocks_of, in_order, planned_dataset
 
 Block = dict[str, np.ndarray]
-POLL_S = 0.25
+POLL_S = 0.5
 DATA_WORKERS = 2
 FEWEST_BATCHES = 4
 """That a worker takes at least: at the first and the last one nothing is measured."""

@@ -46,8 +46,9 @@ def bench_split(graft: str, *, consumers: Sequence[int], seconds: float) -> Find
     passed = alone(pass_through, list(_made_streams(block, consumers, seconds)))
     step_s = float(block["audio_s"][0]) / DEVICE_RATE
     last = {one.name: one for one in passed}  # the one with the most workers
-    light, whole = last["light"], last["whole"]
-    most, limit = max(one.batches_per_s for one in passed), 1000 / light.cpu_ms["coordinator"]
+    whole, at_once = last["whole"], last["at once"]
+    coordinator_ms = at_once.cpu_ms["coordinator"]  # of paced batches, part is its turning while there is nothing to do
+    most, limit = max(one.batches_per_s for one in passed), 1000 / coordinator_ms
     numbers = _numbers(passed) | {
         "step_s": step_s,
         "batch_mb": whole.batch_mb,
@@ -60,7 +61,7 @@ def bench_split(graft: str, *, consumers: Sequence[int], seconds: float) -> Find
     told = f"""\
 measured      at most {most:.0f} batches a second, on cores that the loaders and the workers share; {most * step_s:.0f} H200s ask for as
               many, as each takes one, of {whole.batch_mb:.1f} MB, every {step_s:.2f} s
-extrapolated  the coordinator, one process, has {light.cpu_ms["coordinator"]:.1f} ms of work with a batch for {light.workers} workers:
+extrapolated  the coordinator, one process, has {coordinator_ms:.1f} ms of work with a batch at once for {at_once.workers} workers:
               on a core of its own it ends at {limit:.0f} batches a second, {limit * step_s:.0f} H200s
 extrapolated  a node of 8 H200s takes in {8 * whole.batch_mb / step_s:.0f} MB a second"""
     return Findings(numbers, f"{ABOUT_SPLIT}\n{ABOUT_KINDS}\n{_table(passed)}\n{told}")

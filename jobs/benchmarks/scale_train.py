@@ -30,7 +30,7 @@ from jobs.benchmarks.scale_usage import ABOUT_KINDS, DRIVER, KINDS, Usage, cpu_s
 from jobs.benchmarks.speech import write_speech_corpus
 from jobs.console import quiet_libraries
 
-POLL_S = 0.25
+POLL_S = 0.5
 LOG_EVERY = 4
 """Steps; between the first log line and the last one is measured."""
 TOKEN_BUDGET = 1024
@@ -65,7 +65,7 @@ def bench_train(graft: str, *, workers: Sequence[int], steps: int) -> Findings:
         write_shallow_graft(graft, folder / "graft")
         data = write_speech_corpus(folder / "speech.parquet", clips=CLIPS, times=1)
         runs = [train(str(folder / "graft"), data, folder / str(count), workers=count, steps=steps) for count in workers]
-    kinds, held = [*KINDS, CONTROLLER], ["coordinator_mb", "controller_mb", "driver_mb"]
+    kinds, held = [*KINDS, CONTROLLER, DRIVER], ["coordinator_mb", "controller_mb", "driver_mb"]
     numbers: Numbers = {}
     rows = []
     for run in runs:

@@ -15,7 +15,7 @@ TITLES = {
     "TrainController": "controller",
 }
 """Part of a process's title -> its kind."""
-KINDS = ("coordinator", "loaders", "workers", DRIVER, RAY)
+KINDS = ("coordinator", "loaders", "workers", RAY)
 ABOUT_KINDS = """\
 ms: CPU time of all processes of a kind for each batch; ray: its own, and those that wait for work. waited: share of the workers' time.
 MB: the most that a process held, shared memory included."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graft.errors import GraftError, OutputError
+from jobs.console import quiet_libraries
 from jobs.outputs import write_atomic
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ SCALE_PARTS = ("split", "real", "train")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; exit code 2 and one line on stderr for bad input."""
     arguments = _parser().parse_args(argv)
+    quiet_libraries()
     try:
         numbers = arguments.benchmark(arguments)
         if arguments.json:

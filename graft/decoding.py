@@ -177,6 +177,8 @@ def _by_ffmpeg(file: SourceFile, stack: contextlib.ExitStack) -> tuple[AudioInfo
     except av.FFmpegError as error:
         file.check()
         raise AudioError(f"{file.source}: not readable as audio ({error.strerror}): {CONVERT}") from error
+    if not container.streams.audio:
+        raise AudioError(f"{file.source}: holds no audio ({container.format.name}): leave it out")
     if stream is None or stream.codec_context is None:
         raise AudioError(f"{file.source}: no audio in it that FFmpeg decodes ({container.format.name}): {CONVERT}")
     for other in container.streams:

@@ -18,6 +18,7 @@ from graft.errors import AudioError
 LEAST_BYTES_PER_S = 600
 """Of any codec that speech is kept in: files that would last for less than an item even so are not opened for the plan."""
 FILES_PER_TASK = 500
+_BLOCK = 65_536
 PROBES = 8
 """Headers that a task reads at a time: over a network they wait for answers."""
 
@@ -54,7 +55,7 @@ def plan_items(recordings: pa.Table, *, item_s: float, probe: Probe) -> pa.Table
     place = np.repeat(np.arange(len(recordings)), counts)
     index = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
     is_last = index == counts[place] - 1
-    ids = pa.array(map(recording_id, recordings["recording"].to_pylist(), recordings["version"].to_pylist()), pa.string())
+    ids = _recording_ids(recordings)
     start_s = index * item_s
     chosen = recordings.select(["recording", "uri", "row_group", "row"]).take(pa.array(place))
     item_ids = pc.binary_join_element_wise(ids.take(pa.array(place)), pa.array(index).cast(pa.string()), "-")
@@ -72,6 +73,12 @@ def plan_items(recordings: pa.Table, *, item_s: float, probe: Probe) -> pa.Table
     return pa.table([columns[name] for name in ITEMS.names], schema=ITEMS)
 
 
+def _recording_ids(recordings: pa.Table) -> pa.Array:
+    batches = recordings.select(["recording", "version"]).to_batches(max_chunksize=_BLOCK)  # Python's strings are large: never all at once
+    ids = (pa.array(map(recording_id, *(column.to_pylist() for column in batch.columns)), pa.string()) for batch in batches)
+    return pa.chunked_array(ids, pa.string()).combine_chunks()
+
+
 def recording_id(name: str, version: str) -> str:
     """A short id of a recording as it is now: of the same name and version always the same."""
     return hashlib.sha256(f"{name}\0{version}".encode()).hexdigest()[:20]
@@ -82,6 +89,8 @@ def at_attempts(items: pa.Table, results: pa.Table, *, retry_errors: bool) -> pa
 
     `results` has `item`, `attempt` and whether it `failed`, of all that is done.
     """
+    if not len(results):
+        return items
     joined = items.select(["item"]).append_column("order", pa.array(np.arange(len(items)))).join(last_attempts(results), "item")
     joined = joined.sort_by("order")
     attempts = pc.fill_null(joined["attempt"], 0).to_numpy().copy()

@@ -22,8 +22,8 @@ from jobs.archive import find_recordings
 from jobs.bench import main as bench
 from jobs.benchmarks.bulk_engine import TOKENS_PER_S, Device, open_stand_in
 from jobs.benchmarks.bulk_pipeline import ITEMS_PER_BATCH, STARTING, Archive, steady_rate, transcribe_bare
-from jobs.benchmarks.bulk_processes import watched
 from jobs.benchmarks.bulk_speech import DISTINCT, MANIFESTS, labelled_speech, write_archive, write_long_recording
+from jobs.benchmarks.processes import watched
 from jobs.items import durations, plan_items
 
 QUICK = Device().slowed(0.01)

@@ -10,9 +10,9 @@ from jobs.benchmarks.bulk_bf16 import bench_bf16
 from jobs.benchmarks.bulk_memory import bench_memory
 from jobs.benchmarks.bulk_peers import NO_GRAFT, bench_peers
 from jobs.benchmarks.bulk_pipeline import bench_pipeline
-from jobs.benchmarks.bulk_processes import alone
 from jobs.benchmarks.bulk_speech import MANIFESTS
 from jobs.benchmarks.measuring import Findings, with_load
+from jobs.benchmarks.processes import alone
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from jobs.archive import find_recordings
 from jobs.benchmarks.bulk_engine import Device, open_stand_in
-from jobs.benchmarks.bulk_processes import Watched, watched
 from jobs.benchmarks.bulk_speech import link_files, write_archive, write_long_recording
 from jobs.benchmarks.measuring import Findings, Numbers, list_numbers
+from jobs.benchmarks.processes import Watched, watched
 from jobs.console import quiet_libraries
 from jobs.items import at_attempts, durations, plan_items
 from jobs.results import read_index

@@ -15,9 +15,9 @@ from graft.audio import SAMPLE_RATE, AudioClip
 from graft.errors import AudioError
 from graft.model.bundled import bundled_whisper
 from graft.scoring import score
-from jobs.benchmarks.bulk_processes import watched
 from jobs.benchmarks.bulk_speech import labelled_speech
 from jobs.benchmarks.measuring import Findings, Numbers, Spent, spent_on, table
+from jobs.benchmarks.processes import watched
 from jobs.console import quiet_libraries
 
 BATCH_WINDOWS = 8

@@ -10,9 +10,9 @@ from transformers import WhisperFeatureExtractor
 from graft.corpus import RowTable, read_rows
 from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
-from jobs.benchmarks.bulk_processes import alone
 from jobs.benchmarks.ingest import DEVICE_RATE, MEL_COUNT
 from jobs.benchmarks.measuring import Findings, Numbers, table
+from jobs.benchmarks.processes import alone
 from jobs.benchmarks.scale_split import DATA_WORKERS, FEWEST_BATCHES, Block, Passed, Stream, pass_through
 from jobs.benchmarks.scale_usage import ABOUT_KINDS, KINDS
 from jobs.benchmarks.speech import write_speech_corpus

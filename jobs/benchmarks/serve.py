@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from graft.errors import require
 from graft.scoring import score
 from jobs.benchmarks.building import graft_or_built
-from jobs.benchmarks.bulk_processes import alone
 from jobs.benchmarks.bulk_speech import MANIFESTS
 from jobs.benchmarks.measuring import Findings, with_load
+from jobs.benchmarks.processes import alone
 from jobs.benchmarks.serve_peers import bench_servers
 from jobs.benchmarks.serve_replicas import bench_replicas
 from jobs.benchmarks.serve_saturation import bench_saturation

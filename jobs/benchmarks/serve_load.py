@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import aiohttp
 import numpy as np
 
-from jobs.benchmarks.bulk_processes import alone
+from jobs.benchmarks.processes import alone
 
 ENDPOINT = "/v1/audio/transcriptions"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from graft.audio import flac_bytes
 from graft.scoring import score
 from jobs.benchmarks.bulk_peers import NO_FASTER_WHISPER, convert_whisper
-from jobs.benchmarks.bulk_processes import alone
 from jobs.benchmarks.bulk_speech import Labelled, labelled_speech
 from jobs.benchmarks.measuring import Findings, Numbers, table
+from jobs.benchmarks.processes import alone
 from jobs.benchmarks.serve_load import Load, ask_once
 from jobs.benchmarks.serve_service import service
 from jobs.console import quiet_libraries

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graft.engines import EngineCounts
-from jobs.benchmarks.bulk_processes import alone
 from jobs.benchmarks.bulk_speech import write_archive
 from jobs.benchmarks.measuring import Findings, Numbers, list_numbers
+from jobs.benchmarks.processes import alone
 from jobs.benchmarks.serve_load import Load, ask_at, ask_for
 from jobs.benchmarks.serve_service import Service, service
 from jobs.console import quiet_libraries

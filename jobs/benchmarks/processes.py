@@ -1,4 +1,4 @@
-"""Work in a fresh process, and the most memory that it, and whatever it started, came to hold. Linux: from /proc."""
+"""Work in a fresh process, and what it, and whatever it started, used: CPU time, and memory at most. Linux: from /proc."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,14 +11,16 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 POLL_S = 0.5
 IDLE = "ray::IDLE"
+CLOCK_HZ = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process as it stands: its parent, what it calls itself, and the most memory that it has held so far, shared memory included."""
+    """A process as it stands: what it calls itself, its CPU seconds, and the most memory that it has held, shared memory included."""
 
     parent: int
     title: str
+    cpu_s: float
     peak_mb: float
 
 
@@ -51,7 +53,7 @@ def watched(work: Callable[..., T], *arguments: object) -> Watched[T]:
         while not is_done:
             wait([future], POLL_S)
             is_done = future.done()  # what it holds in the end is seen once more
-            for pid, process in _family(root):
+            for pid, process in family(root):
                 title = seen[pid].title if process.title == IDLE and pid in seen else process.title
                 seen[pid] = replace(process, title=title)
     result = future.result()
@@ -65,8 +67,8 @@ def _fresh() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
-def _family(root: int) -> Iterator[tuple[int, Process]]:
-    """A process, and all below it."""
+def family(root: int) -> Iterator[tuple[int, Process]]:
+    """A process, and all below it, by their ids."""
     found = {pid: process for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if (process := _look(pid))}
     for pid, process in found.items():
         above = pid
@@ -78,10 +80,14 @@ def _family(root: int) -> Iterator[tuple[int, Process]]:
 
 def _look(pid: int) -> Process | None:
     """None for what has ended meanwhile, or has no memory of its own."""
+    home = Path(f"/proc/{pid}")
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+        status = dict(line.split(":", 1) for line in (home / "status").read_text().splitlines())
+        title = (home / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+        counts = (home / "stat").read_text().rpartition(")")[2].split()  # from the third on, the state: the name before may hold spaces
     except OSError:
         return None
-    values = dict(line.split(":", 1) for line in status.splitlines())
-    return Process(int(values["PPid"]), title, int(values["VmHWM"].split()[0]) / 1024) if "VmHWM" in values else None
+    if "VmHWM" not in status:
+        return None
+    cpu_s = (int(counts[11]) + int(counts[12])) / CLOCK_HZ
+    return Process(int(status["PPid"]), title, cpu_s, int(status["VmHWM"].split()[0]) / 1024)

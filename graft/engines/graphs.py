@@ -28,19 +28,22 @@ class StepGraphs:
         count = inputs.shape[1]
         rows = min(_recurring(count), most_rows)
         if (rows, columns) not in self._graphs:
-            self._graphs[rows, columns] = self._capture(rows)
+            self._graphs[rows, columns] = self._capture(inputs, rows)
         places, replay = self._graphs[rows, columns]
         places[:, :count] = inputs
         return replay()[:count]
 
-    def _capture(self, rows: int) -> tuple[Tensor, Callable[[], Tensor]]:
+    def _capture(self, inputs: Tensor, rows: int) -> tuple[Tensor, Callable[[], Tensor]]:
+        """A graph's inputs and what runs it. The step is taken once before: it writes to the slots, so with the inputs that it is for."""
         places = torch.zeros(2, rows, dtype=torch.long, device=self._device)
+        places[:, : inputs.shape[1]] = inputs
         if self._is_capturing:
             try:
                 return places, self._captured(places)
             except RuntimeError as error:
                 self._is_capturing = False
                 warnings.warn(f"decoding without CUDA graphs, which is slower: {error}", stacklevel=1)
+        self._forward(places)
         return places, lambda: self._forward(places)
 
     def _captured(self, places: Tensor) -> Callable[[], Tensor]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from graft.engines import Engine, EngineRequest
+from graft.engines.slots import whole_columns
 from graft.engines.transformers_engine import TransformersEngine
 from graft.errors import GraftError
 from graft.features import Features
@@ -77,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench_engine", description="Measure the transformers engine on this GPU.")
     parser.add_argument("--shape", choices=SHAPES, default="7b", help="default: %(default)s")
     parser.add_argument("--clip-s", type=float, nargs="+", default=[10.0, 30.0], help="seconds of a clip (default: 10 and 30)")
-    parser.add_argument("--rounds", type=float, default=4.0, help="how many times what fits a batch is heard (default: %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, default=65_536, help="of all that are decoded together (default: %(default)s)")
+    parser.add_argument("--rounds", type=float, default=4.0, help="how many batches are heard (default: %(default)s)")
+    parser.add_argument("--batch-clips", type=int, default=256, help="that are decoded together, as in the ceilings (default: %(default)s)")
     parser.add_argument("--prefill-tokens", type=int, default=8_192, help="of what is read between two steps (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     parser.add_argument("--device", help="default: the first GPU, else the CPU")
@@ -90,12 +91,12 @@ def _measure(arguments: argparse.Namespace, device: torch.device, name: str) -> 
     config = bench_config(arguments.shape)
     with device:
         model = GraftForConditionalGeneration._from_config(config, dtype=DTYPES[arguments.dtype]).eval()
-    budgets = {"max_batch_tokens": arguments.batch_tokens, "max_prefill_tokens": arguments.prefill_tokens}
-    with contextlib.closing(TransformersEngine(model, pad_id=0, eos_ids=(), **budgets)) as engine:
-        del model
-        for clip_s in arguments.clip_s:
-            request = _request(config, clip_s)
-            count = max(1, round(arguments.rounds * arguments.batch_tokens / (len(request.prompt_ids) + request.max_new_tokens)))
+    for clip_s in arguments.clip_s:
+        request = _request(config, clip_s)
+        tokens = arguments.batch_clips * whole_columns(len(request.prompt_ids) + request.max_new_tokens)
+        budgets = {"max_batch_tokens": tokens, "max_prefill_tokens": arguments.prefill_tokens}
+        count = max(1, round(arguments.rounds * arguments.batch_clips))
+        with contextlib.closing(TransformersEngine(model, pad_id=0, eos_ids=(), **budgets)) as engine:
             asyncio.run(_hear_all(engine, request, count))  # to warm up: steps become CUDA graphs when their shapes recur
             yield _row(engine, request, count, clip_s=clip_s, most=ceiling(arguments.shape, name, clip_s), device=device)
 

@@ -1,7 +1,7 @@
 """The service as it is run, by `serve run`, in a process of its own on this process's Ray, until a block ends; likewise other servers."""
 
 import contextlib
-import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,10 +14,13 @@ from typing import Any
 import requests
 import yaml
 
+from graft.checkpoints import from_anywhere
 from graft.errors import GraftError
 
 CONFIG_FILE, LOG_FILE = "serve.yaml", "serve.log"
 START_S = 300
+"""How long a server may take; one whose application can't be built says so earlier."""
+_REFUSAL = re.compile(r"\bgraft\.errors\.\w+: (.+)")
 
 
 class ServerFailed(GraftError):
@@ -36,7 +39,7 @@ def serving(model: str, folder: Path, *, app: str, request_timeout_s: float | No
     config = {
         "http_options": {"host": "127.0.0.1", "port": port, "request_timeout_s": request_timeout_s},
         "applications": [
-            {"name": app, "route_prefix": "/", "import_path": "serve.app:build", "args": {"model": os.path.abspath(model)} | settings}
+            {"name": app, "route_prefix": "/", "import_path": "serve.app:build", "args": {"model": from_anywhere(model)} | settings}
         ],
     }
     path = folder / CONFIG_FILE
@@ -81,10 +84,12 @@ def post(url: str, file: Path, model: str) -> str:
 
 def _wait(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and server.poll() is None:
+    while time.monotonic() < deadline and server.poll() is None and not _REFUSAL.search(log.read_text()):
         with contextlib.suppress(requests.RequestException):
             if requests.get(url, timeout=5).status_code == 200:
                 return
         time.sleep(0.5)
-    told = log.read_text().strip().splitlines()[-1:] or ["it said nothing"]
-    raise ServerFailed(f"{url} does not answer: {told[0]}")
+    said = log.read_text()
+    refusal = _REFUSAL.search(said)
+    told = refusal[1] if refusal else (said.strip().splitlines() or ["it said nothing"])[-1]
+    raise ServerFailed(f"{url} does not answer: {told}")

@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from graft.checkpoints import from_anywhere
 from graft.chunking import Chunk
 from graft.engines import EngineCounts
 from graft.errors import GraftError
@@ -129,8 +130,7 @@ def build(args: ServeArgs) -> Application:
 
     check_graft(args.model)
     Keys.from_environment(args.key_file)
-    if os.path.exists(args.model):  # replicas have another working directory
-        args = args.model_copy(update={"model": os.path.abspath(args.model)})
+    args = args.model_copy(update={"model": from_anywhere(args.model)})  # replicas have another working directory
     if args.key_file:
         args = args.model_copy(update={"key_file": os.path.abspath(args.key_file)})
     if args.aligner:

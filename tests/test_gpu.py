@@ -70,7 +70,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_of_the_engine_runs_on_a_cpu(tmp_path: Path) -> None:
-    options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--batch-tokens", "512", "--rounds", "1"]
+    options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--batch-clips", "4", "--rounds", "3"]
     options += ["--json", str(tmp_path / "found.json")]
     done = lacking(f"from jobs.bench_engine import main; sys.exit(main({options!r}))")
     assert done.returncode == 0, done.stderr
@@ -89,6 +89,6 @@ def test_what_is_possible_is_told_of_the_cards_that_it_was_computed_for() -> Non
 
 
 def test_a_file_that_can_not_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--batch-tokens", "128", "--rounds", "1", "--json", str(tmp_path)]
+    options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--batch-clips", "1", "--rounds", "1", "--json", str(tmp_path)]
     assert bench_engine(options) == 2
     assert capsys.readouterr().err == f"graft: error: {tmp_path} cannot be written: Is a directory: name another --json file\n"

@@ -83,5 +83,5 @@ def test_a_server_that_does_not_come_up_is_told_with_its_last_line(tmp_path: Pat
 def test_an_application_that_can_not_be_built_is_told_at_once(tmp_path: Path) -> None:
     says = "raised from:\ngraft.errors.ModelError: small is no graft: give a folder\n(controller) retrying"
     command = [sys.executable, "-c", f"import time; print({says!r}, flush=True); time.sleep(300)"]
-    with pytest.raises(ServerFailed, match="small is no graft: give a folder$"), running(command, "http://127.0.0.1:9", tmp_path / "log"):
+    with pytest.raises(ServerFailed, match=r"small is no graft: give a folder$"), running(command, "http://127.0.0.1:9", tmp_path / "log"):
         pass

@@ -38,7 +38,7 @@ test: $(READY) ## the tests, two at a time (12 minutes on 2 cores)
 test-slow: $(READY) ## the tests that take minutes: workers, drivers and nodes that are killed (15 minutes on 2 cores)
 	python -m pytest -m slow
 
-test-cluster: $(READY) ## every job sent to a cluster, and nodes that die under training, transcription and service; a table of what was lost (half an hour on 2 busy cores)
+test-cluster: $(READY) ## every job sent to a cluster, and nodes that die under training, transcription and service; a table of what was lost (15 minutes on 2 cores)
 	python -m pytest -m cluster -rA --show-capture=no --disable-warnings tests/test_submit.py tests/test_submit_jobs.py tests/test_cluster_faults.py
 
 test-gpu: ## the tests for a machine with a GPU, in the Python that is there; what is not installed is skipped by name

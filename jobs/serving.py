@@ -65,6 +65,7 @@ def running(command: list[str], ready_url: str, log: Path) -> Iterator[None]:
                 server.wait(60)
             except subprocess.TimeoutExpired:
                 server.kill()
+                server.wait()
 
 
 def free_port() -> int:

@@ -74,13 +74,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def positive_int(text: str) -> int:
+    """Read a whole number, 1 or more, as argparse's `type`, which shows this function's name. Raises ValueError, ArgumentTypeError."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than one")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench_engine", description="Measure the transformers engine on this GPU.")
     parser.add_argument("--shape", choices=SHAPES, default="7b", help="default: %(default)s")
     parser.add_argument("--clip-s", type=float, nargs="+", default=[10.0, 30.0], help="seconds of a clip (default: 10 and 30)")
     parser.add_argument("--rounds", type=float, default=4.0, help="how many batches are heard (default: %(default)s)")
-    parser.add_argument("--batch-clips", type=int, default=256, help="that are decoded together, as in the ceilings (default: %(default)s)")
-    parser.add_argument("--prefill-tokens", type=int, default=8_192, help="of what is read between two steps (default: %(default)s)")
+    parser.add_argument("--batch-clips", type=positive_int, default=256, help="decoded together (default: %(default)s)")
+    parser.add_argument("--prefill-tokens", type=positive_int, default=8_192, help="read between two steps (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     parser.add_argument("--device", help="default: the first GPU, else the CPU")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")

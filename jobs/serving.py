@@ -20,6 +20,8 @@ from graft.errors import GraftError
 CONFIG_FILE, LOG_FILE = "serve.yaml", "serve.log"
 START_S = 300
 """How long a server may take; one whose application can't be built says so earlier."""
+STOP_S = 60
+"""How long it may take to end when it is interrupted; then it is killed."""
 _REFUSAL = re.compile(r"\bgraft\.errors\.\w+: (.+)")
 
 
@@ -62,7 +64,7 @@ def running(command: list[str], ready_url: str, log: Path) -> Iterator[None]:
         finally:
             server.send_signal(signal.SIGINT)
             try:
-                server.wait(60)
+                server.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()

@@ -92,3 +92,10 @@ def test_a_file_that_can_not_be_written_is_one_line(tmp_path: Path, capsys: pyte
     options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--batch-clips", "1", "--rounds", "1", "--json", str(tmp_path)]
     assert bench_engine(options) == 2
     assert capsys.readouterr().err == f"graft: error: {tmp_path} cannot be written: Is a directory: name another --json file\n"
+
+
+@pytest.mark.parametrize("count", ["0", "many"])
+def test_a_count_that_is_none_is_refused(count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench_engine(["--shape", "tiny", "--batch-clips", count])
+    assert f"argument --batch-clips: {'0 is less than one' if count == '0' else 'invalid'}" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import requests
 
-from jobs.serving import ServerFailed, post, running
+from jobs.serving import ServerFailed, post, running, serving
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(300)"]
 
@@ -80,8 +81,28 @@ def test_a_server_that_does_not_come_up_is_told_with_its_last_line(tmp_path: Pat
         pass
 
 
+def test_a_server_that_does_not_heed_an_interrupt_is_killed(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.serving.STOP_S", 0.5)
+    deaf = "import pathlib, signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); pathlib.Path(sys.argv[1]).touch()"
+    deaf += "; time.sleep(300)"
+    with running([sys.executable, "-c", deaf, str(tmp_path / "deaf")], url, tmp_path / "log"):
+        (server,) = [child for child in psutil.Process().children() if str(tmp_path / "deaf") in child.cmdline()]
+        while not (tmp_path / "deaf").exists():
+            time.sleep(0.05)
+    assert not server.is_running()
+
+
 def test_an_application_that_can_not_be_built_is_told_at_once(tmp_path: Path) -> None:
     says = "raised from:\ngraft.errors.ModelError: small is no graft: give a folder\n(controller) retrying"
-    command = [sys.executable, "-c", f"import time; print({says!r}, flush=True); time.sleep(300)"]
+    outlives = f"import pathlib, sys, time; print({says!r}, flush=True); time.sleep(60); pathlib.Path(sys.argv[1]).touch()"
+    command = [sys.executable, "-c", outlives, str(tmp_path / "waited for")]
     with pytest.raises(ServerFailed, match=r"small is no graft: give a folder$"), running(command, "http://127.0.0.1:9", tmp_path / "log"):
+        pass
+    assert not (tmp_path / "waited for").exists()
+
+
+@pytest.mark.usefixtures("ray_started")
+def test_a_model_is_served_by_the_name_it_was_given(tmp_path: Path) -> None:
+    refusal = "not answer: nowhere can't be read as a graft checkpoint"  # not a folder of that name here
+    with pytest.raises(ServerFailed, match=refusal), serving("nowhere", tmp_path, app="wrong"):
         pass

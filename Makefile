@@ -32,7 +32,7 @@ help: ## list the targets
 demo: $(READY) ## train, merge, evaluate and transcribe on the bundled speech (10 minutes on 2 cores); results in runs/demo
 	python -m jobs.demo
 
-test: $(READY) ## the tests, two at a time (12 minutes on 2 cores)
+test: $(READY) ## the tests, two at a time (15 minutes on 2 cores)
 	python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY) ## the tests that take minutes: workers, drivers and nodes that are killed (15 minutes on 2 cores)

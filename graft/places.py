@@ -19,13 +19,14 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from fsspec.utils import glob_translate
+from fsspec.utils import glob_translate, merge_offset_ranges
 
 from graft.errors import DataError, require
 from graft.retries import again, shown, told
 
 _PINNED = re.compile("@[0-9a-f]{40}/")
 _HIDDEN = re.compile(r"(?:^|/)\.")
+_GAP_BYTES = 8_192  # what is fetched for nothing rather than asked for twice, as Arrow does
 
 
 def list_files(places: Sequence[str]) -> list[str]:
@@ -66,8 +67,10 @@ def find_files(place: str, pattern: str = "**") -> list[PlacedFile]:
 @contextlib.contextmanager
 def open_parquet(uri: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
     """Open one file of `list_files`; with its metadata, its footer is not fetched again. Use it inside `again`."""
-    with open_file(uri) as file, pq.ParquetFile(file, metadata=metadata, pre_buffer=True) as parquet:
-        yield parquet
+    with open_file(uri) as file:
+        kept = _OneThreadParquet(file, metadata) if isinstance(file, _Ranges) else pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
+        with kept as parquet:
+            yield parquet
 
 
 def open_file(uri: str) -> Any:
@@ -192,6 +195,14 @@ class _Ranges(io.RawIOBase):
 
     def __init__(self, file: Any) -> None:
         self.file = file
+        self._fetched: list[tuple[int, bytes]] = []  # where in the file, and what stands there
+
+    def fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch byte ranges (start, end) ahead, near ones together, for the reads that follow; those of the last call are forgotten."""
+        self._fetched = []
+        starts, ends = map(list, zip(*ranges, strict=True)) if ranges else ([], [])
+        merged = merge_offset_ranges([""] * len(starts), starts, ends, max_gap=_GAP_BYTES)
+        self._fetched = [(start, self._whole(start, end - start)) for _, start, end in zip(*merged, strict=True)]
 
     def readable(self) -> bool:
         return True
@@ -206,9 +217,47 @@ class _Ranges(io.RawIOBase):
         return self.file.tell()
 
     def read(self, size: int = -1) -> bytes:
-        left = self.file.size - self.file.tell()
+        position = self.file.tell()
+        left = self.file.size - position
         wanted = left if size < 0 else min(size, left)
-        data = self.file.read(wanted) if wanted else b""
-        if len(data) != wanted:
-            raise ConnectionError(f"got {len(data)} of {wanted} bytes")
+        for start, data in self._fetched:
+            if start <= position and position + wanted <= start + len(data):
+                self.file.seek(position + wanted)
+                return data[position - start : position - start + wanted]
+        return self._whole(position, wanted)
+
+    def _whole(self, start: int, size: int) -> bytes:
+        self.file.seek(start)
+        data = self.file.read(size) if size else b""
+        if len(data) != size:
+            raise ConnectionError(f"got {len(data)} of {size} bytes")
         return data
+
+
+class _OneThreadParquet(pq.ParquetFile):
+    """A parquet file behind a Python object, read in the caller's thread alone.
+
+    Arrow's threads would drop the object when they come to it; at the interpreter's end that aborts the process (apache/arrow#34314).
+    """
+
+    def __init__(self, file: _Ranges, metadata: pq.FileMetaData | None) -> None:
+        super().__init__(file, metadata=metadata, pre_buffer=False)
+        self._file = file
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        return self._of(list(range(self.num_row_groups)), columns)
+
+    def read_row_group(self, i: int, columns: Sequence[str]) -> pa.Table:
+        return self._of([i], columns)
+
+    def _of(self, row_groups: list[int], columns: Sequence[str]) -> pa.Table:
+        groups = (self.metadata.row_group(group) for group in row_groups)
+        chunks = (group.column(column) for group in groups for column in range(group.num_columns))
+        self._file.fetch([_extent(chunk) for chunk in chunks if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns)])
+        return self.read_row_groups(row_groups, columns=list(columns), use_threads=False)
+
+
+def _extent(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    """Where in its file a column chunk lies."""
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    return start, start + chunk.total_compressed_size

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import tiny_hub
 import tiny_s3
 
+from graft import places
 from graft.corpus import RowReader, read_rows, write_corpus
 from graft.errors import DataError
 from graft.places import list_files
@@ -158,6 +160,18 @@ def test_a_file_of_a_web_server_gives_the_same_rows(folder, hub):
     with pytest.raises(DataError) as caught:
         read_rows(places[0].replace("train", "none"))
     assert str(caught.value) == f"corpus {hub.url}/files/speech/clips/{COMMIT}/large/none-0.parquet: no such file or folder"
+
+
+def test_arrow_reads_python_files_in_the_callers_thread_alone(folder, hub, monkeypatch):
+    """Its own threads drop a Python object when they come to it; at the interpreter's end that aborts the process, now and then."""
+    threads = []
+    read = places._Ranges.read
+    monkeypatch.setattr(places._Ranges, "read", lambda file, size=-1: threads.append(threading.get_ident()) or read(file, size))
+    with places.open_parquet(f"{hub.url}/files/speech/clips/{COMMIT}/large/{FILES[0]}") as parquet:
+        assert len(parquet.read(columns=["ID", "text"])) == 60
+        assert len(parquet.read_row_group(1, columns=["wav.bytes", "wav.path"])) == 20
+    assert len(threads) > 4
+    assert set(threads) == {threading.get_ident()}
 
 
 def test_planning_and_reading_are_tried_again_but_not_for_ever(folder, hub, monkeypatch):

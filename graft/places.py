@@ -160,7 +160,7 @@ def _pinned(uri: str) -> str:
     try:
         place = fsspec.filesystem("hf").resolve_path(uri)
     except (ValueError, NotImplementedError) as error:
-        raise DataError(f"corpus {uri}: wants hf://datasets/OWNER/NAME@REVISION/FOLDER: {told(error)}") from error
+        raise DataError(f"{uri}: wants hf://datasets/OWNER/NAME@REVISION/FOLDER: {told(error)}") from error
     if not getattr(place, "revision", None):
         return uri  # a bucket
     commit = HfApi().repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision).sha
@@ -181,7 +181,7 @@ def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
             return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
         return pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError, ImportError, ValueError) as error:
-        raise DataError(f"corpus {shown(uri)}: not a location pyarrow can read: {told(error)}") from error
+        raise DataError(f"{shown(uri)}: not a location pyarrow can read: {told(error)}") from error
 
 
 @functools.lru_cache(maxsize=16)

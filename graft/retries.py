@@ -31,9 +31,9 @@ def again(uri: str, action: Callable[[], T]) -> T:
                 raise
             if isinstance(fault, FileNotFoundError):
                 hint = " (a private or gated one wants HF_TOKEN)" if uri.startswith("hf://") else ""
-                raise DataError(f"corpus {shown(uri)}: no such file or folder{hint}") from error
+                raise DataError(f"{shown(uri)}: no such file or folder{hint}") from error
             if wait_s is None or not _may_pass(uri, fault):
-                raise DataError(f"corpus {shown(uri)}: {told(fault)}") from error
+                raise DataError(f"{shown(uri)}: {told(fault)}") from error
             time.sleep(wait_s * random.uniform(0.5, 1.0))  # not all workers at once
 
 

@@ -25,6 +25,7 @@ from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.opening import DTYPES
 from graft.training.estimate import name_words
 from jobs.bench_gpu import FRAMES_PER_S, LABELS_PER_S, PROMPT_TOKENS, SHAPES, bench_config, describe, write_rows
+from jobs.counts import positive_float, positive_int
 
 CEILINGS = {
     ("h200",): {10.0: 1629.0, 30.0: 1660.0},
@@ -74,19 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def positive_int(text: str) -> int:
-    """Read a whole number, 1 or more, as argparse's `type`, which shows this function's name. Raises ValueError, ArgumentTypeError."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than one")
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench_engine", description="Measure the transformers engine on this GPU.")
     parser.add_argument("--shape", choices=SHAPES, default="7b", help="default: %(default)s")
-    parser.add_argument("--clip-s", type=float, nargs="+", default=[10.0, 30.0], help="seconds of a clip (default: 10 and 30)")
-    parser.add_argument("--rounds", type=float, default=4.0, help="how many batches are heard (default: %(default)s)")
+    parser.add_argument("--clip-s", type=positive_float, nargs="+", default=[10.0, 30.0], help="seconds of a clip (default: 10 and 30)")
+    parser.add_argument("--rounds", type=positive_float, default=4.0, help="how many batches are heard (default: %(default)s)")
     parser.add_argument("--batch-clips", type=positive_int, default=256, help="decoded together (default: %(default)s)")
     parser.add_argument("--prefill-tokens", type=positive_int, default=8_192, help="read between two steps (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")

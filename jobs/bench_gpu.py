@@ -26,6 +26,7 @@ from graft.model.shapes import AUDIO_BASES, TEXT_BASES
 from graft.stages import Computing, Stage, make_backend, prepared
 from graft.training.backends import Backend
 from graft.training.estimate import batch_flops, device_peak_flops
+from jobs.counts import positive_float, positive_int
 
 SHAPES = {
     "7b": ("openai/whisper-large-v3-turbo", "Qwen/Qwen2-VL-7B-Instruct"),
@@ -94,10 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench_gpu", description="Measure training steps on this machine's GPU.")
     parser.add_argument("--shape", choices=SHAPES, default="7b", help="default: %(default)s")
     parser.add_argument("--stage", type=int, choices=(1, 2), nargs="+", default=[1, 2], help="default: both")
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure each row (default: %(default)s)")
-    parser.add_argument("--budgets", type=int, nargs="+", metavar="TOKENS", help="padded tokens of a batch (default: some for the shape)")
-    parser.add_argument("--clip-s", type=float, default=10.0, help="seconds of a clip (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=64, help="of stage 2's adapters (default: %(default)s)")
+    parser.add_argument("--seconds", type=positive_float, default=10.0, help="how long to measure each row (default: %(default)s)")
+    parser.add_argument(
+        "--budgets", type=positive_int, nargs="+", metavar="TOKENS", help="padded tokens of a batch (default: some for the shape)"
+    )
+    parser.add_argument("--clip-s", type=positive_float, default=10.0, help="seconds of a clip (default: %(default)s)")
+    parser.add_argument("--rank", type=positive_int, default=64, help="of stage 2's adapters (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     parser.add_argument("--attention", choices=("sdpa", "flash_attention_2", "eager"), default="sdpa", help="default: %(default)s")
     parser.add_argument("--gradient-checkpointing", action="store_true")

@@ -45,6 +45,22 @@ def test_an_unknown_part_is_refused_by_name(capsys: pytest.CaptureFixture[str]) 
     assert "steps: choose from step, gains, ingest, workers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "told"),
+    [
+        ("bulk", "--recordings=0", "0 is less than one"),
+        ("serve", "--clients=-1", "-1 is less than one"),
+        ("scale", "--workers=x", "invalid positive_int value: 'x'"),
+        ("features", "--seconds=nan", "nan is not a finite number above 0"),
+    ],
+)
+def test_numbers_that_are_nothing_are_refused(name: str, option: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench([name, option])
+    assert ended.value.code == 2
+    assert f"argument {option.partition('=')[0]}: {told}" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_graft_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(["train", "--only", "step", "--graft", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"graft: error: {tmp_path} has no config.json")

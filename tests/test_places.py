@@ -144,7 +144,7 @@ def test_lasting_faults_of_the_hub_are_one_line(hub):
     hub.faults.update(data=["403"])
     places = ["@v1/large/train-0.parquet", "@v2/large", "@v1/small", "@v1/large/none-*.parquet"]
     forbidden, *missing, empty = from_hub(hub, *(f"hf://datasets/speech/clips{place}" for place in places))
-    assert forbidden.startswith(f"corpus hf://datasets/speech/clips@{COMMIT}/large/train-0.parquet: 403 Forbidden")
+    assert forbidden.startswith(f"hf://datasets/speech/clips@{COMMIT}/large/train-0.parquet: 403 Forbidden")
     assert [message.partition(": ")[2][:25] for message in missing] == ["no such file or folder (a"] * 2
     assert "no *.parquet file found there" in empty
     (malformed,) = from_hub(hub, "hf://clips")
@@ -159,7 +159,7 @@ def test_a_file_of_a_web_server_gives_the_same_rows(folder, hub):
     assert content(places) == content(str(folder))
     with pytest.raises(DataError) as caught:
         read_rows(places[0].replace("train", "none"))
-    assert str(caught.value) == f"corpus {hub.url}/files/speech/clips/{COMMIT}/large/none-0.parquet: no such file or folder"
+    assert str(caught.value) == f"{hub.url}/files/speech/clips/{COMMIT}/large/none-0.parquet: no such file or folder"
 
 
 def test_arrow_reads_python_files_in_the_callers_thread_alone(folder, hub, monkeypatch):
@@ -206,9 +206,9 @@ def test_s3_gives_the_same_rows(folder, bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{bucket}")
     assert content("s3://clips/large?region=us-east-1") == expected
     for place, words in [
-        (f"s3://key:secret@clips/small{here}", "corpus s3://clips/small: no such file or folder"),
+        (f"s3://key:secret@clips/small{here}", "s3://clips/small: no such file or folder"),
         (f"s3://key:secret@clips/large/x*.parquet{here}", "corpus s3://clips/large/x*.parquet: no *.parquet file found there"),
-        ("s3://key:secret@clips/large?nonsense=1", "corpus s3://clips/large: not a location"),
+        ("s3://key:secret@clips/large?nonsense=1", "s3://clips/large: not a location"),
     ]:
         with pytest.raises(DataError) as caught:
             read_rows(place)

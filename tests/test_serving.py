@@ -92,7 +92,8 @@ def test_a_server_that_does_not_heed_an_interrupt_is_killed(url: str, tmp_path: 
     assert not server.is_running()
 
 
-def test_an_application_that_can_not_be_built_is_told_at_once(tmp_path: Path) -> None:
+def test_an_application_that_can_not_be_built_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.serving.STOP_S", 5)  # a shell's background jobs ignore interrupts, and so do those that they start
     says = "raised from:\ngraft.errors.ModelError: small is no graft: give a folder\n(controller) retrying"
     outlives = f"import pathlib, sys, time; print({says!r}, flush=True); time.sleep(60); pathlib.Path(sys.argv[1]).touch()"
     command = [sys.executable, "-c", outlives, str(tmp_path / "waited for")]

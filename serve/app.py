@@ -98,11 +98,14 @@ class Engine:
 
 
 class Ingress:
-    """A replica that answers HTTP: decodes and cuts uploads, and has their chunks heard."""
+    """A replica that answers HTTP: decodes and cuts uploads, and has their chunks heard.
 
-    def __init__(self, args: ServeArgs, engine: DeploymentHandle) -> None:
+    `keys` are those of the process that built the application; others stand in the replica's own environment and in the file.
+    """
+
+    def __init__(self, args: ServeArgs, engine: DeploymentHandle, keys: Keys) -> None:
         log_through_serve()
-        self._args = args
+        self._args, self._keys = args, keys
         self._metrics = RequestMetrics()
         self._service = Service(
             Decoder(args.decode),
@@ -114,7 +117,9 @@ class Ingress:
         self._standing = asyncio.create_task(every_second(lambda: self._metrics.stand(self._service)))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        keys = Keys.from_environment(self._args.key_file)
+        keys = self._keys | Keys.from_environment(self._args.key_file)
+        if not keys:
+            LOG.warning("no API keys were given: everyone may ask")
         return transcription_api(
             self._service, keys=keys, max_upload_bytes=self._args.max_upload_bytes, observer=self._metrics, tells_id=False
         )
@@ -151,7 +156,7 @@ def build(args: ServeArgs) -> Application:
         health_check_period_s=2,
         logging_config=LOGS,
     )(serve.ingress()(Ingress))
-    return ingress.bind(args, engine)
+    return ingress.bind(args, engine, Keys.from_environment())
 
 
 def _autoscaling(args: ServeArgs, least: int, most: int, ongoing: int) -> dict[str, Any]:

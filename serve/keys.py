@@ -27,6 +27,12 @@ class Keys:
                 raise RecipeError(f"key_file {file} can't be read: give a text file with a key in each line") from error
         return cls([key.strip() for key in keys if key.strip()])
 
+    def __or__(self, other: "Keys") -> "Keys":
+        """The keys that either knows."""
+        both = Keys([])
+        both._digests = [*self._digests, *other._digests]
+        return both
+
     def __bool__(self) -> bool:
         return bool(self._digests)
 

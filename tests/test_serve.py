@@ -23,6 +23,7 @@ from jobs.serving import free_port
 from serve.app import build
 from serve.arguments import ServeArgs
 from serve.decoding import DecodeArgs
+from serve.keys import VARIABLE
 
 MAX_UPLOAD = 3_000_000
 WORDS = {"timestamp_granularities[]": "word"}
@@ -55,6 +56,19 @@ def url(folder):
 def post(url, data=None, *, file=None, **options) -> requests.Response:
     files = {"file": ("a.flac", flac(0.5) if file is None else file)}
     return requests.post(f"{url}/v1/audio/transcriptions", files=files, data={"model": "tiny-graft"} | (data or {}), timeout=60, **options)
+
+
+def test_keys_of_the_process_that_builds_hold_on_a_ray_that_was_there(url, folder, monkeypatch):
+    """As by `GRAFT_API_KEYS=... serve run serve.app:build` against a running cluster, whose workers know nothing of it."""
+    from ray import serve
+
+    monkeypatch.setenv(VARIABLE, "sk-mine")
+    serve.run(build(ServeArgs(model=str(folder))), name="keyed", route_prefix="/keyed")
+    try:
+        answers = [post(f"{url}/keyed", headers=headers).status_code for headers in ({}, {"Authorization": "Bearer sk-mine"})]
+    finally:
+        serve.delete("keyed")
+    assert answers == [401, 200]
 
 
 def assert_fault(response, status, *, param, code, message) -> None:

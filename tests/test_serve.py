@@ -15,6 +15,7 @@ import tiny
 import yaml
 from pydantic import ValidationError
 from tiny_media import SHORTEST_FIRST, speech, write
+from tiny_serve import replica_logs
 
 from graft.errors import ModelError
 from graft.transcriber import load
@@ -69,6 +70,8 @@ def test_keys_of_the_process_that_builds_hold_on_a_ray_that_was_there(url, folde
     finally:
         serve.delete("keyed")
     assert answers == [401, 200]
+    warned = {record["deployment"] for record in replica_logs() if record["message"] == "no API keys were given: everyone may ask"}
+    assert warned == {"test_Ingress"}
 
 
 def assert_fault(response, status, *, param, code, message) -> None:

@@ -239,7 +239,7 @@ def _summary(totals: Totals, rtfx: float | None, seconds: float, price: float | 
 def _told(summary: dict[str, Any]) -> Iterator[str]:
     """The summary in a few lines."""
     rtfx, cost = summary["rtfx"], summary["cost_per_audio_hour"]
-    speed = f", {rtfx:.1f} times as fast as real time in this run" if rtfx else ", nothing was left to do"
+    speed = ", nothing was left to do" if rtfx is None else f", {rtfx:.1f} times as fast as real time in this run" if rtfx else ""
     price = f", {cost:.4f} an hour of audio" if cost is not None else ""
     yield f"{summary['done']} recordings done, {summary['failed']} failed; {summary['audio_hours']:.2f} h of audio{speed}{price}"
     yield from (f"  failed: {count} x {reason}" for reason, count in summary["failed_by_reason"].items())

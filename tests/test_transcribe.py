@@ -122,7 +122,7 @@ def test_errors_are_tried_again_only_when_asked(folder, tmp_path, capsys, transc
     with tiny_hub.serve(tmp_path / "files") as hub:
         arguments = [f"model={folder}", f"audio={hub.url}/files/later.flac", f"out={out}"]
         assert transcribe(*arguments, "--strict") == 3
-        assert "0 recordings done, 1 failed" in capsys.readouterr().out
+        assert "0 recordings done, 1 failed; 0.00 h of audio\n" in capsys.readouterr().out  # something was left to do, and failed
         shutil.copy(PROMPTS[0], tmp_path / "files" / "later.flac")
         assert transcribe(*arguments, "--strict") == 3
         assert "nothing was left to do" in capsys.readouterr().out

@@ -59,7 +59,6 @@ class BatchLoader:
     """Reads, decodes, augments, featurizes and packs planned batches; Ray Data's actors and tests call it alike."""
 
     def __init__(self, delivery: Delivery):
-        torch.set_num_threads(1)
         self.delivery = delivery
         self.processor = GraftProcessor.from_pretrained(delivery.processor)
         self.reader = RowReader(delivery.rows.files, cache_row_groups=delivery.cache_row_groups)

@@ -151,9 +151,11 @@ class LoadBatches:
 
     def __init__(self, delivery: Any, first: int):
         import ray
+        import torch
 
         from jobs.ingest import BatchLoader
 
+        torch.set_num_threads(1)  # Ray counts one core for it
         self.first = first
         self.loader = BatchLoader(ray.get(delivery))
 

@@ -154,6 +154,13 @@ def test_a_batch_is_the_same_in_another_process(folder, processor, tmp_path):
         assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+def test_a_loader_leaves_the_threads_of_its_process_as_they_are(folder, tmp_path, thread_count):
+    """A training worker makes its validation's batches itself, and trains on."""
+    torch.set_num_threads(2)
+    loader_of(corpus(tmp_path / "data.parquet", [row("hum", 0)]), folder)
+    assert torch.get_num_threads() == 2
+
+
 def test_a_loader_reads_each_row_group_once_whatever_share_of_the_batches_it_gets(folder, processor, tmp_path):
     for name in "abcdef":
         clips(tmp_path / f"{name}.parquet")

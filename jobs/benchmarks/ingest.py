@@ -147,6 +147,7 @@ def _delivery(graft: str, folder: Path, clips: int) -> Delivery:
 
 def _loaded(delivery: Delivery) -> tuple[list[TrainingBatch], float]:
     """All batches of a delivery, and the CPU seconds that it took to load them."""
+    torch.set_num_threads(1)  # as on Ray's workers
     loader, blocks = BatchLoader(delivery), list[dict[str, np.ndarray]]()
     spent = spent_on(lambda: blocks.extend(loader.block(number) for number in range(len(delivery.batches))))
     return list(training_batches(blocks, torch.device("cpu"), [])), spent.cpu_s

@@ -33,11 +33,15 @@ TOKENIZED_TOGETHER = 8192
 
 @dataclass(frozen=True)
 class Example:
-    """One clip ready for training: features, prompt ids with placeholders, and target ids (empty where the clip must not count)."""
+    """One clip ready for training: features, prompt ids with placeholders, and target ids (empty where the clip must not count).
+
+    `read_ids` are what the model reads in the place of its targets, one for one; null for the targets themselves.
+    """
 
     features: Features
     prompt_ids: list[int]
     target_ids: list[int]
+    read_ids: list[int] | None = None
 
 
 class GraftProcessor(ProcessorMixin):
@@ -138,7 +142,7 @@ class GraftProcessor(ProcessorMixin):
 
     def training_batch(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         """Pad examples on the right: input_ids, attention_mask, labels (rows, length), input_features, audio_frame_counts."""
-        rows = [example.prompt_ids + example.target_ids for example in examples]
+        rows = [example.prompt_ids + (example.read_ids or example.target_ids) for example in examples]
         labels = [[IGNORED_LABEL] * len(example.prompt_ids) + example.target_ids for example in examples]
         return {
             "input_ids": _pad(rows, self.tokenizer.pad_token_id),

@@ -13,6 +13,7 @@ from torch import Tensor
 from graft.audio import SAMPLE_RATE, AudioClip, read_audio
 from graft.augmentation import Augmenter, AugmentRecipe, NoiseCorpus, no_speech_clip
 from graft.corpus import RowReader, RowTable
+from graft.draws import generator
 from graft.errors import AudioError, DataError
 from graft.features import HOP_LENGTH, MIN_FRAMES, Features
 from graft.processor import Example, GraftProcessor
@@ -98,8 +99,8 @@ class BatchLoader:
             example = self.processor.example(clip, text, self.delivery.variation.wording(text, draw))
         except (AudioError, DataError) as error:
             return self._masked(name, str(error))
-        example = replace(example, features=self.augmenter.features(example.features, draw))
-        return Sample(example, name, clip.duration_s)
+        features, read_ids = self.augmenter.features(example.features, draw), self._read_ids(example.target_ids, draw)
+        return Sample(replace(example, features=features, read_ids=read_ids), name, clip.duration_s)
 
     def _clip(self, row: int, draw: int) -> AudioClip:
         wav, path = self._file(row)
@@ -119,8 +120,19 @@ class BatchLoader:
         encoded = cache.get(key)
         features = Features(self.nothing, encoded.frame_count) if encoded else self.processor.featurizer(read_audio(wav, name=path))
         example = self.processor.example_of(features, text, self.delivery.variation.wording(text, draw))
+        example = replace(example, read_ids=self._read_ids(example.target_ids, draw))
         states = encoded.states if encoded else None
         return Sample(example, name, features.frame_count / FRAMES_PER_S, key=key, states=states)
+
+    def _read_ids(self, target_ids: list[int], draw: int) -> list[int] | None:
+        """What the model reads in the place of an answer: a share of the tokens are another clip's; its end is its own."""
+        rows, share = self.delivery.rows, self.delivery.variation.text_noise
+        if not share:
+            return None
+        rng = generator(draw, "text noise")
+        *others, _ = self.processor.target_ids(rows.text(int(rng.integers(len(rows)))))
+        swapped = np.append(rng.random(len(target_ids) - 1) < share, False)
+        return np.where(swapped, rng.choice(others, len(target_ids)), target_ids).tolist()
 
     def _clip_without_speech(self, number: int, draw: int) -> AudioClip:
         return no_speech_clip(float(self.delivery.variation.no_speech_s[number]), draw, self.noise)

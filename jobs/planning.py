@@ -31,7 +31,8 @@ def planned(recipe: TrainRecipe, processor: GraftProcessor, *, cache: Path | Non
     rows = _trainable(recipe.data, cache)
     names = ("seed", "epochs", "token_budget", "max_batch_clips", "window_row_groups", "short_first")
     settings = PlanSettings(**{name: getattr(recipe, name) for name in names})
-    variation = vary(rows, processor, seed=recipe.seed, no_speech=recipe.no_speech, augment=recipe.augment, words=recipe.words)
+    varied = ("seed", "no_speech", "augment", "words", "text_noise")
+    variation = vary(rows, processor, **{name: getattr(recipe, name) for name in varied})
     return rows, variation, plan_training(rows, processor, settings, variation)
 
 

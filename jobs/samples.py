@@ -35,6 +35,8 @@ class Variation:
     noise: RowTable | None = None
     """The corpus that augment.noise.data names."""
     wordings: Wordings | None = None
+    text_noise: float = 0.0
+    """Share of the answers' tokens that are read as other ones."""
 
     @property
     def changes_lengths(self) -> bool:
@@ -88,6 +90,7 @@ def vary(
     no_speech: float = 0.0,
     augment: AugmentRecipe | None = None,
     words: WordsRecipe | None = None,
+    text_noise: float = 0.0,
 ) -> Variation:
     """Make of a recipe's settings how a run's samples vary; `no_speech` is a share of an epoch's other samples.
 
@@ -101,6 +104,7 @@ def vary(
         augment=augment,
         noise=read_rows(noise) if noise else None,
         wordings=make_wordings(words, rows.texts, **styles) if words else None,
+        text_noise=text_noise,
     )
 
 

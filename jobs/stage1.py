@@ -2,9 +2,9 @@
 
 import os
 import sys
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graft.model.spelling import LETTERS
 from graft.stages import Stage
@@ -24,6 +24,12 @@ class Stage1Recipe(TrainRecipe):
     """What is spelled, besides the space, in lower case and without accents."""
     projector: str | None = None
     """Output folder of an earlier stage 1 to start from; null for the graft's own projector, or for CTC none."""
+
+    @model_validator(mode="after")
+    def _check_text_noise(self) -> Self:
+        if self.objective == "ctc" and self.text_noise:
+            raise ValueError("text_noise changes what is read of an answer, and spelling reads none: leave it out")
+        return self
 
 
 def run(recipe: Stage1Recipe) -> dict[str, Any]:

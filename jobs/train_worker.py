@@ -85,7 +85,7 @@ def work(run: Run) -> None:
         if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
             raise RuntimeError(f"batch {first.position} does not follow the checkpoint at {progress.position}")
         if progress.step == 0 and first.ids:  # not a filler, nor clips that were all masked
-            observer.say(_checked(model, backend, first, processor))
+            observer.say(_checked(model, backend, first, processor, text_noise=run.recipe["text_noise"] > 0))
         train(itertools.chain([first], batches), backend, settings, progress=progress, total_steps=run.total_steps, observer=observer)
         observer.close()
         if encoder:
@@ -99,13 +99,15 @@ def _validation(run: Run, backend: Backend, processor: GraftProcessor) -> Valida
     return Validation(run.validation, backend, processor, samples=samples, is_sharded=run.computing.is_sharded)
 
 
-def _checked(model: GraftForConditionalGeneration | Speller, backend: Backend, batch: TrainingBatch, processor: GraftProcessor) -> str:
+def _checked(
+    model: GraftForConditionalGeneration | Speller, backend: Backend, batch: TrainingBatch, processor: GraftProcessor, *, text_noise: bool
+) -> str:
     """Look at the first batch before hours are spent on it; a projector that is to learn to spell says nothing yet."""
     end = processor.prompt_end_ids()
     if isinstance(model, Speller):
         return f"preflight: {check_labels(batch.inputs['input_ids'], batch.inputs['labels'], end)} labels, all in answers"
     with backend.evaluating():
-        found = preflight(model, batch.model_inputs(), end)
+        found = preflight(model, batch.model_inputs(), end, text_noise=text_noise)
     return f"preflight: other audio changes the logits by {found.logit_change:.2g}; {found.label_count} labels, all in answers"
 
 

@@ -136,7 +136,7 @@ def test_a_batch_is_the_same_in_another_process(folder, processor, tmp_path):
     """All of it, to the bit: what is drawn depends on the sample, not on who loads it or what was loaded before."""
     data = clips(tmp_path / "a.parquet", text={row: f"W{word}, Other {word * 2}!" for row, word in enumerate(WORDS[:8])})
     rows, _ = trainable(read_rows(str(data)))
-    variation = vary(rows, processor, no_speech=0.5, augment=VARIED, words=WordsRecipe(styles={"raw": 0.5}, context=0.5))
+    variation = vary(rows, processor, no_speech=0.5, augment=VARIED, words=WordsRecipe(styles={"raw": 0.5}, context=0.5), text_noise=0.3)
     batches = plan_training(rows, processor, PlanSettings(max_batch_clips=3), variation).delivery(position=0, step_batches=1)
     delivery = Delivery(rows, batches, str(folder), variation)
     (tmp_path / "delivery.pickle").write_bytes(pickle.dumps(delivery, protocol=5))
@@ -152,6 +152,23 @@ def test_a_batch_is_the_same_in_another_process(folder, processor, tmp_path):
         one = loader.block(number)
         assert one.keys() == other.keys()
         assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_share_of_an_answer_is_read_as_other_clips_words_and_all_of_it_is_still_to_be_written(folder, processor, tmp_path):
+    texts = {row: " ".join([word] * 40) for row, word in enumerate(WORDS[:8])}
+    data = clips(tmp_path / "a.parquet", text=texts)
+    rows = read_rows(str(data))
+    plain, noisy = (loader_of(data, folder, variation=vary(rows, processor, text_noise=share)) for share in (0, 0.3))
+    sample = PlannedBatch((0,) * 64, tuple(range(64)), 1, 1, 1)
+    as_it_is, read = plain.load(sample), noisy.load(sample)
+    changed = {name for name in as_it_is if not np.array_equal(as_it_is[name], read[name])}
+    assert changed == {"input_ids"}
+    swapped = as_it_is["input_ids"] != read["input_ids"]
+    answers = as_it_is["labels"] != -100
+    assert not (swapped & ~answers).any()
+    assert not swapped[as_it_is["labels"] == processor.target_ids("")[-1]].any()
+    assert set(read["input_ids"][swapped]) <= {token for text in texts.values() for token in processor.target_ids(text)[:-1]}
+    assert 0.2 < swapped[answers].mean() < 0.3  # some of what is read instead is what it was
 
 
 def test_a_loader_leaves_the_threads_of_its_process_as_they_are(folder, tmp_path, thread_count):

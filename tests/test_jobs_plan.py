@@ -96,6 +96,8 @@ def test_spelling_needs_no_language_model(capsys):
     assert number(text, r"work +# TFLOP") < 1
     assert "99% of it the encoder's" in text or "100% of it the encoder's" in text
     assert "zero 3" not in text
+    assert plan_of("--recipe", recipe, "model=fast-7b", "objective=ctc", "text_noise=0.2") == 2
+    assert "spelling reads none" in capsys.readouterr().err
 
 
 def test_stage_2_counts_its_adapters(capsys):

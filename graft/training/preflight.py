@@ -21,13 +21,13 @@ class Preflight:
 
 
 @torch.no_grad()
-def preflight(model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequence[int]) -> Preflight:
-    """Check a training batch of at least one clip. `prompt_end` are the ids that end every prompt.
+def preflight(model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequence[int], *, text_noise: bool = False) -> Preflight:
+    """Check a training batch of at least one clip; the rest of what it takes is check_labels'.
 
     The model stays in its mode: on a CPU, bitsandbytes packs NF4 weights for good, and only for inference, at their first use in eval mode.
     Raises ModelError when other audio does not change the logits, DataError when a label stands anywhere but in the answer.
     """
-    label_count = check_labels(inputs["input_ids"], inputs["labels"], prompt_end)
+    label_count = check_labels(inputs["input_ids"], inputs["labels"], prompt_end, text_noise=text_noise)
     if "audio_states" in inputs:  # already encoded
         heard, other = ({"audio_states": states} for states in (inputs["audio_states"], inputs["audio_states"].flip(0)))
     else:
@@ -39,15 +39,19 @@ def preflight(model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequen
     return Preflight(change, label_count)
 
 
-def check_labels(input_ids: Tensor, labels: Tensor, prompt_end: Sequence[int]) -> int:
-    """Count the labels of right-padded rows. Raises DataError unless each row's are its own last ids, right after the prompt's end."""
+def check_labels(input_ids: Tensor, labels: Tensor, prompt_end: Sequence[int], *, text_noise: bool = False) -> int:
+    """Count the labels of right-padded rows; `prompt_end` are the ids that end every prompt.
+
+    Raises DataError unless each row's are its own last ids, right after the prompt's end; with text noise only the very last is compared.
+    """
     end = torch.tensor(prompt_end, device=input_ids.device)
     for row, (ids, row_labels) in enumerate(zip(input_ids, labels, strict=True)):
         places = (row_labels != -100).nonzero().flatten()
         if not len(places):
             continue
         first, last = int(places[0]), int(places[-1])
-        if len(places) != last - first + 1 or not torch.equal(ids[first : last + 1], row_labels[first : last + 1]):
+        compared = slice(last if text_noise else first, last + 1)
+        if len(places) != last - first + 1 or not torch.equal(ids[compared], row_labels[compared]):
             raise DataError(f"row {row}: labels are not the answer's own ids: this is a fault in how the batch was made")
         if not torch.equal(ids[max(0, first - len(end)) : first], end):
             raise DataError(f"row {row}: a prompt token is a label (at {first}): this is a fault in how the batch was made")

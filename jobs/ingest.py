@@ -74,7 +74,8 @@ class BatchLoader:
 
     def load(self, planned: PlannedBatch) -> dict[str, np.ndarray]:
         """Load one batch: the model's inputs and the plan's numbers as arrays, and as JSON the clips that count and those that do not."""
-        samples = [self._sample(row, draw) for row, draw in zip(planned.rows, planned.draws, strict=True)] or [self._masked("")]
+        drawn = zip(planned.rows, planned.draws, strict=True)
+        samples = [self._misread(self._sample(row, draw), draw) for row, draw in drawn] or [self._masked("")]
         heard = [sample for sample in samples if sample.example.target_ids]
         inputs = self.processor.training_batch([sample.example for sample in samples])
         return {
@@ -99,8 +100,8 @@ class BatchLoader:
             example = self.processor.example(clip, text, self.delivery.variation.wording(text, draw))
         except (AudioError, DataError) as error:
             return self._masked(name, str(error))
-        features, read_ids = self.augmenter.features(example.features, draw), self._read_ids(example.target_ids, draw)
-        return Sample(replace(example, features=features, read_ids=read_ids), name, clip.duration_s)
+        example = replace(example, features=self.augmenter.features(example.features, draw))
+        return Sample(example, name, clip.duration_s)
 
     def _clip(self, row: int, draw: int) -> AudioClip:
         wav, path = self._file(row)
@@ -120,19 +121,19 @@ class BatchLoader:
         encoded = cache.get(key)
         features = Features(self.nothing, encoded.frame_count) if encoded else self.processor.featurizer(read_audio(wav, name=path))
         example = self.processor.example_of(features, text, self.delivery.variation.wording(text, draw))
-        example = replace(example, read_ids=self._read_ids(example.target_ids, draw))
         states = encoded.states if encoded else None
         return Sample(example, name, features.frame_count / FRAMES_PER_S, key=key, states=states)
 
-    def _read_ids(self, target_ids: list[int], draw: int) -> list[int] | None:
-        """What the model reads in the place of an answer: a share of the tokens are another clip's; its end is its own."""
-        rows, share = self.delivery.rows, self.delivery.variation.text_noise
-        if not share:
-            return None
+    def _misread(self, sample: Sample, draw: int) -> Sample:
+        """Let the model read a share of an answer's tokens as another clip's; its end stays."""
+        rows, share, target_ids = self.delivery.rows, self.delivery.variation.text_noise, sample.example.target_ids
+        if not share or not target_ids:
+            return sample
         rng = generator(draw, "text noise")
         *others, _ = self.processor.target_ids(rows.text(int(rng.integers(len(rows)))))
         swapped = np.append(rng.random(len(target_ids) - 1) < share, False)
-        return np.where(swapped, rng.choice(others, len(target_ids)), target_ids).tolist()
+        read_ids = np.where(swapped, rng.choice(others, len(target_ids)), target_ids).tolist()
+        return replace(sample, example=replace(sample.example, read_ids=read_ids))
 
     def _clip_without_speech(self, number: int, draw: int) -> AudioClip:
         return no_speech_clip(float(self.delivery.variation.no_speech_s[number]), draw, self.noise)

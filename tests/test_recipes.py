@@ -23,6 +23,7 @@ CLASSES: dict[str, type[Recipe]] = {
     "unlabelled": PrepareRecipe,
     "dev": PrepareRecipe,
     "start": Stage2Recipe,
+    "further": Stage2Recipe,
     "label": LabelRecipe,
     "evaluate": EvaluateRecipe,
     "ablation": AblateRecipe,
@@ -48,18 +49,19 @@ def test_recipe_is_read(name):
 
 def test_the_recipes_of_the_small_weights_follow_one_another():
     data, unlabelled, label, dev = (read(f"small-weights-{job}") for job in ("data", "unlabelled", "label", "dev"))
-    first, start, second, evaluate = (read(f"small-weights-{job}") for job in ("stage1", "start", "stage2", "evaluate"))
+    first, start, second, last, evaluate = (read(f"small-weights-{job}") for job in ("stage1", "start", "stage2", "further", "evaluate"))
     splits = {f"{recipe.out}/{source.split}" for recipe in (data, unlabelled) for source in recipe.long_sources()}
-    for stage in (first, start, second):
+    for stage in (first, start, second, last):
         assert stage.model == "runs/small/graft"
-        assert {source.files for source in stage.data} == splits
+        assert {source.files for source in stage.data} <= splits
         assert {source.texts for source in stage.data} == {None, f"{label.out}/texts.parquet"}
     assert label.data == f"{unlabelled.out}/train"
     assert start.projector == first.out
-    assert second.adapters == start.out
+    assert (second.adapters, last.adapters) == (start.out, second.out)
+    assert {source.files for source in last.data} == splits
     assert first.encoder_cache == start.encoder_cache == second.encoder_cache
     held_out = {f"{dev.out}/{source.split}" for source in dev.long_sources()}
-    assert set(second.validation.data) < set(evaluate.data.values()) == held_out
+    assert set(second.validation.data) == set(last.validation.data) < set(evaluate.data.values()) == held_out
     assert not held_out & splits
 
 
@@ -68,7 +70,7 @@ def test_there_is_a_recipe_for_each_stage_and_kind():
         *(f"{kind}-{job}" for kind in KINDS for job in ("build", "stage1", "stage2")),
         "reference-evaluate",
         "small-ablation",
-        *(f"small-weights-{job}" for job in ("data", "unlabelled", "label", "dev", "stage1", "start", "stage2", "evaluate")),
+        *(f"small-weights-{job}" for job in ("data", "unlabelled", "label", "dev", "stage1", "start", "stage2", "further", "evaluate")),
     }
 
 

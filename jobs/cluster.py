@@ -15,6 +15,9 @@ WORKER_VARIABLES = {
 }
 """What every worker process needs: one thread unless a job asks for more, a bound on what PyTorch's CPU kernels keep of each new shape
 (with oneDNN's own of 1024, a training worker grew by 30 MB a step), and one on waiting for a lost peer."""
+SERVE_VARIABLES = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+"""What Ray Serve's controller needs where cores have more to do: after three times 5 s it kills a proxy that still starts, and who
+waits for that proxy hears of a dead actor."""
 
 
 def connect(*, cpus: int | None = None) -> None:
@@ -37,6 +40,8 @@ def connect(*, cpus: int | None = None) -> None:
     if is_joining:
         ray.init(**settings)
     else:
+        for name, value in SERVE_VARIABLES.items():
+            os.environ.setdefault(name, value)  # Ray's own processes have it from this one, so that it holds for `serve run` as well
         ray.init(
             address="local",
             num_cpus=max(4, os.cpu_count() or 1, cpus or 0),

@@ -12,7 +12,7 @@ from tiny_speech import corpus, row
 from graft.corpus import read_rows
 from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
-from jobs.cluster import WORKER_VARIABLES
+from jobs.cluster import SERVE_VARIABLES, WORKER_VARIABLES
 from jobs.ingest import BatchLoader, Delivery
 from jobs.remote import SCHEDULING_S, Unhurried, planned_dataset
 from jobs.samples import plan_training
@@ -67,7 +67,7 @@ def test_workers_are_told_how_to_compute():
 
     environment = ray.get(ray.remote(lambda: dict(os.environ)).remote())
     assert int(environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
-    assert environment.items() >= WORKER_VARIABLES.items()
+    assert environment.items() >= WORKER_VARIABLES.items() | SERVE_VARIABLES.items()
 
 
 def test_scheduling_takes_its_time(delivery):

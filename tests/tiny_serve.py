@@ -22,12 +22,17 @@ from tiny_faults import processes, until
 from tiny_media import SHORTEST_FIRST
 
 from graft.engines import EngineCounts
+from jobs.cluster import SERVE_VARIABLES
 from jobs.serving import free_port
 from serve.arguments import ServeArgs
 
 APP = "service"
 PATIENCE_S = 240
-ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.edge:middlewares", "RAY_metrics_report_interval_ms": "1000"}
+ENVIRONMENT = {
+    **SERVE_VARIABLES,
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.edge:middlewares",
+    "RAY_metrics_report_interval_ms": "1000",
+}
 
 
 @contextlib.contextmanager

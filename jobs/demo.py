@@ -16,6 +16,7 @@ from pydantic import Field
 
 from graft.config import Recipe, read_recipe
 from graft.errors import OutputError, RecipeError
+from graft.model.opening import computes_bf16
 from jobs import build, check, evaluate, merge, prepare, stage1, stage2, transcribe
 from jobs.cli import run_job
 from jobs.cluster import connect
@@ -127,6 +128,7 @@ def _training(demo: Demo, stage: str) -> dict[str, Any]:
         "workers": demo.recipe.workers,
         "data_workers": 1,
         "encoder_cache": demo.path("encoded"),
+        "dtype": "bf16" if computes_bf16("cpu") else "fp32",
     }
 
 

@@ -19,6 +19,7 @@ import torch
 from graft.errors import GraftError, ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.opening import computes_bf16
 from graft.model.spelling import Speller
 from graft.processor import GraftProcessor
 from graft.stages import Computing, Stage, learner, make_backend, stage_model
@@ -75,6 +76,8 @@ def work(run: Run) -> None:
         backend = make_backend(model, run.computing, accumulation=settings.accumulation, **limits)
         validation = _validation(run, backend, processor)
         observer = RunObserver(run.recipe, out, backend, from_step=progress.step, validation=validation)
+        if run.computing.dtype == "bf16" and not computes_bf16(device):
+            observer.say("this processor has no fast bf16: dtype=fp32 would take a fraction of the time")
         if checkpoint:
             backend.load_state(load_checkpoint(checkpoint)[0], step=progress.step)
             observer.say(f"going on at step {progress.step}, batch {progress.position} of the plan")

@@ -1,14 +1,16 @@
 """What a stage was trained to be asked for travels: stage.json -> open_graft -> a merged graft -> what opens that."""
 
 import json
+import platform
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
 
 from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
-from graft.model.opening import STAGE_FILE, open_graft, open_processor, read_stage, write_stage
+from graft.model.opening import STAGE_FILE, computes_bf16, open_graft, open_processor, read_stage, write_stage
 from graft.model.weights import save_projector
 from graft.processor import GraftProcessor
 from jobs.merge import MergeRecipe, run
@@ -68,3 +70,9 @@ def test_an_unknown_style_and_a_folder_that_is_no_graft_are_refused(tmp_path):
         GraftConfig(trained_styles=["upper"])
     with pytest.raises(ModelError, match=r"config\.json"):
         open_processor(tmp_path)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of other processors have other names")
+def test_bf16_is_fast_where_the_processor_says_so():
+    flags = next(line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    assert computes_bf16("cpu") == ({"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= set(flags))

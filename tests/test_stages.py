@@ -24,6 +24,7 @@ from graft.config import recipe_yaml
 from graft.engines.whisper import WhisperBaseline
 from graft.errors import ModelError, OutputError
 from graft.model.adapters import LORA_TARGETS
+from graft.model.opening import computes_bf16
 from graft.scoring import score
 from graft.transcriber import load
 from graft.transcript import Transcript
@@ -180,8 +181,10 @@ def test_spelling_is_a_start_for_transcripts(home: Home) -> None:
     assert [line["step"] for line in validations] == [10, 20, 30]
     assert float(told[0][1]) == pytest.approx(100 * validations[-1]["validation_wer"], abs=0.06)
     assert told[0][2].startswith("  u0: ")  # both workers write, and one clip is shown
-    after = home.stage1_recipe("after-spelling", projector=str(spelled), max_steps=1, learning_rate=1e-30)
+    settings = {"projector": str(spelled), "backend": "torch", "dtype": "bf16"}  # DeepSpeed would round what it starts from
+    after = home.stage1_recipe("after-spelling", max_steps=1, learning_rate=1e-30, **settings)
     stage1.run(after)
+    assert ("dtype=fp32 would take a fraction" in Path(after.out, "log.txt").read_text()) != computes_bf16("cpu")
     started, heard = (load_file(Path(folder, "projector.safetensors"))["linear.weight"] for folder in (after.out, spelled))
     torch.testing.assert_close(started, heard)
 

@@ -23,6 +23,13 @@ STAGE_FILE = "stage.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def computes_bf16(device: torch.device | str) -> bool:
+    """Whether PyTorch multiplies bf16 matrices on a device as fast as others: on CPUs oneDNN has to, with AVX-512, AMX or Arm's BF16."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # what torch.compile asks as well
+
+
 def open_graft(
     path: str | Path,
     *,

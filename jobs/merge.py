@@ -43,7 +43,7 @@ def run(recipe: MergeRecipe) -> None:
 
     from graft.model.adapters import has_adapters
     from graft.model.configuration import GraftConfig
-    from graft.model.opening import DTYPES, base_graft, read_stage
+    from graft.model.opening import DTYPES, base_graft, computes_bf16, read_stage
     from jobs.compare import compare
 
     if read_stage(recipe.model) is None:
@@ -54,7 +54,8 @@ def run(recipe: MergeRecipe) -> None:
         _merge(recipe, out, dtype)
         if recipe.data is not None and compares:
             device = "cuda" if recipe.gpu else "cpu"
-            figures = compare(recipe.model, out, recipe.data, clips=recipe.clips, dtype=torch.bfloat16, device=device)
+            fast = torch.bfloat16 if computes_bf16(device) else torch.float32
+            figures = compare(recipe.model, out, recipe.data, clips=recipe.clips, dtype=fast, device=device)
             (out / COMPARISON_FILE).write_text(json.dumps(figures, indent=2) + "\n")
     print(f"merge: {recipe.model} -> {recipe.out} ({dtype}), trained parts kept in {ADAPTER_FOLDER}/", flush=True)
 

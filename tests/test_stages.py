@@ -181,12 +181,16 @@ def test_spelling_is_a_start_for_transcripts(home: Home) -> None:
     assert [line["step"] for line in validations] == [10, 20, 30]
     assert float(told[0][1]) == pytest.approx(100 * validations[-1]["validation_wer"], abs=0.06)
     assert told[0][2].startswith("  u0: ")  # both workers write, and one clip is shown
-    settings = {"projector": str(spelled), "backend": "torch", "dtype": "bf16"}  # DeepSpeed would round what it starts from
-    after = home.stage1_recipe("after-spelling", max_steps=1, learning_rate=1e-30, **settings)
+    after = home.stage1_recipe("after-spelling", projector=str(spelled), max_steps=1, learning_rate=1e-30)
     stage1.run(after)
-    assert ("dtype=fp32 would take a fraction" in Path(after.out, "log.txt").read_text()) != computes_bf16("cpu")
     started, heard = (load_file(Path(folder, "projector.safetensors"))["linear.weight"] for folder in (after.out, spelled))
     torch.testing.assert_close(started, heard)
+
+
+def test_a_slow_dtype_is_told(home: Home) -> None:
+    recipe = home.stage1_recipe("in-bf16", dtype="bf16", max_steps=1)
+    stage1.run(recipe)
+    assert ("dtype=fp32 would take a fraction" in Path(recipe.out, "log.txt").read_text()) != computes_bf16("cpu")
 
 
 @pytest.mark.slow

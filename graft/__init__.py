@@ -11,21 +11,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graft.audio import AudioClip
+    from graft.audio.clip import AudioClip
     from graft.errors import GraftError
-    from graft.transcriber import Transcriber, load
-    from graft.transcript import Segment, Transcript, Word
+    from graft.inference.transcriber import Transcriber, load
+    from graft.inference.transcript import Segment, Transcript, Word
 
     __version__: str
 
 _MODULES = {
-    "AudioClip": "graft.audio",
+    "AudioClip": "graft.audio.clip",
     "GraftError": "graft.errors",
-    "Segment": "graft.transcript",
-    "Transcriber": "graft.transcriber",
-    "Transcript": "graft.transcript",
-    "Word": "graft.transcript",
-    "load": "graft.transcriber",
+    "Segment": "graft.inference.transcript",
+    "Transcriber": "graft.inference.transcriber",
+    "Transcript": "graft.inference.transcript",
+    "Word": "graft.inference.transcript",
+    "load": "graft.inference.transcriber",
 }
 __all__ = ["AudioClip", "GraftError", "Segment", "Transcriber", "Transcript", "Word", "__version__", "load"]
 

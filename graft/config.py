@@ -19,7 +19,9 @@ from graft.errors import RecipeError
 class Recipe(BaseModel):
     """The base of every job's recipe and of the groups inside it; a docstring under a field documents it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 R = TypeVar("R", bound=Recipe)
@@ -35,7 +37,10 @@ def read_recipe(cls: type[R], path: str | None, overrides: Sequence[str] = ()) -
     data = _read_yaml(path) if path is not None else {}
     for override in overrides:
         _apply(data, override)
-    defaults = {name: field.get_default(call_default_factory=True, validated_data={}) for name, field in cls.model_fields.items()}
+    defaults = {
+        name: field.get_default(call_default_factory=True, validated_data={})
+        for name, field in cls.model_fields.items()
+    }
     try:
         return cls.model_validate(_with_defaults(cls, defaults, data))
     except ValidationError as error:
@@ -77,14 +82,18 @@ def _apply(data: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML (put it in quotes): {_one_line(error)}") from error
+        raise RecipeError(
+            f"override {override!r}: the value is not YAML (put it in quotes): {_one_line(error)}"
+        ) from error
     *groups, name = key.split(".")
     for depth, group in enumerate(groups, start=1):
         if data.get(group) is None:
             data[group] = {}
         data = data[group]
         if not isinstance(data, dict):
-            raise RecipeError(f"override {override!r}: {'.'.join(groups[:depth])} is {data!r:.60}, not a group: give it as a whole")
+            raise RecipeError(
+                f"override {override!r}: {'.'.join(groups[:depth])} is {data!r:.60}, not a group: give it as a whole"
+            )
     data[name] = value
 
 
@@ -115,14 +124,23 @@ def _fault(cls: type[BaseModel], detail: ErrorDetails) -> str:
         return f"key {key} is required"
     if detail["type"] == "value_error":
         return f"{value}: {detail['ctx']['error']}"
-    quote = " (put it in quotes)" if detail["type"] == "string_type" and isinstance(detail["input"], bool | int | float) else ""
+    quote = (
+        " (put it in quotes)"
+        if detail["type"] == "string_type" and isinstance(detail["input"], bool | int | float)
+        else ""
+    )
     return f"{value}: {detail['msg'][:1].lower()}{detail['msg'][1:]}{quote}"
 
 
 def _known_keys(cls: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     models = [cls]
     for step in loc:  # steps that name no field are list indices, dict keys and union tags
-        inner = [m for model in models if step in model.model_fields for m in models_in(model.model_fields[str(step)].annotation)]
+        inner = [
+            m
+            for model in models
+            if step in model.model_fields
+            for m in models_in(model.model_fields[str(step)].annotation)
+        ]
         models = inner or models
     return sorted({name for model in models for name in model.model_fields})
 

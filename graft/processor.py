@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
-from graft.audio import AudioClip
+from graft.audio.clip import AudioClip
+from graft.audio.features import Features, Featurizer
 from graft.errors import ModelError
-from graft.features import Features, Featurizer
 from graft.model.configuration import AUDIO_PAD_TOKEN, GraftConfig, audio_token_count
-from graft.prompts import (
+from graft.text.prompts import (
     ANSWER_END,
     DEFAULT_INSTRUCTION,
     PLAIN_WORDING,
@@ -72,7 +72,9 @@ class GraftProcessor(ProcessorMixin):
         super().__init__(feature_extractor, image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def for_config(cls, config: GraftConfig, *, feature_extractor: Any, image_processor: Any, tokenizer: Any) -> "GraftProcessor":
+    def for_config(
+        cls, config: GraftConfig, *, feature_extractor: Any, image_processor: Any, tokenizer: Any
+    ) -> "GraftProcessor":
         """Make the processor that matches a graft's configuration."""
         names = ("audio_pool", "audio_context", "prompt_style", "text_style", "trained_styles", "trained_context")
         settings = {name: getattr(config, name) for name in names}
@@ -111,7 +113,9 @@ class GraftProcessor(ProcessorMixin):
     def prompt_lengths(self, instructions: Sequence[str]) -> np.ndarray:
         """Count the tokens of prompts with these instructions, without their audio tokens; (instructions,) int64. Raises ModelError."""
         places = {instruction: place for place, instruction in enumerate(dict.fromkeys(instructions))}
-        lengths = self._plain_lengths([self._question(instruction) for instruction in places]) + sum(map(len, self._prompt_parts))
+        lengths = self._plain_lengths([self._question(instruction) for instruction in places]) + sum(
+            map(len, self._prompt_parts)
+        )
         return lengths[[places[instruction] for instruction in instructions]] if places else lengths
 
     def prompt_end_ids(self) -> list[int]:
@@ -138,7 +142,9 @@ class GraftProcessor(ProcessorMixin):
 
     def example_of(self, features: Features, text: str, wording: Wording = PLAIN_WORDING) -> Example:
         """Put a clip's features, its prompt and its answer together. Raises ModelError as prompt_ids does."""
-        return Example(features, self.prompt_ids(features.frame_count, wording.instruction), self.target_ids(text, wording.style))
+        return Example(
+            features, self.prompt_ids(features.frame_count, wording.instruction), self.target_ids(text, wording.style)
+        )
 
     def training_batch(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         """Pad examples on the right: input_ids, attention_mask, labels (rows, length), input_features, audio_frame_counts."""
@@ -167,7 +173,13 @@ class GraftProcessor(ProcessorMixin):
         if videos is not None:
             raise ValueError("videos are not supported: pass their frames as images")
         clips = [audio] if isinstance(audio, AudioClip) else list(audio or [])
-        texts = [text] if isinstance(text, str) else list(text) if text is not None else [prompt_text(self.prompt_style)] * len(clips)
+        texts = (
+            [text]
+            if isinstance(text, str)
+            else list(text)
+            if text is not None
+            else [prompt_text(self.prompt_style)] * len(clips)
+        )
         image_inputs = dict(self.image_processor(images=images, return_tensors="pt")) if images is not None else {}
         grids = image_inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))
         image_counts = (grids.prod(dim=1) // self.image_processor.merge_size**2).tolist() if images is not None else []
@@ -177,12 +189,16 @@ class GraftProcessor(ProcessorMixin):
         frames, counts = iter([f.frame_count for f in features]), iter(image_counts)
         rows = []
         for one in texts:
-            expanded = self._expand(one, _take(frames, one.count(AUDIO_PAD_TOKEN)), _take(counts, one.count(IMAGE_TOKEN)))
+            expanded = self._expand(
+                one, _take(frames, one.count(AUDIO_PAD_TOKEN)), _take(counts, one.count(IMAGE_TOKEN))
+            )
             rows.append(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
         ids = torch.from_numpy(_pad(rows, self.tokenizer.pad_token_id, left=True))
         mask = torch.from_numpy(_pad([[1] * len(row) for row in rows], 0, left=True))
         types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int() if images is not None else None
-        audio_inputs = {key: torch.from_numpy(value) for key, value in collate_features(features).items()} if features else {}
+        audio_inputs = (
+            {key: torch.from_numpy(value) for key, value in collate_features(features).items()} if features else {}
+        )
         vision = {**image_inputs, "mm_token_type_ids": types} if images is not None else {}
         return BatchFeature({"input_ids": ids, "attention_mask": mask, **audio_inputs, **vision})
 
@@ -200,7 +216,9 @@ class GraftProcessor(ProcessorMixin):
     def _prompt_parts(self) -> tuple[list[int], list[int], list[int]]:
         """The ids before the placeholders, between them and the question, and after it."""
         template = TEMPLATES[self.prompt_style]
-        before, after, end = self.tokenizer([template.before, template.after, PROMPT_END], add_special_tokens=False)["input_ids"]
+        before, after, end = self.tokenizer([template.before, template.after, PROMPT_END], add_special_tokens=False)[
+            "input_ids"
+        ]
         return before, after, end
 
     @cached_property
@@ -212,7 +230,9 @@ class GraftProcessor(ProcessorMixin):
         return self.tokenizer.convert_tokens_to_ids(AUDIO_PAD_TOKEN)
 
     def _plain_ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)[
+            "input_ids"
+        ]
 
     def _plain_lengths(self, texts: Iterable[str]) -> np.ndarray:
         self._plain_ids([""])  # leaves the backend without padding and truncation, and special tokens taken apart
@@ -223,7 +243,10 @@ class GraftProcessor(ProcessorMixin):
         return np.array(lengths, dtype=np.int64)
 
     def _expand(self, text: str, frame_counts: Sequence[int], image_counts: Sequence[int]) -> str:
-        for token, counts in ((AUDIO_PAD_TOKEN, [self.audio_token_count(n) for n in frame_counts]), (IMAGE_TOKEN, image_counts)):
+        for token, counts in (
+            (AUDIO_PAD_TOKEN, [self.audio_token_count(n) for n in frame_counts]),
+            (IMAGE_TOKEN, image_counts),
+        ):
             pieces = text.split(token)
             text = pieces[0] + "".join(token * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
         return text
@@ -235,7 +258,10 @@ def collate_features(features: Sequence[Features]) -> dict[str, np.ndarray]:
     batch = np.zeros((len(features), features[0].mel.shape[0], length), dtype=np.float32)
     for row, one in zip(batch, features, strict=True):
         row[:, : one.mel.shape[1]] = one.mel
-    return {"input_features": batch, "audio_frame_counts": np.array([one.frame_count for one in features], dtype=np.int64)}
+    return {
+        "input_features": batch,
+        "audio_frame_counts": np.array([one.frame_count for one in features], dtype=np.int64),
+    }
 
 
 def pad_prompts(rows: Sequence[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:

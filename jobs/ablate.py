@@ -15,17 +15,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from graft.checkpoints.loading import open_processor
 from graft.config import R, Recipe, read_recipe
-from graft.corpus import RowTable, Sources, read_rows
+from graft.data.dataset import RowTable, Sources, read_rows
 from graft.errors import RecipeError
-from graft.model.opening import open_processor
-from jobs import build, evaluate, stage1, stage2
-from jobs.ablation_table import table
-from jobs.cli import run_job
-from jobs.outputs import claim_output, holds_results, write_atomic
-from jobs.samples import audio_counts, trainable
-from jobs.spelled import score_spelling
-from jobs.train_recipe import HOW_NOT_WHAT
+
+from . import build, evaluate, stage1, stage2
+from .common.cli import run_job
+from .common.outputs import claim_output, holds_results, write_atomic
+from .evaluation.ablation_table import table
+from .evaluation.ctc import score_spelling
+from .training.recipe import HOW_NOT_WHAT
+from .training.samples import audio_counts, trainable
 
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
 BASE = "base"
@@ -72,14 +73,18 @@ def run(recipe: AblateRecipe) -> None:
     """Train and score all variants. Raises what the jobs raise, and RecipeError before the first of them."""
     planned = trials(recipe)
     rows, _ = trainable(read_rows(recipe.data))
-    out = claim_output(recipe.out, recipe.model_copy(update={"variants": {}, "seeds": [0], "last_stage": 2}))  # these may grow
+    out = claim_output(
+        recipe.out, recipe.model_copy(update={"variants": {}, "seeds": [0], "last_stage": 2})
+    )  # these may grow
     results: list[dict[str, Any]] = []
     unchanged = _trial(recipe, BASE, {}, 0, {})
     for trial in planned:
         changes = recipe.variants.get(trial.variant, {})
         change = ", ".join(_in_words(changes, {job: getattr(unchanged, job).model_dump() for job in changes})) or "-"
         print(f"\n== {trial.variant}-{trial.seed}, {len(results) + 1} of {len(planned)}: {change}", flush=True)
-        results.append({"variant": trial.variant, "seed": trial.seed, "change": change, **_result(trial, rows, recipe.last_stage)})
+        results.append(
+            {"variant": trial.variant, "seed": trial.seed, "change": change, **_result(trial, rows, recipe.last_stage)}
+        )
         write_atomic(out / RESULT_FILE, json.dumps(results, indent=2) + "\n")
         write_atomic(out / TABLE_FILE, table(results))
     print(f"\n{table(results)}", end="", flush=True)
@@ -96,7 +101,9 @@ def trials(recipe: AblateRecipe) -> list[Trial]:
     if unknown := given.keys() - variants:
         raise RecipeError(f"seeds.{min(unknown)}: there is no such variant: give {', '.join(variants)}")
     homes: dict[str, Path] = {}
-    return [_trial(recipe, name, change, seed, homes) for name, change in variants.items() for seed in given.get(name, [0])]
+    return [
+        _trial(recipe, name, change, seed, homes) for name, change in variants.items() for seed in given.get(name, [0])
+    ]
 
 
 def _trial(recipe: AblateRecipe, name: str, change: Settings, seed: int, homes: dict[str, Path]) -> Trial:
@@ -115,7 +122,14 @@ def _trial(recipe: AblateRecipe, name: str, change: Settings, seed: int, homes: 
         seed,
         _read(build.BuildRecipe, f"{name}.build", settings["build"], out=graft, seed=seed),
         _read(stage1.Stage1Recipe, f"{name}.stage1", _changed(shared, settings["stage1"]), out=first, **training),
-        _read(stage2.Stage2Recipe, f"{name}.stage2", _changed(shared, settings["stage2"]), out=second, projector=first, **training),
+        _read(
+            stage2.Stage2Recipe,
+            f"{name}.stage2",
+            _changed(shared, settings["stage2"]),
+            out=second,
+            projector=first,
+            **training,
+        ),
         _read(evaluate.EvaluateRecipe, "scoring", {"baseline": None, **recipe.scoring}, model="", out="", data=sets),
     )
 
@@ -131,7 +145,9 @@ def _read(recipe_class: type[R], where: str, settings: Mapping[str, Any], **give
     if taken := settings.keys() & given.keys():
         raise RecipeError(f"{where}.{min(taken)} is for jobs.ablate to give: leave it out")
     try:
-        return read_recipe(recipe_class, None, [f"{key}={json.dumps(value)}" for key, value in {**settings, **given}.items()])
+        return read_recipe(
+            recipe_class, None, [f"{key}={json.dumps(value)}" for key, value in {**settings, **given}.items()]
+        )
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
 

@@ -9,9 +9,10 @@ import yaml
 
 from graft.config import Recipe
 from graft.errors import RecipeError
-from jobs.cli import run_job
-from jobs.merge import ADAPTER_FOLDER
-from jobs.outputs import RECIPE_FILE, staged_output
+
+from .common.cli import run_job
+from .common.outputs import RECIPE_FILE, staged_output
+from .merge import ADAPTER_FOLDER
 
 SETTINGS = ("audio_pool", "audio_context", "audio_margin_s", "audio_projector", "prompt_style", "text_style")
 
@@ -62,13 +63,15 @@ def as_trained(recipe: BuildRecipe) -> BuildRecipe:
     if recipe.pretrained and recipe.reference:
         raise RecipeError("pretrained= and reference= are two trained models: give one of them")
     if recipe.pretrained:
-        from graft.model.pretrained import pretrained_folder, read_pretrained
+        from graft.checkpoints.release import pretrained_folder, read_pretrained
 
         trained = read_pretrained(pretrained_folder(recipe.pretrained))
-        bases = {name: getattr(trained, name) for name in ("audio_base", "text_base") if name not in recipe.model_fields_set}
+        bases = {
+            name: getattr(trained, name) for name in ("audio_base", "text_base") if name not in recipe.model_fields_set
+        }
         return _with_settings(recipe, "pretrained", trained.settings).model_copy(update=bases)
     if recipe.reference:
-        from graft.model.reference import SETTINGS as PUBLISHED
+        from graft.checkpoints.import_reference import SETTINGS as PUBLISHED
 
         return _with_settings(recipe, "reference", PUBLISHED)
     return recipe
@@ -89,30 +92,34 @@ def is_untrained(graft: str) -> bool:
 def _made(recipe: BuildRecipe) -> tuple[Any, Any, str]:
     if recipe.reference:
         return _imported(recipe)
-    from graft.model.build import build_graft
-    from graft.model.bundled import bundled_qwen2vl, bundled_whisper
-    from graft.model.opening import DTYPES
-    from graft.model.pretrained import pretrained_folder, pretrained_graft
+    from graft.checkpoints.build import build_graft
+    from graft.checkpoints.bundled.cache import bundled_qwen2vl, bundled_whisper
+    from graft.checkpoints.loading import DTYPES
+    from graft.checkpoints.release import pretrained_folder, pretrained_graft
 
     audio = str(bundled_whisper()) if recipe.audio_base == "bundled" else recipe.audio_base
     text = str(bundled_qwen2vl()) if recipe.text_base == "bundled" else recipe.text_base
     dtype = DTYPES.get(recipe.dtype)
     if recipe.pretrained:
         folder = pretrained_folder(recipe.pretrained)
-        return *pretrained_graft(folder, audio_base=audio, text_base=text, dtype=dtype), f"{audio} + {text} + {recipe.pretrained}"
+        return *pretrained_graft(
+            folder, audio_base=audio, text_base=text, dtype=dtype
+        ), f"{audio} + {text} + {recipe.pretrained}"
     return *build_graft(audio, text, dtype=dtype, seed=recipe.seed, **graft_settings(recipe)), f"{audio} + {text}"
 
 
 def _imported(recipe: BuildRecipe) -> tuple[Any, Any, str]:
-    from graft.model.opening import DTYPES
-    from graft.model.reference import import_reference
+    from graft.checkpoints.import_reference import import_reference
+    from graft.checkpoints.loading import DTYPES
 
     words = None if recipe.text_base == "bundled" else recipe.text_base
-    return *import_reference(str(recipe.reference), tokenizer_base=words, dtype=DTYPES.get(recipe.dtype)), str(recipe.reference)
+    return *import_reference(str(recipe.reference), tokenizer_base=words, dtype=DTYPES.get(recipe.dtype)), str(
+        recipe.reference
+    )
 
 
 def _keep_trained_parts(pretrained: str, config: Any, folder: Path) -> None:
-    from graft.model.pretrained import pretrained_folder, save_trained_parts
+    from graft.checkpoints.release import pretrained_folder, save_trained_parts
 
     folder.mkdir()
     save_trained_parts(pretrained_folder(pretrained), config, folder)

@@ -5,14 +5,15 @@ from typing import Literal
 
 import torch
 
-from graft.audio import read_audio
+from graft.audio.clip import read_audio
+from graft.checkpoints.loading import DTYPES, open_graft
 from graft.config import Recipe
-from graft.corpus import RowReader, Sources, read_rows
-from graft.model.opening import DTYPES, open_graft
+from graft.data.dataset import RowReader, Sources, read_rows
 from graft.processor import GraftProcessor
 from graft.training.preflight import Preflight, preflight
-from jobs.cli import run_job
-from jobs.samples import trainable
+
+from .common.cli import run_job
+from .training.samples import trainable
 
 
 class CheckRecipe(Recipe):
@@ -31,7 +32,9 @@ def run(recipe: CheckRecipe) -> Preflight:
     """Run the preflight of the stages on a few clips. Raises ModelError for a deaf model, DataError for wrong labels."""
     model, processor = open_graft(recipe.model, dtype=DTYPES[recipe.dtype], device="cuda" if recipe.gpu else "cpu")
     batch = first_clips(recipe.data, processor, recipe.clips)
-    result = preflight(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, processor.prompt_end_ids())
+    result = preflight(
+        model, {name: tensor.to(model.device) for name, tensor in batch.items()}, processor.prompt_end_ids()
+    )
     print(f"check: {recipe.model} hears: other audio changes the answer's logits by {result.logit_change:.2g}")
     print(f"check: {result.label_count} labels, all of them in answers")
     return result

@@ -14,14 +14,15 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
+from graft.checkpoints.loading import computes_bf16
 from graft.config import Recipe, read_recipe
 from graft.errors import OutputError, RecipeError
-from graft.model.opening import computes_bf16
-from jobs import build, check, evaluate, merge, prepare, stage1, stage2, transcribe
-from jobs.cli import run_job
-from jobs.cluster import connect
-from jobs.outputs import RECIPE_FILE, claim_output, write_atomic
-from jobs.serving import post, serving
+
+from . import build, check, evaluate, merge, prepare, stage1, stage2, transcribe
+from .common.cli import run_job
+from .common.cluster import connect
+from .common.local_service import post, serving
+from .common.outputs import RECIPE_FILE, claim_output, write_atomic
 
 SPEECH = Path(__file__).parent / "data" / "prompts"
 SUMMARY_FILE = "summary.json"
@@ -73,12 +74,22 @@ def run(recipe: DemoRecipe) -> dict[str, Any]:
     demo = Demo(recipe)
     _start_afresh(recipe)
     connect()
-    demo.step("prepare", "64 clips to train on, 20 unseen ones, into parquet", lambda: prepare.main(_prepare_recipe(demo)))
+    demo.step(
+        "prepare", "64 clips to train on, 20 unseen ones, into parquet", lambda: prepare.main(_prepare_recipe(demo))
+    )
     built = build.BuildRecipe(pretrained=recipe.pretrained, out=demo.path("graft"))
-    demo.step("build", "Whisper base's encoder on SmolLM2-135M, with the trained part that comes with graft", lambda: build.run(built))
+    demo.step(
+        "build",
+        "Whisper base's encoder on SmolLM2-135M, with the trained part that comes with graft",
+        lambda: build.run(built),
+    )
     shown = _manifest("unseen")[:3]
     files = [str(SPEECH / row["audio"]) for row in shown]
-    demo.step("transcribe", "three files that it never heard", lambda: transcribe.main(_transcribe_recipe(demo, "graft", files)))
+    demo.step(
+        "transcribe",
+        "three files that it never heard",
+        lambda: transcribe.main(_transcribe_recipe(demo, "graft", files)),
+    )
     _print_transcripts(demo, shown, "graft")
     before = demo.step("evaluate", "as it comes", lambda: evaluate.run(_evaluate_recipe(demo, "graft")))
     first = demo.step("stage1", "the projector alone, DeepSpeed ZeRO-2", lambda: stage1.run(_stage1_recipe(demo)))
@@ -86,7 +97,9 @@ def run(recipe: DemoRecipe) -> dict[str, Any]:
     demo.step("check", "does the model hear?", lambda: check.run(checked))
     second = demo.step("stage2", "LoRA and the projector", lambda: stage2.run(_stage2_recipe(demo)))
     demo.step("merge", "the adapters into the weights, and a comparison", lambda: merge.run(_merge_recipe(demo)))
-    report = demo.step("evaluate", "trained on, beside plain Whisper", lambda: evaluate.run(_evaluate_recipe(demo, "merged")))
+    report = demo.step(
+        "evaluate", "trained on, beside plain Whisper", lambda: evaluate.run(_evaluate_recipe(demo, "merged"))
+    )
     demo.step("transcribe", "the same three files", lambda: transcribe.main(_transcribe_recipe(demo, "merged", files)))
     demo.step("serve", "one of them over HTTP", lambda: _ask_server(demo, Path(files[0])))
     summary = _summary(demo, first, second, before, report)
@@ -102,7 +115,9 @@ def _start_afresh(recipe: DemoRecipe) -> None:
         try:
             read_recipe(DemoRecipe, str(root / RECIPE_FILE))
         except RecipeError as error:
-            raise OutputError(f"{root} holds something else than a demo's results: choose another out= or remove it") from error
+            raise OutputError(
+                f"{root} holds something else than a demo's results: choose another out= or remove it"
+            ) from error
         shutil.rmtree(root)
     claim_output(recipe.out, recipe)
 
@@ -133,11 +148,17 @@ def _training(demo: Demo, stage: str) -> dict[str, Any]:
 
 
 def _stage1_recipe(demo: Demo) -> stage1.Stage1Recipe:
-    return stage1.Stage1Recipe.model_validate({**_training(demo, "stage1"), "epochs": demo.recipe.stage1_epochs, "learning_rate": 2e-4})
+    return stage1.Stage1Recipe.model_validate(
+        {**_training(demo, "stage1"), "epochs": demo.recipe.stage1_epochs, "learning_rate": 2e-4}
+    )
 
 
 def _stage2_recipe(demo: Demo) -> stage2.Stage2Recipe:
-    adapters = {"projector": demo.path("stage1"), "quantize": demo.recipe.quantize, "lora": {"rank": 32, "alpha": 32, "dropout": 0.0}}
+    adapters = {
+        "projector": demo.path("stage1"),
+        "quantize": demo.recipe.quantize,
+        "lora": {"rank": 32, "alpha": 32, "dropout": 0.0},
+    }
     return stage2.Stage2Recipe.model_validate(
         {**_training(demo, "stage2"), **adapters, "epochs": demo.recipe.stage2_epochs, "learning_rate": 3e-4}
     )
@@ -145,7 +166,13 @@ def _stage2_recipe(demo: Demo) -> stage2.Stage2Recipe:
 
 def _merge_recipe(demo: Demo) -> merge.MergeRecipe:
     onto = "nf4" if demo.recipe.quantize == "nf4" else "full"
-    settings = {"model": demo.path("stage2"), "out": demo.path("merged"), "onto": onto, "data": demo.path("data/train"), "clips": 16}
+    settings = {
+        "model": demo.path("stage2"),
+        "out": demo.path("merged"),
+        "onto": onto,
+        "data": demo.path("data/train"),
+        "clips": 16,
+    }
     return merge.MergeRecipe.model_validate(settings)
 
 
@@ -174,7 +201,9 @@ def _ask_server(demo: Demo, file: Path) -> None:
         print(f"POST {url}/v1/audio/transcriptions with {file.name}: {post(url, file, model='merged')}")
 
 
-def _summary(demo: Demo, first: dict[str, Any], second: dict[str, Any], before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+def _summary(
+    demo: Demo, first: dict[str, Any], second: dict[str, Any], before: dict[str, Any], report: dict[str, Any]
+) -> dict[str, Any]:
     sets = report["sets"]
     return {
         "stage1": {key: first[key] for key in ("loss_first", "loss_last", "seconds")},
@@ -244,4 +273,6 @@ def main(recipe: DemoRecipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(DemoRecipe, main, summary="Train, merge, evaluate, transcribe and serve on a few minutes of speech."))
+    sys.exit(
+        run_job(DemoRecipe, main, summary="Train, merge, evaluate, transcribe and serve on a few minutes of speech.")
+    )

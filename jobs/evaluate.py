@@ -16,15 +16,16 @@ import numpy as np
 from pydantic import Field
 
 from graft.config import Recipe
-from graft.corpus import Sources
+from graft.data.dataset import Sources
+from graft.data.nonspeech import SOUNDS
 from graft.errors import DataError, RecipeError
-from graft.scoring import score
-from graft.sounds import SOUNDS
-from jobs.cli import run_job
-from jobs.cluster import connect
-from jobs.hearing import Listener, hear, whisper_folder
-from jobs.outputs import staged_output
-from jobs.scored import SWAPPED, Item, as_rows, joined, joined_name, labelled, sounds, swapped
+from graft.text.wer import score
+
+from .common.cli import run_job
+from .common.cluster import connect
+from .common.outputs import staged_output
+from .evaluation.asr_pool import Listener, hear, whisper_folder
+from .evaluation.test_sets import SWAPPED, Item, as_rows, joined, joined_name, labelled, sounds, swapped
 
 REPORT_FILE = "report.json"
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -100,7 +101,9 @@ def _check_sets(recipe: EvaluateRecipe) -> None:
         if name and name not in recipe.data:
             raise DataError(f"{key}={name} is no set of data ({', '.join(recipe.data)}): give one of them")
     if recipe.audio_check and recipe.recordings_s:
-        raise RecipeError(f"recordings_s would join the clips of audio_check={recipe.audio_check} too: leave one out, or run twice")
+        raise RecipeError(
+            f"recordings_s would join the clips of audio_check={recipe.audio_check} too: leave one out, or run twice"
+        )
     recordings = map(joined_name, recipe.data if recipe.recordings_s else [])
     for name in (SWAPPED, *recordings, *(SOUNDS if recipe.sounds else [])):
         if name in recipe.data:
@@ -109,7 +112,7 @@ def _check_sets(recipe: EvaluateRecipe) -> None:
 
 def _checked_models(recipe: EvaluateRecipe) -> str | None:
     """The baseline's checkpoint. Raises ModelError when it or the model is of another kind, before a cluster starts for them."""
-    from graft.model.opening import check_graft, open_processor
+    from graft.checkpoints.loading import check_graft, open_processor
 
     check_graft(recipe.model)
     if recipe.instructions:
@@ -139,7 +142,9 @@ def _hear_models(items: Sequence[Item], baseline: str | None, recipe: EvaluateRe
     graft = Listener("graft", recipe.model, recipe.dtype, recipe.gpu, recipe.threads_per_worker, recipe.workers)
     models = {"graft": _hear_all(graft, items, recipe.batch_clips)}
     for instruction in recipe.instructions:
-        models[f"graft {instruction}"] = _hear_all(replace(graft, instruction=instruction), as_they_are, recipe.batch_clips)
+        models[f"graft {instruction}"] = _hear_all(
+            replace(graft, instruction=instruction), as_they_are, recipe.batch_clips
+        )
     if baseline:
         models["whisper"] = _hear_all(replace(graft, kind="whisper", path=baseline), as_they_are, recipe.batch_clips)
     return models
@@ -164,7 +169,9 @@ def _report(models: Mapping[str, Heard], items: Sequence[Item], recipe: Evaluate
     for name in dict.fromkeys(item.set_name for item in items):
         for kind, heard in models.items():
             if scored := [item for item in items if item.set_name == name and item in heard.texts]:
-                sets.setdefault(name, {})[kind] = _scores(scored, [heard.texts[item] for item in scored], seed=recipe.seed)
+                sets.setdefault(name, {})[kind] = _scores(
+                    scored, [heard.texts[item] for item in scored], seed=recipe.seed
+                )
     errors = {item.audio_id: error for item, error in models["graft"].errors.items()}
     rtfx = {kind: heard.rtfx for kind, heard in models.items()}
     return {"model": recipe.model, "sets": sets, "expected": _verdicts(sets, recipe), "rtfx": rtfx, "errors": errors}
@@ -215,9 +222,13 @@ def table(report: Mapping[str, Any]) -> str:
             rates = f"{s['wer']:>6.1%}  {interval:<16} {s['cer']:>6.1%}  {s['wer_raw']:>7.1%}"
             lines.append(f"{name:<{names}} {kind:<{kinds}} {s['clips']:>5} {s['words']:>6}  {rates}")
     if silent := [row for row in rows if "chars_per_minute" in row[2]]:
-        lines.append(f"{'no speech':<{names}} {'model':<{kinds}} {'clips':>5} {'min':>6}  {'chars/min':>9}  {'with text':>9}")
+        lines.append(
+            f"{'no speech':<{names}} {'model':<{kinds}} {'clips':>5} {'min':>6}  {'chars/min':>9}  {'with text':>9}"
+        )
         for name, kind, s in silent:
-            counts = f"{s['clips']:>5} {s['minutes']:>6.1f}  {s['chars_per_minute']:>9.1f}  {s['share_with_text']:>9.1%}"
+            counts = (
+                f"{s['clips']:>5} {s['minutes']:>6.1f}  {s['chars_per_minute']:>9.1f}  {s['share_with_text']:>9.1%}"
+            )
             lines.append(f"{name:<{names}} {kind:<{kinds}} {counts}")
     for v in report["expected"]:
         verdict = "agrees with" if v["agrees"] else "does not agree with"
@@ -225,7 +236,9 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(f"{v['set']}: {v['rate']} {found} {verdict} the expected {v['low']:.2%} to {v['high']:.2%}")
     if errors := report["errors"]:
         lines.append(f"{len(errors)} clips could not be read and are not scored: {', '.join(list(errors)[:3])}")
-    lines.append("seconds of audio per second: " + ", ".join(f"{kind} {rtfx:.1f}" for kind, rtfx in report["rtfx"].items()))
+    lines.append(
+        "seconds of audio per second: " + ", ".join(f"{kind} {rtfx:.1f}" for kind, rtfx in report["rtfx"].items())
+    )
     return "\n".join(lines)
 
 

@@ -14,11 +14,12 @@ from pydantic import Field
 
 from graft.config import Recipe
 from graft.errors import ModelError
-from jobs.build import SETTINGS
-from jobs.card import card
-from jobs.cli import run_job
-from jobs.merge import ADAPTER_FOLDER
-from jobs.outputs import RECIPE_FILE, staged_output
+
+from .build import SETTINGS
+from .common.cli import run_job
+from .common.outputs import RECIPE_FILE, staged_output
+from .evaluation.card import card
+from .merge import ADAPTER_FOLDER
 
 RECIPES_FOLDER = "recipes"
 
@@ -52,7 +53,7 @@ class ExportRecipe(Recipe):
 
 def run(recipe: ExportRecipe) -> None:
     """Export recipe.model into recipe.out. Raises ModelError unless it is a stage's output on a joined graft, DataError."""
-    from graft.model.pretrained import write_pretrained
+    from graft.checkpoints.release import write_pretrained
 
     runs = _runs(recipe.model)
     pretrained, state, kept = _trained_part(recipe, runs.get("build", {}))
@@ -70,10 +71,10 @@ def run(recipe: ExportRecipe) -> None:
 
 def _trained_part(recipe: ExportRecipe, build: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, float]]:
     """What pretrained.json says, the tensors, and the share of its energy that each adapter keeps."""
+    from graft.checkpoints.loading import DTYPES, base_graft, open_processor
+    from graft.checkpoints.projector_file import read_projector, state_digest
+    from graft.checkpoints.release import AUDIO_TOKENS, PROJECTOR, Pretrained, audio_token_rows
     from graft.model.configuration import GraftConfig
-    from graft.model.opening import DTYPES, base_graft, open_processor
-    from graft.model.pretrained import AUDIO_TOKENS, PROJECTOR, Pretrained, audio_token_rows
-    from graft.model.weights import read_projector, state_digest
 
     graft = base_graft(recipe.model)
     config = GraftConfig.from_pretrained(graft)
@@ -97,7 +98,7 @@ def _trained_part(recipe: ExportRecipe, build: Mapping[str, Any]) -> tuple[Any, 
 
 
 def _adapters(recipe: ExportRecipe) -> tuple[dict[str, Any], Any, dict[str, float]]:
-    from graft.model.adapters import LoraSettings, has_adapters, read_adapters, truncate_adapters
+    from graft.checkpoints.lora import LoraSettings, has_adapters, read_adapters, truncate_adapters
 
     if not has_adapters(recipe.model):
         return {}, None, {}
@@ -108,7 +109,7 @@ def _adapters(recipe: ExportRecipe) -> tuple[dict[str, Any], Any, dict[str, floa
 
 
 def _digests(config: Any, graft: str) -> dict[str, str]:
-    from graft.model.adapters import has_adapters
+    from graft.checkpoints.lora import has_adapters
 
     if has_adapters(Path(graft, ADAPTER_FOLDER)):
         raise ModelError(
@@ -122,7 +123,9 @@ def _digests(config: Any, graft: str) -> dict[str, str]:
 def _bases(recipe: ExportRecipe, build: Mapping[str, Any], graft: str) -> dict[str, str]:
     """What the two bases are called, without a path of this machine."""
     if build.get("reference"):
-        raise ModelError(f"{graft} was imported from {build['reference']}, not joined from two bases: export a stage on a graft that was")
+        raise ModelError(
+            f"{graft} was imported from {build['reference']}, not joined from two bases: export a stage on a graft that was"
+        )
     names = {key: getattr(recipe, key) or build.get(key) for key in ("audio_base", "text_base")}
     for key, name in names.items():
         if name is None:
@@ -135,11 +138,13 @@ def _runs(model: str) -> dict[str, dict[str, Any]]:
 
     Raises ModelError for another folder.
     """
-    from graft.model.opening import base_graft, read_stage
+    from graft.checkpoints.loading import base_graft, read_stage
 
     folder, stage = model, read_stage(model)
     if stage is None:
-        raise ModelError(f"{model} is no stage's output (it has no stage.json): give the out folder of jobs.stage1 or jobs.stage2")
+        raise ModelError(
+            f"{model} is no stage's output (it has no stage.json): give the out folder of jobs.stage1 or jobs.stage2"
+        )
     found = {"build": _recipe_in(base_graft(model))}
     while stage:
         name = f"stage{stage['stage']}"

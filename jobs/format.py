@@ -1,6 +1,6 @@
 """Labels -> labels with case and punctuation, as Whisper hears them: writes texts.parquet (ID, text), which `texts` of a source names.
 
-rows -> Whisper (jobs.texts) -> aligned with the labels, words kept -> out/texts.parquet
+rows -> Whisper (jobs.preparation.pseudo_labels) -> aligned with the labels, words kept -> out/texts.parquet
 A row keeps its label where it is formatted already, can't be heard, or agrees too little with what is heard.
 A run that was cut off goes on.
 """
@@ -16,15 +16,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from graft.corpus import RowTable
+from graft.data.dataset import RowTable
 from graft.errors import require
-from graft.formatting import take_format
-from graft.prompts import is_formatted
-from jobs.cli import run_job
-from jobs.hearing import HeardClip
-from jobs.texts import TextsRecipe, Verb, tell_unheard, write_texts
+from graft.text.prompts import is_formatted
+from graft.text.punctuation import take_format
 
-COLUMNS = pa.schema([("ID", pa.string()), ("text", pa.string()), ("words", pa.int32()), ("agreed", pa.int32()), ("state", pa.string())])
+from .common.cli import run_job
+from .evaluation.asr_pool import HeardClip
+from .preparation.pseudo_labels import TextsRecipe, Verb, tell_unheard, write_texts
+
+COLUMNS = pa.schema(
+    [("ID", pa.string()), ("text", pa.string()), ("words", pa.int32()), ("agreed", pa.int32()), ("state", pa.string())]
+)
 FORMATTED, KEPT, OWN, UNHEARD = "formatted", "kept", "own", "unheard"
 """States of a row: formatted here; its label kept for want of agreement, or being formatted or empty already; audio not readable."""
 
@@ -68,7 +71,11 @@ def _counts(texts: Path) -> dict[str, Any]:
     lines = pq.read_table(texts, columns=["words", "agreed", "state"])
     states = Counter(lines["state"].to_pylist())
     agreement = pc.sum(lines["agreed"]).as_py() / max(1, pc.sum(lines["words"]).as_py())
-    return {"clips": len(lines), **{state: states[state] for state in (FORMATTED, KEPT, OWN, UNHEARD)}, "agreement": agreement}
+    return {
+        "clips": len(lines),
+        **{state: states[state] for state in (FORMATTED, KEPT, OWN, UNHEARD)},
+        "agreement": agreement,
+    }
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Speech without labels -> labels, where Whisper is sure: writes texts.parquet (ID, text), which `texts` of a source names.
 
-rows without text -> Whisper (jobs.texts) -> kept, or rejected with a reason -> out/texts.parquet
+rows without text -> Whisper (jobs.preparation.pseudo_labels) -> kept, or rejected with a reason -> out/texts.parquet
 A rejected row has an empty text, so that training leaves it out; `heard` holds what it would have been. Rows with a text keep it.
 A run that was cut off goes on.
 Source of the guard against loops, and of mean log-probability as confidence: Radford et al. 2022, section 4.5.
@@ -18,11 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from graft.corpus import RowTable
-from graft.splits import comparable_text
-from jobs.cli import run_job
-from jobs.hearing import HeardClip
-from jobs.texts import TextsRecipe, Verb, tell_unheard, write_texts
+from graft.data.dataset import RowTable
+from graft.data.splits import comparable_text
+
+from .common.cli import run_job
+from .evaluation.asr_pool import HeardClip
+from .preparation.pseudo_labels import TextsRecipe, Verb, tell_unheard, write_texts
 
 COLUMNS = pa.schema(
     [
@@ -55,7 +56,9 @@ class LabelRecipe(TextsRecipe):
 
 def run(recipe: LabelRecipe) -> dict[str, Any]:
     """Label recipe.data; returns what stands in result.json. Raises DataError, ModelError, OutputError, MissingExtra."""
-    return write_texts(recipe, Verb("label", COLUMNS, _wants, functools.partial(_line, recipe=recipe), _counts, _summary))
+    return write_texts(
+        recipe, Verb("label", COLUMNS, _wants, functools.partial(_line, recipe=recipe), _counts, _summary)
+    )
 
 
 def _wants(text: str) -> bool:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from graft.config import Recipe
-from graft.corpus import Sources
+from graft.data.dataset import Sources
 from graft.errors import ModelError
-from jobs.cli import run_job
-from jobs.outputs import staged_output
+
+from .common.cli import run_job
+from .common.outputs import staged_output
 
 ADAPTER_FOLDER = "adapter"
 COMPARISON_FILE = "comparison.json"
@@ -41,13 +42,16 @@ def run(recipe: MergeRecipe) -> None:
     """Merge recipe.model into recipe.out. Raises ModelError unless it is a stage's output, DataError."""
     import torch
 
-    from graft.model.adapters import has_adapters
+    from graft.checkpoints.loading import DTYPES, base_graft, computes_bf16, read_stage
+    from graft.checkpoints.lora import has_adapters
     from graft.model.configuration import GraftConfig
-    from graft.model.opening import DTYPES, base_graft, computes_bf16, read_stage
-    from jobs.compare import compare
+
+    from .evaluation.merge_check import compare
 
     if read_stage(recipe.model) is None:
-        raise ModelError(f"{recipe.model} is no stage's output (it has no stage.json): give the out folder of jobs.stage1 or jobs.stage2")
+        raise ModelError(
+            f"{recipe.model} is no stage's output (it has no stage.json): give the out folder of jobs.stage1 or jobs.stage2"
+        )
     compares = recipe.data is not None and has_adapters(recipe.model)
     with staged_output(recipe.out, recipe) as out:
         dtype = DTYPES.get(recipe.dtype) or GraftConfig.from_pretrained(base_graft(recipe.model)).dtype
@@ -63,9 +67,9 @@ def run(recipe: MergeRecipe) -> None:
 def _merge(recipe: MergeRecipe, out: Path, dtype: Any) -> None:
     import torch
 
-    from graft.model.adapters import ADAPTER_FILES, has_adapters, merge_adapters
-    from graft.model.opening import open_graft
-    from graft.model.weights import PROJECTOR_FILE
+    from graft.checkpoints.loading import open_graft
+    from graft.checkpoints.lora import ADAPTER_FILES, has_adapters, merge_adapters
+    from graft.checkpoints.projector_file import PROJECTOR_FILE
 
     model, processor = open_graft(recipe.model, dtype=torch.float32, rounded_to_nf4=recipe.onto == "nf4")
     kept = [PROJECTOR_FILE]

@@ -1,7 +1,7 @@
 """Folders of speech with manifests (JSON lines, NeMo's, CSV) -> LargeScaleASR parquet in disjoint, seeded splits.
 
-manifest lines -> rows -> checks of text and audio -> one row an id -> splits (graft.splits), on request with longer clips made of theirs
-(jobs.joining) -> out/SPLIT/part-00000.parquet ..., out/dropped.jsonl, out/summary.json. Every line that a source takes ends up in a split
+manifest lines -> rows -> checks of text and audio -> one row an id -> splits (graft.data.splits), on request with longer clips made of theirs
+(jobs.preparation.concatenation) -> out/SPLIT/part-00000.parquet ..., out/dropped.jsonl, out/summary.json. Every line that a source takes ends up in a split
 or, with its reason, in dropped.jsonl. Same input and seed, same bytes; the order of a manifest's lines changes no split.
 """
 
@@ -17,14 +17,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from graft.audio import read_audio
+from graft.audio.clip import read_audio
 from graft.config import Recipe
+from graft.data.splits import Candidate, assign_splits, seeded_hash
 from graft.errors import AudioError, DataError, require
-from graft.splits import Candidate, assign_splits, seeded_hash
-from jobs.cli import run_job
-from jobs.joining import JoinedRecipe, JoinedRow, join_splits, joined_columns
-from jobs.manifests import Dropped, Manifest, Row, SplitName, clip_of, header_s, read_manifests
-from jobs.outputs import holds_results, staged_output
+
+from .common.cli import run_job
+from .common.outputs import holds_results, staged_output
+from .preparation.concatenation import JoinedRecipe, JoinedRow, join_splits, joined_columns
+from .preparation.manifests import Dropped, Manifest, Row, SplitName, clip_of, header_s, read_manifests
 
 
 class PrepareRecipe(Recipe):
@@ -35,7 +36,9 @@ class PrepareRecipe(Recipe):
     for some of its lines, and {manifest, unlabelled: keep} for those without text too."""
     out: str
     """Folder that the splits are written to."""
-    splits: dict[SplitName, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=lambda: {"train": 0.95, "dev": 0.05})
+    splits: dict[SplitName, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=lambda: {"train": 0.95, "dev": 0.05}
+    )
     """Shares of the rows that no source pins; they add up to 1."""
     disjoint_speakers: bool = False
     """Keep every speaker within one split; rows without a speaker are dropped."""
@@ -65,11 +68,15 @@ class PrepareRecipe(Recipe):
     @model_validator(mode="after")
     def _check_joined(self) -> "PrepareRecipe":
         if self.joined and self.joined.longest_s > self.max_duration_s:
-            raise ValueError(f"joined.longest_s is {self.joined.longest_s:g}, over max_duration_s {self.max_duration_s:g}: lower it")
+            raise ValueError(
+                f"joined.longest_s is {self.joined.longest_s:g}, over max_duration_s {self.max_duration_s:g}: lower it"
+            )
         pinned = [source.split for source in self.long_sources()]
         known = {*filter(None, pinned), *(self.splits if None in pinned else [])}
         if self.joined and (unknown := set(self.joined.splits or []) - known):
-            raise ValueError(f"joined.splits names {', '.join(sorted(unknown))}, the splits are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"joined.splits names {', '.join(sorted(unknown))}, the splits are {', '.join(sorted(known))}"
+            )
         return self
 
     def long_sources(self) -> list[Manifest]:
@@ -93,10 +100,18 @@ def main(recipe: PrepareRecipe) -> None:
         joined = join_splits(splits, recipe.joined, seed=recipe.seed) if recipe.joined else {}
         for split, members in splits.items():
             _write_split(folder / split, [*members, *joined.get(split, [])], recipe)
-        dropped = list(dict.fromkeys(dropped))  # a line that can't be read is so for each source that its manifest serves
-        lines = [json.dumps(vars(row), ensure_ascii=False) + "\n" for row in sorted(dropped, key=lambda row: (row.source, row.line))]
+        dropped = list(
+            dict.fromkeys(dropped)
+        )  # a line that can't be read is so for each source that its manifest serves
+        lines = [
+            json.dumps(vars(row), ensure_ascii=False) + "\n"
+            for row in sorted(dropped, key=lambda row: (row.source, row.line))
+        ]
         (folder / "dropped.jsonl").write_text("".join(lines), encoding="utf-8")
-        summary = {"splits": {split: _measures(members) for split, members in splits.items()}, "dropped": _reasons(dropped)}
+        summary = {
+            "splits": {split: _measures(members) for split, members in splits.items()},
+            "dropped": _reasons(dropped),
+        }
         if recipe.joined:
             summary["joined"] = {split: {"rows": len(clips), "hours": _hours(clips)} for split, clips in joined.items()}
         (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -128,7 +143,11 @@ def _checked(row: Row, recipe: PrepareRecipe) -> Row | Dropped:
     if duration_s < recipe.min_duration_s:
         return _drop(row, "too short", f"{duration_s:.3f} s, at least {recipe.min_duration_s:g} s")
     if len(row.text) > recipe.max_chars_per_s * duration_s:
-        return _drop(row, "speech rate", f"{len(row.text)} characters in {duration_s:.3f} s, at most {recipe.max_chars_per_s:g} per second")
+        return _drop(
+            row,
+            "speech rate",
+            f"{len(row.text)} characters in {duration_s:.3f} s, at most {recipe.max_chars_per_s:g} per second",
+        )
     return replace(row, duration_s=duration_s)
 
 
@@ -140,14 +159,19 @@ def _unique_ids(rows: Iterable[Row], recipe: PrepareRecipe) -> Iterator[Row | Dr
     """The first row of each id: pinned before unpinned, then by the recipe's order of sources, then by content, not by line."""
     order = {source.manifest: index for index, source in reversed(list(enumerate(recipe.long_sources())))}
     first: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: (row.pinned is None, order[row.source], row.id, row.audio, row.offset_s, row.text, row.line)):
+    for row in sorted(
+        rows,
+        key=lambda row: (row.pinned is None, order[row.source], row.id, row.audio, row.offset_s, row.text, row.line),
+    ):
         kept = first.setdefault(row.id, row)
         yield row if kept is row else _drop(row, "duplicate id", f"kept: {kept.source} line {kept.line}")
 
 
 def _split(rows: Sequence[Row], recipe: PrepareRecipe, dropped: list[Dropped]) -> dict[str, list[Row]]:
     """Rows with distinct ids -> the rows of each split; appends those in conflict to `dropped`."""
-    candidates = [Candidate(row.text, row.speaker if recipe.disjoint_speakers else None, row.pinned, row.id) for row in rows]
+    candidates = [
+        Candidate(row.text, row.speaker if recipe.disjoint_speakers else None, row.pinned, row.id) for row in rows
+    ]
     splits: dict[str, list[Row]] = {}
     for row, placement in zip(rows, assign_splits(candidates, recipe.splits, seed=recipe.seed), strict=True):
         if placement.conflict:
@@ -171,7 +195,7 @@ def _check_filled(splits: dict[str, list[Row]], recipe: PrepareRecipe, dropped: 
 
 def _write_split(folder: Path, rows: Sequence[Row | JoinedRow], recipe: PrepareRecipe) -> None:
     """Parquet files of the rows in a seeded random order: manifests are sorted by speaker and book, batches should not be."""
-    from graft.corpus import write_corpus
+    from graft.data.dataset import write_corpus
 
     shuffled = sorted(rows, key=lambda row: (seeded_hash(recipe.seed, row.id), row.id))
     for part, start in enumerate(range(0, len(rows), recipe.rows_per_file)):
@@ -186,7 +210,14 @@ def _columns(row: Row | JoinedRow) -> dict[str, Any]:
     clip = clip_of(row)
     content, suffix = (clip, ".flac") if isinstance(clip, bytes) else (clip.read_bytes(), row.audio.suffix)
     wav = {"bytes": content, "path": row.audio.stem + suffix}
-    return {"ID": row.id, "duration": row.duration_s, "wav": wav, "spk_id": row.speaker, "sex": row.sex, "text": row.text}
+    return {
+        "ID": row.id,
+        "duration": row.duration_s,
+        "wav": wav,
+        "spk_id": row.speaker,
+        "sex": row.sex,
+        "text": row.text,
+    }
 
 
 def _measures(rows: Sequence[Row]) -> dict[str, float]:
@@ -213,4 +244,6 @@ def _print_table(out: str, summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(PrepareRecipe, main, summary="Turn manifests of speech into LargeScaleASR parquet in disjoint splits."))
+    sys.exit(
+        run_job(PrepareRecipe, main, summary="Turn manifests of speech into LargeScaleASR parquet in disjoint splits.")
+    )

@@ -6,12 +6,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graft.model.spelling import LETTERS
-from graft.stages import Stage
-from jobs.cli import PlanOptions, run_job
-from jobs.fit import fit
-from jobs.plan import Trained, print_plan
-from jobs.train_recipe import TrainRecipe
+from graft.model.ctc import LETTERS
+from graft.training.stages import Stage
+
+from .common.cli import PlanOptions, run_job
+from .training.driver import fit
+from .training.estimate import Trained, print_plan
+from .training.recipe import TrainRecipe
 
 
 class Stage1Recipe(TrainRecipe):

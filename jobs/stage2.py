@@ -6,16 +6,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from graft.checkpoints.loading import read_stage
+from graft.checkpoints.lora import LoraSettings, has_adapters, read_adapters
 from graft.config import Recipe
 from graft.errors import ModelError
-from graft.model.adapters import LoraSettings, has_adapters, read_adapters
-from graft.model.opening import read_stage
-from graft.stages import Stage
-from jobs.build import is_untrained
-from jobs.cli import PlanOptions, run_job
-from jobs.fit import fit
-from jobs.plan import Trained, print_plan
-from jobs.train_recipe import TrainRecipe
+from graft.training.stages import Stage
+
+from .build import is_untrained
+from .common.cli import PlanOptions, run_job
+from .training.driver import fit
+from .training.estimate import Trained, print_plan
+from .training.recipe import TrainRecipe
 
 
 class LoraRecipe(Recipe):
@@ -47,7 +48,9 @@ def run(recipe: Stage2Recipe) -> dict[str, Any]:
     """Train adapters and projector; returns losses, counts and seconds."""
     lora = LoraSettings(**recipe.lora.model_dump())
     adapters = _adapters(recipe)
-    return fit(recipe, Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=_projector(recipe), adapters=adapters))
+    return fit(
+        recipe, Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=_projector(recipe), adapters=adapters)
+    )
 
 
 def _adapters(recipe: Stage2Recipe) -> str | None:
@@ -56,7 +59,9 @@ def _adapters(recipe: Stage2Recipe) -> str | None:
         return None
     _, config = read_adapters(recipe.adapters)
     if (config.r, config.lora_alpha) != (recipe.lora.rank, recipe.lora.alpha):
-        raise ModelError(f"the adapters in {recipe.adapters} have lora.rank={config.r} lora.alpha={config.lora_alpha}: give these")
+        raise ModelError(
+            f"the adapters in {recipe.adapters} have lora.rank={config.r} lora.alpha={config.lora_alpha}: give these"
+        )
     return os.path.abspath(recipe.adapters)
 
 
@@ -66,10 +71,14 @@ def _projector(recipe: Stage2Recipe) -> str | None:
         return os.path.abspath(recipe.adapters)
     if recipe.projector is None and read_stage(recipe.model) is None:
         if is_untrained(recipe.model):
-            raise ModelError(f"the projector of {recipe.model} is untrained: give projector=, the output folder of stage 1")
+            raise ModelError(
+                f"the projector of {recipe.model} is untrained: give projector=, the output folder of stage 1"
+            )
         return None
     if recipe.projector is None and has_adapters(recipe.model):
-        raise ModelError(f"{recipe.model} is stage 2's output: give its graft as model= and it as adapters=, or merge it first")
+        raise ModelError(
+            f"{recipe.model} is stage 2's output: give its graft as model= and it as adapters=, or merge it first"
+        )
     return os.path.abspath(recipe.projector or recipe.model)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import GraftError, RecipeError, require
-from jobs.cli import STOPPED
+
+from .common.cli import STOPPED
 
 ROOT = Path(__file__).parents[1]
 STOP_WAIT_S = 120
@@ -37,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"graft: job {name}", file=sys.stderr, flush=True)
         return 0 if options.no_wait else _exit_code(asyncio.run(_follow(client, name)))
     except KeyboardInterrupt:
-        print(f"graft: {f'job {name} goes on; `ray job stop {name}` ends it' if name else 'interrupted'}", file=sys.stderr)
+        print(
+            f"graft: {f'job {name} goes on; `ray job stop {name}` ends it' if name else 'interrupted'}", file=sys.stderr
+        )
         return 130
     except GraftError as error:
         print(f"graft: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -45,9 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jobs.submit", description="Run a job on a cluster.", allow_abbrev=False)
-    parser.add_argument("--address", metavar="URL", help="of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS)")
-    parser.add_argument("--env", metavar="NAME[=VALUE]", action="append", default=[], help="a variable of the job; as here by default")
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.submit", description="Run a job on a cluster.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--address", metavar="URL", help="of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS)"
+    )
+    parser.add_argument(
+        "--env", metavar="NAME[=VALUE]", action="append", default=[], help="a variable of the job; as here by default"
+    )
     parser.add_argument("--no-wait", action="store_true", help="do not follow the job")
     parser.add_argument("verb", metavar="VERB", help="a job, such as stage1")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="what it is told")

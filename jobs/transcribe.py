@@ -19,28 +19,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from graft.aligners.opening import find_aligner
-from graft.checkpoints import checkpoint_name, from_anywhere
-from graft.chunking import ChunkSettings, windows
-from graft.columns import Columns
+from graft.audio.chunking import ChunkSettings, windows
+from graft.audio.vad import SpeechSettings
+from graft.checkpoints.names import checkpoint_name, from_anywhere
 from graft.config import Recipe
+from graft.data.columns import Columns
 from graft.errors import OutputError, RecipeError, require
-from graft.speech import SpeechSettings
-from graft.subtitles import CueLimits, Format
-from graft.transcriber import Transcriber
-from jobs.archive import find_recordings
-from jobs.bulk import Workers, transcribe_items
-from jobs.bulk_progress import BulkProgress
-from jobs.cli import run_job
-from jobs.cluster import connect
-from jobs.items import FILES_PER_TASK, at_attempts, durations, plan_items
-from jobs.outputs import claim_output, write_atomic
-from jobs.reading import Reading
-from jobs.results import Totals, Written, join_recordings, read_index
+from graft.inference.aligners.loading import find_aligner
+from graft.inference.subtitles import CueLimits, Format
+from graft.inference.transcriber import Transcriber
+
+from .common.cli import run_job
+from .common.cluster import connect
+from .common.outputs import claim_output, write_atomic
+from .transcription.assembly import Totals, Written, join_recordings, read_index
+from .transcription.discovery import find_recordings
+from .transcription.pipeline import Workers, transcribe_items
+from .transcription.progress import BulkProgress
+from .transcription.reader import Reading
+from .transcription.work_items import FILES_PER_TASK, at_attempts, durations, plan_items
 
 PARTLY_FAILED = 3
 HOW = frozenset(
-    {"workers", "threads", "gpus_per_worker", "readers", "items_per_batch", "formats", "cues", "strict", "retry_errors", "price"}
+    {
+        "workers",
+        "threads",
+        "gpus_per_worker",
+        "readers",
+        "items_per_batch",
+        "formats",
+        "cues",
+        "strict",
+        "retry_errors",
+        "price",
+    }
     | {f"cues.{name}" for name in CueLimits.model_fields}
 )
 """Keys that change how transcripts come, and in which files, not what they say."""
@@ -128,7 +140,9 @@ def transcribe(
     home = out / "work"
     home.mkdir(exist_ok=True)
     done = read_index(home)
-    plan = at_attempts(plan_items(recordings, item_s=recipe.item_s, probe=_probe), done, retry_errors=recipe.retry_errors)
+    plan = at_attempts(
+        plan_items(recordings, item_s=recipe.item_s, probe=_probe), done, retry_errors=recipe.retry_errors
+    )
     missing = plan.join(done.select(["item", "attempt"]), ["item", "attempt"], join_type="left anti").num_rows
     progress = BulkProgress(plan, done, home)
     if missing:
@@ -153,7 +167,7 @@ def transcribe(
 
 def _check_model(recipe: TranscribeRecipe) -> None:
     """Refuse what is no graft or no aligner, and words that the model was not trained for, before a cluster starts."""
-    from graft.model.opening import check_graft, open_processor
+    from graft.checkpoints.loading import check_graft, open_processor
 
     if recipe.quantization and recipe.engine != "vllm":
         raise RecipeError(f"quantization={recipe.quantization} goes with engine=vllm")
@@ -173,11 +187,13 @@ def _output(recipe: TranscribeRecipe) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="graft-transcripts-") as folder:
             yield Path(folder)
         return
-    from graft.model.opening import model_digest
+    from graft.checkpoints.loading import model_digest
 
     digest = model_digest(recipe.model)
     if recipe.model_digest not in (None, digest):
-        raise OutputError(f"model {recipe.model} is not the one that model_digest={recipe.model_digest} names: it is {digest}")
+        raise OutputError(
+            f"model {recipe.model} is not the one that model_digest={recipe.model_digest} names: it is {digest}"
+        )
     yield claim_output(recipe.out, recipe.model_copy(update={"model_digest": digest}), ignore=HOW).absolute()
 
 
@@ -211,7 +227,7 @@ def open_transcriber(model: str, *, threads: int, **settings: Any) -> Transcribe
     """Open a worker's Transcriber, whose chunks are cut already, with the settings of graft.load."""
     import torch
 
-    from graft.transcriber import load
+    from graft.inference.transcriber import load
 
     torch.set_num_threads(threads)
     return load(model, cut=windows, **settings)
@@ -239,7 +255,13 @@ def _summary(totals: Totals, rtfx: float | None, seconds: float, price: float | 
 def _told(summary: dict[str, Any]) -> Iterator[str]:
     """The summary in a few lines."""
     rtfx, cost = summary["rtfx"], summary["cost_per_audio_hour"]
-    speed = ", nothing was left to do" if rtfx is None else f", {rtfx:.1f} times as fast as real time in this run" if rtfx else ""
+    speed = (
+        ", nothing was left to do"
+        if rtfx is None
+        else f", {rtfx:.1f} times as fast as real time in this run"
+        if rtfx
+        else ""
+    )
     price = f", {cost:.4f} an hour of audio" if cost is not None else ""
     yield f"{summary['done']} recordings done, {summary['failed']} failed; {summary['audio_hours']:.2f} h of audio{speed}{price}"
     yield from (f"  failed: {count} x {reason}" for reason, count in summary["failed_by_reason"].items())

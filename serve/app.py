@@ -15,20 +15,21 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from graft.checkpoints import from_anywhere
-from graft.chunking import Chunk
-from graft.engines import EngineCounts
+from graft.audio.chunking import Chunk
+from graft.checkpoints.names import from_anywhere
 from graft.errors import GraftError
-from graft.transcript import Segment
-from serve.api import transcription_api
-from serve.arguments import ServeArgs
-from serve.decoding import Decoder
-from serve.keys import Keys
-from serve.local import LocalListener, open_transcriber, served_name
-from serve.logs import LOG, log_through_serve
-from serve.metrics import EngineMetrics, RequestMetrics, every_second
-from serve.remote import RemoteListener
-from serve.service import About, Asked, NotReady, Service
+from graft.inference.engines.protocol import EngineCounts
+from graft.inference.transcript import Segment
+
+from .backends.local import LocalListener, open_transcriber, served_name
+from .backends.ray_handle import RemoteListener
+from .config import ServeArgs
+from .decode.decoder import Decoder
+from .http.api import transcription_api
+from .http.auth import Keys
+from .http.logs import LOG, log_through_serve
+from .metrics import EngineMetrics, RequestMetrics, every_second
+from .service import About, Asked, NotReady, Service
 
 LOGS = {"encoding": "JSON", "enable_access_log": False}  # the ingress tells of each request itself
 
@@ -121,7 +122,11 @@ class Ingress:
         if not keys:
             LOG.warning("no API keys were given: everyone may ask")
         return transcription_api(
-            self._service, keys=keys, max_upload_bytes=self._args.max_upload_bytes, observer=self._metrics, tells_id=False
+            self._service,
+            keys=keys,
+            max_upload_bytes=self._args.max_upload_bytes,
+            observer=self._metrics,
+            tells_id=False,
         )
 
 
@@ -130,8 +135,8 @@ def build(args: ServeArgs) -> Application:
 
     Raises ModelError for what is no graft or no aligner before a replica starts, RecipeError for keys that can't be read.
     """
-    from graft.aligners.opening import find_aligner
-    from graft.model.opening import check_graft
+    from graft.checkpoints.loading import check_graft
+    from graft.inference.aligners.loading import find_aligner
 
     check_graft(args.model)
     Keys.from_environment(args.key_file)
@@ -151,7 +156,9 @@ def build(args: ServeArgs) -> Application:
     )(Engine).bind(args)
     ingress = serve.deployment(
         max_ongoing_requests=4 * args.max_ongoing_requests,  # the ingress itself refuses, and says when to come back
-        autoscaling_config=_autoscaling(args, args.min_ingress_replicas, args.max_ingress_replicas, args.max_ongoing_requests),
+        autoscaling_config=_autoscaling(
+            args, args.min_ingress_replicas, args.max_ingress_replicas, args.max_ongoing_requests
+        ),
         graceful_shutdown_timeout_s=60,
         health_check_period_s=2,
         logging_config=LOGS,

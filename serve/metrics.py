@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from graft.engines import EngineCounts
-from serve.observing import Observer
-from serve.service import Service
+from graft.inference.engines.protocol import EngineCounts
+
+from .observer import Observer
+from .service import Service
 
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
 SPEEDS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
@@ -24,9 +25,15 @@ class RequestMetrics(Observer):
     def __init__(self) -> None:
         told = "Requests answered, by endpoint and status; 499: the client left before."
         self._answered = Counter("graft_requests", told, ("endpoint", "status"))  # type: ignore[arg-type]  # Ray says that there is one tag
-        self._latency = Histogram("graft_request_seconds", "From a request to the end of its answer.", list(SECONDS), ("endpoint",))
-        self._first_text = Histogram("graft_first_text_seconds", "From an upload to the first text of its stream.", list(SECONDS))
-        self._speed = Histogram("graft_request_rtfx", "Seconds of an upload per second that its transcript took.", list(SPEEDS))
+        self._latency = Histogram(
+            "graft_request_seconds", "From a request to the end of its answer.", list(SECONDS), ("endpoint",)
+        )
+        self._first_text = Histogram(
+            "graft_first_text_seconds", "From an upload to the first text of its stream.", list(SECONDS)
+        )
+        self._speed = Histogram(
+            "graft_request_rtfx", "Seconds of an upload per second that its transcript took.", list(SPEEDS)
+        )
         self._audio = Counter("graft_audio_seconds", "Seconds of uploads transcribed.")
         self._requests = Gauge("graft_requests_in_hand", "Uploads that an ingress has in hand.")
         self._queue = Gauge("graft_queue_seconds", "Seconds of speech that an ingress has in hand.")

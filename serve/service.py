@@ -10,10 +10,11 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from graft.chunking import Chunk
-from graft.transcript import Segment, Transcript, stitch
-from serve.decoding import Decoded, Decoder
-from serve.observing import Observer
+from graft.audio.chunking import Chunk
+from graft.inference.transcript import Segment, Transcript, stitch
+
+from .decode.decoder import Decoded, Decoder
+from .observer import Observer
 
 CHUNKS_PER_REQUEST = 4
 """Of one request in the engine at a time: the hours of one client do not stand before the seconds of another."""
@@ -66,7 +67,13 @@ class Service:
     """Transcribes uploads; of `max_requests` at once, and not more than `max_queued_s` seconds of audio."""
 
     def __init__(
-        self, decoder: Decoder, listener: Listener, *, max_requests: int, max_queued_s: float, observer: Observer | None = None
+        self,
+        decoder: Decoder,
+        listener: Listener,
+        *,
+        max_requests: int,
+        max_queued_s: float,
+        observer: Observer | None = None,
     ) -> None:
         self.listener = listener
         self._observer = observer or Observer()
@@ -96,7 +103,9 @@ class Service:
                     parts = [tasks.create_task(heard(chunk)) for chunk in decoded.chunks]
             except ExceptionGroup as failed:
                 raise failed.exceptions[0] from None
-            if any(part.cancelled() for part in parts):  # by whoever hears; if this request were, it would not come here
+            if any(
+                part.cancelled() for part in parts
+            ):  # by whoever hears; if this request were, it would not come here
                 raise RuntimeError(UNHEARD)
             self._observer.transcribed(decoded.duration_s, time.monotonic() - start)
             return stitch([part.result() for part in parts], duration_s=decoded.duration_s, model=model)

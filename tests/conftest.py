@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="module")
 def ray_started() -> None:
     """A local Ray. Not inside a test: Ray's loggers keep the stderr they first see, and a test's own is closed after it."""
-    from jobs.cluster import connect
+    from jobs.common.cluster import connect
 
     connect()
 

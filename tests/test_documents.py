@@ -5,11 +5,11 @@ import re
 import shlex
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 DOCUMENTS = ["README.md", "cluster/README.md"]
 ELSEWHERE = {"docker", "kubectl", "curl", ".", "export", "apt", "pip"}
 """What other people's tools take; of their arguments, the files of this repository are looked at."""
@@ -25,7 +25,11 @@ def commands(document: str) -> Iterator[str]:
             yield shlex.join(words)
 
 
-ALL = [pytest.param(command, id=f"{document}: {command:.60}") for document in DOCUMENTS for command in dict.fromkeys(commands(document))]
+ALL = [
+    pytest.param(command, id=f"{document}: {command:.60}")
+    for document in DOCUMENTS
+    for command in dict.fromkeys(commands(document))
+]
 
 
 @pytest.mark.parametrize("command", ALL)
@@ -68,7 +72,7 @@ def check(words: list[str]) -> None:
 
 def check_job(verb: str, arguments: list[str]) -> None:
     from graft.config import Recipe, read_recipe
-    from jobs.cli import PlanOptions, _plan_options, _read_arguments, _with_model_alone
+    from jobs.common.cli import PlanOptions, _plan_options, _read_arguments, _with_model_alone
 
     job = importlib.import_module(f"jobs.{verb}")
     if verb == "bench":
@@ -103,7 +107,7 @@ def check_ray(arguments: list[str]) -> None:
 def check_serve(command: str, arguments: list[str]) -> None:
     from ray.serve.scripts import cli
 
-    from serve.arguments import ServeArgs
+    from serve.config import ServeArgs
 
     context = cli.commands[command].make_context(command, list(arguments))
     target = context.params.get("config_or_import_path") or context.params["config_file_name"]

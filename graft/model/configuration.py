@@ -67,7 +67,9 @@ class GraftConfig(Qwen2VLConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(map(str, allowed))}")
         if unknown := set(self.trained_styles) - set(TEXT_STYLES):
-            raise ValueError(f"trained_styles holds {', '.join(map(str, unknown))}, not one of {', '.join(TEXT_STYLES)}")
+            raise ValueError(
+                f"trained_styles holds {', '.join(map(str, unknown))}, not one of {', '.join(TEXT_STYLES)}"
+            )
         if not 0 <= self.audio_margin_s <= 30:
             raise ValueError(f"audio_margin_s is {self.audio_margin_s}, not between 0 and 30 seconds")
 
@@ -79,7 +81,9 @@ def audio_token_count(frame_count: int, *, pool: int, context: str) -> int:
     Raises ValueError for a frame count outside those limits.
     """
     if not 2 * pool <= frame_count <= WINDOW_FRAMES:
-        raise ValueError(f"a clip of {frame_count} mel frames; {2 * pool} to {WINDOW_FRAMES} make tokens at pool {pool}")
+        raise ValueError(
+            f"a clip of {frame_count} mel frames; {2 * pool} to {WINDOW_FRAMES} make tokens at pool {pool}"
+        )
     frames = WINDOW_FRAMES if context == "full" else frame_count
     return (frames + 1) // 2 // pool
 

@@ -14,8 +14,8 @@ from transformers import (
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLCausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperEncoderLayer
 
-from .audio import encode_audio
 from .configuration import GraftConfig
+from .encoder import encode_audio
 from .projector import AudioProjector
 
 
@@ -58,7 +58,9 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of a graft, {missing[0]} first: build it again")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of a graft, {missing[0]} first: build it again"
+            )
         return (model, info) if wants_info else model
 
     def get_audio_features(self, input_features: Tensor, audio_frame_counts: Tensor) -> Tensor:
@@ -88,11 +90,15 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         elif input_features is not None and audio_frame_counts is not None:
             audio = self.get_audio_features(input_features, audio_frame_counts)
         elif placeholder_count:
-            raise ValueError(f"{placeholder_count} audio placeholders in input_ids, but no input_features with audio_frame_counts")
+            raise ValueError(
+                f"{placeholder_count} audio placeholders in input_ids, but no input_features with audio_frame_counts"
+            )
         else:
             return embeddings
         if placeholder_count != audio.shape[0]:
-            raise ValueError(f"{placeholder_count} audio placeholders in input_ids, but {audio.shape[0]} audio tokens in input_features")
+            raise ValueError(
+                f"{placeholder_count} audio placeholders in input_ids, but {audio.shape[0]} audio tokens in input_features"
+            )
         return embeddings.masked_scatter(is_audio[..., None], audio.to(embeddings.dtype))
 
     def forward(

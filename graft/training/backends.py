@@ -62,7 +62,9 @@ class TorchBackend:
             _leave_casting_to_autocast(model)
         self._wrapped: Any = model
         if self.world_size > 1:
-            self._wrapped = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+            self._wrapped = nn.parallel.DistributedDataParallel(
+                model, device_ids=[device] if device.type == "cuda" else None
+            )
 
     def backward(self, inputs: Mapping[str, Tensor], *, label_count: int, is_last: bool) -> Tensor:
         if self.world_size > 1:
@@ -98,7 +100,10 @@ class TorchBackend:
             parameter.copy_(state[name]["weight"])
             if step:
                 moments = {key: state[name][key].to(parameter.device, parameter.dtype) for key in STATE_KEYS}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step), device=parameter.device),
+                    **moments,
+                }
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

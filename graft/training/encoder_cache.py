@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graft.model.audio import encode_audio
 from graft.model.configuration import GraftConfig, audio_token_count
+from graft.model.ctc import Speller
+from graft.model.encoder import encode_audio
 from graft.model.modeling import GraftForConditionalGeneration
-from graft.model.spelling import Speller
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,11 @@ class EncoderCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            save_file({"states": encoded.states.cpu().contiguous()}, temporary, metadata={"frame_count": str(encoded.frame_count)})
+            save_file(
+                {"states": encoded.states.cpu().contiguous()},
+                temporary,
+                metadata={"frame_count": str(encoded.frame_count)},
+            )
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -82,7 +86,9 @@ class CachingEncoder:
         self._writes: list[Future[None]] = []
 
     @torch.no_grad()
-    def __call__(self, input_features: Tensor | None, frame_counts: Tensor, keys: Sequence[str], found: Mapping[int, Tensor]) -> Tensor:
+    def __call__(
+        self, input_features: Tensor | None, frame_counts: Tensor, keys: Sequence[str], found: Mapping[int, Tensor]
+    ) -> Tensor:
         """Encode the clips whose places are not in `found` and write them down under their keys ("" has none).
 
         input_features (missing clips, mels, frames); frame_counts (clips,); returns (tokens of all clips, d_model). Waits for what the
@@ -96,7 +102,9 @@ class CachingEncoder:
             for place, one in zip(missing, encoded.split(self._token_counts(frame_counts[missing])), strict=True):
                 states[place] = one
                 if keys[place]:
-                    self._writes.append(self._writing.submit(self.cache.put, keys[place], Encoded(one, int(frame_counts[place]))))
+                    self._writes.append(
+                        self._writing.submit(self.cache.put, keys[place], Encoded(one, int(frame_counts[place])))
+                    )
         return torch.cat([states[place] for place in range(len(keys))])
 
     def close(self) -> None:
@@ -111,4 +119,7 @@ class CachingEncoder:
 
     def _token_counts(self, frame_counts: Tensor) -> list[int]:
         config = self.model.config
-        return [audio_token_count(count, pool=config.audio_pool, context=config.audio_context) for count in frame_counts.tolist()]
+        return [
+            audio_token_count(count, pool=config.audio_pool, context=config.audio_context)
+            for count in frame_counts.tolist()
+        ]

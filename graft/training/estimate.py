@@ -7,13 +7,13 @@ the language model forward and backward to its activations, which is two forward
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from graft.model.audio import ENCODER_FRAMES_PER_S
 from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_count
+from graft.model.encoder import ENCODER_FRAMES_PER_S
 from graft.model.modeling import GraftForConditionalGeneration
 
 # Dense bf16 with float32 sums, TFLOP/s: an H200 as measured in large matrix products, the others as their makers state them. All words of a
@@ -102,7 +102,15 @@ def layer_matrices(config: GraftConfig) -> list[tuple[int, int]]:
     width, inner = text.hidden_size, text.intermediate_size
     heads = text.num_attention_heads * _head_width(config)
     keys = text.num_key_value_heads * _head_width(config)
-    return [(width, heads), (width, keys), (width, keys), (heads, width), (width, inner), (width, inner), (inner, width)]
+    return [
+        (width, heads),
+        (width, keys),
+        (width, keys),
+        (heads, width),
+        (width, inner),
+        (width, inner),
+        (inner, width),
+    ]
 
 
 def encoder_matrices(config: GraftConfig) -> list[tuple[int, int]]:
@@ -147,14 +155,22 @@ def batch_flops(
     """
     audio = encoder_flops(config, frame_counts, lora_rank=lora_rank if lora_encoder else None)
     audio += projector_flops(config, frame_counts, to_encoder=lora_encoder)
-    return audio + text_flops(config, token_counts, lora_rank=lora_rank, again=gradient_checkpointing) + head_flops(config, label_count)
+    return (
+        audio
+        + text_flops(config, token_counts, lora_rank=lora_rank, again=gradient_checkpointing)
+        + head_flops(config, label_count)
+    )
 
 
-def encoder_flops(config: GraftConfig, frame_counts: Sequence[int] | np.ndarray, *, lora_rank: int | None = None) -> float:
+def encoder_flops(
+    config: GraftConfig, frame_counts: Sequence[int] | np.ndarray, *, lora_rank: int | None = None
+) -> float:
     """FLOPs of the Whisper encoder over what `audio_context` has it encode: forward, and with adapters of a rank backward too."""
     audio = config.audio_config
     frames = encoded_frames(config, frame_counts)
-    convolutions = 2 * 3 * audio.d_model * (2 * audio.num_mel_bins + audio.d_model) * frames.sum()  # two mel frames to an encoder frame
+    convolutions = (
+        2 * 3 * audio.d_model * (2 * audio.num_mel_bins + audio.d_model) * frames.sum()
+    )  # two mel frames to an encoder frame
     matrices = 2 * audio.encoder_layers * _weights(encoder_matrices(config)) * frames.sum()
     attention = 4 * audio.encoder_layers * audio.d_model * (frames**2).sum()
     adapters = 2 * encoder_lora_parameters(config, lora_rank) * frames.sum()
@@ -171,7 +187,9 @@ def encoded_frames(config: GraftConfig, frame_counts: Sequence[int] | np.ndarray
     return np.minimum(own + round(config.audio_margin_s * ENCODER_FRAMES_PER_S), window)
 
 
-def projector_flops(config: GraftConfig, frame_counts: Sequence[int] | np.ndarray, *, to_encoder: bool = False) -> float:
+def projector_flops(
+    config: GraftConfig, frame_counts: Sequence[int] | np.ndarray, *, to_encoder: bool = False
+) -> float:
     """FLOPs of the projector, forward and backward; where the encoder is frozen nothing flows back into it."""
     kinds, clips = np.unique(np.asarray(frame_counts), return_counts=True)
     counts = [audio_token_count(int(kind), pool=config.audio_pool, context=config.audio_context) for kind in kinds]
@@ -181,7 +199,9 @@ def projector_flops(config: GraftConfig, frame_counts: Sequence[int] | np.ndarra
     return float(tokens * ((6 if to_encoder else 4) * first + 6 * second))
 
 
-def text_flops(config: GraftConfig, token_counts: Sequence[int] | np.ndarray, *, lora_rank: int | None, again: bool) -> float:
+def text_flops(
+    config: GraftConfig, token_counts: Sequence[int] | np.ndarray, *, lora_rank: int | None, again: bool
+) -> float:
     """FLOPs of the language model's layers, forward and backward; `again` adds the forward pass that gradient checkpointing repeats."""
     lengths = np.asarray(token_counts, dtype=np.float64)
     text = _text(config)
@@ -205,3 +225,74 @@ def _head_width(config: GraftConfig) -> int:
 
 def _text(config: GraftConfig) -> Any:
     return config.text_config
+
+
+Layout = Literal["ddp", "zero 1", "zero 2", "zero 3"]
+LAYOUTS: tuple[Layout, ...] = ("ddp", "zero 1", "zero 2", "zero 3")
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight: 4 bits, an 8-bit scale for every 64 of them, a float32 for every 256 scales."""
+LOGIT_BYTES = 10
+"""Of a logit: bf16, float32, and the float32 gradient."""
+SAVED_BYTES = {False: 4.0e6 / (28 * 3584), True: 5.7e6 / (28 * 3584)}
+"""Activations kept for the backward pass, of a token in one layer and one unit of width, without and with LoRA: 4.0 and 5.7 MB a token
+were measured at 7B (28 layers, width 3584); other shapes are scaled from there."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def device_memory(
+    config: GraftConfig,
+    parameters: Parameters,
+    *,
+    layout: Layout,
+    workers: int,
+    token_count: int,
+    label_count: int,
+    trained_frame_count: int = 0,
+    nf4: bool = False,
+    dtype_bytes: int = 2,
+    gradient_checkpointing: bool = False,
+) -> Memory:
+    """Estimate what training takes on each device, for a batch of `token_count` padded tokens with `label_count` labels.
+
+    trained_frame_count: frames that go through the encoder where it has adapters, 0 where it is frozen and keeps nothing.
+    Frozen weights take `dtype_bytes`, trained ones are float32 with AdamW's two moments. ZeRO 1 shares out the moments, 2 the gradients
+    too, 3 all weights, of which the largest matrix then stands gathered. The allocator's and the libraries' own memory is not counted.
+    """
+    text: Any = config.text_config
+    audio = config.audio_config
+    stage = LAYOUTS.index(layout)
+    moments, gradients, weights = (1 / workers if stage > kind else 1.0 for kind in range(3))
+    frozen = float((parameters.total - parameters.projector) * dtype_bytes)
+    if nf4:
+        frozen -= matrix_parameters(config) * (dtype_bytes - NF4_BYTES)
+    gathered = text.vocab_size * text.hidden_size * dtype_bytes if weights < 1 else 0
+    saved = activation_bytes(config, token_count, lora=parameters.lora > 0, checkpointing=gradient_checkpointing)
+    saved += SAVED_BYTES[True] * audio.d_model * audio.encoder_layers * trained_frame_count
+    return Memory(
+        weights=(frozen + 4 * parameters.trained) * weights + gathered,
+        gradients=4 * parameters.trained * gradients,
+        optimizer=8 * parameters.trained * moments,
+        activations=saved + label_count * text.vocab_size * LOGIT_BYTES,
+    )
+
+
+def activation_bytes(config: GraftConfig, token_count: int, *, lora: bool, checkpointing: bool) -> float:
+    """Bytes that the language model keeps for the backward pass; with checkpointing each layer's input and one layer's activations."""
+    text: Any = config.text_config
+    layer = SAVED_BYTES[lora] * text.hidden_size * token_count
+    if not checkpointing:
+        return layer * text.num_hidden_layers
+    return layer + 2 * text.hidden_size * token_count * text.num_hidden_layers

@@ -60,7 +60,13 @@ class Observer:
 
 
 def train(
-    batches: Iterable[TrainingBatch], backend: Backend, settings: LoopSettings, *, progress: Progress, total_steps: int, observer: Observer
+    batches: Iterable[TrainingBatch],
+    backend: Backend,
+    settings: LoopSettings,
+    *,
+    progress: Progress,
+    total_steps: int,
+    observer: Observer,
 ) -> Progress:
     """Train from `progress` until the batches, `total_steps` or the patience end, or a worker wants to stop; returns where that is.
 
@@ -70,7 +76,11 @@ def train(
     waiting = Stopwatch(batches)
     meter = Meter(progress, total_steps=total_steps, max_loss=settings.max_loss, peak_flops=settings.peak_flops)
     stops = False
-    while not stops and not is_over(progress, settings, total_steps) and (step := list(islice(waiting, settings.accumulation))):
+    while (
+        not stops
+        and not is_over(progress, settings, total_steps)
+        and (step := list(islice(waiting, settings.accumulation)))
+    ):
         learning_rate = learning_rate_at(progress.step, settings, total_steps)
         loss, stops = meter.add(_accumulate(step, backend, settings), step, wants_stop=observer.wants_stop())
         _refuse(meter.what_is_wrong(loss), progress.step + 1, step, observer)
@@ -94,7 +104,9 @@ def train(
 
 def is_over(progress: Progress, settings: LoopSettings, total_steps: int) -> bool:
     """Whether a run has done all its steps or run out of patience."""
-    return progress.step >= total_steps or (settings.patience is not None and progress.stale_validations >= settings.patience)
+    return progress.step >= total_steps or (
+        settings.patience is not None and progress.stale_validations >= settings.patience
+    )
 
 
 def learning_rate_at(step: int, settings: LoopSettings, total_steps: int) -> float:

@@ -88,7 +88,9 @@ class Meter:
         can't be decoded have none.
         """
         own = [(one.clip_count, one.audio_s, one.token_count, one.flops) for one in step]
-        counts = torch.tensor([float(wants_stop), *map(sum, zip(*own, strict=True))], dtype=torch.float64, device=loss.device)
+        counts = torch.tensor(
+            [float(wants_stop), *map(sum, zip(*own, strict=True))], dtype=torch.float64, device=loss.device
+        )
         labels = torch.stack([(one.inputs["labels"] != -100).sum() for one in step]).sum().double()
         sums, self.device = torch.cat([torch.stack([loss, labels]), counts]), loss.device
         if torch.distributed.is_initialized():

@@ -12,7 +12,7 @@ from typing import overload
 
 import numpy as np
 
-from graft.draws import sample_draws
+from graft.data.sample_seeds import sample_draws
 from graft.errors import DataError
 
 Counts = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -158,7 +158,9 @@ class Plan:
 
     def padding_waste(self) -> float:
         """The share of the run's padded tokens that are padding."""
-        return 1 - sum(epoch.token_count for epoch in self.epochs) / sum(epoch.padded_token_count for epoch in self.epochs)
+        return 1 - sum(epoch.token_count for epoch in self.epochs) / sum(
+            epoch.padded_token_count for epoch in self.epochs
+        )
 
 
 def _delivered(epoch: Epoch, first: int, start: int, step_batches: int, slots: int) -> Batches:
@@ -200,7 +202,9 @@ def _epoch(plan: Plan, number: int) -> Epoch:
     token_counts, label_counts = (plan.counts or columns.counts)(rows, draws)
     longest = int(token_counts.max())
     if longest > settings.token_budget:
-        raise DataError(f"a clip makes {longest} tokens, more than token_budget={settings.token_budget}: raise it or shorten the clips")
+        raise DataError(
+            f"a clip makes {longest} tokens, more than token_budget={settings.token_budget}: raise it or shorten the clips"
+        )
     rng = np.random.default_rng([settings.seed, number])
     if settings.short_first and number == 0:
         batches = _pack(rng.permutation(len(rows)), token_counts, settings)[::-1]
@@ -233,7 +237,9 @@ def _times(columns: PlanColumns, seed: int, number: int) -> np.ndarray:
     return times
 
 
-def _batches(groups: np.ndarray, token_counts: np.ndarray, settings: PlanSettings, rng: np.random.Generator) -> list[np.ndarray]:
+def _batches(
+    groups: np.ndarray, token_counts: np.ndarray, settings: PlanSettings, rng: np.random.Generator
+) -> list[np.ndarray]:
     """Batches of samples, whose row groups are given, in order."""
     windows = _windows(groups, settings.window_row_groups, rng)
     order = np.argsort(windows, kind="stable")
@@ -252,7 +258,9 @@ def _windows(groups: np.ndarray, window_row_groups: int, rng: np.random.Generato
     windows[read] = rng.permutation(len(present))[index] // window_row_groups
     free = np.flatnonzero(~read)
     if len(free) and len(index):
-        windows[rng.permutation(free)] = np.sort(windows[read])[(np.arange(len(free)) + 0.5).astype(int) * len(index) // len(free)]
+        windows[rng.permutation(free)] = np.sort(windows[read])[
+            (np.arange(len(free)) + 0.5).astype(int) * len(index) // len(free)
+        ]
     return windows
 
 

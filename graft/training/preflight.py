@@ -21,7 +21,9 @@ class Preflight:
 
 
 @torch.no_grad()
-def preflight(model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequence[int], *, text_noise: bool = False) -> Preflight:
+def preflight(
+    model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequence[int], *, text_noise: bool = False
+) -> Preflight:
     """Check a training batch of at least one clip; the rest of what it takes is check_labels'.
 
     The model stays in its mode: on a CPU, bitsandbytes packs NF4 weights for good, and only for inference, at their first use in eval mode.
@@ -35,7 +37,9 @@ def preflight(model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequen
         heard, other = ({"input_features": features} for features in (inputs["input_features"], swapped))
     change = float((_answer_logits(model, inputs, heard) - _answer_logits(model, inputs, other)).abs().mean())
     if not change > LEAST_CHANGE:
-        raise ModelError(f"the audio path is dead: other audio changes the logits by {change:.1e}: check the projector and the audio tower")
+        raise ModelError(
+            f"the audio path is dead: other audio changes the logits by {change:.1e}: check the projector and the audio tower"
+        )
     return Preflight(change, label_count)
 
 
@@ -52,9 +56,13 @@ def check_labels(input_ids: Tensor, labels: Tensor, prompt_end: Sequence[int], *
         first, last = int(places[0]), int(places[-1])
         compared = slice(last if text_noise else first, last + 1)
         if len(places) != last - first + 1 or not torch.equal(ids[compared], row_labels[compared]):
-            raise DataError(f"row {row}: labels are not the answer's own ids: this is a fault in how the batch was made")
+            raise DataError(
+                f"row {row}: labels are not the answer's own ids: this is a fault in how the batch was made"
+            )
         if not torch.equal(ids[max(0, first - len(end)) : first], end):
-            raise DataError(f"row {row}: a prompt token is a label (at {first}): this is a fault in how the batch was made")
+            raise DataError(
+                f"row {row}: a prompt token is a label (at {first}): this is a fault in how the batch was made"
+            )
     return int((labels != -100).sum())
 
 
@@ -74,5 +82,7 @@ def swap_audio(input_features: Tensor, frame_counts: Tensor) -> Tensor:
 def _answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], audio: Mapping[str, Tensor]) -> Tensor:
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "audio_frame_counts")}
     torch.manual_seed(0)  # the same dropout, if any, for both
-    logits = model(**given, **audio, use_cache=False).logits  # a compiled layer is compiled again for each layer's place in a cache
+    logits = model(
+        **given, **audio, use_cache=False
+    ).logits  # a compiled layer is compiled again for each layer's place in a cache
     return logits[:, :-1][inputs["labels"][:, 1:] != -100].float()

@@ -39,14 +39,19 @@ class Tracker:
         for name in (METRICS_FILE, TRANSCRIPTS_FILE):
             path = self.folder / name
             if path.is_file():
-                path.write_text("".join(json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= from_step))
+                path.write_text(
+                    "".join(json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= from_step)
+                )
         self._run = _wandb_run(self.folder, recipe) if recipe.get("wandb") else None
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Add what was measured at `values["step"]`."""
         _append(self.folder / METRICS_FILE, [values])
         if self._run:
-            self._run.log({name: value for name, value in values.items() if value is not None and name != "step"}, step=values["step"])
+            self._run.log(
+                {name: value for name, value in values.items() if value is not None and name != "step"},
+                step=values["step"],
+            )
 
     def write_transcripts(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """Add what the model made of some clips: their id, text, and what was heard."""
@@ -54,7 +59,10 @@ class Tracker:
         if self._run and samples:
             wandb = require("wandb", extra="wandb")
             columns = list(samples[0])
-            self._run.log({"transcripts": wandb.Table(columns, [[sample[name] for name in columns] for sample in samples])}, step=step)
+            self._run.log(
+                {"transcripts": wandb.Table(columns, [[sample[name] for name in columns] for sample in samples])},
+                step=step,
+            )
 
     def close(self) -> None:
         """Return when all is sent."""
@@ -80,7 +88,15 @@ def draw_curves(folder: str | Path, *, title: str) -> list[dict[str, Any]]:
     _plot(loss, lines, "loss", label="training")
     _plot(loss, lines, "validation_loss", label="validation", marker="o")
     loss.set(ylabel="loss per label token (nats)", ylim=(0, None))
-    _plot(loss.twinx(), lines, "validation_wer", label="validation WER (right)", color="tab:red", from_zero=True, marker="o")
+    _plot(
+        loss.twinx(),
+        lines,
+        "validation_wer",
+        label="validation WER (right)",
+        color="tab:red",
+        from_zero=True,
+        marker="o",
+    )
     _plot(rate, lines, "learning_rate", label="learning rate")
     rate.set(ylabel="learning rate", ylim=(0, None))
     _plot(rate.twinx(), lines, "grad_norm", label="gradient norm (log, right)", color="tab:red", log=True)
@@ -103,7 +119,9 @@ def draw_curves(folder: str | Path, *, title: str) -> list[dict[str, Any]]:
     return lines
 
 
-def _plot(axes: Any, lines: Sequence[Mapping[str, Any]], key: str, *, log: bool = False, from_zero: bool = False, **style: Any) -> None:
+def _plot(
+    axes: Any, lines: Sequence[Mapping[str, Any]], key: str, *, log: bool = False, from_zero: bool = False, **style: Any
+) -> None:
     points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), linewidth=1.2, markersize=3, **style)

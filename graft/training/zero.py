@@ -18,7 +18,16 @@ from graft.training.checkpoint import State
 class ZeroBackend:
     """AdamW under DeepSpeed ZeRO, for a process group that exists; master weights are float32 whatever the model computes in."""
 
-    def __init__(self, model: nn.Module, *, zero_stage: int, accumulation: int, weight_decay: float, max_grad_norm: float, bf16: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        zero_stage: int,
+        accumulation: int,
+        weight_decay: float,
+        max_grad_norm: float,
+        bf16: bool,
+    ):
         deepspeed = require("deepspeed", extra="train")
         self.model = model
         self.trained = trained_parameters(model)

@@ -9,7 +9,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from graft.processor import Example, GraftProcessor
 from graft.training.plan import Batches, Plan, PlanColumns, PlanSettings
-from jobs.benchmarks.speech import labelled_clips
+
+from .speech import labelled_clips
 
 Inputs = Mapping[str, Tensor]
 BATCH_CLIPS = 4

@@ -5,8 +5,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from graft.model.opening import check_graft
-from jobs.build import BuildRecipe, run
+from graft.checkpoints.loading import check_graft
+
+from ..build import BuildRecipe, run
 
 
 @contextlib.contextmanager

@@ -4,15 +4,16 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from graft.scoring import score
-from jobs.benchmarks.building import graft_or_built
-from jobs.benchmarks.bulk_bf16 import bench_bf16
-from jobs.benchmarks.bulk_memory import bench_memory
-from jobs.benchmarks.bulk_peers import NO_GRAFT, bench_peers
-from jobs.benchmarks.bulk_pipeline import bench_pipeline
-from jobs.benchmarks.bulk_speech import MANIFESTS
-from jobs.benchmarks.measuring import Findings, with_load
-from jobs.benchmarks.processes import alone
+from graft.text.wer import score
+
+from .building import graft_or_built
+from .bulk_bf16 import bench_bf16
+from .bulk_memory import bench_memory
+from .bulk_peers import NO_GRAFT, bench_peers
+from .bulk_pipeline import bench_pipeline
+from .bulk_speech import MANIFESTS
+from .measuring import Findings, with_load
+from .processes import alone
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from graft.scoring import score
-from jobs.benchmarks.bulk_peers import open_transcriber
-from jobs.benchmarks.bulk_speech import labelled_speech
-from jobs.benchmarks.measuring import Findings, Numbers, list_numbers
-from jobs.console import quiet_libraries
+from graft.text.wer import score
+
+from ..common.console import quiet_libraries
+from .bulk_peers import open_transcriber
+from .bulk_speech import labelled_speech
+from .measuring import Findings, Numbers, list_numbers
 
 ABOUT = "the same clips in bf16, one by one and all together: texts that differ, and both word error rates"
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import WhisperFeatureExtractor
 
-from graft.engines import EngineCounts, EngineRequest, Token
-from graft.engines.rows import ENCODER_ROWS, Row, received, send, underway
-from graft.model.opening import open_processor
-from graft.transcriber import Transcriber
-from jobs.benchmarks.speech import WORDS
+from graft.checkpoints.loading import open_processor
+from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
+from graft.inference.engines.scheduler import ENCODER_ROWS, Row, received, send, underway
+from graft.inference.transcriber import Transcriber
+
+from .speech import WORDS
 
 MEL_COUNT = 128
 """As a 7B graft's encoder hears."""
@@ -82,7 +83,9 @@ class StandInEngine:
 
     def counts(self) -> EngineCounts:
         """See Engine."""
-        return EngineCounts(underway(self._running), underway(self._waiting), self._prefills, self._steps, self._tokens, self._busy_s)
+        return EngineCounts(
+            underway(self._running), underway(self._waiting), self._prefills, self._steps, self._tokens, self._busy_s
+        )
 
     def close(self) -> None:
         """See Engine."""

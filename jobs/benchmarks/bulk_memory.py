@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from jobs.archive import find_recordings
-from jobs.benchmarks.bulk_engine import Device, open_stand_in
-from jobs.benchmarks.bulk_speech import link_files, write_archive, write_long_recording
-from jobs.benchmarks.measuring import Findings, Numbers, list_numbers
-from jobs.benchmarks.processes import Watched, watched
-from jobs.console import quiet_libraries
-from jobs.items import at_attempts, durations, plan_items
-from jobs.results import read_index
-from jobs.transcribe import TranscribeRecipe, transcribe
+from ..common.console import quiet_libraries
+from ..transcribe import TranscribeRecipe, transcribe
+from ..transcription.assembly import read_index
+from ..transcription.discovery import find_recordings
+from ..transcription.work_items import at_attempts, durations, plan_items
+from .bulk_engine import Device, open_stand_in
+from .bulk_speech import link_files, write_archive, write_long_recording
+from .measuring import Findings, Numbers, list_numbers
+from .processes import Watched, watched
 
 FEW = 100
 SHORT_S = 0.3
@@ -49,7 +49,10 @@ def bench_memory(graft: str, *, recordings: int, hours: float, rows: int) -> Fin
         "many_more_mb": many.own_mb - few.own_mb,
         "many_s": many.result,
         "long_hours": hours,
-        **{f"long_{name}_mb": long.peak_mb(actor) for name, actor in {"reader": "ItemReader", "listener": "ItemListener"}.items()},
+        **{
+            f"long_{name}_mb": long.peak_mb(actor)
+            for name, actor in {"reader": "ItemReader", "listener": "ItemListener"}.items()
+        },
         "long_driver_mb": long.own_mb,
         "long_s": long.result,
         "plan_rows": rows,
@@ -81,7 +84,9 @@ def _transcribe(graft: str, audio: str, out: str) -> float:
     recipe = TranscribeRecipe(model=graft, audio=audio, out=out)
     start = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()):
-        _, summary = transcribe(find_recordings([audio]), recipe, Path(out), functools.partial(open_stand_in, graft, Device()))
+        _, summary = transcribe(
+            find_recordings([audio]), recipe, Path(out), functools.partial(open_stand_in, graft, Device())
+        )
     seconds = time.monotonic() - start
     ray.shutdown()
     if summary["failed"]:

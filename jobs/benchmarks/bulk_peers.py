@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from graft.audio import SAMPLE_RATE, AudioClip
+from graft.audio.clip import SAMPLE_RATE, AudioClip
+from graft.checkpoints.bundled.cache import bundled_whisper
 from graft.errors import AudioError
-from graft.model.bundled import bundled_whisper
-from graft.scoring import score
-from jobs.benchmarks.bulk_speech import labelled_speech
-from jobs.benchmarks.measuring import Findings, Numbers, Spent, spent_on, table
-from jobs.benchmarks.processes import watched
-from jobs.console import quiet_libraries
+from graft.text.wer import score
+
+from ..common.console import quiet_libraries
+from .bulk_speech import labelled_speech
+from .measuring import Findings, Numbers, Spent, spent_on, table
+from .processes import watched
 
 BATCH_WINDOWS = 8
 """Of transformers' pipeline."""
@@ -38,13 +39,18 @@ Transcribe = Callable[[Sequence[AudioClip]], list[str]]
 
 def bench_peers(model: str | None, manifests: Sequence[str], *, threads: int) -> Findings:
     """Measure a graft, where one is given, and plain Whisper base in other hands."""
-    openers: dict[str, Callable[[], Transcribe]] = {"graft": functools.partial(open_transcriber, model)} if model else {}
+    openers: dict[str, Callable[[], Transcribe]] = (
+        {"graft": functools.partial(open_transcriber, model)} if model else {}
+    )
     openers |= {"transformers": open_pipeline}
     missing = [] if model else [NO_GRAFT]
     with tempfile.TemporaryDirectory() as folder:
         if importlib.util.find_spec("faster_whisper"):
             watched(convert_whisper, folder)
-            openers |= {f"faster-whisper {kind}": functools.partial(open_faster_whisper, folder, kind, threads) for kind in KINDS}
+            openers |= {
+                f"faster-whisper {kind}": functools.partial(open_faster_whisper, folder, kind, threads)
+                for kind in KINDS
+            }
         else:
             missing.append(NO_FASTER_WHISPER)
         heard = {name: _heard_alone(opener, manifests, threads) for name, opener in openers.items()}
@@ -54,8 +60,8 @@ def bench_peers(model: str | None, manifests: Sequence[str], *, threads: int) ->
 
 def open_transcriber(model: str, dtype: str | None = None) -> Transcribe:
     """graft's own way, in a precision or the model's own."""
-    from graft.chunking import windows
-    from graft.transcriber import load
+    from graft.audio.chunking import windows
+    from graft.inference.transcriber import load
 
     transcriber = load(model, device="cpu", dtype=dtype, cut=windows)
 
@@ -74,7 +80,9 @@ def open_pipeline() -> Transcribe:
     """transformers' own way."""
     from transformers import pipeline
 
-    recognizer: Any = pipeline("automatic-speech-recognition", model=str(bundled_whisper()), device="cpu", dtype=torch.float32)
+    recognizer: Any = pipeline(
+        "automatic-speech-recognition", model=str(bundled_whisper()), device="cpu", dtype=torch.float32
+    )
 
     def transcribe(clips: Sequence[AudioClip]) -> list[str]:
         inputs = [{"raw": clip.samples, "sampling_rate": SAMPLE_RATE} for clip in clips]
@@ -102,7 +110,9 @@ def convert_whisper(folder: str) -> None:
     from ctranslate2.converters import TransformersConverter
 
     quiet_libraries()
-    TransformersConverter(str(bundled_whisper()), copy_files=["tokenizer.json", "preprocessor_config.json"]).convert(folder, force=True)
+    TransformersConverter(str(bundled_whisper()), copy_files=["tokenizer.json", "preprocessor_config.json"]).convert(
+        folder, force=True
+    )
 
 
 def _heard_alone(opener: Callable[[], Transcribe], manifests: Sequence[str], threads: int) -> Numbers:

@@ -20,21 +20,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from graft.audio import read_audio
-from graft.chunking import Chunker, ChunkSettings
-from graft.features import Featurizer
-from graft.recordings import read_span
-from graft.speech import SpeechSettings
-from graft.transcriber import Transcriber
-from jobs.archive import find_recordings
-from jobs.benchmarks.bulk_engine import MEL_COUNT, Device, open_stand_in
-from jobs.benchmarks.bulk_speech import write_archive
-from jobs.benchmarks.measuring import Findings, Numbers, in_turns, list_numbers
-from jobs.bulk import CALLS, ItemListener, Workers, transcribe_items
-from jobs.cluster import connect
-from jobs.console import quiet_libraries
-from jobs.items import durations, plan_items
-from jobs.reading import ItemReader, Reading
+from graft.audio.chunking import Chunker, ChunkSettings
+from graft.audio.clip import read_audio
+from graft.audio.features import Featurizer
+from graft.audio.spans import read_span
+from graft.audio.vad import SpeechSettings
+from graft.inference.transcriber import Transcriber
+
+from ..common.cluster import connect
+from ..common.console import quiet_libraries
+from ..transcription.discovery import find_recordings
+from ..transcription.pipeline import CALLS, ItemListener, Workers, transcribe_items
+from ..transcription.reader import ItemReader, Reading
+from ..transcription.work_items import durations, plan_items
+from .bulk_engine import MEL_COUNT, Device, open_stand_in
+from .bulk_speech import write_archive
+from .measuring import Findings, Numbers, in_turns, list_numbers
 
 ITEMS_PER_BATCH = 32
 HEADROOM = 4.0
@@ -73,13 +74,19 @@ def bench_pipeline(graft: str, *, seconds: float, repetitions: int) -> Findings:
         most = 1 / (costs["decode"] + costs["detection"])
         whole, rows = Device(), CALLS * ITEMS_PER_BATCH
         slowed = whole.slowed(max(1.0, HEADROOM * whole.rate(rows) / most))
-        numbers: Numbers = {f"{name}_cpu_ms_per_audio_s": 1000 * cost for name, cost in costs.items()} | {"one_core_reads": most}
+        numbers: Numbers = {f"{name}_cpu_ms_per_audio_s": 1000 * cost for name, cost in costs.items()} | {
+            "one_core_reads": most
+        }
         for name, device in {"device": whole, "slowed": slowed}.items():
-            numbers |= _measured(name, device.rate(rows), graft, device, folder / name, seconds=seconds, repetitions=repetitions)
+            numbers |= _measured(
+                name, device.rate(rows), graft, device, folder / name, seconds=seconds, repetitions=repetitions
+            )
     return Findings(numbers, f"{ABOUT}\n{list_numbers(numbers)}")
 
 
-def _measured(name: str, rate: float, graft: str, device: Device, folder: Path, *, seconds: float, repetitions: int) -> Numbers:
+def _measured(
+    name: str, rate: float, graft: str, device: Device, folder: Path, *, seconds: float, repetitions: int
+) -> Numbers:
     clips = max(round(seconds * rate / 10), ITEMS_PER_BATCH * 3 * STARTING)
     write_archive(folder / "archive", clips)
     plan = plan_items(find_recordings([str(folder / "archive")]), item_s=1800.0, probe=durations)
@@ -142,7 +149,9 @@ def steady_rate(home: Path, clips: int) -> float:
     return audio_s / (files[-1].stat().st_mtime - files[STARTING - 1].stat().st_mtime)
 
 
-def _ahead(thread: ThreadPoolExecutor, read: Callable[[pa.Table], pa.Table], batches: Sequence[pa.Table]) -> Iterator[pa.Table]:
+def _ahead(
+    thread: ThreadPoolExecutor, read: Callable[[pa.Table], pa.Table], batches: Sequence[pa.Table]
+) -> Iterator[pa.Table]:
     """What a thread reads, in order, AHEAD of what is taken."""
     waiting: deque[Future[pa.Table]] = deque()
     for batch in batches:
@@ -163,4 +172,6 @@ def _costs(files: Sequence[Path]) -> dict[str, float]:
         "features": lambda: [featurizer(clip) for clip in clips],
     }
     audio_s = sum(clip.duration_s for clip in clips)
-    return {name: statistics.median(one.cpu_s for one in spent[1:]) / audio_s for name, spent in in_turns(ways, 4).items()}
+    return {
+        name: statistics.median(one.cpu_s for one in spent[1:]) / audio_s for name, spent in in_turns(ways, 4).items()
+    }

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from graft.audio import SAMPLE_RATE, AudioClip, read_audio, resampled
+from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio, resampled
 from graft.errors import AudioError, DataError
-from jobs.benchmarks.speech import durations
-from jobs.manifests import Dropped, Manifest, clip_of, read_manifests
+
+from ..preparation.manifests import Dropped, Manifest, clip_of, read_manifests
+from .speech import durations
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts"
 MANIFESTS = tuple(str(PROMPTS / name) for name in ("train.jsonl", "unseen.jsonl"))
@@ -37,7 +38,9 @@ def labelled_speech(manifests: Sequence[str]) -> list[Labelled]:
             raise DataError(f"{row.source}: line {row.line}: {row.reason}: correct it or take it out")
         clip = read_audio(clip_of(row), name=str(row.audio))
         if clip.duration_s > MOST_S:
-            raise AudioError(f"{row.audio}: {clip.duration_s:.1f} s: not every peer hears more than {MOST_S:g} s at a time: take it out")
+            raise AudioError(
+                f"{row.audio}: {clip.duration_s:.1f} s: not every peer hears more than {MOST_S:g} s at a time: take it out"
+            )
         found.append(Labelled(clip, row.text))
     return found
 

@@ -9,11 +9,12 @@ import soundfile
 import torch
 from transformers import WhisperFeatureExtractor
 
-from graft.audio import SAMPLE_RATE, AudioClip, flac_bytes, read_audio
+from graft.audio.clip import SAMPLE_RATE, AudioClip, flac_bytes, read_audio
+from graft.audio.features import HOP_LENGTH, WINDOW_FRAMES, Featurizer
 from graft.errors import AudioError
-from graft.features import HOP_LENGTH, WINDOW_FRAMES, Featurizer
-from jobs.benchmarks.measuring import Findings, in_turns, list_numbers, median_ratio
-from jobs.benchmarks.speech import speech_like
+
+from .measuring import Findings, in_turns, list_numbers, median_ratio
+from .speech import speech_like
 
 REPETITIONS = 9
 
@@ -39,7 +40,9 @@ def bench_features(audio: str | None, *, seconds: float) -> Findings:
         clips = _found_clips(Path(audio), seconds) if audio else _made_clips(Path(folder), seconds)
         audio_s = sum(soundfile.info(path).duration for path in clips)
         spent = in_turns({"graft": with_graft, "transformers": with_transformers}, REPETITIONS + 1)
-    graft_s, transformers_s = ([one.wall_s for one in spent[name][1:]] for name in ("graft", "transformers"))  # the first turn warms up
+    graft_s, transformers_s = (
+        [one.wall_s for one in spent[name][1:]] for name in ("graft", "transformers")
+    )  # the first turn warms up
     numbers = {
         "clips": len(clips),
         "audio_s": audio_s,
@@ -55,16 +58,26 @@ def _found_clips(folder: Path, seconds: float) -> list[Path]:
     """Clips of a folder, in order of name, until they last `seconds`, without those that the extractor can't take as they are."""
     clips: list[Path] = []
     total_s = 0.0
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".flac", ".wav", ".ogg", ".opus", ".mp3")):
+    for path in sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in (".flac", ".wav", ".ogg", ".opus", ".mp3")
+    ):
         try:
             info = soundfile.info(path)
         except soundfile.LibsndfileError as error:
-            raise AudioError(f"{path}: not readable as audio ({error.error_string}): take it out of the folder") from error
-        if (info.samplerate, info.channels) == (SAMPLE_RATE, 1) and 0 < info.frames <= WINDOW_FRAMES * HOP_LENGTH and total_s < seconds:
+            raise AudioError(
+                f"{path}: not readable as audio ({error.error_string}): take it out of the folder"
+            ) from error
+        if (
+            (info.samplerate, info.channels) == (SAMPLE_RATE, 1)
+            and 0 < info.frames <= WINDOW_FRAMES * HOP_LENGTH
+            and total_s < seconds
+        ):
             clips.append(path)
             total_s += info.duration
     if not clips:
-        raise AudioError(f"{folder}: no 16 kHz mono clips of up to 30 s in it: name a folder that holds some, or leave --audio out")
+        raise AudioError(
+            f"{folder}: no 16 kHz mono clips of up to 30 s in it: name a folder that holds some, or leave --audio out"
+        )
     return clips
 
 

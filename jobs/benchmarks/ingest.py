@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor
 
-from graft.corpus import read_rows
+from graft.data.dataset import read_rows
 from graft.processor import IGNORED_LABEL, GraftProcessor
 from graft.training.batch import TrainingBatch
 from graft.training.checkpoint import State
@@ -25,12 +25,13 @@ from graft.training.loop import LoopSettings, Observer, train
 from graft.training.meter import StepLog
 from graft.training.plan import PlanSettings
 from graft.training.progress import Progress
-from jobs.benchmarks.measuring import Findings, Numbers, list_numbers, spent_on
-from jobs.benchmarks.speech import write_speech_corpus
-from jobs.cluster import connect
-from jobs.ingest import BatchLoader, Delivery, ahead, training_batches
-from jobs.remote import Remaining, delivered_blocks, trainer
-from jobs.samples import plan_training
+
+from ..common.cluster import connect
+from ..training.loader import BatchLoader, Delivery, ahead, training_batches
+from ..training.remote import Remaining, delivered_blocks, trainer
+from ..training.samples import plan_training
+from .measuring import Findings, Numbers, list_numbers, spent_on
+from .speech import write_speech_corpus
 
 MEL_COUNT = 128
 """As a 7B graft's encoder hears."""

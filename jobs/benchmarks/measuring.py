@@ -55,7 +55,9 @@ def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
 def list_numbers(numbers: Numbers) -> str:
     """A line for each number."""
     width = max(map(len, numbers))
-    return "\n".join(f"{name:<{width}}  {value:>12{',' if isinstance(value, int) else ',.2f'}}" for name, value in numbers.items())
+    return "\n".join(
+        f"{name:<{width}}  {value:>12{',' if isinstance(value, int) else ',.2f'}}" for name, value in numbers.items()
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -64,7 +66,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     )

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
 
-from graft.model.audio import pad_with_silence
 from graft.model.configuration import WINDOW_FRAMES, GraftConfig
+from graft.model.encoder import pad_with_silence
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import IGNORED_LABEL
 from graft.training.backends import trained_parameters
-from jobs.benchmarks.batches import Inputs
+
+from .batches import Inputs
 
 
 class PlainStep:
@@ -58,7 +59,9 @@ class SeedStep(nn.Module):
         states = graft.audio_tower(input_features.to(graft.dtype)).last_hidden_state  # (clips, 1500, d_model)
         audio = graft.audio_projector(states).flatten(0, 1)
         embeddings = graft.get_input_embeddings()(input_ids)
-        embeddings = embeddings.masked_scatter((input_ids == graft.config.audio_token_id)[..., None], audio.to(embeddings.dtype))
+        embeddings = embeddings.masked_scatter(
+            (input_ids == graft.config.audio_token_id)[..., None], audio.to(embeddings.dtype)
+        )
         hidden = graft.model(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return _loss_everywhere(graft.lm_head(hidden), labels)
 
@@ -92,7 +95,9 @@ def flamingo_inputs(inputs: Inputs) -> dict[str, Tensor]:
 
 def _loss_everywhere(logits: Tensor, labels: Tensor) -> Tensor:
     # (clips, length, vocabulary), (clips, length)
-    return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL)
+    return nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL
+    )
 
 
 def _flamingo_config(config: GraftConfig) -> AudioFlamingo3Config:
@@ -104,6 +109,13 @@ def _flamingo_config(config: GraftConfig) -> AudioFlamingo3Config:
         "num_attention_heads": audio.encoder_attention_heads,
         "intermediate_size": audio.encoder_ffn_dim,
     }
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     words: dict[str, Any] = {name: getattr(text, name) for name in names}
     return AudioFlamingo3Config(audio_config=encoder, text_config=words, audio_token_id=config.audio_token_id)

@@ -84,7 +84,9 @@ def _look(pid: int) -> Process | None:
     try:
         status = dict(line.split(":", 1) for line in (home / "status").read_text().splitlines())
         title = (home / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
-        counts = (home / "stat").read_text().rpartition(")")[2].split()  # from the third on, the state: the name before may hold spaces
+        counts = (
+            (home / "stat").read_text().rpartition(")")[2].split()
+        )  # from the third on, the state: the name before may hold spaces
     except OSError:
         return None
     if "VmHWM" not in status:

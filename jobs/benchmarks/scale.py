@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from jobs.benchmarks.building import graft_or_built
-from jobs.benchmarks.measuring import Findings, with_load
-from jobs.benchmarks.scale_stand_ins import bench_real, bench_split
-from jobs.benchmarks.scale_train import bench_train
+from .building import graft_or_built
+from .measuring import Findings, with_load
+from .scale_stand_ins import bench_real, bench_split
+from .scale_train import bench_train
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from graft.errors import GraftError
-from jobs.benchmarks.scale_usage import DRIVER, Usage, cpu_s, peak_mb, usage
-from jobs.cluster import connect
-from jobs.remote import blocks_of, in_order, planned_dataset
+
+from ..common.cluster import connect
+from ..training.remote import blocks_of, in_order, planned_dataset
+from .scale_usage import DRIVER, Usage, cpu_s, peak_mb, usage
 
 Block = dict[str, np.ndarray]
 POLL_S = 0.5
@@ -34,7 +35,7 @@ class Stream:
     positions: Sequence[int]
     """What each batch says of its place in the plan."""
     delivery: Any
-    """A jobs.ingest.Delivery, or the one block that MadeBatches sends again and again."""
+    """A jobs.training.loader.Delivery, or the one block that MadeBatches sends again and again."""
     rate: float
     """Seconds of audio that a worker takes a second; inf where it does not sleep."""
     is_made: bool = False
@@ -79,7 +80,15 @@ class Consumer:
             size = sum(np.array(array[0]).nbytes for array in block.values())
             came = time.monotonic()
             seconds = float(block["audio_s"][0])
-            taken.append({"at": came, "waited": came - asked, "position": int(block["position"][0]), "audio_s": seconds, "bytes": size})
+            taken.append(
+                {
+                    "at": came,
+                    "waited": came - asked,
+                    "position": int(block["position"][0]),
+                    "audio_s": seconds,
+                    "bytes": size,
+                }
+            )
             time.sleep(seconds / rate)
             asked = time.monotonic()
         return taken
@@ -116,10 +125,16 @@ def _pass(stream: Stream, consumers: Sequence[Any], node: str) -> Passed:
     import ray
 
     loader = MadeBatches if stream.is_made else None
-    dataset = planned_dataset(ray.put(stream.delivery), 0, len(stream.positions), data_workers=DATA_WORKERS, loader=loader)
+    dataset = planned_dataset(
+        ray.put(stream.delivery), 0, len(stream.positions), data_workers=DATA_WORKERS, loader=loader
+    )
     nodes = [node] * len(consumers)
-    shards = in_order().configure({"train": dataset}, world_size=len(consumers), worker_handles=None, worker_node_ids=nodes)
-    working = [consumer.consume.remote(shard["train"], stream.rate) for consumer, shard in zip(consumers, shards, strict=True)]
+    shards = in_order().configure(
+        {"train": dataset}, world_size=len(consumers), worker_handles=None, worker_node_ids=nodes
+    )
+    working = [
+        consumer.consume.remote(shard["train"], stream.rate) for consumer, shard in zip(consumers, shards, strict=True)
+    ]
     looks: list[tuple[float, Usage]] = []
     while ray.wait(working, num_returns=len(working), timeout=POLL_S)[1]:
         looks.append((time.monotonic(), usage(os.getpid())))
@@ -130,7 +145,9 @@ def _pass(stream: Stream, consumers: Sequence[Any], node: str) -> Passed:
     return measured(stream, taken, looks)
 
 
-def measured(stream: Stream, taken: Sequence[Sequence[dict[str, float]]], looks: Sequence[tuple[float, Usage]]) -> Passed:
+def measured(
+    stream: Stream, taken: Sequence[Sequence[dict[str, float]]], looks: Sequence[tuple[float, Usage]]
+) -> Passed:
     """Take the figures between the first and the last look at which all workers had a batch, and more to come."""
     begin, end = max(mine[0]["at"] for mine in taken), min(mine[-1]["at"] for mine in taken)
     inside = [look for look in looks if begin <= look[0] <= end]

@@ -7,17 +7,18 @@ from pathlib import Path
 
 from transformers import WhisperFeatureExtractor
 
-from graft.corpus import RowTable, read_rows
+from graft.data.dataset import RowTable, read_rows
 from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
-from jobs.benchmarks.ingest import DEVICE_RATE, MEL_COUNT
-from jobs.benchmarks.measuring import Findings, Numbers, table
-from jobs.benchmarks.processes import alone
-from jobs.benchmarks.scale_split import DATA_WORKERS, FEWEST_BATCHES, Block, Passed, Stream, pass_through
-from jobs.benchmarks.scale_usage import ABOUT_KINDS, KINDS
-from jobs.benchmarks.speech import write_speech_corpus
-from jobs.ingest import BatchLoader, Delivery
-from jobs.samples import plan_training
+
+from ..training.loader import BatchLoader, Delivery
+from ..training.samples import plan_training
+from .ingest import DEVICE_RATE, MEL_COUNT
+from .measuring import Findings, Numbers, table
+from .processes import alone
+from .scale_split import DATA_WORKERS, FEWEST_BATCHES, Block, Passed, Stream, pass_through
+from .scale_usage import ABOUT_KINDS, KINDS
+from .speech import write_speech_corpus
 
 CLIPS = 100
 FULL_CONSUMERS = 8
@@ -97,14 +98,20 @@ def _real_stream(rows: RowTable, processor: str, count: int, seconds: float) -> 
     """So many batches that each worker has some, and all of them so many seconds of work."""
     audio_s = max(REAL_RATE * seconds, FEWEST_BATCHES * count * REAL_BUDGET / 25)
     settings = PlanSettings(epochs=math.ceil(audio_s / rows.duration_s.sum()), token_budget=REAL_BUDGET)
-    batches = plan_training(rows, GraftProcessor.from_pretrained(processor), settings).delivery(position=0, step_batches=count)
-    return Stream("real", count, [batch.position for batch in batches], Delivery(rows, batches, processor), REAL_RATE / count)
+    batches = plan_training(rows, GraftProcessor.from_pretrained(processor), settings).delivery(
+        position=0, step_batches=count
+    )
+    return Stream(
+        "real", count, [batch.position for batch in batches], Delivery(rows, batches, processor), REAL_RATE / count
+    )
 
 
 def _typical_block(graft: str, folder: Path) -> Block:
     """A batch of the default budget as the loaders make it."""
     rows = _corpus(graft, folder)
-    batches = plan_training(rows, GraftProcessor.from_pretrained(folder), PlanSettings()).delivery(position=0, step_batches=1)
+    batches = plan_training(rows, GraftProcessor.from_pretrained(folder), PlanSettings()).delivery(
+        position=0, step_batches=1
+    )
     return BatchLoader(Delivery(rows, batches, str(folder))).block(len(batches) // 2)
 
 
@@ -127,11 +134,22 @@ def _numbers(passed: Sequence[Passed]) -> Numbers:
 
 
 def _table(passed: Sequence[Passed]) -> str:
-    header = ["", "workers", "batches/s", "asked", "waited", *(f"{kind} ms" for kind in KINDS), "coordinator MB", "driver MB"]
+    header = [
+        "",
+        "workers",
+        "batches/s",
+        "asked",
+        "waited",
+        *(f"{kind} ms" for kind in KINDS),
+        "coordinator MB",
+        "driver MB",
+    ]
     rows = []
     for one in passed:
         asked = "-" if math.isinf(one.asked_per_s) else f"{one.asked_per_s:.1f}"
         milliseconds = [f"{one.cpu_ms.get(kind, 0):.1f}" for kind in KINDS]
         memory = [f"{one.coordinator_mb:.0f}", f"{one.driver_mb:.0f}"]
-        rows.append([one.name, str(one.workers), f"{one.batches_per_s:.1f}", asked, f"{one.waited:.1%}", *milliseconds, *memory])
+        rows.append(
+            [one.name, str(one.workers), f"{one.batches_per_s:.1f}", asked, f"{one.waited:.1%}", *milliseconds, *memory]
+        )
     return table(header, rows)

@@ -24,11 +24,12 @@ from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
 from graft.training.tracking import METRICS_FILE
-from jobs import stage1
-from jobs.benchmarks.measuring import Findings, Numbers, table
-from jobs.benchmarks.scale_usage import ABOUT_KINDS, DRIVER, KINDS, Usage, cpu_s, peak_mb, usage
-from jobs.benchmarks.speech import write_speech_corpus
-from jobs.console import quiet_libraries
+
+from .. import stage1
+from ..common.console import quiet_libraries
+from .measuring import Findings, Numbers, table
+from .scale_usage import ABOUT_KINDS, DRIVER, KINDS, Usage, cpu_s, peak_mb, usage
+from .speech import write_speech_corpus
 
 POLL_S = 0.5
 LOG_EVERY = 4
@@ -64,13 +65,17 @@ def bench_train(graft: str, *, workers: Sequence[int], steps: int) -> Findings:
         folder = Path(scratch)
         write_shallow_graft(graft, folder / "graft")
         data = write_speech_corpus(folder / "speech.parquet", clips=CLIPS, times=1)
-        runs = [train(str(folder / "graft"), data, folder / str(count), workers=count, steps=steps) for count in workers]
+        runs = [
+            train(str(folder / "graft"), data, folder / str(count), workers=count, steps=steps) for count in workers
+        ]
     kinds, held = [*KINDS, CONTROLLER, DRIVER], ["coordinator_mb", "controller_mb", "driver_mb"]
     numbers: Numbers = {}
     rows = []
     for run in runs:
         values = {"batches_per_s": run.batches_per_s, "audio_s_per_s": run.audio_s_per_s, "waited": run.waited}
-        values |= {f"{kind}_cpu_ms": run.cpu_ms.get(kind, 0.0) for kind in kinds} | {name: getattr(run, name) for name in held}
+        values |= {f"{kind}_cpu_ms": run.cpu_ms.get(kind, 0.0) for kind in kinds} | {
+            name: getattr(run, name) for name in held
+        }
         numbers |= {f"train {run.workers} {name}": value for name, value in values.items()}
         rates = [f"{run.batches_per_s:.1f}", f"{run.audio_s_per_s:.0f}", f"{run.waited:.1%}"]
         costs = [f"{run.cpu_ms.get(kind, 0):.1f}" for kind in kinds]
@@ -128,7 +133,9 @@ class Look:
 
 def _measured(workers: int, looks: Sequence[Look], lines: Sequence[dict[str, Any]]) -> Trained:
     """Take the figures between the first look at each end's log line."""
-    ends = [next((look for look in looks if look.step >= step), None) for step in (LOG_EVERY, lines[-1]["step"] - LOG_EVERY)]
+    ends = [
+        next((look for look in looks if look.step >= step), None) for step in (LOG_EVERY, lines[-1]["step"] - LOG_EVERY)
+    ]
     begin, end = ends
     if begin is None or end is None or end.step <= begin.step:
         raise GraftError(f"{workers} workers: too few steps to measure: give more --steps")

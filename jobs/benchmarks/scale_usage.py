@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jobs.benchmarks.processes import Process, family
+from .processes import Process, family
 
 DRIVER, RAY = "driver", "ray"
 TITLES = {

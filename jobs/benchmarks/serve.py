@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from graft.errors import require
-from graft.scoring import score
-from jobs.benchmarks.building import graft_or_built
-from jobs.benchmarks.bulk_speech import MANIFESTS
-from jobs.benchmarks.measuring import Findings, with_load
-from jobs.benchmarks.processes import alone
-from jobs.benchmarks.serve_peers import bench_servers
-from jobs.benchmarks.serve_replicas import bench_replicas
-from jobs.benchmarks.serve_saturation import bench_saturation
+from graft.text.wer import score
+
+from .building import graft_or_built
+from .bulk_speech import MANIFESTS
+from .measuring import Findings, with_load
+from .processes import alone
+from .serve_peers import bench_servers
+from .serve_replicas import bench_replicas
+from .serve_saturation import bench_saturation
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ def bench_serve(bench: ServeBench) -> Iterator[tuple[str, Findings]]:
     with graft_or_built(bench.model) as graft:
         threads, seconds = bench.threads, bench.seconds
         parts: dict[str, Callable[[], Findings]] = {
-            "saturation": functools.partial(bench_saturation, graft, threads=threads, clients=bench.clients, seconds=seconds),
-            "servers": functools.partial(bench_servers, graft, bench.speech, threads=threads, trained=bench.model is not None),
+            "saturation": functools.partial(
+                bench_saturation, graft, threads=threads, clients=bench.clients, seconds=seconds
+            ),
+            "servers": functools.partial(
+                bench_servers, graft, bench.speech, threads=threads, trained=bench.model is not None
+            ),
             "replicas": functools.partial(bench_replicas, graft, threads=threads, seconds=seconds),
         }
         for name in bench.parts:

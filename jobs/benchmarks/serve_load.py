@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import aiohttp
 import numpy as np
 
-from jobs.benchmarks.processes import alone
+from .processes import alone
 
 ENDPOINT = "/v1/audio/transcriptions"
 
@@ -49,7 +49,9 @@ class Load:
 
     def latency_s(self, percentile: float) -> float:
         """Of good answers; nan where there is none."""
-        return float(np.percentile([answer.seconds for answer in self.answers if answer.is_good] or [np.nan], percentile))
+        return float(
+            np.percentile([answer.seconds for answer in self.answers if answer.is_good] or [np.nan], percentile)
+        )
 
 
 def ask_once(url: str, uploads: Sequence[bytes], *, clients: int) -> Load:
@@ -73,7 +75,9 @@ def _run(url: str, uploads: list[bytes], clients: int, seconds: float | None, pe
 
 async def _load(url: str, uploads: list[bytes], clients: int, seconds: float | None, per_s: float | None) -> Load:
     answers: list[Answer] = []
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(600)) as session:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(600)
+    ) as session:
         model = await _model(session, url)
         began, start, cpu = time.time(), time.perf_counter(), time.process_time()
 

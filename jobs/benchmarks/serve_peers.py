@@ -6,16 +6,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from graft.audio import flac_bytes
-from graft.scoring import score
-from jobs.benchmarks.bulk_peers import NO_FASTER_WHISPER, convert_whisper
-from jobs.benchmarks.bulk_speech import Labelled, labelled_speech
-from jobs.benchmarks.measuring import Findings, Numbers, table
-from jobs.benchmarks.processes import alone
-from jobs.benchmarks.serve_load import Load, ask_once
-from jobs.benchmarks.serve_service import service
-from jobs.console import quiet_libraries
-from jobs.serving import free_port, running
+from graft.audio.clip import flac_bytes
+from graft.text.wer import score
+
+from ..common.console import quiet_libraries
+from ..common.local_service import free_port, running
+from .bulk_peers import NO_FASTER_WHISPER, convert_whisper
+from .bulk_speech import Labelled, labelled_speech
+from .measuring import Findings, Numbers, table
+from .processes import alone
+from .serve_load import Load, ask_once
+from .serve_service import service
 
 CLIENTS = (1, 4, 16)
 KIND = "int8"
@@ -26,7 +27,9 @@ graft           its service by `serve run`, one engine
 faster-whisper  Whisper base converted for CTranslate2, {KIND}, greedy, behind a plain FastAPI server (jobs/benchmarks/serve_peer.py)
 Each clip once, by clients that ask again as soon as they are answered; {{threads}} threads each; audio s/s: of speech a second;
 CPU: the share of a core that the clients take. Servers and clients share this machine's cores."""
-UNTRAINED = "graft is not trained (--model names one that is): its answers have neither words nor an end, so they take longest"
+UNTRAINED = (
+    "graft is not trained (--model names one that is): its answers have neither words nor an end, so they take longest"
+)
 NO_SPEACHES = "speaches is left out: no package of that name is on PyPI, and its models come from a hub"
 
 
@@ -49,7 +52,9 @@ def bench_servers(graft: str, manifests: Sequence[str], *, threads: int, trained
     else:
         missing.append(NO_FASTER_WHISPER)
     found = {at: _numbers(load, speech, scored=trained or at[0] == PEER) for at, load in loads.items()}
-    numbers = {f"{name} {clients} {key}": value for (name, clients), values in found.items() for key, value in values.items()}
+    numbers = {
+        f"{name} {clients} {key}": value for (name, clients), values in found.items() for key, value in values.items()
+    }
     rows = [[name, f"{clients}", *_cells(values)] for (name, clients), values in found.items()]
     header = ["", "clients", "clips", "failed", "audio s/s", "p50 s", "p95 s", "WER", "CPU"]
     return Findings(numbers, "\n".join([ABOUT.format(threads=threads), table(header, rows), *missing]))
@@ -77,4 +82,12 @@ def _numbers(load: Load, speech: Sequence[Labelled], *, scored: bool) -> Numbers
 
 def _cells(v: Numbers) -> list[str]:
     wer = f"{v['wer']:.1%}" if "wer" in v else "-"
-    return [f"{v['clips']}", f"{v['failed']}", f"{v['rtfx']:.2f}", f"{v['p50_s']:.2f}", f"{v['p95_s']:.2f}", wer, f"{v['clients_cpu']:.0%}"]
+    return [
+        f"{v['clips']}",
+        f"{v['failed']}",
+        f"{v['rtfx']:.2f}",
+        f"{v['p50_s']:.2f}",
+        f"{v['p95_s']:.2f}",
+        wer,
+        f"{v['clients_cpu']:.0%}",
+    ]

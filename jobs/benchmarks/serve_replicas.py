@@ -5,11 +5,11 @@ import threading
 import time
 from pathlib import Path
 
-from jobs.benchmarks.bulk_speech import write_archive
-from jobs.benchmarks.measuring import Findings, Numbers, list_numbers
-from jobs.benchmarks.serve_load import ask_for
-from jobs.benchmarks.serve_service import Service, service
-from jobs.console import quiet_libraries
+from ..common.console import quiet_libraries
+from .bulk_speech import write_archive
+from .measuring import Findings, Numbers, list_numbers
+from .serve_load import ask_for
+from .serve_service import Service, service
 
 CLIP_S = 5.0
 FEW, MANY = 1, 16
@@ -25,7 +25,13 @@ def bench_replicas(graft: str, *, threads: int, seconds: float) -> Findings:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         uploads = [path.read_bytes() for path in write_archive(Path(folder, "clips"), 16, seconds=CLIP_S)]
-    settings = {"threads": threads, "max_replicas": 2, "max_ongoing_chunks": 8, "upscale_delay_s": 2, "downscale_delay_s": 10}
+    settings = {
+        "threads": threads,
+        "max_replicas": 2,
+        "max_ongoing_chunks": 8,
+        "upscale_delay_s": 2,
+        "downscale_delay_s": 10,
+    }
     with service(graft, **settings) as served:
         few, _ = _loaded(served, uploads, FEW, engines=1, seconds=seconds)
         many, up_s = _loaded(served, uploads, MANY, engines=2, seconds=seconds)
@@ -35,14 +41,18 @@ def bench_replicas(graft: str, *, threads: int, seconds: float) -> Findings:
     return Findings(numbers, f"{ABOUT}\n{list_numbers(numbers)}")
 
 
-def _loaded(served: Service, uploads: list[bytes], clients: int, *, engines: int, seconds: float) -> tuple[list[int], float]:
+def _loaded(
+    served: Service, uploads: list[bytes], clients: int, *, engines: int, seconds: float
+) -> tuple[list[int], float]:
     """Load the service until so many engines are up, at least for so long; the answers' statuses, and when that was."""
     statuses: list[int] = []
     over = threading.Event()
 
     def ask() -> None:
         while not over.is_set():
-            statuses.extend(answer.status for answer in ask_for(served.url, uploads, clients=clients, seconds=seconds).answers)
+            statuses.extend(
+                answer.status for answer in ask_for(served.url, uploads, clients=clients, seconds=seconds).answers
+            )
 
     asking = threading.Thread(target=ask)
     start = time.perf_counter()

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.engines import EngineCounts
-from jobs.benchmarks.bulk_speech import write_archive
-from jobs.benchmarks.measuring import Findings, Numbers, list_numbers
-from jobs.benchmarks.processes import alone
-from jobs.benchmarks.serve_load import Load, ask_at, ask_for
-from jobs.benchmarks.serve_service import Service, service
-from jobs.console import quiet_libraries
+from graft.inference.engines.protocol import EngineCounts
+
+from ..common.console import quiet_libraries
+from .bulk_speech import write_archive
+from .measuring import Findings, Numbers, list_numbers
+from .processes import alone
+from .serve_load import Load, ask_at, ask_for
+from .serve_service import Service, service
 
 CLIP_S = 5.0
 CLIPS = 32
@@ -120,9 +121,9 @@ def _offline(graft: str, uploads: Sequence[bytes], threads: int, clients: int, s
     """The same clips by the same engine, so many at a time, without a service; and how many tokens come of a clip."""
     import torch
 
-    from graft.audio import read_audio
-    from graft.chunking import Chunk, windows
-    from graft.transcriber import load
+    from graft.audio.chunking import Chunk, windows
+    from graft.audio.clip import read_audio
+    from graft.inference.transcriber import load
 
     quiet_libraries()
     torch.set_num_threads(threads)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.engines import EngineCounts
-from jobs.cluster import connect
-from jobs.serving import serving
+from graft.inference.engines.protocol import EngineCounts
+
+from ..common.cluster import connect
+from ..common.local_service import serving
 
 APP = "bench"
 MOST_REQUESTS = 10_000

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from graft.audio import SAMPLE_RATE, AudioClip
-from graft.corpus import clip_row, write_corpus
+from graft.audio.clip import SAMPLE_RATE, AudioClip
+from graft.data.dataset import clip_row, write_corpus
 
 WORDS = (
     "the",

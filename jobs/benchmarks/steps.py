@@ -10,10 +10,11 @@ from typing import Any
 
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import IGNORED_LABEL, GraftProcessor
-from graft.stages import Computing, Stage, make_backend, stage_model
-from jobs.benchmarks.batches import BATCH_CLIPS, Inputs, in_order, length_grouped, made_examples, padded, planned
-from jobs.benchmarks.measuring import Findings, Numbers, in_turns, median_ratio, table
-from jobs.benchmarks.peers import AllLogits, FlamingoStep, PlainStep, SeedStep, flamingo_inputs, seed_inputs
+from graft.training.stages import Computing, Stage, make_backend, stage_model
+
+from .batches import BATCH_CLIPS, Inputs, in_order, length_grouped, made_examples, padded, planned
+from .measuring import Findings, Numbers, in_turns, median_ratio, table
+from .peers import AllLogits, FlamingoStep, PlainStep, SeedStep, flamingo_inputs, seed_inputs
 
 COMPUTING = Computing(dtype="bf16", backend="torch")
 ABOUT_STEPS = """\
@@ -41,7 +42,11 @@ class Way:
 
 def bench_step(graft: str, *, clips: int, repetitions: int) -> Findings:
     """Measure graft's step beside the reference system's and AudioFlamingo3's."""
-    ways = {"graft": graft_way(graft, clips), "seed-style": seed_way(graft), "AudioFlamingo3": flamingo_way(graft, clips)}
+    ways = {
+        "graft": graft_way(graft, clips),
+        "seed-style": seed_way(graft),
+        "AudioFlamingo3": flamingo_way(graft, clips),
+    }
     return _measured(ABOUT_STEPS, ways, repetitions)
 
 
@@ -58,7 +63,15 @@ def bench_gains(graft: str, *, clips: int, repetitions: int) -> Findings:
     return _measured(ABOUT_GAINS, ways, repetitions)
 
 
-def graft_way(graft: str, clips: int, *, bucketed: bool = True, all_logits: bool = False, checkpointing: bool = False, **audio: Any) -> Way:
+def graft_way(
+    graft: str,
+    clips: int,
+    *,
+    bucketed: bool = True,
+    all_logits: bool = False,
+    checkpointing: bool = False,
+    **audio: Any,
+) -> Way:
     """graft's own step, of which one thing can be changed; `audio` are settings of GraftConfig."""
     model, processor = _opened(graft, **audio)
     if checkpointing:
@@ -66,7 +79,9 @@ def graft_way(graft: str, clips: int, *, bucketed: bool = True, all_logits: bool
     examples = made_examples(processor, clips)
     is_planned = bucketed and processor.audio_context != "full"
     batches = [batch.rows for batch in planned(examples)] if is_planned else in_order(range(clips))
-    return Way(PlainStep(AllLogits(model)) if all_logits else _own_step(model), padded(processor, examples, batches), clips)
+    return Way(
+        PlainStep(AllLogits(model)) if all_logits else _own_step(model), padded(processor, examples, batches), clips
+    )
 
 
 def seed_way(graft: str) -> Way:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from jobs.benchmarks.building import graft_or_built
-from jobs.benchmarks.ingest import bench_ingest
-from jobs.benchmarks.measuring import Findings, with_load
-from jobs.benchmarks.steps import bench_gains, bench_step
-from jobs.benchmarks.workers import bench_workers
+from .building import graft_or_built
+from .ingest import bench_ingest
+from .measuring import Findings, with_load
+from .steps import bench_gains, bench_step
+from .workers import bench_workers
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import torch.multiprocessing
 from torch import distributed
 
 from graft.processor import GraftProcessor
-from graft.stages import Stage, make_backend, stage_model
 from graft.training.batch import TrainingBatch
 from graft.training.loop import LoopSettings, Observer, train
 from graft.training.progress import Progress
-from jobs.benchmarks.batches import made_examples, padded, planned
-from jobs.benchmarks.measuring import Findings, Numbers, Spent, list_numbers, median_ratio, spent_on
-from jobs.benchmarks.steps import COMPUTING
+from graft.training.stages import Stage, make_backend, stage_model
+
+from .batches import made_examples, padded, planned
+from .measuring import Findings, Numbers, Spent, list_numbers, median_ratio, spent_on
+from .steps import COMPUTING
 
 STEP_BATCHES = 2
 
@@ -53,7 +54,9 @@ def bench_workers(graft: str, *, clips: int, repetitions: int) -> Findings:
 def _work(rank: int, count: int, graft: str, scratch: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=count)
-    _train_share(rank, count, graft, scratch)  # returns without its model: DDP must not outlive the group, whose end waits for the GIL
+    _train_share(
+        rank, count, graft, scratch
+    )  # returns without its model: DDP must not outlive the group, whose end waits for the GIL
     distributed.destroy_process_group()
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # the tiny models, which are found by themselves only where all tests run
+from tests.support.paths import ROOT
+
+sys.path.append(str(ROOT))  # the tiny models, which are found by themselves only where all tests run
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +49,6 @@ def exact_float32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.fixture(scope="session")
 def folder(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole graft on disk."""
-    import wide
+    from tests.support import wide_models
 
-    return wide.save_wide_graft(tmp_path_factory.mktemp("gpu") / "graft")
+    return wide_models.save_wide_graft(tmp_path_factory.mktemp("gpu") / "graft")

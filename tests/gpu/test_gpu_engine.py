@@ -4,23 +4,22 @@ import asyncio
 import contextlib
 
 import pytest
-import tiny
 import torch
-import wide
 
-from graft.engines import EngineRequest, Token
-from graft.engines.transformers_engine import TransformersEngine
-from graft.features import Features
+from graft.audio.features import Features
+from graft.inference.engines.protocol import EngineRequest, Token
+from graft.inference.engines.transformers_engine import TransformersEngine
 from graft.model.modeling import GraftForConditionalGeneration
+from tests.support import tiny_models, wide_models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:decoding without CUDA graphs")]
 FRAMES = [37, 700, 8, 120, 250, 90, 400]
-SUPPRESSED = [tiny.AUDIO_ID, 111, 112]
+SUPPRESSED = [tiny_models.AUDIO_ID, 111, 112]
 
 
 def request_of(model: GraftForConditionalGeneration, index: int) -> EngineRequest:
-    features, _ = tiny.log_mels([FRAMES[index]], seed=index)
-    prompt = tiny.prompt(model, FRAMES[index], [7, 8, 9 + index])
+    features, _ = tiny_models.log_mels([FRAMES[index]], seed=index)
+    prompt = tiny_models.prompt(model, FRAMES[index], [7, 8, 9 + index])
     return EngineRequest(f"r{index}", Features(features[0].numpy(), FRAMES[index]), prompt, 10 + 9 * index)
 
 
@@ -44,7 +43,7 @@ async def collect(engine: TransformersEngine, request: EngineRequest) -> list[To
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_tokens_equal_generate_with_graphs_and_without(device: torch.device, graphs: bool) -> None:
-    model = wide.wide_model(device)
+    model = wide_models.wide_model(device)
     model.generation_config.suppress_tokens = SUPPRESSED
     requests = [request_of(model, index) for index in range(len(FRAMES))]
     expected = [generated(model, request) for request in requests]
@@ -52,7 +51,9 @@ def test_tokens_equal_generate_with_graphs_and_without(device: torch.device, gra
     async def all_at_once(engine: TransformersEngine) -> list[list[Token]]:
         return await asyncio.gather(*(collect(engine, request) for request in requests))
 
-    engine = TransformersEngine(model, pad_id=0, eos_ids=(), max_batch_tokens=1536, max_prefill_tokens=300, graphs=graphs)
+    engine = TransformersEngine(
+        model, pad_id=0, eos_ids=(), max_batch_tokens=1536, max_prefill_tokens=300, graphs=graphs
+    )
     with contextlib.closing(engine):
         for _ in range(2):  # the second time the graphs are there
             answers = asyncio.run(all_at_once(engine))
@@ -60,7 +61,7 @@ def test_tokens_equal_generate_with_graphs_and_without(device: torch.device, gra
 
 
 def test_memory_for_the_rows_is_taken_once(cuda: torch.device) -> None:
-    model = wide.wide_model(cuda, dtype=torch.bfloat16)
+    model = wide_models.wide_model(cuda, dtype=torch.bfloat16)
     model.generation_config.suppress_tokens = SUPPRESSED
     requests = [request_of(model, index) for index in range(len(FRAMES))]
     with contextlib.closing(TransformersEngine(model, pad_id=0, eos_ids=())) as engine:

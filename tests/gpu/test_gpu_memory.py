@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import wide
 
 from graft.model.modeling import GraftForConditionalGeneration
+from tests.support import wide_models
 
 pytestmark = pytest.mark.gpu
 VOCABULARY, ROWS, LENGTH, LABELS = 50_000, 8, 512, 4
@@ -39,8 +39,8 @@ def all_logits_loss(model: GraftForConditionalGeneration, ids: torch.Tensor, lab
 
 def test_logits_of_labels_alone_are_kept(cuda: torch.device) -> None:
     """The difference is at least the float32 logits of all positions and their gradient."""
-    parts = wide.wide_parts(vocab_size=VOCABULARY)
-    model = wide.wide_model(cuda, **parts).requires_grad_(False)
+    parts = wide_models.wide_parts(vocab_size=VOCABULARY)
+    model = wide_models.wide_model(cuda, **parts).requires_grad_(False)
     model.model.language_model.layers[0].input_layernorm.requires_grad_(True)
     ids, labels = text_batch(cuda)
     model(input_ids=ids, labels=labels).loss.backward()  # cuBLAS takes its workspace
@@ -51,7 +51,9 @@ def test_logits_of_labels_alone_are_kept(cuda: torch.device) -> None:
 
 
 def test_gradient_checkpointing_takes_less(cuda: torch.device) -> None:
-    model = wide.wide_model(cuda, **wide.wide_parts(num_hidden_layers=8, layer_types=None)).requires_grad_(False)
+    model = wide_models.wide_model(
+        cuda, **wide_models.wide_parts(num_hidden_layers=8, layer_types=None)
+    ).requires_grad_(False)
     model.model.language_model.layers[0].input_layernorm.requires_grad_(True)
     ids, labels = text_batch(cuda)
     model.train()(input_ids=ids, labels=labels).loss.backward()
@@ -64,8 +66,10 @@ def test_gradient_checkpointing_takes_less(cuda: torch.device) -> None:
 def test_steps_hold_no_more_and_a_finished_run_holds_nothing(folder: Path, cuda: torch.device, name: str) -> None:
     def held_after(steps: int) -> int:
         """Bytes at the end of a run of its own, while it still exists."""
-        _, processor, backend = wide.opened(folder, cuda, name, "bf16")
-        wide.run_steps([wide.training_batch(processor, cuda, range(4))] * steps, backend, total_steps=steps)
+        _, processor, backend = wide_models.opened(folder, cuda, name, "bf16")
+        wide_models.run_steps(
+            [wide_models.training_batch(processor, cuda, range(4))] * steps, backend, total_steps=steps
+        )
         gc.collect()
         return torch.cuda.memory_allocated(cuda)
 

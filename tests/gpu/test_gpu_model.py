@@ -3,14 +3,13 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
-import wide
 from transformers import WhisperModel
 
-from graft.model.audio import encode_audio, pad_with_silence
 from graft.model.configuration import audio_token_count
+from graft.model.encoder import encode_audio, pad_with_silence
 from graft.model.modeling import GraftForConditionalGeneration
+from tests.support import tiny_models, wide_models
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16]
@@ -26,8 +25,8 @@ FRAMES = [37, 250, 8]
 
 
 def inputs_for(model: GraftForConditionalGeneration, *, left: bool) -> dict[str, torch.Tensor]:
-    features, counts = tiny.log_mels(FRAMES)
-    ids, mask = tiny.pad_rows([tiny.prompt(model, count) for count in FRAMES], left=left)
+    features, counts = tiny_models.log_mels(FRAMES)
+    ids, mask = tiny_models.pad_rows([tiny_models.prompt(model, count) for count in FRAMES], left=left)
     inputs = {"input_ids": ids, "attention_mask": mask, "input_features": features, "audio_frame_counts": counts}
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
@@ -44,52 +43,60 @@ def labelled(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @torch.no_grad()
 def test_a_batch_equals_its_rows(device: torch.device, dtype: torch.dtype, variant: dict[str, Any]) -> None:
-    model = wide.wide_model(device, dtype=dtype, **variant)
+    model = wide_models.wide_model(device, dtype=dtype, **variant)
     inputs = inputs_for(model, left=True)
     together = model(**inputs).logits[:, -1]
     for row, count in enumerate(FRAMES):
         alone = model(
-            input_ids=torch.tensor([tiny.prompt(model, count)], device=device),
+            input_ids=torch.tensor([tiny_models.prompt(model, count)], device=device),
             input_features=inputs["input_features"][row : row + 1, :, : count + 2],
             audio_frame_counts=inputs["audio_frame_counts"][row : row + 1],
         ).logits[0, -1]
-        assert wide.distance(together[row], alone) < TOLERANCE[dtype]
+        assert wide_models.distance(together[row], alone) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=CONTEXTS)
 @torch.no_grad()
 def test_bfloat16_is_close_to_float32(device: torch.device, variant: dict[str, Any]) -> None:
     """And what is heard moves the logits by more than that."""
-    exact, rounded = (wide.wide_model(device, dtype=dtype, **variant) for dtype in DTYPES)
+    exact, rounded = (wide_models.wide_model(device, dtype=dtype, **variant) for dtype in DTYPES)
     inputs = inputs_for(exact, left=True)
     expected = exact(**inputs).logits[:, -1]
-    assert 0 < wide.distance(rounded(**inputs).logits[:, -1], expected) < TOLERANCE[torch.bfloat16]
+    assert 0 < wide_models.distance(rounded(**inputs).logits[:, -1], expected) < TOLERANCE[torch.bfloat16]
     other = exact(**{**inputs, "input_features": -inputs["input_features"]}).logits[:, -1]
-    assert wide.distance(other, expected) > 2 * TOLERANCE[torch.bfloat16]
+    assert wide_models.distance(other, expected) > 2 * TOLERANCE[torch.bfloat16]
 
 
 @torch.no_grad()
 def test_the_device_computes_what_a_cpu_does(cuda: torch.device) -> None:
-    model = wide.wide_model(torch.device("cpu"))
+    model = wide_models.wide_model(torch.device("cpu"))
     expected = model(**inputs_for(model, left=True)).logits[:, -1]
     model.to(cuda)
-    assert wide.distance(model(**inputs_for(model, left=True)).logits[:, -1], expected) < TOLERANCE[torch.float32]
+    assert (
+        wide_models.distance(model(**inputs_for(model, left=True)).logits[:, -1], expected) < TOLERANCE[torch.float32]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @torch.no_grad()
 def test_text_logits_equal_those_of_the_text_base(device: torch.device, dtype: torch.dtype) -> None:
-    base = tiny.qwen2vl_model().to(device, dtype)
-    model = tiny.graft_model().to(device, dtype)
+    base = tiny_models.qwen2vl_model().to(device, dtype)
+    model = tiny_models.graft_model().to(device, dtype)
     model.load_state_dict(base.state_dict(), strict=False)
     ids = torch.tensor([[5, 6, 7, 8, 9]], device=device)
     assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
 
 
 def test_cached_decoding_equals_uncached(device: torch.device) -> None:
-    model = wide.wide_model(device)
+    model = wide_models.wide_model(device)
     inputs = inputs_for(model, left=True)
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "suppress_tokens": [tiny.AUDIO_ID]}
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "suppress_tokens": [tiny_models.AUDIO_ID],
+    }
     cached, uncached = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached, uncached)
     assert cached.shape == (len(FRAMES), inputs["input_ids"].shape[1] + 12)
@@ -97,7 +104,7 @@ def test_cached_decoding_equals_uncached(device: torch.device) -> None:
 
 @torch.no_grad()
 def test_the_loss_is_that_of_the_labels_and_costs_their_logits_alone(device: torch.device) -> None:
-    model = wide.wide_model(device)
+    model = wide_models.wide_model(device)
     inputs = inputs_for(model, left=False)
     labels, label_count = labelled(inputs)
     logits = model(**inputs).logits[:, :-1].flatten(0, 1)
@@ -106,20 +113,26 @@ def test_the_loss_is_that_of_the_labels_and_costs_their_logits_alone(device: tor
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: shapes.append(output.shape))
     loss = model(**inputs, labels=labels, label_count=10).loss
     assert float(loss) == pytest.approx(float(expected) / 10, rel=1e-5)
-    assert shapes == [(label_count, tiny.VOCABULARY)]
+    assert shapes == [(label_count, tiny_models.VOCABULARY)]
 
 
 @pytest.mark.parametrize("pool", [1, 2, 4])
 @torch.no_grad()
 def test_full_and_trim_equal_stock_whisper(device: torch.device, pool: int) -> None:
-    parts = wide.wide_parts()
-    whisper = wide.lively(WhisperModel(type(tiny.whisper_config())(**parts["audio_config"]))).eval().to(device)
-    features, counts = (tensor.to(device) for tensor in tiny.log_mels([333, 120, 3000 - 2]))
+    parts = wide_models.wide_parts()
+    whisper = (
+        wide_models.lively(WhisperModel(type(tiny_models.whisper_config())(**parts["audio_config"]))).eval().to(device)
+    )
+    features, counts = (tensor.to(device) for tensor in tiny_models.log_mels([333, 120, 3000 - 2]))
     norm, whisper.encoder.layer_norm = whisper.encoder.layer_norm, torch.nn.Identity()
     hidden = whisper.encoder(pad_with_silence(features, counts, 3000)).last_hidden_state
     whisper.encoder.layer_norm = norm
     stock = norm(torch.nn.functional.avg_pool1d(hidden.transpose(1, 2), pool, pool).transpose(1, 2))
-    own = [stock[clip, : audio_token_count(count, pool=pool, context="trim")] for clip, count in enumerate(counts.tolist())]
+    own = [
+        stock[clip, : audio_token_count(count, pool=pool, context="trim")] for clip, count in enumerate(counts.tolist())
+    ]
     for context, expected in (("full", stock.flatten(0, 1)), ("trim", torch.cat(own))):
-        ours = encode_audio(whisper.encoder, features, counts, tiny.graft_config(audio_pool=pool, audio_context=context))
-        assert wide.distance(ours, expected) < TOLERANCE[torch.float32]
+        ours = encode_audio(
+            whisper.encoder, features, counts, tiny_models.graft_config(audio_pool=pool, audio_context=context)
+        )
+        assert wide_models.distance(ours, expected) < TOLERANCE[torch.float32]

@@ -1,0 +1,153 @@
+"""A clip of any length -> what the model can hear at a time: chunks of the speech in it, or windows of all of it, cut where it is quiet."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from pydantic import Field
+
+from graft.audio.clip import SAMPLE_RATE, AudioClip
+from graft.audio.vad import FRAME, Speech, SpeechDetector, SpeechSettings
+from graft.config import Recipe
+
+SEARCH_S = 5.0
+QUIET_S = 0.2
+
+Span = tuple[int, int]
+"""Start and end in samples."""
+
+
+class ChunkSettings(Recipe):
+    """How stretches of speech become chunks."""
+
+    max_s: float = Field(default=28.0, ge=2, le=30)
+    """Longest chunk, in seconds, padding included."""
+    padding_s: float = Field(default=0.15, ge=0, le=0.5)
+    """Seconds kept before and after speech, up to half of the silence between two chunks."""
+    max_pause_s: float = Field(default=2.0, ge=0)
+    """A longer silence ends a chunk and is skipped."""
+    skip_silence: bool = True
+    """False: all is transcribed, and what the model writes where nobody speaks is flagged `no_speech`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """A window of a clip, where in the clip it starts, and whether anybody speaks in it (None: unknown)."""
+
+    start_s: float
+    clip: AudioClip
+    has_speech: bool | None = None
+
+
+class Chunker:
+    """Cuts clips where nobody speaks; of equal samples and settings always alike. One for each thread. Raises MissingExtra."""
+
+    def __init__(self, speech: SpeechSettings | None = None, settings: ChunkSettings | None = None) -> None:
+        self.settings = settings or ChunkSettings()
+        self._detector = SpeechDetector(speech)
+
+    def __call__(self, clip: AudioClip) -> list[Chunk]:
+        """Cut a clip of any length into the speech in it or, where silence is not skipped, into windows of all of it."""
+        speech = self._detector.find(clip)
+        if self.settings.skip_silence:
+            return speech_chunks(clip, speech, self.settings)
+        return [_judged(window, speech) for window in windows(clip, max_s=self.settings.max_s)]
+
+
+def speech_chunks(clip: AudioClip, speech: Speech, settings: ChunkSettings | None = None) -> list[Chunk]:
+    """Cut the speech that was found in a clip into chunks, in order and apart; none if there is no speech. The samples are views."""
+    bounds = chunk_bounds(speech.spans, speech.scores, len(clip.samples), settings or ChunkSettings())
+    return [Chunk(start / SAMPLE_RATE, AudioClip(clip.samples[start:end]), has_speech=True) for start, end in bounds]
+
+
+def chunk_bounds(spans: Sequence[Span], scores: np.ndarray, sample_count: int, settings: ChunkSettings) -> list[Span]:
+    """Merge spans of speech to chunks, as `speech_chunks` does: every sample of speech in one chunk, no sample in two, none too long.
+
+    Speech that is too long for one is cut at the longest silence in the second half of what fits; where there is none, where it is least
+    like speech by the detector's `scores`.
+    """
+    padding = round(settings.padding_s * SAMPLE_RATE)
+    longest = int(settings.max_s * SAMPLE_RATE) - 2 * padding
+    parts = [part for run in _runs(spans, settings.max_pause_s * SAMPLE_RATE) for part in _parts(run, scores, longest)]
+    return _padded(parts, padding, sample_count)
+
+
+def windows(clip: AudioClip, *, max_s: float = 30.0) -> list[Chunk]:
+    """Cut a clip into consecutive windows of at most `max_s` seconds, at least 1.
+
+    A window that would be longer ends in the middle of the quietest 0.2 s of its last 5 s (of its last half, if `max_s` is under 10).
+    Every sample is in exactly one window; the samples are views, not copies. Raises ValueError for a shorter `max_s`.
+    """
+    if not max_s >= 1:
+        raise ValueError(f"max_s is {max_s}: at least 1 s")
+    max_samples = int(max_s * SAMPLE_RATE)
+    start, chunks = 0, []
+    while start < len(clip.samples):
+        window = clip.samples[start : start + max_samples]
+        if start + max_samples < len(clip.samples):
+            window = window[: _quietest_cut(window)]
+        chunks.append(Chunk(start / SAMPLE_RATE, AudioClip(window)))
+        start += len(window)
+    return chunks
+
+
+def quietest(energy: np.ndarray, width: int) -> int:
+    """The middle of the `width` entries in a row whose sum is least, of equal ones the last; the end where there are fewer entries."""
+    if len(energy) < width:
+        return len(energy)
+    total = np.concatenate([[0.0], np.cumsum(energy)])
+    sums = total[width:] - total[:-width]  # (len(energy) - width + 1,)
+    return len(sums) - 1 - int(np.argmin(sums[::-1])) + width // 2
+
+
+def _judged(window: Chunk, speech: Speech) -> Chunk:
+    start = round(window.start_s * SAMPLE_RATE)
+    end = start + len(window.clip.samples)
+    return replace(window, has_speech=any(begin < end and start < stop for begin, stop in speech.spans))
+
+
+def _quietest_cut(window: np.ndarray) -> int:
+    """The middle of the quietest QUIET_S near the window's end; of equally quiet ones the last."""
+    search = min(int(SEARCH_S * SAMPLE_RATE), len(window) // 2)
+    return len(window) - search + quietest(np.square(window[-search:], dtype=np.float64), int(QUIET_S * SAMPLE_RATE))
+
+
+def _runs(spans: Sequence[Span], max_pause: float) -> list[list[Span]]:
+    """Spans with pauses of at most `max_pause` samples in between, run by run."""
+    runs: list[list[Span]] = []
+    for span in spans:
+        if runs and span[0] - runs[-1][-1][1] <= max_pause:
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return runs
+
+
+def _parts(run: list[Span], scores: np.ndarray, longest: int) -> Iterator[Span]:
+    """A run as parts of at most `longest` samples."""
+    while (start := run[0][0]) + longest < run[-1][1]:
+        cut = _cut(run, scores, start + longest // 2, start + longest)
+        yield start, max(min(end, cut) for begin, end in run if begin < cut)
+        run = [(max(begin, cut), end) for begin, end in run if end > cut]
+    yield start, run[-1][1]
+
+
+def _cut(run: list[Span], scores: np.ndarray, earliest: int, latest: int) -> int:
+    """The middle of the longest pause in reach, or of the QUIET_S in which scores are lowest; of equal ones the last."""
+    pauses = [(end, begin) for (_, end), (begin, _) in pairwise(run) if end <= latest and begin >= earliest]
+    if pauses:
+        end, begin = max(reversed(pauses), key=lambda pause: pause[1] - pause[0])
+        return (end + begin) // 2
+    first, last, quiet = -(-earliest // FRAME), latest // FRAME, round(QUIET_S * SAMPLE_RATE / FRAME)
+    return (first + quietest(scores[first:last].astype(np.float64), quiet)) * FRAME
+
+
+def _padded(parts: Sequence[Span], padding: int, sample_count: int) -> list[Span]:
+    """Parts with `padding` samples more on either side, or half of the silence to the next part, or what there is."""
+    if not parts:
+        return []
+    before = [parts[0][0], *((begin - end) // 2 for (_, end), (begin, _) in pairwise(parts))]
+    after = [*before[1:], sample_count - parts[-1][1]]
+    room = zip(parts, before, after, strict=True)
+    return [(start - min(padding, left), end + min(padding, right)) for (start, end), left, right in room]

@@ -1,0 +1,88 @@
+"""AudioClip -> Whisper's log-mel spectrogram, on CPU.
+
+Whisper hears windows of 30 s, padded with digital silence. Only the frames that hear the clip are computed; all after them
+hold one constant, `silence_value(mel.max())`, which whoever needs the whole window fills in.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from transformers.audio_utils import mel_filter_bank
+
+from graft.audio.clip import SAMPLE_RATE, AudioClip
+from graft.errors import AudioError
+from graft.model.configuration import TAIL_FRAMES, WINDOW_FRAMES
+
+HOP_LENGTH = 160  # 10 ms
+N_FFT = 400
+MIN_FRAMES = 8  # 0.08 s: one audio token at the coarsest pooling
+
+FloatOrArray = TypeVar("FloatOrArray", float, np.ndarray, torch.Tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Log-mels of one clip: float32 (mels, min(frame_count + TAIL_FRAMES, WINDOW_FRAMES)), 100 frames a second.
+
+    `frame_count` frames are the clip's own, at least MIN_FRAMES; the tail travels along because the encoder's convolutions see it.
+    """
+
+    mel: np.ndarray
+    frame_count: int
+
+
+class Featurizer:
+    """Whisper's log-mel features with 80 or 128 mels, equal to those of the clip padded to 30 s.
+
+    Clips under 0.08 s are padded to it with silence. Raises AudioError over 30 s. Source: Whisper (Radford et al. 2022), and the
+    WhisperFeatureExtractor of transformers, whose frames come out the same.
+    """
+
+    def __init__(self, mel_count: int = 80) -> None:
+        self.mel_count = mel_count
+        self._window = torch.hann_window(N_FFT)
+        filters = mel_filter_bank(
+            N_FFT // 2 + 1, mel_count, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+        )
+        self._filters = torch.from_numpy(filters).float().T.contiguous()  # (mels, bins)
+
+    @torch.inference_mode()
+    def __call__(self, clip: AudioClip) -> Features:
+        frame_count = max(-(-len(clip.samples) // HOP_LENGTH), MIN_FRAMES)
+        if frame_count > WINDOW_FRAMES:
+            raise AudioError(
+                f"a clip of {clip.duration_s:.2f} s is over Whisper's 30 s: cut it, e.g. with graft.audio.chunking.windows"
+            )
+        length = min(frame_count + TAIL_FRAMES, WINDOW_FRAMES)
+        stft = torch.stft(_pad(clip.samples, frame_count), N_FFT, HOP_LENGTH, window=self._window, return_complex=True)
+        stft = stft[:, :length].T  # (frames, bins), as it lies in memory
+        power = stft.real.square().addcmul_(stft.imag, stft.imag)
+        log_mel = (self._filters @ power.T).clamp_(min=1e-10).log10_()  # (mels, frames)
+        log_mel = log_mel.clamp_(min=log_mel.max().item() - 8)
+        return Features(log_mel.add_(4).div_(4).numpy(), frame_count)
+
+    def fingerprint(self) -> str:
+        """A digest that changes with what features are: that of a sweep's, rounded as far as processors differ."""
+        time_s = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+        sweep = np.sin(2 * np.pi * 4000 * time_s**2) * time_s
+        return hashlib.sha256(np.round(self(AudioClip(sweep.astype(np.float32))).mel, 2).tobytes()).hexdigest()
+
+
+def silence_value(max_feature: FloatOrArray) -> FloatOrArray:
+    """What digital silence becomes in a clip whose largest feature is `max_feature`; float, array or tensor.
+
+    (max(-10, 4 * max_feature - 12) + 4) / 4: in log10 power silence is -10, raised to 8 below the clip's maximum.
+    """
+    if isinstance(max_feature, torch.Tensor):
+        return (max_feature - 2).clamp(min=-1.5)
+    return np.maximum(max_feature - 2, -1.5)
+
+
+def _pad(samples: np.ndarray, frame_count: int) -> torch.Tensor:
+    """Silence after the clip, one STFT window past its last frame, but not past 30 s: there Whisper's STFT reflects the waveform."""
+    padded = np.zeros(min(frame_count * HOP_LENGTH + N_FFT, WINDOW_FRAMES * HOP_LENGTH), np.float32)
+    padded[: len(samples)] = samples
+    return torch.from_numpy(padded)

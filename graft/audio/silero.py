@@ -1,0 +1,92 @@
+"""Silero's detector of speech (silero-vad 6.2.3): its network over blocks of half a minute instead of a call for every 32 ms.
+
+windows of 64 + 512 samples -> spectrum -> four convolutions -> LSTM along the clip -> score of each window
+
+The weights are those of the package's TorchScript model, which runs more than ten times as long for the same scores. The package itself is
+never imported: that would set the process's number of threads to 1. A block is one clip's: many clips in one would save a tenth of the time
+at best, and a clip's scores would depend on its company in the last bit.
+"""
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from graft.errors import MissingExtra
+
+REQUIREMENT = "silero-vad==6.2.3"
+WINDOW = 512
+CONTEXT = 64
+"""Samples before a window that are heard with it."""
+_NAMES = {
+    "_model.stft.forward_basis_buffer": "spectrum.weight",
+    **{
+        f"_model.encoder.{layer}.reparam_conv.{part}": f"layers.{2 * layer}.{part}"
+        for layer in range(4)
+        for part in ("weight", "bias")
+    },
+    **{f"_model.decoder.rnn.{part}": f"lstm.{part}_l0" for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+    **{f"_model.decoder.decoder.2.{part}": f"score.{part}" for part in ("weight", "bias")},
+}
+"""What the weights for 16 kHz are called in the package's model, and here."""
+
+State = tuple[torch.Tensor, torch.Tensor]
+
+
+class Silero:
+    """Scores every 512 samples of 16 kHz: the probability that they hold speech. Raises MissingExtra without the package."""
+
+    def __init__(self) -> None:
+        self._network = _Network()
+        packaged = torch.jit.load(_model_file(), map_location="cpu").state_dict()
+        self._network.load_state_dict({ours: packaged[theirs] for theirs, ours in _NAMES.items()})
+
+    @torch.inference_mode()
+    def scores(self, blocks: Iterable[np.ndarray]) -> np.ndarray:
+        """Score consecutive blocks of float32 samples, each a multiple of 512 long -> (windows,)."""
+        context, state = np.zeros(CONTEXT, np.float32), None
+        found = [np.zeros(0, np.float32)]
+        for block in blocks:
+            heard = torch.from_numpy(np.concatenate([context, block]))
+            scores, state = self._network(heard.unfold(0, CONTEXT + WINDOW, WINDOW), state)
+            context = block[-CONTEXT:]
+            found.append(scores.numpy())
+        return np.concatenate(found)
+
+
+class _Network(nn.Module):
+    """Silero's network for 16 kHz."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = nn.Conv1d(1, 258, 256, stride=128, bias=False)  # 129 cosines, 129 sines
+        self.layers = nn.Sequential(
+            nn.Conv1d(129, 128, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv1d(128, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv1d(64, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv1d(64, 128, 3, padding=1),
+            nn.ReLU(),
+        )
+        self.lstm = nn.LSTM(128, 128)
+        self.score = nn.Conv1d(128, 1, 1)
+
+    def forward(self, windows: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State]:
+        """(N, 576) consecutive windows and what is remembered of those before -> (N,) scores and what is remembered of all."""
+        waves = self.spectrum(nn.functional.pad(windows, (0, CONTEXT), mode="reflect")[:, None])  # (N, 258, 4)
+        magnitudes = waves[:, :129].square().add(waves[:, 129:].square()).sqrt()
+        remembered, state = self.lstm(self.layers(magnitudes).squeeze(2), state)  # (N, 128, 1) -> (N, 128)
+        return self.score(remembered.relu()[:, :, None]).sigmoid().flatten(), state
+
+
+def _model_file() -> str:
+    """The package's TorchScript model; the package is found without importing it."""
+    spec = importlib.util.find_spec("silero_vad")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtra(f"silero-vad is not installed: pip install --no-deps {REQUIREMENT}")
+    return str(Path(spec.submodule_search_locations[0]) / "data" / "silero_vad.jit")

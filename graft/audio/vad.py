@@ -1,0 +1,131 @@
+"""Where somebody speaks: samples -> blocks of 16 s -> a score for every 32 ms (Silero's network, or loudness) -> spans of samples."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from graft.audio.clip import SAMPLE_RATE, AudioClip
+from graft.config import Recipe
+
+FRAME = 512
+"""Samples of one score."""
+BLOCK = 512 * FRAME
+
+FAINT = 0.2
+"""Share of the threshold from which on scores belong to the speech beside them: its first and last sounds are hard to be sure of."""
+PAUSE_S = 0.1
+"""Speech that goes on sooner has not ended: stops like p and t are silent as long."""
+SURE_S = 0.09
+"""Seconds of scores at the threshold or over that speech has; less is a click."""
+
+LOUDER_DB = 10.0
+QUIETEST_DBFS = -60.0
+SLOPE_DB = 2.0
+BACKGROUND_S = 10.0
+BACKGROUND_PERCENTILE = 10
+
+
+class SpeechSettings(Recipe):
+    """How speech is told from everything else."""
+
+    detector: Literal["silero", "energy"] = "silero"
+    """silero: a network that knows voices. energy: all that is 10 dB louder than what is around it, a ringing telephone too."""
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Score that speech reaches, from 0 to 1. Lower finds more speech, and more that is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Speech:
+    """Where a clip holds speech, and which detector says so.
+
+    `spans` are (start, end) in samples, ordered and apart; `scores` (frames,) are 0 to 1, one for every FRAME samples, the last perhaps
+    for fewer.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    scores: np.ndarray
+    detector: str
+
+
+class SpeechDetector:
+    """Finds speech; what it finds depends on the samples and the settings alone. Raises MissingExtra without the package silero-vad."""
+
+    def __init__(self, settings: SpeechSettings | None = None) -> None:
+        self.settings = settings or SpeechSettings()
+        self._scores = energy_scores
+        if self.settings.detector == "silero":
+            from graft.audio.silero import Silero
+
+            self._scores = Silero().scores
+
+    def find(self, clip: AudioClip) -> Speech:
+        """Find the speech in a clip of any length."""
+        return self.find_in_stream([clip.samples])
+
+    def find_in_stream(self, parts: Iterable[np.ndarray]) -> Speech:
+        """Find the speech in a recording that comes in parts of any lengths, 16 kHz mono float32; the same as in the whole."""
+        blocks = _Blocks(parts)
+        scores = self._scores(blocks)
+        spans = speech_spans(scores, blocks.sample_count, self.settings.threshold)
+        return Speech(tuple(spans), scores, self.settings.detector)
+
+
+def speech_spans(scores: np.ndarray, sample_count: int, threshold: float) -> list[tuple[int, int]]:
+    """Spans of samples with speech: stretches of scores from FAINT of `threshold` on that reach it for SURE_S in all.
+
+    Stretches less than PAUSE_S apart are one.
+    """
+    sure = scores >= threshold
+    inside = np.concatenate([[False], scores >= FAINT * threshold, [False]])
+    stretches: list[tuple[int, int]] = []  # in frames
+    for first, end in np.flatnonzero(inside[1:] != inside[:-1]).reshape(-1, 2).tolist():
+        if stretches and (first - stretches[-1][1]) * FRAME < PAUSE_S * SAMPLE_RATE:
+            first, _ = stretches.pop()
+        stretches.append((first, end))
+    spoken = ((first, end) for first, end in stretches if sure[first:end].sum() * FRAME >= SURE_S * SAMPLE_RATE)
+    return [(first * FRAME, min(end * FRAME, sample_count)) for first, end in spoken]
+
+
+def energy_scores(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Score frames by how much louder they are than the quiet tenth of the 30 s around them: 0.5 at 10 dB, and less under -60 dBFS.
+
+    Speech in noise that is as loud gets low scores, tones that come and go high ones.
+    """
+    levels = [
+        10 * np.log10(np.square(block.reshape(-1, FRAME), dtype=np.float64).mean(axis=1) + 1e-10) for block in blocks
+    ]
+    level = np.concatenate([np.zeros(0), *levels])
+    threshold = np.maximum(_background(level) + LOUDER_DB, QUIETEST_DBFS)
+    return 1 / (1 + np.exp((threshold - level) / SLOPE_DB))
+
+
+def _background(level: np.ndarray) -> np.ndarray:
+    """The level of quiet frames in the section of 10 s that each frame is in, or in the section before or after if it is lower."""
+    section = round(BACKGROUND_S * SAMPLE_RATE / FRAME)
+    quiet = [
+        np.percentile(level[start : start + section], BACKGROUND_PERCENTILE) for start in range(0, len(level), section)
+    ]
+    lowest = [min(quiet[max(place - 1, 0) : place + 2]) for place in range(len(quiet))]
+    return np.repeat(lowest, section)[: len(level)]
+
+
+class _Blocks:
+    """Parts of any lengths, cut again into blocks of BLOCK samples, the last with zeros up to a whole frame; counts the samples."""
+
+    def __init__(self, parts: Iterable[np.ndarray]) -> None:
+        self.sample_count = 0
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        held = np.zeros(0, np.float32)
+        for part in self._parts:
+            self.sample_count += len(part)
+            held = np.concatenate([held, part]) if len(held) else part
+            while len(held) >= BLOCK:
+                yield held[:BLOCK]
+                held = held[BLOCK:]
+        if len(held):
+            yield np.pad(held, (0, -len(held) % FRAME))

@@ -1,0 +1,155 @@
+"""Graft two checkpoints: the encoder of any Whisper onto any Qwen2-VL, with a fresh projector between them."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Qwen2VLForConditionalGeneration,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
+from transformers.initialization import no_init_weights
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from graft.checkpoints.projector_file import state_digest
+from graft.errors import ModelError
+from graft.model.configuration import AUDIO_TOKENS, GraftConfig
+from graft.model.modeling import GraftForConditionalGeneration
+from graft.processor import GraftProcessor
+
+
+def build_graft(
+    audio_base: str, text_base: str, *, dtype: torch.dtype | None = None, seed: int = 0, **settings: Any
+) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
+    """Join a Whisper and a Qwen2-VL checkpoint (hub ids or folders) into a graft and its processor.
+
+    `settings` are GraftConfig's (audio_pool, audio_context, ...). The frozen parts keep the text base's dtype unless `dtype` is given. The
+    audio tokens take spare rows of the embedding table, which grows only where there are none. Raises ModelError for a base of another
+    kind, and for wrong settings.
+    """
+    check_kind(audio_base, "whisper")
+    check_kind(text_base, "qwen2_vl")
+    encoder = _load(WhisperModel, audio_base).encoder
+    text = _load(Qwen2VLForConditionalGeneration, text_base)
+    digests = {"audio": state_digest(encoder.state_dict()), "text": state_digest(text.state_dict())}
+    dtype = dtype or text.dtype
+    with reading(text_base):
+        tokenizer, image_processor = AutoTokenizer.from_pretrained(text_base), read_image_processor(text_base)
+    with reading(audio_base):
+        feature_extractor = WhisperFeatureExtractor.from_pretrained(audio_base)
+    ids = add_audio_tokens(tokenizer)
+    _make_room(text, len(tokenizer), seed)
+    config = _config(text, encoder, {**ids, **settings}, digests)
+    model = _join(config, text, encoder, dtype=dtype, seed=seed)
+    parts = {"feature_extractor": feature_extractor, "image_processor": image_processor, "tokenizer": tokenizer}
+    return model, GraftProcessor.for_config(config, **parts)
+
+
+def check_kind(checkpoint: str, kind: str) -> None:
+    """Raise ModelError unless a checkpoint's config.json says it is of that model_type."""
+    folder = Path(checkpoint)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ModelError(f"{checkpoint} has no config.json: give the folder of a {kind} checkpoint")
+    try:
+        found = AutoConfig.from_pretrained(checkpoint).model_type
+    except (OSError, ValueError) as error:
+        reason = f" ({_first_line(error)})" if folder.exists() else ""
+        raise ModelError(
+            f"{checkpoint} can't be read as a {kind} checkpoint{reason}: give a folder or a hub id that answers"
+        ) from error
+    if found != kind:
+        raise ModelError(f"{checkpoint} is a {found} checkpoint, not {kind}: give another one")
+
+
+@contextlib.contextmanager
+def reading(checkpoint: str) -> Iterator[None]:
+    """Raise ModelError where transformers finds a checkpoint's files missing or broken."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{checkpoint} can't be read ({_first_line(error)}): copy or fetch it again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(":. ")
+
+
+def _load(model_class: Any, checkpoint: str) -> Any:
+    with reading(checkpoint):
+        model, found = model_class.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers made them up
+        raise ModelError(f"{checkpoint} lacks {len(missing)} tensors, {missing[0]} first: copy or fetch it again")
+    return model
+
+
+def add_audio_tokens(tokenizer: Any) -> dict[str, Any]:
+    """Teach a tokenizer the audio tokens; returns their ids as GraftConfig names them."""
+    tokenizer.add_special_tokens({"additional_special_tokens": list(AUDIO_TOKENS)}, replace_extra_special_tokens=False)
+    names = ("audio_token_id", "audio_start_token_id", "audio_end_token_id")
+    return dict(zip(names, tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS)), strict=True))
+
+
+def _make_room(text: Qwen2VLForConditionalGeneration, token_count: int, seed: int) -> None:
+    embeddings: Any = text.get_input_embeddings()
+    if token_count > embeddings.num_embeddings:
+        torch.manual_seed(seed)
+        text.resize_token_embeddings(token_count, mean_resizing=True)
+
+
+def _config(
+    text: Qwen2VLForConditionalGeneration, encoder: Any, settings: dict[str, Any], digests: dict[str, str]
+) -> GraftConfig:
+    base = {key: value for key, value in text.config.to_dict().items() if key not in ("model_type", "architectures")}
+    try:
+        return GraftConfig(**base, **settings, audio_config=encoder.config.to_dict(), base_digests=digests)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _join(
+    config: GraftConfig, text: Qwen2VLForConditionalGeneration, encoder: Any, *, dtype: torch.dtype, seed: int
+) -> GraftForConditionalGeneration:
+    with no_init_weights():
+        model = GraftForConditionalGeneration(config)
+    for parameter in model.parameters():  # but not the buffers: rotary frequencies stay float32
+        parameter.data = parameter.data.to(dtype)
+    model.tie_weights()
+    state = {**text.state_dict(), **{f"audio_tower.{name}": tensor for name, tensor in encoder.state_dict().items()}}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    left = [name for name in missing if not name.startswith("audio_projector.")] + unexpected
+    if left:
+        raise ModelError(
+            f"the bases do not fit a graft: {len(left)} tensors are left over, {left[0]} first: use Whisper and Qwen2-VL"
+        )
+    torch.manual_seed(seed)
+    model._init_weights(model.audio_projector)
+    generate_words_only(model, text.generation_config)
+    return model.eval()
+
+
+def generate_words_only(model: GraftForConditionalGeneration, settings: Any) -> None:
+    """Give a graft a base's generation settings, and never a placeholder as an answer."""
+    config = model.config
+    model.generation_config = settings
+    placeholders = [
+        config.audio_token_id,
+        config.audio_start_token_id,
+        config.audio_end_token_id,
+        config.image_token_id,
+    ]
+    placeholders += [config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    model.generation_config.suppress_tokens = sorted(placeholders)
+
+
+def read_image_processor(text_base: str) -> Any:
+    """Read a Qwen2-VL checkpoint's image processor, or make the published one."""
+    try:
+        return Qwen2VLImageProcessorPil.from_pretrained(text_base)
+    except OSError:  # a text base without preprocessor_config.json: Qwen2-VL's published values
+        return Qwen2VLImageProcessorPil()

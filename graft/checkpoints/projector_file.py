@@ -1,0 +1,112 @@
+"""The trained join as a file of its own: the projector's tensors with the digests of the bases they were trained on."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from graft.errors import ModelError
+from graft.model.configuration import GraftConfig
+from graft.model.modeling import GraftForConditionalGeneration
+
+PROJECTOR_FILE = "projector.safetensors"
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Digest tensors by name, dtype, shape and bytes, whatever files they stand in."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def encoder_digest(graft: str | Path) -> str:
+    """Digest the encoder's tensors in a graft's folder or hub id, without its other weights."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(graft):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in list(file.keys()) if name.startswith("audio_tower.")]
+            tensors |= {name: file.get_tensor(name) for name in names}
+    return state_digest(tensors)
+
+
+def weight_files(graft: str | Path) -> list[Path]:
+    """List the safetensors of a graft's folder or hub id."""
+    from huggingface_hub import snapshot_download
+
+    folder = (
+        Path(graft) if Path(graft).is_dir() else Path(snapshot_download(str(graft), allow_patterns="*.safetensors"))
+    )
+    return sorted(folder.glob("*.safetensors"))
+
+
+def save_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:
+    """Write a model's projector in float32 with the bases' digests and its kind."""
+    write_projector(model.audio_projector.state_dict(), model.config, folder)
+
+
+def write_projector(state: Mapping[str, Tensor], config: GraftConfig, folder: str | Path) -> None:
+    """Write a projector's tensors in float32 with the digests of the bases they belong to, and its kind."""
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, Path(folder) / PROJECTOR_FILE, metadata={"graft": json.dumps(_identity(config))})
+
+
+def load_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:
+    """Put a trained projector into a graft. Raises ModelError as read_projector does."""
+    model.audio_projector.load_state_dict(read_projector(folder, model.config))
+
+
+def read_projector(folder: str | Path, config: GraftConfig) -> dict[str, Tensor]:
+    """Read a trained projector for a graft of this configuration.
+
+    Raises ModelError when the file is missing or not readable, was trained on other bases or another kind of join, or holds only zeros.
+    """
+    path = Path(folder) / PROJECTOR_FILE
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: give the output folder of a finished stage")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("graft", "{}"))
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path} can't be read ({error}): copy it again or train it again") from error
+    for key, expected in _identity(config).items():
+        if found.get(key) != expected:
+            raise ModelError(
+                f"{path} was trained with {key}={found.get(key)}, the graft has {expected}: train it on this graft"
+            )
+    _check_state(state, source=str(path))
+    return state
+
+
+def check_projector(model: GraftForConditionalGeneration, *, source: str) -> None:
+    """Raise ModelError when the projector holds a matrix of zeros or a value that is not finite: the model would not hear."""
+    _check_state(model.audio_projector.state_dict(), source=source)
+
+
+def _check_state(state: Mapping[str, Tensor], *, source: str) -> None:
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"{source}: audio_projector.{name} holds values that are not finite: go back to an earlier checkpoint"
+            )
+        if tensor.ndim > 1 and not tensor.any():
+            raise ModelError(
+                f"{source}: audio_projector.{name} is all zeros, so the model is deaf: train stage 1 or build it again"
+            )
+
+
+def _identity(config: GraftConfig) -> dict[str, object]:
+    return {
+        "base_digests": config.base_digests,
+        "audio_projector": config.audio_projector,
+        "audio_pool": config.audio_pool,
+        "prompt_style": config.prompt_style,
+    }

@@ -1,0 +1,232 @@
+"""The trained part of a graft without its bases: what jobs.export writes and jobs.build puts back onto the same two bases.
+
+    pretrained.json                         what the bases are, how the graft hears and answers, what it was trained for
+    adapter*.safetensors                    projector, adapters and the audio tokens' embeddings, in one file or in shards with an index
+    README.md, recipes/, recipe.yaml        for people
+
+Folders below graft/pretrained/ come with the package and are known by their names, which stand for whole grafts on the bundled pair.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from graft.checkpoints.build import build_graft
+from graft.checkpoints.bundled.cache import (
+    CONVERSION,
+    bundled_qwen2vl,
+    bundled_whisper,
+    cached_folder,
+    write_cached,
+)
+from graft.checkpoints.lora import (
+    LoraSettings,
+    lora_config,
+    merge_adapters,
+    put_adapters,
+    round_to_nf4,
+    save_adapters,
+)
+from graft.checkpoints.projector_file import check_projector, state_digest, weight_files, write_projector
+from graft.errors import ModelError
+from graft.model.configuration import GraftConfig
+from graft.model.modeling import GraftForConditionalGeneration
+from graft.processor import GraftProcessor
+
+FOLDER = Path(__file__).parents[1] / "pretrained"
+FORMAT = 1  # raise it when a graft that reads the old files would read the new ones wrongly
+SETTINGS_FILE = "pretrained.json"
+WEIGHTS = "adapter{suffix}.safetensors"
+PROJECTOR = "audio_projector."
+AUDIO_TOKENS = "audio_tokens.weight"
+"""Rows of the embedding table, in the order of the ids; where the text base had no spare rows, joining drew them."""
+HEADER_BYTES = 320
+"""Of a tensor in a safetensors file, at most: its name, type, shape and place."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What pretrained.json holds besides the format."""
+
+    audio_base: str
+    """Name of the Whisper checkpoint that it belongs on, as jobs.build takes it."""
+    text_base: str
+    """Name of the Qwen2-VL checkpoint."""
+    base_digests: dict[str, str]
+    settings: dict[str, Any]
+    """How audio becomes tokens, prompt and text style, and the seed of the join: build_graft's."""
+    trained_styles: list[str]
+    trained_context: bool
+    adapters: LoraSettings | None
+    onto: str
+    """full: the adapters belong onto the text base as it is; nf4: as NF4 rounds it."""
+    dtype: str
+    """Of the tensors."""
+    digest: str
+    """Of the tensors."""
+
+
+def known_names() -> list[str]:
+    """Names of what comes with the package."""
+    return sorted(path.parent.name for path in FOLDER.glob(f"*/{SETTINGS_FILE}"))
+
+
+def pretrained_folder(source: str) -> Path:
+    """Find the trained part of a graft by its name in the package, or by its folder. Raises ModelError where there is none."""
+    for folder in (FOLDER / source, Path(source)):
+        if (folder / SETTINGS_FILE).is_file():
+            return folder
+    known = ", ".join(known_names()) or "none come with this installation"
+    raise ModelError(f"{source} is no pretrained graft: give a name ({known}) or a folder written by jobs.export")
+
+
+@functools.cache
+def installed_graft(name: str, cache: Path | None = None) -> Path:
+    """Find the graft that comes with the package by that name, on the bundled pair, float32; built into the cache at its first use.
+
+    A process checks its files once.
+    `cache` defaults to $GRAFT_CACHE, then ~/.cache/graft. Raises MissingExtra without the bundled weights, ModelError as pretrained_graft.
+    """
+    folder = FOLDER / name
+    digest = read_pretrained(folder).digest
+    cached_name = f"{name}-{digest[:12]}-{CONVERSION}"
+
+    def write(out: Path) -> None:
+        model, processor = pretrained_graft(
+            folder, audio_base=str(bundled_whisper(cache)), text_base=str(bundled_qwen2vl(cache))
+        )
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
+
+    return cached_folder(cached_name, cache) or write_cached(cached_name, write, {name: digest}, cache)
+
+
+def read_pretrained(folder: Path) -> Pretrained:
+    """Read pretrained.json. Raises ModelError where it is broken or of another format."""
+    path = folder / SETTINGS_FILE
+    try:
+        found = json.loads(path.read_text())
+        if (version := found.pop("format")) != FORMAT:
+            raise ModelError(
+                f"{path} is of format {version}, this graft reads {FORMAT}: upgrade graft, or export it again"
+            )
+        adapters = found.pop("adapters")
+        return Pretrained(**found, adapters=adapters and LoraSettings(**adapters))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} can't be read ({error}): fetch or export it again") from error
+
+
+def read_tensors(folder: Path, pretrained: Pretrained) -> dict[str, Tensor]:
+    """Read all shards, in float32. Raises ModelError unless they hold what was exported."""
+    state: dict[str, Tensor] = {}
+    try:
+        for path in sorted(folder.glob(WEIGHTS.format(suffix="*"))):
+            state |= load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} can't be read ({error}): fetch or export it again") from error
+    if state_digest(state) != pretrained.digest:
+        raise ModelError(f"{folder}: its adapter*.safetensors do not hold what was exported: fetch or export it again")
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def write_pretrained(folder: Path, pretrained: Pretrained, state: Mapping[str, Tensor], *, shard_bytes: int) -> None:
+    """Write pretrained.json and the tensors, in files of `shard_bytes` at most. Raises ModelError where a tensor is larger than that."""
+    room = shard_bytes - HEADER_BYTES * len(state)
+    largest = max(state, key=lambda name: state[name].nbytes)
+    if state[largest].nbytes > room:
+        needed = math.ceil((state[largest].nbytes + HEADER_BYTES * len(state)) / 1e4) / 100
+        raise ModelError(
+            f"{largest} does not fit into a shard of {shard_bytes / 1e6:g} MB: make it {needed} MB or more"
+        )
+    save_torch_state_dict(dict(state), folder, filename_pattern=WEIGHTS, max_shard_size=room)
+    (folder / SETTINGS_FILE).write_text(json.dumps({"format": FORMAT, **asdict(pretrained)}, indent=2) + "\n")
+
+
+def audio_token_rows(graft: str, config: GraftConfig) -> Tensor:
+    """Read the embeddings of a graft's audio tokens, (3, text width), without its other weights."""
+    for path in weight_files(graft):
+        with safe_open(path, framework="pt") as file:
+            for name in list(file.keys()):
+                if name.endswith("embed_tokens.weight"):
+                    rows = file.get_slice(name)
+                    return torch.cat([rows[index : index + 1] for index in _audio_ids(config)])
+    raise ModelError(f"{graft} holds no embed_tokens.weight: build it again")
+
+
+def pretrained_graft(
+    folder: Path, *, audio_base: str, text_base: str, dtype: torch.dtype | None = None
+) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
+    """Join two bases and put a trained part onto them, its adapters merged in float32; the result has the text base's dtype or `dtype`.
+
+    Raises ModelError where the bases are not those that it was trained on.
+    """
+    pretrained = read_pretrained(folder)
+    state = read_tensors(folder, pretrained)
+    model, processor = build_graft(audio_base, text_base, dtype=torch.float32 if dtype else None, **pretrained.settings)
+    _check_bases(pretrained, model.config, {"audio": audio_base, "text": text_base}, source=str(folder))
+    dtype = dtype or model.dtype
+    model.float()
+    _put(model, pretrained, state, source=str(folder))
+    for parameter in model.parameters():  # but not the buffers: rotary frequencies stay float32
+        parameter.data = parameter.data.to(dtype)
+    for one in (model.config, processor):
+        one.trained_styles, one.trained_context = list(pretrained.trained_styles), pretrained.trained_context
+    return model, processor
+
+
+def save_trained_parts(source: Path, config: GraftConfig, folder: Path) -> None:
+    """Write a trained part as a stage leaves it: projector.safetensors and, where there are adapters, PEFT's files."""
+    pretrained = read_pretrained(source)
+    state = read_tensors(source, pretrained)
+    write_projector(_projector(state), config, folder)
+    if pretrained.adapters:
+        save_adapters(state, pretrained.adapters, folder)
+
+
+def _check_bases(pretrained: Pretrained, config: GraftConfig, bases: Mapping[str, str], *, source: str) -> None:
+    found = config.base_digests or {}
+    for part, wanted in pretrained.base_digests.items():
+        if found.get(part) != wanted:
+            name = getattr(pretrained, f"{part}_base")
+            digests = f"{wanted}, found {found.get(part)}"
+            raise ModelError(
+                f"{source} was trained on another {part} base than {bases[part]} ({digests}): give {part}_base={name}"
+            )
+
+
+def _put(
+    model: GraftForConditionalGeneration, pretrained: Pretrained, state: Mapping[str, Tensor], *, source: str
+) -> None:
+    try:
+        model.audio_projector.load_state_dict(_projector(state))
+        embeddings: Any = model.get_input_embeddings()
+        embeddings.weight.data[_audio_ids(model.config)] = state[AUDIO_TOKENS]
+    except (KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{source} does not fit this graft ({str(error).splitlines()[-1].strip()}): export it again"
+        ) from error
+    check_projector(model, source=source)
+    if pretrained.onto == "nf4":
+        round_to_nf4(model)
+    if pretrained.adapters:
+        adapters = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+        put_adapters(model, adapters, lora_config(pretrained.adapters), source=source)
+        merge_adapters(model)
+
+
+def _projector(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(PROJECTOR): tensor for name, tensor in state.items() if name.startswith(PROJECTOR)}
+
+
+def _audio_ids(config: GraftConfig) -> list[int]:
+    return [config.audio_token_id, config.audio_start_token_id, config.audio_end_token_id]

@@ -1,0 +1,202 @@
+"""Augmentation: what training makes of a clip so that it is never quite the same again; every choice follows from the sample's draw.
+
+In this order: speed (Ko et al. 2015, Audio augmentation for speech recognition), noise at a signal-to-noise ratio, gain, and, on the
+log-mels, masks over time and frequency (Park et al. 2019, SpecAugment). soxr changes the speed, as it resamples clips of other rates:
+torchaudio would do the same and is on few machines.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Self
+
+import numpy as np
+import soxr
+from pydantic import Field, model_validator
+
+from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
+from graft.audio.features import Features
+from graft.config import Recipe
+from graft.data.dataset import RowReader, RowTable, Sources
+from graft.data.sample_seeds import generator, uniform
+from graft.errors import AudioError, DataError
+
+Range = tuple[float, float]
+
+SLOWED_LIMIT_S = 29.9
+"""No clip is slowed down past this: Whisper hears 30 s, and durations in corpora are rounded."""
+NO_SPEECH_S = (0.5, 15.0)
+SILENCE_DBFS = -80.0
+MADE_NOISES = ("white", "pink", "speech-shaped")
+
+
+class NoiseRecipe(Recipe):
+    """Noise under part of the samples."""
+
+    share: float = Field(default=0.3, ge=0, le=1)
+    """Share of the samples that get noise."""
+    snr_db: Range = (5.0, 25.0)
+    """Least and greatest ratio of the clip's power to the noise's."""
+    data: Sources | None = None
+    """A corpus of noise clips in which nobody speaks; null: white, pink or speech-shaped noise is made."""
+
+
+class SpecAugmentRecipe(Recipe):
+    """Masks on the log-mels, filled with the clip's mean; each one's width is drawn, from nothing to the greatest."""
+
+    time_masks: int = Field(default=2, ge=0)
+    time_s: float = Field(default=0.5, ge=0)
+    """Greatest length of a time mask; also never over a fifth of the clip."""
+    freq_masks: int = Field(default=2, ge=0)
+    freq_bins: int = Field(default=15, ge=0)
+    """Greatest height of a frequency mask, of 80 or 128 mel bins."""
+
+
+class AugmentRecipe(Recipe):
+    """What is done to clips in training; nothing by default."""
+
+    speed: list[Annotated[float, Field(ge=0.5, le=2)]] = Field(default=[1.0], min_length=1)
+    """Factors, one of which is drawn: 1.1 is faster and higher."""
+    gain_db: Range | None = None
+    """Least and greatest amplification; none lifts a clip past full scale."""
+    noise: NoiseRecipe | None = None
+    specaugment: SpecAugmentRecipe | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, limits in (("gain_db", self.gain_db), ("noise.snr_db", self.noise and self.noise.snr_db)):
+            if limits and limits[0] > limits[1]:
+                raise ValueError(f"{name} is {list(limits)}: give the smaller number first")
+        return self
+
+
+def drawn_speeds(factors: Sequence[float], durations_s: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Draw the speed of each sample (samples,) from the factors with which it stays within SLOWED_LIMIT_S; without any it is 1."""
+    choices = np.sort(np.asarray(factors, np.float64))[::-1]
+    limit = np.maximum(durations_s / SLOWED_LIMIT_S, 0)
+    fitting = (choices >= np.minimum(limit, 1)[:, None]).sum(axis=1)  # the fastest come first
+    chosen = np.floor(uniform(draws, "speed") * fitting).astype(int)
+    return np.where(fitting > 0, choices[np.minimum(chosen, len(choices) - 1)], 1.0)
+
+
+def at_speed(clip: AudioClip, factor: float) -> AudioClip:
+    """Play a clip `factor` times as fast: round(samples / factor) samples, pitch and all."""
+    if factor == 1:
+        return clip
+    count = max(1, round(len(clip.samples) / factor))
+    samples = soxr.resample(clip.samples, SAMPLE_RATE * factor, SAMPLE_RATE, quality="HQ")[:count]
+    return AudioClip(np.pad(samples, (0, count - len(samples))))
+
+
+class NoiseCorpus:
+    """Noise clips of a corpus, read when they are drawn: any at any time, so small row groups are best. Holds the eight read last."""
+
+    def __init__(self, rows: RowTable) -> None:
+        self.rows = rows
+        self._reader = RowReader(rows.files, cache_row_groups=8)
+
+    def samples(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Draw a clip and a place in it: float32 (count,), begun again where the clip is shorter. Raises DataError naming the clip."""
+        row = int(rng.integers(len(self.rows)))
+        try:
+            wav, name = self._reader.wav(self.rows.file[row], self.rows.row_group[row], self.rows.row[row])
+            noise = read_audio(wav, name=name or self.rows.id(row)).samples
+        except (AudioError, DataError) as error:
+            raise DataError(f"noise clip {self.rows.id(row)}: {error}") from error
+        start = int(rng.integers(max(1, len(noise) - count + 1)))
+        return np.resize(noise[start:], count)
+
+
+class Augmenter:
+    """Augments clips and their features by the recipe; equal draws give equal bits."""
+
+    def __init__(self, recipe: AugmentRecipe, noise: NoiseCorpus | None = None) -> None:
+        self.recipe, self.noise = recipe, noise
+
+    def clip(self, clip: AudioClip, draw: int, *, duration_s: float) -> AudioClip:
+        """Change speed, add noise and amplify; `duration_s` is what the plan took for the clip's length when it drew the speed."""
+        speed = float(drawn_speeds(self.recipe.speed, np.array([duration_s]), np.array([draw]))[0])
+        return self._amplified(self._noisy(at_speed(clip, speed), draw), draw)
+
+    def features(self, features: Features, draw: int) -> Features:
+        """Mask the log-mels of a clip's own frames."""
+        if self.recipe.specaugment is None:
+            return features
+        mel = features.mel.copy()
+        own = mel[:, : features.frame_count]
+        own[_mask(own.shape, self.recipe.specaugment, generator(draw, "specaugment"))] = own.mean()
+        return replace(features, mel=mel)
+
+    def _noisy(self, clip: AudioClip, draw: int) -> AudioClip:
+        noise = self.recipe.noise
+        if noise is None or uniform(draw, "noise share") >= noise.share:
+            return clip
+        rng = generator(draw, "noise")
+        added = (
+            self.noise.samples(len(clip.samples), rng)
+            if self.noise
+            else made_noise(str(rng.choice(MADE_NOISES)), clip.samples, rng)
+        )
+        wanted = _power(clip.samples) / 10 ** (rng.uniform(*noise.snr_db) / 10)
+        power = _power(added)
+        return AudioClip(clip.samples + added * np.float32(np.sqrt(wanted / power))) if power > 0 else clip
+
+    def _amplified(self, clip: AudioClip, draw: int) -> AudioClip:
+        if self.recipe.gain_db is None:
+            return clip
+        lowest, highest = self.recipe.gain_db
+        gain = 10 ** ((lowest + (highest - lowest) * float(uniform(draw, "gain"))) / 20)
+        peak = float(np.abs(clip.samples).max())
+        return AudioClip(clip.samples * np.float32(min(gain, max(1.0, 1 / max(peak, 1e-9)))))
+
+
+def made_noise(kind: str, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Make noise as long as the samples, float32: `white`, `pink` (power falls with frequency) or `speech-shaped`.
+
+    Speech-shaped noise has the samples' own long-term spectrum and random phases: a steady murmur, no words.
+    """
+    if kind == "white":
+        return rng.standard_normal(len(samples), dtype=np.float32)
+    length = 1 << (len(samples) - 1).bit_length()  # ten times as fast as most others
+    spectrum = np.fft.rfft(rng.standard_normal(length, dtype=np.float32))
+    shape = np.maximum(np.arange(len(spectrum)), 1) ** -0.5 if kind == "pink" else np.abs(np.fft.rfft(samples, length))
+    return np.fft.irfft(spectrum * shape.astype(np.float32), length)[: len(samples)].astype(np.float32)
+
+
+def no_speech_durations(count: int, seed: int) -> np.ndarray:
+    """The seconds of `count` samples without speech, in whole mel frames: evenly from half a second to fifteen."""
+    shortest, longest = NO_SPEECH_S
+    return np.round(shortest + (longest - shortest) * uniform(np.arange(count), f"no speech {seed}"), 2)
+
+
+def no_speech_clip(duration_s: float, draw: int, noise: NoiseCorpus | None = None) -> AudioClip:
+    """Make a clip in which nobody speaks: digital silence, or noise of -80 to -20 dBFS, from the corpus or, without one, made."""
+    rng, count = generator(draw, "no speech"), round(duration_s * SAMPLE_RATE)
+    silence = np.zeros(count, np.float32)
+    if rng.random() < 1 / 4:
+        return AudioClip(silence)
+    samples = noise.samples(count, rng) if noise else made_noise(str(rng.choice(MADE_NOISES[:2])), silence, rng)
+    loudness = 10 ** (rng.uniform(SILENCE_DBFS, -20) / 20)
+    return AudioClip(samples * np.float32(loudness / max(np.sqrt(_power(samples)), 1e-9)))
+
+
+def _mask(shape: tuple[int, ...], recipe: SpecAugmentRecipe, rng: np.random.Generator) -> np.ndarray:
+    """Where features (mels, frames) are masked."""
+    mels, frames = shape
+    mask = np.zeros(shape, bool)
+    for _ in range(recipe.time_masks):
+        start, stop = _span(frames, min(round(recipe.time_s * 100), frames // 5), rng)
+        mask[:, start:stop] = True
+    for _ in range(recipe.freq_masks):
+        start, stop = _span(mels, min(recipe.freq_bins, mels), rng)
+        mask[start:stop] = True
+    return mask
+
+
+def _span(length: int, widest: int, rng: np.random.Generator) -> tuple[int, int]:
+    width = int(rng.integers(widest + 1))
+    start = int(rng.integers(length - width + 1))
+    return start, start + width
+
+
+def _power(samples: np.ndarray) -> float:
+    return float(np.mean(np.square(samples, dtype=np.float64)))

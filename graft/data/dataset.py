@@ -1,0 +1,269 @@
+"""Speech corpora: parquet files of whole, undecoded audio files with their transcripts, read straight from where they lie.
+
+Planning reads the metadata columns of all files (RowTable); training and evaluation fetch the audio of single rows (RowReader). Files are
+written, and by default read, in SpeechBrain's LargeScaleASR schema.
+Source: https://huggingface.co/datasets/speechbrain/LoquaciousSet
+"""
+
+import functools
+import itertools
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from graft.audio.clip import AudioClip, flac_bytes
+from graft.config import Recipe
+from graft.data.columns import Columns, Metadata, kept, read_audio_column, read_metadata, read_texts
+from graft.errors import DataError
+from graft.storage.locations import again, list_files, open_parquet, shown, version_of
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+SCHEMA = pa.schema(
+    [
+        ("ID", pa.string()),
+        ("duration", pa.float32()),  # seconds
+        ("wav", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("spk_id", pa.string()),
+        ("sex", pa.string()),
+        ("text", pa.string()),
+    ]
+)
+PLANNING_THREADS = 32  # they wait for answers
+
+
+class Source(Recipe):
+    """Parquet files of one kind."""
+
+    files: str | Annotated[list[str], Field(min_length=1)]
+    """Files, folders or globs: local, hf://datasets/OWNER/NAME@REVISION/FOLDER, s3://BUCKET/KEY, or single files at http(s)://."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often a row stands in an epoch: 2 is twice, 0.5 every other epoch."""
+    columns: Columns = Columns()
+    texts: str | None = None
+    """Parquet with ID and text: these texts take the place of the corpus's own; a row that it lacks has none."""
+
+
+Sources = str | Source | Sequence[str | Source]
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """A parquet file, and the column of its audio."""
+
+    uri: str
+    audio: str = "wav"
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """Every row of a corpus without its audio: columns of equal length (rows,), in the order of the sources and of their files.
+
+    Nothing in it is a Python object for each row: pickled with protocol 5, it is read from shared memory without a copy.
+    """
+
+    ids: pa.LargeStringArray
+    texts: pa.LargeStringArray  # "" where the corpus has none
+    duration_s: np.ndarray  # float64; NaN where it is not known
+    source: np.ndarray  # int16, index into weights
+    file: np.ndarray  # int32, index into files
+    row_group: np.ndarray  # int32, within the file
+    row: np.ndarray  # int32, within the row group
+    files: list[CorpusFile]
+    weights: list[float]  # of each source
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def id(self, row: int) -> str:
+        """The name of a row."""
+        return str(self.ids[int(row)])
+
+    def text(self, row: int) -> str:
+        """The transcript of a row, "" where it has none."""
+        return str(self.texts[int(row)])
+
+    def select(self, rows: np.ndarray) -> "RowTable":
+        """The rows at these indices, in their order, or those where a mask is true."""
+        rows = np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
+        strings = {name: getattr(self, name).take(pa.array(rows)) for name in ("ids", "texts")}
+        return replace(self, **strings, **{name: getattr(self, name)[rows] for name in _NUMBERS})
+
+
+_NUMBERS = ("duration_s", "source", "file", "row_group", "row")
+
+
+def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) -> RowTable:
+    """Read the metadata columns of a corpus; its paths without a Source of their own make up one together.
+
+    The files of a source are sorted by URI. In the folder `cache`, what was read of a file is kept for as long as the file stays the same.
+    Raises DataError when nothing is found, a file is not parquet, lacks a column or stands in two sources, all files are empty, or a row
+    has no ID. A row without text or with an odd duration is kept.
+    """
+    kinds = _as_sources(sources)
+    listed = [(index, uri) for index, source in enumerate(kinds) for uri in list_files(_as_list(source.files))]
+    if twice := [uri for uri, count in Counter(uri for _, uri in listed).items() if count > 1]:
+        raise DataError(
+            f"corpus {shown(twice[0])}: stands in two sources: give it once, with the weight that it should have"
+        )
+    parts = _all(listed, lambda entry: _read_part(entry[1], kinds[entry[0]].columns, Path(cache) if cache else None))
+    sizes = [len(part.ids) for part in parts]
+    if not any(sizes):
+        raise DataError(f"corpus {shown(listed[0][1])}: no rows in {len(listed)} files")
+    groups = [(file, group, size) for file, part in enumerate(parts) for group, size in enumerate(part.group_sizes)]
+    repeats = [size for _, _, size in groups]
+    source = np.repeat([index for index, _ in listed], sizes).astype(np.int16)
+    ids = _joined([part.ids for part in parts])
+    return RowTable(
+        ids=ids,
+        texts=_own_or_given(ids, _joined([part.texts for part in parts]), source, [kind.texts for kind in kinds]),
+        duration_s=np.concatenate([part.duration_s for part in parts]),
+        source=source,
+        file=np.repeat([file for file, _, _ in groups], repeats).astype(np.int32),
+        row_group=np.repeat([group for _, group, _ in groups], repeats).astype(np.int32),
+        row=np.concatenate([np.arange(size, dtype=np.int32) for size in repeats]),
+        files=[CorpusFile(uri, kinds[index].columns.audio) for index, uri in listed],
+        weights=[kind.weight for kind in kinds],
+    )
+
+
+class RowReader:
+    """Fetches the audio of single rows by RowTable's (file, row_group, row); keeps the row groups read last. One for each process."""
+
+    def __init__(self, files: Sequence[CorpusFile], cache_row_groups: int = 4) -> None:
+        self.files = list(files)
+        self._audio = functools.lru_cache(maxsize=cache_row_groups)(self._read_audio)
+        self._footers = functools.lru_cache(maxsize=4 * cache_row_groups)(self._read_footer)
+
+    def wav(self, file: int, row_group: int, row: int) -> tuple[bytes, str]:
+        """The audio file's bytes and its name. Raises DataError when the file is gone or the row holds no audio."""
+        contents, names = self._audio(int(file), int(row_group))
+        content = contents[int(row)].as_py()
+        if content is None:
+            raise DataError(
+                f"corpus {shown(self.files[file].uri)}: row {row} of row group {row_group} holds no audio bytes"
+            )
+        return content, (names[int(row)].as_py() or "") if names is not None else ""
+
+    def _read_audio(self, file: int, row_group: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
+        place, footer = self.files[file], self._footers(file)
+
+        def read() -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
+            with open_parquet(place.uri, footer) as parquet:
+                return read_audio_column(parquet, place.audio, row_group)
+
+        return again(place.uri, read)
+
+    def _read_footer(self, file: int) -> pq.FileMetaData:
+        return _read_file(self.files[file].uri, lambda parquet: parquet.metadata)
+
+
+def write_corpus(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str], *, rows_per_group: int = 100) -> int:
+    """Write rows (dicts with exactly SCHEMA's keys) as one local parquet file, whole or not at all; returns how many.
+
+    Same rows, same bytes. Raises DataError for no rows, other keys or values of another type.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    count, waiting = 0, iter(rows)
+    try:
+        # Audio is compressed already and never repeats: no dictionary for it.
+        with pq.ParquetWriter(
+            temporary, SCHEMA, use_dictionary=["spk_id", "sex"], write_statistics=["duration"]
+        ) as writer:
+            while group := list(itertools.islice(waiting, rows_per_group)):
+                writer.write_table(_group_table(group), row_group_size=rows_per_group)
+                count += len(group)
+        if not count:
+            raise DataError(f"corpus {path}: no rows to write")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def clip_row(name: str, clip: AudioClip, text: str) -> dict[str, Any]:
+    """Make a row for write_corpus of a clip that stands in no file."""
+    wav = {"bytes": flac_bytes(clip), "path": f"{name}.flac"}
+    return {"ID": name, "duration": clip.duration_s, "wav": wav, "spk_id": "", "sex": "", "text": text}
+
+
+def _group_table(group: list[Mapping[str, Any]]) -> pa.Table:
+    for row in group:
+        if row.keys() != set(SCHEMA.names):
+            raise DataError(f"corpus row {row.get('ID')!r} has keys {sorted(row)}, wants {sorted(SCHEMA.names)}")
+    try:
+        return pa.Table.from_pylist(group, schema=SCHEMA)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"corpus rows {group[0]['ID']!r} to {group[-1]['ID']!r}: {error}") from error
+
+
+def _as_list(files: str | Sequence[str]) -> list[str]:
+    return [files] if isinstance(files, str) else list(files)
+
+
+def _as_sources(sources: Sources) -> list[Source]:
+    """Every source in the long form; the plain paths are one, where the first of them stands."""
+    given = [sources] if isinstance(sources, str | Source) else list(sources)
+    paths = [source for source in given if isinstance(source, str)]
+    first = next((index for index, source in enumerate(given) if isinstance(source, str)), None)
+    if not given:
+        raise DataError("corpus: no source is given: name parquet files, folders or globs")
+    return [
+        Source(files=paths) if isinstance(source, str) else source
+        for index, source in enumerate(given)
+        if index == first or isinstance(source, Source)
+    ]
+
+
+def _all(inputs: Sequence[S], read: Callable[[S], T]) -> list[T]:
+    with ThreadPoolExecutor(max_workers=PLANNING_THREADS) as pool:
+        return list(pool.map(read, inputs))
+
+
+def _read_part(uri: str, columns: Columns, cache: Path | None) -> Metadata:
+    read = functools.partial(_read_file, uri, lambda parquet: read_metadata(parquet, columns, name=shown(uri)))
+    version = again(uri, lambda: version_of(uri)) if cache else None
+    return kept(cache, f"{version} {columns.model_dump_json()}", read) if cache and version else read()
+
+
+def _read_file(uri: str, read: Callable[[pq.ParquetFile], T]) -> T:
+    def attempt() -> T:
+        with open_parquet(uri) as parquet:
+            return read(parquet)
+
+    return again(uri, attempt)
+
+
+def _joined(columns: Sequence[pa.ChunkedArray]) -> pa.LargeStringArray:
+    return pa.chunked_array(
+        [chunk for column in columns for chunk in column.chunks], pa.large_string()
+    ).combine_chunks()
+
+
+def _own_or_given(ids: pa.Array, own: pa.Array, source: np.ndarray, given: Sequence[str | None]) -> pa.LargeStringArray:
+    """The rows' texts, those of sources that name a parquet of texts from there, found by ID."""
+    for index, place in enumerate(given):
+        if place is None:
+            continue
+        parts = _all(list_files([place]), lambda uri: _read_file(uri, functools.partial(read_texts, name=shown(uri))))
+        keys, texts = _joined([keys for keys, _ in parts]), _joined([texts for _, texts in parts])
+        mine = pa.array(source == index)
+        found = pc.if_else(mine, pc.index_in(ids, keys), None)
+        if found.null_count == len(ids):
+            raise DataError(f"texts {shown(place)}: holds none of the corpus's IDs")
+        own = pc.if_else(mine, texts.take(found).fill_null(""), own)
+    return own

@@ -1,0 +1,275 @@
+"""The engine for GPUs with much to do: encoder and projector in batches in PyTorch, the language model as a plain Qwen2 in vLLM.
+
+    stream() -> waiting -> the oldest and its like: embeddings of their prompts -> vLLM, which batches rows itself -> the row's own stream
+
+A thread with an event loop of its own owns the requests and vLLM's client; another encodes, while vLLM decodes in a process of its own.
+"""
+
+import asyncio
+import contextlib
+import heapq
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.checkpoints.language_model import language_model_folder, open_hearing_part
+from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
+from graft.inference.engines.scheduler import ENCODER_ROWS, Row, received, send
+from graft.inference.engines.vllm_client import VllmClient, require_vllm, vllm_arguments
+from graft.model.modeling import GraftForConditionalGeneration
+from graft.processor import GraftProcessor, collate_features
+
+
+def open_vllm_engine(
+    path: str | Path,
+    *,
+    device: str = "cuda",
+    dtype: torch.dtype | None = None,
+    quantization: str | None = None,
+    memory_fraction: float = 0.8,
+    max_model_len: int = 4_096,
+    max_requests: int = 256,
+    tensor_parallel_size: int = 1,
+    cache_bytes: int | None = None,
+) -> tuple["VllmEngine", GraftProcessor]:
+    """Open a graft's folder, a merged one or a hub id in vLLM, with its processor; the first time its language model is converted.
+
+    The encoder runs on `device`, vLLM on the first `tensor_parallel_size` devices that the process sees, or on the CPU with its CPU build.
+    vLLM takes `memory_fraction` of each, the rest is the encoder's; `cache_bytes` of it are for keys and values, by default what the
+    weights leave, on a CPU 1 GiB. `max_model_len` bounds prompt and answer together, in tokens, `max_requests` what is decoded at once.
+    `quantization` is vLLM's name of a method ("fp8", "bitsandbytes"). Raises MissingExtra without vLLM, ModelError as open_hearing_part.
+    """
+    require_vllm()
+    ears, processor = open_hearing_part(path, dtype=dtype, device=device)
+    arguments = vllm_arguments(
+        language_model_folder(path),
+        device=torch.device(device),
+        dtype=next(ears.audio_projector.parameters()).dtype,
+        quantization=quantization,
+        memory_fraction=memory_fraction,
+        max_model_len=min(max_model_len, ears.config.get_text_config().max_position_embeddings),
+        max_requests=max_requests,
+        tensor_parallel_size=tensor_parallel_size,
+        cache_bytes=cache_bytes,
+    )
+    return VllmEngine(ears, arguments, eos_ids=processor.end_ids(ears.generation_config)), processor
+
+
+class VllmEngine:
+    """Greedy decoding with vLLM: the same tokens as the transformers engine's, up to rounding.
+
+    `ears` embeds prompts, `arguments` are vLLM's AsyncEngineArgs for its language model. A request waits `gather_s` for others to be
+    encoded with. A clip on which the encoder fails ends alone, with its error; what vLLM fails at ends the streams that it is about. Call
+    `close` to release the model.
+    """
+
+    def __init__(
+        self, ears: GraftForConditionalGeneration, arguments: Any, *, eos_ids: Collection[int], gather_s: float = 0.01
+    ) -> None:
+        self._ears = ears
+        self._device = ears.audio_tower.conv1.weight.device
+        self._max_tokens, self._max_requests = arguments.max_model_len, arguments.max_num_seqs
+        self._gather_s = gather_s
+        self._rows: dict[str, Row] = {}  # this and the next six are the loop's own
+        self._waiting: list[Row] = []
+        self._encoding: list[Row] = []
+        self._decoding: dict[Row, asyncio.Task[None]] = {}
+        self._stepped: set[Row] = set()
+        self._prefills = self._steps = self._tokens = 0
+        self._busy_s = self._busy_since = 0.0
+        self._changed = asyncio.Event()
+        self._is_closed = False
+        self._closing = threading.Lock()  # guards the one above
+        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-encode")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="graft-engine", daemon=True)
+        self._thread.start()
+        suppressed_ids = ears.generation_config.suppress_tokens or []
+        starting = VllmClient.started(
+            arguments, embed=self._embedded_ids, eos_ids=eos_ids, suppressed_ids=suppressed_ids
+        )
+        try:
+            self._client = asyncio.run_coroutine_threadsafe(starting, self._loop).result()
+        except BaseException:
+            self._stop()
+            raise
+        self._worker = asyncio.run_coroutine_threadsafe(self._work(), self._loop)
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[Token, None]:
+        """See Engine. Raises ValueError for an id that is under way or too long a request, RuntimeError when the engine is closed."""
+        row = Row(request)
+        self._call(self._arrive, row)
+        try:
+            while token := await received(row):
+                yield token
+        finally:
+            with contextlib.suppress(RuntimeError):  # closed, and so over
+                self._call(self._leave, row)
+
+    def abort(self, request_id: str) -> None:
+        """See Engine."""
+        with contextlib.suppress(RuntimeError):
+            self._call(self._abort, request_id)
+
+    def counts(self) -> EngineCounts:
+        """See Engine. vLLM does not tell its steps: a new one is counted when a row that had a token in the last has another."""
+        running, waiting = len(self._decoding), len(self._waiting) + len(self._encoding)
+        busy_s = self._busy_s + (time.monotonic() - self._busy_since if self._rows else 0)
+        return EngineCounts(running, waiting, self._prefills, self._steps, self._tokens, busy_s)
+
+    def close(self) -> None:
+        """See Engine."""
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._stop()
+        del self._client, self._ears
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._encoder.shutdown()
+        self._loop.close()
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        """Have the engine's thread do something, in the order of the calls."""
+        with self._closing:
+            if self._is_closed:
+                raise RuntimeError("the engine is closed")
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    # What follows runs in the engine's loop.
+
+    def _arrive(self, row: Row) -> None:
+        request = row.request
+        length = row.prompt_length + request.max_new_tokens
+        if request.request_id in self._rows:
+            send([(row, ValueError(f"request {request.request_id} is already under way"))])
+        elif length > self._max_tokens:
+            send(
+                [
+                    (
+                        row,
+                        ValueError(
+                            f"prompt and answer may have {length} tokens: raise max_model_len, now {self._max_tokens}"
+                        ),
+                    )
+                ]
+            )
+        else:
+            self._busy_since = self._busy_since if self._rows else time.monotonic()
+            self._rows[request.request_id] = row
+            self._waiting.append(row)
+            self._changed.set()
+
+    def _abort(self, request_id: str) -> None:
+        if row := self._rows.get(request_id):
+            self._leave(row)
+
+    def _leave(self, row: Row) -> None:
+        if self._rows.get(row.request.request_id) is row:
+            del self._rows[row.request.request_id]
+            self._busy_s += 0 if self._rows else time.monotonic() - self._busy_since
+        if row in self._waiting:
+            self._waiting.remove(row)
+        if task := self._decoding.pop(row, None):
+            task.cancel()
+            self._changed.set()
+        if not row.is_over:
+            send([(row, None)])
+
+    async def _end(self) -> None:
+        self._worker.cancel()
+        send([(row, RuntimeError("the engine is closed")) for row in self._rows.values()])
+        tasks = list(self._decoding.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._client.shutdown()
+
+    async def _work(self) -> None:
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(self._gather_s)
+            self._changed.clear()
+            while group := self._next_group():
+                self._encoding = group
+                embedded = await self._loop.run_in_executor(self._encoder, self._embedded, group)
+                self._encoding = []
+                self._prefills += 1
+                for row, embeddings in zip(group, embedded, strict=True):
+                    self._begin(row, embeddings)
+
+    def _next_group(self) -> list[Row]:
+        """Take rows out of the queue, as soon as as many of them can go on as are encoded at once: while many wait, batches are full."""
+        room = self._max_requests + ENCODER_ROWS - len(self._decoding)
+        if room < min(len(self._waiting), ENCODER_ROWS):
+            return []
+        group = heapq.nsmallest(
+            ENCODER_ROWS, self._waiting, key=lambda row: abs(row.prompt_length - self._waiting[0].prompt_length)
+        )
+        picked = set(group)
+        self._waiting = [row for row in self._waiting if row not in picked]
+        return group
+
+    def _begin(self, row: Row, embeddings: Tensor | Exception) -> None:
+        if row.is_over:
+            return
+        if isinstance(embeddings, Exception):
+            send([(row, embeddings)])
+        else:
+            self._decoding[row] = self._loop.create_task(self._decode(row, embeddings))
+
+    async def _decode(self, row: Row, embeddings: Tensor) -> None:
+        end: Exception | None = None
+        try:
+            async with contextlib.aclosing(self._client.answer(row.request, embeddings)) as answer:
+                async for token in answer:
+                    self._count(row)
+                    send([(row, token)])
+        except Exception as error:
+            end = error
+        self._decoding.pop(row, None)
+        self._changed.set()
+        send([(row, end)])
+
+    def _count(self, row: Row) -> None:
+        self._tokens += 1
+        if row in self._stepped or not self._stepped:
+            self._stepped.clear()
+            self._steps += 1
+        self._stepped.add(row)
+
+    @torch.inference_mode()
+    def _embedded_ids(self, ids: Sequence[int]) -> Tensor:
+        return self._ears.embed(torch.tensor([ids], device=self._device))[0].cpu()
+
+    # What follows runs in the encoder's thread.
+
+    @torch.inference_mode()
+    def _embedded(self, rows: Sequence[Row]) -> list[Tensor | Exception]:
+        """Embed prompts together or, where that fails, each half of them; a row for which it fails alone has its error."""
+        try:
+            return list(self._embed([row.request for row in rows]))
+        except Exception as error:
+            if len(rows) == 1:
+                return [error.with_traceback(None)]  # it would hold the rows' tensors
+        half = len(rows) // 2
+        return self._embedded(rows[:half]) + self._embedded(rows[half:])
+
+    def _embed(self, requests: Sequence[EngineRequest]) -> Sequence[Tensor]:
+        ids = torch.tensor(
+            [[id for request in requests for id in request.prompt_ids]]
+        )  # one after the other: no padding
+        audio = collate_features([request.features for request in requests])
+        inputs = {"input_ids": ids, **{name: torch.from_numpy(array) for name, array in audio.items()}}
+        embeddings = self._ears.embed(**{name: tensor.to(self._device) for name, tensor in inputs.items()})[0]
+        return embeddings.cpu().split([len(request.prompt_ids) for request in requests])

@@ -1,0 +1,214 @@
+"""How training samples are asked for: a sample's text and its draw -> an instruction, now and then with a list of words, and a style.
+
+Source of the word lists: Le et al., Contextualized Streaming End-to-End Speech Recognition with Trie-Based Deep Biasing and Shallow Fusion,
+Interspeech 2021: rare words are those outside the most frequent ones that make up 90 % of a corpus.
+"""
+
+import bisect
+import itertools
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from graft.config import Recipe
+from graft.errors import DataError, RecipeError
+from graft.text.context import MOST_CONTEXT_WORDS
+from graft.text.prompts import INSTRUCTIONS, PLAIN_WORDING, Wording, is_formatted, with_context
+
+COMMON_SHARE = 0.9
+MOST_RARE_WORDS = 200_000
+_BLOCK = 100_000
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+_EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class WordsRecipe(Recipe):
+    """What samples are asked for besides the plain transcript; all of it off by default."""
+
+    styles: dict[Literal["raw", "lower", "formatted"], Share] = Field(default={})
+    """Text style -> share of the samples that ask for it in words; the others keep the default instruction."""
+    context: Share = 0.0
+    """Share of the samples that are given a list of words which may occur."""
+    context_words: int = Field(default=20, ge=1, le=MOST_CONTEXT_WORDS)
+    """Most words of a list."""
+    context_empty: Share = 0.1
+    """Share of the lists that are empty."""
+    context_absent: Share = 0.3
+    """Share of the lists that hold none of the clip's words."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> "WordsRecipe":
+        if sum(self.styles.values()) > 1 - 1e-9:
+            raise ValueError(
+                f"the shares of styles add up to {sum(self.styles.values()):g}: leave some samples the default instruction"
+            )
+        if self.context_empty + self.context_absent > 1:
+            raise ValueError("context_empty and context_absent add up to more than 1")
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the default instruction is asked for."""
+        return not self.context and not any(self.styles.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Wordings:
+    """Draws the wording of a sample; a pure function of the sample's text and draw. `default_style` is the graft's own text style."""
+
+    settings: WordsRecipe
+    default_style: str = "lower"
+    rare_words: Sequence[str] = ()
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether every sample has the default wording."""
+        return self.settings.plain and self.default_style != "formatted"
+
+    def draw(self, text: str, draw: int) -> Wording:
+        """Word a sample. A label that is not formatted is never the answer to a formatted one's question: it is asked for in lower case."""
+        if self.plain:
+            return PLAIN_WORDING
+        chance = random.Random(int(draw)).random
+        style = self._style(chance())
+        if (style or self.default_style) == "formatted" and text.strip() and not is_formatted(text):
+            style = "lower" if self.default_style == "formatted" else None
+        phrasing, listed = chance(), chance()
+        wording = _WORDINGS[style][int(phrasing * len(_WORDINGS[style]))]
+        if listed >= self.settings.context:
+            return wording
+        formatted = (style or self.default_style) == "formatted"
+        return Wording(with_context(wording.instruction, self._list(text, chance, formatted=formatted)), style)
+
+    def _style(self, chance: float) -> str | None:
+        for style, share in sorted(self.settings.styles.items()):
+            chance -= share
+            if chance < 0:
+                return style
+        return None
+
+    def _list(self, text: str, chance: Any, *, formatted: bool) -> list[str]:
+        """Rare words of the text among others, in one manner of writing and any order, so that nothing tells which are which."""
+        kind, length = chance(), 1 + int(chance() * self.settings.context_words)
+        if kind < self.settings.context_empty:
+            return []
+        own = {key: word for word in text.split() if (key := _key(word)) and key in self._rare_keys}
+        others = self._others(text, chance)
+        words: list[str] = []
+        if own and kind >= self.settings.context_empty + self.settings.context_absent:
+            count = 1 + int(chance() * min(len(own), length))
+            words = [_EDGES.sub("", own[key]) for key in _shuffled(sorted(own), chance)[:count]]
+        words += itertools.islice(others, length - len(words))
+        manner = 0.0 if formatted else chance()
+        return _shuffled([_written(word, text, manner) for word in words], chance)
+
+    def _others(self, text: str, chance: Any) -> Iterator[str]:
+        """Rare words of the corpus that are none of the text's, each once; fewer than wanted where there are hardly any."""
+        met = set(map(_key, text.split()))
+        for _ in range(4 * self.settings.context_words if self.rare_words else 0):
+            word = self.rare_words[int(chance() * len(self.rare_words))]
+            if (key := _key(word)) not in met:
+                met.add(key)
+                yield word
+
+    @cached_property
+    def _rare_keys(self) -> frozenset[str]:
+        return frozenset(map(_key, self.rare_words))
+
+
+def make_wordings(settings: WordsRecipe, texts: Sequence[str], *, prompt_style: str, text_style: str) -> Wordings:
+    """Make what words the samples of a corpus, for a graft of these styles.
+
+    Raises RecipeError where the graft's prompt is the reference's, which is fixed, and DataError where texts lack what is to be trained.
+    """
+    if prompt_style == "reference":
+        if not settings.plain:
+            raise RecipeError(
+                "words: the graft's prompt is the reference's, which is fixed: leave words out, or build with prompt_style=graft"
+            )
+        return Wordings(settings, "raw")  # which writes texts as `formatted` does, and never asks for anything else
+    formatted = text_style == "formatted" or settings.styles.get("formatted")
+    if formatted and not any(is_formatted(str(text)) for text in texts):
+        raise DataError(
+            f"none of {len(texts)} texts is formatted: make them with python -m jobs.format, and name its output in data's texts"
+        )
+    words = rare_words(texts) if settings.context else []
+    if settings.context and not words:
+        raise DataError(
+            f"words.context={settings.context}: {len(texts)} texts hold no rare words: leave it out, or train on more"
+        )
+    return Wordings(settings, text_style, words)
+
+
+def trained_words(settings: WordsRecipe) -> dict[str, Any]:
+    """What a checkpoint trained with these settings can be asked for, as stage.json keeps it."""
+    return {
+        "styles": sorted(style for style, share in settings.styles.items() if share),
+        "context": settings.context > 0,
+    }
+
+
+def rare_words(texts: Sequence[str], *, most: int = MOST_RARE_WORDS) -> list[str]:
+    """List a corpus' words outside the most frequent 90 % of all, in alphabetical order, as they are most often written.
+
+    `texts` may be an Arrow array. Words have three letters or more and no digits; of more than `most` the rarest are left out.
+    """
+    forms: dict[str, Counter[str]] = defaultdict(Counter)
+    for form, count in _count_forms(texts).items():
+        if key := _key(form):
+            forms[key][_EDGES.sub("", form)] += count
+    counts = {key: sum(form.values()) for key, form in forms.items()}
+    by_frequency = sorted(counts, key=lambda key: (-counts[key], key))
+    seen = itertools.accumulate(counts[key] for key in by_frequency)
+    common = bisect.bisect_left(list(seen), COMMON_SHARE * sum(counts.values())) + 1
+    chosen = sorted(key for key in by_frequency[common : common + most] if len(key) >= 3)
+    return [min(forms[key], key=lambda form: (-forms[key][form], form)) for key in chosen]
+
+
+def _count_forms(texts: Any) -> Counter[str]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    counts: Counter[str] = Counter()
+    for start in range(0, len(texts), _BLOCK):
+        block = texts[start : start + _BLOCK]
+        array = block if isinstance(block, pa.Array | pa.ChunkedArray) else pa.array(block, pa.large_string())
+        for entry in pc.value_counts(pc.list_flatten(pc.utf8_split_whitespace(array))).to_pylist():
+            if entry["values"]:
+                counts[entry["values"]] += entry["counts"]
+    return counts
+
+
+def _key(word: str) -> str:
+    """A word whatever its case and the punctuation around it; "" for what is no word."""
+    core = _EDGES.sub("", word)
+    return core.casefold().replace("’", "'") if _WORD.fullmatch(core) else ""
+
+
+def _written(word: str, text: str, manner: float) -> str:
+    """Write a word of a list as the text is written, or, at the upper half of `manner`, in lower case or with a capital."""
+    if manner >= 0.5:
+        return word.lower() if manner < 0.75 else word.capitalize()
+    if text.isupper():
+        return word.upper()
+    if text.islower():
+        return word.lower()
+    return word.capitalize() if word.isupper() else word
+
+
+def _shuffled(words: list[str], chance: Any) -> list[str]:
+    return [word for _, word in sorted((chance(), word) for word in words)]
+
+
+_WORDINGS: dict[str | None, list[Wording]] = {
+    None: [PLAIN_WORDING],
+    **{style: [Wording(phrasing, style) for phrasing in phrasings] for style, phrasings in INSTRUCTIONS.items()},
+}

@@ -1,0 +1,138 @@
+"""The words around the audio: prompt templates, instructions and word lists, and how transcripts are written."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graft.errors import ModelError
+from graft.model.configuration import AUDIO_END_TOKEN, AUDIO_PAD_TOKEN, AUDIO_START_TOKEN
+from graft.text.context import checked_words
+
+DEFAULT_INSTRUCTION = "Transcribe this audio."
+INSTRUCTIONS = {
+    "raw": (
+        "Transcribe this audio word for word, as spoken.",
+        "Write down exactly what is said.",
+        "Give a verbatim transcript of this audio.",
+    ),
+    "lower": (
+        "Transcribe this audio in lower case, without punctuation.",
+        "Write what is said in small letters and leave out the punctuation.",
+        "Give a transcript of this audio that is all lower case and has no punctuation.",
+    ),
+    "formatted": (
+        "Transcribe this audio with punctuation and capital letters.",
+        "Write what is said in proper sentences, with case and punctuation.",
+        "Give a punctuated and capitalised transcript of this audio.",
+    ),
+}
+"""How a text style is asked for; a checkpoint trained for a style knows all of its phrasings."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What a prompt asks for, and the text style of its answer; None is the graft's own style."""
+
+    instruction: str = DEFAULT_INSTRUCTION
+    style: str | None = None
+
+
+PLAIN_WORDING = Wording()
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The text around a clip's placeholders. The question and the answer are plain text: nothing in them becomes a special token."""
+
+    before: str
+    after: str
+    question: str
+    answer: str
+
+
+PROMPT_END = "<|im_end|>\n<|im_start|>assistant\n"
+"""How every prompt ends: what follows is the answer."""
+ANSWER_END = "<|im_end|>"
+
+TEMPLATES = {
+    "graft": PromptTemplate(
+        before=f"<|im_start|>user\n{AUDIO_START_TOKEN}",
+        after=AUDIO_END_TOKEN,
+        question="\n{instruction}",
+        answer="{text}",
+    ),
+    # The released reference weights were trained with two literals that never became tokens; they need the same ids again.
+    "reference": PromptTemplate(
+        before="<|im_start|>user\n<|audio_bos|>", after="", question="<|audio_eos|>\n{instruction}", answer=" {text}"
+    ),
+}
+
+
+def prompt_text(style: str, instruction: str = DEFAULT_INSTRUCTION) -> str:
+    """Write a prompt around one placeholder. Raises KeyError for an unknown style."""
+    template = TEMPLATES[style]
+    return (
+        template.before
+        + AUDIO_PAD_TOKEN
+        + template.after
+        + template.question.format(instruction=instruction)
+        + PROMPT_END
+    )
+
+
+def target_text(style: str, text: str) -> str:
+    """Write the answer to train for a transcript that is already in its text style."""
+    return TEMPLATES[style].answer.format(text=text) + ANSWER_END
+
+
+def with_context(instruction: str, words: Sequence[str]) -> str:
+    """Add a list of words that may occur to an instruction; an empty list is told too."""
+    return (
+        f"{instruction} These words may occur: {', '.join(words)}." if words else f"{instruction} No words are given."
+    )
+
+
+def style_text(text: str, style: str) -> str:
+    """Write a transcript in a text style: `raw` and `formatted` as it is, `lower` in lower case without punctuation but apostrophes."""
+    text = " ".join(text.split())
+    if style != "lower":
+        return text
+    words = re.sub(r"[^\w\s'#]|_", " ", text.lower().replace("’", "'"))
+    return " ".join(word for word in (word.strip("'") for word in words.split()) if word)
+
+
+def is_formatted(text: str) -> bool:
+    """Tell whether a text is written in sentences: lower-case letters, and capitals or punctuation beside them."""
+    return any(map(str.islower, text)) and (any(map(str.isupper, text)) or re.search(r"[.,;:!?]", text) is not None)
+
+
+def request_instruction(
+    instruction: str | None,
+    context: Sequence[str] | None,
+    *,
+    text_style: str,
+    trained_styles: Sequence[str],
+    trained_context: bool,
+) -> str:
+    """Write the instruction of a request: a style's name or a trained phrasing, and words that may occur.
+
+    Raises ModelError, which names what the checkpoint can do, for what it was not trained to do, and for words that are no list of words.
+    """
+    asked = instruction or DEFAULT_INSTRUCTION
+    if asked == text_style:
+        asked = DEFAULT_INSTRUCTION
+    elif asked in INSTRUCTIONS and asked in trained_styles:
+        asked = INSTRUCTIONS[asked][0]
+    phrasings = [DEFAULT_INSTRUCTION, *(phrasing for style in trained_styles for phrasing in INSTRUCTIONS[style])]
+    if asked not in phrasings:
+        known = ", ".join(dict.fromkeys([text_style, *trained_styles]))
+        raise ModelError(
+            f"instruction {asked!r:.80}: this checkpoint was trained for {known}: give one of these, or none"
+        )
+    if context is None or (not context and not trained_context):
+        return asked
+    if not trained_context:
+        raise ModelError(
+            "context: this checkpoint was not trained for lists of words: leave it out, or train stage 2 with words.context"
+        )
+    return with_context(asked, checked_words(context))

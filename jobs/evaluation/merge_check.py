@@ -1,0 +1,77 @@
+"""One stage 2 in all the ways in which it can be used: adapters on the NF4 base, adapters on the full-precision base, and merged.
+
+Adapters that were trained on NF4 know its rounding, and the full-precision base has none of it: how much that matters is for measurement.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from graft.audio.clip import read_audio
+from graft.checkpoints.loading import open_graft
+from graft.data.dataset import RowReader, RowTable, Sources, read_rows
+from graft.inference.transcriber import transcriber_of
+from graft.inference.transcript import Transcript
+from graft.model.modeling import GraftForConditionalGeneration
+from graft.processor import GraftProcessor
+from graft.text.wer import Score, score
+from graft.training.plan import PlanSettings
+
+from ..training.loader import BatchLoader, Delivery
+from ..training.samples import as_they_are, plan_training, trainable
+from ..training.validation import summed_loss
+
+TOKEN_BUDGET = 4096
+
+
+def compare(
+    stage: str, merged: Path, data: Sources, *, clips: int, dtype: torch.dtype, device: str
+) -> dict[str, dict[str, float]]:
+    """Print and return loss (nats per label token) and WER of a stage's output and of what it was merged into, on the first clips."""
+    rows, _ = trainable(read_rows(data))
+    rows = rows.select(np.arange(min(clips, len(rows))))
+    figures: dict[str, dict[str, float]] = {}
+    print(f"{'weights':<24}{'clips':>6}{'loss':>9}{'WER':>8}  95 % interval")
+    for name, model, processor in _variants(stage, merged, dtype=dtype, device=device):
+        loss, scored = _loss(model, processor, rows, merged), _score(model, processor, rows)
+        figures[name] = {"loss": loss, "wer": scored.wer}
+        print(
+            f"{name:<24}{len(rows):>6}{loss:>9.4f}{scored.wer:>8.1%}  [{scored.wer_low:.1%}, {scored.wer_high:.1%}]",
+            flush=True,
+        )
+    return figures
+
+
+def _variants(
+    stage: str, merged: Path, *, dtype: torch.dtype, device: str
+) -> Iterator[tuple[str, GraftForConditionalGeneration, GraftProcessor]]:
+    """One model at a time: a large one leaves no room for two."""
+    short = str(dtype).removeprefix("torch.")
+    yield "adapters on NF4", *open_graft(stage, dtype=dtype, device=device, nf4=True)
+    yield f"adapters on {short}", *open_graft(stage, dtype=dtype, device=device)
+    yield "merged", *open_graft(merged, dtype=dtype, device=device)
+
+
+def _loss(model: GraftForConditionalGeneration, processor: GraftProcessor, rows: RowTable, graft: Path) -> float:
+    variation = as_they_are(rows, processor)
+    batches = plan_training(rows, processor, PlanSettings(token_budget=TOKEN_BUDGET), variation).delivery(
+        position=0, step_batches=1
+    )
+    loader = BatchLoader(Delivery(rows, batches, str(graft), variation))
+    with torch.no_grad():
+        total, count = summed_loss(model, [loader.load(batch) for batch in batches]).tolist()
+    return total / count
+
+
+def _score(model: GraftForConditionalGeneration, processor: GraftProcessor, rows: RowTable) -> Score:
+    reader = RowReader(rows.files)
+    places = zip(rows.file, rows.row_group, rows.row, strict=True)
+    transcriber = transcriber_of(model, processor, name="compared")
+    try:
+        heard = transcriber.transcribe_many([read_audio(reader.wav(*place)[0]) for place in places])
+    finally:
+        transcriber.close()
+    texts = [transcript.text for transcript in heard if isinstance(transcript, Transcript)]
+    return score(rows.texts.to_pylist(), texts)

@@ -1,0 +1,136 @@
+"""What is scored: the clips of a set, their texts with other clips' audio, their clips joined to recordings, and sounds without speech.
+
+What is made for it is written as a corpus, so that it is heard as any other clip is.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
+from graft.data.dataset import CorpusFile, RowReader, RowTable, Sources, clip_row, read_rows, write_corpus
+from graft.data.nonspeech import SOUNDS, made_sounds
+from graft.errors import AudioError, DataError
+
+SWAPPED = "swapped"
+PAUSE_S = 0.5
+"""Of silence between the clips of a recording."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One clip to transcribe: the row whose text is the reference ("" where nobody speaks), and the row whose audio is heard."""
+
+    set_name: str
+    id: str
+    text: str
+    audio_id: str
+    file: CorpusFile
+    row_group: int
+    row: int
+    duration_s: float
+
+
+def labelled(name: str, sources: Sources, *, limit: int | None) -> list[Item]:
+    """The first clips of a set. Raises DataError for rows without text."""
+    items = _items(name, sources, limit=limit)
+    if empty := [item.id for item in items if not item.text.strip()]:
+        raise DataError(
+            f"{len(empty)} rows of data.{name} have no text, {empty[0]} first: drop them with python -m jobs.prepare"
+        )
+    return items
+
+
+def swapped(items: Sequence[Item]) -> list[Item]:
+    """The items with the audio of the next one each."""
+    others = [*items[1:], *items[:1]]
+    return [
+        replace(other, set_name=SWAPPED, id=item.id, text=item.text) for item, other in zip(items, others, strict=True)
+    ]
+
+
+def joined_name(name: str) -> str:
+    """What the set of recordings is called that are made of a set."""
+    return f"{name} joined"
+
+
+def joined(items: Sequence[Item], recording_s: float, folder: Path) -> list[Item]:
+    """A set's clips one after another, with pauses, as recordings of `recording_s` seconds and up to a clip more; the last may be shorter.
+
+    A clip that can't be read is left out with its text. Raises DataError when none can be read.
+    """
+    path = folder / f"recordings-{len(list(folder.iterdir()))}.parquet"  # a set's name need not be one of a file
+    write_corpus(_recordings(items, recording_s), path, rows_per_group=4)
+    return _items(joined_name(items[0].set_name), str(path))
+
+
+def sounds(seed: int, folder: Path) -> list[Item]:
+    """Made sounds in which nobody speaks, a set for each kind."""
+    items = []
+    for kind in SOUNDS:
+        path = folder / f"{kind}.parquet"
+        write_corpus(
+            (clip_row(sound.name, sound.clip, "") for sound in made_sounds(kind, seed)), path, rows_per_group=4
+        )
+        items += _items(kind, str(path))
+    return items
+
+
+def as_rows(items: Sequence[Item]) -> RowTable:
+    """The rows whose audio is heard."""
+    files = {file: index for index, file in enumerate(dict.fromkeys(item.file for item in items))}
+    return RowTable(
+        ids=pa.array([item.audio_id for item in items], pa.large_string()),
+        texts=pa.array([item.text for item in items], pa.large_string()),
+        duration_s=np.array([item.duration_s for item in items]),
+        source=np.zeros(len(items), np.int16),
+        file=np.array([files[item.file] for item in items], np.int32),
+        row_group=np.array([item.row_group for item in items], np.int32),
+        row=np.array([item.row for item in items], np.int32),
+        files=list(files),
+        weights=[1.0],
+    )
+
+
+def _items(name: str, sources: Sources, *, limit: int | None = None) -> list[Item]:
+    rows = read_rows(sources)
+    columns = (rows.file, rows.row_group, rows.row, np.nan_to_num(rows.duration_s))
+    return [
+        Item(name, rows.id(index), rows.text(index), rows.id(index), rows.files[file], row_group, row, duration_s)
+        for index, (file, row_group, row, duration_s) in enumerate(
+            zip(*(column[:limit].tolist() for column in columns), strict=True)
+        )
+    ]
+
+
+def _recordings(items: Sequence[Item], recording_s: float) -> Iterator[Mapping[str, Any]]:
+    waiting: list[tuple[Item, AudioClip]] = []
+    for item, clip in _readable(items):
+        waiting.append((item, clip))
+        if sum(clip.duration_s + PAUSE_S for _, clip in waiting) >= recording_s:
+            yield _recording(waiting)
+            waiting = []
+    if waiting:
+        yield _recording(waiting)
+
+
+def _readable(items: Sequence[Item]) -> Iterator[tuple[Item, AudioClip]]:
+    rows = as_rows(items)
+    reader = RowReader(rows.files)
+    for item, *place in zip(items, rows.file, rows.row_group, rows.row, strict=True):
+        try:
+            yield item, read_audio(reader.wav(*place)[0])
+        except (AudioError, DataError):
+            continue  # the set that it comes from tells it
+
+
+def _recording(parts: Sequence[tuple[Item, AudioClip]]) -> Mapping[str, Any]:
+    pause = np.zeros(round(PAUSE_S * SAMPLE_RATE), np.float32)
+    samples = np.concatenate([piece for _, clip in parts for piece in (clip.samples, pause)])
+    return clip_row(
+        f"{parts[0][0].id}..{parts[-1][0].id}", AudioClip(samples), " ".join(item.text for item, _ in parts)
+    )

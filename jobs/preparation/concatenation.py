@@ -1,0 +1,153 @@
+"""Longer clips out of single sentences: rows of one speaker, one after another with pauses, for models that hear 30 s at a time.
+
+labelled rows of a split -> turns, in each of which every row stands once, in an order of the turn's own, among its source's rows of its
+speaker -> cut into clips -> so many of them, in a drawn order, as the share asks for -> audio, decoded only when a row is written.
+All is drawn by the seed and the rows' ids. Pauses are digital silence: beside speech of usual loudness, Whisper's features, which end 80 dB
+below the loudest, do not tell it from noise of -80 dBFS.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
+from graft.config import Recipe
+from graft.data.splits import seeded_hash
+from graft.errors import DataError
+
+from .manifests import Row, SplitName, clip_of
+
+MOST_TURNS = 10
+"""No row stands in more joined clips than this: hours that were made of minutes would be learnt by heart."""
+
+PauseS = Annotated[float, Field(ge=0, le=10)]
+
+
+class JoinedRecipe(Recipe):
+    """Clips of one speaker that are joined to longer ones; these stand beside the single clips."""
+
+    share: float = Field(gt=0, le=MOST_TURNS)
+    """Hours of joined clips, as a share of the hours of the split's labelled clips."""
+    shortest_s: float = Field(default=10, gt=0)
+    longest_s: float = Field(default=28, gt=0)
+    """Each is filled until it reaches a length that is drawn evenly between the two, and never past the longer one."""
+    pause_s: tuple[PauseS, PauseS] = (0.2, 0.8)
+    """Least and greatest silence between two clips."""
+    splits: list[SplitName] | None = None
+    """Splits that get them; null: all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "JoinedRecipe":
+        for name, limits in (
+            ("shortest_s and longest_s are", (self.shortest_s, self.longest_s)),
+            ("pause_s is", self.pause_s),
+        ):
+            if limits[0] > limits[1]:
+                raise ValueError(f"{name} {list(limits)}: give the smaller number first")
+        return self
+
+
+@dataclass(frozen=True)
+class JoinedRow:
+    """Rows that become one."""
+
+    id: str
+    parts: tuple["Part", ...]
+
+    @property
+    def duration_s(self) -> float:
+        return _length_s(self.parts)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A row in a joined one."""
+
+    row: Row
+    pause_count: int
+    """Samples of silence before it; left out where it comes first."""
+
+
+def join_splits(splits: Mapping[str, Sequence[Row]], recipe: JoinedRecipe, *, seed: int) -> dict[str, list[JoinedRow]]:
+    """Join labelled rows of each split that the recipe names. Raises DataError when too few of them can be joined."""
+    named = splits if recipe.splits is None else [split for split in splits if split in recipe.splits]
+    return {split: _join(split, [row for row in splits[split] if row.text], recipe, seed) for split in named}
+
+
+def joined_columns(joined: JoinedRow) -> dict[str, Any]:
+    """Decode a joined row, for write_corpus. Raises AudioError."""
+    from graft.data.dataset import clip_row
+
+    rows = [part.row for part in joined.parts]
+    samples = np.concatenate(
+        [piece for part in joined.parts for piece in (np.zeros(part.pause_count, np.float32), _samples(part.row))][1:]
+    )
+    columns = clip_row(joined.id, AudioClip(samples), " ".join(row.text for row in rows))
+    sexes = {row.sex for row in rows}  # those without a speaker can be of several
+    return {**columns, "spk_id": rows[0].speaker, "sex": rows[0].sex if len(sexes) == 1 else None}
+
+
+def _samples(row: Row) -> np.ndarray:
+    return read_audio(clip_of(row), name=str(row.audio)).samples
+
+
+def _join(split: str, rows: Sequence[Row], recipe: JoinedRecipe, seed: int) -> list[JoinedRow]:
+    wanted_s = recipe.share * sum(sorted(row.duration_s for row in rows))
+    joined: list[JoinedRow] = []
+    joined_s = 0.0
+    clips = (parts for turn in range(MOST_TURNS) for parts in _turn(rows, recipe, seed, turn))
+    while joined_s < wanted_s:
+        parts = next(clips, None)
+        if parts is None:
+            raise DataError(
+                f"joined.share={recipe.share:g} of split {split} is {wanted_s / 3600:.2g} h, and its clips, each in {MOST_TURNS} at most, "
+                f"make {joined_s / 3600:.2g} h of {recipe.shortest_s:g} to {recipe.longest_s:g} s: lower share or shortest_s or name splits"
+            )
+        digest = hashlib.blake2b("\n".join(part.row.id for part in parts).encode(), digest_size=4).hexdigest()
+        joined.append(JoinedRow(f"joined-{len(joined):05}-{digest}", tuple(parts)))
+        joined_s += joined[-1].duration_s
+    return joined
+
+
+def _turn(rows: Sequence[Row], recipe: JoinedRecipe, seed: int, turn: int) -> list[list[Part]]:
+    """The parts of a turn's joined clips, in a drawn order."""
+    speakers: dict[tuple[str, str | None], list[Row]] = defaultdict(list)  # of each source: two may use one name
+    for row in _in_drawn_order(rows, seed, f"order {turn}"):
+        speakers[row.source, row.speaker].append(row)
+    cut = [parts for mates in speakers.values() for parts in _cut(mates, recipe, seed, turn)]
+    clips = {parts[0].row: parts for parts in cut if len(parts) > 1 and _length_s(parts) >= recipe.shortest_s}
+    return [clips[first] for first in _in_drawn_order(clips, seed, f"clips {turn}")]
+
+
+def _in_drawn_order(rows: Iterable[Row], seed: int, purpose: str) -> list[Row]:
+    return sorted(rows, key=lambda row: (seeded_hash(seed, f"{purpose} {row.id}"), row.id))
+
+
+def _cut(rows: Sequence[Row], recipe: JoinedRecipe, seed: int, turn: int) -> Iterator[list[Part]]:
+    """Rows one after another, cut where a drawn length is reached and before the longest is passed."""
+    parts: list[Part] = []
+    for row in rows:
+        part = Part(row, round(_drawn(recipe.pause_s, seed, f"pause {turn} {row.id}") * SAMPLE_RATE))
+        if parts and _length_s([*parts, part]) > recipe.longest_s:
+            yield parts
+            parts = []
+        parts.append(part)
+        enough_s = _drawn((recipe.shortest_s, recipe.longest_s), seed, f"length {turn} {parts[0].row.id}")
+        if len(parts) > 1 and _length_s(parts) >= enough_s:
+            yield parts
+            parts = []
+    yield parts
+
+
+def _drawn(limits: tuple[float, float], seed: int, key: str) -> float:
+    lowest, highest = limits
+    return lowest + (highest - lowest) * seeded_hash(seed, key)
+
+
+def _length_s(parts: Sequence[Part]) -> float:
+    return sum(part.row.duration_s for part in parts) + sum(part.pause_count for part in parts[1:]) / SAMPLE_RATE

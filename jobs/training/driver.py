@@ -1,0 +1,247 @@
+"""What both stages share: recipe -> plan -> Ray Data and a TorchTrainer -> an output folder. The verbs are jobs.stage1 and jobs.stage2.
+
+While it trains, an output folder holds recipe.yaml, log.txt, metrics.jsonl, checkpoints/ and, where clips were masked, skipped.jsonl; once
+it is done also projector.safetensors (stage 2: the adapters too), curves.png, stage.json and, last of all, result.json.
+"""
+
+import contextlib
+import json
+import math
+import pickle
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from graft.checkpoints.loading import base_graft, check_graft, write_stage
+from graft.checkpoints.lora import save_adapters
+from graft.checkpoints.projector_file import encoder_digest, read_projector, write_projector
+from graft.errors import GraftError, RecipeError, require
+from graft.model.configuration import GraftConfig
+from graft.processor import GraftProcessor
+from graft.text.instructions import trained_words
+from graft.training.checkpoint import load_checkpoint
+from graft.training.encoder_cache import EncoderCache, open_cache
+from graft.training.loop import LoopSettings, is_over
+from graft.training.progress import best_checkpoint, latest_checkpoint, read_progress
+from graft.training.stages import Computing, Stage
+from graft.training.tracking import draw_curves
+
+from ..common.cli import STOPPED
+from ..common.cluster import connect
+from ..common.console import follow
+from ..common.outputs import claim_output, holds_results, write_atomic
+from .batches import ROWS, check_plan, kept_rows, planned, validation_delivery, what_is_left
+from .loader import Delivery
+from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
+from .recipe import HOW_NOT_WHAT, TrainRecipe
+from .remote import Remaining, train, trainer
+from .samples import check_spellable
+from .worker import FAULT_FILE, Run
+
+RESULT_FILE = "result.json"
+
+
+def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
+    """Train a stage, or go on with it; returns what stands in result.json.
+
+    Raises GraftError for what a user can mend, SystemExit(143) after a SIGTERM, once all is saved.
+    """
+    out = Path(recipe.out).resolve()
+    if holds_results(recipe.out, recipe, ignore=HOW_NOT_WHAT) and (out / RESULT_FILE).is_file():
+        print(f"stage {stage.number}: {out} is done already")
+        return json.loads((out / RESULT_FILE).read_text())
+    started = time.perf_counter()
+    require("ray.train", extra="train")
+    check_graft(recipe.model)
+    graft = base_graft(recipe.model)
+    config = GraftConfig.from_pretrained(graft)
+    if stage.projector:
+        read_projector(stage.projector, config)
+    processor = GraftProcessor.from_pretrained(graft)
+    with kept_rows(out) as kept:
+        rows, variation, plan = planned(recipe, processor, cache=kept)
+        if stage.letters:
+            check_spellable(rows, processor)
+        progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
+        batches, total_steps = what_is_left(plan, progress, recipe)
+        validation = validation_delivery(recipe, graft, processor)
+        cache = _encoder_cache(recipe, stage, config, graft, processor)
+        claim_output(recipe.out, recipe, ignore=HOW_NOT_WHAT)  # now that nothing in it can be wrong
+    check_plan(out, plan)
+    hours = rows.duration_s.sum() / 3600
+    print(
+        f"stage {stage.number}: {len(rows)} clips, {hours:.2f} h, {total_steps} steps, padding {plan.padding_waste():.1%}",
+        flush=True,
+    )
+    settings = loop_settings(recipe, stage)
+    if not is_over(progress, settings, total_steps):
+        connect(cpus=recipe.workers + recipe.data_workers)
+        delivery = Delivery(
+            rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups, encoder_cache=cache
+        )
+        run = Run(
+            recipe.model_dump(), stage, computing(recipe), settings, graft, str(out), total_steps, validation, cache
+        )
+        _train(recipe, run, delivery)
+        progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
+    if not is_over(progress, settings, total_steps):
+        print(
+            f"stage {stage.number}: stopped at step {progress.step} and saved: give the same command again to go on",
+            flush=True,
+        )
+        raise SystemExit(STOPPED)
+    words = None if recipe.words.plain else trained_words(recipe.words)
+    return _finish(out, config, stage, graft=graft, words=words, seconds=time.perf_counter() - started)
+
+
+def loop_settings(recipe: TrainRecipe, stage: Stage) -> LoopSettings:
+    """Take from a recipe what a step does."""
+    names = ("learning_rate", "schedule", "warmup_steps", "accumulation", "seed", "log_every", "checkpoint_every")
+    validation = recipe.validation
+    return LoopSettings(
+        **{name: getattr(recipe, name) for name in names},
+        max_loss=math.inf
+        if stage.letters
+        else recipe.max_loss,  # a nat for each audio token, of which many make a label
+        validate_every=validation.every if validation else None,
+        patience=validation.patience if validation else None,
+    )
+
+
+def computing(recipe: TrainRecipe) -> Computing:
+    """Take from a recipe how its arithmetic is done."""
+    return Computing(**{name: getattr(recipe, name) for name in Computing.__dataclass_fields__})
+
+
+def _encoder_cache(
+    recipe: TrainRecipe, stage: Stage, config: GraftConfig, graft: str, processor: GraftProcessor
+) -> EncoderCache | None:
+    """Open the cache that a recipe names. Raises RecipeError where its entries would not be what the encoder makes of a clip."""
+    if recipe.encoder_cache is None:
+        return None
+    if recipe.augment is not None:
+        raise RecipeError("encoder_cache keeps clips as they are: leave out augment, or encoder_cache")
+    if stage.lora and stage.lora.encoder:
+        raise RecipeError(
+            "encoder_cache keeps what a frozen encoder makes of a clip: leave out lora.encoder, or encoder_cache"
+        )
+    if computing(recipe).is_sharded:
+        raise RecipeError("encoder_cache wants a whole encoder on each worker: use zero_stage 1 or 2, or leave it out")
+    digests = {"encoder": encoder_digest(graft), "features": processor.featurizer.fingerprint()}
+    return open_cache(recipe.encoder_cache, config, **digests, dtype=recipe.dtype)
+
+
+def _train(recipe: TrainRecipe, run: Run, delivery: Delivery) -> None:
+    import ray
+
+    out = Path(run.out)
+    for left in (STOP_FILE, FAULT_FILE):
+        (out / left).unlink(missing_ok=True)
+    remaining = Remaining(
+        ray.put(delivery),
+        delivery.batches.step_positions,
+        str(out / CHECKPOINTS),
+        recipe.data_workers,
+        recipe.data_resource,
+    )
+    config = {"run": pickle.dumps(run)}
+    for resource in {recipe.device_resource, recipe.data_resource} - {None} - ray.cluster_resources().keys():
+        print(f"stage {run.stage.number}: no node has the resource {resource} yet: waiting for one", flush=True)
+    workers = trainer(
+        train,
+        config,
+        remaining,
+        workers=recipe.workers,
+        gpu=recipe.gpu,
+        retries=recipe.retries,
+        storage=str(out / "ray"),
+        resource=recipe.device_resource,
+    )
+    with follow(out / LOG_FILE), _on_sigterm((out / STOP_FILE).touch), _deaths_told(out, retries=recipe.retries):
+        workers.fit()
+    if (out / FAULT_FILE).is_file():
+        fault = json.loads((out / FAULT_FILE).read_text())
+        raise (
+            GraftError(fault["error"])
+            if "error" in fault
+            else RuntimeError(f"a training worker failed:\n{fault['bug']}")
+        )
+    shutil.rmtree(out / "ray", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _deaths_told(out: Path, *, retries: int) -> Iterator[None]:
+    """Tell in one line that workers died once too often; what else goes wrong in them passes."""
+    import ray.train
+    from ray.exceptions import RayActorError
+
+    try:
+        yield
+    except ray.train.WorkerGroupError as error:
+        causes = [getattr(failure, "health_check_failure", failure) for failure in error.worker_failures.values()]
+        if (out / FAULT_FILE).is_file() or not any(isinstance(cause, RayActorError) for cause in causes):
+            raise
+        raise GraftError(
+            f"a training worker died (killed, out of memory or crashed) and retries={retries} are used up: "
+            "give the same command again to go on from the newest checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
+def _on_sigterm(act: Callable[[], Any]) -> Iterator[None]:
+    """Act on the first SIGTERM; a second one ends the process as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        act()
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _finish(
+    out: Path, config: GraftConfig, stage: Stage, *, graft: str, words: dict[str, Any] | None, seconds: float
+) -> dict[str, Any]:
+    """Write what was trained, from the best checkpoint or the last; result.json comes last and says that all is there."""
+    checkpoint = best_checkpoint(out / CHECKPOINTS)
+    if checkpoint is None:
+        raise GraftError(f"{out} holds no checkpoint, though its steps are done: remove it and train again")
+    progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
+    weights = {name: entry["weight"] for name, entry in load_checkpoint(checkpoint)[0].items()}
+    prefix = "audio_projector."
+    write_projector(
+        {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}, config, out
+    )
+    if stage.lora:
+        save_adapters(weights, stage.lora, out)
+    write_stage(out, stage=stage.number, graft=graft, words=words)
+    lines = draw_curves(out, title=f"stage {stage.number}")
+    result = {
+        "loss_first": progress.first_loss,
+        "loss_last": [line["loss"] for line in lines if "loss" in line][-1],
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "validation_loss": progress.best_loss,
+        "clips": progress.clips,
+        "audio_s": progress.audio_s,
+        "seconds": seconds,
+    }
+    write_atomic(out / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+    for folder in (CHECKPOINTS, ROWS):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    print(
+        f"stage {stage.number}: loss {result['loss_first']:.3f} -> {result['loss_last']:.3f} in {seconds:.0f} s, see {out}",
+        flush=True,
+    )
+    return result

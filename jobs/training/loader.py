@@ -1,0 +1,228 @@
+"""Planned batches become blocks of arrays in Ray Data's loader actors, and blocks become batches on a training worker's device."""
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
+from graft.audio.features import HOP_LENGTH, MIN_FRAMES, Features
+from graft.data.augmentation import Augmenter, AugmentRecipe, NoiseCorpus, no_speech_clip
+from graft.data.dataset import RowReader, RowTable
+from graft.data.sample_seeds import generator
+from graft.errors import AudioError, DataError
+from graft.processor import Example, GraftProcessor
+from graft.training.batch import TrainingBatch
+from graft.training.encoder_cache import CachingEncoder, EncoderCache
+from graft.training.plan import Batches, PlannedBatch
+
+from .samples import NO_VARIATION, Variation
+
+NO_SPEECH_ID = "no-speech"
+FRAMES_PER_S = SAMPLE_RATE // HOP_LENGTH
+_TENSORS = ("input_ids", "attention_mask", "labels", "input_features", "audio_frame_counts")
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """What the loaders need besides a batch's number: the corpus, what is delivered, the processor's folder, and how samples vary."""
+
+    rows: RowTable
+    batches: Batches
+    processor: str
+    variation: Variation = NO_VARIATION
+    cache_row_groups: int = 16
+    """Row groups whose audio a loader holds; with as many as a plan's window it reads each once a window."""
+    encoder_cache: EncoderCache | None = None
+    """Where clips are looked up before they are decoded."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An example, and what is told of it; `fault` is why its clip does not count.
+
+    `key` names its entry in the encoder cache; `states` are what was found there, and its features are empty then.
+    """
+
+    example: Example
+    id: str
+    duration_s: float = 0.0
+    fault: str | None = None
+    key: str = ""
+    states: Tensor | None = None
+
+
+class BatchLoader:
+    """Reads, decodes, augments, featurizes and packs planned batches; Ray Data's actors and tests call it alike."""
+
+    def __init__(self, delivery: Delivery):
+        self.delivery = delivery
+        self.processor = GraftProcessor.from_pretrained(delivery.processor)
+        self.reader = RowReader(delivery.rows.files, cache_row_groups=delivery.cache_row_groups)
+        self.noise = NoiseCorpus(delivery.variation.noise) if delivery.variation.noise else None
+        self.augmenter = Augmenter(delivery.variation.augment or AugmentRecipe(), self.noise)
+        self.cache = delivery.encoder_cache
+        self.nothing = np.zeros((self.processor.featurizer.mel_count, 0), np.float32)
+
+    def block(self, number: int) -> dict[str, np.ndarray]:
+        """Load a batch of the delivery as a block of one row."""
+        return {name: value[None] for name, value in self.load(self.delivery.batches[number]).items()}
+
+    def load(self, planned: PlannedBatch) -> dict[str, np.ndarray]:
+        """Load one batch: the model's inputs and the plan's numbers as arrays, and as JSON the clips that count and those that do not."""
+        drawn = zip(planned.rows, planned.draws, strict=True)
+        samples = [self._misread(self._sample(row, draw), draw) for row, draw in drawn] or [self._masked("")]
+        heard = [sample for sample in samples if sample.example.target_ids]
+        inputs = self.processor.training_batch([sample.example for sample in samples])
+        return {
+            **(inputs if self.cache is None else _with_states(inputs, samples)),
+            "position": np.array(planned.position),
+            "step_position": np.array(planned.step_position),
+            "step_label_count": np.array(planned.step_label_count),
+            "ids": np.array(json.dumps([sample.id for sample in heard])),
+            "token_count": np.array(
+                sum(len(sample.example.prompt_ids + sample.example.target_ids) for sample in heard)
+            ),
+            "audio_s": np.array(sum(sample.duration_s for sample in heard)),
+            "skipped": np.array(
+                json.dumps([{"id": sample.id, "reason": sample.fault} for sample in samples if sample.fault])
+            ),
+        }
+
+    def _sample(self, row: int, draw: int) -> Sample:
+        rows = self.delivery.rows
+        speaks = row < len(rows)
+        name, text = (rows.id(row), rows.text(row)) if speaks else (NO_SPEECH_ID, "")
+        try:
+            if self.cache and speaks:
+                return self._cached(self.cache, row, name, text, draw)
+            clip = self._clip(row, draw) if speaks else self._clip_without_speech(row - len(rows), draw)
+            example = self.processor.example(clip, text, self.delivery.variation.wording(text, draw))
+        except (AudioError, DataError) as error:
+            return self._masked(name, str(error))
+        example = replace(example, features=self.augmenter.features(example.features, draw))
+        return Sample(example, name, clip.duration_s)
+
+    def _clip(self, row: int, draw: int) -> AudioClip:
+        wav, path = self._file(row)
+        clip = read_audio(wav, name=path)
+        return self.augmenter.clip(clip, draw, duration_s=float(self.delivery.rows.duration_s[row]))
+
+    def _file(self, row: int) -> tuple[bytes, str]:
+        """A row's audio file and its name."""
+        rows = self.delivery.rows
+        wav, path = self.reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
+        return wav, path or rows.id(row)
+
+    def _cached(self, cache: EncoderCache, row: int, name: str, text: str, draw: int) -> Sample:
+        """The sample of an unchanged clip, which is decoded only where the cache does not have it."""
+        wav, path = self._file(row)
+        key = cache.key(wav)
+        encoded = cache.get(key)
+        features = (
+            Features(self.nothing, encoded.frame_count)
+            if encoded
+            else self.processor.featurizer(read_audio(wav, name=path))
+        )
+        example = self.processor.example_of(features, text, self.delivery.variation.wording(text, draw))
+        states = encoded.states if encoded else None
+        return Sample(example, name, features.frame_count / FRAMES_PER_S, key=key, states=states)
+
+    def _misread(self, sample: Sample, draw: int) -> Sample:
+        """Let the model read a share of an answer's tokens as another clip's; its end stays."""
+        rows, share, target_ids = self.delivery.rows, self.delivery.variation.text_noise, sample.example.target_ids
+        if not share or not target_ids:
+            return sample
+        rng = generator(draw, "text noise")
+        *others, _ = self.processor.target_ids(rows.text(int(rng.integers(len(rows)))))
+        swapped = np.append(rng.random(len(target_ids) - 1) < share, False)
+        read_ids = np.where(swapped, rng.choice(others, len(target_ids)), target_ids).tolist()
+        return replace(sample, example=replace(sample.example, read_ids=read_ids))
+
+    def _clip_without_speech(self, number: int, draw: int) -> AudioClip:
+        return no_speech_clip(float(self.delivery.variation.no_speech_s[number]), draw, self.noise)
+
+    def _masked(self, name: str, fault: str | None = None) -> Sample:
+        """The shortest silence, without an answer: in the place of a clip that cannot be read, and as a filler."""
+        features = self.processor.featurizer(AudioClip(np.zeros(MIN_FRAMES * HOP_LENGTH, np.float32)))
+        return Sample(Example(features, self.processor.prompt_ids(features.frame_count), []), name, fault=fault)
+
+
+def _with_states(inputs: dict[str, np.ndarray], samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """Add what the cache had: states laid end to end as 16 or 32 bit integers (numpy knows no bfloat16), features for the other clips."""
+    missing = [place for place, sample in enumerate(samples) if sample.states is None]
+    states = [sample.states for sample in samples if sample.states is not None]
+    found = torch.cat(states) if states else torch.zeros(0, 1)
+    places = [len(sample.states) if sample.states is not None else None for sample in samples]
+    return {
+        **inputs,
+        "input_features": inputs["input_features"][missing],
+        "found_states": found.view(torch.int16 if found.dtype == torch.bfloat16 else torch.int32).numpy(),
+        "found_places": np.array(json.dumps(places)),
+        "cache_keys": np.array(json.dumps([sample.key for sample in samples])),
+    }
+
+
+def training_batches(
+    blocks: Iterable[Mapping[str, np.ndarray]],
+    device: torch.device,
+    skipped: list[dict[str, str]],
+    *,
+    encoder: CachingEncoder | None = None,
+    cost: Callable[[Mapping[str, np.ndarray]], float] | None = None,
+) -> Iterator[TrainingBatch]:
+    """Turn delivered blocks into batches on a device; clips that were masked are added to `skipped`.
+
+    `encoder` encodes the clips that its cache did not have; `cost` tells a block's FLOPs.
+    """
+    for block in blocks:
+        skipped += json.loads(str(block["skipped"][0]))
+        ids = tuple(json.loads(str(block["ids"][0])))
+        inputs = {name: torch.tensor(block[name][0], device=device) for name in _TENSORS}
+        encode = None
+        if encoder:
+            features, counts, keys = (
+                inputs.pop("input_features"),
+                inputs["audio_frame_counts"],
+                json.loads(str(block["cache_keys"][0])),
+            )
+            encode = functools.partial(encoder, features, counts, keys, _found(block, device))
+        yield TrainingBatch(
+            inputs=inputs,
+            position=int(block["position"][0]),
+            step_position=int(block["step_position"][0]),
+            step_label_count=int(block["step_label_count"][0]),
+            ids=ids,
+            clip_count=len(ids),
+            token_count=int(block["token_count"][0]),
+            audio_s=float(block["audio_s"][0]),
+            flops=cost(block) if cost else 0.0,
+            encode=encode,
+        )
+
+
+def ahead(batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
+    """Make the next batch in a thread while the last one is trained on: copying it to its device takes a few percent of a step."""
+    thread, end = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-ahead"), None
+    try:
+        coming = thread.submit(next, batches, end)
+        while (batch := coming.result()) is not end:
+            coming = thread.submit(next, batches, end)
+            yield batch
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _found(block: Mapping[str, np.ndarray], device: torch.device) -> dict[int, Tensor]:
+    """Undo _with_states: the states that were found, by the clip's place."""
+    array = block["found_states"][0]
+    states = torch.tensor(array, device=device).view(torch.bfloat16 if array.dtype == np.int16 else torch.float32)
+    lengths = {
+        place: length for place, length in enumerate(json.loads(str(block["found_places"][0]))) if length is not None
+    }
+    return dict(zip(lengths, states.split(list(lengths.values())), strict=True)) if lengths else {}

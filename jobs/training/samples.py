@@ -1,0 +1,190 @@
+"""Training samples: a row of the corpus and a draw, from which follows all that varies about it, from speed to wording.
+
+The plan knows a sample's tokens before a loader in another process makes the sample, because both ask a Variation.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+
+from graft.audio.clip import SAMPLE_RATE
+from graft.audio.features import HOP_LENGTH, MIN_FRAMES
+from graft.data.augmentation import AugmentRecipe, drawn_speeds, no_speech_durations
+from graft.data.dataset import RowTable, read_rows
+from graft.errors import DataError
+from graft.model.configuration import WINDOW_FRAMES
+from graft.processor import GraftProcessor
+from graft.text.instructions import Wordings, WordsRecipe, make_wordings
+from graft.text.prompts import DEFAULT_INSTRUCTION, PLAIN_WORDING, Wording
+from graft.training.plan import Plan, PlanColumns, PlanSettings
+
+MAX_DURATION_S = 30.0
+MIN_DURATION_S = 0.08
+_BLOCK = 65_536
+
+
+@dataclass(frozen=True, eq=False)
+class Variation:
+    """How samples differ from their rows; by default they do not."""
+
+    no_speech_s: np.ndarray
+    """Seconds of each sample in which nobody speaks: the rows of an epoch after the table's last."""
+    augment: AugmentRecipe | None = None
+    noise: RowTable | None = None
+    """The corpus that augment.noise.data names."""
+    wordings: Wordings | None = None
+    text_noise: float = 0.0
+    """Share of the answers' tokens that are read as other ones."""
+
+    @property
+    def changes_lengths(self) -> bool:
+        """Whether the tokens of a sample depend on its draw."""
+        is_worded = self.wordings is not None and not self.wordings.plain
+        return is_worded or (self.augment is not None and set(self.augment.speed) != {1.0})
+
+    def wording(self, text: str, draw: int) -> Wording:
+        """How a sample is asked for."""
+        return self.wordings.draw(text, draw) if self.wordings else PLAIN_WORDING
+
+
+NO_VARIATION = Variation(np.zeros(0))
+
+
+def trainable(rows: RowTable) -> tuple[RowTable, dict[str, int]]:
+    """Leave out the rows that cannot be trained on, and count them by the first reason that holds. Raises DataError when none is left."""
+    lengths = rows.duration_s
+    faults = {
+        "no words": ~pc.match_substring_regex(rows.texts, r"[\pL\pN]").to_numpy(zero_copy_only=False),
+        "no valid duration": ~(np.isfinite(lengths) & (lengths > 0)),
+        f"over {MAX_DURATION_S:.0f} s": lengths > MAX_DURATION_S,
+        f"under {MIN_DURATION_S} s": lengths < MIN_DURATION_S,
+    }
+    kept, counts = np.ones(len(rows), bool), {}
+    for reason, faulty in faults.items():
+        if count := int((kept & faulty).sum()):
+            counts[reason] = count
+        kept &= ~faulty
+    if not kept.any():
+        told = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        raise DataError(
+            f"none of {len(rows)} rows can be trained on ({told}): check the data and which of its columns are named"
+        )
+    return (rows if kept.all() else rows.select(kept)), counts
+
+
+def check_spellable(rows: RowTable, processor: GraftProcessor) -> None:
+    """Raise DataError where CTC can't spell most clips: it writes one letter an audio token at most."""
+    letters = pc.utf8_length(pc.replace_substring_regex(rows.texts, r"[^\pL' ]", "")).to_numpy()
+    if (count := int((letters > audio_counts(processor, rows.duration_s)).sum())) > len(rows) / 2:
+        raise DataError(
+            f"{count} of {len(rows)} clips have more letters than audio tokens, and can't be spelled: "
+            "build the graft with a smaller audio_pool, or give objective=transcript"
+        )
+
+
+def vary(
+    rows: RowTable,
+    processor: GraftProcessor,
+    *,
+    seed: int = 0,
+    no_speech: float = 0.0,
+    augment: AugmentRecipe | None = None,
+    words: WordsRecipe | None = None,
+    text_noise: float = 0.0,
+) -> Variation:
+    """Make of a recipe's settings how a run's samples vary; `no_speech` is a share of an epoch's other samples.
+
+    Raises DataError for a noise corpus that cannot be read, and what make_wordings raises.
+    """
+    count = round(no_speech * float(np.asarray(rows.weights)[rows.source].sum()))
+    noise = augment.noise.data if augment and augment.noise else None
+    styles = {"prompt_style": processor.prompt_style, "text_style": processor.text_style}
+    return Variation(
+        no_speech_s=no_speech_durations(count, seed),
+        augment=augment,
+        noise=read_rows(noise) if noise else None,
+        wordings=make_wordings(words, rows.texts, **styles) if words else None,
+        text_noise=text_noise,
+    )
+
+
+def as_they_are(rows: RowTable, processor: GraftProcessor) -> Variation:
+    """How samples differ where nothing is varied: a label that is not formatted is asked for in lower case, as in training."""
+    return vary(rows, processor, words=WordsRecipe())
+
+
+def plan_training(
+    rows: RowTable, processor: GraftProcessor, settings: PlanSettings, variation: Variation = NO_VARIATION
+) -> Plan:
+    """Plan a run over trainable rows."""
+    columns = plan_columns(rows, processor, variation)
+    return Plan(
+        columns, settings, _SampleCounts(rows, processor, variation, columns) if variation.changes_lengths else None
+    )
+
+
+def plan_columns(rows: RowTable, processor: GraftProcessor, variation: Variation = NO_VARIATION) -> PlanColumns:
+    """Count the tokens of trainable rows, and after them of samples without speech, unchanged and in the default wording."""
+    free = len(variation.no_speech_s)
+    answers = [processor.target_lengths(rows.texts[start:stop].to_pylist()) for start, stop in _blocks(len(rows))]
+    label_counts = np.concatenate([*answers, np.repeat(processor.target_lengths([""]), free)])
+    groups = np.unique(rows.file.astype(np.int64) << 32 | rows.row_group, return_inverse=True)[1]
+    counts = audio_counts(processor, np.concatenate([rows.duration_s, variation.no_speech_s]))
+    return PlanColumns(
+        processor.prompt_lengths([DEFAULT_INSTRUCTION])[0] + counts + label_counts,
+        label_counts,
+        np.concatenate([groups, np.full(free, -1)]),
+        np.concatenate([rows.source, np.full(free, len(rows.weights), np.int16)]),
+        (*rows.weights, 1.0),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _SampleCounts:
+    """The tokens and label tokens of samples whose speed or wording is drawn; `columns` hold those of the default wording."""
+
+    rows: RowTable
+    processor: GraftProcessor
+    variation: Variation
+    columns: PlanColumns
+
+    def __call__(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        durations_s = np.concatenate([self.rows.duration_s, self.variation.no_speech_s])[rows]
+        if self.variation.augment:
+            speeds = drawn_speeds(self.variation.augment.speed, durations_s, draws)
+            durations_s = np.where(rows < len(self.rows), durations_s / speeds, durations_s)
+        prompt_counts, label_counts = (
+            self.processor.prompt_lengths([DEFAULT_INSTRUCTION])[0],
+            self.columns.label_counts[rows],
+        )
+        if self.variation.wordings and not self.variation.wordings.plain:
+            worded = [self._worded(rows[start:stop], draws[start:stop]) for start, stop in _blocks(len(rows))]
+            prompt_counts, label_counts = np.concatenate(worded, axis=1)
+        return prompt_counts + audio_counts(self.processor, durations_s) + label_counts, label_counts
+
+    def _worded(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The prompt's tokens without those of the audio, and the answer's."""
+        texts = np.full(len(rows), "", object)
+        speaks = rows < len(self.rows)
+        texts[speaks] = self.rows.texts.take(rows[speaks]).to_pylist()
+        wordings = [self.variation.wording(text, draw) for text, draw in zip(texts, draws.tolist(), strict=True)]
+        prompt_counts = self.processor.prompt_lengths([wording.instruction for wording in wordings])
+        label_counts = self.columns.label_counts[rows]
+        styled = [place for place, wording in enumerate(wordings) if wording.style]
+        label_counts[styled] = self.processor.target_lengths(
+            texts[styled].tolist(), [wordings[place].style for place in styled]
+        )
+        return prompt_counts, label_counts
+
+
+def audio_counts(processor: GraftProcessor, durations_s: np.ndarray) -> np.ndarray:
+    """The audio tokens of clips of these lengths."""
+    frames = np.ceil(np.round(durations_s * SAMPLE_RATE) / HOP_LENGTH).clip(MIN_FRAMES, WINDOW_FRAMES).astype(int)
+    counts = np.array([processor.audio_token_count(count) for count in range(MIN_FRAMES, WINDOW_FRAMES + 1)])
+    return counts[frames - MIN_FRAMES]
+
+
+def _blocks(count: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK))

@@ -1,0 +1,103 @@
+"""What a model makes of clips that it is not trained on: loss and transcripts, on one worker or shared out over many."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graft.audio.clip import AudioClip, read_audio
+from graft.data.dataset import RowReader, RowTable
+from graft.errors import AudioError, DataError
+from graft.inference.transcriber import max_new_tokens
+from graft.model.ctc import Speller
+from graft.processor import GraftProcessor
+from graft.training.backends import Backend
+
+from .loader import BatchLoader, Delivery, training_batches
+
+
+class Validation:
+    """Measures the loss on this worker's share of other clips, and what the model makes of the first `samples` of all.
+
+    Where weights are shared out among the workers (`is_sharded`) they write all transcripts together, otherwise each its share.
+    """
+
+    def __init__(
+        self, delivery: Delivery, backend: Backend, processor: GraftProcessor, *, samples: int, is_sharded: bool
+    ):
+        self.backend, self.processor = backend, processor
+        self.model: Any = backend.model
+        self.device = next(backend.model.parameters()).device
+        self.is_sharded = is_sharded
+        rank, workers = place()
+        loader = BatchLoader(delivery)
+        self.batches = [loader.load(delivery.batches[number]) for number in range(rank, len(delivery.batches), workers)]
+        of_all = itertools.islice(readable(delivery.rows, loader.reader), samples)
+        self.samples = list(of_all if is_sharded else itertools.islice(of_all, rank, None, workers))
+
+    def loss(self) -> float:
+        """The loss per label token over all workers' clips."""
+        with self.backend.evaluating():
+            sums = summed_loss(self.model, self.batches)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        return float(sums[0] / sums[1])
+
+    def transcripts(self) -> list[dict[str, str]]:
+        """Transcribe the samples greedily, or spell them; every worker gets those of all."""
+        hear = self._spell if isinstance(self.model, Speller) else self._transcribe
+        heard = []
+        for name, text, clip in self.samples:
+            inputs = self.processor(audio=clip).to(self.device)
+            with self.backend.evaluating():
+                heard.append({"id": name, "text": text, "heard": hear(inputs, clip.duration_s)})
+        return heard if self.is_sharded else _in_turns(heard)
+
+    def _transcribe(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
+        limits = {"max_new_tokens": max_new_tokens(duration_s), "synced_gpus": self.is_sharded}
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # compiled for each layer's place in the cache, layers soon exceed what is compiled
+            ids = self.model.generate(**inputs, do_sample=False, **limits)
+        return self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def _spell(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
+        return self.model.spell(inputs["input_features"], inputs["audio_frame_counts"])[0]
+
+
+def readable(rows: RowTable, reader: RowReader) -> Iterator[tuple[str, str, AudioClip]]:
+    """Id, text and audio of the clips that can be read; the others are masked in the loss too."""
+    for row in range(len(rows)):
+        with contextlib.suppress(AudioError, DataError):
+            wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
+            yield rows.id(row), rows.text(row), read_audio(wav, name=path or rows.id(row))
+
+
+def _in_turns(share: list[dict[str, str]]) -> list[dict[str, str]]:
+    """What all workers have, one of each in turn, as it was dealt out."""
+    shares: list[Any] = [share] * place()[1]
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(shares, share)
+    return [sample for turn in itertools.zip_longest(*shares) for sample in turn if sample is not None]
+
+
+def summed_loss(model: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> Tensor:
+    """Add up over loaded batches: the loss of all labels, and the number of labels; float64 (2,)."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    blocks = ({name: value[None] for name, value in batch.items()} for batch in batches)
+    for batch in training_batches(blocks, device, []):
+        sums[0] += model(**batch.inputs, label_count=1).loss
+        sums[1] += (batch.inputs["labels"] != -100).sum()
+    return sums
+
+
+def place() -> tuple[int, int]:
+    """This worker's number, and how many there are."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()

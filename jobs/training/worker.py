@@ -1,0 +1,187 @@
+"""What every training worker of both stages runs inside Ray's TorchTrainer: model, backend, preflight, loop.
+
+Ray starts the workers anew when one of them or its node dies; they go on from the newest checkpoint then.
+"""
+
+import contextlib
+import itertools
+import json
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from graft.checkpoints.loading import computes_bf16
+from graft.errors import GraftError, ModelError
+from graft.model.configuration import GraftConfig
+from graft.model.ctc import Speller
+from graft.model.modeling import GraftForConditionalGeneration
+from graft.processor import GraftProcessor
+from graft.training.backends import Backend
+from graft.training.batch import TrainingBatch
+from graft.training.checkpoint import load_checkpoint
+from graft.training.encoder_cache import CachingEncoder, EncoderCache
+from graft.training.estimate import batch_flops, device_peak_flops
+from graft.training.loop import LoopSettings, is_over, train
+from graft.training.preflight import check_labels, preflight
+from graft.training.progress import latest_checkpoint, read_progress
+from graft.training.stages import Computing, Stage, learner, make_backend, stage_model
+
+from .loader import Delivery, ahead, training_batches
+from .observer import CHECKPOINTS, RunObserver
+from .remote import delivered_blocks
+from .validation import Validation
+
+FAULT_FILE = "fault.json"
+_DEATH_OF_ANOTHER = re.compile(
+    r"\b(gloo|nccl|peer|connection|socket|timed? ?out|store|ray\w*error|actor\w*error|does not follow the checkpoint)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a worker needs to know; `recipe` is a resolved TrainRecipe as plain values."""
+
+    recipe: dict[str, Any]
+    stage: Stage
+    computing: Computing
+    settings: LoopSettings
+    graft: str
+    out: str
+    total_steps: int
+    validation: Delivery | None = None
+    encoder_cache: EncoderCache | None = None
+
+
+def work(run: Run) -> None:
+    """Train on this worker's share of the plan; every worker calls it once."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    out, device = Path(run.out), get_device()
+    checkpoint, settings = _agreed(latest_checkpoint(out / CHECKPOINTS)), _with_peak(run.settings, device)
+    progress = read_progress(checkpoint)
+    if (out / FAULT_FILE).is_file() or is_over(progress, settings, run.total_steps):
+        return  # a fault that would come again, or workers that were started anew after their work was done
+    torch.set_num_threads(run.recipe["threads_per_worker"])
+    with _told(out):
+        graft, processor = stage_model(run.stage, run.graft, run.computing, device=device, seed=run.recipe["seed"])
+        model = learner(graft, run.stage, run.computing, processor)
+        del graft  # a language model that does not take part leaves the device
+        limits = {name: run.recipe[name] for name in ("weight_decay", "max_grad_norm")}
+        backend = make_backend(model, run.computing, accumulation=settings.accumulation, **limits)
+        validation = _validation(run, backend, processor)
+        observer = RunObserver(run.recipe, out, backend, from_step=progress.step, validation=validation)
+        if run.computing.dtype == "bf16" and not computes_bf16(device):
+            observer.say("this processor has no fast bf16: dtype=fp32 would take a fraction of the time")
+        if checkpoint:
+            backend.load_state(load_checkpoint(checkpoint)[0], step=progress.step)
+            observer.say(f"going on at step {progress.step}, batch {progress.position} of the plan")
+        encoder = CachingEncoder(model, run.encoder_cache) if run.encoder_cache else None
+        cost = _cost(run, model.config)
+        batches = ahead(training_batches(delivered_blocks(), device, observer.skipped, encoder=encoder, cost=cost))
+        first = next(batches)
+        if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
+            raise RuntimeError(f"batch {first.position} does not follow the checkpoint at {progress.position}")
+        if progress.step == 0 and first.ids:  # not a filler, nor clips that were all masked
+            observer.say(_checked(model, backend, first, processor, text_noise=run.recipe["text_noise"] > 0))
+        train(
+            itertools.chain([first], batches),
+            backend,
+            settings,
+            progress=progress,
+            total_steps=run.total_steps,
+            observer=observer,
+        )
+        observer.close()
+        if encoder:
+            encoder.close()
+
+
+def _validation(run: Run, backend: Backend, processor: GraftProcessor) -> Validation | None:
+    if run.validation is None:
+        return None
+    samples = max(run.recipe["validation"][name] for name in ("transcripts", "wer_clips"))
+    return Validation(run.validation, backend, processor, samples=samples, is_sharded=run.computing.is_sharded)
+
+
+def _checked(
+    model: GraftForConditionalGeneration | Speller,
+    backend: Backend,
+    batch: TrainingBatch,
+    processor: GraftProcessor,
+    *,
+    text_noise: bool,
+) -> str:
+    """Look at the first batch before hours are spent on it; a projector that is to learn to spell says nothing yet."""
+    end = processor.prompt_end_ids()
+    if isinstance(model, Speller):
+        return (
+            f"preflight: {check_labels(batch.inputs['input_ids'], batch.inputs['labels'], end)} labels, all in answers"
+        )
+    with backend.evaluating():
+        found = preflight(model, batch.model_inputs(), end, text_noise=text_noise)
+    return f"preflight: other audio changes the logits by {found.logit_change:.2g}; {found.label_count} labels, all in answers"
+
+
+def _cost(run: Run, config: GraftConfig) -> Callable[[Mapping[str, np.ndarray]], float]:
+    """Make what tells the FLOPs of a delivered block, so that the log can tell how well the device is used."""
+    lora = run.stage.lora
+    spells = run.stage.letters is not None
+
+    def cost(block: Mapping[str, np.ndarray]) -> float:
+        frame_counts = block["audio_frame_counts"][0]
+        if "found_places" in block:
+            found = json.loads(str(block["found_places"][0]))
+            frame_counts = [count for count, tokens in zip(frame_counts, found, strict=True) if tokens is None]
+        return batch_flops(
+            config,
+            token_counts=[] if spells else block["attention_mask"][0].sum(axis=1),
+            label_count=0 if spells else int((block["labels"][0] != -100).sum()),
+            frame_counts=frame_counts,
+            lora_rank=lora.rank if lora else None,
+            lora_encoder=bool(lora and lora.encoder),
+            gradient_checkpointing=run.computing.gradient_checkpointing,
+        )
+
+    return cost
+
+
+def _with_peak(settings: LoopSettings, device: torch.device) -> LoopSettings:
+    return replace(
+        settings, peak_flops=device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    )
+
+
+def _agreed(path: Path | None) -> Path | None:
+    """The first worker's answer, lest a shared file system show another worker an older one."""
+    answers = [path]
+    torch.distributed.broadcast_object_list(answers, src=0)
+    return answers[0]
+
+
+@contextlib.contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Leave what would come again, a bug or what a user can mend, where the driver and the workers that Ray starts anew find it.
+
+    What happens to a worker because another one died is not of that kind.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = "the device's memory ran out: lower token_budget, set gradient_checkpointing=true, or raise zero_stage"
+        (out / FAULT_FILE).write_text(json.dumps({"error": reason}) + "\n")
+        raise ModelError(reason) from error
+    except GraftError as error:
+        (out / FAULT_FILE).write_text(json.dumps({"error": str(error)}) + "\n")
+        raise
+    except Exception as error:
+        if not _DEATH_OF_ANOTHER.search(f"{type(error).__name__} {error}"):
+            (out / FAULT_FILE).write_text(json.dumps({"bug": traceback.format_exc()}) + "\n")
+        raise

@@ -1,0 +1,168 @@
+"""What is to be transcribed: files, folders, globs, URIs, lists and parquet -> a table of recordings, each with a name that stays.
+
+A recording's name is its path below the place that named it. Nothing is opened here but lists and the footers of parquet files.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
+from pathlib import PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from graft.data.columns import Columns
+from graft.data.dataset import Source, read_rows
+from graft.errors import DataError
+from graft.storage.locations import PlacedFile, find_files, shown
+from graft.storage.source import open_source
+
+AUDIO_SUFFIXES = (
+    *(".aac", ".aiff", ".flac", ".m4a", ".m4b", ".mka", ".mkv", ".mov"),
+    *(".mp3", ".mp4", ".oga", ".ogg", ".opus", ".wav", ".webm", ".wma"),
+)
+"""What is taken from folders; a file that is named itself, or by a glob or list, may be called anything."""
+LIST_SUFFIXES = (".txt", ".lst")
+PARQUET = ".parquet"
+LOOKUPS = 32
+"""Files of a list that are looked up at a time: over a network they wait for answers."""
+
+RECORDINGS = pa.schema(
+    [
+        ("recording", pa.string()),  # its name
+        ("uri", pa.string()),  # or absolute path; of the parquet file where it stands in one
+        ("version", pa.string()),  # changes when the file does
+        ("size", pa.int64()),  # of the file in bytes; null if unknown
+        ("duration_s", pa.float64()),  # where a parquet column tells it
+        ("row_group", pa.int32()),  # null for files
+        ("row", pa.int32()),  # within the row group
+    ]
+)
+
+
+def find_recordings(sources: Sequence[str], columns: Columns | None = None) -> pa.Table:
+    """List the recordings of files, folders (at any depth), globs and URIs, of lists of them, and in parquet files: RECORDINGS.
+
+    Files come by name, then rows of parquet files as they stand there, so that each row group is read once.
+    A list is a .txt or .lst file with a place in each line, relative to its own folder. Of parquet files, `columns` says what is what.
+    A file that does not exist is a recording too: the run reports it. Raises DataError when there are none, when two have the same name,
+    for lists that are not text and parquet files without the columns.
+    """
+    columns = columns or Columns()
+    table = pa.concat_tables(
+        [part for source in sources for part in _recordings_of(source, columns)] or [RECORDINGS.empty_table()]
+    )
+    if not len(table):
+        raise DataError(
+            f"no audio in {', '.join(map(shown, sources))}: give files, or folders with {', '.join(AUDIO_SUFFIXES)} files"
+        )
+    return _each_once(table)
+
+
+def _recordings_of(source: str, columns: Columns) -> Iterator[pa.Table]:
+    suffix = _suffix(source)
+    if suffix in LIST_SUFFIXES:
+        yield _files(_listed(source))
+        return
+    found = _found(source)
+    audio = [file for file in found if _suffix(file.name) != PARQUET]
+    corpora = [file for file in found if _suffix(file.name) == PARQUET]
+    is_named = any(sign in source for sign in "*?[") or [file.name for file in found] == [PurePosixPath(source).name]
+    yield _files(audio if is_named else [file for file in audio if _suffix(file.name) in AUDIO_SUFFIXES])
+    for file in corpora:
+        yield _rows(file, columns)
+
+
+def _found(place: str) -> list[PlacedFile]:
+    try:
+        return find_files(place)
+    except DataError:
+        if _suffix(place) not in AUDIO_SUFFIXES:
+            raise  # a folder, perhaps; of a missing recording there is a row that says so
+    uri = place if "://" in place else os.path.abspath(os.path.expanduser(place))
+    return [PlacedFile(uri, PurePosixPath(place).name, None, "")]
+
+
+def _listed(source: str) -> list[PlacedFile]:
+    """The places in a list; their names are what is left without the part that all share."""
+    with open_source(source) as file:
+        data = file.read()
+    try:
+        lines = [line for line in map(str.strip, data.decode().splitlines()) if line and not line.startswith("#")]
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{shown(source)}: a list holds a path or URI in each line, in UTF-8: {error.reason} at byte {error.start}"
+        ) from error
+    home = (source if "://" in source else os.path.abspath(source)).rpartition("/")[0]
+    places = [line if "://" in line or os.path.isabs(line) else f"{home}/{line}" for line in lines]
+    folders = zip(*(place.split("/")[:-1] for place in places), strict=False)
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, folders))
+    with ThreadPoolExecutor(LOOKUPS) as pool:
+        files = pool.map(_looked_up, places)
+        return [
+            PlacedFile(file.uri, "/".join(place.split("/")[shared:]), file.size, file.version)
+            for file, place in zip(files, places, strict=True)
+        ]
+
+
+def _looked_up(place: str) -> PlacedFile:
+    """The file at a place; what is no file, or can't be reached, fails when it is read."""
+    try:
+        (file,) = find_files(place)
+    except (DataError, ValueError):
+        return PlacedFile(place if "://" in place else os.path.abspath(place), "", None, "")
+    return file
+
+
+def _files(files: Sequence[PlacedFile]) -> pa.Table:
+    values = {
+        "recording": pa.array((file.name for file in files), pa.string()),
+        "uri": pa.array((file.uri for file in files), pa.string()),
+        "version": pa.array((file.version for file in files), pa.string()),
+        "size": pa.array((file.size for file in files), pa.int64()),
+    }
+    return _table(values, len(files))
+
+
+def _rows(file: PlacedFile, columns: Columns) -> pa.Table:
+    rows = read_rows(Source(files=file.uri, columns=columns))
+    values = {
+        "recording": rows.ids.cast(pa.string()),
+        "uri": pa.repeat(file.uri, len(rows)),
+        "version": pa.repeat(file.version, len(rows)),
+        "duration_s": pa.array(rows.duration_s, from_pandas=True),
+        "row_group": pa.array(rows.row_group),
+        "row": pa.array(rows.row),
+    }
+    return _table(values, len(rows))
+
+
+def _table(values: dict[str, pa.Array], count: int) -> pa.Table:
+    return pa.table([values.get(field.name, pa.nulls(count, field.type)) for field in RECORDINGS], schema=RECORDINGS)
+
+
+def _each_once(table: pa.Table) -> pa.Table:
+    """Files in the order of their names, rows in that of their places; what is named twice counts once.
+
+    Raises DataError for two of one name.
+    """
+    keys = ["recording", "uri", "row_group", "row"]
+    table = table.take(pc.sort_indices(table, [(key, "ascending") for key in keys]))
+    names, others = table["recording"].combine_chunks(), table.select(keys[1:]).to_struct_array().combine_chunks()
+    same_name = pc.equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
+    for place in np.flatnonzero(same_name):
+        if others[int(place)] != others[int(place) + 1]:
+            one, other = (shown(str(others[int(index)]["uri"])) for index in (place, place + 1))
+            raise DataError(
+                f"{one} and {other} would both be called {names[int(place)]}: give a folder that holds both, or two runs"
+            )
+    table = table.filter(pa.array(np.concatenate([[True], ~same_name])))
+    is_row = table["row"].is_valid()
+    rows = table.filter(is_row).sort_by([(key, "ascending") for key in keys[1:]])
+    return pa.concat_tables([table.filter(pc.invert(is_row)), rows])
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name.partition("?")[0]).suffix.lower()

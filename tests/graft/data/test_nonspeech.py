@@ -1,0 +1,70 @@
+"""Sounds without speech: the same for a seed, within the limits, and of the loudness that their names say."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from graft.audio.clip import SAMPLE_RATE
+from graft.data import nonspeech
+from graft.data.nonspeech import LENGTHS_S, SOUNDS, Sound, made_sounds
+
+
+def all_sounds(seed: int = 0) -> list[Sound]:
+    return [sound for kind in SOUNDS for sound in made_sounds(kind, seed)]
+
+
+@pytest.fixture(scope="module")
+def made() -> list[Sound]:
+    return all_sounds()
+
+
+def loudness(sound: Sound) -> float:
+    """Root mean square in dBFS."""
+    return float(10 * np.log10(np.mean(np.square(sound.clip.samples, dtype=np.float64))))
+
+
+def test_a_few_dozen_sounds_of_each_kind_and_length(made: list[Sound]) -> None:
+    assert 24 <= len(made) == len({sound.name for sound in made}) <= 60
+    assert Counter(sound.kind for sound in made) == {
+        kind: len(makers) * len(LENGTHS_S) for kind, makers in SOUNDS.items()
+    }
+    for kind in SOUNDS:
+        lengths = [sound.clip.duration_s for sound in made if sound.kind == kind]
+        assert min(lengths) >= 2
+        assert 0 < sum(length > 30 for length in lengths) < len(lengths)
+        assert max(lengths) <= 40
+
+
+def test_loudness_is_as_named_and_nothing_clips(made: list[Sound]) -> None:
+    for sound in made:
+        assert sound.clip.samples.dtype == np.float32
+        if "digital" in sound.name:
+            assert not sound.clip.samples.any()
+            continue
+        expected = -60 if sound.kind == "silence" else -40 if "-40dBFS" in sound.name else -20
+        assert loudness(sound) == pytest.approx(expected, abs=0.01), sound.name
+        assert np.abs(sound.clip.samples).max() < 1, sound.name
+
+
+def share_below(sound: Sound, hertz: float) -> float:
+    power = np.abs(np.fft.rfft(sound.clip.samples)) ** 2
+    return float(power[: round(hertz * len(sound.clip.samples) / SAMPLE_RATE)].sum() / power.sum())
+
+
+def test_sounds_are_where_their_names_say(made: list[Sound]) -> None:
+    shares = {sound.name: share_below(sound, 1000) for sound in made if sound.clip.samples.any()}
+    assert shares["noise-white-20dBFS-1"] == pytest.approx(1 / 8, abs=0.02)
+    assert 0.5 < shares["noise-pink-20dBFS-1"] < 0.9 < shares["noise-speech-shaped-20dBFS-1"] < 0.99
+    assert shares["silence-hum-1"] > 0.999
+    assert shares["ringing-trill-1"] < 0.01 < 0.99 < shares["ringing-ringback-1"]
+    pauses = {name: np.mean(sound.clip.samples == 0) for sound in made if (name := sound.name).startswith("ringing")}
+    assert all(0.2 < share < 0.8 for share in pauses.values()), pauses
+
+
+def test_a_seed_decides_every_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nonspeech, "LENGTHS_S", ((2.0, 3.0),))
+    for one, again, other in zip(all_sounds(), all_sounds(), all_sounds(1), strict=True):
+        assert np.array_equal(one.clip.samples, again.clip.samples)
+        assert one.name == other.name
+        assert not np.array_equal(one.clip.samples, other.clip.samples)

@@ -1,0 +1,147 @@
+"""Aligners behind the front door: opened by name, words in every segment, joined the text; and the likeliest path against all paths."""
+
+import asyncio
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+from graft.audio.chunking import windows
+from graft.audio.clip import AudioClip
+from graft.errors import ModelError
+from graft.inference.aligners.loading import find_aligner, open_aligner
+from graft.inference.aligners.protocol import spread
+from graft.inference.aligners.viterbi import best_paths
+from graft.inference.transcriber import Transcriber, load
+from graft.inference.transcript import Segment, Transcript, Word
+from serve.backends.local import LocalListener, open_transcriber
+from serve.config import ServeArgs
+from serve.http.schema import verbose
+from serve.service import Asked
+from tests.support import tiny_models
+from tests.support.speech_corpus import save_tiny_whisper
+from tests.support.spoken_words import VOCABULARY, in_order, save_ctc
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(3, 6), st.integers(0, 2**31), st.lists(st.booleans(), min_size=6, max_size=6))
+def test_the_best_path_is_the_best_of_all(frames, states, seed, skips):
+    may_skip = np.array(skips[:states])
+    scores = np.random.default_rng(seed).normal(size=(2, frames, states))
+    paths, totals = best_paths(scores, may_skip)
+    for each, path, total in zip(scores, paths, totals, strict=True):
+        ways = [way for way in itertools.product(range(states), repeat=frames) if _is_way(way, may_skip)]
+        sums = [sum(each[frame, state] for frame, state in enumerate(way)) for way in ways]
+        assert total == pytest.approx(max(sums, default=-np.inf))
+        if ways:
+            assert ways[int(np.argmax(sums))] == tuple(path)
+
+
+def _is_way(way: Sequence[int], may_skip: np.ndarray) -> bool:
+    steps = ((state - before, may_skip[state]) for before, state in itertools.pairwise(way))
+    return (
+        way[0] < 2
+        and way[-1] >= len(may_skip) - 2
+        and all(step in (0, 1) or (step == 2 and skip) for step, skip in steps)
+    )
+
+
+def test_what_can_not_be_heard_is_spread_by_lengths():
+    assert spread(["a", "bcd"], 2.0) == (Word(0.0, 0.5, "a"), Word(0.5, 2.0, "bcd"))
+    assert spread([], 2.0) == ()
+
+
+# The front door
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("aligners")
+    save_tiny_whisper(home / "tiny-whisper")
+    GenerationConfig(decoder_start_token_id=3, no_timestamps_token_id=5).save_pretrained(home / "tiny-whisper")
+    return {
+        "graft": tiny_models.save_tiny_graft(home / "tiny-graft"),
+        "whisper": home / "tiny-whisper",
+        "ctc": save_ctc(home / "tiny-ctc", VOCABULARY),
+    }
+
+
+@pytest.fixture(scope="module")
+def transcriber(folders) -> Iterator[Transcriber]:
+    opened = load(folders["graft"], cut=windows, aligner=str(folders["whisper"]))
+    yield opened
+    opened.close()
+
+
+def noise(seconds: float) -> AudioClip:
+    return AudioClip(np.random.default_rng(1).normal(0, 0.1, round(seconds * 16_000)).astype(np.float32))
+
+
+def words_are_in_order(transcript: Transcript) -> bool:
+    return all(
+        " ".join(word.text for word in segment.words) == segment.text
+        and in_order(segment.words, segment.text, segment.start_s, segment.end_s)
+        for segment in transcript.segments
+    )
+
+
+def test_aligners_are_opened_by_what_they_are_and_say_so(folders, tmp_path):
+    assert find_aligner("whisper") == ("whisper", "whisper-base, cross-attention")
+    for kind, name in {"whisper": "tiny-whisper, cross-attention", "ctc": "tiny-ctc, CTC"}.items():
+        assert open_aligner(str(folders[kind])).name == name
+        assert find_aligner(str(folders[kind])) == (str(folders[kind]), name)
+    with pytest.raises(ModelError, match="tiny-graft is a graft checkpoint, no aligner: give whisper, or"):
+        open_aligner(str(folders["graft"]))
+    with pytest.raises(ModelError, match=r"can't be read .*: give whisper, or a folder or hub id"):
+        open_aligner(str(tmp_path))
+
+
+def test_words_joined_are_the_text_in_recordings_over_30_s_too(transcriber):
+    transcript = transcriber.transcribe(noise(32.0))
+    assert len(transcript.segments) == 2
+    assert words_are_in_order(transcript)
+    assert sum(len(segment.words) for segment in transcript.segments) > 2
+    assert transcript.aligner == "tiny-whisper, cross-attention"
+
+
+def test_words_are_there_when_asked_for(transcriber, folders):
+    clip = noise(1.0)
+    timed, plain = transcriber.transcribe(clip), transcriber.transcribe(clip, words=False)
+    assert (plain.text, plain.aligner, plain.segments[0].words) == (timed.text, None, ())
+    assert transcriber.transcribe_many([clip], words=True) == [timed]
+    assert transcriber.transcribe_many([clip], words=False) == [plain]
+    without = load(folders["graft"], cut=windows)
+    assert without.transcribe(clip) == plain
+    with pytest.raises(ModelError, match="without an aligner: load the model with aligner='whisper'"):
+        without.transcribe(clip, words=True)
+    without.close()
+
+
+def test_the_service_times_words_with_its_aligner(folders):
+    listener = LocalListener(
+        open_transcriber(ServeArgs(model=str(folders["graft"]), aligner=str(folders["ctc"])), str(folders["graft"]))
+    )
+
+    async def hear(*, words: bool) -> Segment:
+        (segment,) = [part async for part in listener.hear(windows(noise(1.0))[0], Asked(words=words), stream=False)]
+        return segment
+
+    async def ask() -> tuple[Segment, Segment]:
+        assert (await listener.about()).times_words
+        answers = await hear(words=True), await hear(words=False)
+        await listener.close()
+        return answers
+
+    timed, plain = asyncio.run(ask())
+    assert (plain.text, plain.words) == (timed.text, ())
+    transcript = Transcript(timed.text, 1.0, (timed,), "m")
+    assert words_are_in_order(transcript)
+    told = verbose(transcript, language="en", granularities=["word"])
+    assert [(word.word, word.start, word.end) for word in told.words] == [
+        (word.text, word.start_s, word.end_s) for word in timed.words
+    ]

@@ -1,0 +1,521 @@
+"""The transformers engine on tiny random weights: generate's tokens, whoever shares the batch, and rows that come and go."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+
+from graft.audio.clip import read_audio
+from graft.audio.features import Features
+from graft.checkpoints.build import build_graft
+from graft.checkpoints.bundled.cache import bundled_qwen2vl, bundled_whisper
+from graft.inference.engines.kv_cache import COLUMNS
+from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
+from graft.inference.engines.sampling import choose, repeating_ids, repeats
+from graft.inference.engines.scheduler import ENCODER_ROWS
+from graft.inference.engines.transformers_engine import TransformersEngine
+from tests.support import tiny_models
+from tests.support.paths import ROOT
+
+PROMPTS = ROOT / "jobs" / "data" / "prompts"
+PLACEHOLDERS = [100, 101, 102, 103, 110, 111, 112]
+VARIANTS = [
+    {"audio_pool": 2, "audio_context": "valid"},
+    {"audio_pool": 4, "audio_context": "trim"},
+    {"audio_pool": 1, "audio_context": "full"},
+]
+FRAME_COUNTS = [37, 250, 8, 120, 121]
+
+
+def make_model(**audio):
+    model = tiny_models.pay_attention(tiny_models.graft_model(**audio))
+    model.generation_config.suppress_tokens = PLACEHOLDERS
+    return model
+
+
+def make_request(model, index, frame_count, *, max_new_tokens=12) -> EngineRequest:
+    features, _ = tiny_models.log_mels([frame_count], seed=index)
+    text = [7, 8, 9] + [10 + index % 5] * (index % 3)
+    return EngineRequest(
+        f"r{index}",
+        Features(features[0].numpy(), frame_count),
+        tiny_models.prompt(model, frame_count, text),
+        max_new_tokens,
+    )
+
+
+class OfTheAnswer(LogitsProcessor):
+    """A processor that is told of the answer's tokens alone, and does nothing at the first."""
+
+    def __init__(self, processor: LogitsProcessor, prompt_length: int) -> None:
+        self.processor, self.prompt_length = processor, prompt_length
+
+    def __call__(self, input_ids, scores):
+        answer = input_ids[:, self.prompt_length :]
+        return self.processor(answer, scores) if answer.shape[1] else scores
+
+
+def generated(model, request, eos_ids=()) -> tuple[list[int], list[float]]:
+    """What transformers' own generate answers to this request alone."""
+    blocking = [NoRepeatNGramLogitsProcessor(request.no_repeat_ngram)] if request.no_repeat_ngram else []
+    output = model.generate(
+        input_ids=torch.tensor([request.prompt_ids]),
+        input_features=torch.from_numpy(request.features.mel)[None],
+        audio_frame_counts=torch.tensor([request.features.frame_count]),
+        max_new_tokens=request.max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(eos_ids) or None,
+        pad_token_id=0,
+        suppress_tokens=model.generation_config.suppress_tokens,
+        logits_processor=LogitsProcessorList([OfTheAnswer(one, len(request.prompt_ids)) for one in blocking]),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    ids = output.sequences[0, len(request.prompt_ids) :].tolist()
+    suppressed = torch.tensor(model.generation_config.suppress_tokens)
+    logprobs = [
+        logits[0].index_fill(0, suppressed, float("-inf")).log_softmax(-1)[id].item()
+        for id, logits in zip(ids, output.logits, strict=True)
+    ]
+    end = len(ids) - 1 if ids[-1] in eos_ids else len(ids)
+    return ids[:end], logprobs[:end]
+
+
+async def collect(engine, request) -> list[Token]:
+    return [token async for token in engine.stream(request)]
+
+
+async def some(stream, count: int) -> list[Token]:
+    """The first tokens of a stream, as many as there are."""
+    tokens = []
+    while len(tokens) < count and (token := await anext(stream, None)) is not None:
+        tokens.append(token)
+    return tokens
+
+
+async def collect_all(engine, requests):
+    return await asyncio.gather(*(collect(engine, request) for request in requests), return_exceptions=True)
+
+
+@contextlib.contextmanager
+def running(model, *, eos_ids=(), **options):
+    engine = TransformersEngine(model, pad_id=0, eos_ids=eos_ids, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def watch_rows(model) -> tuple[list[int], list[int]]:
+    """Row counts of every forward pass, and clip counts of every encoding, as they come."""
+    rows, clips = [], []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
+    model.audio_tower.conv1.register_forward_hook(lambda _, inputs, __: clips.append(inputs[0].shape[0]))
+    return rows, clips
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant["audio_context"])
+def test_tokens_and_logprobs_equal_generate_in_a_batch_and_alone(variant):
+    model = make_model(**variant)
+    requests = [make_request(model, index, count) for index, count in enumerate(FRAME_COUNTS)]
+    # Ending tokens from the middle of two answers: rows end at different steps.
+    eos_ids = {generated(model, requests[0])[0][3], generated(model, requests[1])[0][7]}
+    expected = [generated(model, request, eos_ids) for request in requests]
+    assert len({len(ids) for ids, _ in expected}) > 1
+    rows, clips = watch_rows(model)
+    with running(model, eos_ids=eos_ids, max_prefill_tokens=16_384) as engine:
+        together = asyncio.run(collect_all(engine, requests))
+        assert rows[0] == len(requests)
+        assert rows == sorted(rows, reverse=True)
+        assert rows[-1] < len(requests)
+        assert clips == [len(requests)]
+        alone = [asyncio.run(collect(engine, request)) for request in requests]
+    for tokens, single, (ids, logprobs) in zip(together, alone, expected, strict=True):
+        assert [token.id for token in tokens] == [token.id for token in single] == ids
+        assert_close(tokens, logprobs)
+
+
+def assert_close(tokens, logprobs) -> None:
+    torch.testing.assert_close([token.logprob for token in tokens], logprobs, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    """A model, requests of mixed lengths, some with n-grams blocked, the ids that end answers, and what generate makes of each."""
+    model = make_model()
+    mixed = random.Random(0)
+    requests = []
+    for index in range(44):
+        frame_count = mixed.choice([mixed.randint(8, 60), mixed.randint(60, 400), mixed.randint(400, 1100)])
+        request = make_request(model, index, frame_count, max_new_tokens=mixed.choice([1, 2, 10, 25, 40]))
+        requests.append(replace(request, no_repeat_ngram=mixed.choice([0, 0, 1, 2, 4])))
+    # Ids from the middle of some answers end those of others.
+    eos_ids = {generated(model, requests[index])[0][-1] for index in (3, 11)}
+    return model, requests, eos_ids, [generated(model, request, eos_ids) for request in requests]
+
+
+async def come_and_go(engine, requests, seed) -> dict[str, list[Token]]:
+    """Send requests in any order, 3 to 20 at a time; some are aborted on their way and sent again. Returns the whole answers by id."""
+    drawn = random.Random(seed)
+    order = drawn.sample(requests, len(requests))
+    answers = {}
+
+    async def send(number, request) -> None:
+        others_first = number - drawn.randint(3, 20)
+        while len(answers) < others_first:
+            await asyncio.sleep(0.001)
+        if drawn.random() < 0.25:
+            async with contextlib.aclosing(engine.stream(request)) as stream:
+                await some(stream, drawn.randint(0, 6))
+        elif drawn.random() < 0.1:
+            waiting = asyncio.create_task(collect(engine, request))
+            await asyncio.sleep(drawn.uniform(0, 0.02))
+            waiting.cancel()
+            await asyncio.wait([waiting])
+        answers[request.request_id] = await collect(engine, request)
+
+    await asyncio.gather(*map(send, range(len(order)), order))
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("seed", "graphs", "gather_s"), [(0, False, 0), (1, False, 0.01), (2, True, 0), (3, True, 0.01)]
+)
+def test_whoever_comes_and_goes_tokens_equal_generate(crowd, seed, graphs, gather_s):
+    model, requests, eos_ids, expected = crowd
+    rows, _ = watch_rows(model)
+    budgets = {"max_batch_tokens": 9 * COLUMNS, "max_prefill_tokens": 400}
+    with running(model, eos_ids=eos_ids, graphs=graphs, gather_s=gather_s, **budgets) as engine:
+        answers = asyncio.run(come_and_go(engine, requests, seed))
+        assert (engine.counts().running, engine.counts().waiting) == (0, 0)
+    for request, (ids, logprobs) in zip(requests, expected, strict=True):
+        assert [token.id for token in answers[request.request_id]] == ids
+        assert_close(answers[request.request_id], logprobs)
+    assert len({len(ids) for ids, _ in expected}) > 4
+    joins = sum(later > earlier for earlier, later in itertools.pairwise(rows))
+    assert joins > 5
+    assert max(rows) >= 4
+
+
+def test_blocking_n_grams_is_a_rows_own_and_takes_nothing_from_its_log_probabilities():
+    model = make_model()
+    requests = [make_request(model, index, 100 + index, max_new_tokens=40) for index in range(6)]
+    mixed = [replace(request, no_repeat_ngram=index % 3) for index, request in enumerate(requests)]
+    plain, expected = (
+        [generated(model, request) for request in requests],
+        [generated(model, request) for request in mixed],
+    )
+    with running(model, gather_s=0.05) as engine:
+        answers = asyncio.run(collect_all(engine, mixed))
+    for index, (tokens, (ids, logprobs)) in enumerate(zip(answers, expected, strict=True)):
+        assert [token.id for token in tokens] == ids
+        assert_close(tokens, logprobs)
+        assert (ids == plain[index][0]) is not (index % 3 and repeats(plain[index][0], index % 3))
+        assert not index % 3 or not repeats(ids, index % 3)
+    assert sum(repeats(ids, 2) for ids, _ in plain) > 3  # tiny random models do go in circles
+
+
+def test_what_would_repeat_an_n_gram():
+    assert repeating_ids([1, 2, 3, 1, 2, 4, 1, 2], 3) == [3, 4]
+    assert repeating_ids([1, 2, 1], 1) == [1, 2, 1]
+    assert repeating_ids([1, 1], 2) == [1]
+    assert repeating_ids([1, 2], 3) == repeating_ids([], 1) == repeating_ids([1, 1, 1], 0) == []
+    assert repeats([1, 2, 3, 1, 2], 2)
+    assert not repeats([1, 2, 3, 1, 2], 3)
+    assert not repeats([], 5)
+
+
+def test_blocked_ids_keep_their_probability_and_suppressed_ones_have_none():
+    ids, logprobs = choose(torch.tensor([[1.0, 2.0, 0.0, 9.0], [1.0, 2.0, 0.0, 9.0]]), torch.tensor([3]), {1: [1]})
+    assert ids == [1, 0]
+    assert logprobs == pytest.approx(torch.tensor([1.0, 2.0, 0.0]).log_softmax(-1)[[1, 0]].tolist())
+
+
+def test_max_new_tokens_is_each_rows_own():
+    model = make_model()
+    requests = [make_request(model, index, 60, max_new_tokens=count) for index, count in enumerate([1, 5, 3])]
+    with running(model) as engine:
+        answers = asyncio.run(collect_all(engine, requests))
+    assert [len(tokens) for tokens in answers] == [1, 5, 3]
+
+
+def test_suppressed_ids_never_come():
+    model = make_model()
+    request = make_request(model, 0, 60)
+    with running(model) as engine:
+        first = asyncio.run(collect(engine, request))[0].id
+    model.generation_config.suppress_tokens = [*PLACEHOLDERS, first]
+    with running(model) as engine:
+        assert first not in {token.id for token in asyncio.run(collect(engine, request))}
+
+
+def test_batches_keep_to_the_token_budget_and_rows_of_like_length_share_them():
+    model = make_model()
+    requests = [
+        make_request(model, index, count, max_new_tokens=4) for index, count in enumerate([40, 800, 44, 804, 2000])
+    ]
+    expected = [generated(model, request)[0] for request in requests]
+    rows, clips = watch_rows(model)
+    with running(model, max_batch_tokens=4 * COLUMNS, gather_s=0.05) as engine:
+        answers = asyncio.run(collect_all(engine, requests))
+    assert (clips, max(rows)) == ([2, 2, 1], 2)
+    assert [[token.id for token in tokens] for tokens in answers] == expected
+
+
+def test_between_two_prefills_there_is_a_step_and_no_prefill_is_over_its_budget():
+    model = make_model()
+    requests = [make_request(model, index, 200 + index, max_new_tokens=20) for index in range(12)]
+    rows, clips = watch_rows(model)
+    longest = max(len(request.prompt_ids) for request in requests)
+    with running(model, max_prefill_tokens=2 * longest, gather_s=0.05) as engine:
+        asyncio.run(collect_all(engine, requests))
+    assert clips == [2] * 6
+    assert rows[:12] == [2, 2, 2, 4, 2, 6, 2, 8, 2, 10, 2, 12]  # prefill, step, prefill, step, ...
+
+
+def test_who_waits_longest_is_next_though_others_would_fit():
+    model = make_model()
+    short = [make_request(model, index, 40, max_new_tokens=60) for index in range(12)]
+    long = make_request(model, 12, 1100, max_new_tokens=60)
+    order = []
+
+    async def send(engine, request) -> None:
+        async with contextlib.aclosing(engine.stream(request)) as stream:
+            async for _ in stream:
+                order.append(request.request_id)
+                break
+
+    async def run(engine):
+        first = [asyncio.create_task(collect(engine, request)) for request in short[:3]]
+        while engine.counts().running < 3:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*first, *(send(engine, request) for request in [long, *short[3:]]))
+
+    with running(model, max_batch_tokens=4 * COLUMNS, max_prefill_tokens=1) as engine:
+        asyncio.run(run(engine))
+    assert order[0] == long.request_id
+
+
+def test_memory_shrinks_to_what_the_rows_that_are_left_need():
+    model = make_model()
+    short, long = make_request(model, 0, 40, max_new_tokens=200), make_request(model, 1, 2000, max_new_tokens=3)
+    expected = [generated(model, request)[0] for request in (short, long)]
+    columns = []
+
+    async def run(engine):
+        model.lm_head.register_forward_hook(lambda *_: columns.append(engine._decoder._slots.columns))
+        first = asyncio.create_task(collect(engine, short))
+        while engine.counts().steps < 5:
+            await asyncio.sleep(0.001)
+        return await asyncio.gather(first, collect(engine, long))
+
+    with running(model) as engine:
+        answers = asyncio.run(run(engine))
+    assert [[token.id for token in tokens] for tokens in answers] == expected
+    assert [size for size, _ in itertools.groupby(columns)] == [COLUMNS, 4 * COLUMNS, COLUMNS, 2 * COLUMNS]
+
+
+def test_counts():
+    model = make_model()
+    requests = [make_request(model, index, 60, max_new_tokens=5 + index) for index in range(3)]
+    with running(model, gather_s=0.05) as engine:
+        assert engine.counts() == EngineCounts(0, 0, 0, 0, 0, 0.0)
+        asyncio.run(collect_all(engine, requests))
+    counts = engine.counts()
+    assert replace(counts, busy_s=0) == EngineCounts(running=0, waiting=0, prefills=1, steps=6, tokens=18, busy_s=0)
+    assert counts.busy_s > 0
+
+
+def test_many_clips_are_encoded_in_parts():
+    model = make_model()
+    requests = [make_request(model, index, 30 + index, max_new_tokens=2) for index in range(ENCODER_ROWS + 3)]
+    rows, clips = watch_rows(model)
+    with running(model, gather_s=0.05) as engine:
+        answers = asyncio.run(collect_all(engine, requests))
+    assert (rows, clips) == ([ENCODER_ROWS, ENCODER_ROWS, 3, 3], [ENCODER_ROWS, 3])
+    assert [[token.id for token in tokens] for tokens in answers] == [
+        generated(model, request)[0] for request in requests
+    ]
+
+
+def test_an_aborted_row_leaves_the_batch_and_the_others_go_on():
+    model = make_model()
+    requests = [make_request(model, index, 60 + 10 * index, max_new_tokens=200) for index in range(3)]
+    expected = [generated(model, request)[0] for request in requests]
+    rows, _ = watch_rows(model)
+
+    async def run(engine):
+        async def abort_after_three():
+            async with contextlib.aclosing(engine.stream(requests[0])) as stream:
+                return [token.id for token in await some(stream, 3)]
+
+        async def abort_by_id():
+            tokens = []
+            async for token in engine.stream(requests[1]):
+                tokens.append(token.id)
+                if len(tokens) == 5:
+                    engine.abort(requests[1].request_id)
+            return tokens
+
+        return await asyncio.gather(abort_after_three(), abort_by_id(), collect(engine, requests[2]))
+
+    with running(model) as engine:
+        broken_off, aborted, whole = asyncio.run(run(engine))
+        again = asyncio.run(collect(engine, requests[0]))
+    assert broken_off == expected[0][:3]
+    assert aborted == expected[1][: len(aborted)]
+    assert len(aborted) < 200
+    assert [token.id for token in whole] == expected[2]
+    assert [token.id for token in again] == expected[0]
+    assert rows[0] == 3
+    assert rows.count(3) < 100
+    assert rows.count(1) >= 100
+
+
+def test_a_waiting_request_that_is_cancelled_is_never_decoded():
+    model = make_model()
+    requests = [make_request(model, index, 60, max_new_tokens=300) for index in range(2)]
+    _, clips = watch_rows(model)
+
+    async def run(engine):
+        first = asyncio.create_task(collect(engine, requests[0]))
+        while not clips:
+            await asyncio.sleep(0.005)
+        second = asyncio.create_task(collect(engine, requests[1]))
+        await asyncio.sleep(0.01)
+        second.cancel()
+        return await first
+
+    with running(model, max_batch_tokens=1) as engine:
+        assert len(asyncio.run(run(engine))) == 300
+        assert clips == [1]
+
+
+def test_an_error_of_one_clip_ends_that_row_alone():
+    model = make_model()
+    requests = [make_request(model, index, 60 + index) for index in range(5)]
+    expected = [generated(model, request)[0] for request in requests]
+    requests[2] = replace(requests[2], prompt_ids=[*requests[2].prompt_ids, tiny_models.AUDIO_ID])
+    with running(model, gather_s=0.05) as engine:
+        answers = asyncio.run(collect_all(engine, requests))
+        assert isinstance(answers[2], ValueError)
+        assert "16 audio placeholders in input_ids, but 15 audio tokens" in str(answers[2])
+        assert [[token.id for token in tokens] for tokens in answers[:2] + answers[3:]] == expected[:2] + expected[3:]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_an_error_in_a_step_ends_the_rows_it_is_about_and_the_engine_goes_on(graphs):
+    model = make_model()
+    requests = [make_request(model, index, 60 + 9 * index, max_new_tokens=30) for index in range(10)]
+    expected = {request.request_id: generated(model, request) for request in requests}
+    ((bad_id, _),) = Counter(id for ids, _ in expected.values() for id in set(ids[:-1])).most_common()[-1:]
+    requests.sort(
+        key=lambda request: bad_id in expected[request.request_id][0]
+    )  # the others are decoded on in halves and quarters
+    fine = [request for request in requests if bad_id not in expected[request.request_id][0][:-1]]
+    assert 5 < len(fine) < len(requests)
+
+    def fail(_, inputs) -> None:
+        if inputs[0].shape[1] == 1 and bad_id in inputs[0]:
+            raise ValueError("a bad token")
+
+    model.get_input_embeddings().register_forward_pre_hook(fail)
+    with running(model, gather_s=0.05, graphs=graphs) as engine:
+        answers = asyncio.run(collect_all(engine, requests))
+        again = asyncio.run(collect_all(engine, fine))
+    assert all("a bad token" in str(answer) for answer in answers[len(fine) :])
+    for request, *both in zip(fine, answers, again, strict=False):
+        for tokens in both:
+            assert [token.id for token in tokens] == expected[request.request_id][0]
+            assert_close(tokens, expected[request.request_id][1])
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
+)
+def test_out_of_memory_is_tried_in_halves_and_told_where_one_row_is_too_much(error):
+    model = make_model()
+    requests = [make_request(model, index, 60 + index) for index in range(5)]
+    expected = [generated(model, request)[0] for request in requests]
+    huge = make_request(model, 5, 900)
+
+    def fail(_, inputs) -> None:
+        rows, length, _ = inputs[0].shape
+        if rows > 2 or rows * length > 150:
+            raise error
+
+    model.model.language_model.layers[1].mlp.register_forward_pre_hook(fail)
+    with running(model, gather_s=0.05) as engine:
+        *answers, failed = asyncio.run(collect_all(engine, [*requests, huge]))
+    assert [[token.id for token in tokens] for tokens in answers] == expected
+    assert isinstance(failed, MemoryError)
+    assert str(failed) == "not enough memory for one request: lower max_batch_tokens, now 16384"
+    assert failed.__cause__ is error
+
+
+def test_an_error_of_the_engine_itself_ends_all_streams_and_it_goes_on():
+    model = make_model()
+    requests = [make_request(model, index, 60, max_new_tokens=8 + index) for index in range(3)]
+    with running(model, gather_s=0.05) as engine:
+        keep = engine._decoder.keep
+
+        def lose(kept):
+            if kept:
+                raise IndexError("lost")
+            return keep(kept)
+
+        engine._decoder.keep = lose
+        first, *others = asyncio.run(collect_all(engine, requests))
+        assert len(first) == 8
+        assert [str(error) for error in others] == ["lost", "lost"]
+        engine._decoder.keep = keep
+        assert [token.id for token in asyncio.run(collect(engine, requests[2]))] == generated(model, requests[2])[0]
+
+
+def test_an_id_that_is_under_way_is_refused():
+    model = make_model()
+    request = make_request(model, 0, 60)
+    with running(model, gather_s=0.05) as engine:
+        first, second = asyncio.run(collect_all(engine, [request, request]))
+    assert len(first) == 12
+    assert isinstance(second, ValueError)
+
+
+def test_a_closed_engine_ends_its_streams_with_an_error():
+    model = make_model()
+    engine = TransformersEngine(model, pad_id=0, eos_ids=())
+    requests = [make_request(model, index, 60, max_new_tokens=3000) for index in range(2)]
+
+    async def run():
+        async for _ in engine.stream(requests[0]):
+            await asyncio.to_thread(engine.close)
+
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(run())
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(collect(engine, requests[1]))
+
+
+@pytest.mark.slow
+def test_on_bundled_weights_tokens_equal_generate_whoever_comes_and_goes():
+    model, processor = build_graft(str(bundled_whisper()), str(bundled_qwen2vl()))
+    rows = [json.loads(line) for line in (PROMPTS / "train.jsonl").read_text().splitlines()[:16]]
+    requests = []
+    for index, row in enumerate(rows):
+        features = processor.featurizer(read_audio(PROMPTS / row["audio"]))
+        prompt_ids = processor.prompt_ids(features.frame_count)
+        requests.append(EngineRequest(f"r{index}", features, prompt_ids, 8 + index, no_repeat_ngram=3 * (index % 2)))
+    eos_ids = set(model.generation_config.eos_token_id)
+    expected = [generated(model, request, eos_ids) for request in requests]
+    with running(model, eos_ids=eos_ids, max_batch_tokens=8 * COLUMNS, max_prefill_tokens=300, gather_s=0) as engine:
+        answers = asyncio.run(come_and_go(engine, requests, seed=0))
+    for request, (ids, logprobs) in zip(requests, expected, strict=True):
+        assert [token.id for token in answers[request.request_id]] == ids
+        assert_close(answers[request.request_id], logprobs)

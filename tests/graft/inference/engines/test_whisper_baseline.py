@@ -1,0 +1,74 @@
+"""The Whisper baseline: real speech through the bundled Whisper base, whatever shares the batch, any length; and how sure it is."""
+
+import json
+
+import numpy as np
+import torch
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from graft.audio.chunking import windows
+from graft.audio.clip import AudioClip, read_audio
+from graft.checkpoints.bundled.cache import bundled_whisper
+from graft.inference.engines.whisper_baseline import MAX_TOKENS, WhisperBaseline
+from graft.text.wer import score
+from tests.support.paths import ROOT
+from tests.support.speech_corpus import flac, save_tiny_whisper
+
+PROMPTS = ROOT / "jobs" / "data" / "prompts"
+
+
+def test_speech_comes_out_right_batched_alone_and_over_30_s():
+    rows = [json.loads(line) for line in (PROMPTS / "unseen.jsonl").read_text().splitlines()[:4]]
+    texts = [row["text"] for row in rows]
+    clips = [read_audio(PROMPTS / row["audio"]) for row in rows]
+    whisper = WhisperBaseline(bundled_whisper(), batch_size=3)
+    pause = np.zeros(16_000, np.float32)
+    long = AudioClip(np.concatenate([part for clip in clips * 3 for part in (clip.samples, pause)]))
+    assert long.duration_s > 30
+    hearings = whisper.hear_many([*clips, long])
+    *together, long_text = [hearing.text for hearing in hearings]
+    assert all(-1 < hearing.mean_logprob < 0 for hearing in hearings)
+    assert score(texts, together).to_dict()["wer"] < 0.15
+    assert score([" ".join(texts * 3)], [long_text]).to_dict()["wer"] < 0.25
+    assert whisper.transcribe_many([clips[1]]) == [together[1]]
+    assert whisper.transcribe_many([]) == []
+
+
+def test_confidence_is_the_mean_log_probability_of_teacher_forced_tokens(tmp_path):
+    folder = save_tiny_whisper(tmp_path / "whisper")
+    model = WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    extractor = WhisperFeatureExtractor.from_pretrained(folder)
+    clips = [read_audio(flac(seconds, seed)) for seed, seconds in enumerate((0.5, 12.0, 33.0, 29.0))]
+    model.generation_config.suppress_tokens = [int(_answer(model, _features(extractor, clips[0]))[5])]
+    model.generation_config.eos_token_id = int(_answer(model, _features(extractor, clips[3]))[3])
+    model.save_pretrained(folder)
+
+    answers = [[_teacher_forced(model, _features(extractor, chunk.clip)) for chunk in windows(clip)] for clip in clips]
+    assert len(answers[2]) == 2
+    assert (
+        len({len(logprobs) for answer in answers for logprobs in answer}) > 1
+    )  # some answers end before others of their batch
+    expected = [torch.cat(answer).mean().item() for answer in answers]
+    hearings = WhisperBaseline(folder, batch_size=3).hear_many(clips)
+    np.testing.assert_allclose([hearing.mean_logprob for hearing in hearings], expected, atol=1e-3)
+    assert [hearing.text for hearing in hearings] == WhisperBaseline(folder, batch_size=1).transcribe_many(clips)
+
+
+def _features(extractor, clip: AudioClip) -> torch.Tensor:
+    return extractor(clip.samples, sampling_rate=16_000, return_tensors="pt")["input_features"]
+
+
+def _answer(model, features: torch.Tensor) -> torch.Tensor:
+    """The tokens that stock Whisper writes, first its start, last its end."""
+    return model.generate(features, do_sample=False, num_beams=1, max_length=MAX_TOKENS, return_dict_in_generate=True)[
+        "sequences"
+    ][0]
+
+
+@torch.inference_mode()
+def _teacher_forced(model, features: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities of stock Whisper's answer to a window, its end among them, from one pass over all of it."""
+    ids = _answer(model, features)
+    logits = model(features, decoder_input_ids=ids[None, :-1]).logits[0]
+    logits[:, model.generation_config.suppress_tokens] = -torch.inf
+    return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]

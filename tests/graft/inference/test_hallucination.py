@@ -1,0 +1,277 @@
+"""Guards: loops, invention and cut answers are flagged, real speech is not; a model that loops is asked once more."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from graft.audio.chunking import Chunk, Chunker
+from graft.audio.clip import AudioClip, read_audio
+from graft.checkpoints.loading import open_graft
+from graft.data.nonspeech import SOUNDS, made_sounds
+from graft.inference.engines.protocol import EngineRequest
+from graft.inference.engines.sampling import repeats
+from graft.inference.hallucination import (
+    LOW_CONFIDENCE,
+    NO_REPEAT_NGRAM,
+    NO_SPEECH,
+    REPETITION,
+    TRUNCATED,
+    Judged,
+    better,
+    judge,
+)
+from graft.inference.transcriber import Transcriber, load, max_new_tokens, transcriber_of
+from graft.inference.transcript import Segment
+from tests.support import tiny_models
+from tests.support.paths import ROOT
+
+PROMPTS = ROOT / "jobs" / "data" / "prompts"
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def flags_of(text: str, duration_s: float = 10.0, *, logprob: float = -0.1, **given) -> tuple[str, ...]:
+    return judge(text, [logprob] * 5, duration_s=duration_s, **{"is_cut": False} | given).flags
+
+
+@pytest.mark.parametrize(
+    ("text", "duration_s"),
+    [
+        ("thank you " * 4, 3.0),
+        ("so ho ho ho ho ho ho ho ho", 10.0),
+        ("And then, and then, and then; and then", 5.0),
+        ("it was " + "a b c d e f g h " * 4, 20.0),
+        ("you you you you you you", 1.0),  # nobody speaks as fast
+        ("".join(f"and the {number} of the day is the {number} of the night " for number in "abcdefghijklmnop"), 30.0),
+        ("he said that he would not be able to come to the meeting of the council today because " * 5, 28.0),
+        ("lalala" * 40, 20.0),
+    ],
+)
+def test_loops_are_flagged(text, duration_s):
+    assert flags_of(text, duration_s) == (REPETITION,)
+
+
+@pytest.mark.parametrize(
+    ("text", "duration_s"),
+    [
+        ("seven seven seven seven seven", 2.0),
+        ("one one one one", 1.2),
+        ("no no no no no no no", 2.5),
+        ("testing one two one two one two", 3.0),
+        ("thank you thank you thank you", 1.2),
+        ("Yes.", 0.1),
+        ("bye bye bye bye", 0.9),
+        ("", 30.0),
+    ],
+)
+def test_what_people_say_is_not(text, duration_s):
+    assert flags_of(text, duration_s) == ()
+
+
+def test_real_prompts_and_long_numbers_are_not_flagged():
+    rows = [
+        json.loads(line)
+        for name in ("train", "unseen")
+        for line in (PROMPTS / f"{name}.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) > 50
+    assert {row["text"]: flags for row in rows if (flags := flags_of(row["text"], row["duration_s"]))} == {}
+    drawn = random.Random(0)
+    for count in range(1, 91):
+        assert flags_of(" ".join(drawn.choices(DIGITS, k=count)), max(0.3, 28 * count / 90)) == ()
+
+
+def test_invention_is_flagged():
+    assert flags_of("thank you for watching", has_speech=False) == (NO_SPEECH,)
+    assert flags_of("thank you for watching", has_speech=True) == flags_of("thank you for watching") == ()
+    assert flags_of("thank you for watching", logprob=-1.01) == (LOW_CONFIDENCE,)
+    assert flags_of("thank you for watching", logprob=float("nan")) == (LOW_CONFIDENCE,)
+    words = " ".join(f"word{number}" for number in range(17))
+    assert (flags_of(words, 2.0), flags_of(words, 2.2)) == ((LOW_CONFIDENCE,), ())
+    assert flags_of("", has_speech=False, logprob=-9.0) == ()
+
+
+def test_cut_answers_are_flagged_after_the_rest():
+    assert flags_of("", is_cut=True) == (TRUNCATED,)
+    everything = flags_of("ho " * 90, 10.0, has_speech=False, logprob=-2.0, is_cut=True)
+    assert everything == (REPETITION, NO_SPEECH, LOW_CONFIDENCE, TRUNCATED)
+
+
+def test_the_better_text_has_fewer_flags_or_is_likelier():
+    loop, guess = Judged("ho ho", -0.1, (REPETITION, TRUNCATED)), Judged("h", -1.5, (LOW_CONFIDENCE,))
+    other = Judged("a chant", -0.2, (REPETITION,))
+    assert better(loop, guess) is better(guess, loop) is guess
+    assert better(other, guess) is better(guess, other) is other
+    assert better(other, Judged("", None, ())).text == ""
+    assert better(other, Judged("again", -0.2, (REPETITION,))) is other
+
+
+def test_with_n_grams_blocked_no_loop_is_left_at_a_speakers_pace():
+    for size in range(1, 9):
+        loop = list(itertools.islice(itertools.cycle(DIGITS[:size]), size + NO_REPEAT_NGRAM))
+        assert repeats(loop, NO_REPEAT_NGRAM)
+        assert not repeats(loop[:-1], NO_REPEAT_NGRAM)
+        assert flags_of(" ".join(loop[:-1])) == ()
+
+
+# A model that says what it is told: its layers do nothing, so that the last token alone decides what the next one is.
+
+CHUCKLE = {"\n": {"h": 4}, "h": {"o": 4, "<|im_end|>": 3}, "o": {" ": 4}, " ": {"h": 4}}
+STUCK = {**CHUCKLE, "h": {"o": 4, "a": 3.9}, "a": {"o": 4, " ": 3.9}, "o": {" ": 4, "h": 3.9}, " ": {"h": 4, "a": 3.9}}
+STAMMER = {**CHUCKLE, "h": {"o": 4, "a": 1}, "a": {"<|im_end|>": 4}}
+GREETING = {"\n": {"h": 4}, "h": {"i": 4}, "i": {"<|im_end|>": 4}}
+
+
+def make_transcriber(folder: Path, chain: dict[str, dict[str, float]] | None, **options) -> Transcriber:
+    model, processor = open_graft(folder)
+    if chain:
+        id_of = processor.tokenizer.get_vocab() | {mark: processor.tokenizer(mark).input_ids[0] for mark in "\n "}
+        for layer in model.model.language_model.layers:
+            layer.self_attn.o_proj.weight.data.zero_()
+            layer.mlp.down_proj.weight.data.zero_()
+        model.lm_head.weight.data.zero_()
+        for place, (token, nexts) in enumerate(chain.items()):
+            model.get_input_embeddings().weight.data[id_of[token]] = torch.eye(32)[place]
+            for following, score in nexts.items():
+                model.lm_head.weight.data[id_of[following], place] = score
+    transcriber = transcriber_of(model, processor, name="tiny")
+    return Transcriber(transcriber._engine, processor, "tiny", **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_models.save_tiny_graft(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def opened(folder):
+    with contextlib.ExitStack() as stack:
+
+        def open_one(chain=None, **options) -> Transcriber:
+            transcriber = make_transcriber(folder, chain, **options)
+            stack.callback(transcriber.close)
+            return transcriber
+
+        yield open_one
+
+
+def clip_of(seconds: float) -> AudioClip:
+    return AudioClip(np.random.default_rng(0).standard_normal(int(seconds * 16_000)).astype(np.float32) * 0.1)
+
+
+def alone(transcriber: Transcriber, clip: AudioClip, no_repeat_ngram: int) -> Judged:
+    """What the engine itself makes of a clip, and how that is judged."""
+    features = transcriber._processor.featurizer(clip)
+    most = max_new_tokens(clip.duration_s)
+    request = EngineRequest(
+        "alone", features, transcriber._processor.prompt_ids(features.frame_count), most, no_repeat_ngram
+    )
+
+    async def collect():
+        return [token async for token in transcriber._engine.stream(request)]
+
+    tokens = asyncio.run(collect())
+    text = transcriber._processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True).strip()
+    return judge(text, [token.logprob for token in tokens], duration_s=clip.duration_s, is_cut=len(tokens) == most)
+
+
+def test_a_loop_is_decoded_again_and_a_text_without_one_is_not_flagged(opened):
+    transcriber = opened(CHUCKLE)
+    clip = clip_of(4)
+    assert alone(transcriber, clip, 0).flags == (REPETITION, TRUNCATED)
+    (segment,) = transcriber.transcribe(clip).segments
+    assert (segment.text, segment.flags) == ("ho ho h", ())
+    assert segment.mean_logprob == pytest.approx(0, abs=0.01)
+    assert asyncio.run(transcriber.transcribe_async(clip)).segments == (segment,)
+    assert [one.segments for one in transcriber.transcribe_many([clip, clip])] == [(segment,)] * 2
+
+
+def test_what_is_decoded_again_is_the_same_in_any_company(folder):
+    """The second decoding depends on the chunk alone, wherever the others are by then; the model heeds all that it reads."""
+    model, processor = open_graft(folder)
+    torch.manual_seed(3)
+    tiny_models.pay_attention(model)
+    for name, parameter in model.named_parameters():
+        if "audio_projector" in name and parameter.ndim > 1:
+            parameter.data.normal_(std=3 / parameter.shape[1] ** 0.5)
+    transcriber = transcriber_of(model, processor, name="tiny")
+    stream, again = transcriber._engine.stream, []
+
+    def listening(request):
+        again.append(request.no_repeat_ngram > 0)
+        return stream(request)
+
+    transcriber._engine.stream = listening
+    clips = [clip_of(seconds) for seconds in (0.3, 12, 4, 1, 30, 7, 2.5, 4.5)]
+    alone_each = [transcriber.transcribe(clip).segments[0] for clip in clips]
+    assert len({one.text for one in alone_each}) == len(clips)
+    assert 2 <= (count := sum(again)) < len(clips)
+    for order in (range(8), [4, 1, 7, 0, 2, 5, 3, 6]):
+        before = transcriber.counts()
+        again.clear()
+        together = [one.segments[0] for one in transcriber.transcribe_many([clips[place] for place in order])]
+        for segment, place in zip(together, order, strict=True):
+            assert (segment.text, segment.flags) == (alone_each[place].text, alone_each[place].flags)
+            assert segment.mean_logprob == pytest.approx(alone_each[place].mean_logprob, abs=1e-4)
+        assert sum(again) == count
+        assert transcriber.counts().steps - before.steps < (transcriber.counts().tokens - before.tokens) / 2
+    transcriber.close()
+
+
+@pytest.mark.parametrize(("chain", "flags"), [(STUCK, (REPETITION, TRUNCATED)), (STAMMER, (LOW_CONFIDENCE,))])
+def test_where_both_are_suspicious_the_better_is_kept_and_flagged(opened, chain, flags):
+    transcriber = opened(chain)
+    clip = clip_of(4)
+    first, again = alone(transcriber, clip, 0), alone(transcriber, clip, NO_REPEAT_NGRAM)
+    assert first.flags == (REPETITION, TRUNCATED)
+    assert LOW_CONFIDENCE in again.flags
+    kept = better(first, again)
+    assert kept.flags == flags
+    assert transcriber.transcribe(clip).segments == (Segment(0.0, 4.0, kept.text, kept.mean_logprob, kept.flags),)
+
+
+def test_text_where_nobody_speaks_is_flagged_and_not_decoded_again(opened):
+    assert opened(GREETING).transcribe(clip_of(2)).segments[0].flags == ()
+    transcriber = opened(GREETING, cut=lambda clip: [Chunk(0.0, clip, has_speech=clip.duration_s > 3)])
+    quiet, spoken = transcriber.transcribe_many([clip_of(2), clip_of(4)])
+    assert [(one.text, one.segments[0].flags) for one in (quiet, spoken)] == [("hi", (NO_SPEECH,)), ("hi", ())]
+    assert transcriber.counts().tokens == 4
+
+
+def test_a_clip_that_ends_in_a_word_is_heard_to_its_last_sample(opened):
+    """Whatever its model makes of half a word: no sample is lost, and an answer without an end is flagged."""
+    path = max((PROMPTS / "audio").glob("*.flac"), key=lambda path: path.stat().st_size)
+    whole = read_audio(path)
+    loudest = int(np.argmax(np.convolve(np.abs(whole.samples[16_000:]), np.ones(1600), "valid"))) + 16_000
+    clip = AudioClip(whole.samples[: loudest + 800])
+    chunks = Chunker()(clip)
+    assert chunks[-1].start_s + chunks[-1].clip.duration_s == pytest.approx(clip.duration_s, abs=1e-6)
+    for chain in (None, STUCK, CHUCKLE):
+        transcript = opened(chain, cut=Chunker()).transcribe(clip)
+        assert transcript.segments[-1].end_s == pytest.approx(clip.duration_s, abs=1e-6)
+        assert all(segment.flags for segment in transcript.segments) or chain is CHUCKLE
+
+
+def test_words_that_may_occur_do_not_where_nobody_speaks(tmp_path):
+    transcriber = load(tiny_models.save_tiny_graft(tmp_path / "worded", trained_context=True), dtype="fp32")
+    for kind in SOUNDS:
+        sound = next(sound for sound in made_sounds(kind) if sound.clip.duration_s < 6.1)
+        assert transcriber.transcribe(sound.clip, context=["Dvorak", "Brno"]).segments == ()
+    transcriber.close()
+
+
+@pytest.mark.parametrize(
+    ("chain", "options"),
+    [(None, {}), (STUCK, {}), (GREETING, {"cut": lambda clip: [Chunk(0.0, clip, has_speech=False)]})],
+)
+def test_what_a_babbling_model_writes_about_sounds_is_flagged(opened, chain, options):
+    sounds = [next(sound for sound in made_sounds(kind) if sound.clip.duration_s < 6.1) for kind in SOUNDS]
+    assert [sound.kind for sound in sounds] == ["silence", "noise", "tones", "ringing"]
+    for heard in opened(chain, **options).transcribe_many([sound.clip for sound in sounds]):
+        assert all(segment.flags for segment in heard.segments)

@@ -1,0 +1,209 @@
+"""Subtitles: what another parser reads from them is what was said, when it was said, in cues that can be read."""
+
+import html
+import io
+import json
+import re
+from itertools import pairwise
+
+import pytest
+import webvtt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graft.inference.subtitles import FORMATS, Cue, CueLimits, cues_of, format_transcript
+from graft.inference.transcript import Segment, Transcript, Word, stitch
+
+SPEECH = (
+    "When the sunlight strikes raindrops in the air, they act as a prism and form a rainbow. The rainbow is a division of white light "
+    "into many beautiful colors. These take the shape of a long round arch, with its path high above, and its two ends apparently "
+    "beyond the horizon. There is, according to legend, a boiling pot of gold at one end."
+)
+HOUR_S = 3600.0
+
+
+def transcript(*segments: Segment) -> Transcript:
+    return stitch(segments, duration_s=60.0, model="m")
+
+
+def spoken(text: str, *, start_s: float = 0.0, word_s: float = 0.4) -> Segment:
+    """A segment whose words take four fifths of `word_s` each, and a pause the last."""
+    words = [
+        Word(start_s + place * word_s, start_s + (place + 0.8) * word_s, word)
+        for place, word in enumerate(text.split())
+    ]
+    return Segment(start_s, words[-1].end_s, text, words=tuple(words))
+
+
+def parsed(text: str, form: str) -> list[Cue]:
+    """What webvtt-py reads, which leaves VTT's escapes to players."""
+
+    def milliseconds(time: str) -> int:
+        hours, minutes, seconds = time.split(":")
+        return round(1000 * (60 * (60 * int(hours) + int(minutes)) + float(seconds)))
+
+    captions = webvtt.from_buffer(io.StringIO(text), format=form, **({"strict": True} if form == "vtt" else {}))
+    unescaped = html.unescape if form == "vtt" else str
+    return [Cue(milliseconds(cue.start), milliseconds(cue.end), unescaped(cue.raw_text)) for cue in captions]
+
+
+def tsv_rows(text: str) -> list[Cue]:
+    header, *rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
+    assert header == ["start", "end", "text"]
+    return [Cue(int(start), int(end), words) for start, end, words in rows]
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+EXAMPLE = transcript(
+    Segment(0.0, 2.5, "Fish & chips"),
+    Segment(2.5, 4.0, "  "),
+    Segment(99.9996, 101.0, "5 < 6 --> true,\n\tisn't it?"),
+    Segment(100 * HOUR_S + 61.001, 100 * HOUR_S + 62.0, "The end"),
+)
+
+
+def test_srt_to_the_letter() -> None:
+    assert format_transcript(EXAMPLE, "srt") == (
+        "1\n00:00:00,000 --> 00:00:02,500\nFish & chips\n\n"
+        "2\n00:01:40,000 --> 00:01:41,000\n5 < 6 -> true, isn't it?\n\n"
+        "3\n100:01:01,001 --> 100:01:02,000\nThe end\n"
+    )
+
+
+def test_vtt_to_the_letter() -> None:
+    assert format_transcript(EXAMPLE, "vtt") == (
+        "WEBVTT\n\n00:00:00.000 --> 00:00:02.500\nFish &amp; chips\n\n"
+        "00:01:40.000 --> 00:01:41.000\n5 &lt; 6 --&gt; true, isn't it?\n\n"
+        "100:01:01.001 --> 100:01:02.000\nThe end\n"
+    )
+
+
+def test_tsv_to_the_letter() -> None:
+    assert format_transcript(EXAMPLE, "tsv") == (
+        "start\tend\ttext\n0\t2500\tFish & chips\n100000\t101000\t5 < 6 --> true, isn't it?\n360061001\t360062000\tThe end\n"
+    )
+
+
+def test_txt_is_the_text_and_json_is_everything() -> None:
+    assert format_transcript(EXAMPLE, "txt") == EXAMPLE.text + "\n"
+    whole = transcript(spoken("Dvořák in Brno"), Segment(3.0, 4.0, "", mean_logprob=-0.5, flags=("no_speech",)))
+    text = format_transcript(whole, "json")
+    assert "Dvořák" in text
+    assert json.loads(text) == json.loads(json.dumps(whole.to_dict()))
+
+
+def test_nothing_said_is_a_file_without_cues() -> None:
+    nothing = transcript(Segment(0.0, 4.0, " \n"))
+    assert [format_transcript(nothing, form) for form in FORMATS[:4]] == ["\n", "", "WEBVTT\n", "start\tend\ttext\n"]
+    assert format_transcript(transcript(), "srt") == ""
+
+
+def test_long_segments_become_cues_that_can_be_read() -> None:
+    segment = spoken(SPEECH, start_s=3.0)
+    cues = cues_of(transcript(segment))
+    assert [cue.text for cue in cues] == [
+        "When the sunlight strikes\nraindrops in the air,",
+        "they act as a prism and form a rainbow.",
+        "The rainbow is a division of white\nlight into many beautiful colors.",
+        "These take the shape of a long round arch,",
+        "with its path high above, and its two\nends apparently beyond the horizon.",
+        "There is, according to legend, a\nboiling pot of gold at one end.",
+    ]
+    assert {cue.start_ms for cue in cues} <= {round(word.start_s * 1000) for word in segment.words}
+    assert {cue.end_ms for cue in cues} <= {round(word.end_s * 1000) for word in segment.words}
+
+
+def test_cues_break_at_pauses_and_words_that_never_end_do() -> None:
+    words = [Word(0.0, 0.5, "yes"), Word(9.0, 9.5, "no"), Word(9.5, 10.0, "maybe"), Word(30.0, 45.0, "so")]
+    cues = cues_of(transcript(Segment(0.0, 45.0, "yes no maybe so", words=tuple(words))))
+    assert cues == [Cue(0, 500, "yes"), Cue(9000, 10_000, "no maybe"), Cue(30_000, 37_000, "so")]
+
+
+def test_without_word_times_a_segment_is_one_cue_in_lines() -> None:
+    (cue,) = cues_of(transcript(Segment(0.0, 28.0, SPEECH)))
+    assert (cue.start_ms, cue.end_ms) == (0, 28_000)
+    assert max(map(len, cue.text.split("\n"))) <= 42
+    assert one_line(cue.text) == SPEECH
+
+
+def test_a_long_word_is_never_torn() -> None:
+    address = "https://" + "long-" * 20
+    (cue,) = cues_of(transcript(Segment(0.0, 2.0, f"see {address} now")))
+    assert cue.text == f"see\n{address}\nnow"
+
+
+def test_times_that_touch_overlap_or_run_backwards_are_put_in_order() -> None:
+    segments = [(1.0, 5.0), (3.0, 3.0), (3.0, 2.0), (3.0004, 8.0), (7.9996, 9.0)]
+    assert [
+        (row.start_ms, row.end_ms)
+        for row in tsv_rows(format_transcript(transcript(*(Segment(*times, "a") for times in segments)), "tsv"))
+    ] == [
+        (1000, 3000),
+        (3000, 3001),
+        (3001, 3002),
+        (3002, 8000),
+        (8000, 9000),
+    ]
+
+
+def test_limits_are_settings() -> None:
+    cues = cues_of(transcript(spoken(SPEECH)), CueLimits(line_characters=20, lines=1, duration_s=2.0))
+    assert all("\n" not in cue.text and len(cue.text) <= 20 and cue.end_ms - cue.start_ms <= 2000 for cue in cues)
+    assert one_line(" ".join(cue.text for cue in cues)) == SPEECH
+
+
+TIMES = st.floats(0, 400 * HOUR_S) | st.floats(0, 20) | st.sampled_from([0.0, 1.0, 1.0004, 1.0006])
+TEXTS = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n\r\t\x85&<>-") | st.sampled_from(" .,&<>-"),
+    max_size=60,
+) | st.just("a --> b")
+WORDS = st.lists(st.builds(Word, TIMES, TIMES, TEXTS), max_size=6).map(tuple)
+SEGMENTS = st.lists(st.builds(Segment, TIMES, TIMES, TEXTS, words=st.just(()) | WORDS), max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SEGMENTS)
+def test_whatever_is_written_is_read_back_in_order(segments: list[Segment]) -> None:
+    whole = transcript(*segments)
+    cues = cues_of(whole)
+    for cue in cues:
+        assert 0 <= cue.start_ms < cue.end_ms
+        assert all(line.strip() for line in cue.text.split("\n"))
+    assert all(one.end_ms <= other.start_ms for one, other in pairwise(cues))
+    assert parsed(format_transcript(whole, "vtt"), "vtt") == cues
+    arrowless = [Cue(cue.start_ms, cue.end_ms, cue.text.replace("-->", "->")) for cue in cues]
+    assert (parsed(format_transcript(whole, "srt"), "srt") if cues else []) == arrowless
+    rows = tsv_rows(format_transcript(whole, "tsv"))
+    assert [row.text for row in rows] == [text for segment in whole.segments if (text := one_line(segment.text))]
+    assert all(one.end_ms <= other.start_ms for one, other in pairwise(rows))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.from_regex(r"[a-z]{1,12}[.,]?", fullmatch=True), min_size=1, max_size=80),
+    st.floats(0.1, 1.5),
+    st.integers(1, 3),
+)
+def test_known_words_are_all_shown_within_the_limits(words: list[str], word_s: float, lines: int) -> None:
+    segment = spoken(" ".join(words), word_s=word_s)
+    cues = cues_of(transcript(segment), CueLimits(lines=lines))
+    assert one_line(" ".join(cue.text for cue in cues)) == segment.text
+    for cue in cues:
+        assert cue.end_ms - cue.start_ms <= 7001
+        assert len(cue.text.split("\n")) <= lines
+        assert max(map(len, cue.text.split("\n"))) <= 42
+    assert not re.search("  ", "".join(cue.text for cue in cues))
+
+
+def test_a_transcript_of_one_endless_segment_is_split_too() -> None:
+    cues = cues_of(transcript(spoken(" ".join([SPEECH] * 60))))
+    assert one_line(" ".join(cue.text for cue in cues)) == " ".join([SPEECH] * 60)
+
+
+@pytest.mark.parametrize("wrong", [{"line_characters": 5}, {"lines": 0}, {"duration_s": 0}])
+def test_limits_that_show_nothing_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="greater than"):
+        CueLimits(**wrong)

@@ -1,0 +1,244 @@
+"""The front door: text equal to the model's own generate, long audio, bad audio as a value, and what `import graft` costs."""
+
+import asyncio
+import io
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import graft
+from graft.audio.chunking import windows
+from graft.audio.clip import AudioClip
+from graft.checkpoints.loading import open_graft
+from graft.errors import AudioError, ModelError
+from graft.inference.engines.sampling import repeats
+from graft.inference.hallucination import NO_REPEAT_NGRAM
+from graft.inference.transcriber import Transcriber, load, max_new_tokens
+from graft.inference.transcript import Segment
+from tests.support import tiny_models
+
+
+def make_clip(seconds: float, seed: int = 0) -> AudioClip:
+    """Bursts of noise of changing loudness."""
+    generator = np.random.default_rng(seed)
+    count = int(seconds * 16_000)
+    loudness = np.repeat(generator.uniform(0.01, 0.3, count // 800 + 1), 800)[:count]
+    return AudioClip((generator.standard_normal(count) * loudness).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_models.save_tiny_graft(tmp_path_factory.mktemp("tiny") / "tiny-graft")
+
+
+@pytest.fixture(scope="module")
+def transcriber(folder):
+    transcriber = load(folder, cut=windows)
+    yield transcriber
+    transcriber.close()
+
+
+def test_text_equals_the_models_own_generate(folder, transcriber):
+    model, processor = open_graft(folder)
+    clip = make_clip(0.5)
+    ids = model.generate(**processor(audio=clip), max_new_tokens=max_new_tokens(0.5), do_sample=False)
+    prompt = processor.prompt_ids(processor.featurizer(clip).frame_count)
+    transcript = transcriber.transcribe(clip)
+    assert not repeats(ids[0, len(prompt) :].tolist(), NO_REPEAT_NGRAM)  # so it is not decoded again
+    assert (
+        transcript.text
+        == " ".join(processor.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).split())
+        != ""
+    )
+    assert (transcript.model, transcript.duration_s) == ("tiny-graft", 0.5)
+    (segment,) = transcript.segments
+    assert (segment.start_s, segment.end_s, segment.flags) == (0.0, 0.5, ("low_confidence", "truncated"))
+    assert segment.mean_logprob < -1
+
+
+def test_an_answer_that_ends_by_itself_was_not_cut(folder, tmp_path):
+    model, processor = open_graft(folder)
+    clip = make_clip(0.5)
+    ids = model.generate(**processor(audio=clip), max_new_tokens=8, do_sample=False)[0, -8:].tolist()
+    end = ids[2]
+    other = shutil.copytree(folder, tmp_path / "ending")
+    model.generation_config.eos_token_id = end
+    model.generation_config.save_pretrained(other)
+    ending = load(other, cut=windows)
+    (segment,) = ending.transcribe(clip).segments
+    ending.close()
+    assert segment.flags == ("low_confidence",)
+    assert segment.text == " ".join(processor.tokenizer.decode(ids[: ids.index(end)]).split())
+
+
+def test_paths_bytes_and_clips_say_the_same(transcriber, tmp_path):
+    clip = make_clip(0.8)
+    soundfile.write(tmp_path / "a.flac", clip.samples, 16_000)
+    data = (tmp_path / "a.flac").read_bytes()
+    read = graft.audio.clip.read_audio(data)
+    texts = {
+        transcriber.transcribe(audio).text for audio in (tmp_path / "a.flac", str(tmp_path / "a.flac"), data, read)
+    }
+    assert len(texts) == 1
+
+
+def test_over_30_s_every_second_stands_in_one_segment(transcriber):
+    clip = make_clip(64.0)
+    transcript = transcriber.transcribe(clip)
+    starts = [segment.start_s for segment in transcript.segments]
+    ends = [segment.end_s for segment in transcript.segments]
+    assert (starts[0], ends[-1]) == (0.0, 64.0)
+    assert starts[1:] == ends[:-1]
+    assert len(starts) == 3
+    assert transcript.text == " ".join(segment.text for segment in transcript.segments if segment.text)
+
+
+def test_many_together_equal_each_alone_and_bad_ones_are_values(transcriber, tmp_path):
+    (tmp_path / "empty.wav").write_bytes(b"")
+    clips = [make_clip(seconds, seed) for seed, seconds in enumerate([0.3, 2.0, 31.0, 0.05])]
+    results = transcriber.transcribe_many([clips[0], tmp_path / "empty.wav", *clips[1:3], b"no audio", clips[3]])
+    assert [type(result) for result in results] == [
+        graft.Transcript,
+        AudioError,
+        graft.Transcript,
+        graft.Transcript,
+        AudioError,
+        graft.Transcript,
+    ]
+    alone = [transcriber.transcribe(clip) for clip in clips]
+    together = [result for result in results if isinstance(result, graft.Transcript)]
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert "empty.wav" in str(results[1])
+    assert transcriber.transcribe_many([]) == []
+
+
+def test_instruction_and_context_reach_the_model(tmp_path):
+    transcriber = load(tiny_models.save_tiny_graft(tmp_path, trained_styles=["raw"], trained_context=True), cut=windows)
+    clip = make_clip(1.0)
+    plain, raw = transcriber.transcribe(clip), transcriber.transcribe(clip, instruction="raw")
+    listed = transcriber.transcribe(clip, instruction="raw", context=["Aachen", "Zwolle"])
+    assert len({plain.text, raw.text, listed.text}) == 3
+    assert transcriber.transcribe_many([clip], instruction="raw", context=["Aachen", "Zwolle"])[0].text == listed.text
+    assert transcriber.transcribe(clip, instruction="lower", context=None) == plain  # its own style needs no asking
+    transcriber.close()
+
+
+def test_what_it_was_not_trained_for_is_refused(transcriber):
+    clip = make_clip(0.2)
+    with pytest.raises(
+        ModelError, match=r"instruction 'raw': this checkpoint was trained for lower: give one of these"
+    ):
+        transcriber.transcribe(clip, instruction="raw")
+    with pytest.raises(ModelError, match="context: this checkpoint was not trained for lists of words"):
+        transcriber.transcribe_many([clip], context=["Aachen"])
+    assert transcriber.transcribe(clip, context=[]) == transcriber.transcribe(clip)
+
+
+def test_one_unreadable_file_raises(transcriber):
+    with pytest.raises(AudioError, match="missing\\.wav"):
+        transcriber.transcribe("missing.wav")
+
+
+def test_works_where_an_event_loop_already_runs(transcriber):
+    clip = make_clip(0.4)
+
+    async def in_a_notebook():
+        return transcriber.transcribe(clip)
+
+    assert asyncio.run(in_a_notebook()) == transcriber.transcribe(clip)
+
+
+def test_threads_and_coroutines_may_share_one(transcriber):
+    clips = [make_clip(0.2 + seed / 10, seed) for seed in range(8)]
+
+    async def all_at_once():
+        return await asyncio.gather(*map(transcriber.transcribe_async, clips))
+
+    alone = [transcriber.transcribe(clip).text for clip in clips]
+    assert [one.text for one in asyncio.run(all_at_once())] == alone
+    with ThreadPoolExecutor(8) as threads:
+        assert [one.text for one in threads.map(transcriber.transcribe, clips)] == alone
+
+
+def test_concurrent_requests_share_batches(folder):
+    model, processor = open_graft(folder)
+    clip_counts: list[int] = []
+    model.audio_tower.conv1.register_forward_hook(lambda _, inputs, __: clip_counts.append(inputs[0].shape[0]))
+    engine = graft.inference.transcriber.TransformersEngine(model, pad_id=processor.tokenizer.pad_token_id, eos_ids=())
+    transcriber = Transcriber(engine, processor, "tiny")
+    clips = [make_clip(3.0, seed) for seed in range(6)]
+    transcriber.transcribe_many(clips)
+    assert clip_counts[0] == 6
+    clip_counts.clear()
+
+    async def online():
+        await asyncio.gather(*map(transcriber.transcribe_async, clips))
+
+    asyncio.run(online())
+    transcriber.close()
+    assert max(clip_counts) > 1
+
+
+def test_a_folder_that_is_no_graft_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="config\\.json"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="dtype is 'fp7', not one of fp32, bf16"):
+        load(tmp_path, dtype="fp7")
+
+
+def test_dtype_and_device_are_taken(folder):
+    transcriber = load(folder, device="cpu", dtype="bf16", cut=windows)
+    assert transcriber._engine._decoder._model.dtype == torch.bfloat16
+    assert transcriber.transcribe(make_clip(0.3)).segments
+    transcriber.close()
+
+
+def test_exported_names():
+    assert sorted(graft.__all__) == [
+        "AudioClip",
+        "GraftError",
+        "Segment",
+        "Transcriber",
+        "Transcript",
+        "Word",
+        "__version__",
+        "load",
+    ]
+    for name in graft.__all__:
+        assert getattr(graft, name) is not None
+        assert name in dir(graft)
+    with pytest.raises(AttributeError, match="no attribute 'unload'"):
+        _ = graft.unload
+
+
+def test_import_graft_is_cheap():
+    script = "import sys, graft; print(graft.__version__, [m for m in ('torch', 'transformers', 'numpy', 'ray') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.split(maxsplit=1)[1].strip() == "[]"
+
+
+def test_uploads_in_every_container(transcriber):
+    clip = make_clip(0.6)
+    for kind in ("wav", "flac", "ogg", "mp3"):
+        file = io.BytesIO()
+        soundfile.write(file, clip.samples, 16_000, format=kind)
+        assert transcriber.transcribe(file.getvalue()).duration_s == pytest.approx(0.6, abs=0.1)
+
+
+def test_a_streamed_chunk_says_what_a_whole_one_says(transcriber):
+    chunk = windows(make_clip(1.5, seed=3))[0]
+
+    async def stream() -> list[str | Segment]:
+        return [part async for part in transcriber.stream_chunk(chunk)]
+
+    *parts, segment = asyncio.run(stream())
+    (whole,) = asyncio.run(transcriber.transcribe_chunks([chunk]))
+    assert len(parts) > 3
+    assert "".join(parts) == segment.text == whole.text != ""
+    assert (segment.start_s, segment.end_s, segment.flags) == (whole.start_s, whole.end_s, whole.flags)

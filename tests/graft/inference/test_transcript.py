@@ -1,0 +1,68 @@
+"""Transcript: order, joined text, and what JSON holds."""
+
+import dataclasses
+import json
+
+import pytest
+
+from graft.inference.transcript import Segment, Transcript, Word, stitch
+
+SECOND = Segment(
+    29.5,
+    41.0,
+    " lazy dog.",
+    mean_logprob=-0.25,
+    flags=("loop",),
+    words=(Word(29.5, 30.0, "lazy"), Word(30.0, 31.0, "dog.")),
+)
+FIRST = Segment(0.0, 29.5, "The quick  fox \n")
+SILENT = Segment(41.0, 45.0, " ", flags=("no_speech",))
+
+
+def test_segments_are_ordered_and_their_texts_joined() -> None:
+    transcript = stitch([SECOND, SILENT, FIRST], duration_s=45.0, model="m")
+    assert transcript.segments == (FIRST, SECOND, SILENT)
+    assert transcript.text == "The quick  fox lazy dog."
+    assert stitch([SILENT], duration_s=4.0, model="m").text == ""
+    assert stitch([], duration_s=0.0, model="m").segments == ()
+
+
+def test_json_holds_everything() -> None:
+    held = json.loads(json.dumps(stitch([FIRST, SECOND], duration_s=41.0, model="graft-base").to_dict()))
+    assert held == {
+        "text": "The quick  fox lazy dog.",
+        "duration_s": 41.0,
+        "segments": [
+            {
+                "start_s": 0.0,
+                "end_s": 29.5,
+                "text": "The quick  fox \n",
+                "mean_logprob": None,
+                "flags": [],
+                "words": [],
+                "channel": None,
+            },
+            {
+                "start_s": 29.5,
+                "end_s": 41.0,
+                "text": " lazy dog.",
+                "mean_logprob": -0.25,
+                "flags": ["loop"],
+                "words": [
+                    {"start_s": 29.5, "end_s": 30.0, "text": "lazy"},
+                    {"start_s": 30.0, "end_s": 31.0, "text": "dog."},
+                ],
+                "channel": None,
+            },
+        ],
+        "model": "graft-base",
+        "aligner": None,
+    }
+
+
+def test_a_transcript_is_a_value() -> None:
+    transcript = Transcript("a", 1.0, (FIRST,), "m")
+    assert transcript == Transcript("a", 1.0, (FIRST,), "m")
+    assert hash(transcript) == hash(Transcript("a", 1.0, (FIRST,), "m"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        transcript.text = "b"  # type: ignore[misc]

@@ -1,0 +1,127 @@
+"""The warm start by spelling: what is spelled, what CTC asks of the projector, and that it learns it, on a tiny graft."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from graft.audio.clip import read_audio
+from graft.errors import ModelError
+from graft.model.ctc import LETTERS, Speller
+from graft.model.modeling import GraftForConditionalGeneration
+from graft.processor import GraftProcessor
+from graft.text.wer import score
+from graft.training.stages import Computing, Stage, learner, make_backend, stage_model
+from jobs.evaluate import EvaluateRecipe
+from jobs.evaluation.ctc import score_spelling
+from tests.support import tiny_models
+from tests.support.speech_corpus import corpus, flac
+from tests.support.speech_corpus import row as corpus_row
+
+
+@pytest.fixture(scope="module")
+def graft(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_models.save_tiny_graft(tmp_path_factory.mktemp("spelling") / "graft"))
+
+
+def speller_of(graft: str, letters: str = LETTERS) -> tuple[Speller, GraftProcessor]:
+    processor = GraftProcessor.from_pretrained(graft)
+    return Speller(GraftForConditionalGeneration.from_pretrained(graft), processor.tokenizer, letters), processor
+
+
+def batch(processor: GraftProcessor, *clips: tuple[float, str]) -> dict[str, torch.Tensor]:
+    examples = [
+        processor.example(read_audio(flac(seconds, number)), text) for number, (seconds, text) in enumerate(clips)
+    ]
+    return {name: torch.from_numpy(value) for name, value in processor.training_batch(examples).items()}
+
+
+def test_what_is_none_of_the_letters_is_a_space(graft: str) -> None:
+    speller, _ = speller_of(graft)
+    assert speller.spelled("It's CAFÉ — No. 7!\nyes") == "it's cafe no yes"
+    assert speller.spelled("7, 8") == ""
+
+
+def test_the_loss_is_that_of_all_ways_to_spell_the_text(graft: str) -> None:
+    speller, processor = speller_of(graft, letters="ab")
+    inputs = batch(processor, (0.2, "aab"), (0.16, "b"))
+    expected, letters = 0.0, "\n ab"
+    logits, counts = speller._logits(inputs["audio_frame_counts"], inputs["input_features"], None)
+    assert counts == [5, 4]
+    for row, count, text in zip(logits.log_softmax(-1).tolist(), counts, ["aab", "b"], strict=True):
+        likelihood = 0.0
+        for path in itertools.product(range(4), repeat=count):
+            spelled = "".join(letters[symbol] for symbol, _ in itertools.groupby(path) if symbol)
+            likelihood += math.exp(sum(row[place][symbol] for place, symbol in enumerate(path))) * (spelled == text)
+        expected -= math.log(likelihood)
+    assert float(speller(**inputs).loss.detach() * 6) == pytest.approx(
+        expected, rel=1e-4
+    )  # 4 letters and 2 ends of answers are labels
+    assert float(speller(**inputs, label_count=1).loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_does_not_count_adds_nothing(graft: str) -> None:
+    speller, processor = speller_of(graft)
+    with_filler = batch(processor, (0.4, "yes"), (0.3, "no"))
+    with_filler["labels"][1] = -100
+    loss = speller(**with_filler, label_count=4).loss
+    assert torch.allclose(loss, speller(**batch(processor, (0.4, "yes")), label_count=4).loss)
+    with_filler["labels"][0] = -100
+    assert float(speller(**with_filler, label_count=4).loss.detach()) == 0
+
+
+def test_more_letters_than_audio_tokens_teach_nothing(graft: str) -> None:
+    speller, processor = speller_of(graft)
+    loss = speller(**batch(processor, (0.1, "far too much for a tenth of a second"))).loss
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert float(speller.audio_projector.linear.weight.grad.abs().max()) == 0
+
+
+@pytest.mark.parametrize("audio_projector", ["linear", "mlp"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_projector_learns_to_spell(tmp_path: Path, audio_projector: str, dtype: str) -> None:
+    graft = str(tiny_models.save_tiny_graft(tmp_path / "graft", audio_projector=audio_projector))
+    computing, stage = Computing(dtype=dtype), Stage(1, letters=LETTERS)
+    model, processor = stage_model(stage, graft, computing)
+    speller = learner(model, stage, computing, processor)
+    assert isinstance(speller, Speller)
+    assert float(speller.audio_projector(torch.ones(1, 16)).detach().abs().max()) == 0  # it starts from silence
+    frozen = {name: tensor.clone() for name, tensor in speller.audio_tower.state_dict().items()}
+    inputs = batch(processor, (0.4, "Yes."), (0.3, "go"))
+    backend = make_backend(speller, computing, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
+    for _ in range(600):
+        backend.backward(inputs, label_count=10, is_last=True)
+        backend.step(5e-3)
+    with backend.evaluating():
+        assert speller.spell(inputs["input_features"], inputs["audio_frame_counts"]) == ["yes", "go"]
+    assert set(backend.state()) == {f"audio_projector.{name}" for name, _ in model.audio_projector.named_parameters()}
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in speller.audio_tower.state_dict().items())
+
+
+def test_letters_that_cannot_be_spelled_are_named(graft: str) -> None:
+    for letters, computing, message in (
+        ("abcé", Computing(), "'é' is not one token"),
+        ("abc", Computing(backend="deepspeed", zero_stage=3), "ZeRO-3 has nothing to share out"),
+    ):
+        stage = Stage(1, letters=letters)
+        model, processor = stage_model(stage, graft, Computing())
+        with pytest.raises(ModelError, match=message):
+            learner(model, stage, computing, processor)
+
+
+def test_what_a_stage_spells_is_scored_once(graft: str, tmp_path: Path) -> None:
+    rows = [corpus_row(f"c{seed}", seed) for seed in range(3)]
+    recipe = EvaluateRecipe(
+        model=graft, data={"test": corpus(tmp_path / "test.parquet", rows)}, out=str(tmp_path / "scored"), limit=2
+    )
+    speller, processor = speller_of(graft)
+    inputs = [processor(audio=read_audio(row["wav"]["bytes"])) for row in rows[:2]]
+    heard = [speller.eval().spell(clip["input_features"], clip["audio_frame_counts"])[0] for clip in inputs]
+    scores = {"test": score([speller.spelled(row["text"]) for row in rows[:2]], heard).to_dict()}
+    assert scores["test"]["cer"] > 0
+    assert score_spelling(recipe, LETTERS) == scores
+    (tmp_path / "test.parquet").unlink()
+    assert score_spelling(recipe, LETTERS) == scores

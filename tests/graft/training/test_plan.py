@@ -1,0 +1,235 @@
+"""The epoch is a plan: every row once, the same order for any number of workers, and a position that is one integer."""
+
+import pickle
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from graft.errors import DataError
+from graft.training.plan import Batches, Epoch, Plan, PlanColumns, PlannedBatch, PlanSettings
+
+
+def columns(rows: int, *, rows_per_group: int = 10, seed: int = 0, free: int = 0) -> PlanColumns:
+    """Clips of 20 to 200 tokens, up to 19 of them labels; the last `free` rows need no reading."""
+    rng = np.random.default_rng(seed)
+    groups = np.where(np.arange(rows) < rows - free, np.arange(rows) // rows_per_group, -1)
+    return PlanColumns(rng.integers(20, 200, rows), rng.integers(1, 20, rows), groups)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    chosen = PlanSettings(
+        seed=draw(st.integers(0, 5)),
+        epochs=draw(st.integers(1, 3)),
+        token_budget=draw(st.integers(200, 1500)),
+        max_batch_clips=draw(st.integers(1, 9)),
+        window_row_groups=draw(st.integers(1, 6)),
+        short_first=draw(st.booleans()),
+    )
+    rows, rows_per_group = draw(st.integers(1, 150)), draw(st.integers(1, 20))
+    free = draw(st.integers(0, rows // 3))
+    return Plan(columns(rows, rows_per_group=rows_per_group, seed=draw(st.integers(0, 5)), free=free), chosen)
+
+
+def batches_of(epoch: Epoch) -> list[np.ndarray]:
+    return np.split(epoch.rows, epoch.offsets[1:-1])
+
+
+def real(batches: Batches) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(batch.rows, batch.draws) for batch in batches if batch.rows]
+
+
+@settings(deadline=None, max_examples=50)
+@given(plans())
+def test_every_row_once_an_epoch_within_the_budget(plan):
+    tokens = plan.columns.token_counts
+    for epoch in plan.epochs:
+        batches = batches_of(epoch)
+        assert sorted(epoch.rows.tolist()) == list(range(len(tokens)))
+        assert all(len(rows) * tokens[rows].max() <= plan.settings.token_budget for rows in batches)
+        assert all(1 <= len(rows) <= plan.settings.max_batch_clips for rows in batches)
+        assert epoch.padded_token_count == sum(len(rows) * tokens[rows].max() for rows in batches)
+
+
+def test_short_clips_may_come_first():
+    plan = Plan(columns(300), PlanSettings(epochs=2, token_budget=800, window_row_groups=2, short_first=True))
+    longest = [[plan.columns.token_counts[rows].max() for rows in batches_of(epoch)] for epoch in plan.epochs]
+    assert longest[0] == sorted(longest[0])
+    assert longest[1] != sorted(longest[1])
+    shuffled = Plan(plan.columns, replace(plan.settings, short_first=False))
+    later = [real(one.delivery(position=len(one.epochs[0]), step_batches=1)) for one in (plan, shuffled)]
+    assert later[0] == later[1]
+
+
+@settings(deadline=None, max_examples=50)
+@given(plans())
+def test_reading_stays_within_a_window_of_row_groups(plan):
+    """Between the first and the last batch with rows of a group, no more than a window of groups is read."""
+    groups = [set(plan.columns.row_groups[rows].tolist()) - {-1} for rows in batches_of(plan.epochs[-1])]
+    assume(plan.settings.epochs > 1 or not plan.settings.short_first)
+    for group in set.union(*groups):
+        places = [place for place, found in enumerate(groups) if group in found]
+        assert len(set.union(*groups[places[0] : places[-1] + 1])) <= plan.settings.window_row_groups
+
+
+@settings(deadline=None, max_examples=50)
+@given(plans(), st.integers(1, 7), st.integers(0, 3))
+def test_any_number_of_workers_gets_the_same_batches_in_the_same_order(plan, step_batches, spare):
+    slots = step_batches + spare
+    delivered = plan.delivery(position=0, step_batches=step_batches, slots=slots)
+    assert real(delivered) == real(plan.delivery(position=0, step_batches=1))
+    assert [batch.position for batch in delivered if batch.rows] == list(range(1, len(real(delivered)) + 1))
+    assert len(delivered) == plan.step_count(step_batches) * slots
+    labels = plan.columns.label_counts
+    weighed = 0
+    for start in range(0, len(delivered), slots):
+        step = list(delivered[start : start + slots])
+        filled = [bool(batch.rows) for batch in step]
+        assert filled[0]  # fillers complete a step, they never make one
+        assert filled == sorted(filled, reverse=True)
+        assert sum(filled) <= step_batches
+        assert {batch.step_position for batch in step} == {max(batch.position for batch in step)}
+        assert {batch.step_label_count for batch in step} == {sum(labels[list(batch.rows)].sum() for batch in step)}
+        weighed += step[0].step_label_count
+    assert weighed == labels.sum() * plan.settings.epochs
+
+
+@settings(deadline=None, max_examples=50)
+@given(plans(), st.integers(1, 5), st.integers(1, 5))
+def test_a_run_goes_on_from_any_step_with_any_number_of_workers(plan, step_batches, other):
+    whole = plan.delivery(position=0, step_batches=step_batches, slots=step_batches + 1)
+    for start in range(0, len(whole) + 1, step_batches + 1):
+        position = whole[start - 1].step_position if start else 0
+        rest = list(whole[start:])
+        assert list(plan.delivery(position=position, step_batches=step_batches, slots=step_batches + 1)) == rest
+        assert list(whole.after(position)) == rest
+        assert real(plan.delivery(position=position, step_batches=other)) == real(whole[start:])
+
+
+def test_fillers_complete_every_step():
+    plan = Plan(columns(10), PlanSettings(epochs=2, max_batch_clips=2))
+    filled = [not batch.rows for batch in plan.delivery(position=0, step_batches=4, slots=6)]
+    assert filled == 2 * ([False] * 4 + [True] * 2 + [False] + [True] * 5)
+    with pytest.raises(ValueError, match="4 batches do not fit the 3 slots"):
+        plan.delivery(position=0, step_batches=4, slots=3)
+
+
+def test_batches_are_a_sequence_that_is_cut_and_pickled_small():
+    whole = Plan(columns(60), PlanSettings(max_batch_clips=3)).delivery(position=0, step_batches=7)
+    assert whole[-1] == PlannedBatch((), (), 20, 20, whole[-1].step_label_count)
+    assert list(whole[3:9]) == [whole[index] for index in range(3, 9)]
+    assert list(whole[5:2]) == []
+    assert list(pickle.loads(pickle.dumps(whole[2:]))) == list(whole)[2:]
+    with pytest.raises(IndexError):
+        whole[len(whole)]
+    with pytest.raises(ValueError, match="stride"):
+        whole[::2]
+
+
+def test_seed_and_epoch_change_order_and_draws_and_nothing_else_does():
+    def order(seed: int, epoch: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        plan = Plan(columns(60), PlanSettings(seed=seed, epochs=2, token_budget=800, window_row_groups=3))
+        first = len(plan.epochs[0]) * epoch
+        return real(plan.delivery(position=0, step_batches=1)[first : first + len(plan.epochs[epoch])])
+
+    assert order(0, 0) == order(0, 0)
+    orders = [order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
+    for chosen in (0, 1):
+        assert len({tuple(batch[chosen] for batch in one) for one in orders}) == 4
+        assert len({frozenset(frozenset(batch[chosen]) for batch in one) for one in orders}) == 4  # other batches too
+    assert len({draw for one in orders for batch in one for draw in batch[1]}) == 4 * 60
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.5, 1.0, 2.0, 2.25])
+def test_rows_stand_as_often_as_their_source_weighs_and_take_turns(weight):
+    rows, epochs = 400, 20
+    sources = (np.arange(rows) % 100 < 40).astype(np.int16)  # 160 rows of the second source, in row groups of their own
+    chosen = PlanColumns(*[np.full(rows, 30)] * 2, np.arange(rows) // 20, sources, (1.0, weight))
+    plan = Plan(chosen, PlanSettings(epochs=epochs))
+    assert len({draw for epoch in plan.epochs for draw in epoch.draws}) == sum(
+        len(epoch.draws) for epoch in plan.epochs
+    )
+    times = [Counter(epoch.rows.tolist()) for epoch in plan.epochs]
+    for row in range(rows):
+        stood = [one[row] for one in times]
+        if sources[row] == 0:
+            assert stood == [1] * epochs
+        else:
+            assert {int(weight) <= count <= np.ceil(weight) for count in stood} == {True}
+            assert abs(sum(stood) - weight * epochs) <= 1
+    for one in times:
+        in_second = sum(count for row, count in one.items() if sources[row])
+        assert abs(in_second - weight * 160) <= 1
+
+
+def test_an_epoch_reads_few_row_groups_for_rows_that_take_turns():
+    chosen = PlanColumns(*[np.full(1000, 30)] * 2, np.arange(1000) // 20, None, (0.1,))
+    for epoch in Plan(chosen, PlanSettings(epochs=10)).epochs:
+        assert len(np.unique(chosen.row_groups[epoch.rows])) <= 6  # of 50, for 100 rows of 20 to a group
+
+
+def test_rows_that_need_no_reading_are_spread_among_the_others():
+    plan = Plan(columns(1200, free=200), PlanSettings(window_row_groups=10))
+    places = np.flatnonzero(plan.columns.row_groups[plan.epochs[0].rows] < 0)
+    by_window = np.histogram(places, bins=10, range=(0, 1200))[0]
+    assert by_window.sum() == 200
+    assert by_window.min() >= 15
+
+
+def test_samples_that_vary_are_planned_by_their_own_counts():
+    plain = columns(100)
+
+    def longer(rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return plain.token_counts[rows] + draws % 7, plain.label_counts[rows] + draws % 5
+
+    plan = Plan(plain, PlanSettings(token_budget=800, epochs=2), longer)
+    for batch in plan.delivery(position=0, step_batches=1):
+        rows, draws = np.array(batch.rows), np.array(batch.draws)
+        assert batch.step_label_count == longer(rows, draws)[1].sum()
+        assert longer(rows, draws)[0].max() * len(rows) <= 800
+
+
+def test_batches_of_like_lengths_waste_little():
+    """LibriSpeech's durations: most of 10 to 16 s, a tail down to 1.3 s; 12.5 tokens a second, 3 of text, 50 of prompt."""
+    rng = np.random.default_rng(0)
+    seconds = np.where(rng.random(20_000) < 0.7, rng.normal(14, 1.4, 20_000), rng.uniform(1.3, 17, 20_000)).clip(
+        1.3, 24
+    )
+    labels = (seconds * rng.normal(3, 0.4, 20_000)).astype(int).clip(1)
+    plan = Plan(
+        PlanColumns((50 + 12.5 * seconds).astype(int) + labels, labels, np.arange(20_000) // 100), PlanSettings()
+    )
+    assert plan.padding_waste() < 0.03
+    shuffled = Plan(
+        PlanColumns(plan.columns.token_counts, labels, np.arange(20_000)), PlanSettings(window_row_groups=32)
+    )
+    assert plan.padding_waste() < shuffled.padding_waste() / 3
+
+
+def test_a_million_rows_take_a_few_bytes_each():
+    rng = np.random.default_rng(0)
+    plan = Plan(
+        PlanColumns(rng.integers(60, 500, 1_000_000), rng.integers(5, 60, 1_000_000), np.arange(1_000_000) // 100),
+        PlanSettings(),
+    )
+    batches = plan.delivery(position=0, step_batches=16)
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(batches, protocol=5, buffer_callback=buffers.append)
+    assert len(head) < 2000
+    assert sum(buffer.raw().nbytes for buffer in buffers) <= 12 * 1_000_000 + 32 * len(batches) + 8
+    assert all(first <= second for first, second in pairwise(batches.step_positions[:100]))
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(DataError, match="a clip makes 199 tokens, more than token_budget=100: raise it"):
+        Plan(columns(200), PlanSettings(token_budget=100)).delivery(position=0, step_batches=1)
+    empty = np.zeros(0, int)
+    with pytest.raises(DataError, match="the plan has no clips"):
+        Plan(PlanColumns(empty, empty, empty), PlanSettings()).delivery(position=0, step_batches=1)
+    with pytest.raises(DataError, match="epoch 0 has no clips: raise the weights"):
+        Plan(PlanColumns(*[np.ones(1, int)] * 3, None, (0.1,)), PlanSettings()).step_count(1)

@@ -1,0 +1,235 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from graft.config import Recipe
+from graft.errors import AudioError, DataError
+from jobs.common.cli import PlanOptions, run_job, user_message
+from jobs.stage2 import Stage2Recipe
+from tests.support.paths import ROOT
+
+
+class Group(Recipe):
+    rate: float = 0.5
+    """How
+    fast."""
+
+
+class Job(Recipe):
+    out: str
+    """Where to."""
+    group: Group = Group()
+    """A group."""
+
+
+def run(arguments: list[str], *, cwd: Path, code: str | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, *(["-m", "jobs.prepare"] if code is None else ["-c", code]), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["out=x", "sources=[m.jsonl]", "sede=3"], "unknown key sede=3 (did you mean 'seed'?"),
+        (["out=x", "sources=[m.jsonl]", "seed=three", "splits.train=2"], "seed='three'"),
+        (["out=x", "sources=[missing.jsonl]"], "manifest missing.jsonl: No such file"),
+        (["out=x"], "key sources is required"),
+        (["--recipe", "none.yaml"], "recipe none.yaml: no such file"),
+        (["--recipe"], "expected one argument"),
+        (["out"], "argument 'out' is not key=value"),
+        (["--out=x", "--sede", "3", "--sources", "[m.jsonl]"], "unknown key sede=3 (did you mean 'seed'?"),
+        (["--out", "x", "--sources=[missing.jsonl]"], "manifest missing.jsonl: No such file"),
+        (["--sources", "[m.jsonl]", "--out"], "argument '--out' is not key=value or --key value: see --help"),
+        (["--out", "--sources", "[m.jsonl]"], "argument '--out' is not key=value or --key value"),
+        (["-out=x"], "argument '-out=x' is not key=value"),
+    ],
+)
+def test_a_bad_command_line_ends_in_one_line(arguments, words, tmp_path):
+    result = run(arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("graft: error: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback_before_the_line(tmp_path):
+    result = run(["out=x", "--debug", "sources=[missing.jsonl]"], cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("graft: error: manifest missing.jsonl")
+
+
+# None in sys.modules is Python's own way to hide a package.
+HIDDEN = "import sys; sys.modules[{module!r}] = None\nfrom jobs.prepare import *\nsys.exit(run_job(PrepareRecipe, {main}, summary='x'))"
+
+
+@pytest.mark.parametrize(
+    ("module", "main", "remedy"),
+    [
+        ("pyarrow", "main", "pyarrow is not installed: pip install 'graft[jobs]'"),
+        ("ray", "lambda recipe: __import__('ray')", "ray is not installed: pip install 'graft[jobs]'"),
+        (
+            "flash_attn",
+            "lambda recipe: __import__('flash_attn')",
+            "flash_attn is not installed: pip install 'graft[flash]'",
+        ),
+    ],
+)
+def test_a_missing_extra_ends_in_one_line(module, main, remedy, tmp_path):
+    result = run(["out=x", "sources=[m.jsonl]"], cwd=tmp_path, code=HIDDEN.format(module=module, main=main))
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("graft: error: ")
+    assert result.stderr.endswith(f"{remedy}\n")
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_documents_every_key(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_job(Job, lambda recipe: None, summary="Does it.", argv=["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for line in ["Does it.", "out (required)  # Where to.", "group = ...  # A group.", "group.rate = 0.5  # How fast."]:
+        assert line in text
+    result = run(["--help"], cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: python -m jobs.prepare [--recipe FILE]")
+
+
+def test_a_plan_takes_the_place_of_the_job(capsys):
+    class Trained(Job):
+        model: str
+
+    seen: list[tuple[str | None, str, float | None]] = []
+
+    def plan(recipe: Trained, options: PlanOptions) -> None:
+        seen.append((recipe.out, options.device, options.price))
+
+    def told(*argv: str, planner: Callable[[Trained, PlanOptions], None] | None = plan) -> int:
+        return run_job(Trained, lambda recipe: 7, summary="", argv=argv, plan=planner)
+
+    assert told("model=m", "--plan", "--device", "4090", "--price=2") == 0
+    assert seen == [(None, "4090", 2.0)]
+    assert told("model=m", "out=o") == 7
+    for argv, words in [
+        (["model=m"], "key out is required"),
+        (["--plan"], "key model is required"),
+        (["model=m", "out=o", "--price", "2"], "argument --price goes with --plan"),
+        (["model=m", "--plan", "--share", "2"], "share='2': input should be less than or equal to 1"),
+    ]:
+        assert told(*argv) == 2
+        assert words in capsys.readouterr().err
+    assert told("model=m", "--plan", planner=None) == 2
+    assert "argument '--plan' is not key=value" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        told("--help")
+    assert "with --plan: Of one hour on one device." in capsys.readouterr().out
+
+
+def test_main_gets_the_recipe_and_gives_the_exit_code(capsys):
+    assert run_job(Job, lambda recipe: None, summary="", argv=["out=a"]) == 0
+    assert run_job(Job, lambda recipe: recipe.group.rate == 2, summary="", argv=["out=a", "group.rate=2"]) == 1
+
+    def interrupted(recipe: Job) -> None:
+        raise KeyboardInterrupt
+
+    assert run_job(Job, interrupted, summary="", argv=["out=a"]) == 130
+    assert capsys.readouterr().err == "graft: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["out=a b", "group.rate=-2"],
+        ["--out=a b", "--group.rate=-2"],
+        ["--out", "a b", "--group.rate", "-2"],
+        ["--group.rate", "-2", "out=a b"],
+        ["--recipe", "{recipe}", "--group.rate", "-2", "--debug"],
+    ],
+)
+def test_keys_may_be_written_as_options(argv, tmp_path):
+    (tmp_path / "r.yaml").write_text("out: a b\n")
+    seen: list[Job] = []
+    given = [argument.format(recipe=tmp_path / "r.yaml") for argument in argv]
+    assert run_job(Job, seen.append, summary="", argv=given) == 0
+    assert seen == [Job(out="a b", group=Group(rate=-2))]
+
+
+def test_no_key_of_a_stage_is_an_option_too():
+    """Such a key could be given as key=value alone."""
+    assert not {"recipe", "debug", "plan", "help", *PlanOptions.model_fields} & Stage2Recipe.model_fields.keys()
+
+
+def test_a_bug_keeps_its_traceback():
+    def buggy(recipe: Job) -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run_job(Job, buggy, summary="", argv=["out=a"])
+    handled = KeyError("bug")
+    handled.__context__ = DataError("seen and handled before")
+    assert user_message(handled) is None
+    assert user_message(ModuleNotFoundError("No module named 'tpyo'", name="tpyo")) is None
+    assert user_message(ModuleNotFoundError("No module named 'ray.tpyo'", name="ray.tpyo")) is None
+
+
+def test_the_outer_of_two_errors_of_graft_speaks():
+    outer = DataError("row 3: bad audio")
+    outer.__cause__ = AudioError("bad audio")
+    assert user_message(outer) == "row 3: bad audio"
+
+
+RAY = """
+import ray, ray.data
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from graft.errors import DataError, require
+from jobs.common.cli import user_message
+
+def fail(*ignored):
+    raise DataError("row 7: no text: drop it")
+
+def missing(*ignored):
+    require("no_such_package", extra="train")
+
+def message(action):
+    try:
+        action()
+    except Exception as error:
+        print("MESSAGE", type(error).__name__, "|", user_message(error))
+
+class Worker:
+    __init__ = fail
+    def work(self): pass
+
+ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
+message(lambda: ray.get(ray.remote(fail).remote()))
+message(lambda: ray.get(ray.remote(missing).remote()))
+message(lambda: ray.get(ray.remote(Worker).remote().work.remote()))
+message(lambda: ray.data.range(2).map_batches(fail).materialize())
+message(lambda: ray.get(ray.remote(lambda: 1 / 0).remote()))
+wrapped = UserExceptionWithTraceback(DataError("row 7: no text: drop it"), "Traceback ...")
+for error in [WorkerGroupError("rank 1 ...", {0: RuntimeError("gloo"), 1: wrapped}), ControllerError(wrapped)]:
+    print("MESSAGE", type(error).__name__, "|", user_message(error))
+"""
+
+
+def test_errors_are_found_inside_rays_wrappers(tmp_path):
+    result = run([], cwd=tmp_path, code=RAY)
+    messages = [line.removeprefix("MESSAGE ") for line in result.stdout.splitlines() if line.startswith("MESSAGE ")]
+    told = "| row 7: no text: drop it"
+    assert messages == [
+        f"RayTaskError(DataError) {told}",
+        "RayTaskError(MissingExtra) | no_such_package is not installed: pip install 'graft[train]'",
+        f"ActorDiedError {told}",
+        f"RayTaskError(UserCodeException) {told}",
+        "RayTaskError(ZeroDivisionError) | None",
+        f"WorkerGroupError {told}",
+        f"ControllerError {told}",
+    ], result.stderr

@@ -1,0 +1,102 @@
+import os
+import stat
+
+import pytest
+
+from graft.config import Recipe
+from graft.errors import OutputError
+from jobs.common.outputs import claim_output, holds_results, staged_output, write_atomic
+
+
+class Group(Recipe):
+    lr: float = 1e-5
+
+
+class Job(Recipe):
+    seed: int = 0
+    group: Group = Group()
+    workers: int = 1
+
+
+class Other(Recipe):
+    name: str = "x"
+
+
+def test_a_folder_belongs_to_the_recipe_that_claimed_it(tmp_path):
+    out = str(tmp_path / "deep" / "out")
+    folder = claim_output(out, Job())
+    (folder / "result").write_text("kept")
+    assert claim_output(out, Job()) == folder
+    assert holds_results(out, Job())
+    with pytest.raises(
+        OutputError, match=rf"output {out} .*: group.lr was 1e-05 there and is 0.5 now: choose another out= or remove"
+    ):
+        claim_output(out, Job(group=Group(lr=0.5)))
+    with pytest.raises(OutputError, match="name was absent there and is 'x' now"):
+        claim_output(out, Other())
+    assert (folder / "result").read_text() == "kept"
+    assert claim_output(out, Job(workers=4), ignore=frozenset({"workers"})) == folder
+    assert not holds_results(str(tmp_path / "none"), Job())
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", ""])
+def test_a_folder_with_a_broken_recipe_is_refused(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(OutputError, match=r"its recipe\.yaml is not"):
+        claim_output(str(tmp_path), Job())
+
+
+def test_a_file_in_the_way_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in ["file", "file/below"]:
+        with pytest.raises(OutputError, match="cannot be written"):
+            claim_output(str(tmp_path / out), Job())
+    with pytest.raises(OutputError, match="exists"), staged_output(str(tmp_path / "file"), Job()):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_bucket_is_no_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="output s3://bucket/out is no path: give a folder that every node sees"):
+        claim_output("s3://bucket/out", Job())
+    with pytest.raises(OutputError, match="no path"), staged_output("s3://bucket/out", Job()):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_staged_output_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "out"
+    stage = staged_output(str(out), Job())
+    (stage.__enter__() / "half").write_text("half")
+    assert not stage.__exit__(RuntimeError, RuntimeError(), None)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "left by a killed run").touch()
+    with staged_output(str(out), Job()) as folder:
+        (folder / "part").write_text("whole")
+        assert not out.exists()
+    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(out)) == ["part", "recipe.yaml"]
+    assert holds_results(str(out), Job())
+
+
+def test_staged_output_never_touches_a_folder_in_use(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(OutputError, match="exists"), staged_output(str(tmp_path), Job()):
+        pass
+    assert os.listdir(tmp_path) == ["notes"]
+
+
+def test_write_atomic_replaces_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomic(path, "é")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    with pytest.raises(TypeError):
+        write_atomic(path, [3])
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert path.read_bytes() == b"two"
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)

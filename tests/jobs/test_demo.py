@@ -1,0 +1,90 @@
+"""What jobs.demo does besides running the other jobs: its folder, its recipes, its numbers."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs import demo as demo_job
+from jobs.common.cli import run_job
+from jobs.common.outputs import claim_output
+from jobs.demo import Demo, DemoRecipe
+from jobs.stage1 import Stage1Recipe
+
+
+def test_only_a_demos_own_folder_is_emptied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    assert run_job(DemoRecipe, demo_job.main, summary="", argv=[f"out={out}"]) == 2
+    fault = capsys.readouterr().err
+    assert fault.startswith(f"graft: error: {out} holds something else")
+    assert fault.count("\n") == 1
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+    stage = tmp_path / "stage1"
+    claim_output(str(stage), Stage1Recipe(model="m", data="d", out=str(stage)))
+    (stage / "projector.safetensors").write_text("days of training")
+    assert run_job(DemoRecipe, demo_job.main, summary="", argv=[f"out={stage}"]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert (stage / "projector.safetensors").is_file()
+
+    ours = DemoRecipe(out=str(tmp_path / "demo"))
+    demo_job._start_afresh(ours)
+    (tmp_path / "demo" / "summary.json").write_text("old")
+    demo_job._start_afresh(ours.model_copy(update={"stage1_epochs": 9}))
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["recipe.yaml"]
+
+
+def test_both_stages_read_what_the_steps_before_them_wrote(tmp_path: Path) -> None:
+    demo = Demo(DemoRecipe(out=str(tmp_path), stage1_epochs=4, stage2_epochs=5, workers=3))
+    first, second, score = (
+        demo_job._stage1_recipe(demo),
+        demo_job._stage2_recipe(demo),
+        demo_job._evaluate_recipe(demo, "merged"),
+    )
+    before = demo_job._evaluate_recipe(demo, "graft")
+    assert (first.epochs, second.epochs, first.workers, second.workers) == (4, 5, 3, 3)
+    assert first.backend == "deepspeed"
+    assert second.quantize == demo.recipe.quantize
+    assert second.projector == first.out
+    assert first.data == second.data == [score.data["trained"]]
+    assert score.audio_check == "trained"
+    assert score.limit is not None
+    assert score.limit <= len(demo_job._manifest("train"))
+    sources = demo_job._prepare_recipe(demo).long_sources()
+    assert [(source.split, Path(source.manifest).is_file()) for source in sources] == [
+        ("train", True),
+        ("unseen", True),
+    ]
+    assert {Path(path).name for path in (*first.data, *score.data.values())} == {source.split for source in sources}
+    assert before.model == first.model == second.model != score.model
+    assert before.data == {"unseen": score.data["unseen"]}
+
+
+def test_the_summary_has_the_keys_that_others_read(tmp_path: Path) -> None:
+    demo = Demo(DemoRecipe(out=str(tmp_path)))
+    assert demo.step("prepare", "rows", lambda: 7) == 7
+    for _ in range(2):
+        demo.step("evaluate", "scores", lambda: time.sleep(0.06))
+    scores = {
+        name: {"graft": {"wer": place, "clips": 20}, "whisper": {"wer": place / 2}}
+        for place, name in enumerate(["trained", "unseen"])
+    }
+    report = {"sets": {**scores, "swapped": {"graft": {"wer": 2}}}, "rtfx": {"graft": 3.0}}
+    stage = {"loss_first": 6.0, "loss_last": 1.0, "steps": 9, "seconds": 5.0}
+    before = {"sets": {"unseen": {"graft": {"wer": 3}}}}
+    summary = demo_job._summary(demo, stage, stage, before, report)
+    assert summary["stage1"] == summary["stage2"] == {"loss_first": 6.0, "loss_last": 1.0, "seconds": 5.0}
+    assert summary["wer"] == {
+        "trained": 0,
+        "unseen": 1,
+        "swapped": 2,
+        "whisper_trained": 0,
+        "whisper_unseen": 0.5,
+        "unseen_as_it_comes": 3,
+    }
+    assert summary["clips"] == {"trained": 64, "unseen": 20, "scored": 20}
+    assert summary["seconds"]["total"] == pytest.approx(summary["seconds"]["prepare"] + summary["seconds"]["evaluate"])
+    assert summary["seconds"]["evaluate"] >= 0.1  # of both times
+    assert summary["rtfx"] == 3.0

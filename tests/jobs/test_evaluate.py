@@ -1,0 +1,170 @@
+"""What evaluation scores beside the clips: published figures, other instructions, clips joined to recordings, sounds without speech."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from graft.audio.chunking import windows
+from graft.audio.clip import AudioClip, read_audio
+from graft.data import nonspeech
+from graft.inference.transcriber import load
+from graft.text.wer import score
+from jobs.common.cli import run_job
+from jobs.common.cluster import connect
+from jobs.evaluate import EvaluateRecipe, main
+from tests.support import tiny_models
+from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    import ray
+
+    connect()
+    yield
+    ray.shutdown()
+
+
+def test_rates_are_compared_with_what_is_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graft = tiny_models.save_tiny_graft(tmp_path / "graft")
+    data = corpus(tmp_path / "test.parquet", [row(f"t{seed}", seed) for seed in range(2)])
+
+    def evaluate(out: str, *expected: str) -> int:
+        given = [f"model={graft}", f"data.test={data}", f"out={tmp_path / out}", "baseline="]
+        return run_job(EvaluateRecipe, main, summary="", argv=[*given, *expected])
+
+    assert evaluate("other", "expected.nothing.wer=[0, 1]") == 2
+    assert "expected=nothing is no set of data (test)" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert evaluate("free") == 0
+    found = json.loads((tmp_path / "free" / "report.json").read_text())
+    assert found["expected"] == []
+    wer, cer = (found["sets"]["test"]["graft"][rate] for rate in ("wer_raw", "cer_raw"))
+    assert evaluate("agreed", f"expected.test.wer_raw=[{wer - 0.001}, {wer + 0.001}]") == 0
+    assert (
+        f"test: wer_raw {wer:.2%} agrees with the expected {wer - 0.001:.2%} to {wer + 0.001:.2%}"
+        in capsys.readouterr().out
+    )
+    both = [f"expected.test.wer_raw=[{wer}, {wer}]", f"expected.test.cer_raw=[{cer + 0.001}, 99.0]"]
+    assert evaluate("differing", *both) == 1
+    assert "cer_raw" in (text := capsys.readouterr().out)
+    assert "does not agree with" in text
+    verdicts = json.loads((tmp_path / "differing" / "report.json").read_text())["expected"]
+    assert [verdict["agrees"] for verdict in verdicts] == [True, False]
+
+
+def run(*arguments: str) -> int:
+    return run_job(EvaluateRecipe, main, summary="", argv=list(arguments))
+
+
+def left_by(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The report, and the predictions that it must follow from."""
+    assert {path.name for path in out.iterdir()} == {"report.json", "predictions.jsonl", "recipe.yaml"}
+    return json.loads((out / "report.json").read_text()), [
+        json.loads(line) for line in (out / "predictions.jsonl").open()
+    ]
+
+
+def test_other_instructions_and_recordings_are_scored_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graft = tiny_models.save_tiny_graft(tmp_path / "graft", trained_styles=["formatted"])
+    rows = [row(f"t{seed}", seed) for seed in range(26)]
+    rows.insert(3, row("broken", 30, **BROKEN))
+    data = corpus(tmp_path / "test.parquet", rows)
+    other = corpus(tmp_path / "other.parquet", [row("u0", 40), row("u1", 41)])
+    given = [f"model={graft}", f"data={{test: {data}, a/b: {other}}}", f"out={tmp_path / 'out'}", "baseline="]
+    assert run(*given, "instructions=[formatted]", "recordings_s=31") == 0
+    report, predictions = left_by(tmp_path / "out")
+    kinds = {"graft", "graft formatted"}
+    sets = {"test", "test joined", "a/b", "a/b joined"}
+    assert {name: scores.keys() for name, scores in report["sets"].items()} == dict.fromkeys(sets, kinds)
+    for name, scores in report["sets"].items():
+        heard = [line for line in predictions if line["set"] == name and line["id"] != "broken"]
+        for kind in kinds:
+            assert scores[kind] == score([line["text"] for line in heard], [line[kind] for line in heard]).to_dict()
+
+    # Recordings are the readable clips in their order; what is heard in them, and how it is asked for, is what it should be.
+    readable = [one for one in rows if one["ID"] != "broken"]
+    clips = [read_audio(one["wav"]["bytes"]) for one in readable]
+    recordings = [line for line in predictions if line["set"] == "test joined"]
+    assert len(recordings) == 2
+    assert " ".join(line["text"] for line in recordings) == " ".join(one["text"] for one in readable)
+    first = next(place for place, one in enumerate(readable, start=1) if recordings[0]["id"] == f"t0..{one['ID']}")
+    parts = [piece for clip in clips[:first] for piece in (clip.samples, np.zeros(8000, np.float32))]
+    recording = AudioClip(np.concatenate(parts))
+    assert 31 <= recording.duration_s < 33
+    transcriber = load(graft, cut=windows)
+    plain = [line for line in predictions if line["set"] == "test" and line["id"] != "broken"]
+    for kind, instruction in (("graft", None), ("graft formatted", "formatted")):
+        assert [line[kind] for line in plain] == [
+            one.text for one in transcriber.transcribe_many(clips, instruction=instruction)
+        ]
+        assert recordings[0][kind] == transcriber.transcribe(recording, instruction=instruction).text
+    transcriber.close()
+    assert any(line["graft"] != line["graft formatted"] for line in plain)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = [line[:4] for line in lines if line[:2] == ["test", "joined"]]
+    assert shown == [["test", "joined", "graft", "2"], ["test", "joined", "graft", "formatted"]]
+
+
+def test_what_is_written_where_nobody_speaks_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nonspeech, "LENGTHS_S", ((2.0, 2.5),))  # a model of any size takes minutes for the real ones
+    graft, whisper = tiny_models.save_tiny_graft(tmp_path / "graft"), save_tiny_whisper(tmp_path / "whisper")
+    data = corpus(tmp_path / "test.parquet", [row("t0", 0)])
+    assert (
+        run(f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}", f"baseline={whisper}", "sounds=true") == 0
+    )
+    report, predictions = left_by(tmp_path / "out")
+    made = [sound for kind in nonspeech.SOUNDS for sound in nonspeech.made_sounds(kind)]
+    assert report["sets"].keys() == {"test", *nonspeech.SOUNDS}
+    assert [line["id"] for line in predictions] == ["t0", *(sound.name for sound in made)]
+    for kind in nonspeech.SOUNDS:
+        minutes = sum(sound.clip.duration_s for sound in made if sound.kind == kind) / 60
+        for model in ("graft", "whisper"):
+            written = [len(line[model]) for line in predictions if line["set"] == kind]
+            found = report["sets"][kind][model]
+            assert found.keys() == {"clips", "minutes", "chars_per_minute", "share_with_text"}
+            assert (found["clips"], found["share_with_text"]) == (len(written), np.mean(np.array(written) > 0))
+            assert found["minutes"] == pytest.approx(minutes)
+            assert found["chars_per_minute"] == pytest.approx(sum(written) / minutes)
+    assert report["sets"]["noise"]["graft"]["chars_per_minute"] > 0  # it is not trained to keep silent
+    texts = {line["graft"] for line in predictions}
+    assert len(texts) > 3  # it hears which sound it is
+    printed = capsys.readouterr().out.splitlines()
+    below = printed[next(place for place, line in enumerate(printed) if line.startswith("no speech")) :]
+    assert [line.split()[:2] for line in below[1:9]] == [
+        [kind, model] for kind in nonspeech.SOUNDS for model in ("graft", "whisper")
+    ]
+
+
+def test_what_can_not_be_scored_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graft = tiny_models.save_tiny_graft(tmp_path / "graft", trained_styles=["formatted"])
+    data = corpus(tmp_path / "test.parquet", [row("t0", 0)])
+    given = [f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}", "baseline="]
+    for arguments, words in [
+        (
+            ["instructions=[formatted, raw]"],
+            "instruction 'raw': this checkpoint was trained for lower, formatted: give one of these",
+        ),
+        (
+            ["recordings_s=60", "audio_check=test"],
+            "recordings_s would join the clips of audio_check=test too: leave one out",
+        ),
+        (["recordings_s=20"], "recordings_s=20: input should be greater than 30"),
+        (["sounds=true", f"data.noise={data}"], "data.noise: that name is taken by a set which is made here"),
+        (["recordings_s=60", f"data.test joined={data}"], "data.test joined: that name is taken"),
+        ([f"data.swapped={data}"], "data.swapped: that name is taken"),
+    ]:
+        assert run(*given, *arguments) == 2
+        errors = capsys.readouterr().err
+        assert words in errors
+        assert errors.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"graft", "test.parquet"}

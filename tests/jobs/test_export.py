@@ -1,0 +1,351 @@
+"""What is exported and built anew is what jobs.merge makes: on the same bases, from small files that name no machine, and on no others."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from graft.audio.chunking import windows
+from graft.audio.clip import AudioClip
+from graft.checkpoints import release
+from graft.checkpoints.loading import open_graft, write_stage
+from graft.checkpoints.projector_file import save_projector
+from graft.config import recipe_yaml
+from graft.errors import ModelError
+from graft.inference.transcriber import load
+from graft.training.stages import Computing, Stage, stage_model
+from jobs import build, export, merge, stage1, stage2
+from jobs.common.cli import run_job
+from tests.support import tiny_models
+from tests.support.adapters import SETTINGS, adapt, further, logits, saved
+
+WORDS = {"styles": ["formatted", "raw"], "context": True}
+SHARD_MB = 0.015
+
+
+def job(module: Any, *arguments: str) -> int:
+    name = module.__name__.rpartition(".")[2].capitalize()
+    return run_job(getattr(module, f"{name}Recipe"), module.main, summary="", argv=arguments)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny bases, a graft on them, and the output folders of both stages on that."""
+    home = tmp_path_factory.mktemp("export")
+    audio, text = tiny_models.save_audio_base(home / "whisper"), tiny_models.save_text_base(home / "qwen", spare_rows=1)
+    assert (
+        job(build, f"audio_base={audio}", f"text_base={text}", f"out={home / 'graft'}", "audio_pool=1", "seed=5") == 0
+    )
+    told = {"model": str(home / "graft"), "data": [str(home / "speech" / "train")]}
+    recipes = {
+        1: stage1.Stage1Recipe(**told, out=str(home / "stage1")),
+        2: stage2.Stage2Recipe(**told, out=str(home / "stage2"), projector=str(home / "stage1")),
+    }
+    for number, recipe in recipes.items():
+        model, _ = open_graft(home / "graft")
+        model.audio_projector.linear.weight.data.mul_(1 + number)
+        folder = Path(recipe.out)
+        folder.mkdir()
+        save_projector(model, folder)
+        if number == 2:
+            saved(adapt(model), folder)
+        write_stage(folder, stage=number, graft=home / "graft", words=WORDS)
+        (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
+    return home
+
+
+@pytest.fixture(scope="module")
+def exported(home: Path) -> Path:
+    """Stage 2 in full: the adapters' own rank, nothing rounded."""
+    out = home / "exported"
+    assert job(export, f"model={home / 'stage2'}", f"out={out}", "rank=64", "dtype=fp32", f"shard_mb={SHARD_MB}") == 0
+    return out
+
+
+@pytest.fixture
+def built(home: Path, tmp_path: Path) -> Callable[..., Path]:
+    def make(source: Path | str, *arguments: str) -> Path:
+        bases = (f"audio_base={home / 'whisper'}", f"text_base={home / 'qwen'}")
+        assert job(build, "--pretrained", str(source), "--out", str(tmp_path / "built"), *bases, *arguments) == 0
+        return tmp_path / "built"
+
+    return make
+
+
+@pytest.mark.parametrize(("stage", "onto"), [("stage1", "full"), ("stage2", "full"), ("stage2", "nf4")])
+def test_built_from_an_export_equals_the_merged_graft(home, tmp_path, built, stage, onto):
+    if onto == "nf4":
+        pytest.importorskip("bitsandbytes")
+    assert job(export, f"model={home / stage}", f"out={tmp_path / 'exported'}", "dtype=fp32", f"onto={onto}") == 0
+    assert job(merge, f"model={home / stage}", f"out={tmp_path / 'merged'}", f"onto={onto}") == 0
+    (model, processor), (merged, expected) = (
+        open_graft(path) for path in (built(tmp_path / "exported"), tmp_path / "merged")
+    )
+    assert further(logits(model), logits(merged)) < 1e-5
+    assert further(logits(model), logits(open_graft(home / "graft")[0])) > 1e-3
+    configs = [{**one.config.to_dict(), "_name_or_path": None} for one in (model, merged)]
+    assert configs[0] == configs[1]
+    assert processor.prompt_ids(40) == expected.prompt_ids(40)
+    assert (processor.trained_styles, processor.trained_context) == (["formatted", "raw"], True)
+    parts = {path.name for path in (tmp_path / "built" / "adapter").iterdir()}
+    assert parts == {path.name for path in (tmp_path / "merged" / "adapter").iterdir()}
+
+
+def test_the_recipes_of_all_runs_that_led_there_travel(home, tmp_path):
+    shutil.copytree(home / "stage2", tmp_path / "more")
+    recipe = stage2.Stage2Recipe(model=str(home / "graft"), data="other", out="more", adapters=str(home / "stage2"))
+    (tmp_path / "more" / "recipe.yaml").write_text(recipe_yaml(recipe))
+    write_stage(tmp_path / "more", stage=2, graft=home / "graft", words=WORDS)
+    assert job(export, f"model={tmp_path / 'more'}", f"out={tmp_path / 'exported'}") == 0
+    recipes = tmp_path / "exported" / "recipes"
+    assert {path.stem for path in recipes.iterdir()} == {"build", "stage1", "stage2-before", "stage2"}
+    assert yaml.safe_load((recipes / "stage2.yaml").read_text())["data"] == "other"
+    assert yaml.safe_load((recipes / "stage2-before.yaml").read_text())["data"] == ["train"]
+
+
+def test_the_files_are_small_and_name_no_machine(home, exported):
+    shards = sorted(exported.glob("adapter-0*-of-0*.safetensors"))
+    assert len(shards) > 2
+    assert all(path.stat().st_size <= SHARD_MB * 1e6 for path in shards)
+    names = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()} - {
+        path.name for path in shards
+    }
+    assert names == {
+        *("pretrained.json", "README.md", "recipe.yaml", "adapter.safetensors.index.json"),
+        *(f"recipes/{name}.yaml" for name in ("build", "stage1", "stage2")),
+    }
+    for name in names:
+        assert str(home.parent) not in (exported / name).read_text(), name
+    told = yaml.safe_load((exported / "recipes" / "stage2.yaml").read_text())
+    assert (told["model"], told["projector"], told["data"], told["learning_rate"]) == (
+        "graft",
+        "stage1",
+        ["train"],
+        2e-4,
+    )
+    found = json.loads((exported / "pretrained.json").read_text())
+    assert (found["format"], found["audio_base"], found["text_base"], found["dtype"], found["onto"]) == (
+        1,
+        "whisper",
+        "qwen",
+        "fp32",
+        "full",
+    )
+    assert found["base_digests"] == open_graft(home / "graft")[0].config.base_digests
+    assert found["adapters"] == {"rank": 4, "alpha": 4, "dropout": SETTINGS.dropout, "encoder": False}
+    assert (found["settings"]["audio_pool"], found["settings"]["seed"]) == (1, 5)
+
+
+def test_a_smaller_rank_changes_the_adapted_matrices_alone(home, exported, tmp_path, built, capsys):
+    assert job(export, f"model={home / 'stage2'}", f"out={tmp_path / 'cut'}", "rank=2", "dtype=fp32") == 0
+    assert re.search(
+        r"^energy kept: \d\d\.\d% on average, \d\d\.\d% at least \(layers\.\d\.", capsys.readouterr().out, re.MULTILINE
+    )
+    whole = load_file(built(exported) / "model.safetensors")
+    shutil.rmtree(tmp_path / "built")
+    cut = load_file(built(tmp_path / "cut") / "model.safetensors")
+    changed = {name for name in whole if not torch.equal(whole[name], cut[name])}
+    assert changed == {
+        name for name in whole if "_proj.weight" in name and name.startswith("model.language_model.layers.")
+    }
+    assert len(changed) == 14
+    one, other = (load_file(next(folder.glob("adapter*.safetensors"))) for folder in (tmp_path / "cut", exported))
+    assert len(one) > len(other)
+
+
+def test_bfloat16_halves_the_files_and_is_nearly_the_same(home, exported, tmp_path, built):
+    assert job(export, f"model={home / 'stage2'}", f"out={tmp_path / 'half'}") == 0
+    sizes = [
+        sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (tmp_path / "half", exported)
+    ]
+    assert sizes[0] < 0.7 * sizes[1]
+    near = logits(open_graft(built(tmp_path / "half"))[0])
+    shutil.rmtree(tmp_path / "built")
+    exact = logits(open_graft(built(exported, "dtype=fp32"))[0])
+    assert 0 < further(near, exact) < 0.05 * float(exact.abs().max())
+
+
+def test_audio_tokens_keep_the_embeddings_that_they_were_trained_with(home, exported, tmp_path, built):
+    other = shutil.copytree(exported, tmp_path / "other")
+    found = json.loads((other / "pretrained.json").read_text())
+    found["settings"]["seed"] = 6  # as if joining drew other rows for the tokens that had no spare ones
+    (other / "pretrained.json").write_text(json.dumps(found))
+    model, _ = open_graft(built(other))
+    expected, _ = open_graft(home / "graft")
+    assert torch.equal(model.get_input_embeddings().weight, expected.get_input_embeddings().weight)
+    assert not torch.equal(model.lm_head.weight, expected.lm_head.weight)
+
+
+def test_a_built_graft_transcribes_and_trains_on(exported, built):
+    folder = built(exported)
+    transcriber = load(folder, cut=windows)
+    assert isinstance(transcriber.transcribe(AudioClip(torch.randn(8000).numpy() * 0.1)).text, str)
+    transcriber.close()
+    model, _ = open_graft(folder)
+    for stage in (Stage(1), Stage(2, lora=SETTINGS)):
+        begun, _ = stage_model(stage, str(folder), Computing("fp32", "torch"))
+        assert torch.equal(begun.audio_projector.linear.weight, model.audio_projector.linear.weight)
+        assert further(logits(begun.eval()), logits(model)) < 1e-5
+
+
+def test_a_name_stands_for_a_folder_of_the_package(exported, built, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(release, "FOLDER", tmp_path / "pretrained")
+    arguments = ("pretrained=tiny", f"out={tmp_path / 'no'}")
+    assert job(build, *arguments) == 2
+    assert (
+        "tiny is no pretrained graft: give a name (none come with this installation) or a folder"
+        in capsys.readouterr().err
+    )
+    for name in ("tiny", "large"):
+        shutil.copytree(exported, tmp_path / "pretrained" / name)
+    assert job(build, "pretrained=tyni", arguments[1]) == 2
+    assert (
+        "tyni is no pretrained graft: give a name (large, tiny) or a folder written by jobs.export"
+        in capsys.readouterr().err
+    )
+    assert yaml.safe_load((built("tiny") / "recipe.yaml").read_text())["pretrained"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["audio_pool=4"],
+            "audio_pool=4 does not go with pretrained=, whose weights were trained with 1: leave it out",
+        ),
+        (["seed=1"], "seed=1 does not go with pretrained=, whose weights were trained with 5"),
+        (["reference=r"], "pretrained= and reference= are two trained models: give one of them"),
+        (["text_base={home}/other"], "was trained on another text base than {home}/other (sha256:"),
+        (["audio_base={home}/qwen"], "qwen is a qwen2_vl checkpoint, not whisper"),
+    ],
+)
+def test_what_a_pretrained_graft_does_not_go_with_is_refused(home, exported, tmp_path, capsys, arguments, words):
+    if not (home / "other").exists():
+        tiny_models.save_text_base(home / "other", spare_rows=1, seed=4)
+    bases = [f"audio_base={home / 'whisper'}", f"text_base={home / 'qwen'}"]
+    given = [argument.format(home=home) for argument in arguments]
+    assert job(build, f"pretrained={exported}", f"out={tmp_path / 'out'}", *bases, *given) == 2
+    error = capsys.readouterr().err
+    assert words.format(home=home) in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(exported: Path, to: Path, name: str, content: bytes | None) -> str:
+    shutil.copytree(exported, to)
+    path = next(to.glob(name))
+    path.unlink() if content is None else path.write_bytes(content)
+    return str(to)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("adapter-00002*", None, "its adapter*.safetensors do not hold what was exported: fetch or export it again"),
+        ("adapter-00002*", b"\x10", "can't be read"),
+        ("pretrained.json", b"{", "pretrained.json can't be read"),
+        ("pretrained.json", b"{}", "pretrained.json can't be read"),
+        (
+            "pretrained.json",
+            b'{"format": 2}',
+            "pretrained.json is of format 2, this graft reads 1: upgrade graft, or export it again",
+        ),
+    ],
+)
+def test_damaged_files_are_refused_in_one_line(home, exported, tmp_path, capsys, name, content, words):
+    folder = damaged(exported, tmp_path / "damaged", name, content)
+    bases = [f"audio_base={home / 'whisper'}", f"text_base={home / 'qwen'}"]
+    assert job(build, f"pretrained={folder}", f"out={tmp_path / 'out'}", *bases) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_two_bases_is_not_exported(home, exported, tmp_path, built, capsys):
+    def refused(model: Path, *arguments: str) -> str:
+        assert job(export, f"model={model}", f"out={tmp_path / 'out'}", *arguments) == 2
+        assert not list(tmp_path.glob("*out*"))
+        return capsys.readouterr().err
+
+    assert "is no stage's output (it has no stage.json)" in refused(home / "graft")
+    assert "does not fit into a shard of 0.01 MB: make it 0.02 MB or more" in refused(home / "stage2", "shard_mb=0.01")
+    assert "none.md can't be read" in refused(home / "stage2", f"data_list={tmp_path / 'none.md'}")
+    further_stage = tmp_path / "stage"
+    shutil.copytree(home / "stage1", further_stage)
+    write_stage(further_stage, stage=1, graft=built(exported))
+    assert "holds merged adapters, so the stage belongs onto no two bases" in refused(further_stage)
+    nameless = shutil.copytree(home / "graft", tmp_path / "nameless")
+    (nameless / "recipe.yaml").unlink()
+    write_stage(further_stage, stage=1, graft=nameless)
+    assert "has no recipe.yaml of jobs.build that names its bases: give audio_base=" in refused(further_stage)
+
+
+def test_the_card_tells_data_and_scores(home, tmp_path):
+    rows = [
+        {"corpus": "Prompts", "hours": 2, "licence": "CC BY 4.0"},
+        {"corpus": "Calls", "hours": 3, "licence": "CC0"},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    rates = {"clips": 4, "words": 20, "wer": 0.25, "wer_low": 0.2, "wer_high": 0.3, "cer": 0.1, "wer_raw": 0.5}
+    report = {"model": "m", "sets": {"dev": {"graft": rates}}, "expected": [], "rtfx": {"graft": 2.0}, "errors": {}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    given = [f"data_list={tmp_path / 'data.json'}", f"report={tmp_path / 'report.json'}", "name=tiny", "rank=2"]
+    assert job(export, f"model={home / 'stage2'}", f"out={tmp_path / 'out'}", *given) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in [
+        "# tiny",
+        "| Prompts | 2 | CC BY 4.0 |",
+        "| audio_pool | 1 |",
+        "    python -m jobs.build pretrained=tiny out=FOLDER",
+    ]:
+        assert line in card.splitlines()
+    assert "LoRA adapters of rank 2" in card
+    assert " 25.0%" in card
+    assert str(tmp_path) not in card
+
+
+def test_stage_2_starts_from_a_trained_projector_only(home, exported, built, tmp_path):
+    def told(model: Path, projector: Path | None = None) -> stage2.Stage2Recipe:
+        return stage2.Stage2Recipe(
+            model=str(model), data=["d"], out=str(tmp_path / "out"), projector=projector and str(projector)
+        )
+
+    assert stage2._projector(told(home / "graft", home / "stage1")) == str(home / "stage1")
+    assert stage2._projector(told(home / "stage1")) == str(home / "stage1")
+    assert stage2._projector(told(built(exported))) is None
+    with pytest.raises(ModelError, match="graft is untrained: give projector=, the output folder of stage 1"):
+        stage2.run(told(home / "graft"))
+    with pytest.raises(
+        ModelError, match="stage2 is stage 2's output: give its graft as model= and it as adapters=, or merge it first"
+    ):
+        stage2.run(told(home / "stage2"))
+
+
+def test_stage_2_trains_on_with_adapters(home, tmp_path):
+    def told(**lora: int) -> stage2.Stage2Recipe:
+        settings = {
+            "model": str(home / "graft"),
+            "data": ["d"],
+            "out": str(tmp_path / "out"),
+            "adapters": str(home / "stage2"),
+            "lora": lora,
+        }
+        return stage2.Stage2Recipe.model_validate(settings)
+
+    recipe = told(rank=SETTINGS.rank, alpha=SETTINGS.alpha)
+    folder = stage2._adapters(recipe)
+    assert folder == stage2._projector(recipe) == str(home / "stage2")
+    stage = Stage(2, lora=SETTINGS, projector=folder, adapters=folder)
+    model, _ = stage_model(stage, recipe.model, Computing(dtype="fp32"))
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" in name}
+    assert torch.equal(logits(model.eval()), logits(open_graft(home / "stage2")[0]))
+    with pytest.raises(ModelError, match=f"have lora.rank={SETTINGS.rank} lora.alpha={SETTINGS.alpha}: give these"):
+        stage2.run(told(rank=SETTINGS.rank + 1))

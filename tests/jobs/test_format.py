@@ -1,0 +1,128 @@
+"""`jobs.format` for real: Whisper over a corpus on a local Ray, and a corpus that reads what it wrote."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from graft.audio.clip import read_audio
+from graft.data.dataset import Source, read_rows
+from graft.inference.engines.whisper_baseline import WhisperBaseline
+from graft.text.prompts import style_text
+from graft.text.punctuation import take_format
+from jobs.common.cli import run_job
+from jobs.format import FormatRecipe, main
+from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
+
+pytestmark = pytest.mark.usefixtures("ray_started")
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory) -> str:
+    return save_tiny_whisper(tmp_path_factory.mktemp("format") / "whisper")
+
+
+def run(*arguments: str) -> int:
+    return run_job(FormatRecipe, main, summary="", argv=list(arguments))
+
+
+def labelled(whisper: str, count: int) -> tuple[list[dict], list[str]]:
+    """Clips whose labels are all or half of what this Whisper hears in them, and the transcripts."""
+    clips = [row(f"clip{seed}", seed) for seed in range(count)]
+    heard = WhisperBaseline(whisper).transcribe_many([read_audio(clip["wav"]["bytes"]) for clip in clips])
+    for seed, (clip, transcript) in enumerate(zip(clips, heard, strict=True)):
+        words = style_text(transcript, "lower").upper()
+        clip["text"] = words if seed % 2 else f"{words} {' '.join(['OTHER'] * (len(words.split()) + 1))}"
+    return clips, heard
+
+
+def test_a_corpus_is_formatted_and_read_again(whisper, tmp_path, capsys):
+    clips, heard = labelled(whisper, 6)
+    own = row("own", 7, text="Written already, I see.")
+    data = corpus(
+        tmp_path / "clips.parquet",
+        [*clips, own, row("broken", 8, text="BROKEN WORDS", **BROKEN), row("empty", 9, text=" ")],
+    )
+    arguments = [f"data={data}", f"out={tmp_path / 'out'}", f"model={whisper}", "least_agreement=0.6"]
+    assert run(*arguments, "batch_clips=2", "part_clips=4", "workers=2") == 0
+
+    expected = {
+        clip["ID"]: take_format(clip["text"], transcript) for clip, transcript in zip(clips, heard, strict=True)
+    }
+    formatted = {name: one.text for name, one in expected.items() if one.agreement >= 0.6}
+    assert 0 < len(formatted) < 6
+    texts = {
+        **{clip["ID"]: clip["text"] for clip in clips},
+        **formatted,
+        "own": own["text"],
+        "broken": "BROKEN WORDS",
+        "empty": " ",
+    }
+    table = pq.read_table(tmp_path / "out" / "texts.parquet")
+    assert dict(zip(table["ID"].to_pylist(), table["text"].to_pylist(), strict=True)) == texts
+    rows = read_rows(Source(files=data, texts=str(tmp_path / "out" / "texts.parquet")))
+    assert {rows.id(place): rows.text(place) for place in range(len(rows))} == texts
+
+    words, agreed = sum(one.words for one in expected.values()), sum(one.agreed for one in expected.values())
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result == {
+        "clips": 9,
+        "formatted": len(formatted),
+        "kept": 6 - len(formatted),
+        "own": 2,
+        "unheard": 1,
+        "agreement": pytest.approx(agreed / words),
+    }
+    told = capsys.readouterr()
+    assert (
+        f"format: {agreed / words:.1%} of the words heard agree; of 9 clips {len(formatted)} are formatted" in told.out
+    )
+    assert "graft: broken: broken.flac" in told.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"texts.parquet", "result.json", "recipe.yaml"}
+
+    # Done is done, and another recipe's results are left alone.
+    before = (tmp_path / "out" / "texts.parquet").stat().st_mtime_ns
+    assert run(*arguments, "batch_clips=2", "part_clips=4") == 0
+    assert (tmp_path / "out" / "texts.parquet").stat().st_mtime_ns == before
+    assert run(*arguments, "batch_clips=2", "part_clips=5") == 2
+
+
+def test_a_run_that_was_cut_off_goes_on(whisper, tmp_path, capsys):
+    clips, _ = labelled(whisper, 5)
+    data = corpus(tmp_path / "clips.parquet", clips)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    shared = [f"data={data}", f"model={whisper}", "part_clips=2"]
+    assert run(*shared, f"out={whole}") == 0
+
+    # The first part of three is there; what it holds is not heard again.
+    (again / "parts").mkdir(parents=True)
+    (again / "recipe.yaml").write_text((whole / "recipe.yaml").read_text().replace(str(whole), str(again)))
+    first = pq.read_table(whole / "texts.parquet").slice(0, 2)
+    marked = first.set_column(1, first.schema.field("text"), [["as it was", "found"]])
+    pq.write_table(marked, again / "parts" / "part-000000000.parquet")
+    assert run(*shared, f"out={again}") == 0
+    texts = [pq.read_table(folder / "texts.parquet")["text"].to_pylist() for folder in (whole, again)]
+    assert texts[1] == ["as it was", "found", *texts[0][2:]]
+    assert capsys.readouterr().out.count("format: 1 of 3 parts") == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "{data}"}, "config.json"),
+        ({"data": "[{missing}]"}, "missing.parquet"),
+        ({"data": "[{twice}]"}, "1 rows have the ID of another one"),
+        ({"least_agreement": "2"}, "less than or equal to 1"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_heard(whisper, tmp_path, capsys, changed, message):
+    places = {name: str(tmp_path / f"{name}.parquet") for name in ("data", "missing", "twice")}
+    corpus(Path(places["data"]), [row("one", 1)])
+    corpus(Path(places["twice"]), [row("one", 1), row("one", 2)])
+    values = {"data": "{data}", "out": str(tmp_path / "out"), "model": whisper, **changed}
+    assert run(*(f"{key}={value.format(**places)}" for key, value in values.items())) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()

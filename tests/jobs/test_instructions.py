@@ -1,0 +1,66 @@
+"""What a small training on drawn wordings leaves behind: an instruction decides how a clip is written, a word list what it may be."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from graft.audio.chunking import windows
+from graft.audio.clip import read_audio
+from graft.checkpoints.loading import open_graft
+from graft.errors import ModelError
+from graft.inference.transcriber import load
+from graft.text.instructions import Wordings, WordsRecipe, trained_words
+from graft.text.prompts import DEFAULT_INSTRUCTION, INSTRUCTIONS
+from graft.training.backends import TorchBackend
+from tests.support import tiny_models
+from tests.support.speech_corpus import flac
+from tests.support.training import run_steps, step_batches
+
+
+def trained(folder: Path, wordings: Wordings, audios: Sequence[bytes], texts: Sequence[str], *, draws: int) -> Path:
+    """Train language model and projector of a tiny graft on clips, each worded in so many ways, until it knows them by heart."""
+    model, processor = open_graft(tiny_models.save_tiny_graft(folder / "graft"))
+    model.requires_grad_(False)
+    for part in (model.audio_projector, model.model.language_model, model.lm_head):
+        part.requires_grad_(True)
+    samples = [(read_audio(audio), text) for audio, text in zip(audios, texts, strict=True)]
+    examples = [
+        processor.example(clip, text, wordings.draw(text, draw)) for draw in range(draws) for clip, text in samples
+    ]
+    batches = step_batches(processor, examples)
+    backend, loss = TorchBackend(model.train(), weight_decay=0.0, max_grad_norm=1.0), 9.0
+    for _ in range(20):
+        loss = run_steps(batches * 20, backend, learning_rate=5e-3)[1][-1].loss if loss > 0.01 else loss
+    assert loss < 0.01
+    words = trained_words(wordings.settings)
+    for keeper in (model.config, processor):
+        keeper.trained_styles, keeper.trained_context = words["styles"], words["context"]
+    model.save_pretrained(folder / "trained")
+    processor.save_pretrained(folder / "trained")
+    return folder / "trained"
+
+
+def test_two_instructions_give_two_formats(tmp_path):
+    wordings = Wordings(WordsRecipe(styles={"formatted": 0.5}), "lower")
+    audios, texts = [flac(0.4 + 0.2 * seed, seed) for seed in range(3)], ["Yes, Bob.", "It is? No!", "GO ON"]
+    transcriber = load(trained(tmp_path, wordings, audios, texts, draws=24), cut=windows)
+    for instruction in (None, "lower", DEFAULT_INSTRUCTION):
+        heard = transcriber.transcribe_many(audios, instruction=instruction)
+        assert [one.text for one in heard] == ["yes bob", "it is no", "go on"]
+    for instruction in ("formatted", *INSTRUCTIONS["formatted"]):
+        heard = transcriber.transcribe_many(audios[:2], instruction=instruction)
+        assert [one.text for one in heard] == texts[:2]
+    with pytest.raises(ModelError, match="'raw': this checkpoint was trained for lower, formatted: give one"):
+        transcriber.transcribe(audios[0], instruction="raw")
+    transcriber.close()
+
+
+def test_a_listed_word_decides_what_is_heard(tmp_path):
+    names = ["anna", "otto"]
+    wordings = Wordings(WordsRecipe(context=1.0, context_words=1, context_empty=0, context_absent=0), "lower", names)
+    audio = flac(0.5)
+    transcriber = load(trained(tmp_path, wordings, [audio] * 2, names, draws=8), cut=windows)
+    for name in names:
+        assert transcriber.transcribe(audio, context=[name]).text == name
+    transcriber.close()

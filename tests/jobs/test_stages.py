@@ -1,0 +1,415 @@
+"""Both stages and what follows them, for real: Ray Train, DeepSpeed, NF4, merge, check and evaluate, on a tiny graft and noise."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from graft.audio.chunking import windows
+from graft.audio.clip import read_audio
+from graft.checkpoints.loading import computes_bf16
+from graft.checkpoints.lora import LORA_TARGETS
+from graft.config import recipe_yaml
+from graft.errors import ModelError, OutputError
+from graft.inference.engines.whisper_baseline import WhisperBaseline
+from graft.inference.transcriber import load
+from graft.inference.transcript import Transcript
+from graft.text.wer import score
+from jobs import check, evaluate, merge, stage1, stage2
+from jobs.common.cluster import connect
+from tests.support import tiny_models
+from tests.support.paths import ROOT
+from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
+
+pytestmark = pytest.mark.timeout(600)
+
+CHECKPOINT_EVERY = 2
+KILL_S = 120
+LEFT_BY_A_STAGE = {
+    "recipe.yaml",
+    "log.txt",
+    "metrics.jsonl",
+    "curves.png",
+    "plan.sha256",
+    "projector.safetensors",
+    "stage.json",
+    "result.json",
+}
+
+
+@dataclass(frozen=True)
+class Home:
+    """A tiny graft and its corpora: 25 clips to train on, of which one can't be decoded, and 5 others, of which one can't be either."""
+
+    folder: Path
+    graft: str
+    train: str
+    other: str
+
+    def out(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def stage1_recipe(self, out: str, **changed: Any) -> stage1.Stage1Recipe:
+        settings = {
+            "model": self.graft,
+            "data": [self.train],
+            "out": self.out(out),
+            "epochs": 20,
+            "token_budget": 400,
+            "learning_rate": 2e-2,
+            "warmup_steps": 3,
+            "dtype": "fp32",
+            "workers": 2,
+            "data_workers": 1,
+            "log_every": 1,
+            "checkpoint_every": CHECKPOINT_EVERY,
+        }
+        return stage1.Stage1Recipe.model_validate({**settings, **changed})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def address() -> Any:
+    import ray
+
+    connect()
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    folder = tmp_path_factory.mktemp("stages")
+    train = [*(row(f"t{seed}", seed) for seed in range(24)), row("broken", 24, **BROKEN)]
+    other = [*(row(f"u{seed}", 100 + seed) for seed in range(4)), row("broken", 104, **BROKEN)]
+    graft = tiny_models.save_tiny_graft(folder / "graft", base_digests={"audio": "sha256:a", "text": "sha256:b"})
+    return Home(folder, str(graft), corpus(folder / "train.parquet", train), corpus(folder / "other.parquet", other))
+
+
+@pytest.fixture(scope="module")
+def first(home: Home) -> Path:
+    """Stage 1, undisturbed."""
+    recipe = home.stage1_recipe("stage1")
+    result = stage1.run(recipe)
+    assert result == json.loads(Path(recipe.out, "result.json").read_text())
+    return Path(recipe.out)
+
+
+@pytest.fixture(scope="module")
+def resumed(home: Home, address: str) -> Path:
+    """Stage 1, killed with its process group after a checkpoint, then run again."""
+    recipe = home.stage1_recipe("resumed")
+    (home.folder / "resumed.yaml").write_text(recipe_yaml(recipe))
+    command = [sys.executable, "-m", "jobs.stage1", "--recipe", str(home.folder / "resumed.yaml")]
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    with open(home.folder / "killed.log", "w") as log:
+        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + KILL_S
+        while (
+            not list(Path(recipe.out).glob("checkpoints/step-*"))
+            and driver.poll() is None
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.02)
+        assert driver.poll() is None, (home.folder / "killed.log").read_text()
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait(timeout=30)
+    assert not Path(recipe.out, "result.json").exists()
+    stage1.run(recipe)
+    return Path(recipe.out)
+
+
+@pytest.fixture(scope="module")
+def second(home: Home, first: Path) -> Path:
+    """Stage 2 on stage 1's projector: QLoRA, one worker, cut short by max_steps, with validations."""
+    validation = {"data": home.other, "every": 2, "transcripts": 5}
+    changed = {
+        "workers": 1,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "backend": "torch",
+        "validation": validation,
+    }
+    shared = home.stage1_recipe("stage2", **changed).model_dump(exclude={"objective", "letters"})
+    recipe = stage2.Stage2Recipe.model_validate({**shared, "projector": str(first), "lora": {"rank": 4, "alpha": 8}})
+    assert recipe.quantize == "nf4"
+    stage2.run(recipe)
+    return Path(recipe.out)
+
+
+@pytest.fixture(scope="module")
+def merged(home: Home, second: Path) -> Path:
+    merge.run(merge.MergeRecipe(model=str(second), out=home.out("merged")))
+    return Path(home.out("merged"))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_stage1_leaves_what_it_promises(home: Home, first: Path) -> None:
+    assert {path.name for path in first.iterdir()} == LEFT_BY_A_STAGE | {"skipped.jsonl"}
+    result, metrics = json.loads((first / "result.json").read_text()), lines(first / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, result["steps"] + 1))
+    assert all(line["total_steps"] == result["steps"] > 4 * CHECKPOINT_EVERY for line in metrics)
+    assert (result["loss_first"], result["loss_last"]) == (metrics[0]["loss"], metrics[-1]["loss"])
+    assert result["loss_last"] < result["loss_first"] - 0.02
+    assert all(line["samples_per_s"] > 0 and line["audio_s_per_s"] > 0 and line["grad_norm"] > 0 for line in metrics)
+    assert metrics[-1]["left_s"] == 0
+    assert (first / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((first / "stage.json").read_text()) == {"stage": 1, "graft": "../graft"}
+    skipped = lines(first / "skipped.jsonl")
+    assert [clip["id"] for clip in skipped] == ["broken"]  # once, whatever the epochs
+    assert "broken.flac" in skipped[0]["reason"]
+    log = (first / "log.txt").read_text()
+    assert log.startswith("preflight: ")
+    assert (
+        len(re.findall(r"^step .* loss .* samples/s .* audio-s/s .* left \d+:\d\d$", log, re.MULTILINE))
+        == result["steps"]
+    )
+    trained = load_file(first / "projector.safetensors")["linear.weight"]
+    assert not torch.equal(trained, load_file(Path(home.graft, "model.safetensors"))["audio_projector.linear.weight"])
+
+
+def test_spelling_is_a_start_for_transcripts(home: Home) -> None:
+    validation = {"data": [home.other], "every": 10, "transcripts": 1, "wer_clips": 3}
+    spelling = home.stage1_recipe("spelling", objective="ctc", backend="torch", max_steps=30, validation=validation)
+    stage1.run(spelling)
+    spelled = Path(spelling.out)
+    losses = [line["loss"] for line in lines(spelled / "metrics.jsonl") if "loss" in line]
+    assert sum(losses[-10:]) / 10 < 0.8 * losses[0]
+    assert (spelled / "log.txt").read_text().startswith("preflight: ")
+    told = re.findall(
+        r"^step 30  validation loss (.*)  WER (.*)% .* of 3 clips\n(  .*\n)",
+        (spelled / "log.txt").read_text(),
+        re.MULTILINE,
+    )
+    validations = [line for line in lines(spelled / "metrics.jsonl") if "validation_wer" in line]
+    assert [line["step"] for line in validations] == [10, 20, 30]
+    assert float(told[0][1]) == pytest.approx(100 * validations[-1]["validation_wer"], abs=0.06)
+    assert told[0][2].startswith("  u0: ")  # both workers write, and one clip is shown
+    after = home.stage1_recipe("after-spelling", projector=str(spelled), max_steps=1, learning_rate=1e-30)
+    stage1.run(after)
+    started, heard = (
+        load_file(Path(folder, "projector.safetensors"))["linear.weight"] for folder in (after.out, spelled)
+    )
+    torch.testing.assert_close(started, heard)
+
+
+def test_a_slow_dtype_is_told(home: Home) -> None:
+    recipe = home.stage1_recipe("in-bf16", dtype="bf16", max_steps=1)
+    stage1.run(recipe)
+    assert ("dtype=fp32 would take a fraction" in Path(recipe.out, "log.txt").read_text()) != computes_bf16("cpu")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(first: Path, resumed: Path) -> None:
+    metrics, expected = lines(resumed / "metrics.jsonl"), lines(first / "metrics.jsonl")
+    (step,) = re.findall(
+        r"^going on at step (\d+), batch \d+ of the plan$", (resumed / "log.txt").read_text(), re.MULTILINE
+    )
+    assert 0 < int(step) < len(expected)
+    assert int(step) % CHECKPOINT_EVERY == 0
+    assert {path.name for path in resumed.iterdir()} == LEFT_BY_A_STAGE | {"skipped.jsonl"}
+    assert [clip["id"] for clip in lines(resumed / "skipped.jsonl")] == ["broken"]
+    for key in ("step", "loss", "learning_rate", "grad_norm"):
+        assert [line[key] for line in metrics] == pytest.approx([line[key] for line in expected], rel=1e-5, abs=1e-6), (
+            key
+        )
+    torch.testing.assert_close(
+        load_file(resumed / "projector.safetensors"), load_file(first / "projector.safetensors"), rtol=0, atol=1e-6
+    )
+    was, undisturbed = (json.loads((folder / "result.json").read_text()) for folder in (resumed, first))
+    for key in ("steps", "clips", "audio_s", "loss_first", "loss_last"):
+        assert was[key] == pytest.approx(undisturbed[key], rel=1e-5), key
+
+
+def test_a_stage_that_is_done_is_left_alone(home: Home, first: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in first.iterdir()}
+    again = stage1.run(home.stage1_recipe("stage1", log_every=5))  # how it runs may differ, what it computes may not
+    assert again == json.loads((first / "result.json").read_text())
+    assert "is done already" in capsys.readouterr().out
+    with pytest.raises(
+        OutputError, match=r"stage1 holds another recipe's results: learning_rate was 0.02 there and is 0.5 now"
+    ):
+        stage1.run(home.stage1_recipe("stage1", learning_rate=0.5))
+    assert {path.name: path.stat().st_mtime_ns for path in first.iterdir()} == before
+
+
+def test_stage2_stops_at_max_steps_and_leaves_adapters_too(second: Path) -> None:
+    assert {path.name for path in second.iterdir()} - {"skipped.jsonl"} == LEFT_BY_A_STAGE | {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "transcripts.jsonl",
+    }
+    metrics = lines(second / "metrics.jsonl")
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    result = json.loads((second / "result.json").read_text())
+    validations = {line["step"]: line["validation_loss"] for line in metrics if "validation_loss" in line}
+    assert list(validations) == [2, 4, 6]
+    assert result["validation_loss"] == validations[result["best_step"]] == min(validations.values())
+    heard = lines(second / "transcripts.jsonl")
+    assert [(line["step"], line["id"]) for line in heard] == [
+        (step, name) for step in (2, 4, 6) for name in ("u0", "u1", "u2", "u3")
+    ]  # not the broken one
+    assert (result["steps"], result["loss_last"] < result["loss_first"]) == (6, True)
+    assert json.loads((second / "stage.json").read_text()) == {"stage": 2, "graft": "../graft"}
+
+
+@pytest.mark.slow
+def test_zero_3_trains_as_zero_2_does(home: Home, first: Path) -> None:
+    """Sharded over two workers, with validations whose transcripts need all of them."""
+    validation = {"data": home.other, "every": 8, "transcripts": 1}
+    losses = {}
+    for zero_stage in (2, 3):
+        recipe = home.stage1_recipe(f"zero{zero_stage}", zero_stage=zero_stage, max_steps=8, validation=validation)
+        stage1.run(recipe)
+        losses[zero_stage] = [
+            line.get("loss", line.get("validation_loss")) for line in lines(Path(recipe.out, "metrics.jsonl"))
+        ]
+    assert losses[3] == pytest.approx(losses[2], abs=1e-5)
+    heard = [lines(Path(home.out(f"zero{zero_stage}"), "transcripts.jsonl")) for zero_stage in (2, 3)]
+    assert heard[0] == heard[1]
+
+
+@pytest.mark.slow
+def test_stage2_goes_on_from_a_merged_grafts_own_projector(home: Home, merged: Path) -> None:
+    changed = {
+        "model": str(merged),
+        "workers": 1,
+        "max_steps": 1,
+        "learning_rate": 1e-6,
+        "warmup_steps": 0,
+        "backend": "torch",
+    }
+    shared = home.stage1_recipe("further", **changed).model_dump(exclude={"objective", "letters"})
+    recipe = stage2.Stage2Recipe.model_validate({**shared, "quantize": "none", "lora": {"rank": 4, "alpha": 8}})
+    stage2.run(recipe)
+    assert json.loads(Path(recipe.out, "stage.json").read_text()) == {"stage": 2, "graft": "../merged"}
+    trained, own = (load_file(Path(folder, "projector.safetensors")) for folder in (recipe.out, merged / "adapter"))
+    torch.testing.assert_close(trained, own, rtol=0, atol=1e-5)
+
+
+def in_memory(name: str) -> str:
+    """The name on disk -> the one in the model."""
+    return re.sub(r"^model\.layers", "model.language_model.layers", name)
+
+
+def test_nothing_but_projector_and_adapted_matrices_changed(
+    home: Home, first: Path, second: Path, merged: Path
+) -> None:
+    merge.run(merge.MergeRecipe(model=str(first), out=home.out("merged1")))
+    untrained, after1, after2 = (
+        load_file(Path(folder, "model.safetensors")) for folder in (home.graft, home.out("merged1"), merged)
+    )
+    projector = {name for name in untrained if name.startswith("audio_projector.")}
+    adapted = {name for name in untrained if re.fullmatch(LORA_TARGETS, in_memory(name).removesuffix(".weight"))}
+    assert len(adapted) == 2 * 7  # layers x matrices
+    for after, trained in ((after1, projector), (after2, projector | adapted)):
+        assert after.keys() == untrained.keys()
+        assert all(after[name].dtype == untrained[name].dtype for name in untrained)
+        assert {name for name in untrained if not torch.equal(after[name], untrained[name])} == trained
+    for folder, after in ((first, after1), (second, after2)):
+        for name, tensor in load_file(folder / "projector.safetensors").items():
+            assert torch.equal(after[f"audio_projector.{name}"], tensor)
+    adapters = load_file(merged / "adapter" / "adapter_model.safetensors")
+    assert len(adapters) == 2 * len(adapted)
+    for name in adapted:
+        a, b = (
+            adapters[f"base_model.model.{in_memory(name).removesuffix('weight')}lora_{part}.weight"] for part in "AB"
+        )
+        torch.testing.assert_close(after2[name], untrained[name] + 8 / 4 * b @ a, rtol=0, atol=1e-6)
+
+
+def test_every_checkpoint_hears(
+    home: Home, first: Path, second: Path, merged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [
+        check.run(check.CheckRecipe(model=str(folder), data=[home.train], clips=3)).logit_change
+        for folder in (first, second, merged)
+    ]
+    assert changes[0] > 1e-6
+    assert changes[1] == pytest.approx(changes[2], rel=1e-4)  # merged or not, the same model
+    assert capsys.readouterr().out.count(" hears: other audio changes the answer's logits by ") == 3
+
+
+@pytest.fixture(scope="module")
+def whisper(home: Home) -> str:
+    return save_tiny_whisper(home.folder / "whisper")
+
+
+def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) -> None:
+    data = {"trained": home.train, "unseen": home.other}
+    settings = {
+        "model": str(merged),
+        "data": data,
+        "out": home.out("evaluation"),
+        "baseline": whisper,
+        "batch_clips": 4,
+    }
+    recipe = evaluate.EvaluateRecipe.model_validate({**settings, "limit": 5, "audio_check": "trained"})
+    report = evaluate.run(recipe)
+    out = Path(recipe.out)
+    assert {path.name for path in out.iterdir()} == {"report.json", "predictions.jsonl", "recipe.yaml"}
+    assert report == json.loads((out / "report.json").read_text())
+    heard = {
+        name: [line for line in lines(out / "predictions.jsonl") if line["set"] == name] for name in (*data, "swapped")
+    }
+    assert (
+        [line["id"] for line in heard["trained"]]
+        == [line["id"] for line in heard["swapped"]]
+        == [f"t{seed}" for seed in range(5)]
+    )
+    assert [line["id"] for line in heard["unseen"]] == ["u0", "u1", "u2", "u3", "broken"]
+
+    # The rates are those of the texts that were written down; what could not be read is reported and not scored.
+    assert {(name, kind) for name, kinds in report["sets"].items() for kind in kinds} == {
+        *((name, kind) for name in data for kind in ("graft", "whisper")),
+        ("swapped", "graft"),
+    }
+    for name, kinds in report["sets"].items():
+        for kind, scores in kinds.items():
+            pairs = [(line["text"], line[kind]) for line in heard[name] if line[kind] is not None]
+            assert scores["clips"] == len(pairs) == (4 if name == "unseen" else 5)
+            assert scores == score(*map(list, zip(*pairs, strict=True))).to_dict()
+    assert report["errors"].keys() == {"broken"}
+    assert "broken.flac" in report["errors"]["broken"]
+    assert (heard["unseen"][4]["graft"], heard["unseen"][4]["whisper"]) == (None, None)
+    assert all(rate > 0 for rate in report["rtfx"].values())
+
+    # The texts are the models' own, whatever shared their batches, and a swapped clip's is that of the audio it got.
+    rows = [row(f"t{seed}", seed) for seed in range(5)]
+    clips = [read_audio(clip["wav"]["bytes"]) for clip in rows]
+    transcriber = load(merged, cut=windows)
+    texts = [transcript.text for transcript in transcriber.transcribe_many(clips) if isinstance(transcript, Transcript)]
+    transcriber.close()
+    assert [line["text"] for line in heard["trained"]] == [clip["text"] for clip in rows]
+    assert [line["graft"] for line in heard["trained"]] == texts
+    assert len(set(texts)) > 1
+    assert [line["audio_id"] for line in heard["swapped"]] == ["t1", "t2", "t3", "t4", "t0"]
+    assert [line["graft"] for line in heard["swapped"]] == [*texts[1:], texts[0]]
+    assert [line["whisper"] for line in heard["trained"]] == WhisperBaseline(whisper).transcribe_many(clips)
+
+    # What is wrong is said before anything is scored, and what is there stays as it is.
+    deaf = shutil.copytree(merged, home.folder / "deaf")
+    weights = load_file(deaf / "model.safetensors")
+    weights["audio_projector.linear.weight"].zero_()
+    save_file(weights, deaf / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"deaf: audio_projector\.linear\.weight is all zeros, so the model is deaf"):
+        evaluate.run(recipe.model_copy(update={"model": str(deaf), "out": home.out("nowhere"), "limit": 1}))
+    assert not list(home.folder.glob("*nowhere*"))
+    for again in (recipe, recipe.model_copy(update={"limit": 2})):
+        with pytest.raises(OutputError, match="evaluation exists: choose another out= or remove it"):
+            evaluate.run(again)
+    assert report == json.loads((out / "report.json").read_text())

@@ -1,0 +1,265 @@
+"""`jobs.transcribe` on a real local Ray: archives in, transcripts out, bad files reported, nothing done twice."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import yaml
+from ray.data._internal.planner.planner import Planner
+
+from graft.inference.transcriber import Transcriber, load
+from graft.inference.transcript import Transcript
+from jobs.common.outputs import holds_results
+from jobs.transcribe import HOW, TranscribeRecipe
+from tests.support import hub_server, media, tiny_models
+from tests.support.jobs import transcribe
+
+pytestmark = pytest.mark.usefixtures("ray_started")
+
+PROMPTS = sorted(media.PROMPTS, key=lambda path: path.stat().st_size)
+"""The shortest first."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_models.save_tiny_graft(tmp_path_factory.mktemp("transcribe") / "tiny-graft")
+
+
+@pytest.fixture(scope="module")
+def transcriber(folder) -> Iterator[Transcriber]:
+    opened = load(folder)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def calls(tmp_path) -> Path:
+    """Three recordings, one of them long, a broken one, and a file that is none."""
+    root = tmp_path / "calls"
+    (root / "deep").mkdir(parents=True)
+    shutil.copy(PROMPTS[0], root / "a.flac")
+    (root / "deep" / "b.webm").write_bytes(
+        media.encode(media.speech(48_000, seconds=25.0), 48_000, "libopus", "webm", seekable=False)
+    )
+    soundfile.write(root / "a.wav", np.zeros(16_000), 16_000)
+    (root / "broken.mp3").write_bytes(b"no audio")
+    (root / "notes.md").write_text("not for us")
+    return root
+
+
+def rows_of(out: Path) -> dict[str, dict]:
+    rows = [row for path in sorted((out / "recordings").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+def is_as(row: dict, transcript: Transcript) -> None:
+    expected = transcript.to_dict()
+    assert row["text"] == expected["text"]
+    assert row["duration_s"] == pytest.approx(expected["duration_s"], abs=1e-3)
+    for part, segment in zip(row["segments"], expected["segments"], strict=True):
+        assert part["mean_logprob"] == pytest.approx(segment["mean_logprob"], abs=1e-5)
+        exact = {"flags": list(segment["flags"]), "words": list(segment["words"]), "mean_logprob": part["mean_logprob"]}
+        assert part == segment | exact
+
+
+def test_an_archive_is_transcribed_once_and_what_failed_can_be_tried_again(
+    folder, calls, tmp_path, capsys, transcriber
+):
+    out = tmp_path / "out"
+    arguments = [f"model={folder}", f"audio={calls}", f"out={out}", "item_s=10", "formats=[txt, vtt, json]"]
+    assert transcribe(*arguments, "price=3") == 0
+    rows = rows_of(out)
+    assert list(rows) == ["a.flac", "a.wav", "broken.mp3", "deep/b.webm"]
+    is_as(rows["a.flac"], transcriber.transcribe(calls / "a.flac"))
+    assert (rows["a.wav"]["text"], rows["a.wav"]["segments"], rows["a.wav"]["error"]) == ("", [], None)
+    assert rows["a.wav"]["duration_s"] == 1.0
+    assert rows["deep/b.webm"]["duration_s"] == pytest.approx(25.0, abs=0.1)
+    assert rows["deep/b.webm"]["segments"][-1]["start_s"] > 5  # of its second item
+    assert "truncated" in rows["deep/b.webm"]["flags"]
+    assert 0 < rows["deep/b.webm"]["confidence"] < 1
+    assert rows["broken.mp3"]["error"].startswith("not readable as audio")
+    written = sorted(path.relative_to(out / "files").as_posix() for path in (out / "files").rglob("*.*"))
+    assert written == sorted(
+        f"{stem}.{kind}" for stem in ("a.flac", "a.wav", "deep/b") for kind in ("txt", "vtt", "json")
+    )
+    assert (out / "files" / "deep" / "b.txt").read_bytes().decode() == rows["deep/b.webm"]["text"] + "\n"
+    assert json.loads((out / "files" / "a.flac.json").read_text())["text"] == rows["a.flac"]["text"]
+    (fault,) = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+    assert (fault["recording"], fault["uri"]) == ("broken.mp3", str(calls / "broken.mp3"))
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["model"] == str(folder)
+    assert not [path for path in out.rglob("*") if "partial" in path.name or path.suffix == ".tmp"]
+    output = capsys.readouterr()
+    assert "4/4 recordings  0.01 h  RTFx " in output.out
+    assert "3 recordings done, 1 failed; 0.01 h of audio" in output.out
+    assert "  failed: 1 x not readable as audio\n" in output.out
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["cost_per_audio_hour"] == pytest.approx(3 / summary["rtfx"])
+    assert "Traceback" not in output.err
+
+    # The same again, however fast, does nothing; with a file more, that file; errors only when asked.
+    items = set((out / "work" / "items").iterdir())
+    shutil.copy(PROMPTS[1], calls / "new.flac")
+    shutil.copy(PROMPTS[2], calls / "broken.mp3")
+    assert transcribe(*arguments, "items_per_batch=1", "--strict") == 0
+    assert "nothing was left to do" not in capsys.readouterr().out
+    assert (
+        len(set((out / "work" / "items").iterdir()) - items) == 2
+    )  # new.flac, and broken.mp3, which is another file now
+    again = rows_of(out)
+    assert {name: row for name, row in again.items() if name in rows and name != "broken.mp3"} == {
+        name: row for name, row in rows.items() if name != "broken.mp3"
+    }
+    is_as(again["broken.mp3"], transcriber.transcribe(calls / "broken.mp3"))
+    assert transcribe(*arguments, "--strict") == 0
+    assert "5 recordings done, 0 failed; 0.01 h of audio, nothing was left to do" in capsys.readouterr().out
+
+
+def test_errors_are_tried_again_only_when_asked(folder, tmp_path, capsys, transcriber):
+    out = tmp_path / "out"
+    (tmp_path / "files").mkdir()
+    with hub_server.serve(tmp_path / "files") as hub:
+        arguments = [f"model={folder}", f"audio={hub.url}/files/later.flac", f"out={out}"]
+        assert transcribe(*arguments, "--strict") == 3
+        assert (
+            "0 recordings done, 1 failed; 0.00 h of audio\n" in capsys.readouterr().out
+        )  # something was left to do, and failed
+        shutil.copy(PROMPTS[0], tmp_path / "files" / "later.flac")
+        assert transcribe(*arguments, "--strict") == 3
+        assert "nothing was left to do" in capsys.readouterr().out
+        assert transcribe(*arguments, "--strict", "--retry-errors") == 0
+        assert transcribe(*arguments, "--strict") == 0
+    assert "1 recordings done, 0 failed; 0.00 h of audio, nothing was left to do" in capsys.readouterr().out
+    is_as(rows_of(out)["later.flac"], transcriber.transcribe(PROMPTS[0]))
+    assert not (out / "errors.jsonl").read_text()
+
+
+def test_results_of_another_model_or_recipe_never_mix(folder, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(folder, model)
+    arguments = [f"model={model}", f"audio={PROMPTS[0]}", f"out={out}"]
+    assert transcribe(*arguments) == 0
+    before = rows_of(out)
+    for changed in [f"audio={PROMPTS[1]}", "item_s=60", "chunks.max_s=20", f"model={folder}"]:
+        assert transcribe(*arguments, changed) == 2
+        key, _, value = changed.partition("=")
+        assert f"holds another recipe's results: {key} was " in (message := capsys.readouterr().err)
+        assert f"is {value!r} now" in message or f"is {value} now" in message or f"is {float(value)} now" in message
+    shutil.rmtree(model)
+    tiny_models.save_tiny_graft(model, seed=1)
+    assert transcribe(*arguments) == 2
+    message = capsys.readouterr().err
+    assert "holds another recipe's results: model_digest was '" in message
+    assert rows_of(out) == before
+    assert transcribe(*arguments, "model_digest=abc", f"out={tmp_path / 'new'}") == 2
+    assert "is not the one that model_digest=abc names" in capsys.readouterr().err
+    known = TranscribeRecipe(**yaml.safe_load((out / "recipe.yaml").read_text()) | {"workers": 3, "formats": ["srt"]})
+    assert holds_results(str(out), known, ignore=HOW)
+
+
+def test_a_run_without_checkpoints_is_an_error(folder, tmp_path, monkeypatch):
+    """Ray only warns, and a run that is killed would begin anew."""
+    monkeypatch.setattr(Planner, "_check_supports_checkpointing", lambda planner, plan: False)
+    with pytest.raises(UserWarning, match="Checkpointing will be disabled"):
+        transcribe(f"model={folder}", f"audio={PROMPTS[0]}", f"out={tmp_path / 'out'}")
+
+
+def test_channels_are_told_apart_and_ordered_by_time(folder, tmp_path):
+    one, two = (soundfile.read(path, dtype="float32")[0] for path in PROMPTS[:2])
+    silence = np.zeros_like
+    apart = np.stack(
+        [np.concatenate([one, silence(two), one]), np.concatenate([silence(one), two, silence(one)])], axis=1
+    )
+    soundfile.write(tmp_path / "call.wav", apart, 16_000)
+    settings = ["chunks.max_pause_s=0.5", "formats=[txt, srt]"]
+    assert (
+        transcribe(
+            f"model={folder}", f"audio={tmp_path / 'call.wav'}", f"out={tmp_path / 'out'}", "channels=split", *settings
+        )
+        == 0
+    )
+    segments = rows_of(tmp_path / "out")["call.wav"]["segments"]
+    assert [segment["channel"] for segment in segments] == [1, 2, 1]
+    assert [segment["start_s"] for segment in segments] == sorted(segment["start_s"] for segment in segments)
+    text = (tmp_path / "out" / "files" / "call.txt").read_text()
+    assert [line.partition(":")[0] for line in text.splitlines()] == ["channel 1", "channel 2", "channel 1"]
+    assert "channel 2: " in (tmp_path / "out" / "files" / "call.srt").read_text()
+
+
+def test_without_out_it_prints_only(folder, tmp_path, capsys, monkeypatch):
+    shutil.copy(PROMPTS[0], tmp_path / "a.flac")
+    monkeypatch.chdir(tmp_path)
+    assert transcribe(f"model={folder}", "audio=[a.flac, gone.wav]") == 0
+    output = capsys.readouterr()
+    assert f"\n{tmp_path / 'a.flac'}: " in output.out
+    assert f"graft: {tmp_path / 'gone.wav'}: No such file" in output.err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.flac"]
+
+
+def test_instruction_and_context_reach_the_workers(tmp_path):
+    folder = tiny_models.save_tiny_graft(tmp_path / "worded", trained_styles=["formatted"], trained_context=True)
+    words = {"instruction": "formatted", "context": ["Aachen", "New York"]}
+    arguments = ["instruction=formatted", "context=[Aachen, New York]", f"out={tmp_path / 'out'}"]
+    assert transcribe(f"model={folder}", f"audio={PROMPTS[0]}", *arguments) == 0
+    opened = load(folder)
+    asked, plain = opened.transcribe(PROMPTS[0], **words), opened.transcribe(PROMPTS[0])
+    opened.close()
+    assert asked.text != plain.text
+    is_as(rows_of(tmp_path / "out")[PROMPTS[0].name], asked)
+
+
+def test_a_deaf_model_is_refused_in_one_line(folder, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    deaf = tiny_models.save_tiny_graft(tmp_path / "deaf")
+    state = load_file(deaf / "model.safetensors")
+    save_file(
+        state | {"audio_projector.linear.weight": state["audio_projector.linear.weight"] * 0},
+        deaf / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert transcribe(f"model={deaf}", f"audio={PROMPTS[0]}") == 2
+    errors = capsys.readouterr().err
+    assert "all zeros, so the model is deaf" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model={folder}", "audio=[{empty}]"], "no audio in"),
+        (["model={empty}", "audio=a.wav"], "has no config.json"),
+        (["model={folder}", "audio=a.wav", "wrokers=2"], "did you mean 'workers'"),
+        (["model={folder}", "audio=a.wav", "workers=0"], "workers=0"),
+        (["model={folder}"], "key audio is required"),
+        (["model={folder}", "audio=a.wav", "quantization=fp8"], "quantization=fp8 goes with engine=vllm"),
+        (["model={folder}", "audio=a.wav", "engine=vllm"], "vllm is not installed: pip install 'graft[vllm]'"),
+        (
+            ["model={folder}", "audio=a.wav", "instruction=formatted"],
+            "instruction 'formatted': this checkpoint was trained for lower: give",
+        ),
+        (
+            ["model={folder}", "audio=a.wav", "instruction=Write a poem."],
+            "instruction 'Write a poem.': this checkpoint was trained for",
+        ),
+        (
+            ["model={folder}", "audio=a.wav", "context=[Aachen]"],
+            "context: this checkpoint was not trained for lists of words",
+        ),
+    ],
+)
+def test_what_is_wrong_from_the_start_is_one_line_and_exit_code_2(folder, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    filled = [argument.format(folder=folder, empty=tmp_path / "empty") for argument in arguments]
+    assert transcribe(*filled, f"out={out}") == 2
+    errors = capsys.readouterr().err.strip()
+    assert errors.startswith("graft: error: ")
+    assert message in errors
+    assert "\n" not in errors
+    assert not out.exists()

@@ -1,0 +1,91 @@
+"""What Ray delivers to training workers: every batch once, in order, each worker its own, whichever loader made it."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from graft.data.dataset import read_rows
+from graft.processor import GraftProcessor
+from graft.training.plan import PlanSettings
+from jobs.common.cluster import SERVE_VARIABLES, WORKER_VARIABLES
+from jobs.training.loader import BatchLoader, Delivery
+from jobs.training.remote import SCHEDULING_S, Unhurried, planned_dataset
+from jobs.training.samples import plan_training
+from tests.support import tiny_models
+from tests.support.speech_corpus import corpus, row
+
+pytestmark = pytest.mark.usefixtures("ray_started")
+
+
+@pytest.fixture(scope="module")
+def delivery(tmp_path_factory) -> Delivery:
+    folder = tmp_path_factory.mktemp("remote")
+    graft = tiny_models.save_tiny_graft(folder / "graft")
+    rows = read_rows(corpus(folder / "a.parquet", [row(f"clip{index}", index) for index in range(24)]))
+    plan = plan_training(
+        rows, GraftProcessor.from_pretrained(graft), PlanSettings(max_batch_clips=2, window_row_groups=2)
+    )
+    return Delivery(rows, plan.delivery(position=0, step_batches=2), str(graft))
+
+
+@pytest.mark.parametrize(
+    ("first", "most_tasks"), [(0, 3), (6, 100)], ids=["many batches a task", "one, from the middle"]
+)
+def test_each_worker_gets_its_own_batches_in_order(delivery, first, most_tasks):
+    import ray
+
+    count = len(delivery.batches) - first
+    dataset = planned_dataset(ray.put(delivery), first, count, data_workers=2, most_tasks=most_tasks)
+    dataset.context.execution_options.preserve_order = True
+
+    def blocks(shard: Any) -> list[dict[str, np.ndarray]]:
+        return list(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        shares = list(pool.map(blocks, dataset.streaming_split(2, equal=True)))
+    loader = BatchLoader(delivery)
+    for rank, share in enumerate(shares):
+        assert len(share) == count // 2
+        for index, block in enumerate(share):
+            expected = loader.block(first + 2 * index + rank)
+            assert block.keys() == expected.keys()
+            assert all(np.array_equal(block[name], expected[name]) for name in block)
+
+
+def test_loaders_share_the_delivery_instead_of_copying_it(delivery):
+    import ray
+
+    shared = ray.get(ray.put(delivery))
+    columns = (
+        shared.batches.rows,
+        shared.batches.draws,
+        shared.batches.offsets,
+        shared.rows.duration_s,
+        shared.rows.row,
+    )
+    assert all(not column.flags.owndata and not column.flags.writeable for column in columns)
+    assert (shared.rows.id(5), shared.batches[3]) == (delivery.rows.id(5), delivery.batches[3])
+
+
+def test_workers_are_told_how_to_compute():
+    import os
+
+    import ray
+
+    environment = ray.get(ray.remote(lambda: dict(os.environ)).remote())
+    assert int(environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
+    assert environment.items() >= WORKER_VARIABLES.items() | SERVE_VARIABLES.items()
+
+
+def test_scheduling_takes_its_time(delivery):
+    import ray
+
+    dataset = planned_dataset(ray.put(delivery), 0, len(delivery.batches), data_workers=1)
+    assert Unhurried in dataset.context.execution_callback_classes
+    callback, start = Unhurried(), time.monotonic()
+    for _ in range(5):
+        callback.on_execution_step(None)
+    assert time.monotonic() - start >= 5 * SCHEDULING_S

@@ -1,0 +1,60 @@
+"""Small corpora of shaped noise, and a tiny Whisper to hear them, for what needs rows rather than speech."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+
+from graft.audio.clip import SAMPLE_RATE
+from graft.data.dataset import write_corpus
+from tests.support import tiny_models
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def flac(seconds: float, seed: int = 0) -> bytes:
+    """Bursts of noise of changing loudness."""
+    generator = np.random.default_rng(seed)
+    count = int(seconds * SAMPLE_RATE)
+    loudness = np.repeat(generator.uniform(0.01, 0.3, count // 800 + 1), 800)[:count]
+    file = io.BytesIO()
+    soundfile.write(file, (generator.standard_normal(count) * loudness).astype(np.float32), SAMPLE_RATE, format="flac")
+    return file.getvalue()
+
+
+def row(name: str, seed: int, **changed: Any) -> dict[str, Any]:
+    """A labelled clip of about a second and two to four words, of which anything can be changed."""
+    generator = np.random.default_rng(seed)
+    seconds = round(float(generator.uniform(0.6, 1.4)), 2)
+    text = " ".join(generator.choice(WORDS, size=int(generator.integers(2, 5))))
+    wav = {"bytes": flac(seconds, seed), "path": f"{name}.flac"}
+    return {"ID": name, "duration": seconds, "wav": wav, "spk_id": "s", "sex": "male", "text": text, **changed}
+
+
+def corpus(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    write_corpus(rows, path, rows_per_group=8)
+    return str(path)
+
+
+BROKEN = {"wav": {"bytes": b"no audio at all", "path": "broken.flac"}}
+
+
+def save_tiny_whisper(folder: Path) -> str:
+    """Write a whole tiny Whisper, which answers with bytes at random."""
+    words = tiny_models.tokenizer()
+    config = tiny_models.whisper_config()
+    config.vocab_size = len(words)
+    config.eos_token_id, config.pad_token_id, config.bos_token_id = [words.pad_token_id] * 3
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    model.save_pretrained(folder)
+    WhisperTokenizer(vocab=words.get_vocab(), merges=[]).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    return str(folder)

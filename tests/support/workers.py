@@ -1,0 +1,96 @@
+"""Training on a tiny graft in one process or several, each of which takes its share of the same steps."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+from graft.checkpoints.lora import LoraSettings
+from graft.processor import GraftProcessor
+from graft.training.batch import TrainingBatch
+from graft.training.checkpoint import State
+from graft.training.progress import Progress
+from graft.training.stages import Computing, Stage, make_backend, stage_model
+from tests.support.training import example, filler, run_steps, step_batches, weights
+
+LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
+STAGES = {"stage1": Stage(1), "stage2": Stage(2, lora=LORA), "qlora": Stage(2, lora=LORA, nf4=True)}
+STEPS, STEP_BATCHES = 3, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage trained for steps `first` to `end`: by one backend, or by one for each, which takes over the state of the one before.
+
+    Backends are `torch`, `zero1`, `zero2` and `zero3`; of the four batches of a step each process takes its share, padded with fillers.
+    """
+
+    folder: str
+    stage: str
+    backends: tuple[str, ...]
+    dtype: str = "fp32"
+    first: int = 0
+    end: int = STEPS
+    begin: State | None = None
+    """Of the steps before `first`."""
+
+
+def train_share(case: Case, *, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """Train this process's share of the steps; returns weights, optimizer state and losses."""
+    torch.set_num_threads(1)
+    accumulation = -(-STEP_BATCHES // world_size)
+    progress, state, losses, resident = Progress(step=case.first), case.begin, [], 0
+    for leg, name in enumerate(case.backends):
+        computing = (
+            Computing(case.dtype, "torch") if name == "torch" else Computing(case.dtype, "deepspeed", int(name[-1]))
+        )
+        model, processor = stage_model(STAGES[case.stage], case.folder, computing)
+        resident = resident_bytes(model)
+        trainer = make_backend(model, computing, accumulation=accumulation, weight_decay=0.01, max_grad_norm=1.0)
+        if state:
+            trainer.load_state(state, step=progress.step)
+        steps = range(case.first + leg, case.first + leg + 1) if len(case.backends) > 1 else range(case.first, case.end)
+        share = step_share(processor, steps, rank, world_size)
+        progress, logs = run_steps(share, trainer, progress=progress, accumulation=accumulation, learning_rate=1e-4)
+        state = trainer.state()
+        losses += [log.loss for log in logs]
+    return {"weights": weights(model), "state": state, "losses": losses, "resident": resident}
+
+
+def resident_bytes(model: torch.nn.Module) -> int:
+    """What this process holds of the frozen weights."""
+    held = [
+        getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters() if not parameter.requires_grad
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def step_share(processor: GraftProcessor, steps: Sequence[int], rank: int, world_size: int) -> list[TrainingBatch]:
+    """Every world_size-th batch of steps of four batches of one to three clips; a filler ends the last step, and what four do not fill."""
+    batches: list[TrainingBatch] = []
+    for step in steps:
+        clips = [[example(processor, 10 * step + index) for index in range(size)] for size in (2, 1, 3, 2)]
+        ends = [*clips[:3], filler(processor)] if step == STEPS - 1 else clips
+        fillers = [filler(processor)] * (-STEP_BATCHES % world_size)
+        batches += step_batches(processor, *ends, *fillers, first=STEP_BATCHES * step)
+    return batches[rank::world_size]
+
+
+def in_processes(count: int, cases: Sequence[Case], scratch: Path) -> list[list[dict[str, Any]]]:
+    """Train the cases one after the other in `count` processes joined by gloo; returns, for each case, what each process has at the end."""
+    torch.multiprocessing.spawn(_join, args=(count, cases, str(scratch)), nprocs=count)
+    return [[torch.load(scratch / f"{rank}-{index}.pt") for rank in range(count)] for index in range(len(cases))]
+
+
+def _join(rank: int, count: int, cases: Sequence[Case], scratch: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}  # DeepSpeed asks for them
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{scratch}/rendezvous-{count}", rank=rank, world_size=count
+    )
+    for index, case in enumerate(cases):
+        torch.save(train_share(case, rank=rank, world_size=count), Path(scratch, f"{rank}-{index}.pt"))
+    torch.distributed.destroy_process_group()

@@ -1,9 +1,0 @@
-"""Jobs as their commands run them, in this process."""
-
-from jobs.cli import run_job
-from jobs.transcribe import TranscribeRecipe, main
-
-
-def transcribe(*arguments: str) -> int:
-    """`python -m jobs.transcribe` with arguments; returns the exit code."""
-    return run_job(TranscribeRecipe, main, summary="", argv=list(arguments))

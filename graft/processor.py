@@ -17,10 +17,10 @@ from graft.model.configuration import AUDIO_PAD_TOKEN, GraftConfig, audio_token_
 from graft.text.prompts import (
     ANSWER_END,
     DEFAULT_INSTRUCTION,
-    PLAIN_WORDING,
+    PLAIN_INSTRUCTION,
     PROMPT_END,
     TEMPLATES,
-    Wording,
+    Instruction,
     prompt_text,
     request_instruction,
     style_text,
@@ -35,13 +35,13 @@ TOKENIZED_TOGETHER = 8192
 class Example:
     """One clip ready for training: features, prompt ids with placeholders, and target ids (empty where the clip must not count).
 
-    `read_ids` are what the model reads in the place of its targets, one for one; null for the targets themselves.
+    `decoder_input_ids` are what the model reads in the place of its targets, one for one; null for the targets themselves.
     """
 
     features: Features
     prompt_ids: list[int]
     target_ids: list[int]
-    read_ids: list[int] | None = None
+    decoder_input_ids: list[int] | None = None
 
 
 class GraftProcessor(ProcessorMixin):
@@ -136,11 +136,11 @@ class GraftProcessor(ProcessorMixin):
         answers = map(self._answer, texts, styles if styles is not None else itertools.repeat(None))
         return self._plain_lengths(answers) + len(self._answer_end_ids)
 
-    def example(self, clip: AudioClip, text: str, wording: Wording = PLAIN_WORDING) -> Example:
+    def example(self, clip: AudioClip, text: str, wording: Instruction = PLAIN_INSTRUCTION) -> Example:
         """Featurize a labelled clip for training. Raises AudioError for a clip over 30 s, ModelError as prompt_ids does."""
         return self.example_of(self.featurizer(clip), text, wording)
 
-    def example_of(self, features: Features, text: str, wording: Wording = PLAIN_WORDING) -> Example:
+    def example_of(self, features: Features, text: str, wording: Instruction = PLAIN_INSTRUCTION) -> Example:
         """Put a clip's features, its prompt and its answer together. Raises ModelError as prompt_ids does."""
         return Example(
             features, self.prompt_ids(features.frame_count, wording.instruction), self.target_ids(text, wording.style)
@@ -148,7 +148,7 @@ class GraftProcessor(ProcessorMixin):
 
     def training_batch(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         """Pad examples on the right: input_ids, attention_mask, labels (rows, length), input_features, audio_frame_counts."""
-        rows = [example.prompt_ids + (example.read_ids or example.target_ids) for example in examples]
+        rows = [example.prompt_ids + (example.decoder_input_ids or example.target_ids) for example in examples]
         labels = [[IGNORED_LABEL] * len(example.prompt_ids) + example.target_ids for example in examples]
         return {
             "input_ids": _pad(rows, self.tokenizer.pad_token_id),

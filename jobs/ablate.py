@@ -24,8 +24,8 @@ from . import build, evaluate, stage1, stage2
 from .common.cli import run_job
 from .common.outputs import claim_output, holds_results, write_atomic
 from .evaluation.ablation_table import table
-from .evaluation.ctc import score_spelling
-from .training.recipe import HOW_NOT_WHAT
+from .evaluation.ctc import score_ctc
+from .training.recipe import EXECUTION_KEYS
 from .training.samples import audio_counts, trainable
 
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
@@ -175,13 +175,13 @@ def _result(trial: Trial, rows: RowTable, last_stage: int) -> dict[str, Any]:
 
 def _spelled(trial: Trial) -> dict[str, dict[str, Any]]:
     recipe = trial.scoring.model_copy(update={"model": trial.stage1.out, "out": f"{trial.stage1.out}-scored"})
-    return {"spelled": score_spelling(recipe, trial.stage1.letters)}
+    return {"spelled": score_ctc(recipe, trial.stage1.letters)}
 
 
 def _scores(stage: str, recipe: evaluate.EvaluateRecipe) -> dict[str, dict[str, Any]]:
     """Set -> what jobs.evaluate finds of a stage there, now or in an earlier run."""
     recipe = recipe.model_copy(update={"model": stage, "out": f"{stage}-scored"})
-    is_done = holds_results(recipe.out, recipe, ignore=HOW_NOT_WHAT)
+    is_done = holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS)
     report = json.loads(Path(recipe.out, evaluate.REPORT_FILE).read_text()) if is_done else evaluate.run(recipe)
     return {"scores": {name: report["sets"][name]["graft"] for name in recipe.data}}
 

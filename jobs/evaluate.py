@@ -24,7 +24,7 @@ from graft.text.wer import score
 from .common.cli import run_job
 from .common.cluster import connect
 from .common.outputs import staged_output
-from .evaluation.asr_pool import Listener, hear, whisper_folder
+from .evaluation.asr_pool import AsrModelSpec, transcribe_rows, whisper_folder
 from .evaluation.test_sets import SWAPPED, Item, as_rows, joined, joined_name, labelled, sounds, swapped
 
 REPORT_FILE = "report.json"
@@ -66,7 +66,7 @@ class EvaluateRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class Heard:
+class ModelTranscripts:
     """What a model made of the items: texts or, in their place, errors; and seconds of audio per second."""
 
     texts: dict[Item, str]
@@ -136,10 +136,10 @@ def _items(recipe: EvaluateRecipe, folder: Path) -> list[Item]:
     return items + (sounds(recipe.seed, folder) if recipe.sounds else [])
 
 
-def _hear_models(items: Sequence[Item], baseline: str | None, recipe: EvaluateRecipe) -> dict[str, Heard]:
+def _hear_models(items: Sequence[Item], baseline: str | None, recipe: EvaluateRecipe) -> dict[str, ModelTranscripts]:
     """What each model hears; swapped audio is for the graft alone."""
     as_they_are = [item for item in items if item.set_name != SWAPPED]
-    graft = Listener("graft", recipe.model, recipe.dtype, recipe.gpu, recipe.threads_per_worker, recipe.workers)
+    graft = AsrModelSpec("graft", recipe.model, recipe.dtype, recipe.gpu, recipe.threads_per_worker, recipe.workers)
     models = {"graft": _hear_all(graft, items, recipe.batch_clips)}
     for instruction in recipe.instructions:
         models[f"graft {instruction}"] = _hear_all(
@@ -150,21 +150,21 @@ def _hear_models(items: Sequence[Item], baseline: str | None, recipe: EvaluateRe
     return models
 
 
-def _hear_all(listener: Listener, items: Sequence[Item], batch_clips: int) -> Heard:
+def _hear_all(listener: AsrModelSpec, items: Sequence[Item], batch_clips: int) -> ModelTranscripts:
     """Transcribe items, clips of like length together."""
     order = np.argsort([item.duration_s for item in items], kind="stable")
     batches = [order[start : start + batch_clips] for start in range(0, len(order), batch_clips)]
     texts: dict[Item, str] = {}
     errors: dict[Item, str] = {}
     times: list[float] = []
-    for heard in hear(listener, as_rows(items), batches):
+    for heard in transcribe_rows(listener, as_rows(items), batches):
         times += heard.times
         for index, clip in zip(batches[heard.number], heard.clips, strict=True):
             (errors if clip.error else texts)[items[index]] = clip.error or clip.text
-    return Heard(texts, errors, sum(item.duration_s for item in texts) / (max(times) - min(times)))
+    return ModelTranscripts(texts, errors, sum(item.duration_s for item in texts) / (max(times) - min(times)))
 
 
-def _report(models: Mapping[str, Heard], items: Sequence[Item], recipe: EvaluateRecipe) -> dict[str, Any]:
+def _report(models: Mapping[str, ModelTranscripts], items: Sequence[Item], recipe: EvaluateRecipe) -> dict[str, Any]:
     sets: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(item.set_name for item in items):
         for kind, heard in models.items():
@@ -202,7 +202,7 @@ def _verdicts(sets: Mapping[str, Any], recipe: EvaluateRecipe) -> list[dict[str,
     return verdicts
 
 
-def _predictions(models: Mapping[str, Heard], items: Sequence[Item]) -> list[dict[str, Any]]:
+def _predictions(models: Mapping[str, ModelTranscripts], items: Sequence[Item]) -> list[dict[str, Any]]:
     return [
         {"set": item.set_name, "id": item.id, "audio_id": item.audio_id, "text": item.text}
         | {kind: heard.texts.get(item) for kind, heard in models.items()}

@@ -22,8 +22,8 @@ from graft.text.prompts import is_formatted
 from graft.text.punctuation import take_format
 
 from .common.cli import run_job
-from .evaluation.asr_pool import HeardClip
-from .preparation.pseudo_labels import TextsRecipe, Verb, tell_unheard, write_texts
+from .evaluation.asr_pool import ClipTranscript
+from .preparation.pseudo_labels import TextsRecipe, Verb, report_untranscribed, write_texts
 
 COLUMNS = pa.schema(
     [("ID", pa.string()), ("text", pa.string()), ("words", pa.int32()), ("agreed", pa.int32()), ("state", pa.string())]
@@ -50,11 +50,11 @@ def _wants(text: str) -> bool:
     return bool(text.strip()) and not is_formatted(text)
 
 
-def _line(rows: RowTable, row: int, clip: HeardClip | None, *, least: float) -> dict[str, Any]:
+def _line(rows: RowTable, row: int, clip: ClipTranscript | None, *, least: float) -> dict[str, Any]:
     if clip is None:
         return _kept(rows, row, OWN)
     if clip.error:
-        tell_unheard(rows, row, clip)
+        report_untranscribed(rows, row, clip)
         return _kept(rows, row, UNHEARD)
     formatted = take_format(rows.text(row), clip.text)
     counts = {"words": formatted.words, "agreed": formatted.agreed}

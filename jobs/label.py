@@ -22,8 +22,8 @@ from graft.data.dataset import RowTable
 from graft.data.splits import comparable_text
 
 from .common.cli import run_job
-from .evaluation.asr_pool import HeardClip
-from .preparation.pseudo_labels import TextsRecipe, Verb, tell_unheard, write_texts
+from .evaluation.asr_pool import ClipTranscript
+from .preparation.pseudo_labels import TextsRecipe, Verb, report_untranscribed, write_texts
 
 COLUMNS = pa.schema(
     [
@@ -65,18 +65,18 @@ def _wants(text: str) -> bool:
     return not text.strip()
 
 
-def _line(rows: RowTable, row: int, clip: HeardClip | None, *, recipe: LabelRecipe) -> dict[str, Any]:
+def _line(rows: RowTable, row: int, clip: ClipTranscript | None, *, recipe: LabelRecipe) -> dict[str, Any]:
     if clip is None:
         return {"ID": rows.id(row), "text": rows.text(row), "state": OWN}
     if clip.error:
-        tell_unheard(rows, row, clip)
+        report_untranscribed(rows, row, clip)
         return {"ID": rows.id(row), "text": "", "state": UNHEARD}
     reason = doubt(clip, recipe)
     measures = {"heard": clip.text, "mean_logprob": clip.mean_logprob, "duration": clip.duration_s}
     return {"ID": rows.id(row), "text": "" if reason else clip.text, **measures, "state": reason or LABELLED}
 
 
-def doubt(clip: HeardClip, recipe: LabelRecipe) -> str | None:
+def doubt(clip: ClipTranscript, recipe: LabelRecipe) -> str | None:
     """Why the text of a clip is not to be believed, the first of REASONS that holds; None where none does."""
     if not comparable_text(clip.text):
         return SILENT

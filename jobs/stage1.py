@@ -28,8 +28,8 @@ class Stage1Recipe(TrainRecipe):
 
     @model_validator(mode="after")
     def _check_text_noise(self) -> Self:
-        if self.objective == "ctc" and self.text_noise:
-            raise ValueError("text_noise changes what is read of an answer, and spelling reads none: leave it out")
+        if self.objective == "ctc" and self.token_noise:
+            raise ValueError("token_noise changes what is read of an answer, and spelling reads none: leave it out")
         return self
 
 

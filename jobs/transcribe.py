@@ -32,7 +32,7 @@ from graft.inference.transcriber import Transcriber
 from .common.cli import run_job
 from .common.cluster import connect
 from .common.outputs import claim_output, write_atomic
-from .transcription.assembly import Totals, Written, join_recordings, read_index
+from .transcription.assembly import OutputSettings, Totals, join_recordings, read_index
 from .transcription.discovery import find_recordings
 from .transcription.pipeline import Workers, transcribe_items
 from .transcription.progress import BulkProgress
@@ -40,7 +40,7 @@ from .transcription.reader import Reading
 from .transcription.work_items import FILES_PER_TASK, at_attempts, durations, plan_items
 
 PARTLY_FAILED = 3
-HOW = frozenset(
+EXECUTION_KEYS = frozenset(
     {
         "workers",
         "threads",
@@ -158,7 +158,7 @@ def transcribe(
                 _workers(recipe),
             )
     formats = recipe.formats if recipe.out else ()
-    written = Written(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner[1])
+    written = OutputSettings(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner[1])
     totals = join_recordings(plan, read_index(home), home, out, written)
     summary = _summary(totals, progress.rtfx if missing else None, time.monotonic() - start, recipe.price)
     write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -194,7 +194,7 @@ def _output(recipe: TranscribeRecipe) -> Iterator[Path]:
         raise OutputError(
             f"model {recipe.model} is not the one that model_digest={recipe.model_digest} names: it is {digest}"
         )
-    yield claim_output(recipe.out, recipe.model_copy(update={"model_digest": digest}), ignore=HOW).absolute()
+    yield claim_output(recipe.out, recipe.model_copy(update={"model_digest": digest}), ignore=EXECUTION_KEYS).absolute()
 
 
 def _probe(uris: Sequence[str]) -> list[float | None]:

@@ -21,15 +21,15 @@ from graft.errors import GraftError
 from graft.inference.engines.protocol import EngineCounts
 from graft.inference.transcript import Segment
 
-from .backends.local import LocalListener, open_transcriber, served_name
-from .backends.ray_handle import RemoteListener
+from .backends.local import LocalBackend, open_transcriber, served_name
+from .backends.ray_handle import RayBackend
 from .config import ServeArgs
 from .decode.decoder import Decoder
 from .http.api import transcription_api
 from .http.auth import Keys
 from .http.logs import LOG, log_through_serve
 from .metrics import EngineMetrics, RequestMetrics, every_second
-from .service import About, Asked, NotReady, Service
+from .service import ModelInfo, NotReady, Service, TranscriptionOptions
 
 LOGS = {"encoding": "JSON", "enable_access_log": False}  # the ingress tells of each request itself
 
@@ -45,7 +45,7 @@ class Engine:
         self._args = args
         self._metrics = EngineMetrics()
         self._model = ""
-        self._listener: LocalListener | None = None
+        self._listener: LocalBackend | None = None
         self._standing: asyncio.Task[None] | None = None
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Engine:
         if model == self._model:
             return
         try:
-            new = LocalListener(await asyncio.to_thread(open_transcriber, self._args, model), served_name(self._args))
+            new = LocalBackend(await asyncio.to_thread(open_transcriber, self._args, model), served_name(self._args))
         except GraftError as error:
             if self._listener is None:
                 raise
@@ -70,12 +70,12 @@ class Engine:
         else:
             await old.close()
 
-    def _loaded(self) -> LocalListener:
+    def _loaded(self) -> LocalBackend:
         if self._listener is None:
             raise NotReady
         return self._listener
 
-    async def about(self) -> About:
+    async def about(self) -> ModelInfo:
         """What is served now."""
         return await self._loaded().about()
 
@@ -83,7 +83,9 @@ class Engine:
         """What this replica holds and has done."""
         return self._loaded().counts()
 
-    async def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
+    async def hear(
+        self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool
+    ) -> AsyncGenerator[str | Segment, None]:
         """See Listener."""
         start = time.monotonic()
         async with aclosing(self._loaded().hear(chunk, asked, stream=stream)) as parts:
@@ -110,7 +112,7 @@ class Ingress:
         self._metrics = RequestMetrics()
         self._service = Service(
             Decoder(args.decode),
-            RemoteListener(engine),
+            RayBackend(engine),
             max_requests=args.max_ongoing_requests,
             max_queued_s=args.max_queued_s,
             observer=self._metrics,

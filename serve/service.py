@@ -1,6 +1,6 @@
 """The service without HTTP: uploads -> chunks -> whoever hears them -> transcripts or their parts, within limits.
 
-upload -> Decoder -> chunks, a few of a request at a time -> Listener -> segments -> stitch -> Transcript
+upload -> Decoder -> chunks, a few of a request at a time -> TranscriptionBackend -> segments -> stitch -> Transcript
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class NotReady(Exception):
 
 
 @dataclass(frozen=True)
-class About:
+class ModelInfo:
     """What is served, and what it can be asked for."""
 
     name: str
@@ -44,21 +44,21 @@ class About:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TranscriptionOptions:
     """What a request wants of its text."""
 
     context: tuple[str, ...] | None = None
     words: bool = False
 
 
-class Listener(Protocol):
+class TranscriptionBackend(Protocol):
     """Hears chunks: a Transcriber in this process, or engines behind Ray Serve."""
 
-    async def about(self) -> About:
+    async def about(self) -> ModelInfo:
         """What is served now."""
         ...
 
-    def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
+    def hear(self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
         """Yield a chunk's segment; with `stream` before it its text in parts, as it comes. Closing it frees the chunk's place."""
         ...
 
@@ -69,7 +69,7 @@ class Service:
     def __init__(
         self,
         decoder: Decoder,
-        listener: Listener,
+        listener: TranscriptionBackend,
         *,
         max_requests: int,
         max_queued_s: float,
@@ -88,7 +88,7 @@ class Service:
         """Seconds of speech in hand."""
         return sum(self._spoken_s)  # one that is added to and taken from need not come back to 0
 
-    async def transcribe(self, path: str, asked: Asked, *, model: str) -> Transcript:
+    async def transcribe(self, path: str, asked: TranscriptionOptions, *, model: str) -> Transcript:
         """Transcribe a file; `model` is what the transcript says who heard it. Raises AudioError, Busy, NotReady, ModelError."""
         start = time.monotonic()
         async with self._admitted(path) as decoded:
@@ -110,7 +110,7 @@ class Service:
             self._observer.transcribed(decoded.duration_s, time.monotonic() - start)
             return stitch([part.result() for part in parts], duration_s=decoded.duration_s, model=model)
 
-    async def parts(self, path: str, asked: Asked) -> AsyncGenerator[str, None]:
+    async def parts(self, path: str, asked: TranscriptionOptions) -> AsyncGenerator[str, None]:
         """Yield the text of a file in parts, in order, as they come; joined they are its transcript's text. Raises as `transcribe`."""
         start, has_begun = time.monotonic(), False
         async with self._admitted(path) as decoded, aclosing(_in_order(decoded.chunks, self.listener, asked)) as parts:
@@ -156,7 +156,9 @@ async def _segment_of(hearing: AsyncGenerator[str | Segment, None]) -> Segment:
     raise RuntimeError(UNHEARD)
 
 
-async def _in_order(chunks: Sequence[Chunk], listener: Listener, asked: Asked) -> AsyncGenerator[str, None]:
+async def _in_order(
+    chunks: Sequence[Chunk], listener: TranscriptionBackend, asked: TranscriptionOptions
+) -> AsyncGenerator[str, None]:
     """The text of chunks that are heard side by side, one after the other, with a space between two."""
     slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
     outboxes: list[asyncio.Queue[str | Segment | Exception]] = [asyncio.Queue() for _ in chunks]

@@ -37,7 +37,7 @@ HEARING = ("audio_tower.", "audio_projector.", f"{LANGUAGE_MODEL}embed_tokens.")
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def open_hearing_part(
+def open_encoder_model(
     path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
     """Load what open_graft opens, but of the language model only the embeddings: `embed` works, generation does not.

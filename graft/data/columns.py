@@ -164,7 +164,7 @@ def _header_s(content: bytes | None) -> float:
 _GROUP_SIZES = b"group_sizes"
 
 
-def kept(folder: Path, key: str, read: Callable[[], Metadata]) -> Metadata:
+def cached_metadata(folder: Path, key: str, read: Callable[[], Metadata]) -> Metadata:
     """What `read` returned when it was last asked under this key; a file that is not whole counts as none."""
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.arrow"
     try:

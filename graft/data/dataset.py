@@ -24,9 +24,9 @@ from pydantic import Field
 
 from graft.audio.clip import AudioClip, flac_bytes
 from graft.config import Recipe
-from graft.data.columns import Columns, Metadata, kept, read_audio_column, read_metadata, read_texts
+from graft.data.columns import Columns, Metadata, cached_metadata, read_audio_column, read_metadata, read_texts
 from graft.errors import DataError
-from graft.storage.locations import again, list_files, open_parquet, shown, version_of
+from graft.storage.locations import list_files, open_parquet, redact_uri, retry_read, version_of
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -117,12 +117,12 @@ def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) 
     listed = [(index, uri) for index, source in enumerate(kinds) for uri in list_files(_as_list(source.files))]
     if twice := [uri for uri, count in Counter(uri for _, uri in listed).items() if count > 1]:
         raise DataError(
-            f"corpus {shown(twice[0])}: stands in two sources: give it once, with the weight that it should have"
+            f"corpus {redact_uri(twice[0])}: stands in two sources: give it once, with the weight that it should have"
         )
     parts = _all(listed, lambda entry: _read_part(entry[1], kinds[entry[0]].columns, Path(cache) if cache else None))
     sizes = [len(part.ids) for part in parts]
     if not any(sizes):
-        raise DataError(f"corpus {shown(listed[0][1])}: no rows in {len(listed)} files")
+        raise DataError(f"corpus {redact_uri(listed[0][1])}: no rows in {len(listed)} files")
     groups = [(file, group, size) for file, part in enumerate(parts) for group, size in enumerate(part.group_sizes)]
     repeats = [size for _, _, size in groups]
     source = np.repeat([index for index, _ in listed], sizes).astype(np.int16)
@@ -154,7 +154,7 @@ class RowReader:
         content = contents[int(row)].as_py()
         if content is None:
             raise DataError(
-                f"corpus {shown(self.files[file].uri)}: row {row} of row group {row_group} holds no audio bytes"
+                f"corpus {redact_uri(self.files[file].uri)}: row {row} of row group {row_group} holds no audio bytes"
             )
         return content, (names[int(row)].as_py() or "") if names is not None else ""
 
@@ -165,7 +165,7 @@ class RowReader:
             with open_parquet(place.uri, footer) as parquet:
                 return read_audio_column(parquet, place.audio, row_group)
 
-        return again(place.uri, read)
+        return retry_read(place.uri, read)
 
     def _read_footer(self, file: int) -> pq.FileMetaData:
         return _read_file(self.files[file].uri, lambda parquet: parquet.metadata)
@@ -235,9 +235,9 @@ def _all(inputs: Sequence[S], read: Callable[[S], T]) -> list[T]:
 
 
 def _read_part(uri: str, columns: Columns, cache: Path | None) -> Metadata:
-    read = functools.partial(_read_file, uri, lambda parquet: read_metadata(parquet, columns, name=shown(uri)))
-    version = again(uri, lambda: version_of(uri)) if cache else None
-    return kept(cache, f"{version} {columns.model_dump_json()}", read) if cache and version else read()
+    read = functools.partial(_read_file, uri, lambda parquet: read_metadata(parquet, columns, name=redact_uri(uri)))
+    version = retry_read(uri, lambda: version_of(uri)) if cache else None
+    return cached_metadata(cache, f"{version} {columns.model_dump_json()}", read) if cache and version else read()
 
 
 def _read_file(uri: str, read: Callable[[pq.ParquetFile], T]) -> T:
@@ -245,7 +245,7 @@ def _read_file(uri: str, read: Callable[[pq.ParquetFile], T]) -> T:
         with open_parquet(uri) as parquet:
             return read(parquet)
 
-    return again(uri, attempt)
+    return retry_read(uri, attempt)
 
 
 def _joined(columns: Sequence[pa.ChunkedArray]) -> pa.LargeStringArray:
@@ -259,11 +259,13 @@ def _own_or_given(ids: pa.Array, own: pa.Array, source: np.ndarray, given: Seque
     for index, place in enumerate(given):
         if place is None:
             continue
-        parts = _all(list_files([place]), lambda uri: _read_file(uri, functools.partial(read_texts, name=shown(uri))))
+        parts = _all(
+            list_files([place]), lambda uri: _read_file(uri, functools.partial(read_texts, name=redact_uri(uri)))
+        )
         keys, texts = _joined([keys for keys, _ in parts]), _joined([texts for _, texts in parts])
         mine = pa.array(source == index)
         found = pc.if_else(mine, pc.index_in(ids, keys), None)
         if found.null_count == len(ids):
-            raise DataError(f"texts {shown(place)}: holds none of the corpus's IDs")
+            raise DataError(f"texts {redact_uri(place)}: holds none of the corpus's IDs")
         own = pc.if_else(mine, texts.take(found).fill_null(""), own)
     return own

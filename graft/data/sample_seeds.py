@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 
-def sample_draws(seed: int, epoch: int, rows: np.ndarray, occurrences: np.ndarray) -> np.ndarray:
+def sample_seeds(seed: int, epoch: int, rows: np.ndarray, occurrences: np.ndarray) -> np.ndarray:
     """Draw int64 numbers (samples,) of 63 bits for the `occurrences`-th standing of `rows` in an epoch."""
     return (_mix(seed, epoch, rows, occurrences) >> np.uint64(1)).astype(np.int64)
 

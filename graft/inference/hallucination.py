@@ -40,7 +40,7 @@ LEAST_MEAN_LOGPROB = -1.0
 
 
 @dataclass(frozen=True)
-class Judged:
+class QualityVerdict:
     """A chunk's text, the mean natural log-probability of its tokens, None without any, and what is suspicious about it."""
 
     text: str
@@ -48,9 +48,9 @@ class Judged:
     flags: tuple[str, ...]
 
 
-def judge(
+def check_quality(
     text: str, logprobs: Sequence[float], *, duration_s: float, is_cut: bool, has_speech: bool | None = None
-) -> Judged:
+) -> QualityVerdict:
     """Judge the text of a chunk by its tokens' log-probabilities and the chunk's length.
 
     `is_cut` says that the answer has as many tokens as it may, `has_speech` whether speech was found in the chunk (None: unknown). An
@@ -66,10 +66,10 @@ def judge(
         LOW_CONFIDENCE: is_unsure or pace > MOST_WORDS_PER_S,
     }
     flags = [flag for flag, is_so in found.items() if is_so and text.strip()]
-    return Judged(text, mean, (*flags, TRUNCATED) if is_cut else tuple(flags))
+    return QualityVerdict(text, mean, (*flags, TRUNCATED) if is_cut else tuple(flags))
 
 
-def better(first: Judged, again: Judged) -> Judged:
+def pick_better(first: QualityVerdict, again: QualityVerdict) -> QualityVerdict:
     """The one with fewer flags; of equally many the likelier; the first if they are as good."""
     return min(first, again, key=lambda one: (len(one.flags), -(one.mean_logprob or 0.0)))
 

@@ -26,7 +26,7 @@ from graft.inference.aligners.protocol import Aligner
 from graft.inference.engines.protocol import Engine, EngineCounts, EngineRequest, Token
 from graft.inference.engines.sampling import repeats
 from graft.inference.engines.transformers_engine import TransformersEngine
-from graft.inference.hallucination import NO_REPEAT_NGRAM, Judged, better, judge
+from graft.inference.hallucination import NO_REPEAT_NGRAM, QualityVerdict, check_quality, pick_better
 from graft.inference.transcript import Segment, Transcript, Word, stitch
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
@@ -213,10 +213,10 @@ class Transcriber:
         judged, ids = await self._answer(chunk, request)
         if judged.flags and repeats(ids, NO_REPEAT_NGRAM):
             request = replace(request, request_id=uuid.uuid4().hex, no_repeat_ngram=NO_REPEAT_NGRAM)
-            judged = better(judged, (await self._answer(chunk, request))[0])
+            judged = pick_better(judged, (await self._answer(chunk, request))[0])
         return await self._segment(chunk, judged, words=words)
 
-    async def _segment(self, chunk: Chunk, judged: Judged, *, words: bool) -> Segment:
+    async def _segment(self, chunk: Chunk, judged: QualityVerdict, *, words: bool) -> Segment:
         timed = await self._words(chunk, judged.text) if words else ()
         return Segment(
             chunk.start_s, chunk.start_s + chunk.clip.duration_s, judged.text, judged.mean_logprob, judged.flags, timed
@@ -228,16 +228,16 @@ class Transcriber:
         words = await asyncio.get_running_loop().run_in_executor(self._aligning, self._aligner.align, chunk.clip, text)
         return tuple(Word(chunk.start_s + word.start_s, chunk.start_s + word.end_s, word.text) for word in words)
 
-    async def _answer(self, chunk: Chunk, request: EngineRequest) -> tuple[Judged, list[int]]:
+    async def _answer(self, chunk: Chunk, request: EngineRequest) -> tuple[QualityVerdict, list[int]]:
         """Decode a chunk; returns the judged text and its tokens."""
         async with aclosing(self._engine.stream(request)) as stream:
             tokens = [token async for token in stream]
         return self._judged(chunk, request, tokens), [token.id for token in tokens]
 
-    def _judged(self, chunk: Chunk, request: EngineRequest, tokens: Sequence[Token]) -> Judged:
+    def _judged(self, chunk: Chunk, request: EngineRequest, tokens: Sequence[Token]) -> QualityVerdict:
         is_cut = len(tokens) == request.max_new_tokens
         logprobs = [token.logprob for token in tokens]
-        return judge(
+        return check_quality(
             self._text(tokens), logprobs, duration_s=chunk.clip.duration_s, is_cut=is_cut, has_speech=chunk.has_speech
         )
 

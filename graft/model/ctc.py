@@ -24,11 +24,11 @@ SHARPNESS = 8.0
 
 
 @dataclass
-class SpellingOutput:
+class CtcOutput:
     loss: Tensor
 
 
-class Speller(nn.Module):
+class CtcPrealignment(nn.Module):
     """A graft's encoder and projector, without its language model, of which only the letters' embeddings remain.
 
     Takes a training batch's inputs as the graft does and returns the loss alone: CTC's, summed over the clips that have labels and divided
@@ -59,7 +59,7 @@ class Speller(nn.Module):
         audio_states: Tensor | None = None,
         label_count: int | Tensor | None = None,
         **_: Any,
-    ) -> SpellingOutput:
+    ) -> CtcOutput:
         logits, counts = self._logits(audio_frame_counts, input_features, audio_states)
         spelled = [self.spelled(self.tokenizer.decode(row[row != -100], skip_special_tokens=True)) for row in labels]
         losses = nn.functional.ctc_loss(
@@ -76,7 +76,7 @@ class Speller(nn.Module):
         )
         is_label = labels != -100
         total = (losses * is_label.any(1)).sum()
-        return SpellingOutput(total / (label_count if label_count is not None else is_label.sum().clamp(min=1)))
+        return CtcOutput(total / (label_count if label_count is not None else is_label.sum().clamp(min=1)))
 
     @torch.no_grad()
     def spell(self, input_features: Tensor, audio_frame_counts: Tensor) -> list[str]:

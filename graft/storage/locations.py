@@ -38,7 +38,7 @@ def list_files(places: Sequence[str]) -> list[str]:
     placed = (file for place in places for file in find_files(place, "*.parquet"))
     found = sorted({file.uri for file in placed if not PurePosixPath(file.name).name.startswith("_")})
     if not found:
-        where = ", ".join(map(shown, places)) or "(none)"
+        where = ", ".join(map(redact_uri, places)) or "(none)"
         raise DataError(
             f"corpus {where}: no *.parquet file found there (FOLDER/*/*.parquet takes those in its subfolders)"
         )
@@ -64,7 +64,7 @@ def find_files(place: str, pattern: str = "**") -> list[PlacedFile]:
 
     Hidden ones (.name) are left out, unless named themselves. Raises DataError when the place is missing.
     """
-    return again(place, functools.partial(_expand, place, pattern))
+    return retry_read(place, functools.partial(_expand, place, pattern))
 
 
 @contextlib.contextmanager
@@ -171,7 +171,7 @@ def _pinned(uri: str) -> str:
     try:
         place = fsspec.filesystem("hf").resolve_path(uri)
     except (ValueError, NotImplementedError) as error:
-        raise DataError(f"{uri}: wants hf://datasets/OWNER/NAME@REVISION/FOLDER: {told(error)}") from error
+        raise DataError(f"{uri}: wants hf://datasets/OWNER/NAME@REVISION/FOLDER: {one_line_error(error)}") from error
     if not getattr(place, "revision", None):
         return uri  # a bucket
     commit = HfApi().repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision).sha
@@ -192,7 +192,7 @@ def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
             return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
         return pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError, ImportError, ValueError) as error:
-        raise DataError(f"{shown(uri)}: not a location pyarrow can read: {told(error)}") from error
+        raise DataError(f"{redact_uri(uri)}: not a location pyarrow can read: {one_line_error(error)}") from error
 
 
 @functools.lru_cache(maxsize=16)
@@ -291,7 +291,7 @@ _LASTING = re.compile(
 )
 
 
-def again(uri: str, action: Callable[[], T]) -> T:
+def retry_read(uri: str, action: Callable[[], T]) -> T:
     """Do what reads from a place, over again after faults that may pass. Raises DataError for one that lasts."""
     waits_s = iter(WAITS_S)
     while True:
@@ -303,13 +303,13 @@ def again(uri: str, action: Callable[[], T]) -> T:
                 raise
             if isinstance(fault, FileNotFoundError):
                 hint = " (a private or gated one wants HF_TOKEN)" if uri.startswith("hf://") else ""
-                raise DataError(f"{shown(uri)}: no such file or folder{hint}") from error
+                raise DataError(f"{redact_uri(uri)}: no such file or folder{hint}") from error
             if wait_s is None or not _may_pass(uri, fault):
-                raise DataError(f"{shown(uri)}: {told(fault)}") from error
+                raise DataError(f"{redact_uri(uri)}: {one_line_error(fault)}") from error
             time.sleep(wait_s * random.uniform(0.5, 1.0))  # not all workers at once
 
 
-def shown(uri: str) -> str:
+def redact_uri(uri: str) -> str:
     """A URI as messages may show it: without user, secret and query."""
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "hf":  # whose @ stands before a revision
@@ -317,7 +317,7 @@ def shown(uri: str) -> str:
     return f"{scheme}://{rest.rpartition('@')[2]}".partition("?")[0]
 
 
-def told(error: BaseException) -> str:
+def one_line_error(error: BaseException) -> str:
     """What happened, in one line, without the secrets of the URIs in it."""
     text = re.sub(r"\b(?!hf:|https?:)(\w+://)[^'\"]*@", r"\1", str(error))
     text = re.sub(r"(https?://)[^/\s'\"]*@", r"\1", text)

@@ -109,10 +109,12 @@ def _opened(source: Source, stack: contextlib.ExitStack) -> tuple[int, Callable[
 
 def _opened_place(uri: str, stack: contextlib.ExitStack) -> tuple[int, Callable[[int, int], bytes]]:
     """As `_opened`; what fails for a moment is asked for again."""
-    from graft.storage.locations import again, open_file
+    from graft.storage.locations import open_file, retry_read
 
-    file = again(uri, lambda: stack.enter_context(open_file(uri)))
-    return again(uri, lambda: _size_of(file)), lambda start, count: again(uri, lambda: _read_range(file, start, count))
+    file = retry_read(uri, lambda: stack.enter_context(open_file(uri)))
+    return retry_read(uri, lambda: _size_of(file)), lambda start, count: retry_read(
+        uri, lambda: _read_range(file, start, count)
+    )
 
 
 def _size_of(file: BinaryIO) -> int:
@@ -136,9 +138,9 @@ def _read_stream(file: BinaryIO) -> bytes:
 
 def _name_of(source: Source) -> str:
     if isinstance(source, str) and "://" in source:
-        from graft.storage.locations import shown
+        from graft.storage.locations import redact_uri
 
-        return shown(source)
+        return redact_uri(source)
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     return (
@@ -148,8 +150,8 @@ def _name_of(source: Source) -> str:
 
 def _reason(error: Exception) -> str:
     """What went wrong, in one line."""
-    from graft.storage.locations import told
+    from graft.storage.locations import one_line_error
 
     if isinstance(error, DataError):
         return str(error).partition(": ")[2]  # it begins with the place
-    return getattr(error, "strerror", None) or told(error)
+    return getattr(error, "strerror", None) or one_line_error(error)

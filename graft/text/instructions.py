@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from graft.config import Recipe
 from graft.errors import DataError, RecipeError
 from graft.text.context import MOST_CONTEXT_WORDS
-from graft.text.prompts import INSTRUCTIONS, PLAIN_WORDING, Wording, is_formatted, with_context
+from graft.text.prompts import INSTRUCTIONS, PLAIN_INSTRUCTION, Instruction, is_formatted, with_context
 
 COMMON_SHARE = 0.9
 MOST_RARE_WORDS = 200_000
@@ -30,7 +30,7 @@ _EDGES = re.compile(r"^[\W_]+|[\W_]+$")
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class WordsRecipe(Recipe):
+class InstructionRecipe(Recipe):
     """What samples are asked for besides the plain transcript; all of it off by default."""
 
     styles: dict[Literal["raw", "lower", "formatted"], Share] = Field(default={})
@@ -45,7 +45,7 @@ class WordsRecipe(Recipe):
     """Share of the lists that hold none of the clip's words."""
 
     @model_validator(mode="after")
-    def _check_shares(self) -> "WordsRecipe":
+    def _check_shares(self) -> "InstructionRecipe":
         if sum(self.styles.values()) > 1 - 1e-9:
             raise ValueError(
                 f"the shares of styles add up to {sum(self.styles.values()):g}: leave some samples the default instruction"
@@ -61,10 +61,10 @@ class WordsRecipe(Recipe):
 
 
 @dataclass(frozen=True, eq=False)
-class Wordings:
+class InstructionSampler:
     """Draws the wording of a sample; a pure function of the sample's text and draw. `default_style` is the graft's own text style."""
 
-    settings: WordsRecipe
+    settings: InstructionRecipe
     default_style: str = "lower"
     rare_words: Sequence[str] = ()
 
@@ -73,10 +73,10 @@ class Wordings:
         """Whether every sample has the default wording."""
         return self.settings.plain and self.default_style != "formatted"
 
-    def draw(self, text: str, draw: int) -> Wording:
+    def draw(self, text: str, draw: int) -> Instruction:
         """Word a sample. A label that is not formatted is never the answer to a formatted one's question: it is asked for in lower case."""
         if self.plain:
-            return PLAIN_WORDING
+            return PLAIN_INSTRUCTION
         chance = random.Random(int(draw)).random
         style = self._style(chance())
         if (style or self.default_style) == "formatted" and text.strip() and not is_formatted(text):
@@ -86,7 +86,7 @@ class Wordings:
         if listed >= self.settings.context:
             return wording
         formatted = (style or self.default_style) == "formatted"
-        return Wording(with_context(wording.instruction, self._list(text, chance, formatted=formatted)), style)
+        return Instruction(with_context(wording.instruction, self._list(text, chance, formatted=formatted)), style)
 
     def _style(self, chance: float) -> str | None:
         for style, share in sorted(self.settings.styles.items()):
@@ -124,7 +124,9 @@ class Wordings:
         return frozenset(map(_key, self.rare_words))
 
 
-def make_wordings(settings: WordsRecipe, texts: Sequence[str], *, prompt_style: str, text_style: str) -> Wordings:
+def make_instruction_sampler(
+    settings: InstructionRecipe, texts: Sequence[str], *, prompt_style: str, text_style: str
+) -> InstructionSampler:
     """Make what words the samples of a corpus, for a graft of these styles.
 
     Raises RecipeError where the graft's prompt is the reference's, which is fixed, and DataError where texts lack what is to be trained.
@@ -134,7 +136,9 @@ def make_wordings(settings: WordsRecipe, texts: Sequence[str], *, prompt_style: 
             raise RecipeError(
                 "words: the graft's prompt is the reference's, which is fixed: leave words out, or build with prompt_style=graft"
             )
-        return Wordings(settings, "raw")  # which writes texts as `formatted` does, and never asks for anything else
+        return InstructionSampler(
+            settings, "raw"
+        )  # which writes texts as `formatted` does, and never asks for anything else
     formatted = text_style == "formatted" or settings.styles.get("formatted")
     if formatted and not any(is_formatted(str(text)) for text in texts):
         raise DataError(
@@ -145,10 +149,10 @@ def make_wordings(settings: WordsRecipe, texts: Sequence[str], *, prompt_style: 
         raise DataError(
             f"words.context={settings.context}: {len(texts)} texts hold no rare words: leave it out, or train on more"
         )
-    return Wordings(settings, text_style, words)
+    return InstructionSampler(settings, text_style, words)
 
 
-def trained_words(settings: WordsRecipe) -> dict[str, Any]:
+def trained_words(settings: InstructionRecipe) -> dict[str, Any]:
     """What a checkpoint trained with these settings can be asked for, as stage.json keeps it."""
     return {
         "styles": sorted(style for style, share in settings.styles.items() if share),
@@ -208,7 +212,7 @@ def _shuffled(words: list[str], chance: Any) -> list[str]:
     return [word for _, word in sorted((chance(), word) for word in words)]
 
 
-_WORDINGS: dict[str | None, list[Wording]] = {
-    None: [PLAIN_WORDING],
-    **{style: [Wording(phrasing, style) for phrasing in phrasings] for style, phrasings in INSTRUCTIONS.items()},
+_WORDINGS: dict[str | None, list[Instruction]] = {
+    None: [PLAIN_INSTRUCTION],
+    **{style: [Instruction(phrasing, style) for phrasing in phrasings] for style, phrasings in INSTRUCTIONS.items()},
 }

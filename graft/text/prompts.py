@@ -30,14 +30,14 @@ INSTRUCTIONS = {
 
 
 @dataclass(frozen=True)
-class Wording:
+class Instruction:
     """What a prompt asks for, and the text style of its answer; None is the graft's own style."""
 
     instruction: str = DEFAULT_INSTRUCTION
     style: str | None = None
 
 
-PLAIN_WORDING = Wording()
+PLAIN_INSTRUCTION = Instruction()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graft.model.configuration import GraftConfig, audio_token_count
-from graft.model.ctc import Speller
+from graft.model.ctc import CtcPrealignment
 from graft.model.encoder import encode_audio
 from graft.model.modeling import GraftForConditionalGeneration
 
@@ -80,7 +80,7 @@ def open_cache(folder: str | Path, config: GraftConfig, *, encoder: str, feature
 class CachingEncoder:
     """Gives a batch's clips their states: those that were found in the cache, and for the others what the encoder makes of them."""
 
-    def __init__(self, model: GraftForConditionalGeneration | Speller, cache: EncoderCache):
+    def __init__(self, model: GraftForConditionalGeneration | CtcPrealignment, cache: EncoderCache):
         self.model, self.cache = model, cache
         self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-encoder-cache")
         self._writes: list[Future[None]] = []

@@ -78,7 +78,7 @@ def train(
     stops = False
     while (
         not stops
-        and not is_over(progress, settings, total_steps)
+        and not is_finished(progress, settings, total_steps)
         and (step := list(islice(waiting, settings.accumulation)))
     ):
         learning_rate = learning_rate_at(progress.step, settings, total_steps)
@@ -94,7 +94,7 @@ def train(
             started = time.perf_counter()
             progress, is_best = _judged(progress, observer.validate(progress.step))
             meter.exclude(time.perf_counter() - started)
-            ends = ends or is_over(progress, settings, total_steps)
+            ends = ends or is_finished(progress, settings, total_steps)
         if ends or progress.step == 1 or progress.step % settings.log_every == 0:
             observer.log(meter.read(progress.step, learning_rate, grad_norm, waiting))
         if ends or is_best or progress.step % settings.checkpoint_every == 0:
@@ -102,7 +102,7 @@ def train(
     return progress
 
 
-def is_over(progress: Progress, settings: LoopSettings, total_steps: int) -> bool:
+def is_finished(progress: Progress, settings: LoopSettings, total_steps: int) -> bool:
     """Whether a run has done all its steps or run out of patience."""
     return progress.step >= total_steps or (
         settings.patience is not None and progress.stale_validations >= settings.patience

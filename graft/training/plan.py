@@ -12,7 +12,7 @@ from typing import overload
 
 import numpy as np
 
-from graft.data.sample_seeds import sample_draws
+from graft.data.sample_seeds import sample_seeds
 from graft.errors import DataError
 
 Counts = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -198,7 +198,7 @@ def _epoch(plan: Plan, number: int) -> Epoch:
     rows = np.repeat(np.arange(len(columns), dtype=np.int32), times)
     if not len(rows):
         raise DataError(f"epoch {number} has no clips: raise the weights of the sources")
-    draws = sample_draws(settings.seed, number, rows, np.arange(len(rows)) - np.repeat(times.cumsum() - times, times))
+    draws = sample_seeds(settings.seed, number, rows, np.arange(len(rows)) - np.repeat(times.cumsum() - times, times))
     token_counts, label_counts = (plan.counts or columns.counts)(rows, draws)
     longest = int(token_counts.max())
     if longest > settings.token_budget:

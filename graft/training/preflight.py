@@ -22,14 +22,14 @@ class Preflight:
 
 @torch.no_grad()
 def preflight(
-    model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequence[int], *, text_noise: bool = False
+    model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequence[int], *, token_noise: bool = False
 ) -> Preflight:
     """Check a training batch of at least one clip; the rest of what it takes is check_labels'.
 
     The model stays in its mode: on a CPU, bitsandbytes packs NF4 weights for good, and only for inference, at their first use in eval mode.
     Raises ModelError when other audio does not change the logits, DataError when a label stands anywhere but in the answer.
     """
-    label_count = check_labels(inputs["input_ids"], inputs["labels"], prompt_end, text_noise=text_noise)
+    label_count = check_labels(inputs["input_ids"], inputs["labels"], prompt_end, token_noise=token_noise)
     if "audio_states" in inputs:  # already encoded
         heard, other = ({"audio_states": states} for states in (inputs["audio_states"], inputs["audio_states"].flip(0)))
     else:
@@ -43,7 +43,7 @@ def preflight(
     return Preflight(change, label_count)
 
 
-def check_labels(input_ids: Tensor, labels: Tensor, prompt_end: Sequence[int], *, text_noise: bool = False) -> int:
+def check_labels(input_ids: Tensor, labels: Tensor, prompt_end: Sequence[int], *, token_noise: bool = False) -> int:
     """Count the labels of right-padded rows; `prompt_end` are the ids that end every prompt.
 
     Raises DataError unless each row's are its own last ids, right after the prompt's end; with text noise only the very last is compared.
@@ -54,7 +54,7 @@ def check_labels(input_ids: Tensor, labels: Tensor, prompt_end: Sequence[int], *
         if not len(places):
             continue
         first, last = int(places[0]), int(places[-1])
-        compared = slice(last if text_noise else first, last + 1)
+        compared = slice(last if token_noise else first, last + 1)
         if len(places) != last - first + 1 or not torch.equal(ids[compared], row_labels[compared]):
             raise DataError(
                 f"row {row}: labels are not the answer's own ids: this is a fault in how the batch was made"

@@ -14,7 +14,7 @@ from graft.checkpoints.loading import DTYPES, open_graft
 from graft.checkpoints.lora import LoraSettings, add_adapters, fill_adapters, read_adapters
 from graft.checkpoints.projector_file import load_projector
 from graft.errors import ModelError, require
-from graft.model.ctc import Speller
+from graft.model.ctc import CtcPrealignment
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.projector import AudioProjector
 from graft.processor import GraftProcessor
@@ -37,7 +37,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Computing:
+class ComputeSettings:
     """How a stage computes, which changes its results by rounding at most."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -55,7 +55,7 @@ class Computing:
 
 
 def stage_model(
-    stage: Stage, graft: str, computing: Computing, *, device: torch.device | str = "cpu", seed: int = 0
+    stage: Stage, graft: str, computing: ComputeSettings, *, device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
     """Open the graft for a stage: its projector in place, everything frozen but what the stage trains, which is in float32.
 
@@ -76,7 +76,7 @@ def stage_model(
 
 
 def prepared(
-    model: GraftForConditionalGeneration, stage: Stage, computing: Computing, *, seed: int = 0
+    model: GraftForConditionalGeneration, stage: Stage, computing: ComputeSettings, *, seed: int = 0
 ) -> GraftForConditionalGeneration:
     """Make an open graft ready for a stage, in train mode."""
     model.audio_projector.float()  # before it is loaded, lest `dtype` round it
@@ -98,8 +98,8 @@ def prepared(
 
 
 def make_backend(
-    model: GraftForConditionalGeneration | Speller,
-    computing: Computing,
+    model: GraftForConditionalGeneration | CtcPrealignment,
+    computing: ComputeSettings,
     *,
     accumulation: int,
     weight_decay: float,
@@ -119,9 +119,9 @@ def make_backend(
     )
 
 
-def learner(
-    model: GraftForConditionalGeneration, stage: Stage, computing: Computing, processor: GraftProcessor
-) -> GraftForConditionalGeneration | Speller:
+def trainable_module(
+    model: GraftForConditionalGeneration, stage: Stage, computing: ComputeSettings, processor: GraftProcessor
+) -> GraftForConditionalGeneration | CtcPrealignment:
     """What learns of a graft that is prepared for a stage: itself, or, where it is to spell, what is left of it without its language model.
 
     A projector that is given none to start from spells from silence on: nothing of a random one remains in what the language model reads.
@@ -138,7 +138,7 @@ def learner(
         for parameter in last.parameters():
             torch.nn.init.zeros_(parameter)
     try:
-        return Speller(model, processor.tokenizer, stage.letters).train()
+        return CtcPrealignment(model, processor.tokenizer, stage.letters).train()
     except ValueError as error:
         raise ModelError(str(error)) from error
 

@@ -30,7 +30,7 @@ from graft.inference.transcriber import Transcriber
 from ..common.cluster import connect
 from ..common.console import quiet_libraries
 from ..transcription.discovery import find_recordings
-from ..transcription.pipeline import CALLS, ItemListener, Workers, transcribe_items
+from ..transcription.pipeline import CALLS, ItemTranscriber, Workers, transcribe_items
 from ..transcription.reader import ItemReader, Reading
 from ..transcription.work_items import durations, plan_items
 from .bulk_engine import MEL_COUNT, Device, open_stand_in
@@ -119,7 +119,7 @@ def transcribe_on_ray(archive: Archive, home: Path) -> None:
 def transcribe_bare(archive: Archive, home: Path) -> None:
     """Transcribe an archive in this process, reading ahead in a thread, with as many batches heard at a time as Ray's listener hears."""
     transcriber = archive.opener()
-    reader, listener = ItemReader(READING), ItemListener(lambda: transcriber, {})
+    reader, listener = ItemReader(READING), ItemTranscriber(lambda: transcriber, {})
     (home / "items").mkdir()
     batches = [archive.plan.slice(start, ITEMS_PER_BATCH) for start in range(0, len(archive.plan), ITEMS_PER_BATCH)]
     turn = threading.Lock()

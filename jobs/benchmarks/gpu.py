@@ -25,7 +25,7 @@ from graft.model.configuration import GraftConfig, audio_token_count
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.training.backends import Backend
 from graft.training.estimate import batch_flops, device_peak_flops
-from graft.training.stages import Computing, Stage, make_backend, prepared
+from graft.training.stages import ComputeSettings, Stage, make_backend, prepared
 
 from .counts import positive_float, positive_int
 
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(arguments: argparse.Namespace, device: torch.device, peak_flops: float | None) -> Iterator[Row]:
     config = bench_config(arguments.shape)
-    computing = Computing(
+    computing = ComputeSettings(
         dtype=arguments.dtype,
         attention=arguments.attention,
         gradient_checkpointing=arguments.gradient_checkpointing,
@@ -174,7 +174,7 @@ def bench_config(shape: str) -> GraftConfig:
 
 
 def random_stage(
-    config: GraftConfig, computing: Computing, lora: LoraSettings | None, device: torch.device
+    config: GraftConfig, computing: ComputeSettings, lora: LoraSettings | None, device: torch.device
 ) -> GraftForConditionalGeneration:
     """A stage's model with random weights, made on the device in the dtype of training."""
     with device:
@@ -190,7 +190,7 @@ def synthetic_batch(
     clip_s: float,
     *,
     lora: LoraSettings | None,
-    computing: Computing,
+    computing: ComputeSettings,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], float]:
     """As many clips of one length as the budget holds, at least one, with random words; and the FLOPs of a step on them."""

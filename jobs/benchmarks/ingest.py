@@ -27,7 +27,7 @@ from graft.training.plan import PlanSettings
 from graft.training.progress import Progress
 
 from ..common.cluster import connect
-from ..training.loader import BatchLoader, Delivery, ahead, training_batches
+from ..training.loader import BatchLoader, Delivery, prefetch, training_batches
 from ..training.remote import Remaining, delivered_blocks, trainer
 from ..training.samples import plan_training
 from .measuring import Findings, Numbers, list_numbers, spent_on
@@ -125,7 +125,7 @@ def _steady(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def _fed_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    batches = ahead(training_batches(delivered_blocks(), torch.device("cpu"), []))
+    batches = prefetch(training_batches(delivered_blocks(), torch.device("cpu"), []))
     Path(config["lines"]).write_text(json.dumps(_train(batches, config["total_steps"])))
 
 

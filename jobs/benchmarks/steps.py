@@ -10,13 +10,13 @@ from typing import Any
 
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import IGNORED_LABEL, GraftProcessor
-from graft.training.stages import Computing, Stage, make_backend, stage_model
+from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model
 
 from .batches import BATCH_CLIPS, Inputs, in_order, length_grouped, made_examples, padded, planned
 from .measuring import Findings, Numbers, in_turns, median_ratio, table
 from .peers import AllLogits, FlamingoStep, PlainStep, SeedStep, flamingo_inputs, seed_inputs
 
-COMPUTING = Computing(dtype="bf16", backend="torch")
+COMPUTING = ComputeSettings(dtype="bf16", backend="torch")
 ABOUT_STEPS = """\
 graft           25 Hz on the clip's own frames, token-budget batches from the plan, logits at label positions, nothing computed twice
 seed-style      1500 tokens a clip from the padded 30 s window, arrival order, logits at all positions, gradient checkpointing

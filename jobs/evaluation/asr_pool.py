@@ -19,7 +19,7 @@ from graft.errors import AudioError, DataError, GraftError, ModelError
 
 
 @dataclass(frozen=True)
-class Listener:
+class AsrModelSpec:
     """Who listens, and on what each of the `workers` does."""
 
     kind: Literal["graft", "whisper"]
@@ -33,7 +33,7 @@ class Listener:
 
 
 @dataclass(frozen=True)
-class HeardClip:
+class ClipTranscript:
     """What is heard in a clip, or else the error that says why it can't be read."""
 
     text: str = ""
@@ -44,21 +44,23 @@ class HeardClip:
 
 
 @dataclass(frozen=True)
-class HeardBatch:
+class BatchTranscripts:
     """The clips of the `number`-th batch, and when it was begun and done (seconds)."""
 
     number: int
-    clips: list[HeardClip]
+    clips: list[ClipTranscript]
     times: list[float]
 
 
-def hear(listener: Listener, rows: RowTable, batches: Sequence[np.ndarray]) -> Iterator[HeardBatch]:
+def transcribe_rows(
+    listener: AsrModelSpec, rows: RowTable, batches: Sequence[np.ndarray]
+) -> Iterator[BatchTranscripts]:
     """Transcribe batches of row numbers, in the order in which they are ready. Raises ModelError for a model that can't be opened."""
     import ray
 
     path = from_anywhere(listener.path)
     blocks = ray.data.range(len(batches), override_num_blocks=len(batches)).map_batches(
-        _Ears,
+        AsrWorker,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(listener.workers, len(batches))),
         num_cpus=listener.threads,
@@ -70,7 +72,7 @@ def hear(listener: Listener, rows: RowTable, batches: Sequence[np.ndarray]) -> I
             answer = json.loads(str(heard))
             if answer["fault"]:
                 raise ModelError(answer["fault"])
-            yield HeardBatch(int(number), [HeardClip(**clip) for clip in answer["clips"]], answer["times"])
+            yield BatchTranscripts(int(number), [ClipTranscript(**clip) for clip in answer["clips"]], answer["times"])
 
 
 def whisper_folder(name: str) -> str:
@@ -83,13 +85,13 @@ def whisper_folder(name: str) -> str:
     return path
 
 
-class _Ears:
+class AsrWorker:
     """A Ray Data actor: batch numbers -> texts of their clips.
 
     A model that can't be opened is a value too, `fault`: raised in here, Ray would print it with three tracebacks.
     """
 
-    def __init__(self, listener: Listener, path: str, rows: Any, batches: Any) -> None:
+    def __init__(self, listener: AsrModelSpec, path: str, rows: Any, batches: Any) -> None:
         import ray
         import torch
 
@@ -118,7 +120,7 @@ class _Ears:
         start = time.time()
         clips = [self._read(int(row)) for row in batch]
         heard = iter(self.listen([clip for clip in clips if isinstance(clip, AudioClip)]))
-        answers = [next(heard) if isinstance(clip, AudioClip) else HeardClip(error=str(clip)) for clip in clips]
+        answers = [next(heard) if isinstance(clip, AudioClip) else ClipTranscript(error=str(clip)) for clip in clips]
         return {"fault": "", "clips": [asdict(answer) for answer in answers], "times": [start, time.time()]}
 
     def _read(self, row: int) -> AudioClip | AudioError | DataError:
@@ -130,7 +132,7 @@ class _Ears:
             return error
 
 
-def _load(listener: Listener, path: str) -> Callable[[Sequence[AudioClip]], list[HeardClip]]:
+def _load(listener: AsrModelSpec, path: str) -> Callable[[Sequence[AudioClip]], list[ClipTranscript]]:
     from graft.audio.chunking import windows
     from graft.checkpoints.loading import DTYPES
     from graft.inference.engines.whisper_baseline import WhisperBaseline
@@ -140,17 +142,17 @@ def _load(listener: Listener, path: str) -> Callable[[Sequence[AudioClip]], list
     if listener.kind == "whisper":
         whisper = WhisperBaseline(path, device=device, dtype=DTYPES[listener.dtype])
         return lambda clips: [
-            HeardClip(hearing.text, duration_s=clip.duration_s, mean_logprob=hearing.mean_logprob)
+            ClipTranscript(hearing.text, duration_s=clip.duration_s, mean_logprob=hearing.mean_logprob)
             for clip, hearing in zip(clips, whisper.hear_many(clips), strict=True)
         ]
     transcriber = load(path, device=device, dtype=listener.dtype, cut=windows)  # all of a clip, as Whisper hears it
 
-    def transcribe(clips: Sequence[AudioClip]) -> list[HeardClip]:
+    def transcribe(clips: Sequence[AudioClip]) -> list[ClipTranscript]:
         heard = []
         for transcript in transcriber.transcribe_many(clips, instruction=listener.instruction):
             if isinstance(transcript, AudioError):
                 raise transcript  # left out, it would shift every later clip's text to its neighbour
-            heard.append(HeardClip(transcript.text, duration_s=transcript.duration_s))
+            heard.append(ClipTranscript(transcript.text, duration_s=transcript.duration_s))
         return heard
 
     return transcribe

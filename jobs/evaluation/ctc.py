@@ -6,22 +6,22 @@ import torch
 
 from graft.checkpoints.loading import open_graft
 from graft.data.dataset import RowReader
-from graft.model.ctc import Speller
+from graft.model.ctc import CtcPrealignment
 from graft.text.wer import score
 
 from ..common.outputs import claim_output, write_atomic
 from ..evaluate import REPORT_FILE, EvaluateRecipe
-from ..training.recipe import HOW_NOT_WHAT
+from ..training.recipe import EXECUTION_KEYS
 from ..training.validation import readable
 from .test_sets import as_rows, labelled
 
 
-def score_spelling(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float]]:
+def score_ctc(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float]]:
     """Set -> the rates of what recipe.model, a stage 1, spells, as of graft.text.wer.Score; not anew where an earlier run left them.
 
     Clips that can't be read are left out. Raises DataError for rows without text, and ModelError.
     """
-    report = claim_output(recipe.out, recipe, ignore=HOW_NOT_WHAT) / REPORT_FILE
+    report = claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS) / REPORT_FILE
     if not report.exists():
         write_atomic(report, json.dumps(_scores(recipe, letters), indent=2) + "\n")
     return json.loads(report.read_text())
@@ -29,7 +29,7 @@ def score_spelling(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, 
 
 def _scores(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float]]:
     model, processor = open_graft(recipe.model, device="cpu", dtype=torch.float32)
-    speller = Speller(model, processor.tokenizer, letters).eval()
+    speller = CtcPrealignment(model, processor.tokenizer, letters).eval()
     scores = {}
     for name, sources in recipe.data.items():
         texts, heard = [], []

@@ -23,7 +23,7 @@ from graft.errors import DataError
 
 from ..common.cluster import connect
 from ..common.outputs import claim_output, holds_results, write_atomic
-from ..evaluation.asr_pool import HeardClip, Listener, hear, whisper_folder
+from ..evaluation.asr_pool import AsrModelSpec, ClipTranscript, transcribe_rows, whisper_folder
 
 TEXTS_FILE = "texts.parquet"
 RESULT_FILE = "result.json"
@@ -58,7 +58,7 @@ class Verb:
     """Of its lines: ID, text and more."""
     wants: Callable[[str], bool]
     """Whether a row of this text is to be heard."""
-    line: Callable[[RowTable, int, HeardClip | None], dict[str, Any]]
+    line: Callable[[RowTable, int, ClipTranscript | None], dict[str, Any]]
     """A row, and what was heard in it if it was wanted -> its line."""
     counts: Callable[[Path], dict[str, Any]]
     """texts.parquet -> what stands in result.json."""
@@ -78,7 +78,7 @@ def write_texts(recipe: TextsRecipe, verb: Verb) -> dict[str, Any]:
     claim_output(recipe.out, recipe, ignore=HOW)
     (out / PARTS).mkdir(exist_ok=True)
     parts = [out / PARTS / f"part-{start:09}.parquet" for start in range(0, len(rows), recipe.part_clips)]
-    listener = Listener("whisper", whisper, recipe.dtype, recipe.gpu, recipe.threads_per_worker, recipe.workers)
+    listener = AsrModelSpec("whisper", whisper, recipe.dtype, recipe.gpu, recipe.threads_per_worker, recipe.workers)
     _write_parts(rows, parts, listener, recipe, verb)
     _join(parts, out / TEXTS_FILE, verb.columns)
     result = verb.counts(out / TEXTS_FILE)
@@ -90,7 +90,7 @@ def write_texts(recipe: TextsRecipe, verb: Verb) -> dict[str, Any]:
     return result
 
 
-def tell_unheard(rows: RowTable, row: int, clip: HeardClip) -> None:
+def report_untranscribed(rows: RowTable, row: int, clip: ClipTranscript) -> None:
     """Print why a clip can't be read."""
     print(f"graft: {rows.id(row)}: {clip.error}", file=sys.stderr)
 
@@ -102,7 +102,9 @@ def _check_ids(rows: RowTable) -> None:
         )
 
 
-def _write_parts(rows: RowTable, parts: Sequence[Path], listener: Listener, recipe: TextsRecipe, verb: Verb) -> None:
+def _write_parts(
+    rows: RowTable, parts: Sequence[Path], listener: AsrModelSpec, recipe: TextsRecipe, verb: Verb
+) -> None:
     """Write the parts that are not there yet, each as soon as the last of its batches is heard."""
     spans = [
         range(start, min(start + recipe.part_clips, len(rows))) for start in range(0, len(rows), recipe.part_clips)
@@ -123,8 +125,8 @@ def _write_parts(rows: RowTable, parts: Sequence[Path], listener: Listener, reci
     if not batches:
         return
     connect()
-    heard: defaultdict[int, dict[int, HeardClip]] = defaultdict(dict)
-    for batch in hear(listener, rows, batches):
+    heard: defaultdict[int, dict[int, ClipTranscript]] = defaultdict(dict)
+    for batch in transcribe_rows(listener, rows, batches):
         number = part_of_batch[batch.number]
         heard[number] |= zip(batches[batch.number].tolist(), batch.clips, strict=True)
         waiting[number] -= 1

@@ -24,7 +24,7 @@ PLAN_FILE = "plan.sha256"
 ROWS = "rows"
 
 
-def planned(
+def plan_run(
     recipe: TrainRecipe, processor: GraftProcessor, *, cache: Path | None = None
 ) -> tuple[RowTable, Variation, Plan]:
     """Read the recipe's data, without its audio, and plan the run; `cache` is a folder that makes reading again quick.
@@ -34,12 +34,12 @@ def planned(
     rows = _trainable(recipe.data, cache)
     names = ("seed", "epochs", "token_budget", "max_batch_clips", "window_row_groups", "short_first")
     settings = PlanSettings(**{name: getattr(recipe, name) for name in names})
-    varied = ("seed", "no_speech", "augment", "words", "text_noise")
+    varied = ("seed", "no_speech", "augment", "words", "token_noise")
     variation = vary(rows, processor, **{name: getattr(recipe, name) for name in varied})
     return rows, variation, plan_training(rows, processor, settings, variation)
 
 
-def what_is_left(plan: Plan, progress: Progress, recipe: TrainRecipe) -> tuple[Batches, int]:
+def remaining_batches(plan: Plan, progress: Progress, recipe: TrainRecipe) -> tuple[Batches, int]:
     """List what is still to be delivered, and count the updates at its end."""
     step_batches = recipe.step_batches or recipe.workers
     slots = recipe.workers * recipe.accumulation

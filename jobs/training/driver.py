@@ -25,21 +25,21 @@ from graft.processor import GraftProcessor
 from graft.text.instructions import trained_words
 from graft.training.checkpoint import load_checkpoint
 from graft.training.encoder_cache import EncoderCache, open_cache
-from graft.training.loop import LoopSettings, is_over
+from graft.training.loop import LoopSettings, is_finished
 from graft.training.progress import best_checkpoint, latest_checkpoint, read_progress
-from graft.training.stages import Computing, Stage
+from graft.training.stages import ComputeSettings, Stage
 from graft.training.tracking import draw_curves
 
 from ..common.cli import STOPPED
 from ..common.cluster import connect
 from ..common.console import follow
 from ..common.outputs import claim_output, holds_results, write_atomic
-from .batches import ROWS, check_plan, kept_rows, planned, validation_delivery, what_is_left
+from .batches import ROWS, check_plan, kept_rows, plan_run, remaining_batches, validation_delivery
 from .loader import Delivery
 from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
-from .recipe import HOW_NOT_WHAT, TrainRecipe
+from .recipe import EXECUTION_KEYS, TrainRecipe
 from .remote import Remaining, train, trainer
-from .samples import check_spellable
+from .samples import check_ctc_lengths
 from .worker import FAULT_FILE, Run
 
 RESULT_FILE = "result.json"
@@ -51,7 +51,7 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     Raises GraftError for what a user can mend, SystemExit(143) after a SIGTERM, once all is saved.
     """
     out = Path(recipe.out).resolve()
-    if holds_results(recipe.out, recipe, ignore=HOW_NOT_WHAT) and (out / RESULT_FILE).is_file():
+    if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and (out / RESULT_FILE).is_file():
         print(f"stage {stage.number}: {out} is done already")
         return json.loads((out / RESULT_FILE).read_text())
     started = time.perf_counter()
@@ -63,14 +63,14 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
         read_projector(stage.projector, config)
     processor = GraftProcessor.from_pretrained(graft)
     with kept_rows(out) as kept:
-        rows, variation, plan = planned(recipe, processor, cache=kept)
+        rows, variation, plan = plan_run(recipe, processor, cache=kept)
         if stage.letters:
-            check_spellable(rows, processor)
+            check_ctc_lengths(rows, processor)
         progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
-        batches, total_steps = what_is_left(plan, progress, recipe)
+        batches, total_steps = remaining_batches(plan, progress, recipe)
         validation = validation_delivery(recipe, graft, processor)
         cache = _encoder_cache(recipe, stage, config, graft, processor)
-        claim_output(recipe.out, recipe, ignore=HOW_NOT_WHAT)  # now that nothing in it can be wrong
+        claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)  # now that nothing in it can be wrong
     check_plan(out, plan)
     hours = rows.duration_s.sum() / 3600
     print(
@@ -78,7 +78,7 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
         flush=True,
     )
     settings = loop_settings(recipe, stage)
-    if not is_over(progress, settings, total_steps):
+    if not is_finished(progress, settings, total_steps):
         connect(cpus=recipe.workers + recipe.data_workers)
         delivery = Delivery(
             rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups, encoder_cache=cache
@@ -88,7 +88,7 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
         )
         _train(recipe, run, delivery)
         progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
-    if not is_over(progress, settings, total_steps):
+    if not is_finished(progress, settings, total_steps):
         print(
             f"stage {stage.number}: stopped at step {progress.step} and saved: give the same command again to go on",
             flush=True,
@@ -112,9 +112,9 @@ def loop_settings(recipe: TrainRecipe, stage: Stage) -> LoopSettings:
     )
 
 
-def computing(recipe: TrainRecipe) -> Computing:
+def computing(recipe: TrainRecipe) -> ComputeSettings:
     """Take from a recipe how its arithmetic is done."""
-    return Computing(**{name: getattr(recipe, name) for name in Computing.__dataclass_fields__})
+    return ComputeSettings(**{name: getattr(recipe, name) for name in ComputeSettings.__dataclass_fields__})
 
 
 def _encoder_cache(

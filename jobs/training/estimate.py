@@ -30,7 +30,7 @@ from graft.training.estimate import (
 
 from ..build import BuildRecipe, as_trained, graft_settings
 from ..common.cli import PlanOptions
-from .batches import planned
+from .batches import plan_run
 from .recipe import TrainRecipe
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -107,7 +107,7 @@ def plan_config(model: str) -> tuple[GraftConfig, bool]:
 
 def _read_work(recipe: TrainRecipe, config: GraftConfig, trained: Trained) -> Work:
     """Plan the run as it would be trained."""
-    rows, variation, plan = planned(recipe, GraftProcessor.from_pretrained(base_graft(recipe.model)))
+    rows, variation, plan = plan_run(recipe, GraftProcessor.from_pretrained(base_graft(recipe.model)))
     samples = np.concatenate([epoch.rows for epoch in plan.epochs])
     seconds = np.concatenate([rows.duration_s, variation.no_speech_s])[samples]
     return _work(

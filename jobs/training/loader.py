@@ -76,7 +76,9 @@ class BatchLoader:
     def load(self, planned: PlannedBatch) -> dict[str, np.ndarray]:
         """Load one batch: the model's inputs and the plan's numbers as arrays, and as JSON the clips that count and those that do not."""
         drawn = zip(planned.rows, planned.draws, strict=True)
-        samples = [self._misread(self._sample(row, draw), draw) for row, draw in drawn] or [self._masked("")]
+        samples = [self._noise_decoder_inputs(self._sample(row, draw), draw) for row, draw in drawn] or [
+            self._masked("")
+        ]
         heard = [sample for sample in samples if sample.example.target_ids]
         inputs = self.processor.training_batch([sample.example for sample in samples])
         return {
@@ -133,16 +135,16 @@ class BatchLoader:
         states = encoded.states if encoded else None
         return Sample(example, name, features.frame_count / FRAMES_PER_S, key=key, states=states)
 
-    def _misread(self, sample: Sample, draw: int) -> Sample:
+    def _noise_decoder_inputs(self, sample: Sample, draw: int) -> Sample:
         """Let the model read a share of an answer's tokens as another clip's; its end stays."""
-        rows, share, target_ids = self.delivery.rows, self.delivery.variation.text_noise, sample.example.target_ids
+        rows, share, target_ids = self.delivery.rows, self.delivery.variation.token_noise, sample.example.target_ids
         if not share or not target_ids:
             return sample
         rng = generator(draw, "text noise")
         *others, _ = self.processor.target_ids(rows.text(int(rng.integers(len(rows)))))
         swapped = np.append(rng.random(len(target_ids) - 1) < share, False)
-        read_ids = np.where(swapped, rng.choice(others, len(target_ids)), target_ids).tolist()
-        return replace(sample, example=replace(sample.example, read_ids=read_ids))
+        decoder_input_ids = np.where(swapped, rng.choice(others, len(target_ids)), target_ids).tolist()
+        return replace(sample, example=replace(sample.example, decoder_input_ids=decoder_input_ids))
 
     def _clip_without_speech(self, number: int, draw: int) -> AudioClip:
         return no_speech_clip(float(self.delivery.variation.no_speech_s[number]), draw, self.noise)
@@ -206,7 +208,7 @@ def training_batches(
         )
 
 
-def ahead(batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
+def prefetch(batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
     """Make the next batch in a thread while the last one is trained on: copying it to its device takes a few percent of a step."""
     thread, end = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-ahead"), None
     try:

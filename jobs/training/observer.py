@@ -17,7 +17,7 @@ from graft.training.meter import StepLog
 from graft.training.progress import Progress
 from graft.training.tracking import Tracker
 
-from .validation import Validation, place
+from .validation import Validation, rank_and_world_size
 
 CHECKPOINTS = "checkpoints"
 LOG_FILE = "log.txt"
@@ -33,7 +33,7 @@ class RunObserver(Observer):
         self, recipe: dict[str, Any], out: Path, backend: Backend, *, from_step: int, validation: Validation | None
     ):
         self.out, self.backend, self.validation = out, backend, validation
-        self.rank, _ = place()
+        self.rank, _ = rank_and_world_size()
         self.shown: dict[str, int] = recipe["validation"] or {}
         self.skipped: list[dict[str, str]] = []
         self.tracker = Tracker(out, recipe, from_step=from_step) if self.rank == 0 else None

@@ -7,10 +7,10 @@ from pydantic import Field
 from graft.config import Recipe
 from graft.data.augmentation import AugmentRecipe
 from graft.data.dataset import Sources
-from graft.text.instructions import WordsRecipe
+from graft.text.instructions import InstructionRecipe
 from graft.training.tracking import WandbRecipe
 
-HOW_NOT_WHAT = frozenset(
+EXECUTION_KEYS = frozenset(
     {
         *(
             "workers",
@@ -75,10 +75,10 @@ class TrainRecipe(Recipe):
     """Samples without speech to add, as a share of the others: their answer is empty."""
     augment: AugmentRecipe | None = None
     """How clips vary from epoch to epoch."""
-    text_noise: float = Field(default=0.0, ge=0, le=0.9)
+    token_noise: float = Field(default=0.0, ge=0, le=0.9)
     """Share of an answer's tokens in whose place the model reads those of other clips: it then has to listen, where it could guess the
     next word from the words before (Xie et al. 2017, Data noising as smoothing in neural network language models)."""
-    words: WordsRecipe = WordsRecipe()
+    words: InstructionRecipe = InstructionRecipe()
     """Instructions and word lists to train besides the default instruction."""
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

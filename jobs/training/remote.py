@@ -113,7 +113,7 @@ def planned_dataset(
 
     dataset = ray.data.range(count, override_num_blocks=min(count, most_tasks))
     dataset.context.target_max_block_size = 1  # bytes: never two batches in a block
-    callbacks: list[Any] = [Unhurried]  # of no class of Ray's, which this module does not import
+    callbacks: list[Any] = [SchedulerThrottle]  # of no class of Ray's, which this module does not import
     dataset.context.custom_execution_callback_classes = callbacks
     return dataset.map_batches(
         loader or LoadBatches,
@@ -130,7 +130,7 @@ def one_of(resource: str | None) -> dict[str, float]:
     return {resource: 1.0} if resource else {}
 
 
-class Unhurried:
+class SchedulerThrottle:
     """Lets Ray Data's scheduling loop, whose callback it is, turn no oftener than every SCHEDULING_S.
 
     While loaded batches wait for a slower training step, the loop would turn without a pause and take half a CPU from the loaders.

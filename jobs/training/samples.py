@@ -16,8 +16,8 @@ from graft.data.dataset import RowTable, read_rows
 from graft.errors import DataError
 from graft.model.configuration import WINDOW_FRAMES
 from graft.processor import GraftProcessor
-from graft.text.instructions import Wordings, WordsRecipe, make_wordings
-from graft.text.prompts import DEFAULT_INSTRUCTION, PLAIN_WORDING, Wording
+from graft.text.instructions import InstructionRecipe, InstructionSampler, make_instruction_sampler
+from graft.text.prompts import DEFAULT_INSTRUCTION, PLAIN_INSTRUCTION, Instruction
 from graft.training.plan import Plan, PlanColumns, PlanSettings
 
 MAX_DURATION_S = 30.0
@@ -34,8 +34,8 @@ class Variation:
     augment: AugmentRecipe | None = None
     noise: RowTable | None = None
     """The corpus that augment.noise.data names."""
-    wordings: Wordings | None = None
-    text_noise: float = 0.0
+    wordings: InstructionSampler | None = None
+    token_noise: float = 0.0
     """Share of the answers' tokens that are read as other ones."""
 
     @property
@@ -44,9 +44,9 @@ class Variation:
         is_worded = self.wordings is not None and not self.wordings.plain
         return is_worded or (self.augment is not None and set(self.augment.speed) != {1.0})
 
-    def wording(self, text: str, draw: int) -> Wording:
+    def wording(self, text: str, draw: int) -> Instruction:
         """How a sample is asked for."""
-        return self.wordings.draw(text, draw) if self.wordings else PLAIN_WORDING
+        return self.wordings.draw(text, draw) if self.wordings else PLAIN_INSTRUCTION
 
 
 NO_VARIATION = Variation(np.zeros(0))
@@ -74,7 +74,7 @@ def trainable(rows: RowTable) -> tuple[RowTable, dict[str, int]]:
     return (rows if kept.all() else rows.select(kept)), counts
 
 
-def check_spellable(rows: RowTable, processor: GraftProcessor) -> None:
+def check_ctc_lengths(rows: RowTable, processor: GraftProcessor) -> None:
     """Raise DataError where CTC can't spell most clips: it writes one letter an audio token at most."""
     letters = pc.utf8_length(pc.replace_substring_regex(rows.texts, r"[^\pL' ]", "")).to_numpy()
     if (count := int((letters > audio_counts(processor, rows.duration_s)).sum())) > len(rows) / 2:
@@ -91,8 +91,8 @@ def vary(
     seed: int = 0,
     no_speech: float = 0.0,
     augment: AugmentRecipe | None = None,
-    words: WordsRecipe | None = None,
-    text_noise: float = 0.0,
+    words: InstructionRecipe | None = None,
+    token_noise: float = 0.0,
 ) -> Variation:
     """Make of a recipe's settings how a run's samples vary; `no_speech` is a share of an epoch's other samples.
 
@@ -105,14 +105,14 @@ def vary(
         no_speech_s=no_speech_durations(count, seed),
         augment=augment,
         noise=read_rows(noise) if noise else None,
-        wordings=make_wordings(words, rows.texts, **styles) if words else None,
-        text_noise=text_noise,
+        wordings=make_instruction_sampler(words, rows.texts, **styles) if words else None,
+        token_noise=token_noise,
     )
 
 
 def as_they_are(rows: RowTable, processor: GraftProcessor) -> Variation:
     """How samples differ where nothing is varied: a label that is not formatted is asked for in lower case, as in training."""
-    return vary(rows, processor, words=WordsRecipe())
+    return vary(rows, processor, words=InstructionRecipe())
 
 
 def plan_training(

@@ -13,7 +13,7 @@ from graft.audio.clip import AudioClip, read_audio
 from graft.data.dataset import RowReader, RowTable
 from graft.errors import AudioError, DataError
 from graft.inference.transcriber import max_new_tokens
-from graft.model.ctc import Speller
+from graft.model.ctc import CtcPrealignment
 from graft.processor import GraftProcessor
 from graft.training.backends import Backend
 
@@ -33,7 +33,7 @@ class Validation:
         self.model: Any = backend.model
         self.device = next(backend.model.parameters()).device
         self.is_sharded = is_sharded
-        rank, workers = place()
+        rank, workers = rank_and_world_size()
         loader = BatchLoader(delivery)
         self.batches = [loader.load(delivery.batches[number]) for number in range(rank, len(delivery.batches), workers)]
         of_all = itertools.islice(readable(delivery.rows, loader.reader), samples)
@@ -49,7 +49,7 @@ class Validation:
 
     def transcripts(self) -> list[dict[str, str]]:
         """Transcribe the samples greedily, or spell them; every worker gets those of all."""
-        hear = self._spell if isinstance(self.model, Speller) else self._transcribe
+        hear = self._spell if isinstance(self.model, CtcPrealignment) else self._transcribe
         heard = []
         for name, text, clip in self.samples:
             inputs = self.processor(audio=clip).to(self.device)
@@ -79,7 +79,7 @@ def readable(rows: RowTable, reader: RowReader) -> Iterator[tuple[str, str, Audi
 
 def _in_turns(share: list[dict[str, str]]) -> list[dict[str, str]]:
     """What all workers have, one of each in turn, as it was dealt out."""
-    shares: list[Any] = [share] * place()[1]
+    shares: list[Any] = [share] * rank_and_world_size()[1]
     if torch.distributed.is_initialized():
         torch.distributed.all_gather_object(shares, share)
     return [sample for turn in itertools.zip_longest(*shares) for sample in turn if sample is not None]
@@ -96,7 +96,7 @@ def summed_loss(model: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> Tens
     return sums
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This worker's number, and how many there are."""
     if not torch.distributed.is_initialized():
         return 0, 1

@@ -19,7 +19,7 @@ import torch
 from graft.checkpoints.loading import computes_bf16
 from graft.errors import GraftError, ModelError
 from graft.model.configuration import GraftConfig
-from graft.model.ctc import Speller
+from graft.model.ctc import CtcPrealignment
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
 from graft.training.backends import Backend
@@ -27,12 +27,12 @@ from graft.training.batch import TrainingBatch
 from graft.training.checkpoint import load_checkpoint
 from graft.training.encoder_cache import CachingEncoder, EncoderCache
 from graft.training.estimate import batch_flops, device_peak_flops
-from graft.training.loop import LoopSettings, is_over, train
+from graft.training.loop import LoopSettings, is_finished, train
 from graft.training.preflight import check_labels, preflight
 from graft.training.progress import latest_checkpoint, read_progress
-from graft.training.stages import Computing, Stage, learner, make_backend, stage_model
+from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model, trainable_module
 
-from .loader import Delivery, ahead, training_batches
+from .loader import Delivery, prefetch, training_batches
 from .observer import CHECKPOINTS, RunObserver
 from .remote import delivered_blocks
 from .validation import Validation
@@ -50,7 +50,7 @@ class Run:
 
     recipe: dict[str, Any]
     stage: Stage
-    computing: Computing
+    computing: ComputeSettings
     settings: LoopSettings
     graft: str
     out: str
@@ -67,12 +67,12 @@ def work(run: Run) -> None:
     out, device = Path(run.out), get_device()
     checkpoint, settings = _agreed(latest_checkpoint(out / CHECKPOINTS)), _with_peak(run.settings, device)
     progress = read_progress(checkpoint)
-    if (out / FAULT_FILE).is_file() or is_over(progress, settings, run.total_steps):
+    if (out / FAULT_FILE).is_file() or is_finished(progress, settings, run.total_steps):
         return  # a fault that would come again, or workers that were started anew after their work was done
     torch.set_num_threads(run.recipe["threads_per_worker"])
     with _told(out):
         graft, processor = stage_model(run.stage, run.graft, run.computing, device=device, seed=run.recipe["seed"])
-        model = learner(graft, run.stage, run.computing, processor)
+        model = trainable_module(graft, run.stage, run.computing, processor)
         del graft  # a language model that does not take part leaves the device
         limits = {name: run.recipe[name] for name in ("weight_decay", "max_grad_norm")}
         backend = make_backend(model, run.computing, accumulation=settings.accumulation, **limits)
@@ -85,12 +85,12 @@ def work(run: Run) -> None:
             observer.say(f"going on at step {progress.step}, batch {progress.position} of the plan")
         encoder = CachingEncoder(model, run.encoder_cache) if run.encoder_cache else None
         cost = _cost(run, model.config)
-        batches = ahead(training_batches(delivered_blocks(), device, observer.skipped, encoder=encoder, cost=cost))
+        batches = prefetch(training_batches(delivered_blocks(), device, observer.skipped, encoder=encoder, cost=cost))
         first = next(batches)
         if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
             raise RuntimeError(f"batch {first.position} does not follow the checkpoint at {progress.position}")
         if progress.step == 0 and first.ids:  # not a filler, nor clips that were all masked
-            observer.say(_checked(model, backend, first, processor, text_noise=run.recipe["text_noise"] > 0))
+            observer.say(_checked(model, backend, first, processor, token_noise=run.recipe["token_noise"] > 0))
         train(
             itertools.chain([first], batches),
             backend,
@@ -112,21 +112,21 @@ def _validation(run: Run, backend: Backend, processor: GraftProcessor) -> Valida
 
 
 def _checked(
-    model: GraftForConditionalGeneration | Speller,
+    model: GraftForConditionalGeneration | CtcPrealignment,
     backend: Backend,
     batch: TrainingBatch,
     processor: GraftProcessor,
     *,
-    text_noise: bool,
+    token_noise: bool,
 ) -> str:
     """Look at the first batch before hours are spent on it; a projector that is to learn to spell says nothing yet."""
     end = processor.prompt_end_ids()
-    if isinstance(model, Speller):
+    if isinstance(model, CtcPrealignment):
         return (
             f"preflight: {check_labels(batch.inputs['input_ids'], batch.inputs['labels'], end)} labels, all in answers"
         )
     with backend.evaluating():
-        found = preflight(model, batch.model_inputs(), end, text_noise=text_noise)
+        found = preflight(model, batch.model_inputs(), end, token_noise=token_noise)
     return f"preflight: other audio changes the logits by {found.logit_change:.2g}; {found.label_count} labels, all in answers"
 
 

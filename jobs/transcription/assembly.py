@@ -51,7 +51,7 @@ TRANSCRIPTS = pa.schema(
 
 
 @dataclass(frozen=True)
-class Written:
+class OutputSettings:
     """How a recording's row and files are written."""
 
     folder: str
@@ -111,7 +111,7 @@ _INDEX = pa.schema(
 )
 
 
-def join_recordings(plan: pa.Table, index: pa.Table, home: Path, out: Path, written: Written) -> Totals:
+def join_recordings(plan: pa.Table, index: pa.Table, home: Path, out: Path, written: OutputSettings) -> Totals:
     """Join the results of a plan's items to recordings, in parallel, and write them: out/recordings, out/errors.jsonl, files."""
     import ray
 
@@ -155,7 +155,7 @@ def _parts(plan: pa.Table) -> Iterator[pa.Table]:
         yield plan.slice(starts[first], end - starts[first]).combine_chunks()
 
 
-def _join_part(plan: pa.Table, items: str, path: str, written: Written) -> tuple[Totals, list[dict[str, Any]]]:
+def _join_part(plan: pa.Table, items: str, path: str, written: OutputSettings) -> tuple[Totals, list[dict[str, Any]]]:
     results = _results(plan, items)
     by_recording: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in plan.to_pylist():
@@ -179,7 +179,7 @@ def _results(plan: pa.Table, items: str) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for table in tables for row in table.to_pylist() if row["id"] in wanted}
 
 
-def _joined(name: str, parts: Sequence[dict[str, Any]], written: Written) -> tuple[dict[str, Any], Transcript]:
+def _joined(name: str, parts: Sequence[dict[str, Any]], written: OutputSettings) -> tuple[dict[str, Any], Transcript]:
     segments = [_segment(values) for part in parts for values in part["segments"]]
     duration_s = sum(part["duration_s"] for part in parts)
     transcript = stitch(segments, duration_s=duration_s, model=written.model, aligner=written.aligner)
@@ -247,7 +247,7 @@ def _kind(reason: str) -> str:
     return re.sub(r"\d[\d.,]*", "N", re.split(r"[:(]", reason)[0]).strip()
 
 
-def _write_files(transcript: Transcript, stem: str, written: Written) -> None:
+def _write_files(transcript: Transcript, stem: str, written: OutputSettings) -> None:
     for kind in written.formats:
         path = Path(written.folder) / f"{stem}.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ DEATHS = 2
 """Of processes that read an item when its batch had ended one already: then it is not read again. A killed node is one, too."""
 
 
-class Deaths:
+class CrashTracker:
     """The notes of one process, and what others left behind in `folder`."""
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,7 @@ class Deaths:
         """Whether a process died while it read a batch, by the id of its first item."""
         return self._left[_of_batch(batch)] > 0
 
-    def is_deadly(self, item: str) -> bool:
+    def is_poisoned(self, item: str) -> bool:
         """Whether an item is not to be read again."""
         return self._left[item] >= DEATHS
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from graft.data.columns import Columns
 from graft.data.dataset import Source, read_rows
 from graft.errors import DataError
-from graft.storage.locations import PlacedFile, find_files, shown
+from graft.storage.locations import PlacedFile, find_files, redact_uri
 from graft.storage.source import open_source
 
 AUDIO_SUFFIXES = (
@@ -56,7 +56,7 @@ def find_recordings(sources: Sequence[str], columns: Columns | None = None) -> p
     )
     if not len(table):
         raise DataError(
-            f"no audio in {', '.join(map(shown, sources))}: give files, or folders with {', '.join(AUDIO_SUFFIXES)} files"
+            f"no audio in {', '.join(map(redact_uri, sources))}: give files, or folders with {', '.join(AUDIO_SUFFIXES)} files"
         )
     return _each_once(table)
 
@@ -93,7 +93,7 @@ def _listed(source: str) -> list[PlacedFile]:
         lines = [line for line in map(str.strip, data.decode().splitlines()) if line and not line.startswith("#")]
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{shown(source)}: a list holds a path or URI in each line, in UTF-8: {error.reason} at byte {error.start}"
+            f"{redact_uri(source)}: a list holds a path or URI in each line, in UTF-8: {error.reason} at byte {error.start}"
         ) from error
     home = (source if "://" in source else os.path.abspath(source)).rpartition("/")[0]
     places = [line if "://" in line or os.path.isabs(line) else f"{home}/{line}" for line in lines]
@@ -154,7 +154,7 @@ def _each_once(table: pa.Table) -> pa.Table:
     same_name = pc.equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
     for place in np.flatnonzero(same_name):
         if others[int(place)] != others[int(place) + 1]:
-            one, other = (shown(str(others[int(index)]["uri"])) for index in (place, place + 1))
+            one, other = (redact_uri(str(others[int(index)]["uri"])) for index in (place, place + 1))
             raise DataError(
                 f"{one} and {other} would both be called {names[int(place)]}: give a folder that holds both, or two runs"
             )

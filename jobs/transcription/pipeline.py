@@ -1,6 +1,6 @@
 """The bulk pipeline on Ray Data: work items -> decoded and cut on CPUs -> heard by engines -> parquet, each item exactly once.
 
-    plan.parquet -> ItemReader (CPU actors) -> ItemListener (a Transcriber each) -> items/*.parquet
+    plan.parquet -> ItemReader (CPU actors) -> ItemTranscriber (a Transcriber each) -> items/*.parquet
                                                                      \\-> done/: the ids of all that is written
 
 Whatever dies, the next run reads the plan again and leaves out what done/ has. What goes wrong with an item is a value: its `error`.
@@ -19,7 +19,7 @@ import pyarrow as pa
 from graft.errors import GraftError
 from graft.inference.transcriber import Transcriber
 from graft.inference.transcript import Segment
-from graft.storage.locations import told
+from graft.storage.locations import one_line_error
 
 from .reader import FAULTS_IN_A_ROW, KEYS, MEASURED, READ, ItemReader, Reading, chunk_of
 
@@ -49,7 +49,7 @@ RESULTS = pa.schema([*KEYS, *MEASURED, ("heard_s", pa.float64()), ("segments", S
 `read_s` and `heard_s` the seconds that reading (CPU) and hearing (beside other items) took."""
 
 
-class ItemListener:
+class ItemTranscriber:
     """Hears the chunks of items with a Transcriber that `opener` opens; rows of READ -> rows of RESULTS.
 
     Ray may call it from several threads: their chunks share the engine's batches, so the end of one batch does not idle.
@@ -88,7 +88,7 @@ class ItemListener:
             self._faults += 1
             if self._faults > FAULTS_IN_A_ROW:
                 raise
-            return [], f"the engine failed: {type(error).__name__}: {told(error)}", time.monotonic() - start
+            return [], f"the engine failed: {type(error).__name__}: {one_line_error(error)}", time.monotonic() - start
         if cut:  # the engine was asked
             self._faults = 0
         return (
@@ -146,7 +146,7 @@ def transcribe_items(
             runtime_env=GIVES_BACK,
         )
         heard = read.map_batches(
-            ItemListener,
+            ItemTranscriber,
             fn_constructor_args=[opener, wording],
             batch_size=None,
             batch_format="pyarrow",

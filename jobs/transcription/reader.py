@@ -19,10 +19,10 @@ from graft.audio.spans import probe, read_span
 from graft.audio.vad import SpeechSettings
 from graft.data.dataset import CorpusFile, RowReader
 from graft.errors import AudioError, DataError
-from graft.storage.locations import shown, told
+from graft.storage.locations import one_line_error, redact_uri
 from graft.storage.source import Source
 
-from .crash_guard import Deaths
+from .crash_guard import CrashTracker
 from .work_items import ITEMS
 
 FAULTS_IN_A_ROW = 3
@@ -62,7 +62,7 @@ class ItemReader:
         self._chunker = Chunker(reading.speech, reading.chunks)
         self._corpora = RowReader([])  # one for all parquet files, so that few row groups are held
         self._places: dict[str, int] = {}
-        self._deaths = Deaths(notes) if notes else None
+        self._deaths = CrashTracker(notes) if notes else None
         self._faults = 0
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -75,7 +75,7 @@ class ItemReader:
             for item in items:
                 if is_suspected:
                     deaths.note_item(item["id"])
-                row = self._unread(item) if deaths.is_deadly(item["id"]) else self._read(item)
+                row = self._unread(item) if deaths.is_poisoned(item["id"]) else self._read(item)
                 if is_suspected:  # it has been read, and may wait long to be taken
                     deaths.note_batch(first)
                 yield row
@@ -93,7 +93,7 @@ class ItemReader:
             self._faults += 1
             if self._faults > FAULTS_IN_A_ROW:
                 raise
-            error = f"{name_of(item)}: reading it failed: {type(fault).__name__}: {told(fault)}"
+            error = f"{name_of(item)}: reading it failed: {type(fault).__name__}: {one_line_error(fault)}"
         return _row(item, error=error, duration_s=duration_s, read_s=time.process_time() - start, chunks=chunks)
 
     def _unread(self, item: dict[str, Any]) -> pa.Table:
@@ -157,7 +157,7 @@ def _row(item: dict[str, Any], *, chunks: pa.Array, **measured: object) -> pa.Ta
 
 def name_of(item: dict[str, Any]) -> str:
     """What messages call an item's recording: they begin with it."""
-    return shown(item["uri"]) if item["row"] is None else item["recording"]
+    return redact_uri(item["uri"]) if item["row"] is None else item["recording"]
 
 
 def _clip(samples: np.ndarray) -> AudioClip:

@@ -11,7 +11,7 @@ from graft.inference.engines.protocol import EngineCounts
 from graft.inference.transcript import Segment
 
 from ..config import ServeArgs
-from ..service import About, Asked
+from ..service import ModelInfo, TranscriptionOptions
 
 if TYPE_CHECKING:  # an ingress, which hears nothing itself, is there sooner without torch
     from graft.inference.transcriber import Transcriber
@@ -38,13 +38,13 @@ def open_transcriber(args: ServeArgs, model: str) -> "Transcriber":
     )
 
 
-class LocalListener:
+class LocalBackend:
     """See Listener."""
 
     def __init__(self, transcriber: "Transcriber", name: str | None = None) -> None:
         self._transcriber = transcriber
         self._hearing = 0
-        self._about = About(name or transcriber.name, "en", transcriber.takes_context, transcriber.times_words)
+        self._about = ModelInfo(name or transcriber.name, "en", transcriber.takes_context, transcriber.times_words)
 
     async def close(self) -> None:
         """Release the model, once nothing is being heard."""
@@ -52,7 +52,7 @@ class LocalListener:
             await asyncio.sleep(0.1)
         await asyncio.to_thread(self._transcriber.close)
 
-    async def about(self) -> About:
+    async def about(self) -> ModelInfo:
         """See Listener."""
         return self._about
 
@@ -60,7 +60,9 @@ class LocalListener:
         """What the engine holds and has done."""
         return self._transcriber.counts()
 
-    async def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
+    async def hear(
+        self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool
+    ) -> AsyncGenerator[str | Segment, None]:
         """See Listener."""
         self._hearing += 1
         try:

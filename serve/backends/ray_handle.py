@@ -16,7 +16,7 @@ from graft.audio.chunking import Chunk
 from graft.inference.transcript import Segment
 
 from ..http.logs import LOG
-from ..service import UNHEARD, About, Asked, NotReady
+from ..service import UNHEARD, ModelInfo, NotReady, TranscriptionOptions
 
 TRIES = 2
 """Of a chunk whose engine died: what kills two is not sent to a third."""
@@ -27,21 +27,21 @@ PATIENCE_S = 5.0
 """For so long it is waited for."""
 
 
-class HeardOtherwise(Exception):
+class ModelChanged(Exception):
     """Another engine heard another text in a chunk (bf16) of which a part is told already: what was told can't be finished."""
 
 
-class RemoteListener:
+class RayBackend:
     """See Listener. Requests wait here while no engine is up."""
 
     def __init__(self, engine: DeploymentHandle) -> None:
         self._engine = engine
         self._streams = engine.options(stream=True)
-        self._about: About | None = None
+        self._about: ModelInfo | None = None
         self._asked_at = 0.0
         self._asking: asyncio.Task[None] | None = None
 
-    async def about(self) -> About:
+    async def about(self) -> ModelInfo:
         """See Listener. What an engine told last holds while it is asked again, also where all are busy or dead. Raises NotReady."""
         if self._about is None or time.monotonic() - self._asked_at > FRESH_S:
             if (
@@ -60,7 +60,7 @@ class RemoteListener:
                 self._about = await self._ask()
         self._asked_at = time.monotonic()
 
-    async def _ask(self) -> About:
+    async def _ask(self) -> ModelInfo:
         try:
             try:
                 return await self._engine.about.remote()
@@ -69,8 +69,10 @@ class RemoteListener:
         except (RayActorError, RayServeException, RayTaskError) as error:
             raise NotReady from error
 
-    async def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
-        """See Listener. Of a chunk that is heard once more, only what is not told yet is. Raises NotReady, HeardOtherwise."""
+    async def hear(
+        self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool
+    ) -> AsyncGenerator[str | Segment, None]:
+        """See Listener. Of a chunk that is heard once more, only what is not told yet is. Raises NotReady, ModelChanged."""
         told = ""
         for left in reversed(range(TRIES)):
             heard = ""
@@ -79,12 +81,12 @@ class RemoteListener:
                     async for part in parts:
                         if isinstance(part, Segment):
                             if heard != told:
-                                raise HeardOtherwise
+                                raise ModelChanged
                             yield part
                             return
                         heard += part
                         if not (heard.startswith(told) or told.startswith(heard)):
-                            raise HeardOtherwise
+                            raise ModelChanged
                         if rest := heard[len(told) :]:
                             yield rest
                             told = heard
@@ -96,7 +98,7 @@ class RemoteListener:
             except RayServeException as error:
                 raise NotReady from error
 
-    async def _parts(self, chunk: Chunk, asked: Asked, stream: bool) -> AsyncGenerator[Any, None]:
+    async def _parts(self, chunk: Chunk, asked: TranscriptionOptions, stream: bool) -> AsyncGenerator[Any, None]:
         """What an engine says. Raises what went wrong there as it was: Ray's own message has the engine's traceback, with its paths."""
         response: Any = self._streams.hear.remote(chunk, asked, stream=stream)
         try:

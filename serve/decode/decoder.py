@@ -17,7 +17,7 @@ from graft.audio.vad import SpeechSettings
 from graft.errors import AudioError
 
 from ..http.logs import LOG
-from .process_pool import Failed, Isolated
+from .process_pool import CallFailed, ProcessWorker
 
 DAMAGED = "file: can't be decoded: convert it, e.g. `ffmpeg -i IN OUT.flac`"
 UPLOADS_PER_PROCESS = 1_000
@@ -70,7 +70,7 @@ class Decoder:
             )
         except TimeoutError as error:
             raise AudioError(f"file: not decoded within {self._timeout_s:g} s: cut it") from error
-        except Failed as error:  # its process died, had too little memory, or met what no decoder foresaw
+        except CallFailed as error:  # its process died, had too little memory, or met what no decoder foresaw
             LOG.warning("a decoder failed on an upload: %s", error)
             raise AudioError(DAMAGED) from error
         if isinstance(decoded, AudioError):
@@ -83,7 +83,7 @@ class Decoder:
             process.close()
 
 
-class _Process(Isolated["Decoded | AudioError"]):
+class _Process(ProcessWorker["Decoded | AudioError"]):
     """A process that decodes, and the bytes that wait for it."""
 
     def __init__(self, args: DecodeArgs) -> None:

@@ -1,6 +1,6 @@
 """A function in a process of its own, for what may crash, hang or devour memory: a call at a time; when the process dies, another comes.
 
-call -> its turn -> handed over, taken -> what the function returns | Failed | TimeoutError
+call -> its turn -> handed over, taken -> what the function returns | CallFailed | TimeoutError
 """
 
 import asyncio
@@ -26,7 +26,7 @@ TICK_S = 0.05
 """Within which it is noticed that time is up, or that nobody waits any more."""
 
 
-class Failed(Exception):
+class CallFailed(Exception):
     """A call did not return; the message says why: the kind of exception, or that the process died."""
 
 
@@ -34,7 +34,7 @@ class NoProcess(Exception):
     """No process takes a call: there is too little memory for one, or it can't make itself ready."""
 
 
-class Isolated(Generic[T]):
+class ProcessWorker(Generic[T]):
     """Calls a function in another process, in the order in which calls come. Call `close` to end it.
 
     `opened` runs in each new process and returns the function; it gets there by pickle, and what the function returns comes back so. A
@@ -56,7 +56,7 @@ class Isolated(Generic[T]):
         self._turns.submit(self._start)  # now, not at the first call
 
     async def call(self, argument: str) -> T:
-        """Raises TimeoutError, Failed, NoProcess."""
+        """Raises TimeoutError, CallFailed, NoProcess."""
         has_left = threading.Event()
         try:
             return await asyncio.wrap_future(self._turns.submit(self._call, argument, has_left))
@@ -72,16 +72,16 @@ class Isolated(Generic[T]):
     def _call(self, argument: str, has_left: threading.Event) -> T:
         pipe = self._hand_over(argument, has_left)
         try:
-            returned: T | Failed = self._told(pipe, self._timeout_s, has_left)
+            returned: T | CallFailed = self._told(pipe, self._timeout_s, has_left)
         except (EOFError, OSError) as error:
             self._replace()
             if isinstance(error, TimeoutError):
                 raise
-            raise Failed("its process died") from error
+            raise CallFailed("its process died") from error
         self._left -= 1
         if not self._left:
             self._replace()
-        if isinstance(returned, Failed):
+        if isinstance(returned, CallFailed):
             raise returned
         return returned
 
@@ -148,4 +148,4 @@ def _returned(function: Callable[[str], Any], argument: str) -> bytes:
     try:
         return pickle.dumps(function(argument), protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:
-        return pickle.dumps(Failed(type(error).__name__))
+        return pickle.dumps(CallFailed(type(error).__name__))

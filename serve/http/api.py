@@ -21,12 +21,12 @@ from graft.inference.transcript import Transcript
 from graft.text.context import checked_words
 
 from ..observer import Observer
-from ..service import About, Asked, Service
+from ..service import ModelInfo, Service, TranscriptionOptions
 from .auth import Keys
-from .errors import FAULTS, SERVER_FAULT, Failsafe, Refusal, described, handlers
+from .errors import FAULTS, SERVER_FAULT, ErrorMiddleware, Refusal, described, handlers
 from .idempotency import Answers, KeyReused
 from .logs import LOG, RequestLog
-from .middleware import Gate, UploadLimit
+from .middleware import AuthMiddleware, UploadLimitMiddleware
 from .schema import (
     DeltaEvent,
     DoneEvent,
@@ -59,16 +59,16 @@ def transcription_api(
 ) -> FastAPI:
     """Put HTTP before a service. Faults come in OpenAI's shape, without tracebacks or paths. `tells_id`: see RequestLog."""
     api = FastAPI(title="graft", description="Speech to text behind OpenAI's transcription endpoint.")
-    api.add_middleware(UploadLimit, max_bytes=max_upload_bytes, max_s=max_upload_s)
-    api.add_middleware(Gate, keys=keys, check_room=service.check_room)
-    api.add_middleware(Failsafe)
+    api.add_middleware(UploadLimitMiddleware, max_bytes=max_upload_bytes, max_s=max_upload_s)
+    api.add_middleware(AuthMiddleware, keys=keys, check_room=service.check_room)
+    api.add_middleware(ErrorMiddleware)
     api.add_middleware(RequestLog, observer=observer or Observer(), tells_id=tells_id)
     for kind, answer_to in handlers().items():
         api.exception_handler(kind)(answer_to)
     answers: Answers[Response] = Answers()
     bearer = HTTPBearer(
         auto_error=False, description="One of the service's API keys, where it has any."
-    )  # Gate checks it
+    )  # AuthMiddleware checks it
     protected: dict[str, Any] = {"dependencies": [Depends(bearer)], "responses": FAULTS}
 
     @api.post(
@@ -129,7 +129,7 @@ def _own(idempotency_key: str, key: HTTPAuthorizationCredentials | None) -> str:
     return hashlib.sha256(f"{key and key.credentials} {idempotency_key}".encode()).hexdigest()
 
 
-def _asked(form: TranscriptionForm, about: About) -> Asked:
+def _asked(form: TranscriptionForm, about: ModelInfo) -> TranscriptionOptions:
     """What the form asks of the model. Raises Refusal for what it can't do."""
     _check_model(form.model, about)
     if form.language not in (None, about.language):
@@ -152,7 +152,7 @@ def _asked(form: TranscriptionForm, about: About) -> Asked:
         raise Refusal(400, message, param="timestamp_granularities[]", code="unsupported_value")
     if form.stream and form.response_format != "json":
         raise Refusal(400, "a stream is of response_format json", param="stream", code="unsupported_value")
-    return Asked(context=_context(form) or None, words=words)
+    return TranscriptionOptions(context=_context(form) or None, words=words)
 
 
 def _context(form: TranscriptionForm) -> tuple[str, ...]:
@@ -161,14 +161,14 @@ def _context(form: TranscriptionForm) -> tuple[str, ...]:
     return tuple(checked_words([word for word in given if word.strip(" ,.\t\r\n")]))
 
 
-def _check_model(name: str, about: About) -> None:
+def _check_model(name: str, about: ModelInfo) -> None:
     if name != about.name:
         raise Refusal(
             404, f"the model {name!r} does not exist, {about.name!r} does", param="model", code="model_not_found"
         )
 
 
-def _answered(form: TranscriptionForm, transcript: Transcript, about: About) -> Response:
+def _answered(form: TranscriptionForm, transcript: Transcript, about: ModelInfo) -> Response:
     match form.response_format:
         case "json":
             return JSONResponse(TranscriptionAnswer(text=transcript.text, usage=usage(transcript)).model_dump())
@@ -181,7 +181,7 @@ def _answered(form: TranscriptionForm, transcript: Transcript, about: About) -> 
             return PlainTextResponse(format_transcript(transcript, kind), media_type=TEXTS[kind])
 
 
-async def _streamed(service: Service, path: str, asked: Asked) -> Response:
+async def _streamed(service: Service, path: str, asked: TranscriptionOptions) -> Response:
     """Events; what goes wrong before the first is an answer of its own."""
     parts = service.parts(path, asked)
     first = await anext(parts, "")

@@ -75,14 +75,14 @@ def answer_to(error: Exception) -> JSONResponse:
 
 
 def handlers() -> dict[type[Exception], Callable[[Any, Any], JSONResponse]]:
-    """For what is raised within the API; the rest is Failsafe's."""
+    """For what is raised within the API; the rest is ErrorMiddleware's."""
     return dict.fromkeys(
         [HTTPException, RequestValidationError, AudioError, ModelError, Busy, NotReady],
         lambda _, error: answer_to(error),
     )
 
 
-class Failsafe:
+class ErrorMiddleware:
     """ASGI middleware: what nobody foresaw is answered with 500, and put in the log by its kind and place."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -13,7 +13,7 @@ from .errors import Refusal, answer_to
 GUARDED = "/v1/"
 
 
-class Gate:
+class AuthMiddleware:
     """Requests need a known key (else 401), uploads also room (else 429), before any of their body is read.
 
     `check_room` is told how many uploads are being received, and raises Busy.
@@ -69,7 +69,7 @@ def _route(scope: Scope) -> str:
     return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
-class UploadLimit:
+class UploadLimitMiddleware:
     """A body over `max_bytes`, announced or not, is refused with 413, one that takes over `max_s` to come with 408."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_s: float) -> None:

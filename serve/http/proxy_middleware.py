@@ -30,10 +30,10 @@ TOLD = {404: NOTHING_THERE, 408: TOO_SLOW, 429: TOO_MANY}
 
 def middlewares() -> list[Middleware]:
     """What the proxies put before their own."""
-    return [Middleware(LastWord)]
+    return [Middleware(ProxyErrorMiddleware)]
 
 
-class LastWord:
+class ProxyErrorMiddleware:
     """ASGI middleware: an answer that never began is a 503 with Retry-After, a stream of events that broke off ends with an error event.
 
     Refusals in plain text are Ray's own (the API's are JSON): they keep their status, and are told in OpenAI's shape.

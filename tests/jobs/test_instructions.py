@@ -10,7 +10,7 @@ from graft.audio.clip import read_audio
 from graft.checkpoints.loading import open_graft
 from graft.errors import ModelError
 from graft.inference.transcriber import load
-from graft.text.instructions import Wordings, WordsRecipe, trained_words
+from graft.text.instructions import InstructionRecipe, InstructionSampler, trained_words
 from graft.text.prompts import DEFAULT_INSTRUCTION, INSTRUCTIONS
 from graft.training.backends import TorchBackend
 from tests.support import tiny_models
@@ -18,7 +18,9 @@ from tests.support.speech_corpus import flac
 from tests.support.training import run_steps, step_batches
 
 
-def trained(folder: Path, wordings: Wordings, audios: Sequence[bytes], texts: Sequence[str], *, draws: int) -> Path:
+def trained(
+    folder: Path, wordings: InstructionSampler, audios: Sequence[bytes], texts: Sequence[str], *, draws: int
+) -> Path:
     """Train language model and projector of a tiny graft on clips, each worded in so many ways, until it knows them by heart."""
     model, processor = open_graft(tiny_models.save_tiny_graft(folder / "graft"))
     model.requires_grad_(False)
@@ -42,7 +44,7 @@ def trained(folder: Path, wordings: Wordings, audios: Sequence[bytes], texts: Se
 
 
 def test_two_instructions_give_two_formats(tmp_path):
-    wordings = Wordings(WordsRecipe(styles={"formatted": 0.5}), "lower")
+    wordings = InstructionSampler(InstructionRecipe(styles={"formatted": 0.5}), "lower")
     audios, texts = [flac(0.4 + 0.2 * seed, seed) for seed in range(3)], ["Yes, Bob.", "It is? No!", "GO ON"]
     transcriber = load(trained(tmp_path, wordings, audios, texts, draws=24), cut=windows)
     for instruction in (None, "lower", DEFAULT_INSTRUCTION):
@@ -58,7 +60,9 @@ def test_two_instructions_give_two_formats(tmp_path):
 
 def test_a_listed_word_decides_what_is_heard(tmp_path):
     names = ["anna", "otto"]
-    wordings = Wordings(WordsRecipe(context=1.0, context_words=1, context_empty=0, context_absent=0), "lower", names)
+    wordings = InstructionSampler(
+        InstructionRecipe(context=1.0, context_words=1, context_empty=0, context_absent=0), "lower", names
+    )
     audio = flac(0.5)
     transcriber = load(trained(tmp_path, wordings, [audio] * 2, names, draws=8), cut=windows)
     for name in names:

@@ -10,7 +10,7 @@ from graft.audio.clip import read_audio
 from graft.data.dataset import Source, read_rows
 from graft.inference.engines.whisper_baseline import WhisperBaseline
 from jobs.common.cli import run_job
-from jobs.evaluation.asr_pool import HeardClip
+from jobs.evaluation.asr_pool import ClipTranscript
 from jobs.label import LabelRecipe, doubt, main
 from tests.support.speech_corpus import BROKEN, corpus, flac, row, save_tiny_whisper
 
@@ -96,4 +96,4 @@ def test_what_is_heard_for_sure_becomes_the_text(whisper, tmp_path, capsys):
 )
 def test_doubts(text, duration_s, mean_logprob, reason):
     recipe = LabelRecipe(data="unused", out="unused")
-    assert doubt(HeardClip(text, duration_s=duration_s, mean_logprob=mean_logprob), recipe) == reason
+    assert doubt(ClipTranscript(text, duration_s=duration_s, mean_logprob=mean_logprob), recipe) == reason

@@ -15,7 +15,7 @@ from ray.data._internal.planner.planner import Planner
 from graft.inference.transcriber import Transcriber, load
 from graft.inference.transcript import Transcript
 from jobs.common.outputs import holds_results
-from jobs.transcribe import HOW, TranscribeRecipe
+from jobs.transcribe import EXECUTION_KEYS, TranscribeRecipe
 from tests.support import hub_server, media, tiny_models
 from tests.support.jobs import transcribe
 
@@ -159,7 +159,7 @@ def test_results_of_another_model_or_recipe_never_mix(folder, tmp_path, capsys):
     assert transcribe(*arguments, "model_digest=abc", f"out={tmp_path / 'new'}") == 2
     assert "is not the one that model_digest=abc names" in capsys.readouterr().err
     known = TranscribeRecipe(**yaml.safe_load((out / "recipe.yaml").read_text()) | {"workers": 3, "formats": ["srt"]})
-    assert holds_results(str(out), known, ignore=HOW)
+    assert holds_results(str(out), known, ignore=EXECUTION_KEYS)
 
 
 def test_a_run_without_checkpoints_is_an_error(folder, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from graft.audio.chunking import Chunk
 from graft.audio.clip import AudioClip
 from graft.inference.transcript import Segment
 from serve.decode.decoder import Decoded
-from serve.service import UNHEARD, About, Asked, Busy, Service
+from serve.service import UNHEARD, Busy, ModelInfo, Service, TranscriptionOptions
 
 
 def chunk(seconds: float) -> Chunk:
@@ -29,10 +29,12 @@ class Hearing:
     def __init__(self, end: BaseException | None = None, *, tells: bool = True) -> None:
         self._end, self._tells, self.may = end, tells, asyncio.Event()
 
-    async def about(self) -> About:
-        return About("m", "en", takes_context=False, times_words=False)
+    async def about(self) -> ModelInfo:
+        return ModelInfo("m", "en", takes_context=False, times_words=False)
 
-    async def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
+    async def hear(
+        self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool
+    ) -> AsyncGenerator[str | Segment, None]:
         await self.may.wait()
         if stream:
             yield "word"
@@ -47,7 +49,7 @@ def service(hearing: Hearing, *, max_queued_s: float = 1_000) -> Service:
 
 
 async def streamed(service: Service, path: str) -> str:
-    return "".join([part async for part in service.parts(path, Asked())])
+    return "".join([part async for part in service.parts(path, TranscriptionOptions())])
 
 
 @pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
@@ -59,7 +61,7 @@ def test_a_chunk_that_is_not_heard_to_its_end_is_an_error(hearing, is_stream):
         one = service(listener)
         async with asyncio.timeout(10):
             with pytest.raises(RuntimeError, match=UNHEARD):
-                await (streamed(one, "1 1") if is_stream else one.transcribe("1 1", Asked(), model="m"))
+                await (streamed(one, "1 1") if is_stream else one.transcribe("1 1", TranscriptionOptions(), model="m"))
         assert (one.requests, one.queued_s) == (0, 0)
 
     asyncio.run(run())
@@ -68,7 +70,7 @@ def test_a_chunk_that_is_not_heard_to_its_end_is_an_error(hearing, is_stream):
 def test_who_is_cancelled_is_not_told_of_an_error():
     async def run() -> None:
         one = service(Hearing())
-        for asked in (one.transcribe("1 1", Asked(), model="m"), streamed(one, "1 1")):
+        for asked in (one.transcribe("1 1", TranscriptionOptions(), model="m"), streamed(one, "1 1")):
             task = asyncio.create_task(asked)
             await asyncio.sleep(0.01)
             task.cancel()
@@ -83,13 +85,16 @@ def test_an_idle_service_takes_an_upload_longer_than_may_wait():
     async def run() -> None:
         listener = Hearing()
         one = service(listener, max_queued_s=1)
-        short = [asyncio.create_task(one.transcribe(path, Asked(), model="m")) for path in ("0.1", "0.2", "0.3", "0.1")]
+        short = [
+            asyncio.create_task(one.transcribe(path, TranscriptionOptions(), model="m"))
+            for path in ("0.1", "0.2", "0.3", "0.1")
+        ]
         await asyncio.sleep(0.01)
         assert one.queued_s == pytest.approx(0.7)
         with pytest.raises(Busy):
-            await one.transcribe("2", Asked(), model="m")
+            await one.transcribe("2", TranscriptionOptions(), model="m")
         listener.may.set()
         await asyncio.gather(*short)
-        assert (await one.transcribe("2", Asked(), model="m")).duration_s == 2
+        assert (await one.transcribe("2", TranscriptionOptions(), model="m")).duration_s == 2
 
     asyncio.run(run())

@@ -12,11 +12,11 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from graft.inference.transcriber import load
-from serve.backends.local import LocalListener
+from serve.backends.local import LocalBackend
 from serve.decode.decoder import DecodeArgs, Decoder
 from serve.http.api import transcription_api
 from serve.http.auth import Keys
-from serve.service import Listener, Service
+from serve.service import Service, TranscriptionBackend
 
 LIMITS: dict[str, Any] = {"max_requests": 64, "max_queued_s": 7_200}
 
@@ -32,9 +32,9 @@ def decoder(**args: Any) -> Iterator[Decoder]:
 
 
 @contextlib.contextmanager
-def listener(folder: Path, **options: Any) -> Iterator[LocalListener]:
+def listener(folder: Path, **options: Any) -> Iterator[LocalBackend]:
     """Whoever hears with a graft."""
-    local = LocalListener(load(folder, **options))
+    local = LocalBackend(load(folder, **options))
     try:
         yield local
     finally:
@@ -43,7 +43,7 @@ def listener(folder: Path, **options: Any) -> Iterator[LocalListener]:
 
 @contextlib.contextmanager
 def served(
-    decoding: Decoder, hearing: Listener, *, keys: tuple[str, ...] = (), limits: Any = None, **settings: Any
+    decoding: Decoder, hearing: TranscriptionBackend, *, keys: tuple[str, ...] = (), limits: Any = None, **settings: Any
 ) -> Iterator[str]:
     """The address of a service of these; what `limits` and `settings` leave out is generous."""
     with running(api_of(decoding, hearing, keys=keys, limits=limits, **settings)) as url:
@@ -51,7 +51,7 @@ def served(
 
 
 def api_of(
-    decoding: Decoder, hearing: Listener, *, keys: tuple[str, ...] = (), limits: Any = None, **settings: Any
+    decoding: Decoder, hearing: TranscriptionBackend, *, keys: tuple[str, ...] = (), limits: Any = None, **settings: Any
 ) -> FastAPI:
     service = Service(decoding, hearing, **LIMITS | (limits or {}))
     return transcription_api(service, keys=Keys(list(keys)), **{"max_upload_bytes": 25_000_000} | settings)

@@ -20,7 +20,7 @@ from graft.training.batch import TrainingBatch
 from graft.training.loop import LoopSettings, Observer, train
 from graft.training.meter import StepLog
 from graft.training.progress import Progress
-from graft.training.stages import Computing, Stage, make_backend, stage_model
+from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model
 from tests.support import tiny_models
 
 WIDTH = 128
@@ -77,7 +77,7 @@ def opened(
     """A stage's model in training mode, its processor and the torch backend; skips the test where the stage's packages are missing."""
     for package in NEEDED[name]:
         pytest.importorskip(package)
-    chosen = Computing(dtype, "torch", **computing)
+    chosen = ComputeSettings(dtype, "torch", **computing)
     model, processor = stage_model(STAGES[name], str(folder), chosen, device=device)
     backend = make_backend(model, chosen, accumulation=1, weight_decay=0.01, max_grad_norm=1.0)
     assert isinstance(backend, TorchBackend)

@@ -14,7 +14,7 @@ from graft.processor import GraftProcessor
 from graft.training.batch import TrainingBatch
 from graft.training.checkpoint import State
 from graft.training.progress import Progress
-from graft.training.stages import Computing, Stage, make_backend, stage_model
+from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model
 from tests.support.training import example, filler, run_steps, step_batches, weights
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
@@ -46,7 +46,9 @@ def train_share(case: Case, *, rank: int = 0, world_size: int = 1) -> dict[str, 
     progress, state, losses, resident = Progress(step=case.first), case.begin, [], 0
     for leg, name in enumerate(case.backends):
         computing = (
-            Computing(case.dtype, "torch") if name == "torch" else Computing(case.dtype, "deepspeed", int(name[-1]))
+            ComputeSettings(case.dtype, "torch")
+            if name == "torch"
+            else ComputeSettings(case.dtype, "deepspeed", int(name[-1]))
         )
         model, processor = stage_model(STAGES[case.stage], case.folder, computing)
         resident = resident_bytes(model)

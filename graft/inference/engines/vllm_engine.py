@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.checkpoints.language_model import language_model_folder, open_hearing_part
+from graft.checkpoints.language_model import language_model_folder, open_encoder_model
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
 from graft.inference.engines.scheduler import ENCODER_ROWS, Row, received, send
 from graft.inference.engines.vllm_client import VllmClient, require_vllm, vllm_arguments
@@ -46,34 +46,39 @@ def open_vllm_engine(
     `quantization` is vLLM's name of a method ("fp8", "bitsandbytes"). Raises MissingExtra without vLLM, ModelError as open_hearing_part.
     """
     require_vllm()
-    ears, processor = open_hearing_part(path, dtype=dtype, device=device)
+    encoder_model, processor = open_encoder_model(path, dtype=dtype, device=device)
     arguments = vllm_arguments(
         language_model_folder(path),
         device=torch.device(device),
-        dtype=next(ears.audio_projector.parameters()).dtype,
+        dtype=next(encoder_model.audio_projector.parameters()).dtype,
         quantization=quantization,
         memory_fraction=memory_fraction,
-        max_model_len=min(max_model_len, ears.config.get_text_config().max_position_embeddings),
+        max_model_len=min(max_model_len, encoder_model.config.get_text_config().max_position_embeddings),
         max_requests=max_requests,
         tensor_parallel_size=tensor_parallel_size,
         cache_bytes=cache_bytes,
     )
-    return VllmEngine(ears, arguments, eos_ids=processor.end_ids(ears.generation_config)), processor
+    return VllmEngine(encoder_model, arguments, eos_ids=processor.end_ids(encoder_model.generation_config)), processor
 
 
 class VllmEngine:
     """Greedy decoding with vLLM: the same tokens as the transformers engine's, up to rounding.
 
-    `ears` embeds prompts, `arguments` are vLLM's AsyncEngineArgs for its language model. A request waits `gather_s` for others to be
+    `encoder_model` embeds prompts, `arguments` are vLLM's AsyncEngineArgs for its language model. A request waits `gather_s` for others to be
     encoded with. A clip on which the encoder fails ends alone, with its error; what vLLM fails at ends the streams that it is about. Call
     `close` to release the model.
     """
 
     def __init__(
-        self, ears: GraftForConditionalGeneration, arguments: Any, *, eos_ids: Collection[int], gather_s: float = 0.01
+        self,
+        encoder_model: GraftForConditionalGeneration,
+        arguments: Any,
+        *,
+        eos_ids: Collection[int],
+        gather_s: float = 0.01,
     ) -> None:
-        self._ears = ears
-        self._device = ears.audio_tower.conv1.weight.device
+        self._encoder_model = encoder_model
+        self._device = encoder_model.audio_tower.conv1.weight.device
         self._max_tokens, self._max_requests = arguments.max_model_len, arguments.max_num_seqs
         self._gather_s = gather_s
         self._rows: dict[str, Row] = {}  # this and the next six are the loop's own
@@ -90,7 +95,7 @@ class VllmEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="graft-engine", daemon=True)
         self._thread.start()
-        suppressed_ids = ears.generation_config.suppress_tokens or []
+        suppressed_ids = encoder_model.generation_config.suppress_tokens or []
         starting = VllmClient.started(
             arguments, embed=self._embedded_ids, eos_ids=eos_ids, suppressed_ids=suppressed_ids
         )
@@ -131,7 +136,7 @@ class VllmEngine:
             self._is_closed = True
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._stop()
-        del self._client, self._ears
+        del self._client, self._encoder_model
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -250,7 +255,7 @@ class VllmEngine:
 
     @torch.inference_mode()
     def _embedded_ids(self, ids: Sequence[int]) -> Tensor:
-        return self._ears.embed(torch.tensor([ids], device=self._device))[0].cpu()
+        return self._encoder_model.embed(torch.tensor([ids], device=self._device))[0].cpu()
 
     # What follows runs in the encoder's thread.
 
@@ -271,5 +276,5 @@ class VllmEngine:
         )  # one after the other: no padding
         audio = collate_features([request.features for request in requests])
         inputs = {"input_ids": ids, **{name: torch.from_numpy(array) for name, array in audio.items()}}
-        embeddings = self._ears.embed(**{name: tensor.to(self._device) for name, tensor in inputs.items()})[0]
+        embeddings = self._encoder_model.embed(**{name: tensor.to(self._device) for name, tensor in inputs.items()})[0]
         return embeddings.cpu().split([len(request.prompt_ids) for request in requests])

@@ -22,7 +22,7 @@ MAX_TOKENS = 224
 
 
 @dataclass(frozen=True)
-class Hearing:
+class WhisperTranscript:
     """What is heard in a clip, and the mean natural log-probability of its tokens, the end of each window's answer among them.
 
     The probabilities are those that greedy decoding chooses by: suppressed tokens have none, as in OpenAI's own `avg_logprob`.
@@ -54,7 +54,7 @@ class WhisperBaseline:
         """Transcribe clips of any length, `batch_size` windows at a time; the texts are stripped."""
         return [hearing.text for hearing in self.hear_many(clips)]
 
-    def hear_many(self, clips: Sequence[AudioClip]) -> list[Hearing]:
+    def hear_many(self, clips: Sequence[AudioClip]) -> list[WhisperTranscript]:
         """Transcribe clips as `transcribe_many` does, and say how sure of each; every token of a long clip's windows counts the same."""
         chunks = [(place, chunk.clip) for place, clip in enumerate(clips) for chunk in windows(clip)]
         # Windows of like length end at about the same step.
@@ -103,10 +103,10 @@ class _Answer:
     token_count: int
 
 
-def _joined(answers: Sequence[_Answer]) -> Hearing:
+def _joined(answers: Sequence[_Answer]) -> WhisperTranscript:
     count = sum(answer.token_count for answer in answers)
     total = sum(answer.logprob_sum for answer in answers)
-    return Hearing(
+    return WhisperTranscript(
         " ".join(answer.text for answer in answers if answer.text), total / count if count else float("-inf")
     )
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
-from graft.checkpoints.language_model import language_model_folder, open_hearing_part
+from graft.checkpoints.language_model import language_model_folder, open_encoder_model
 from graft.checkpoints.loading import open_graft, write_stage
 from graft.checkpoints.projector_file import save_projector
 from graft.errors import MissingExtra, ModelError
@@ -76,10 +76,10 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, folder: Path) ->
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_hearing_part_embeds_as_the_graft_does_and_holds_no_layers(folder: Path, dtype: torch.dtype | None) -> None:
     graft, _ = open_graft(folder, dtype=dtype)
-    ears, processor = open_hearing_part(folder, dtype=dtype)
-    assert torch.equal(ears.embed(**inputs_for(ears)), graft.embed(**inputs_for(graft)))
-    assert ears.generation_config.suppress_tokens == graft.generation_config.suppress_tokens
-    assert all(parameter.is_meta for parameter in ears.model.language_model.layers.parameters())
+    encoder_model, processor = open_encoder_model(folder, dtype=dtype)
+    assert torch.equal(encoder_model.embed(**inputs_for(encoder_model)), graft.embed(**inputs_for(graft)))
+    assert encoder_model.generation_config.suppress_tokens == graft.generation_config.suppress_tokens
+    assert all(parameter.is_meta for parameter in encoder_model.model.language_model.layers.parameters())
     assert processor.tokenizer.eos_token == "<|im_end|>"
 
 
@@ -89,20 +89,20 @@ def test_a_stages_projector_is_put_onto_its_graft(tmp_path: Path, folder: Path) 
     (tmp_path / "stage1").mkdir()
     save_projector(graft, tmp_path / "stage1")
     write_stage(tmp_path / "stage1", stage=1, graft=folder)
-    ears, _ = open_hearing_part(tmp_path / "stage1")
-    assert torch.equal(ears.embed(**inputs_for(ears)), graft.embed(**inputs_for(graft)))
+    encoder_model, _ = open_encoder_model(tmp_path / "stage1")
+    assert torch.equal(encoder_model.embed(**inputs_for(encoder_model)), graft.embed(**inputs_for(graft)))
     assert language_model_folder(tmp_path / "stage1", tmp_path / "cache") == language_model_folder(
         folder, tmp_path / "cache"
     )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "stage1" / name).touch()
     with pytest.raises(ModelError, match=r"not merged: merge them \(python -m jobs\.merge\)"):
-        open_hearing_part(tmp_path / "stage1")
+        open_encoder_model(tmp_path / "stage1")
 
 
 def test_what_is_no_graft_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="qwen2_vl"):
-        open_hearing_part(tiny_models.save_text_base(tmp_path / "text"))
+        open_encoder_model(tiny_models.save_text_base(tmp_path / "text"))
 
 
 def test_without_vllm_its_engine_says_how_to_install_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

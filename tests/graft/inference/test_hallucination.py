@@ -23,9 +23,9 @@ from graft.inference.hallucination import (
     NO_SPEECH,
     REPETITION,
     TRUNCATED,
-    Judged,
-    better,
-    judge,
+    QualityVerdict,
+    check_quality,
+    pick_better,
 )
 from graft.inference.transcriber import Transcriber, load, max_new_tokens, transcriber_of
 from graft.inference.transcript import Segment
@@ -37,7 +37,7 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def flags_of(text: str, duration_s: float = 10.0, *, logprob: float = -0.1, **given) -> tuple[str, ...]:
-    return judge(text, [logprob] * 5, duration_s=duration_s, **{"is_cut": False} | given).flags
+    return check_quality(text, [logprob] * 5, duration_s=duration_s, **{"is_cut": False} | given).flags
 
 
 @pytest.mark.parametrize(
@@ -104,12 +104,12 @@ def test_cut_answers_are_flagged_after_the_rest():
 
 
 def test_the_better_text_has_fewer_flags_or_is_likelier():
-    loop, guess = Judged("ho ho", -0.1, (REPETITION, TRUNCATED)), Judged("h", -1.5, (LOW_CONFIDENCE,))
-    other = Judged("a chant", -0.2, (REPETITION,))
-    assert better(loop, guess) is better(guess, loop) is guess
-    assert better(other, guess) is better(guess, other) is other
-    assert better(other, Judged("", None, ())).text == ""
-    assert better(other, Judged("again", -0.2, (REPETITION,))) is other
+    loop, guess = QualityVerdict("ho ho", -0.1, (REPETITION, TRUNCATED)), QualityVerdict("h", -1.5, (LOW_CONFIDENCE,))
+    other = QualityVerdict("a chant", -0.2, (REPETITION,))
+    assert pick_better(loop, guess) is pick_better(guess, loop) is guess
+    assert pick_better(other, guess) is pick_better(guess, other) is other
+    assert pick_better(other, QualityVerdict("", None, ())).text == ""
+    assert pick_better(other, QualityVerdict("again", -0.2, (REPETITION,))) is other
 
 
 def test_with_n_grams_blocked_no_loop_is_left_at_a_speakers_pace():
@@ -165,7 +165,7 @@ def clip_of(seconds: float) -> AudioClip:
     return AudioClip(np.random.default_rng(0).standard_normal(int(seconds * 16_000)).astype(np.float32) * 0.1)
 
 
-def alone(transcriber: Transcriber, clip: AudioClip, no_repeat_ngram: int) -> Judged:
+def alone(transcriber: Transcriber, clip: AudioClip, no_repeat_ngram: int) -> QualityVerdict:
     """What the engine itself makes of a clip, and how that is judged."""
     features = transcriber._processor.featurizer(clip)
     most = max_new_tokens(clip.duration_s)
@@ -178,7 +178,9 @@ def alone(transcriber: Transcriber, clip: AudioClip, no_repeat_ngram: int) -> Ju
 
     tokens = asyncio.run(collect())
     text = transcriber._processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True).strip()
-    return judge(text, [token.logprob for token in tokens], duration_s=clip.duration_s, is_cut=len(tokens) == most)
+    return check_quality(
+        text, [token.logprob for token in tokens], duration_s=clip.duration_s, is_cut=len(tokens) == most
+    )
 
 
 def test_a_loop_is_decoded_again_and_a_text_without_one_is_not_flagged(opened):
@@ -231,7 +233,7 @@ def test_where_both_are_suspicious_the_better_is_kept_and_flagged(opened, chain,
     first, again = alone(transcriber, clip, 0), alone(transcriber, clip, NO_REPEAT_NGRAM)
     assert first.flags == (REPETITION, TRUNCATED)
     assert LOW_CONFIDENCE in again.flags
-    kept = better(first, again)
+    kept = pick_better(first, again)
     assert kept.flags == flags
     assert transcriber.transcribe(clip).segments == (Segment(0.0, 4.0, kept.text, kept.mean_logprob, kept.flags),)
 

@@ -9,13 +9,13 @@ import torch
 
 from graft.audio.clip import read_audio
 from graft.errors import ModelError
-from graft.model.ctc import LETTERS, Speller
+from graft.model.ctc import LETTERS, CtcPrealignment
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
 from graft.text.wer import score
-from graft.training.stages import Computing, Stage, learner, make_backend, stage_model
+from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model, trainable_module
 from jobs.evaluate import EvaluateRecipe
-from jobs.evaluation.ctc import score_spelling
+from jobs.evaluation.ctc import score_ctc
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, flac
 from tests.support.speech_corpus import row as corpus_row
@@ -26,9 +26,11 @@ def graft(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_models.save_tiny_graft(tmp_path_factory.mktemp("spelling") / "graft"))
 
 
-def speller_of(graft: str, letters: str = LETTERS) -> tuple[Speller, GraftProcessor]:
+def speller_of(graft: str, letters: str = LETTERS) -> tuple[CtcPrealignment, GraftProcessor]:
     processor = GraftProcessor.from_pretrained(graft)
-    return Speller(GraftForConditionalGeneration.from_pretrained(graft), processor.tokenizer, letters), processor
+    return CtcPrealignment(
+        GraftForConditionalGeneration.from_pretrained(graft), processor.tokenizer, letters
+    ), processor
 
 
 def batch(processor: GraftProcessor, *clips: tuple[float, str]) -> dict[str, torch.Tensor]:
@@ -84,10 +86,10 @@ def test_more_letters_than_audio_tokens_teach_nothing(graft: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_projector_learns_to_spell(tmp_path: Path, audio_projector: str, dtype: str) -> None:
     graft = str(tiny_models.save_tiny_graft(tmp_path / "graft", audio_projector=audio_projector))
-    computing, stage = Computing(dtype=dtype), Stage(1, letters=LETTERS)
+    computing, stage = ComputeSettings(dtype=dtype), Stage(1, letters=LETTERS)
     model, processor = stage_model(stage, graft, computing)
-    speller = learner(model, stage, computing, processor)
-    assert isinstance(speller, Speller)
+    speller = trainable_module(model, stage, computing, processor)
+    assert isinstance(speller, CtcPrealignment)
     assert float(speller.audio_projector(torch.ones(1, 16)).detach().abs().max()) == 0  # it starts from silence
     frozen = {name: tensor.clone() for name, tensor in speller.audio_tower.state_dict().items()}
     inputs = batch(processor, (0.4, "Yes."), (0.3, "go"))
@@ -103,13 +105,13 @@ def test_a_projector_learns_to_spell(tmp_path: Path, audio_projector: str, dtype
 
 def test_letters_that_cannot_be_spelled_are_named(graft: str) -> None:
     for letters, computing, message in (
-        ("abcé", Computing(), "'é' is not one token"),
-        ("abc", Computing(backend="deepspeed", zero_stage=3), "ZeRO-3 has nothing to share out"),
+        ("abcé", ComputeSettings(), "'é' is not one token"),
+        ("abc", ComputeSettings(backend="deepspeed", zero_stage=3), "ZeRO-3 has nothing to share out"),
     ):
         stage = Stage(1, letters=letters)
-        model, processor = stage_model(stage, graft, Computing())
+        model, processor = stage_model(stage, graft, ComputeSettings())
         with pytest.raises(ModelError, match=message):
-            learner(model, stage, computing, processor)
+            trainable_module(model, stage, computing, processor)
 
 
 def test_what_a_stage_spells_is_scored_once(graft: str, tmp_path: Path) -> None:
@@ -122,6 +124,6 @@ def test_what_a_stage_spells_is_scored_once(graft: str, tmp_path: Path) -> None:
     heard = [speller.eval().spell(clip["input_features"], clip["audio_frame_counts"])[0] for clip in inputs]
     scores = {"test": score([speller.spelled(row["text"]) for row in rows[:2]], heard).to_dict()}
     assert scores["test"]["cer"] > 0
-    assert score_spelling(recipe, LETTERS) == scores
+    assert score_ctc(recipe, LETTERS) == scores
     (tmp_path / "test.parquet").unlink()
-    assert score_spelling(recipe, LETTERS) == scores
+    assert score_ctc(recipe, LETTERS) == scores

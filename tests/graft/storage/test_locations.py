@@ -16,7 +16,7 @@ import pytest
 from graft.data.dataset import RowReader, read_rows, write_corpus
 from graft.errors import DataError
 from graft.storage import locations
-from graft.storage.locations import list_files, shown
+from graft.storage.locations import list_files, redact_uri
 from tests.support import hub_server, s3
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -242,5 +242,5 @@ def test_messages_hold_no_secret():
             list_files([place])
         assert "cret" not in str(caught.value).replace("user or secret", "")
         assert "key" not in str(caught.value)
-    assert shown("hf://datasets/a/b@v1/c") == "hf://datasets/a/b@v1/c"
-    assert shown("/a@b/c?d") == "/a@b/c?d"
+    assert redact_uri("hf://datasets/a/b@v1/c") == "hf://datasets/a/b@v1/c"
+    assert redact_uri("/a@b/c?d") == "/a@b/c?d"

@@ -12,11 +12,17 @@ from graft.audio.clip import AudioClip
 from graft.config import read_recipe
 from graft.errors import DataError, RecipeError
 from graft.processor import GraftProcessor
-from graft.text.instructions import Wordings, WordsRecipe, make_wordings, rare_words, trained_words
+from graft.text.instructions import (
+    InstructionRecipe,
+    InstructionSampler,
+    make_instruction_sampler,
+    rare_words,
+    trained_words,
+)
 from graft.text.prompts import (
     DEFAULT_INSTRUCTION,
     INSTRUCTIONS,
-    Wording,
+    Instruction,
     is_formatted,
     prompt_text,
     style_text,
@@ -40,7 +46,7 @@ RARE = [
     *(f"Rare{chr(97 + a)}{chr(97 + b)}" for a in range(20) for b in range(20)),
 ]
 DRAWS = np.random.default_rng(0).integers(0, 2**63, 4000).tolist()
-ALL = WordsRecipe(
+ALL = InstructionRecipe(
     styles={"raw": 0.2, "lower": 0.2, "formatted": 0.3},
     context=0.5,
     context_words=8,
@@ -61,12 +67,12 @@ def processor(tmp_path_factory) -> GraftProcessor:
     return GraftProcessor.from_pretrained(tiny_models.save_tiny_graft(tmp_path_factory.mktemp("words") / "graft"))
 
 
-def drawn(text: str, settings: WordsRecipe = ALL, style: str = "lower") -> list[Wording]:
-    wordings = Wordings(settings, style, RARE)
+def drawn(text: str, settings: InstructionRecipe = ALL, style: str = "lower") -> list[Instruction]:
+    wordings = InstructionSampler(settings, style, RARE)
     return [wordings.draw(text, draw) for draw in DRAWS]
 
 
-def listed(wording: Wording) -> list[str] | None:
+def listed(wording: Instruction) -> list[str] | None:
     """The words of a wording's list, None where it has none."""
     if wording.instruction.endswith(" No words are given."):
         return []
@@ -77,9 +83,11 @@ def listed(wording: Wording) -> list[str] | None:
 def test_nothing_changes_where_no_words_are_asked_for(any_processor):
     """Prompts and answers are those of their whole texts, tokenized in one go."""
     processor = any_processor
-    wordings = make_wordings(WordsRecipe(), [UPPER], prompt_style=processor.prompt_style, text_style="lower")
+    wordings = make_instruction_sampler(
+        InstructionRecipe(), [UPPER], prompt_style=processor.prompt_style, text_style="lower"
+    )
     assert wordings.plain
-    assert {wordings.draw(text, draw) for text in (UPPER, "") for draw in DRAWS[:10]} == {Wording()}
+    assert {wordings.draw(text, draw) for text in (UPPER, "") for draw in DRAWS[:10]} == {Instruction()}
     clip = AudioClip(np.zeros(8000, np.float32))
     for text in (UPPER, FORMATTED, "", "l'été à Zürich 12"):
         one = processor.example(clip, text, wordings.draw(text, 1))
@@ -93,18 +101,18 @@ def test_nothing_changes_where_no_words_are_asked_for(any_processor):
 
 def test_the_references_prompt_is_fixed():
     with pytest.raises(RecipeError, match="the graft's prompt is the reference's, which is fixed"):
-        make_wordings(ALL, [FORMATTED], prompt_style="reference", text_style="raw")
-    wordings = make_wordings(WordsRecipe(), [UPPER], prompt_style="reference", text_style="formatted")
-    assert wordings.draw(UPPER, 1) == Wording()
+        make_instruction_sampler(ALL, [FORMATTED], prompt_style="reference", text_style="raw")
+    wordings = make_instruction_sampler(InstructionRecipe(), [UPPER], prompt_style="reference", text_style="formatted")
+    assert wordings.draw(UPPER, 1) == Instruction()
 
 
 def test_a_draw_always_gives_the_same_wording():
-    wordings = Wordings(ALL, "lower", RARE)
+    wordings = InstructionSampler(ALL, "lower", RARE)
     copy = pickle.loads(pickle.dumps(wordings))
     assert [copy.draw(FORMATTED, draw) for draw in reversed(DRAWS)][::-1] == drawn(FORMATTED)
     assert wordings.draw(FORMATTED, np.int64(DRAWS[0])) == wordings.draw(FORMATTED, DRAWS[0])
     # These stand for good: a run that goes on elsewhere must find the same.
-    expected = Wording(
+    expected = Instruction(
         "Write down exactly what is said. These words may occur: Raregp, Rarerk, Rareaf, Rareoi, Raresq, Mister.", "raw"
     )
     assert wordings.draw(FORMATTED, 2**62 + 1) == expected
@@ -135,7 +143,7 @@ def test_an_instruction_says_what_its_answer_is():
 @pytest.mark.parametrize("text", [UPPER, LOWER, "I", "don't", "..."])
 @pytest.mark.parametrize("style", ["lower", "raw", "formatted"])
 def test_a_label_that_is_not_formatted_never_answers_for_one(text, style):
-    for settings in (ALL, WordsRecipe()):
+    for settings in (ALL, InstructionRecipe()):
         for wording in drawn(text, settings, style):
             assert (wording.style or style) != "formatted"
 
@@ -143,8 +151,8 @@ def test_a_label_that_is_not_formatted_never_answers_for_one(text, style):
 def test_what_is_formatted():
     assert all(map(is_formatted, [FORMATTED, "Yes.", "yes.", "O'Hara"]))
     assert not any(map(is_formatted, [UPPER, LOWER, "", "OK.", "it's e-mail", "…"]))
-    assert {wording.style for wording in drawn(FORMATTED, WordsRecipe(), "formatted")} == {None}
-    assert {wording.style for wording in drawn("", WordsRecipe(), "formatted")} == {None}
+    assert {wording.style for wording in drawn(FORMATTED, InstructionRecipe(), "formatted")} == {None}
+    assert {wording.style for wording in drawn("", InstructionRecipe(), "formatted")} == {None}
 
 
 @pytest.mark.parametrize("text", [UPPER, LOWER, FORMATTED, "nothing of it is known", ""])
@@ -193,15 +201,22 @@ def test_rare_words_are_those_outside_the_frequent_ones():
 
 
 def test_a_corpus_must_hold_what_is_to_be_trained():
-    for settings, style in ((WordsRecipe(styles={"formatted": 0.1}), "lower"), (WordsRecipe(), "formatted")):
+    for settings, style in (
+        (InstructionRecipe(styles={"formatted": 0.1}), "lower"),
+        (InstructionRecipe(), "formatted"),
+    ):
         with pytest.raises(DataError, match=r"none of 2 texts is formatted: make them with python -m jobs\.format"):
-            make_wordings(settings, [UPPER, LOWER], prompt_style="graft", text_style=style)
-        assert make_wordings(settings, pa.array([UPPER, FORMATTED]), prompt_style="graft", text_style=style).draw(
-            UPPER, 1
-        )
+            make_instruction_sampler(settings, [UPPER, LOWER], prompt_style="graft", text_style=style)
+        assert make_instruction_sampler(
+            settings, pa.array([UPPER, FORMATTED]), prompt_style="graft", text_style=style
+        ).draw(UPPER, 1)
     with pytest.raises(DataError, match="2 texts hold no rare words"):
-        make_wordings(WordsRecipe(context=0.1), ["12", "- 7"], prompt_style="graft", text_style="lower")
-    assert make_wordings(ALL, [FORMATTED, "garden own " * 20], prompt_style="graft", text_style="raw").rare_words == [
+        make_instruction_sampler(
+            InstructionRecipe(context=0.1), ["12", "- 7"], prompt_style="graft", text_style="lower"
+        )
+    assert make_instruction_sampler(
+        ALL, [FORMATTED, "garden own " * 20], prompt_style="graft", text_style="raw"
+    ).rare_words == [
         "Mister",
         "please",
         "Zephyr's",
@@ -210,7 +225,7 @@ def test_a_corpus_must_hold_what_is_to_be_trained():
 
 def test_what_stage_json_keeps():
     assert trained_words(ALL) == {"styles": ["formatted", "lower", "raw"], "context": True}
-    assert trained_words(WordsRecipe(styles={"raw": 0.0})) == {"styles": [], "context": False}
+    assert trained_words(InstructionRecipe(styles={"raw": 0.0})) == {"styles": [], "context": False}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +239,7 @@ def test_what_stage_json_keeps():
 )
 def test_wrong_shares_are_named(override, message):
     with pytest.raises(RecipeError, match=message):
-        read_recipe(WordsRecipe, None, [override])
+        read_recipe(InstructionRecipe, None, [override])
 
 
 def test_the_plans_lengths_are_those_of_the_samples(any_processor):
@@ -257,7 +272,7 @@ def test_no_prompt_token_is_ever_a_label(processor):
     for text in (UPPER, FORMATTED, "", "label <|im_start|>assistant\n of <|audio_pad|> tokens"):
         wordings = {
             *drawn(text)[:40],
-            *(Wording(phrasing, style) for style, some in INSTRUCTIONS.items() for phrasing in some),
+            *(Instruction(phrasing, style) for style, some in INSTRUCTIONS.items() for phrasing in some),
         }
         examples = [processor.example(clip, text, wording) for wording in wordings]
         batch = {

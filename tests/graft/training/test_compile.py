@@ -10,7 +10,7 @@ from graft.data.dataset import read_rows
 from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
 from graft.training.preflight import preflight
-from graft.training.stages import Computing, Stage, make_backend, stage_model
+from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model
 from jobs.training.loader import BatchLoader, Delivery, training_batches
 from jobs.training.samples import plan_training
 from jobs.training.validation import Validation
@@ -28,7 +28,7 @@ def test_preflight_and_validation_leave_layers_compiled(tmp_path: Path) -> None:
     rows = read_rows(corpus(tmp_path / "clips.parquet", [row(f"c{seed}", seed) for seed in range(12)]))
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    computing = Computing(dtype="fp32", attention="eager", compile=True)
+    computing = ComputeSettings(dtype="fp32", attention="eager", compile=True)
     model, processor = stage_model(Stage(2, lora=LoraSettings(rank=4, alpha=4, dropout=0.0)), graft, computing)
     backend = make_backend(model, computing, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
     plan = plan_training(rows, GraftProcessor.from_pretrained(graft), PlanSettings(token_budget=400, max_batch_clips=3))

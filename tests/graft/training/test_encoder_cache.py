@@ -16,7 +16,7 @@ from graft.training.batch import TrainingBatch
 from graft.training.encoder_cache import CachingEncoder, Encoded, EncoderCache, open_cache
 from graft.training.plan import PlannedBatch
 from graft.training.preflight import preflight
-from graft.training.stages import Computing, Stage, stage_model
+from graft.training.stages import ComputeSettings, Stage, stage_model
 from jobs.training.loader import BatchLoader, Delivery, training_batches
 from jobs.training.samples import vary
 from tests.support import tiny_models
@@ -39,7 +39,7 @@ def data(tmp_path_factory) -> str:
 
 def loader(folder: str, data: str, cache: EncoderCache | None) -> BatchLoader:
     rows = read_rows(data)
-    variation = vary(rows, GraftProcessor.from_pretrained(folder), no_speech=0.4, text_noise=0.3)
+    variation = vary(rows, GraftProcessor.from_pretrained(folder), no_speech=0.4, token_noise=0.3)
     return BatchLoader(Delivery(rows, (), folder, variation, encoder_cache=cache))
 
 
@@ -54,7 +54,7 @@ def batches(
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_cached_or_not_the_loss_is_the_same_bit_for_bit(folder: str, data: str, tmp_path: Path, dtype: str) -> None:
     """With a clip that can't be decoded, and one in which nobody speaks, neither of which is ever kept."""
-    model, processor = stage_model(Stage(1), folder, Computing(dtype, "torch"))
+    model, processor = stage_model(Stage(1), folder, ComputeSettings(dtype, "torch"))
     cache = EncoderCache(tmp_path)
     losses = []
     everything = range(ROWS + 1)
@@ -69,11 +69,11 @@ def test_cached_or_not_the_loss_is_the_same_bit_for_bit(folder: str, data: str, 
     (plain,) = batches(folder, data, None, everything, None)
     assert losses[0] == losses[1] == model(**plain.inputs, label_count=50).loss
     assert plain.ids == batch.ids == ("c0", "c1", "c2", "c3", "no-speech")
-    assert preflight(model, inputs, processor.prompt_end_ids(), text_noise=True).logit_change > 1e-6
+    assert preflight(model, inputs, processor.prompt_end_ids(), token_noise=True).logit_change > 1e-6
 
 
 def test_what_is_kept_is_not_decoded_again(folder: str, data: str, tmp_path: Path) -> None:
-    model, _ = stage_model(Stage(1), folder, Computing("fp32", "torch"))
+    model, _ = stage_model(Stage(1), folder, ComputeSettings("fp32", "torch"))
     cache, encoder = EncoderCache(tmp_path), None
     for rows in ([0, 1], [1, 0, 2]):
         encoder = CachingEncoder(model, cache)
@@ -90,7 +90,7 @@ def test_what_is_kept_is_not_decoded_again(folder: str, data: str, tmp_path: Pat
 
 
 def test_blocks_of_any_mixture_pass_through_ray(folder: str, data: str, tmp_path: Path) -> None:
-    model, _ = stage_model(Stage(1), folder, Computing("bf16", "torch"))
+    model, _ = stage_model(Stage(1), folder, ComputeSettings("bf16", "torch"))
     cache = EncoderCache(tmp_path)
     encoder = CachingEncoder(model, cache)
     for batch in batches(folder, data, cache, [0, 1], encoder):
@@ -153,7 +153,7 @@ def test_an_entry_that_is_cut_off_is_none(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_told(folder: str, data: str, tmp_path: Path) -> None:
-    model, _ = stage_model(Stage(1), folder, Computing("fp32", "torch"))
+    model, _ = stage_model(Stage(1), folder, ComputeSettings("fp32", "torch"))
     (tmp_path / "file").write_text("")
     encoder = CachingEncoder(model, EncoderCache(tmp_path / "file"))
     (batch,) = batches(folder, data, encoder.cache, [0, 1], encoder)

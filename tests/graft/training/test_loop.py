@@ -16,13 +16,13 @@ from graft.training.checkpoint import CheckpointWriter, load_checkpoint, write_c
 from graft.training.loop import LoopSettings, learning_rate_at
 from graft.training.meter import Meter
 from graft.training.progress import Progress, best_checkpoint, latest_checkpoint
-from graft.training.stages import Computing, Stage, stage_model
+from graft.training.stages import ComputeSettings, Stage, stage_model
 from tests.support import tiny_models, workers
 from tests.support.training import Recorder, clip_steps, example, filler, furthest, run_steps, step_batches, weights
 
 STAGE_1 = Stage(1)
 STAGE_2 = Stage(2, lora=LoraSettings(rank=4, alpha=8, dropout=0.1))
-FP32 = Computing("fp32", "torch")
+FP32 = ComputeSettings("fp32", "torch")
 QLORA = dataclasses.replace(STAGE_2, nf4=True)
 
 
@@ -82,7 +82,7 @@ def test_a_stage_begins_with_the_projector_of_the_one_before(folder, tmp_path):
     run_steps(clip_steps(processor, steps=2), backend)
     save_projector(model, tmp_path)
     stage = dataclasses.replace(STAGE_2, projector=str(tmp_path))
-    begun, _ = stage_model(stage, str(folder), Computing("bf16"))
+    begun, _ = stage_model(stage, str(folder), ComputeSettings("bf16"))
     assert torch.equal(begun.audio_projector.linear.weight, model.audio_projector.linear.weight)
     assert begun.lm_head.weight.dtype == torch.bfloat16
 

@@ -98,14 +98,14 @@ def test_labels_outside_the_answer_are_refused(opened):
     for broken in (gap, wrong):
         with pytest.raises(DataError, match="row 1: labels are not the answer's own ids"):
             check_labels(ids, broken, end)
-    assert check_labels(ids, wrong, end, text_noise=True) == int((labels != -100).sum())
+    assert check_labels(ids, wrong, end, token_noise=True) == int((labels != -100).sum())
     for broken, words in (
         (leak, "a prompt token is a label"),
         (gap, "labels are not"),
         (labels.roll(-1, 1), "labels are not"),
     ):
         with pytest.raises(DataError, match=words):
-            check_labels(ids, broken, end, text_noise=True)
+            check_labels(ids, broken, end, token_noise=True)
     (masked,) = step_batches(processor, filler(processor))
     assert check_labels(masked.inputs["input_ids"], masked.inputs["labels"], end) == 0
 

@@ -38,7 +38,7 @@ def test_a_wandb_run_is_written_offline_and_goes_on(tmp_path: Path, monkeypatch:
     wandb = pytest.importorskip("wandb")
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    recipe = {"learning_rate": 1e-3, "wandb": {"project": "ears", "name": None, "mode": "offline"}}
+    recipe = {"learning_rate": 1e-3, "wandb": {"project": "encoder_model", "name": None, "mode": "offline"}}
     for steps in ((1, 2), (3,)):
         tracker = Tracker(tmp_path, recipe, from_step=steps[0] - 1)
         for step in steps:
@@ -48,7 +48,7 @@ def test_a_wandb_run_is_written_offline_and_goes_on(tmp_path: Path, monkeypatch:
     wandb.teardown()  # its own process writes the files
     records = [record for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")) for record in stored(path)]
     runs = [record.run for record in records if record.HasField("run")]
-    assert {run.project for run in runs} == {"ears"}
+    assert {run.project for run in runs} == {"encoder_model"}
     assert {run.display_name for run in runs} == {tmp_path.name}
     assert {run.run_id for run in runs} == {(tmp_path / "wandb-id.txt").read_text().strip()}
     assert any(item.key == "learning_rate" and item.value_json == "0.001" for run in runs for item in run.config.update)

@@ -9,7 +9,7 @@ import torch
 
 from graft.processor import GraftProcessor
 from graft.training.backends import trained_parameters
-from graft.training.stages import Computing, Stage, stage_model
+from graft.training.stages import ComputeSettings, Stage, stage_model
 from jobs.bench import main as bench
 from jobs.benchmarks.batches import BATCH_CLIPS, in_order, length_grouped, made_examples, padded, planned
 from jobs.benchmarks.ingest import STARTING_STEPS, bench_ingest
@@ -79,7 +79,7 @@ def test_clips_last_10_s_on_average(count: int) -> None:
 
 
 def test_the_seeds_step_and_logits_everywhere_come_to_grafts_own_loss(graft: str) -> None:
-    model, processor = stage_model(Stage(1), graft, Computing("fp32"))
+    model, processor = stage_model(Stage(1), graft, ComputeSettings("fp32"))
     for settings in (model.config, processor):
         settings.audio_pool, settings.audio_context = 1, "full"
     (inputs,) = padded(processor, made_examples(processor, 2), [[0, 1]])
@@ -89,7 +89,7 @@ def test_the_seeds_step_and_logits_everywhere_come_to_grafts_own_loss(graft: str
 
 
 def test_flamingo_takes_grafts_tokens_and_trains_its_projector_alone(graft: str) -> None:
-    model, processor = stage_model(Stage(1), graft, Computing("bf16"))
+    model, processor = stage_model(Stage(1), graft, ComputeSettings("bf16"))
     peer = FlamingoStep(model.config)
     (inputs,) = padded(processor, made_examples(processor, 2), [[0, 1]])
     with torch.autocast("cpu", torch.bfloat16):

@@ -7,7 +7,7 @@ import pytest
 from graft.errors import DataError
 from graft.processor import GraftProcessor
 from graft.training.plan import Plan
-from jobs.training.batches import ROWS, check_plan, kept_rows, planned, validation_delivery
+from jobs.training.batches import ROWS, check_plan, kept_rows, plan_run, validation_delivery
 from jobs.training.recipe import TrainRecipe
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, row
@@ -23,7 +23,7 @@ def recipe(folder: str, data: str, **more: object) -> TrainRecipe:
 
 
 def plan_of(folder: str, data: str) -> Plan:
-    return planned(recipe(folder, data), GraftProcessor.from_pretrained(folder))[2]
+    return plan_run(recipe(folder, data), GraftProcessor.from_pretrained(folder))[2]
 
 
 def test_a_run_does_not_go_on_with_other_data(folder: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from graft.config import read_recipe
 from graft.processor import GraftProcessor
 from jobs import stage1, stage2
 from jobs.common.cli import run_job
-from jobs.training.batches import planned
+from jobs.training.batches import plan_run
 from tests.support import tiny_models
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import corpus, row
@@ -99,7 +99,7 @@ def test_spelling_needs_no_language_model(capsys):
     assert number(text, r"work +# TFLOP") < 1
     assert "99% of it the encoder's" in text or "100% of it the encoder's" in text
     assert "zero 3" not in text
-    assert plan_of("--recipe", recipe, "model=fast-7b", "objective=ctc", "text_noise=0.2") == 2
+    assert plan_of("--recipe", recipe, "model=fast-7b", "objective=ctc", "token_noise=0.2") == 2
     assert "spelling reads none" in capsys.readouterr().err
 
 
@@ -125,7 +125,7 @@ def test_data_is_planned_as_it_is_trained(graft, data, capsys, settings):
     assert plan_of(f"model={graft}", f"data={data}", *settings) == 0
     text = capsys.readouterr().out
     recipe = read_recipe(stage1.Stage1Recipe, None, [f"model={graft}", f"data={data}", "out=o", *settings])
-    plan = planned(recipe, GraftProcessor.from_pretrained(graft))[-1]
+    plan = plan_run(recipe, GraftProcessor.from_pretrained(graft))[-1]
     assert number(text, r"data +# clips") == sum(len(epoch.rows) for epoch in plan.epochs)
     assert number(text, r"steps +#,") == plan.step_count(recipe.step_batches or 1)
     assert number(text, r"padding #%") == pytest.approx(100 * plan.padding_waste(), abs=0.06)

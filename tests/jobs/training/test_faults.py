@@ -24,7 +24,7 @@ from graft.processor import GraftProcessor
 from graft.training.progress import Progress
 from jobs import stage1
 from jobs.common.cli import run_job
-from jobs.training.batches import planned, what_is_left
+from jobs.training.batches import plan_run, remaining_batches
 from jobs.training.driver import STOPPED
 from tests.support import hub_server, tiny_models
 from tests.support.faults import (
@@ -121,15 +121,15 @@ def in_mid_epoch(folder: Folder, plan_epoch: int, *, step: int = 1) -> Callable[
 def epoch_batches(home: Home) -> int:
     """The batches of each of the first epochs, which are of one size."""
     recipe = home.recipe("planned")
-    _, _, plan = planned(recipe, GraftProcessor.from_pretrained(home.graft))
+    _, _, plan = plan_run(recipe, GraftProcessor.from_pretrained(home.graft))
     assert len({len(epoch) for epoch in plan.epochs}) == 1
     return len(plan.epochs[0])
 
 
 def reads(home: Home, recipe: stage1.Stage1Recipe) -> list[int]:
     """The row groups that a loader reads for a whole run, in order."""
-    rows, _, plan = planned(recipe, GraftProcessor.from_pretrained(home.graft))
-    return groups_of(what_is_left(plan, Progress(), recipe)[0], rows.row_group)
+    rows, _, plan = plan_run(recipe, GraftProcessor.from_pretrained(home.graft))
+    return groups_of(remaining_batches(plan, Progress(), recipe)[0], rows.row_group)
 
 
 def test_a_training_worker_is_killed(home: Home, undisturbed: Folder, epoch_batches: int) -> None:
@@ -191,9 +191,9 @@ def every_row_is_trained_once_an_epoch(
     home: Home, before: stage1.Stage1Recipe, after: stage1.Stage1Recipe, progress: Progress
 ) -> None:
     """What was delivered up to `progress` and what is delivered after it, to another number of workers, add up to all epochs."""
-    _, _, plan = planned(before, GraftProcessor.from_pretrained(home.graft))
-    everything, _ = what_is_left(plan, Progress(), before)
-    left, _ = what_is_left(plan, progress, after)
+    _, _, plan = plan_run(before, GraftProcessor.from_pretrained(home.graft))
+    everything, _ = remaining_batches(plan, Progress(), before)
+    left, _ = remaining_batches(plan, progress, after)
     trained = np.concatenate(
         [everything.rows[: len(everything.rows) - len(everything.after(progress.position).rows)], left.rows]
     )
@@ -264,8 +264,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_its_batches_are_kept(
         [row(f"t{seed}", seed, **({"text": "one zoo"} if seed == odd else {})) for seed in range(CLIPS)],
     )
     recipe, folder = home.recipe("nan", model=poisoned, data=[data], seed=1), Folder(home.folder / "nan")
-    _, _, plan = planned(recipe, GraftProcessor.from_pretrained(poisoned))
-    batches = list(what_is_left(plan, Progress(), recipe)[0])
+    _, _, plan = plan_run(recipe, GraftProcessor.from_pretrained(poisoned))
+    batches = list(remaining_batches(plan, Progress(), recipe)[0])
     steps = [batches[start : start + 6] for start in range(0, len(batches), 6)]
     number = next(index for index, step in enumerate(steps, start=1) if any(odd in batch.rows for batch in step))
     assert number > 1

@@ -19,9 +19,9 @@ from graft.errors import DataError
 from graft.inference.engines.protocol import EngineRequest, Token
 from graft.inference.transcriber import Transcriber
 from graft.processor import GraftProcessor
-from graft.text.instructions import WordsRecipe
+from graft.text.instructions import InstructionRecipe
 from graft.training.plan import Plan, PlannedBatch, PlanSettings
-from jobs.training.loader import BatchLoader, Delivery, ahead, training_batches
+from jobs.training.loader import BatchLoader, Delivery, prefetch, training_batches
 from jobs.training.samples import Variation, plan_columns, plan_training, trainable, vary
 from tests.support import tiny_models
 from tests.support.speech_corpus import BROKEN, WORDS, corpus, flac, row
@@ -147,8 +147,8 @@ def test_a_batch_is_the_same_in_another_process(folder, processor, tmp_path):
         processor,
         no_speech=0.5,
         augment=VARIED,
-        words=WordsRecipe(styles={"raw": 0.5}, context=0.5),
-        text_noise=0.3,
+        words=InstructionRecipe(styles={"raw": 0.5}, context=0.5),
+        token_noise=0.3,
     )
     batches = plan_training(rows, processor, PlanSettings(max_batch_clips=3), variation).delivery(
         position=0, step_batches=1
@@ -175,7 +175,7 @@ def test_a_share_of_an_answer_is_read_as_other_clips_words_and_all_of_it_is_stil
     texts = {row: " ".join([word] * 40) for row, word in enumerate(WORDS[:8])}
     data = clips(tmp_path / "a.parquet", text=texts)
     rows = read_rows(str(data))
-    plain, noisy = (loader_of(data, folder, variation=vary(rows, processor, text_noise=share)) for share in (0, 0.3))
+    plain, noisy = (loader_of(data, folder, variation=vary(rows, processor, token_noise=share)) for share in (0, 0.3))
     sample = PlannedBatch((0,) * 64, tuple(range(64)), 1, 1, 1)
     as_it_is, read = plain.load(sample), noisy.load(sample)
     changed = {name for name in as_it_is if not np.array_equal(as_it_is[name], read[name])}
@@ -252,13 +252,13 @@ def test_batches_made_ahead_come_in_order_and_so_do_faults():
             made.append(number)
             yield number
 
-    assert list(ahead(batches(9))) == [0, 1, 2, 3, 4]
-    coming = ahead(batches(2))
+    assert list(prefetch(batches(9))) == [0, 1, 2, 3, 4]
+    coming = prefetch(batches(2))
     assert [next(coming), next(coming)] == [0, 1]
     with pytest.raises(DataError, match="batch 2"):
         next(coming)
     made.clear()
-    coming = ahead(batches(9))
+    coming = prefetch(batches(9))
     next(coming)
     coming.close()  # a run that stops
     assert len(made) <= 3

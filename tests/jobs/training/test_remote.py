@@ -12,7 +12,7 @@ from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
 from jobs.common.cluster import SERVE_VARIABLES, WORKER_VARIABLES
 from jobs.training.loader import BatchLoader, Delivery
-from jobs.training.remote import SCHEDULING_S, Unhurried, planned_dataset
+from jobs.training.remote import SCHEDULING_S, SchedulerThrottle, planned_dataset
 from jobs.training.samples import plan_training
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, row
@@ -84,8 +84,8 @@ def test_scheduling_takes_its_time(delivery):
     import ray
 
     dataset = planned_dataset(ray.put(delivery), 0, len(delivery.batches), data_workers=1)
-    assert Unhurried in dataset.context.execution_callback_classes
-    callback, start = Unhurried(), time.monotonic()
+    assert SchedulerThrottle in dataset.context.execution_callback_classes
+    callback, start = SchedulerThrottle(), time.monotonic()
     for _ in range(5):
         callback.on_execution_step(None)
     assert time.monotonic() - start >= 5 * SCHEDULING_S

@@ -10,10 +10,10 @@ from graft.data.augmentation import AugmentRecipe
 from graft.data.dataset import Source, read_rows
 from graft.errors import DataError, RecipeError
 from graft.processor import GraftProcessor
-from graft.text.instructions import WordsRecipe
+from graft.text.instructions import InstructionRecipe
 from graft.training.plan import PlanSettings
 from jobs.training.loader import BatchLoader, Delivery
-from jobs.training.samples import Variation, check_spellable, plan_columns, plan_training, trainable, vary
+from jobs.training.samples import Variation, check_ctc_lengths, plan_columns, plan_training, trainable, vary
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, flac, row
 
@@ -27,7 +27,7 @@ TEXTS = [
     "Mister Quilter, and Zoroaster",
     "ÜBER uns",
 ]
-WORDS = WordsRecipe(styles={"raw": 0.3, "formatted": 0.3}, context=0.5, context_words=5)
+WORDS = InstructionRecipe(styles={"raw": 0.3, "formatted": 0.3}, context=0.5, context_words=5)
 
 
 def clips(path: Path, **changes: dict[int, Any]) -> str:
@@ -67,12 +67,12 @@ def test_clips_with_more_letters_than_audio_tokens_can_not_be_spelled(processor,
     quick = {
         "text": {index: "said " * round(2 + 6 * seconds) for index, seconds in enumerate(SECONDS[:4])}
     }  # over 25 letters a second
-    check_spellable(read_rows(clips(tmp_path / "good.parquet")), processor)
+    check_ctc_lengths(read_rows(clips(tmp_path / "good.parquet")), processor)
     with pytest.raises(
         DataError,
         match=r"6 of 7 clips have more letters than audio tokens, .*: build the graft with a smaller audio_pool",
     ):
-        check_spellable(read_rows(clips(tmp_path / "quick.parquet", **quick)), processor)
+        check_ctc_lengths(read_rows(clips(tmp_path / "quick.parquet", **quick)), processor)
 
 
 VARIATIONS = [

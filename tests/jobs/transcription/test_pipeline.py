@@ -9,7 +9,7 @@ from graft.audio.vad import SpeechSettings
 from graft.errors import ModelError
 from graft.inference.transcriber import Transcriber, load
 from jobs.transcription.discovery import find_recordings
-from jobs.transcription.pipeline import RESULTS, ItemListener
+from jobs.transcription.pipeline import RESULTS, ItemTranscriber
 from jobs.transcription.reader import FAULTS_IN_A_ROW
 from tests.support import media, tiny_models
 from tests.support.work_items import items_of, long_recording, read
@@ -36,7 +36,7 @@ def test_a_listener_hears_what_the_transcriber_hears(recording, transcriber):
     sources = [recording, *media.PROMPTS[:3]]
     reading = {"speech": SpeechSettings(), "chunks": ChunkSettings()}
     table = read(items_of(*sources), **reading)
-    heard = ItemListener(lambda: transcriber, {})(table)
+    heard = ItemTranscriber(lambda: transcriber, {})(table)
     assert heard.schema == RESULTS
     names = find_recordings([str(source) for source in sources])["uri"].to_pylist()
     for uri, row in zip(names, heard.to_pylist(), strict=True):
@@ -57,19 +57,19 @@ def test_an_item_on_which_the_engine_fails_is_an_error_but_not_one_after_the_oth
     opened = load(folder)
     failing = Failing(opened._engine, opened._processor, "failing")
     table = read(items_of(recording, item_s=23.0))
-    result = ItemListener(lambda: failing, {})(table).to_pylist()
+    result = ItemTranscriber(lambda: failing, {})(table).to_pylist()
     assert [row["error"] for row in result] == [
         None,
         "the engine failed: MemoryError: not enough memory for one request",
     ]
     assert len(result[0]["segments"]) > 1
     assert result[1]["segments"] == []
-    listener = ItemListener(lambda: failing, {})
+    listener = ItemTranscriber(lambda: failing, {})
     last = table.slice(1)
     for _ in range(FAULTS_IN_A_ROW):
         listener(last)
     with pytest.raises(MemoryError):
         listener(last)
     with pytest.raises(ModelError, match="instruction 'poem'"):
-        ItemListener(lambda: opened, {"instruction": "poem"})(table)
+        ItemTranscriber(lambda: opened, {"instruction": "poem"})(table)
     opened.close()

@@ -15,14 +15,14 @@ from graft.audio.chunking import Chunk
 from graft.audio.clip import AudioClip
 from graft.errors import AudioError, ModelError
 from graft.inference.transcript import Segment
-from serve.backends.ray_handle import HeardOtherwise, RemoteListener
-from serve.http.proxy_middleware import LastWord
-from serve.service import UNHEARD, About, Asked, NotReady
+from serve.backends.ray_handle import ModelChanged, RayBackend
+from serve.http.proxy_middleware import ProxyErrorMiddleware
+from serve.service import UNHEARD, ModelInfo, NotReady, TranscriptionOptions
 
 CHUNK = Chunk(0.0, AudioClip(np.zeros(16_000, np.float32)))
 SEGMENT = Segment(0.0, 1.0, "one two three")
 DEATH = ActorDiedError()
-ABOUT, NEWER = (About(name, "en", takes_context=False, times_words=False) for name in ("m", "newer"))
+ABOUT, NEWER = (ModelInfo(name, "en", takes_context=False, times_words=False) for name in ("m", "newer"))
 
 
 def remote_error(cause: Exception) -> Exception:
@@ -66,7 +66,7 @@ class Saying:
 
 def heard(*engines: list[Any]) -> list[Any]:
     async def run() -> list[Any]:
-        return [part async for part in RemoteListener(Engines(*engines)).hear(CHUNK, Asked(), stream=True)]
+        return [part async for part in RayBackend(Engines(*engines)).hear(CHUNK, TranscriptionOptions(), stream=True)]
 
     return asyncio.run(run())
 
@@ -96,19 +96,19 @@ def test_two_engines_are_enough():
     "again", [["once", SEGMENT], ["one", Segment(0.0, 1.0, "one")]], ids=["other words", "fewer words"]
 )
 def test_a_text_that_is_told_is_not_told_otherwise(again):
-    with pytest.raises(HeardOtherwise):
+    with pytest.raises(ModelChanged):
         heard(["one", " two", DEATH], again)
 
 
 def test_who_has_just_died_is_not_asked_about_the_model():
-    listener = RemoteListener(Engines(DEATH, ABOUT))
+    listener = RayBackend(Engines(DEATH, ABOUT))
 
-    async def run() -> list[About]:
+    async def run() -> list[ModelInfo]:
         return await asyncio.gather(*(listener.about() for _ in range(5)))
 
     assert asyncio.run(run()) == [ABOUT] * 5
     with pytest.raises(NotReady):
-        asyncio.run(RemoteListener(Engines(DEATH, DEATH)).about())
+        asyncio.run(RayBackend(Engines(DEATH, DEATH)).about())
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_while_no_engine_tells_the_model_is_what_it_was(monkeypatch, then):
     monkeypatch.setattr("serve.backends.ray_handle.FRESH_S", 0.0)
 
     async def run() -> None:
-        listener = RemoteListener(Engines(ABOUT, then, *[DEATH] * 20))
+        listener = RayBackend(Engines(ABOUT, then, *[DEATH] * 20))
         for _ in range(5):
             async with asyncio.timeout(1):  # nobody waits for what is known
                 assert await listener.about() == ABOUT
@@ -131,7 +131,7 @@ def test_the_model_is_asked_for_again_and_by_one_for_all(monkeypatch):
     monkeypatch.setattr("serve.backends.ray_handle.FRESH_S", 0.0)
 
     async def run() -> None:
-        listener = RemoteListener(Engines(ABOUT, NEWER))
+        listener = RayBackend(Engines(ABOUT, NEWER))
         first = asyncio.create_task(listener.about())
         others = [asyncio.create_task(listener.about()) for _ in range(5)]
         await asyncio.sleep(0)
@@ -148,14 +148,14 @@ def test_where_no_engine_tells_what_it_is_there_is_none(monkeypatch):
     monkeypatch.setattr("serve.backends.ray_handle.PATIENCE_S", 0.2)
 
     async def run() -> list[BaseException]:
-        listener = RemoteListener(Engines(asyncio.Event()))
+        listener = RayBackend(Engines(asyncio.Event()))
         async with asyncio.timeout(1):  # they wait side by side
             return await asyncio.gather(*(listener.about() for _ in range(10)), return_exceptions=True)
 
     assert [type(error) for error in asyncio.run(run())] == [NotReady] * 10
     for error in (RayServeException(), remote_error(NotReady())):
         with pytest.raises(NotReady):
-            asyncio.run(RemoteListener(Engines(error)).about())
+            asyncio.run(RayBackend(Engines(error)).about())
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def asked(*messages: dict[str, Any], headers: dict[str, str] | None = None) -> h
 
     async def run() -> httpx.Response:
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(LastWord(application)), base_url="http://test"
+            transport=httpx.ASGITransport(ProxyErrorMiddleware(application)), base_url="http://test"
         ) as client:
             return await client.get("/", headers=headers)
 

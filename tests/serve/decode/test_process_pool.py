@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from serve.decode.process_pool import Failed, Isolated, NoProcess
+from serve.decode.process_pool import CallFailed, NoProcess, ProcessWorker
 from tests.support.isolated import echo, isolated_processes, never
 
 
 @contextlib.contextmanager
-def isolated(opened=echo, *, most: int = 100) -> Iterator[Isolated]:
-    one = Isolated(opened, timeout_s=20, most=most)
+def isolated(opened=echo, *, most: int = 100) -> Iterator[ProcessWorker]:
+    one = ProcessWorker(opened, timeout_s=20, most=most)
     try:
         yield one
     finally:
@@ -48,7 +48,7 @@ def test_a_process_ends_after_so_many_calls():
 
 def test_what_a_function_raises_is_told_by_its_kind():
     with isolated() as one:
-        with pytest.raises(Failed, match=r"^AttributeError$"):
+        with pytest.raises(CallFailed, match=r"^AttributeError$"):
             asyncio.run(one.call(7))
         assert asyncio.run(one.call("a"))[1] == "A"
 

@@ -24,12 +24,12 @@ from starlette.routing import Mount
 from graft.audio.chunking import Chunk
 from graft.errors import RecipeError
 from graft.inference.transcript import Segment
-from serve.backends.local import LocalListener
+from serve.backends.local import LocalBackend
 from serve.decode.decoder import Decoder
 from serve.http.auth import VARIABLE, Keys
 from serve.http.logs import GONE
 from serve.observer import Observer
-from serve.service import About, Asked
+from serve.service import ModelInfo, TranscriptionOptions
 from tests.support import media, spoken_words, tiny_models
 from tests.support.faults import until
 from tests.support.http_service import api_of, decoder, listener, running, served
@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hearing(folder) -> Iterator[LocalListener]:
+def hearing(folder) -> Iterator[LocalBackend]:
     with listener(folder) as one:
         yield one
 
@@ -247,16 +247,18 @@ def test_uploads_that_are_coming_take_places(decoding, hearing):
         coming[1].close()
 
 
-class Held(LocalListener):
+class Held(LocalBackend):
     """Hears when it is let, and counts what it has heard."""
 
-    def __init__(self, other: LocalListener) -> None:
+    def __init__(self, other: LocalBackend) -> None:
         self.other, self.may, self.heard = other, threading.Event(), 0
 
-    async def about(self) -> About:
+    async def about(self) -> ModelInfo:
         return await self.other.about()
 
-    async def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
+    async def hear(
+        self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool
+    ) -> AsyncGenerator[str | Segment, None]:
         self.heard += 1
         await asyncio.to_thread(self.may.wait)
         async for part in self.other.hear(chunk, asked, stream=stream):
@@ -425,16 +427,18 @@ def test_what_no_decoder_foresaw_is_bad_audio(url):
     assert fault_of(post(url, file=rf64), 400)["code"] == "invalid_audio"
 
 
-class Broken(LocalListener):
+class Broken(LocalBackend):
     """Fails with a message that is nobody's business."""
 
     def __init__(self, after: int) -> None:
         self.after = after
 
-    async def about(self) -> About:
-        return About("tiny-graft", "en", False, False)
+    async def about(self) -> ModelInfo:
+        return ModelInfo("tiny-graft", "en", False, False)
 
-    async def hear(self, chunk: Chunk, asked: Asked, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
+    async def hear(
+        self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool
+    ) -> AsyncGenerator[str | Segment, None]:
         for _ in range(self.after):
             yield "text"
         raise RuntimeError(f"/home/secret/model.bin: {KEY}")

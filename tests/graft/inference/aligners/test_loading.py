@@ -19,10 +19,10 @@ from graft.inference.aligners.protocol import spread
 from graft.inference.aligners.viterbi import best_paths
 from graft.inference.transcriber import Transcriber, load
 from graft.inference.transcript import Segment, Transcript, Word
-from serve.backends.local import LocalListener, open_transcriber
+from serve.backends.local import LocalBackend, open_transcriber
 from serve.config import ServeArgs
 from serve.http.schema import verbose
-from serve.service import Asked
+from serve.service import TranscriptionOptions
 from tests.support import tiny_models
 from tests.support.speech_corpus import save_tiny_whisper
 from tests.support.spoken_words import VOCABULARY, in_order, save_ctc
@@ -123,12 +123,15 @@ def test_words_are_there_when_asked_for(transcriber, folders):
 
 
 def test_the_service_times_words_with_its_aligner(folders):
-    listener = LocalListener(
+    listener = LocalBackend(
         open_transcriber(ServeArgs(model=str(folders["graft"]), aligner=str(folders["ctc"])), str(folders["graft"]))
     )
 
     async def hear(*, words: bool) -> Segment:
-        (segment,) = [part async for part in listener.hear(windows(noise(1.0))[0], Asked(words=words), stream=False)]
+        (segment,) = [
+            part
+            async for part in listener.hear(windows(noise(1.0))[0], TranscriptionOptions(words=words), stream=False)
+        ]
         return segment
 
     async def ask() -> tuple[Segment, Segment]:

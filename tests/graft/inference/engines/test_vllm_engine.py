@@ -15,7 +15,7 @@ import torch
 from graft.audio.clip import read_audio
 from graft.checkpoints.build import build_graft
 from graft.checkpoints.bundled.cache import bundled_qwen2vl, bundled_whisper
-from graft.checkpoints.language_model import open_hearing_part
+from graft.checkpoints.language_model import open_encoder_model
 from graft.checkpoints.loading import open_graft
 from graft.inference.engines.protocol import EngineRequest, Token
 from graft.inference.engines.sampling import repeats
@@ -102,7 +102,7 @@ def engine(folder: Path) -> Iterator[VllmEngine]:
 
 @pytest.fixture(scope="module")
 def requests(folder: Path) -> list[EngineRequest]:
-    return requests_for(open_hearing_part(folder)[1])
+    return requests_for(open_encoder_model(folder)[1])
 
 
 @pytest.fixture(scope="module")

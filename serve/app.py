@@ -27,7 +27,7 @@ from .config import ServeArgs
 from .decode.decoder import Decoder
 from .http.api import transcription_api
 from .http.auth import Keys
-from .http.logs import LOG, log_through_serve
+from .logs import LOG, log_through_serve
 from .metrics import EngineMetrics, RequestMetrics, every_second
 from .service import ModelInfo, NotReady, Service, TranscriptionOptions
 

@@ -1,0 +1,1 @@
+"""Labelled speech for training: corpora in parquet, their splits, and the augmentation of their clips."""

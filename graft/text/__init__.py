@@ -1,0 +1,1 @@
+"""Everything about words: prompts, instructions, the case and punctuation of labels, and word error rates."""

@@ -1,0 +1,1 @@
+"""Code that every job shares: the command line, the Ray cluster, the console and output folders."""

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from graft.audio.chunking import Chunk
 from graft.inference.transcript import Segment
 
-from ..http.logs import LOG
+from ..logs import LOG
 from ..service import UNHEARD, ModelInfo, NotReady, TranscriptionOptions
 
 TRIES = 2

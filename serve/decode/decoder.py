@@ -16,7 +16,7 @@ from graft.audio.clip import AudioClip
 from graft.audio.vad import SpeechSettings
 from graft.errors import AudioError
 
-from ..http.logs import LOG
+from ..logs import LOG
 from .process_pool import CallFailed, ProcessWorker
 
 DAMAGED = "file: can't be decoded: convert it, e.g. `ffmpeg -i IN OUT.flac`"

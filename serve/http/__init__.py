@@ -1,0 +1,1 @@
+"""The HTTP API: routes, schema, authentication, uploads and errors in the shape of OpenAI's."""

@@ -20,12 +20,12 @@ from graft.inference.subtitles import format_transcript
 from graft.inference.transcript import Transcript
 from graft.text.context import checked_words
 
+from ..logs import LOG, RequestLog
 from ..observer import Observer
 from ..service import ModelInfo, Service, TranscriptionOptions
 from .auth import Keys
 from .errors import FAULTS, SERVER_FAULT, ErrorMiddleware, Refusal, described, handlers
 from .idempotency import Answers, KeyReused
-from .logs import LOG, RequestLog
 from .middleware import AuthMiddleware, UploadLimitMiddleware
 from .schema import (
     DeltaEvent,

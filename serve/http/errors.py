@@ -11,8 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graft.errors import AudioError, AudioTooLong, ModelError
 
+from ..logs import LOG
 from ..service import Busy, NotReady
-from .logs import LOG
 from .schema import Fault, FaultAnswer, FaultKind
 
 FAULTS: dict[int | str, dict[str, Any]] = {

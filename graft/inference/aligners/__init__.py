@@ -1,0 +1,1 @@
+"""Aligners say when each word is spoken: by Whisper's cross-attention or by a CTC model."""

@@ -27,7 +27,7 @@ from graft.inference.transcript import Segment
 from serve.backends.local import LocalBackend
 from serve.decode.decoder import Decoder
 from serve.http.auth import VARIABLE, Keys
-from serve.http.logs import GONE
+from serve.logs import GONE
 from serve.observer import Observer
 from serve.service import ModelInfo, TranscriptionOptions
 from tests.support import media, spoken_words, tiny_models

@@ -7,7 +7,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..observer import Observer
+from .observer import Observer
 
 LOG = logging.getLogger("graft.serve")
 GONE = 499

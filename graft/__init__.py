@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graft.audio.clip import AudioClip
     from graft.errors import GraftError
-    from graft.inference.transcriber import Transcriber, load
+    from graft.inference.transcriber import Transcriber
+    from graft.inference.transcriber import open_transcriber as load
     from graft.inference.transcript import Segment, Transcript, Word
 
     __version__: str
 
-_MODULES = {
-    "AudioClip": "graft.audio.clip",
-    "GraftError": "graft.errors",
-    "Segment": "graft.inference.transcript",
-    "Transcriber": "graft.inference.transcriber",
-    "Transcript": "graft.inference.transcript",
-    "Word": "graft.inference.transcript",
-    "load": "graft.inference.transcriber",
+_EXPORTS = {  # public name -> module and name there
+    "AudioClip": ("graft.audio.clip", "AudioClip"),
+    "GraftError": ("graft.errors", "GraftError"),
+    "Segment": ("graft.inference.transcript", "Segment"),
+    "Transcriber": ("graft.inference.transcriber", "Transcriber"),
+    "Transcript": ("graft.inference.transcript", "Transcript"),
+    "Word": ("graft.inference.transcript", "Word"),
+    "load": ("graft.inference.transcriber", "open_transcriber"),
 }
 __all__ = ["AudioClip", "GraftError", "Segment", "Transcriber", "Transcript", "Word", "__version__", "load"]
 
@@ -35,8 +36,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("graft")
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+    if name in _EXPORTS:
+        module, attribute = _EXPORTS[name]
+        return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module 'graft' has no attribute {name!r}")
 
 

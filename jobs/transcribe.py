@@ -27,7 +27,7 @@ from graft.data.columns import Columns
 from graft.errors import OutputError, RecipeError, require
 from graft.inference.aligners.loading import find_aligner
 from graft.inference.subtitles import CueLimits, Format
-from graft.inference.transcriber import Transcriber
+from graft.inference.transcriber import Transcriber, open_transcriber
 
 from .common.cli import run_job
 from .common.cluster import connect
@@ -214,6 +214,7 @@ def _opener(recipe: TranscribeRecipe, aligner: str | None) -> functools.partial[
     return functools.partial(
         open_transcriber,
         from_anywhere(recipe.model),
+        chunker=windows,  # the readers cut the audio; workers get chunks
         threads=recipe.threads,
         device="cuda" if recipe.gpus_per_worker else "cpu",
         dtype=recipe.dtype,
@@ -221,16 +222,6 @@ def _opener(recipe: TranscribeRecipe, aligner: str | None) -> functools.partial[
         quantization=recipe.quantization,
         aligner=aligner,
     )
-
-
-def open_transcriber(model: str, *, threads: int, **settings: Any) -> Transcriber:
-    """Open a worker's Transcriber, whose chunks are cut already, with the settings of graft.load."""
-    import torch
-
-    from graft.inference.transcriber import load
-
-    torch.set_num_threads(threads)
-    return load(model, cut=windows, **settings)
 
 
 def _workers(recipe: TranscribeRecipe) -> Workers:

@@ -21,7 +21,7 @@ from graft.errors import GraftError
 from graft.inference.engines.protocol import EngineCounts
 from graft.inference.transcript import Segment
 
-from .backends.local import LocalBackend, open_transcriber, served_name
+from .backends.local import LocalBackend
 from .backends.ray_handle import RayBackend
 from .config import ServeArgs
 from .decode.decoder import Decoder
@@ -38,10 +38,7 @@ class Engine:
     """A replica that hears: one model, whose batches hold the chunks of any number of requests."""
 
     def __init__(self, args: ServeArgs) -> None:
-        import torch
-
         log_through_serve()
-        torch.set_num_threads(args.threads)
         self._args = args
         self._metrics = EngineMetrics()
         self._model = ""
@@ -57,7 +54,7 @@ class Engine:
         if model == self._model:
             return
         try:
-            new = LocalBackend(await asyncio.to_thread(open_transcriber, self._args, model), served_name(self._args))
+            new = await asyncio.to_thread(LocalBackend.open, self._args, model)
         except GraftError as error:
             if self._listener is None:
                 raise

@@ -35,8 +35,8 @@ Audio: TypeAlias = str | os.PathLike[str] | bytes | AudioClip
 """A path, the bytes of a file, or samples."""
 
 BATCH_TOKENS = {"cpu": 16_384, "cuda": 65_536}
-Cut = Callable[[AudioClip], list[Chunk]]
-"""What makes chunks of a clip: a Chunker, or `chunking.windows`, which skips nothing."""
+ChunkFunction = Callable[[AudioClip], list[Chunk]]
+"""Cuts a clip into chunks of at most 30 s: a Chunker, which skips what is no speech, or `windows`, which skips nothing."""
 
 PREFILL_TOKENS = {"cpu": 1_024, "cuda": 8_192}
 """Of prompts that are read between two steps: what waits for them is everyone's next word."""
@@ -47,8 +47,8 @@ T = TypeVar("T")
 class Transcriber:
     """Transcribes with an engine and the processor of its model; `name` stands in the transcripts.
 
-    Any number of threads and event loops may use one at once: their chunks share the engine's batches. `cut` makes a clip's chunks. What
-    the guards find suspicious is decoded once more, with n-grams blocked, and flagged if it stays so. With an `aligner`, segments have
+    Any number of threads and event loops may use one at once: their chunks share the engine's batches. `chunker` cuts a
+    clip into chunks. What the guards find suspicious is decoded once more, with n-grams blocked, and flagged if it stays so. With an `aligner`, segments have
     words.
     """
 
@@ -58,13 +58,13 @@ class Transcriber:
         processor: GraftProcessor,
         name: str,
         *,
-        cut: Cut = windows,
+        chunker: ChunkFunction = windows,
         aligner: Aligner | None = None,
     ) -> None:
         self.name = name
         self._engine = engine
         self._processor = processor
-        self._cut = cut
+        self._chunker = chunker
         self._aligner = aligner
         self._tokenizing = threading.Lock()  # fast tokenizers refuse a second thread at times ("Already borrowed")
         # One thread prepares while the engine decodes; more would only fight over cores and the GIL.
@@ -185,7 +185,7 @@ class Transcriber:
 
     def _prepare(self, audio: Audio, instruction: str) -> "_Prepared":
         clip = audio if isinstance(audio, AudioClip) else read_audio(audio)
-        chunks = self._cut(clip)
+        chunks = self._chunker(clip)
         return _Prepared(clip.duration_s, chunks, [self._request(chunk.clip, instruction) for chunk in chunks])
 
     def _request(self, clip: AudioClip, instruction: str) -> EngineRequest:
@@ -260,39 +260,44 @@ class _Prepared:
     requests: list[EngineRequest]
 
 
-def load(
-    path: str | os.PathLike[str],
+def open_transcriber(
+    model: str | os.PathLike[str],
     *,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
-    cut: Cut | None = None,
-    aligner: Aligner | str | None = None,
     engine: Literal["transformers", "vllm"] = "transformers",
     quantization: str | None = None,
+    chunker: ChunkFunction | None = None,
+    aligner: Aligner | str | None = None,
+    threads: int | None = None,
     name: str | None = None,
 ) -> Transcriber:
-    """Open a graft's folder, a stage's output folder, a hub id or the name of a graft that comes along for transcription.
+    """Open a model for transcription; `graft.load` is this function.
 
-    `device` defaults to cuda where there is one, `dtype` ("fp32", "bf16" or torch's) to the checkpoint's own, `cut` to a Chunker, which
-    skips what is no speech, `name` to the folder's. `aligner` times words: "whisper" is the bundled one, anything else a folder or hub id
-    of a Whisper or a CTC model. `quantization` is vLLM's. Raises ModelError, ValueError for an unknown dtype, MissingExtra where the
-    bundled Whisper or vLLM is not installed.
+    `model` is a graft's folder, a stage's output folder, a hub id, or the name of a graft that comes with the package.
+    `device` defaults to cuda where there is a GPU, `dtype` ("fp32", "bf16" or torch's) to the precision that the weights
+    are stored in, `name` to the folder's name. `chunker` defaults to a Chunker, which skips what is no speech; pass
+    `chunking.windows` to transcribe all of a clip or chunks that are cut already. `aligner` times words: "whisper" is the
+    bundled one, any other string the folder or hub id of a Whisper or CTC model. `quantization` is vLLM's name of a
+    method. `threads` sets the number of CPU threads of torch in this process. Raises ModelError, ValueError for an unknown
+    dtype, MissingExtra where the bundled Whisper or vLLM is not installed.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
+    if threads:
+        torch.set_num_threads(threads)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     weights = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    if isinstance(aligner, str):  # before a large model takes its minutes
+    if isinstance(aligner, str):  # opened first, so that a wrong name fails before a large model loads for minutes
         aligner = open_aligner(aligner, device=device)
-    name, cut = name or checkpoint_name(path), cut or Chunker()
+    name, chunker = name or checkpoint_name(model), chunker or Chunker()
     if engine == "vllm":
         from graft.inference.engines.vllm_engine import open_vllm_engine
 
-        opened = open_vllm_engine(os.fspath(path), device=device, dtype=weights, quantization=quantization)
-        return Transcriber(*opened, name, cut=cut, aligner=aligner)
-    return transcriber_of(
-        *open_graft(os.fspath(path), device=device, dtype=weights), name=name, cut=cut, aligner=aligner
-    )
+        opened = open_vllm_engine(os.fspath(model), device=device, dtype=weights, quantization=quantization)
+        return Transcriber(*opened, name, chunker=chunker, aligner=aligner)
+    loaded, processor = open_graft(os.fspath(model), device=device, dtype=weights)
+    return transcriber_of(loaded, processor, name=name, chunker=chunker, aligner=aligner)
 
 
 def transcriber_of(
@@ -300,7 +305,7 @@ def transcriber_of(
     processor: GraftProcessor,
     *,
     name: str,
-    cut: Cut = windows,
+    chunker: ChunkFunction = windows,
     aligner: Aligner | None = None,
 ) -> Transcriber:
     """Make the Transcriber of a model that is open already."""
@@ -311,7 +316,7 @@ def transcriber_of(
         max_batch_tokens=BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]),
         max_prefill_tokens=PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"]),
     )
-    return Transcriber(engine, processor, name, cut=cut, aligner=aligner)
+    return Transcriber(engine, processor, name, chunker=chunker, aligner=aligner)
 
 
 def max_new_tokens(duration_s: float) -> int:

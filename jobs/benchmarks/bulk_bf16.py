@@ -7,7 +7,7 @@ import torch
 from graft.text.wer import score
 
 from ..common.console import quiet_libraries
-from .bulk_peers import open_transcriber
+from .bulk_peers import open_graft_peer
 from .bulk_speech import labelled_speech
 from .measuring import Findings, Numbers, list_numbers
 
@@ -19,7 +19,7 @@ def bench_bf16(model: str, manifests: Sequence[str], *, threads: int) -> Finding
     quiet_libraries()
     torch.set_num_threads(threads)
     speech = labelled_speech(manifests)
-    transcribe = open_transcriber(model, "bf16")
+    transcribe = open_graft_peer(model, "bf16")
     alone = [transcribe([one.clip])[0] for one in speech]
     together = transcribe([one.clip for one in speech])
     changed = sum(one != other for one, other in zip(alone, together, strict=True))

@@ -39,9 +39,7 @@ Transcribe = Callable[[Sequence[AudioClip]], list[str]]
 
 def bench_peers(model: str | None, manifests: Sequence[str], *, threads: int) -> Findings:
     """Measure a graft, where one is given, and plain Whisper base in other hands."""
-    openers: dict[str, Callable[[], Transcribe]] = (
-        {"graft": functools.partial(open_transcriber, model)} if model else {}
-    )
+    openers: dict[str, Callable[[], Transcribe]] = {"graft": functools.partial(open_graft_peer, model)} if model else {}
     openers |= {"transformers": open_pipeline}
     missing = [] if model else [NO_GRAFT]
     with tempfile.TemporaryDirectory() as folder:
@@ -58,12 +56,12 @@ def bench_peers(model: str | None, manifests: Sequence[str], *, threads: int) ->
     return Findings(numbers, "\n".join([ABOUT.format(threads=threads), _table(heard), *missing]))
 
 
-def open_transcriber(model: str, dtype: str | None = None) -> Transcribe:
-    """graft's own way, in a precision or the model's own."""
+def open_graft_peer(model: str, dtype: str | None = None) -> Transcribe:
+    """Open a graft in a precision, by default the one that its weights are stored in."""
     from graft.audio.chunking import windows
-    from graft.inference.transcriber import load
+    from graft.inference.transcriber import open_transcriber
 
-    transcriber = load(model, device="cpu", dtype=dtype, cut=windows)
+    transcriber = open_transcriber(model, device="cpu", dtype=dtype, chunker=windows)
 
     def transcribe(clips: Sequence[AudioClip]) -> list[str]:
         texts = []

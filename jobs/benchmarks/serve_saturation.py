@@ -123,11 +123,11 @@ def _offline(graft: str, uploads: Sequence[bytes], threads: int, clients: int, s
 
     from graft.audio.chunking import Chunk, windows
     from graft.audio.clip import read_audio
-    from graft.inference.transcriber import load
+    from graft.inference.transcriber import open_transcriber
 
     quiet_libraries()
     torch.set_num_threads(threads)
-    transcriber = load(graft, device="cpu", cut=windows)
+    transcriber = open_transcriber(graft, device="cpu", chunker=windows)
     chunks = [Chunk(0.0, read_audio(upload)) for upload in uploads]
     heard = 0
 

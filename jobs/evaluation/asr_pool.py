@@ -136,7 +136,7 @@ def _load(listener: AsrModelSpec, path: str) -> Callable[[Sequence[AudioClip]], 
     from graft.audio.chunking import windows
     from graft.checkpoints.loading import DTYPES
     from graft.inference.engines.whisper_baseline import WhisperBaseline
-    from graft.inference.transcriber import load
+    from graft.inference.transcriber import open_transcriber
 
     device = "cuda" if listener.gpu else "cpu"
     if listener.kind == "whisper":
@@ -145,7 +145,9 @@ def _load(listener: AsrModelSpec, path: str) -> Callable[[Sequence[AudioClip]], 
             ClipTranscript(hearing.text, duration_s=clip.duration_s, mean_logprob=hearing.mean_logprob)
             for clip, hearing in zip(clips, whisper.hear_many(clips), strict=True)
         ]
-    transcriber = load(path, device=device, dtype=listener.dtype, cut=windows)  # all of a clip, as Whisper hears it
+    transcriber = open_transcriber(
+        path, device=device, dtype=listener.dtype, chunker=windows
+    )  # all of a clip, as Whisper hears it
 
     def transcribe(clips: Sequence[AudioClip]) -> list[ClipTranscript]:
         heard = []

@@ -22,22 +22,6 @@ def served_name(args: ServeArgs) -> str:
     return args.name or checkpoint_name(args.model)
 
 
-def open_transcriber(args: ServeArgs, model: str) -> "Transcriber":
-    """Open a model with the engine that was asked for; what it hears is cut already. Raises ModelError, MissingExtra."""
-    from graft.audio.chunking import windows
-    from graft.inference.transcriber import load
-
-    return load(
-        model,
-        device="cuda" if args.gpus_per_replica else "cpu",
-        dtype=args.dtype,
-        cut=windows,
-        aligner=args.aligner,
-        engine=args.engine,
-        quantization=args.quantization,
-    )
-
-
 class LocalBackend:
     """See Listener."""
 
@@ -45,6 +29,24 @@ class LocalBackend:
         self._transcriber = transcriber
         self._hearing = 0
         self._about = ModelInfo(name or transcriber.name, "en", transcriber.takes_context, transcriber.times_words)
+
+    @classmethod
+    def open(cls, args: ServeArgs, model: str) -> "LocalBackend":
+        """Open a model with the settings of the application. Raises ModelError, MissingExtra."""
+        from graft.audio.chunking import windows
+        from graft.inference.transcriber import open_transcriber
+
+        transcriber = open_transcriber(
+            model,
+            device="cuda" if args.gpus_per_replica else "cpu",
+            dtype=args.dtype,
+            engine=args.engine,
+            quantization=args.quantization,
+            chunker=windows,  # the ingress cuts the audio; the backend gets chunks
+            aligner=args.aligner,
+            threads=args.threads,
+        )
+        return cls(transcriber, served_name(args))
 
     async def close(self) -> None:
         """Release the model, once nothing is being heard."""

@@ -10,7 +10,7 @@ import pytest
 from graft.audio.chunking import windows
 from graft.audio.clip import AudioClip, read_audio
 from graft.data import nonspeech
-from graft.inference.transcriber import load
+from graft.inference.transcriber import open_transcriber
 from graft.text.wer import score
 from jobs.common.cli import run_job
 from jobs.common.cluster import connect
@@ -97,7 +97,7 @@ def test_other_instructions_and_recordings_are_scored_beside(
     parts = [piece for clip in clips[:first] for piece in (clip.samples, np.zeros(8000, np.float32))]
     recording = AudioClip(np.concatenate(parts))
     assert 31 <= recording.duration_s < 33
-    transcriber = load(graft, cut=windows)
+    transcriber = open_transcriber(graft, chunker=windows)
     plain = [line for line in predictions if line["set"] == "test" and line["id"] != "broken"]
     for kind, instruction in (("graft", None), ("graft formatted", "formatted")):
         assert [line[kind] for line in plain] == [

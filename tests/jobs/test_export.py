@@ -19,7 +19,7 @@ from graft.checkpoints.loading import open_graft, write_stage
 from graft.checkpoints.projector_file import save_projector
 from graft.config import recipe_yaml
 from graft.errors import ModelError
-from graft.inference.transcriber import load
+from graft.inference.transcriber import open_transcriber
 from graft.training.stages import ComputeSettings, Stage, stage_model
 from jobs import build, export, merge, stage1, stage2
 from jobs.common.cli import run_job
@@ -185,7 +185,7 @@ def test_audio_tokens_keep_the_embeddings_that_they_were_trained_with(home, expo
 
 def test_a_built_graft_transcribes_and_trains_on(exported, built):
     folder = built(exported)
-    transcriber = load(folder, cut=windows)
+    transcriber = open_transcriber(folder, chunker=windows)
     assert isinstance(transcriber.transcribe(AudioClip(torch.randn(8000).numpy() * 0.1)).text, str)
     transcriber.close()
     model, _ = open_graft(folder)

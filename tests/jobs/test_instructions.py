@@ -9,7 +9,7 @@ from graft.audio.chunking import windows
 from graft.audio.clip import read_audio
 from graft.checkpoints.loading import open_graft
 from graft.errors import ModelError
-from graft.inference.transcriber import load
+from graft.inference.transcriber import open_transcriber
 from graft.text.instructions import InstructionRecipe, InstructionSampler, trained_words
 from graft.text.prompts import DEFAULT_INSTRUCTION, INSTRUCTIONS
 from graft.training.backends import TorchBackend
@@ -46,7 +46,7 @@ def trained(
 def test_two_instructions_give_two_formats(tmp_path):
     wordings = InstructionSampler(InstructionRecipe(styles={"formatted": 0.5}), "lower")
     audios, texts = [flac(0.4 + 0.2 * seed, seed) for seed in range(3)], ["Yes, Bob.", "It is? No!", "GO ON"]
-    transcriber = load(trained(tmp_path, wordings, audios, texts, draws=24), cut=windows)
+    transcriber = open_transcriber(trained(tmp_path, wordings, audios, texts, draws=24), chunker=windows)
     for instruction in (None, "lower", DEFAULT_INSTRUCTION):
         heard = transcriber.transcribe_many(audios, instruction=instruction)
         assert [one.text for one in heard] == ["yes bob", "it is no", "go on"]
@@ -64,7 +64,7 @@ def test_a_listed_word_decides_what_is_heard(tmp_path):
         InstructionRecipe(context=1.0, context_words=1, context_empty=0, context_absent=0), "lower", names
     )
     audio = flac(0.5)
-    transcriber = load(trained(tmp_path, wordings, [audio] * 2, names, draws=8), cut=windows)
+    transcriber = open_transcriber(trained(tmp_path, wordings, [audio] * 2, names, draws=8), chunker=windows)
     for name in names:
         assert transcriber.transcribe(audio, context=[name]).text == name
     transcriber.close()

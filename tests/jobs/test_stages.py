@@ -23,7 +23,7 @@ from graft.checkpoints.lora import LORA_TARGETS
 from graft.config import recipe_yaml
 from graft.errors import ModelError, OutputError
 from graft.inference.engines.whisper_baseline import WhisperBaseline
-from graft.inference.transcriber import load
+from graft.inference.transcriber import open_transcriber
 from graft.inference.transcript import Transcript
 from graft.text.wer import score
 from jobs import check, evaluate, merge, stage1, stage2
@@ -391,7 +391,7 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
     # The texts are the models' own, whatever shared their batches, and a swapped clip's is that of the audio it got.
     rows = [row(f"t{seed}", seed) for seed in range(5)]
     clips = [read_audio(clip["wav"]["bytes"]) for clip in rows]
-    transcriber = load(merged, cut=windows)
+    transcriber = open_transcriber(merged, chunker=windows)
     texts = [transcript.text for transcript in transcriber.transcribe_many(clips) if isinstance(transcript, Transcript)]
     transcriber.close()
     assert [line["text"] for line in heard["trained"]] == [clip["text"] for clip in rows]

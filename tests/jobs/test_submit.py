@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.inference.transcriber import load
+from graft.inference.transcriber import open_transcriber
 from tests.support import tiny_models
 from tests.support.cluster import JOB_S, RAY, Checkout, Cluster, head
 from tests.support.media import PROMPTS
@@ -47,7 +47,7 @@ def test_a_submitted_job_does_the_same_as_a_local_one(cluster: Cluster, checkout
         )
 
     assert code == 3, output  # one recording failed
-    transcriber = load(graft)
+    transcriber = open_transcriber(graft)
     texts = {seed: transcriber.transcribe(audio / f"{seed}.flac").text for seed in range(3)}
     transcriber.close()
     for seed, text in texts.items():

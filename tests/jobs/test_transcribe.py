@@ -12,7 +12,7 @@ import soundfile
 import yaml
 from ray.data._internal.planner.planner import Planner
 
-from graft.inference.transcriber import Transcriber, load
+from graft.inference.transcriber import Transcriber, open_transcriber
 from graft.inference.transcript import Transcript
 from jobs.common.outputs import holds_results
 from jobs.transcribe import EXECUTION_KEYS, TranscribeRecipe
@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def transcriber(folder) -> Iterator[Transcriber]:
-    opened = load(folder)
+    opened = open_transcriber(folder)
     yield opened
     opened.close()
 
@@ -206,7 +206,7 @@ def test_instruction_and_context_reach_the_workers(tmp_path):
     words = {"instruction": "formatted", "context": ["Aachen", "New York"]}
     arguments = ["instruction=formatted", "context=[Aachen, New York]", f"out={tmp_path / 'out'}"]
     assert transcribe(f"model={folder}", f"audio={PROMPTS[0]}", *arguments) == 0
-    opened = load(folder)
+    opened = open_transcriber(folder)
     asked, plain = opened.transcribe(PROMPTS[0], **words), opened.transcribe(PROMPTS[0])
     opened.close()
     assert asked.text != plain.text

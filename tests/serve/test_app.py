@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from graft.errors import ModelError
-from graft.inference.transcriber import load
+from graft.inference.transcriber import open_transcriber
 from jobs.common.cluster import connect
 from jobs.common.local_service import free_port
 from serve.app import build
@@ -99,7 +99,7 @@ def assert_fault(response, status, *, param, code, message) -> None:
 
 
 def test_answers_are_the_transcribers_own(url, folder):
-    transcriber = load(folder)
+    transcriber = open_transcriber(folder)
     for audio in [SHORTEST_FIRST[0].read_bytes(), write(speech(16_000, seconds=35.0, channels=1), 16_000, "FLAC")]:
         text = transcriber.transcribe(audio).text
         assert post(url, file=audio).json()["text"] == text

@@ -12,7 +12,7 @@ import pytest
 import requests
 import yaml
 
-from graft.inference.transcriber import load
+from graft.inference.transcriber import open_transcriber
 from jobs.common.local_service import free_port
 from tests.support import tiny_models
 from tests.support.faults import until
@@ -140,7 +140,7 @@ def test_another_model_takes_over_without_a_dropped_request(url, folder, dashboa
 
 
 def transcribed(model: Path, audio: bytes) -> str:
-    transcriber = load(model)
+    transcriber = open_transcriber(model)
     text = transcriber.transcribe(audio).text
     transcriber.close()
     return text

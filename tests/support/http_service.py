@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from graft.inference.transcriber import load
+from graft.inference.transcriber import open_transcriber
 from serve.backends.local import LocalBackend
 from serve.decode.decoder import DecodeArgs, Decoder
 from serve.http.api import transcription_api
@@ -34,7 +34,7 @@ def decoder(**args: Any) -> Iterator[Decoder]:
 @contextlib.contextmanager
 def listener(folder: Path, **options: Any) -> Iterator[LocalBackend]:
     """Whoever hears with a graft."""
-    local = LocalBackend(load(folder, **options))
+    local = LocalBackend(open_transcriber(folder, **options))
     try:
         yield local
     finally:

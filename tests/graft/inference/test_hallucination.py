@@ -27,7 +27,7 @@ from graft.inference.hallucination import (
     check_quality,
     pick_better,
 )
-from graft.inference.transcriber import Transcriber, load, max_new_tokens, transcriber_of
+from graft.inference.transcriber import Transcriber, max_new_tokens, open_transcriber, transcriber_of
 from graft.inference.transcript import Segment
 from tests.support import tiny_models
 from tests.support.paths import ROOT
@@ -240,7 +240,7 @@ def test_where_both_are_suspicious_the_better_is_kept_and_flagged(opened, chain,
 
 def test_text_where_nobody_speaks_is_flagged_and_not_decoded_again(opened):
     assert opened(GREETING).transcribe(clip_of(2)).segments[0].flags == ()
-    transcriber = opened(GREETING, cut=lambda clip: [Chunk(0.0, clip, has_speech=clip.duration_s > 3)])
+    transcriber = opened(GREETING, chunker=lambda clip: [Chunk(0.0, clip, has_speech=clip.duration_s > 3)])
     quiet, spoken = transcriber.transcribe_many([clip_of(2), clip_of(4)])
     assert [(one.text, one.segments[0].flags) for one in (quiet, spoken)] == [("hi", (NO_SPEECH,)), ("hi", ())]
     assert transcriber.counts().tokens == 4
@@ -255,13 +255,13 @@ def test_a_clip_that_ends_in_a_word_is_heard_to_its_last_sample(opened):
     chunks = Chunker()(clip)
     assert chunks[-1].start_s + chunks[-1].clip.duration_s == pytest.approx(clip.duration_s, abs=1e-6)
     for chain in (None, STUCK, CHUCKLE):
-        transcript = opened(chain, cut=Chunker()).transcribe(clip)
+        transcript = opened(chain, chunker=Chunker()).transcribe(clip)
         assert transcript.segments[-1].end_s == pytest.approx(clip.duration_s, abs=1e-6)
         assert all(segment.flags for segment in transcript.segments) or chain is CHUCKLE
 
 
 def test_words_that_may_occur_do_not_where_nobody_speaks(tmp_path):
-    transcriber = load(tiny_models.save_tiny_graft(tmp_path / "worded", trained_context=True), dtype="fp32")
+    transcriber = open_transcriber(tiny_models.save_tiny_graft(tmp_path / "worded", trained_context=True), dtype="fp32")
     for kind in SOUNDS:
         sound = next(sound for sound in made_sounds(kind) if sound.clip.duration_s < 6.1)
         assert transcriber.transcribe(sound.clip, context=["Dvorak", "Brno"]).segments == ()

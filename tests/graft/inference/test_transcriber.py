@@ -19,7 +19,7 @@ from graft.checkpoints.loading import open_graft
 from graft.errors import AudioError, ModelError
 from graft.inference.engines.sampling import repeats
 from graft.inference.hallucination import NO_REPEAT_NGRAM
-from graft.inference.transcriber import Transcriber, load, max_new_tokens
+from graft.inference.transcriber import Transcriber, max_new_tokens, open_transcriber
 from graft.inference.transcript import Segment
 from tests.support import tiny_models
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transcriber(folder):
-    transcriber = load(folder, cut=windows)
+    transcriber = open_transcriber(folder, chunker=windows)
     yield transcriber
     transcriber.close()
 
@@ -70,7 +70,7 @@ def test_an_answer_that_ends_by_itself_was_not_cut(folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "ending")
     model.generation_config.eos_token_id = end
     model.generation_config.save_pretrained(other)
-    ending = load(other, cut=windows)
+    ending = open_transcriber(other, chunker=windows)
     (segment,) = ending.transcribe(clip).segments
     ending.close()
     assert segment.flags == ("low_confidence",)
@@ -119,7 +119,9 @@ def test_many_together_equal_each_alone_and_bad_ones_are_values(transcriber, tmp
 
 
 def test_instruction_and_context_reach_the_model(tmp_path):
-    transcriber = load(tiny_models.save_tiny_graft(tmp_path, trained_styles=["raw"], trained_context=True), cut=windows)
+    transcriber = open_transcriber(
+        tiny_models.save_tiny_graft(tmp_path, trained_styles=["raw"], trained_context=True), chunker=windows
+    )
     clip = make_clip(1.0)
     plain, raw = transcriber.transcribe(clip), transcriber.transcribe(clip, instruction="raw")
     listed = transcriber.transcribe(clip, instruction="raw", context=["Aachen", "Zwolle"])
@@ -187,13 +189,13 @@ def test_concurrent_requests_share_batches(folder):
 
 def test_a_folder_that_is_no_graft_is_refused(tmp_path):
     with pytest.raises(ModelError, match="config\\.json"):
-        load(tmp_path)
+        open_transcriber(tmp_path)
     with pytest.raises(ValueError, match="dtype is 'fp7', not one of fp32, bf16"):
-        load(tmp_path, dtype="fp7")
+        open_transcriber(tmp_path, dtype="fp7")
 
 
 def test_dtype_and_device_are_taken(folder):
-    transcriber = load(folder, device="cpu", dtype="bf16", cut=windows)
+    transcriber = open_transcriber(folder, device="cpu", dtype="bf16", chunker=windows)
     assert transcriber._engine._decoder._model.dtype == torch.bfloat16
     assert transcriber.transcribe(make_clip(0.3)).segments
     transcriber.close()

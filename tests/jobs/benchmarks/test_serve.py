@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.inference.transcriber import load
+from graft.inference.transcriber import open_transcriber
 from jobs.bench import main as bench
 from jobs.benchmarks.serve_load import ask_at, ask_for, ask_once
 from tests.support import media, tiny_models
@@ -32,7 +32,7 @@ def url(graft: str) -> Iterator[str]:
 
 
 def test_clients_tell_of_every_upload(url: str, graft: str) -> None:
-    transcriber = load(graft)
+    transcriber = open_transcriber(graft)
     texts = [transcriber.transcribe(upload).text for upload in UPLOADS]
     transcriber.close()
     once = ask_once(url, UPLOADS, clients=2)

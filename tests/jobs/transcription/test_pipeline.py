@@ -7,7 +7,7 @@ import pytest
 from graft.audio.chunking import ChunkSettings
 from graft.audio.vad import SpeechSettings
 from graft.errors import ModelError
-from graft.inference.transcriber import Transcriber, load
+from graft.inference.transcriber import Transcriber, open_transcriber
 from jobs.transcription.discovery import find_recordings
 from jobs.transcription.pipeline import RESULTS, ItemTranscriber
 from jobs.transcription.reader import FAULTS_IN_A_ROW
@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def transcriber(folder):
-    opened = load(folder)
+    opened = open_transcriber(folder)
     yield opened
     opened.close()
 
@@ -54,7 +54,7 @@ def test_an_item_on_which_the_engine_fails_is_an_error_but_not_one_after_the_oth
                 raise MemoryError("not enough memory\nfor one request")
             return await super().transcribe_chunks(chunks, **wording)
 
-    opened = load(folder)
+    opened = open_transcriber(folder)
     failing = Failing(opened._engine, opened._processor, "failing")
     table = read(items_of(recording, item_s=23.0))
     result = ItemTranscriber(lambda: failing, {})(table).to_pylist()

@@ -13,7 +13,7 @@ import soundfile
 
 from graft.audio.clip import read_audio
 from graft.inference.subtitles import format_transcript
-from graft.inference.transcriber import Transcriber, load
+from graft.inference.transcriber import Transcriber, open_transcriber
 from jobs.common.cluster import connect
 from jobs.common.local_service import free_port
 from serve.app import build
@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def transcriber(folder) -> Iterator[Transcriber]:
-    opened = load(folder)
+    opened = open_transcriber(folder)
     yield opened
     opened.close()
 

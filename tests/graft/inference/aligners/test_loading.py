@@ -17,9 +17,9 @@ from graft.errors import ModelError
 from graft.inference.aligners.loading import find_aligner, open_aligner
 from graft.inference.aligners.protocol import spread
 from graft.inference.aligners.viterbi import best_paths
-from graft.inference.transcriber import Transcriber, load
+from graft.inference.transcriber import Transcriber, open_transcriber
 from graft.inference.transcript import Segment, Transcript, Word
-from serve.backends.local import LocalBackend, open_transcriber
+from serve.backends.local import LocalBackend
 from serve.config import ServeArgs
 from serve.http.schema import verbose
 from serve.service import TranscriptionOptions
@@ -73,7 +73,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def transcriber(folders) -> Iterator[Transcriber]:
-    opened = load(folders["graft"], cut=windows, aligner=str(folders["whisper"]))
+    opened = open_transcriber(folders["graft"], chunker=windows, aligner=str(folders["whisper"]))
     yield opened
     opened.close()
 
@@ -115,7 +115,7 @@ def test_words_are_there_when_asked_for(transcriber, folders):
     assert (plain.text, plain.aligner, plain.segments[0].words) == (timed.text, None, ())
     assert transcriber.transcribe_many([clip], words=True) == [timed]
     assert transcriber.transcribe_many([clip], words=False) == [plain]
-    without = load(folders["graft"], cut=windows)
+    without = open_transcriber(folders["graft"], chunker=windows)
     assert without.transcribe(clip) == plain
     with pytest.raises(ModelError, match="without an aligner: load the model with aligner='whisper'"):
         without.transcribe(clip, words=True)
@@ -123,9 +123,8 @@ def test_words_are_there_when_asked_for(transcriber, folders):
 
 
 def test_the_service_times_words_with_its_aligner(folders):
-    listener = LocalBackend(
-        open_transcriber(ServeArgs(model=str(folders["graft"]), aligner=str(folders["ctc"])), str(folders["graft"]))
-    )
+    graft = str(folders["graft"])
+    listener = LocalBackend.open(ServeArgs(model=graft, aligner=str(folders["ctc"])), graft)
 
     async def hear(*, words: bool) -> Segment:
         (segment,) = [

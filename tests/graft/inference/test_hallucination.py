@@ -270,7 +270,7 @@ def test_words_that_may_occur_do_not_where_nobody_speaks(tmp_path):
 
 @pytest.mark.parametrize(
     ("chain", "options"),
-    [(None, {}), (STUCK, {}), (GREETING, {"cut": lambda clip: [Chunk(0.0, clip, has_speech=False)]})],
+    [(None, {}), (STUCK, {}), (GREETING, {"chunker": lambda clip: [Chunk(0.0, clip, has_speech=False)]})],
 )
 def test_what_a_babbling_model_writes_about_sounds_is_flagged(opened, chain, options):
     sounds = [next(sound for sound in made_sounds(kind) if sound.clip.duration_s < 6.1) for kind in SOUNDS]

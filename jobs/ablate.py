@@ -19,10 +19,11 @@ from graft.checkpoints.loading import open_processor
 from graft.config import R, Recipe, read_recipe
 from graft.data.dataset import RowTable, Sources, read_rows
 from graft.errors import RecipeError
+from graft.storage.atomic import write_atomic
 
 from . import build, evaluate, stage1, stage2
 from .common.cli import run_job
-from .common.outputs import claim_output, holds_results, write_atomic
+from .common.outputs import claim_output, holds_results
 from .evaluation.ablation_table import table
 from .evaluation.ctc import score_ctc
 from .training.recipe import EXECUTION_KEYS

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graft.errors import GraftError, OutputError
+from graft.storage.atomic import write_atomic
 
 from .benchmarks.counts import positive_float, positive_int
 from .common.console import quiet_libraries
-from .common.outputs import write_atomic
 
 if TYPE_CHECKING:
     from .benchmarks.measuring import Findings

@@ -17,12 +17,13 @@ from pydantic import Field
 from graft.checkpoints.loading import computes_bf16
 from graft.config import Recipe, read_recipe
 from graft.errors import OutputError, RecipeError
+from graft.storage.atomic import write_atomic
 
 from . import build, check, evaluate, merge, prepare, stage1, stage2, transcribe
 from .common.cli import run_job
 from .common.cluster import connect
 from .common.local_service import post, serving
-from .common.outputs import RECIPE_FILE, claim_output, write_atomic
+from .common.outputs import RECIPE_FILE, claim_output
 
 SPEECH = Path(__file__).parent / "data" / "prompts"
 SUMMARY_FILE = "summary.json"

@@ -28,10 +28,11 @@ from graft.errors import OutputError, RecipeError, require
 from graft.inference.aligners.loading import find_aligner
 from graft.inference.subtitles import CueLimits, Format
 from graft.inference.transcriber import Transcriber, open_transcriber
+from graft.storage.atomic import atomic_file, write_atomic
 
 from .common.cli import run_job
 from .common.cluster import connect
-from .common.outputs import claim_output, write_atomic
+from .common.outputs import claim_output
 from .transcription.assembly import OutputSettings, Totals, join_recordings, read_index
 from .transcription.discovery import find_recordings
 from .transcription.pipeline import Workers, transcribe_items
@@ -146,8 +147,8 @@ def transcribe(
     missing = plan.join(done.select(["item", "attempt"]), ["item", "attempt"], join_type="left anti").num_rows
     progress = BulkProgress(plan, done, home)
     if missing:
-        pq.write_table(plan, home / "plan.parquet.tmp", row_group_size=50_000)
-        (home / "plan.parquet.tmp").replace(home / "plan.parquet")
+        with atomic_file(home / "plan.parquet") as temporary:
+            pq.write_table(plan, temporary, row_group_size=50_000)
         with progress:
             transcribe_items(
                 home / "plan.parquet",

@@ -9,8 +9,6 @@ Where a token's positions in time, height and width are equal, as those of audio
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
+from graft.storage.atomic import atomic_folder
 
 CONVERSION = 1  # raise it when the conversion writes other files: old cache folders are then left alone
 LANGUAGE_MODEL = "model.language_model."
@@ -123,15 +122,10 @@ def _digest(config: Qwen2Config, files: Sequence[Path]) -> str:
 
 
 def _write_whole(config: Qwen2Config, files: Sequence[Path], folder: Path) -> None:
-    building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
-        building.mkdir()
+    with atomic_folder(folder) as building:
         config.save_pretrained(building)
         places = {name: path.name for path in files for name in _write_shard(path, building / path.name)}
         (building / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}) + "\n")
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _write_shard(source: Path, target: Path) -> list[str]:

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import logging
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pyarrow import feather
 
 from graft.config import Recipe
 from graft.errors import DataError
+from graft.storage.atomic import atomic_file
 
 _BINARY = (pa.binary(), pa.large_binary())
 
@@ -173,13 +173,8 @@ def cached_metadata(folder: Path, key: str, read: Callable[[], Metadata]) -> Met
         return Metadata(table["ids"], table["texts"], table["duration_s"].to_numpy(), sizes)
     except (OSError, pa.ArrowInvalid):
         metadata = read()
-    folder.mkdir(parents=True, exist_ok=True)
     columns = {"ids": metadata.ids, "texts": metadata.texts, "duration_s": pa.array(metadata.duration_s)}
     table = pa.table(columns).replace_schema_metadata({_GROUP_SIZES: json.dumps(metadata.group_sizes)})
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with atomic_file(path, sync=False) as temporary:
         feather.write_feather(table, temporary, compression="zstd")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return metadata

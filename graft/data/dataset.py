@@ -8,7 +8,6 @@ Source: https://huggingface.co/datasets/speechbrain/LoquaciousSet
 import functools
 import itertools
 import os
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from graft.audio.clip import AudioClip, flac_bytes
 from graft.config import Recipe
 from graft.data.columns import Columns, Metadata, cached_metadata, read_audio_column, read_metadata, read_texts
 from graft.errors import DataError
+from graft.storage.atomic import atomic_file
 from graft.storage.locations import list_files, open_parquet, redact_uri, retry_read, version_of
 
 S = TypeVar("S")
@@ -176,10 +176,8 @@ def write_corpus(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]
 
     Same rows, same bytes. Raises DataError for no rows, other keys or values of another type.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     count, waiting = 0, iter(rows)
-    try:
+    with atomic_file(path) as temporary:
         # Audio is compressed already and never repeats: no dictionary for it.
         with pq.ParquetWriter(
             temporary, SCHEMA, use_dictionary=["spk_id", "sex"], write_statistics=["duration"]
@@ -189,9 +187,6 @@ def write_corpus(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]
                 count += len(group)
         if not count:
             raise DataError(f"corpus {path}: no rows to write")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return count
 
 

@@ -1,7 +1,6 @@
 """A checkpoint: the trained weights and the optimizer's moments by name, and one line on where the run stands."""
 
 import json
-import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from graft.storage.atomic import atomic_folder
 from graft.training.progress import PROGRESS_FILE, Progress, checkpoint_name, read_progress
 
 STATE_FILE = "trained.safetensors"
@@ -40,17 +40,10 @@ class CheckpointWriter:
 def write_checkpoint(folder: str | Path, state: State, progress: Progress, *, keep: int) -> Path:
     """Write a checkpoint of its own name into a folder, whole or not at all; remove all but the `keep` newest and the best."""
     path = Path(folder) / checkpoint_name(progress.step)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors = {f"{key}:{name}": tensor.contiguous() for name, entry in state.items() for key, tensor in entry.items()}
-    save_file(tensors, partial / STATE_FILE)
-    (partial / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
-    for file in partial.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    partial.replace(path)
+    with atomic_folder(path, replace=True) as partial:
+        save_file(tensors, partial / STATE_FILE)
+        (partial / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
     for old in sorted(Path(folder).glob("step-*"))[:-keep]:
         if progress.best_step is None or old.name != checkpoint_name(progress.best_step):
             shutil.rmtree(old)

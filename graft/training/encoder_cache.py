@@ -5,8 +5,6 @@ and precision, how many of its states make a token, and the features. A change o
 """
 
 import hashlib
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from graft.model.configuration import GraftConfig, audio_token_count
 from graft.model.ctc import CtcPrealignment
 from graft.model.encoder import encode_audio
 from graft.model.modeling import GraftForConditionalGeneration
+from graft.storage.atomic import atomic_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,17 +54,12 @@ class EncoderCache:
         path = self._path(key)
         if path.exists():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
+        with atomic_file(path, sync=False) as temporary:
             save_file(
                 {"states": encoded.states.cpu().contiguous()},
                 temporary,
                 metadata={"frame_count": str(encoded.frame_count)},
             )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

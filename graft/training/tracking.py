@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from graft.config import Recipe
 from graft.errors import require
+from graft.storage.atomic import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 TRANSCRIPTS_FILE = "transcripts.jsonl"
@@ -39,8 +40,8 @@ class Tracker:
         for name in (METRICS_FILE, TRANSCRIPTS_FILE):
             path = self.folder / name
             if path.is_file():
-                path.write_text(
-                    "".join(json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= from_step)
+                write_atomic(
+                    path, "".join(json.dumps(line) + "\n" for line in _read_lines(path) if line["step"] <= from_step)
                 )
         self._run = _wandb_run(self.folder, recipe) if recipe.get("wandb") else None
 
@@ -136,7 +137,7 @@ def _wandb_run(folder: Path, recipe: Mapping[str, Any]) -> Any:
     wandb, settings = require("wandb", extra="wandb"), recipe["wandb"]
     path = folder / WANDB_ID_FILE
     run_id = path.read_text().strip() if path.is_file() else uuid.uuid4().hex[:12]
-    path.write_text(run_id + "\n")
+    write_atomic(path, run_id + "\n")
     return wandb.init(
         project=settings["project"],
         name=settings["name"] or folder.name,

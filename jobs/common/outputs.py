@@ -1,9 +1,6 @@
-"""Where a job's results go: a folder belongs to the recipe that stands in it, and a file appears whole or not at all."""
+"""Give a job its output folder: it belongs to the recipe that stands in it, and holds no other one's results."""
 
 import contextlib
-import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ import yaml
 
 from graft.config import Recipe, recipe_yaml
 from graft.errors import OutputError
+from graft.storage.atomic import atomic_folder, write_atomic
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -25,7 +23,6 @@ def claim_output(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozenset
     holds_results(out, recipe, ignore=ignore)
     folder = Path(out)
     with _output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / RECIPE_FILE, recipe_yaml(recipe))
     return folder
 
@@ -39,17 +36,13 @@ def staged_output(out: str, recipe: Recipe) -> Iterator[Path]:
     final = _local(out)
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise OutputError(f"output {out} exists: choose another out= or remove it")
-    stage = final.with_name(f".{final.name}.partial")
-    with _output_errors(final):
-        shutil.rmtree(stage, ignore_errors=True)  # what a killed run left
-        stage.mkdir(parents=True)
-    try:
+    with contextlib.ExitStack() as stack:
+        with _output_errors(final):
+            stage = stack.enter_context(atomic_folder(final))
         yield stage
         write_atomic(stage / RECIPE_FILE, recipe_yaml(recipe))
         with _output_errors(final):
-            stage.replace(final)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+            stack.close()  # moves the folder into its place
 
 
 def holds_results(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozenset()) -> bool:
@@ -74,20 +67,6 @@ def holds_results(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozense
                 "choose another out= or remove the folder"
             )
     return True
-
-
-def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Write a file so that its name only ever shows whole content: temporary sibling, fsync, replace. Text is UTF-8."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _local(out: str) -> Path:

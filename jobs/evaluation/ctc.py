@@ -7,9 +7,10 @@ import torch
 from graft.checkpoints.loading import open_graft
 from graft.data.dataset import RowReader
 from graft.model.ctc import CtcPrealignment
+from graft.storage.atomic import write_atomic
 from graft.text.wer import score
 
-from ..common.outputs import claim_output, write_atomic
+from ..common.outputs import claim_output
 from ..evaluate import REPORT_FILE, EvaluateRecipe
 from ..training.recipe import EXECUTION_KEYS
 from ..training.validation import readable

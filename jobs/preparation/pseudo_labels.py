@@ -20,9 +20,10 @@ from pydantic import Field
 from graft.config import Recipe
 from graft.data.dataset import RowTable, Sources, read_rows
 from graft.errors import DataError
+from graft.storage.atomic import atomic_file, write_atomic
 
 from ..common.cluster import connect
-from ..common.outputs import claim_output, holds_results, write_atomic
+from ..common.outputs import claim_output, holds_results
 from ..evaluation.asr_pool import AsrModelSpec, ClipTranscript, transcribe_rows, whisper_folder
 
 TEXTS_FILE = "texts.parquet"
@@ -137,15 +138,12 @@ def _write_parts(
 
 
 def _write_part(path: Path, lines: list[dict[str, Any]], columns: pa.Schema) -> None:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(lines, schema=columns), buffer)
-    write_atomic(path, buffer.getvalue().to_pybytes())
+    with atomic_file(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(lines, schema=columns), temporary)
 
 
 def _join(parts: Sequence[Path], path: Path, columns: pa.Schema) -> None:
     """Put the parts together in order."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with pq.ParquetWriter(temporary, columns) as writer:
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, columns) as writer:
         for part in parts:
             writer.write_table(pq.read_table(part))
-    temporary.replace(path)

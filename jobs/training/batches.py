@@ -12,10 +12,10 @@ import numpy as np
 from graft.data.dataset import RowTable, Sources, read_rows
 from graft.errors import DataError
 from graft.processor import GraftProcessor
+from graft.storage.atomic import write_atomic
 from graft.training.plan import Batches, Plan, PlanSettings
 from graft.training.progress import Progress
 
-from ..common.outputs import write_atomic
 from .loader import Delivery
 from .recipe import TrainRecipe
 from .samples import Variation, as_they_are, plan_training, trainable, vary

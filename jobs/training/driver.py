@@ -22,6 +22,7 @@ from graft.checkpoints.projector_file import encoder_digest, read_projector, wri
 from graft.errors import GraftError, RecipeError, require
 from graft.model.configuration import GraftConfig
 from graft.processor import GraftProcessor
+from graft.storage.atomic import write_atomic
 from graft.text.instructions import trained_words
 from graft.training.checkpoint import load_checkpoint
 from graft.training.encoder_cache import EncoderCache, open_cache
@@ -33,7 +34,7 @@ from graft.training.tracking import draw_curves
 from ..common.cli import STOPPED
 from ..common.cluster import connect
 from ..common.console import follow
-from ..common.outputs import claim_output, holds_results, write_atomic
+from ..common.outputs import claim_output, holds_results
 from .batches import ROWS, check_plan, kept_rows, plan_run, remaining_batches, validation_delivery
 from .loader import Delivery
 from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE

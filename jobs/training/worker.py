@@ -22,6 +22,7 @@ from graft.model.configuration import GraftConfig
 from graft.model.ctc import CtcPrealignment
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
+from graft.storage.atomic import write_atomic
 from graft.training.backends import Backend
 from graft.training.batch import TrainingBatch
 from graft.training.checkpoint import load_checkpoint
@@ -176,12 +177,12 @@ def _told(out: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         reason = "the device's memory ran out: lower token_budget, set gradient_checkpointing=true, or raise zero_stage"
-        (out / FAULT_FILE).write_text(json.dumps({"error": reason}) + "\n")
+        write_atomic(out / FAULT_FILE, json.dumps({"error": reason}) + "\n")
         raise ModelError(reason) from error
     except GraftError as error:
-        (out / FAULT_FILE).write_text(json.dumps({"error": str(error)}) + "\n")
+        write_atomic(out / FAULT_FILE, json.dumps({"error": str(error)}) + "\n")
         raise
     except Exception as error:
         if not _DEATH_OF_ANOTHER.search(f"{type(error).__name__} {error}"):
-            (out / FAULT_FILE).write_text(json.dumps({"bug": traceback.format_exc()}) + "\n")
+            write_atomic(out / FAULT_FILE, json.dumps({"bug": traceback.format_exc()}) + "\n")
         raise

@@ -5,9 +5,7 @@ home/items/*.parquet -> an index of what is done -> tasks that join some hundred
 
 import json
 import math
-import os
 import re
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +18,8 @@ import pyarrow.parquet as pq
 
 from graft.inference.subtitles import CueLimits, Format, format_transcript
 from graft.inference.transcript import Segment, Transcript, Word, stitch
+from graft.storage.atomic import atomic_file, atomic_folder, write_atomic
 
-from ..common.outputs import write_atomic
 from .pipeline import SEGMENTS
 from .reader import name_of
 
@@ -118,22 +116,17 @@ def join_recordings(plan: pa.Table, index: pa.Table, home: Path, out: Path, writ
     files = plan.select(["item", "attempt"]).append_column("order", pa.array(range(len(plan)), pa.int64()))
     files = files.join(index.select(["item", "attempt", "file"]), ["item", "attempt"]).sort_by("order")
     plan = plan.append_column("file", files["file"]).append_column("stem", _stems(plan["recording"]))
-    stage, totals = out / ".recordings.partial", Totals()
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    join = ray.remote(num_cpus=1)(_join_part)
-    tasks = [
-        join.remote(part, str(home / "items"), str(stage / f"part-{number:05}.parquet"), written)
-        for number, part in enumerate(_parts(plan))
-    ]
-    with (out / ".errors.partial").open("w", encoding="utf-8") as errors:
-        for task in tasks:
-            part, faults = ray.get(task)
-            totals.add(part)
-            errors.writelines(json.dumps(fault, ensure_ascii=False) + "\n" for fault in faults)
-    (out / ".errors.partial").replace(out / "errors.jsonl")
-    shutil.rmtree(out / "recordings", ignore_errors=True)
-    stage.replace(out / "recordings")
+    totals, join = Totals(), ray.remote(num_cpus=1)(_join_part)
+    with atomic_folder(out / "recordings", replace=True) as stage:
+        tasks = [
+            join.remote(part, str(home / "items"), str(stage / f"part-{number:05}.parquet"), written)
+            for number, part in enumerate(_parts(plan))
+        ]
+        with atomic_file(out / "errors.jsonl") as temporary, temporary.open("w", encoding="utf-8") as errors:
+            for task in tasks:
+                part, faults = ray.get(task)
+                totals.add(part)
+                errors.writelines(json.dumps(fault, ensure_ascii=False) + "\n" for fault in faults)
     return totals
 
 
@@ -161,7 +154,7 @@ def _join_part(plan: pa.Table, items: str, path: str, written: OutputSettings) -
     for row in plan.to_pylist():
         by_recording[row["recording"]].append(row | results[row["id"]])
     totals, faults = Totals(), []
-    with pq.ParquetWriter(f"{path}.tmp", TRANSCRIPTS) as writer:
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, TRANSCRIPTS) as writer:
         for name, parts in by_recording.items():
             row, transcript = _joined(name, parts, written)
             writer.write_table(pa.Table.from_pylist([row], TRANSCRIPTS))
@@ -169,7 +162,6 @@ def _join_part(plan: pa.Table, items: str, path: str, written: OutputSettings) -
             faults += [_fault(part) for part in parts if part["error"]]
             if not row["error"]:
                 _write_files(transcript, parts[0]["stem"], written)
-    os.replace(f"{path}.tmp", path)
     return totals, faults
 
 
@@ -250,5 +242,4 @@ def _kind(reason: str) -> str:
 def _write_files(transcript: Transcript, stem: str, written: OutputSettings) -> None:
     for kind in written.formats:
         path = Path(written.folder) / f"{stem}.{kind}"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, format_transcript(transcript, kind, written.cues))

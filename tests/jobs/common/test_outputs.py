@@ -1,11 +1,10 @@
 import os
-import stat
 
 import pytest
 
 from graft.config import Recipe
 from graft.errors import OutputError
-from jobs.common.outputs import claim_output, holds_results, staged_output, write_atomic
+from jobs.common.outputs import claim_output, holds_results, staged_output
 
 
 class Group(Recipe):
@@ -86,17 +85,3 @@ def test_staged_output_never_touches_a_folder_in_use(tmp_path):
     with pytest.raises(OutputError, match="exists"), staged_output(str(tmp_path), Job()):
         pass
     assert os.listdir(tmp_path) == ["notes"]
-
-
-def test_write_atomic_replaces_and_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "a.json"
-    write_atomic(path, "é")
-    write_atomic(path, b"two")
-    assert path.read_bytes() == b"two"
-    with pytest.raises(TypeError):
-        write_atomic(path, [3])
-    assert os.listdir(tmp_path) == ["a.json"]
-    assert path.read_bytes() == b"two"
-    plain = tmp_path / "plain"
-    plain.write_bytes(b"")
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)

@@ -33,7 +33,7 @@ from ..common.cli import PlanOptions
 from .batches import plan_run
 from .recipe import TrainRecipe
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 FRAMES_PER_S = WINDOW_FRAMES // 30
 PROMPT_TOKENS = {"graft": 16, "reference": 27}
 """Of a prompt without its audio, by prompt style."""

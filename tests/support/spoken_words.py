@@ -12,7 +12,7 @@ from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
 from graft.inference.transcript import Word
 from tests.support.paths import ROOT
 
-SPOKEN = Path(__file__).parent / "data" / "words"
+SPOKEN = ROOT / "tests" / "data" / "words"
 PROMPTS = ROOT / "jobs" / "data" / "prompts"
 
 Piece = tuple[np.ndarray, list[str]]

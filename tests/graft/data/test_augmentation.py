@@ -3,7 +3,6 @@
 import hashlib
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from graft.data.augmentation import (
 )
 from graft.data.dataset import read_rows
 from graft.errors import DataError, RecipeError
+from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, flac, row
 
 EVERYTHING = {
@@ -54,11 +54,11 @@ def digest(draw: int) -> str:
 
 
 def test_equal_draws_give_equal_bits_in_another_process_too():
-    code = "import sys; from test_augmentation import digest; print(*[digest(draw) for draw in range(8)])"
-    here = [digest(draw) for draw in range(8)]
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    code = (
+        "import sys; from tests.graft.data.test_augmentation import digest; print(*[digest(draw) for draw in range(8)])"
     )
+    here = [digest(draw) for draw in range(8)]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == here
     assert len(set(here)) == 8
 

@@ -127,7 +127,7 @@ def test_an_item_that_ends_its_reader_every_time_becomes_an_error(tmp_path):
     fresh = multiprocessing.get_context("forkserver")
     fresh.set_forkserver_preload([__name__])
     codes = []
-    while not assembly.exists():
+    while not results.exists():
         process = fresh.Process(target=read_until_death, args=(items, tmp_path / "notes", results))
         process.start()
         process.join()

@@ -456,7 +456,7 @@ def test_what_nobody_foresaw_is_told_without_details(decoding, caplog, capfd):
     output = capfd.readouterr()
     for told in (caplog.text, output.out, output.err):
         assert not any(word in told for word in (KEY, "/home", "Traceback", "graft-upload"))
-    assert caplog.text.count("RuntimeError at test_serve_http:") == 3
+    assert caplog.text.count("RuntimeError at tests.serve.http.test_api:") == 3
 
 
 def curl(url: str, *arguments: str) -> str:

@@ -28,7 +28,8 @@ from graft.training.progress import Progress
 
 from ..common.cluster import connect
 from ..training.loader import BatchLoader, Delivery, prefetch, training_batches
-from ..training.remote import Remaining, delivered_blocks, trainer
+from ..training.ray_dataset import RemainingBatches, iter_blocks
+from ..training.ray_entry import make_trainer
 from ..training.samples import plan_training
 from .measuring import Findings, Numbers, list_numbers, spent_on
 from .speech import write_speech_corpus
@@ -112,9 +113,9 @@ def _train_fed(delivery: Delivery, folder: Path) -> list[dict[str, float]]:
 
     connect()
     lines = folder / "lines.json"
-    remaining = Remaining(ray.put(delivery), delivery.batches.step_positions, str(folder / "checkpoints"), DATA_WORKERS)
+    remaining = RemainingBatches(ray.put(delivery), delivery.batches.step_positions, str(folder / "checkpoints"), DATA_WORKERS)
     config = {"total_steps": len(delivery.batches), "lines": str(lines)}
-    trainer(_fed_worker, config, remaining, workers=1, gpu=False, retries=0, storage=str(folder / "ray")).fit()
+    make_trainer(_fed_worker, config, remaining, workers=1, gpu=False, retries=0, storage=str(folder / "ray")).fit()
     return json.loads(lines.read_text())
 
 
@@ -124,8 +125,11 @@ def _steady(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def _fed_worker(config: dict[str, Any]) -> None:
+    import ray.train
+
     torch.set_num_threads(1)
-    batches = prefetch(training_batches(delivered_blocks(), torch.device("cpu"), []))
+    blocks = iter_blocks(ray.train.get_dataset_shard("train"))
+    batches = prefetch(training_batches(blocks, torch.device("cpu"), []))
     Path(config["lines"]).write_text(json.dumps(_train(batches, config["total_steps"])))
 
 

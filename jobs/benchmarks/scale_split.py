@@ -16,7 +16,8 @@ import numpy as np
 from graft.errors import GraftError
 
 from ..common.cluster import connect
-from ..training.remote import blocks_of, in_order, planned_dataset
+from ..training.ray_dataset import iter_blocks, planned_dataset
+from ..training.ray_entry import ordered_data_config
 from .scale_usage import DRIVER, Usage, cpu_s, peak_mb, usage
 
 Block = dict[str, np.ndarray]
@@ -76,7 +77,7 @@ class Consumer:
     def consume(self, shard: Any, rate: float) -> list[dict[str, float]]:
         """Take all; of each when it came, how long it was waited for, its place, and how much it holds."""
         taken, asked = [], time.monotonic()
-        for block in blocks_of(shard):
+        for block in iter_blocks(shard):
             size = sum(np.array(array[0]).nbytes for array in block.values())
             came = time.monotonic()
             seconds = float(block["audio_s"][0])
@@ -129,7 +130,7 @@ def _pass(stream: Stream, consumers: Sequence[Any], node: str) -> Passed:
         ray.put(stream.delivery), 0, len(stream.positions), data_workers=DATA_WORKERS, loader=loader
     )
     nodes = [node] * len(consumers)
-    shards = in_order().configure(
+    shards = ordered_data_config().configure(
         {"train": dataset}, world_size=len(consumers), worker_handles=None, worker_node_ids=nodes
     )
     working = [

@@ -39,7 +39,8 @@ from .batches import ROWS, check_plan, kept_rows, plan_run, remaining_batches, v
 from .loader import Delivery
 from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
 from .recipe import EXECUTION_KEYS, TrainRecipe
-from .remote import Remaining, train, trainer
+from .ray_dataset import RemainingBatches
+from .ray_entry import make_trainer, run_worker
 from .samples import check_ctc_lengths
 from .worker import FAULT_FILE, Run
 
@@ -142,7 +143,7 @@ def _train(recipe: TrainRecipe, run: Run, delivery: Delivery) -> None:
     out = Path(run.out)
     for left in (STOP_FILE, FAULT_FILE):
         (out / left).unlink(missing_ok=True)
-    remaining = Remaining(
+    remaining = RemainingBatches(
         ray.put(delivery),
         delivery.batches.step_positions,
         str(out / CHECKPOINTS),
@@ -152,8 +153,8 @@ def _train(recipe: TrainRecipe, run: Run, delivery: Delivery) -> None:
     config = {"run": pickle.dumps(run)}
     for resource in {recipe.device_resource, recipe.data_resource} - {None} - ray.cluster_resources().keys():
         print(f"stage {run.stage.number}: no node has the resource {resource} yet: waiting for one", flush=True)
-    workers = trainer(
-        train,
+    workers = make_trainer(
+        run_worker,
         config,
         remaining,
         workers=recipe.workers,

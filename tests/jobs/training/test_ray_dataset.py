@@ -12,7 +12,7 @@ from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
 from jobs.common.cluster import SERVE_VARIABLES, WORKER_VARIABLES
 from jobs.training.loader import BatchLoader, Delivery
-from jobs.training.remote import SCHEDULING_S, SchedulerThrottle, planned_dataset
+from jobs.training.ray_dataset import SCHEDULING_S, SchedulerThrottle, planned_dataset
 from jobs.training.samples import plan_training
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, row

@@ -65,8 +65,8 @@ def test_a_known_pair_is_planned_without_its_weights(capsys):
 
 
 def test_a_plan_neither_imports_ray_nor_writes(tmp_path):
-    code = "import sys; from jobs import stage1; from jobs.common import cli; from jobs.training import estimate\n"
-    code += "status = cli.run_job(stage1.Stage1Recipe, None, summary='', plan=estimate.print_plan, argv=sys.argv[1:])\n"
+    code = "import sys; from jobs import stage1; from jobs.common import cli\n"
+    code += "status = cli.run_job(stage1.Stage1Recipe, None, summary='', plan=stage1.plan, argv=sys.argv[1:])\n"
     code += "sys.exit(status or 'ray' in sys.modules)"
     command = [sys.executable, "-c", code, "model=small", "out=results", "--plan"]
     result = subprocess.run(

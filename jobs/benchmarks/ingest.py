@@ -113,7 +113,9 @@ def _train_fed(delivery: Delivery, folder: Path) -> list[dict[str, float]]:
 
     connect()
     lines = folder / "lines.json"
-    remaining = RemainingBatches(ray.put(delivery), delivery.batches.step_positions, str(folder / "checkpoints"), DATA_WORKERS)
+    remaining = RemainingBatches(
+        ray.put(delivery), delivery.batches.step_positions, str(folder / "checkpoints"), DATA_WORKERS
+    )
     config = {"total_steps": len(delivery.batches), "lines": str(lines)}
     make_trainer(_fed_worker, config, remaining, workers=1, gpu=False, retries=0, storage=str(folder / "ray")).fit()
     return json.loads(lines.read_text())

@@ -38,9 +38,9 @@ from ..common.outputs import claim_output, holds_results
 from .batches import ROWS, check_plan, kept_rows, plan_run, remaining_batches, validation_delivery
 from .loader import Delivery
 from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
-from .recipe import EXECUTION_KEYS, TrainRecipe
 from .ray_dataset import RemainingBatches
 from .ray_entry import make_trainer, run_worker
+from .recipe import EXECUTION_KEYS, TrainRecipe
 from .samples import check_ctc_lengths
 from .worker import FAULT_FILE, Run
 

@@ -39,9 +39,7 @@ def make_trainer(
     return TorchTrainer(
         worker_function,
         train_loop_config=config,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=gpu, resources_per_worker=worker_resources
-        ),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=worker_resources),
         run_config=ray.train.RunConfig(
             name=f"attempt-{time.time_ns()}",  # Ray Train resumes silently where a name was used before
             storage_path=storage,

@@ -86,7 +86,11 @@ def work(run: Run) -> None:
             observer.say(f"going on at step {progress.step}, batch {progress.position} of the plan")
         encoder = CachingEncoder(model, run.encoder_cache) if run.encoder_cache else None
         cost = _cost(run, model.config)
-        batches = prefetch(training_batches(iter_blocks(ray.train.get_dataset_shard("train")), device, observer.skipped, encoder=encoder, cost=cost))
+        batches = prefetch(
+            training_batches(
+                iter_blocks(ray.train.get_dataset_shard("train")), device, observer.skipped, encoder=encoder, cost=cost
+            )
+        )
         first = next(batches)
         if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
             raise RuntimeError(f"batch {first.position} does not follow the checkpoint at {progress.position}")

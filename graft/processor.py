@@ -13,7 +13,8 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from graft.audio.clip import AudioClip
 from graft.audio.features import Features, Featurizer
 from graft.errors import ModelError
-from graft.model.configuration import AUDIO_PAD_TOKEN, GraftConfig, audio_token_count
+from graft.model.configuration import GraftConfig, audio_token_count
+from graft.model.tokens import AUDIO_PAD_TOKEN
 from graft.text.prompts import (
     ANSWER_END,
     DEFAULT_INSTRUCTION,

@@ -1,1 +1,10 @@
-"""Ray drivers, one verb a module: `python -m jobs.VERB --recipe FILE key=value ...`."""
+"""The commands of graft: each module here is one, run as `python -m jobs.COMMAND --recipe FILE key=value ...`."""
+
+COMMANDS = (
+    ("prepare", "label", "format"),
+    ("build", "stage1", "stage2", "check", "merge", "export"),
+    ("transcribe",),
+    ("evaluate", "ablate"),
+    ("demo", "submit", "bench"),
+)
+"""The commands in the order of a project's life, in groups."""

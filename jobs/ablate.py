@@ -1,4 +1,4 @@
-"""What a setting is worth: variants of one recipe, each a small change of it, trained on the same clips and scored on the same sets.
+"""Train variants of a recipe and compare their word error rates.
 
 For each variant and seed: build -> stage 1 -> stage 2, the WER after each stage (after spelling the CER of what is spelled), all in
 out/VARIANT-SEED/; then ablation.json and ablation.md are written anew. What an earlier trial did with the same settings is not done
@@ -11,23 +11,24 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from graft.checkpoints.loading import open_processor
 from graft.config import R, Recipe, read_recipe
-from graft.data.dataset import RowTable, Sources, read_rows
+from graft.data.settings import Sources
 from graft.errors import RecipeError
 from graft.storage.atomic import write_atomic
 
-from . import build, evaluate, stage1, stage2
+from . import build, stage1, stage2
 from .common.cli import run_job
 from .common.outputs import claim_output, holds_results
 from .evaluation.ablation_table import table
-from .evaluation.ctc import score_ctc
+from .evaluation.recipe import EvaluateRecipe
 from .training.recipe import EXECUTION_KEYS
-from .training.samples import audio_counts, trainable
+
+if TYPE_CHECKING:
+    from graft.data.dataset import RowTable
 
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
 BASE = "base"
@@ -67,11 +68,15 @@ class Trial:
     build: build.BuildRecipe
     stage1: stage1.Stage1Recipe
     stage2: stage2.Stage2Recipe
-    scoring: evaluate.EvaluateRecipe
+    scoring: EvaluateRecipe
 
 
 def run(recipe: AblateRecipe) -> None:
     """Train and score all variants. Raises what the jobs raise, and RecipeError before the first of them."""
+    from graft.data.dataset import read_rows
+
+    from .training.samples import trainable
+
     planned = trials(recipe)
     rows, _ = trainable(read_rows(recipe.data))
     out = claim_output(
@@ -131,7 +136,7 @@ def _trial(recipe: AblateRecipe, name: str, change: Settings, seed: int, homes: 
             projector=first,
             **training,
         ),
-        _read(evaluate.EvaluateRecipe, "scoring", {"baseline": None, **recipe.scoring}, model="", out="", data=sets),
+        _read(EvaluateRecipe, "scoring", {"baseline": None, **recipe.scoring}, model="", out="", data=sets),
     )
 
 
@@ -160,7 +165,11 @@ def _in_words(changes: Mapping[Any, Any], was: Mapping[Any, Any] | None) -> Iter
         yield from _in_words(value, old) if isinstance(value, dict) else [f"{key} {value} instead of {old}"]
 
 
-def _result(trial: Trial, rows: RowTable, last_stage: int) -> dict[str, Any]:
+def _result(trial: Trial, rows: "RowTable", last_stage: int) -> dict[str, Any]:
+    from graft.checkpoints.loading import open_processor
+
+    from .training.samples import audio_counts
+
     if not holds_results(trial.build.out, build.as_trained(trial.build)):
         build.run(trial.build)
     spells = trial.stage1.objective == "ctc"
@@ -175,17 +184,22 @@ def _result(trial: Trial, rows: RowTable, last_stage: int) -> dict[str, Any]:
 
 
 def _spelled(trial: Trial) -> dict[str, dict[str, Any]]:
+    from .evaluation.ctc import score_ctc
+
     recipe = trial.scoring.model_copy(update={"model": trial.stage1.out, "out": f"{trial.stage1.out}-scored"})
     return {"spelled": score_ctc(recipe, trial.stage1.letters)}
 
 
-def _scores(stage: str, recipe: evaluate.EvaluateRecipe) -> dict[str, dict[str, Any]]:
+def _scores(stage: str, recipe: EvaluateRecipe) -> dict[str, dict[str, Any]]:
     """Set -> what jobs.evaluate finds of a stage there, now or in an earlier run."""
+    from .evaluation.scoring import REPORT_FILE
+    from .evaluation.scoring import run as score
+
     recipe = recipe.model_copy(update={"model": stage, "out": f"{stage}-scored"})
     is_done = holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS)
-    report = json.loads(Path(recipe.out, evaluate.REPORT_FILE).read_text()) if is_done else evaluate.run(recipe)
+    report = json.loads(Path(recipe.out, REPORT_FILE).read_text()) if is_done else score(recipe)
     return {"scores": {name: report["sets"][name]["graft"] for name in recipe.data}}
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(AblateRecipe, run, summary="Train variants of a recipe and compare their WER."))
+    sys.exit(run_job(AblateRecipe, run, summary=__doc__))

@@ -1,4 +1,6 @@
-"""Benchmarks: `python -m jobs.bench NAME [--json FILE]` prints what it finds and writes the numbers as JSON.
+"""Measure a part of graft: features, training, the service, bulk transcription or scaling.
+
+`python -m jobs.bench NAME [--json FILE]` prints what it finds and writes the numbers as JSON.
 
 features    FLAC -> log-mel on one core, beside soundfile + transformers' extractor
 train       training steps beside the reference system's and AudioFlamingo3's, Ray's feeding beside a bare loop, two workers beside one

@@ -1,19 +1,23 @@
-"""Graft a Whisper encoder onto Qwen2-VL: two checkpoints in, one out, with a projector that has yet to be trained or a trained one."""
+"""Graft a Whisper encoder onto a Qwen2-VL checkpoint, with a new projector or a trained one."""
 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from graft.config import Recipe
-from graft.errors import RecipeError
+from graft.config import Recipe, read_recipe
+from graft.errors import ModelError, RecipeError
 
 from .common.cli import run_job
 from .common.outputs import RECIPE_FILE, staged_output
 from .merge import ADAPTER_FOLDER
 
+if TYPE_CHECKING:
+    from graft.model.configuration import GraftConfig
+
+RECIPES = Path(__file__).parent / "recipes"
 SETTINGS = ("audio_pool", "audio_context", "audio_margin_s", "audio_projector", "prompt_style", "text_style")
 
 
@@ -89,6 +93,27 @@ def is_untrained(graft: str) -> bool:
     return isinstance(found, dict) and "audio_base" in found and not (found.get("reference") or found.get("pretrained"))
 
 
+def planned_graft(model: str) -> tuple["GraftConfig", bool]:
+    """Return the configuration of a graft, and whether it is built: a build recipe that names known bases can stand in for one.
+
+    `model` is a graft's folder or hub id, the file of a build recipe, or the name of one that comes with graft (fast-7b). No weights are
+    read. Raises ModelError for bases whose shapes are not known and for what is neither a graft nor a recipe.
+    """
+    from graft.checkpoints.known_bases import AUDIO_BASES, TEXT_BASES, known_config
+    from graft.checkpoints.loading import base_graft, check_graft
+    from graft.model.configuration import GraftConfig
+
+    path = Path(model) if Path(model).is_file() else RECIPES / f"{model}-build.yaml"
+    if not path.is_file():
+        check_graft(model)
+        return GraftConfig.from_pretrained(base_graft(model)), True
+    recipe = as_trained(read_recipe(BuildRecipe, str(path), ["out=none"]))
+    if recipe.audio_base not in AUDIO_BASES or recipe.text_base not in TEXT_BASES:
+        known = ", ".join(dict.fromkeys([*AUDIO_BASES, *TEXT_BASES]))
+        raise ModelError(f"{path}: not both of its bases are known by shape ({known} are): build the graft first")
+    return known_config(recipe.audio_base, recipe.text_base, **graft_settings(recipe)), False
+
+
 def _made(recipe: BuildRecipe) -> tuple[Any, Any, str]:
     if recipe.reference:
         return _imported(recipe)
@@ -139,4 +164,4 @@ def main(recipe: BuildRecipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(BuildRecipe, main, summary="Graft a Whisper encoder onto a Qwen2-VL checkpoint."))
+    sys.exit(run_job(BuildRecipe, main, summary=__doc__))

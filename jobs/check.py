@@ -1,19 +1,18 @@
-"""Check a checkpoint before hours are spent on it: is its audio path alive, and would only the answer be trained?"""
+"""Check within a minute that a checkpoint hears audio and that only answers would be trained."""
 
 import sys
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from graft.audio.clip import read_audio
-from graft.checkpoints.loading import DTYPES, open_graft
 from graft.config import Recipe
-from graft.data.dataset import RowReader, Sources, read_rows
-from graft.processor import GraftProcessor
-from graft.training.preflight import Preflight, preflight
+from graft.data.settings import Sources
 
 from .common.cli import run_job
-from .training.samples import trainable
+
+if TYPE_CHECKING:
+    import torch
+
+    from graft.processor import GraftProcessor
+    from graft.training.preflight import Preflight
 
 
 class CheckRecipe(Recipe):
@@ -28,8 +27,11 @@ class CheckRecipe(Recipe):
     gpu: bool = False
 
 
-def run(recipe: CheckRecipe) -> Preflight:
+def run(recipe: CheckRecipe) -> "Preflight":
     """Run the preflight of the stages on a few clips. Raises ModelError for a deaf model, DataError for wrong labels."""
+    from graft.checkpoints.loading import DTYPES, open_graft
+    from graft.training.preflight import preflight
+
     model, processor = open_graft(recipe.model, dtype=DTYPES[recipe.dtype], device="cuda" if recipe.gpu else "cpu")
     batch = first_clips(recipe.data, processor, recipe.clips)
     result = preflight(
@@ -40,8 +42,15 @@ def run(recipe: CheckRecipe) -> Preflight:
     return result
 
 
-def first_clips(data: Sources, processor: GraftProcessor, count: int) -> dict[str, torch.Tensor]:
+def first_clips(data: Sources, processor: "GraftProcessor", count: int) -> "dict[str, torch.Tensor]":
     """Make one training batch of the first clips of a corpus, as the stages would."""
+    import torch
+
+    from graft.audio.clip import read_audio
+    from graft.data.dataset import RowReader, read_rows
+
+    from .training.samples import trainable
+
     rows, _ = trainable(read_rows(data))
     reader = RowReader(rows.files)
     examples = []
@@ -56,4 +65,4 @@ def main(recipe: CheckRecipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(CheckRecipe, main, summary="Check that a checkpoint hears, and that only answers are labels."))
+    sys.exit(run_job(CheckRecipe, main, summary=__doc__))

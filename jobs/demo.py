@@ -1,4 +1,4 @@
-"""The whole path on any machine: a small graft that hears transcribes, is trained on for a few minutes, and transcribes and serves again.
+"""Run the whole path on a few minutes of bundled speech: build, train, evaluate, transcribe and serve.
 
 prepare -> build (pretrained) -> transcribe, evaluate -> stage 1 -> check -> stage 2 -> merge -> evaluate, transcribe, serve
 Each step is the job of that name with a small recipe; everything lands in runs/demo, the numbers in runs/demo/summary.json.
@@ -14,16 +14,15 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from graft.checkpoints.loading import computes_bf16
 from graft.config import Recipe, read_recipe
 from graft.errors import OutputError, RecipeError
 from graft.storage.atomic import write_atomic
 
-from . import build, check, evaluate, merge, prepare, stage1, stage2, transcribe
+from . import build, check, merge, prepare, stage1, stage2, transcribe
 from .common.cli import run_job
 from .common.cluster import connect
-from .common.local_service import post, serving
 from .common.outputs import RECIPE_FILE, claim_output
+from .evaluation.recipe import EvaluateRecipe
 
 SPEECH = Path(__file__).parent / "data" / "prompts"
 SUMMARY_FILE = "summary.json"
@@ -72,6 +71,8 @@ class Demo:
 
 def run(recipe: DemoRecipe) -> dict[str, Any]:
     """Run the demo; returns what stands in summary.json."""
+    from .evaluation import scoring
+
     demo = Demo(recipe)
     _start_afresh(recipe)
     connect()
@@ -92,14 +93,14 @@ def run(recipe: DemoRecipe) -> dict[str, Any]:
         lambda: transcribe.main(_transcribe_recipe(demo, "graft", files)),
     )
     _print_transcripts(demo, shown, "graft")
-    before = demo.step("evaluate", "as it comes", lambda: evaluate.run(_evaluate_recipe(demo, "graft")))
+    before = demo.step("evaluate", "as it comes", lambda: scoring.run(_evaluate_recipe(demo, "graft")))
     first = demo.step("stage1", "the projector alone, DeepSpeed ZeRO-2", lambda: stage1.run(_stage1_recipe(demo)))
     checked = check.CheckRecipe(model=demo.path("stage1"), data=[demo.path("data/train")])
     demo.step("check", "does the model hear?", lambda: check.run(checked))
     second = demo.step("stage2", "LoRA and the projector", lambda: stage2.run(_stage2_recipe(demo)))
     demo.step("merge", "the adapters into the weights, and a comparison", lambda: merge.run(_merge_recipe(demo)))
     report = demo.step(
-        "evaluate", "trained on, beside plain Whisper", lambda: evaluate.run(_evaluate_recipe(demo, "merged"))
+        "evaluate", "trained on, beside plain Whisper", lambda: scoring.run(_evaluate_recipe(demo, "merged"))
     )
     demo.step("transcribe", "the same three files", lambda: transcribe.main(_transcribe_recipe(demo, "merged", files)))
     demo.step("serve", "one of them over HTTP", lambda: _ask_server(demo, Path(files[0])))
@@ -134,6 +135,8 @@ def _prepare_recipe(demo: Demo) -> prepare.PrepareRecipe:
 
 def _training(demo: Demo, stage: str) -> dict[str, Any]:
     """What both stages of the demo share: small batches, for many updates out of few clips."""
+    from graft.checkpoints.loading import computes_bf16
+
     return {
         "model": demo.path("graft"),
         "data": [demo.path("data/train")],
@@ -177,11 +180,11 @@ def _merge_recipe(demo: Demo) -> merge.MergeRecipe:
     return merge.MergeRecipe.model_validate(settings)
 
 
-def _evaluate_recipe(demo: Demo, model: str) -> evaluate.EvaluateRecipe:
+def _evaluate_recipe(demo: Demo, model: str) -> EvaluateRecipe:
     """Score the graft as it comes on unseen clips alone, the merged one on trained ones too, beside Whisper and with swapped audio."""
     is_trained_on = model == "merged"
     sets = ["trained", "unseen"] if is_trained_on else ["unseen"]
-    return evaluate.EvaluateRecipe(
+    return EvaluateRecipe(
         model=demo.path(model),
         data={name: demo.path(f"data/{SPLITS[name]}") for name in sets},
         out=demo.path(f"evaluation-{model}"),
@@ -198,6 +201,8 @@ def _transcribe_recipe(demo: Demo, model: str, files: list[str]) -> transcribe.T
 
 def _ask_server(demo: Demo, file: Path) -> None:
     """Start the service on the demo's Ray, post a file to it, and stop it again."""
+    from .common.local_service import post, serving
+
     with serving(demo.path("merged"), demo.root, app="demo") as url:
         print(f"POST {url}/v1/audio/transcriptions with {file.name}: {post(url, file, model='merged')}")
 
@@ -228,12 +233,14 @@ def _summary(
 
 
 def _show(demo: Demo, summary: dict[str, Any], reports: dict[str, dict[str, Any]], shown: list[dict[str, Any]]) -> None:
+    from .evaluation.scoring import table
+
     print("\n== what came of it")
     for stage in ("stage1", "stage2"):
         losses = summary[stage]
         print(f"{stage}: loss {losses['loss_first']:.3f} -> {losses['loss_last']:.3f} in {losses['seconds']:.0f} s")
     for name, report in reports.items():
-        print(f"\n{name}:\n{evaluate.table(report)}")
+        print(f"\n{name}:\n{table(report)}")
     print(WHY.format(clips=summary["clips"]["trained"]))
     print("\nseconds: " + "  ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items()))
     print(f"\nfiles in {demo.root}:")
@@ -274,6 +281,4 @@ def main(recipe: DemoRecipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_job(DemoRecipe, main, summary="Train, merge, evaluate, transcribe and serve on a few minutes of speech.")
-    )
+    sys.exit(run_job(DemoRecipe, main, summary=__doc__))

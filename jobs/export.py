@@ -1,4 +1,4 @@
-"""Write the trained part of a graft, without its bases, for others to build the graft from: jobs.build pretrained=FOLDER.
+"""Write the trained part of a graft, without its bases, for others to build the graft from.
 
 stage's output -> projector, adapters cut to a smaller rank, the audio tokens' embeddings -> small shards, pretrained.json, recipes, card
 """
@@ -186,4 +186,4 @@ def main(recipe: ExportRecipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(ExportRecipe, main, summary="Write the trained part of a graft for others to build it from."))
+    sys.exit(run_job(ExportRecipe, main, summary=__doc__))

@@ -1,4 +1,4 @@
-"""Labels -> labels with case and punctuation, as Whisper hears them: writes texts.parquet (ID, text), which `texts` of a source names.
+"""Give labels the case and punctuation that Whisper hears, without changing their words.
 
 rows -> Whisper (jobs.preparation.pseudo_labels) -> aligned with the labels, words kept -> out/texts.parquet
 A row keeps its label where it is formatted already, can't be heard, or agrees too little with what is heard.
@@ -9,25 +9,23 @@ import functools
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
-from graft.data.dataset import RowTable
 from graft.errors import require
 from graft.text.prompts import is_formatted
 from graft.text.punctuation import take_format
 
 from .common.cli import run_job
-from .evaluation.asr_pool import ClipTranscript
 from .preparation.pseudo_labels import TextsRecipe, Verb, report_untranscribed, write_texts
 
-COLUMNS = pa.schema(
-    [("ID", pa.string()), ("text", pa.string()), ("words", pa.int32()), ("agreed", pa.int32()), ("state", pa.string())]
-)
+if TYPE_CHECKING:
+    from graft.data.dataset import RowTable
+
+    from .evaluation.asr_pool import ClipTranscript
+
+COLUMNS = {"ID": "string", "text": "string", "words": "int32", "agreed": "int32", "state": "string"}
 FORMATTED, KEPT, OWN, UNHEARD = "formatted", "kept", "own", "unheard"
 """States of a row: formatted here; its label kept for want of agreement, or being formatted or empty already; audio not readable."""
 
@@ -50,7 +48,7 @@ def _wants(text: str) -> bool:
     return bool(text.strip()) and not is_formatted(text)
 
 
-def _line(rows: RowTable, row: int, clip: ClipTranscript | None, *, least: float) -> dict[str, Any]:
+def _line(rows: "RowTable", row: int, clip: "ClipTranscript | None", *, least: float) -> dict[str, Any]:
     if clip is None:
         return _kept(rows, row, OWN)
     if clip.error:
@@ -63,11 +61,14 @@ def _line(rows: RowTable, row: int, clip: ClipTranscript | None, *, least: float
     return {"ID": rows.id(row), "text": formatted.text, **counts, "state": FORMATTED}
 
 
-def _kept(rows: RowTable, row: int, state: str) -> dict[str, Any]:
+def _kept(rows: "RowTable", row: int, state: str) -> dict[str, Any]:
     return {"ID": rows.id(row), "text": rows.text(row), "words": 0, "agreed": 0, "state": state}
 
 
 def _counts(texts: Path) -> dict[str, Any]:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     lines = pq.read_table(texts, columns=["words", "agreed", "state"])
     states = Counter(lines["state"].to_pylist())
     agreement = pc.sum(lines["agreed"]).as_py() / max(1, pc.sum(lines["words"]).as_py())
@@ -90,4 +91,4 @@ def main(recipe: FormatRecipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(FormatRecipe, main, summary="Give labels the case and punctuation that Whisper hears."))
+    sys.exit(run_job(FormatRecipe, main, summary=__doc__))

@@ -1,4 +1,4 @@
-"""Speech without labels -> labels, where Whisper is sure: writes texts.parquet (ID, text), which `texts` of a source names.
+"""Transcribe speech that has no labels with Whisper, and keep what it is confident of.
 
 rows without text -> Whisper (jobs.preparation.pseudo_labels) -> kept, or rejected with a reason -> out/texts.parquet
 A rejected row has an empty text, so that training leaves it out; `heard` holds what it would have been. Rows with a text keep it.
@@ -11,30 +11,30 @@ import sys
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
-from graft.data.dataset import RowTable
 from graft.data.splits import comparable_text
 
 from .common.cli import run_job
-from .evaluation.asr_pool import ClipTranscript
 from .preparation.pseudo_labels import TextsRecipe, Verb, report_untranscribed, write_texts
 
-COLUMNS = pa.schema(
-    [
-        ("ID", pa.string()),
-        ("text", pa.string()),
-        ("heard", pa.string()),
-        ("mean_logprob", pa.float32()),
-        ("duration", pa.float32()),  # seconds, of what was heard
-        ("state", pa.string()),
-    ]
-)
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from graft.data.dataset import RowTable
+
+    from .evaluation.asr_pool import ClipTranscript
+
+COLUMNS = {
+    "ID": "string",
+    "text": "string",
+    "heard": "string",
+    "mean_logprob": "float32",
+    "duration": "float32",  # seconds, of what was heard
+    "state": "string",
+}
 LABELLED, OWN = "labelled", "own"
 SILENT, LOOP, RATE, UNSURE, UNHEARD = REASONS = ("silent", "loop", "rate", "unsure", "unheard")
 """Why a row is rejected: no words in it; words over and over; too many or too few for its length; low confidence; audio not readable."""
@@ -65,7 +65,7 @@ def _wants(text: str) -> bool:
     return not text.strip()
 
 
-def _line(rows: RowTable, row: int, clip: ClipTranscript | None, *, recipe: LabelRecipe) -> dict[str, Any]:
+def _line(rows: "RowTable", row: int, clip: "ClipTranscript | None", *, recipe: LabelRecipe) -> dict[str, Any]:
     if clip is None:
         return {"ID": rows.id(row), "text": rows.text(row), "state": OWN}
     if clip.error:
@@ -76,7 +76,7 @@ def _line(rows: RowTable, row: int, clip: ClipTranscript | None, *, recipe: Labe
     return {"ID": rows.id(row), "text": "" if reason else clip.text, **measures, "state": reason or LABELLED}
 
 
-def doubt(clip: ClipTranscript, recipe: LabelRecipe) -> str | None:
+def doubt(clip: "ClipTranscript", recipe: LabelRecipe) -> str | None:
     """Why the text of a clip is not to be believed, the first of REASONS that holds; None where none does."""
     if not comparable_text(clip.text):
         return SILENT
@@ -93,6 +93,9 @@ def _compression(text: str) -> float:
 
 
 def _counts(texts: Path) -> dict[str, Any]:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     lines = pq.read_table(texts, columns=["duration", "state"])
     states = Counter(lines["state"].to_pylist())
     return {
@@ -105,7 +108,9 @@ def _counts(texts: Path) -> dict[str, Any]:
     }
 
 
-def _hours(lines: pa.Table) -> float:
+def _hours(lines: "pa.Table") -> float:
+    import pyarrow.compute as pc
+
     return round((pc.sum(lines["duration"]).as_py() or 0) / 3600, 4)
 
 
@@ -122,4 +127,4 @@ def main(recipe: LabelRecipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(LabelRecipe, main, summary="Label speech that has no text, where Whisper is sure of it."))
+    sys.exit(run_job(LabelRecipe, main, summary=__doc__))

@@ -1,4 +1,7 @@
-"""Merge a stage's projector and adapters into full-precision weights: a whole graft again, with the adapters kept beside it."""
+"""Merge the projector and adapters of a stage into full-precision weights.
+
+The result is a whole graft again; the trained parts are kept beside it in adapter/.
+"""
 
 import json
 import shutil
@@ -9,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from graft.config import Recipe
-from graft.data.dataset import Sources
+from graft.data.settings import Sources
 from graft.errors import ModelError
 
 from .common.cli import run_job
@@ -90,4 +93,4 @@ def main(recipe: MergeRecipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(MergeRecipe, main, summary="Merge a stage's output into full-precision weights."))
+    sys.exit(run_job(MergeRecipe, main, summary=__doc__))

@@ -1,4 +1,4 @@
-"""Folders of speech with manifests (JSON lines, NeMo's, CSV) -> LargeScaleASR parquet in disjoint, seeded splits.
+"""Turn manifests of speech into parquet files in disjoint, seeded splits.
 
 manifest lines -> rows -> checks of text and audio -> one row an id -> splits (graft.data.splits), on request with longer clips made of theirs
 (jobs.preparation.concatenation) -> out/SPLIT/part-00000.parquet ..., out/dropped.jsonl, out/summary.json. Every line that a source takes ends up in a split
@@ -244,6 +244,4 @@ def _print_table(out: str, summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_job(PrepareRecipe, main, summary="Turn manifests of speech into LargeScaleASR parquet in disjoint splits.")
-    )
+    sys.exit(run_job(PrepareRecipe, main, summary=__doc__))

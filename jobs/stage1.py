@@ -1,4 +1,7 @@
-"""Stage 1: train the projector alone, on a frozen Whisper encoder and a frozen language model, by its transcripts or by spelling."""
+"""Train the projector of a graft, with its encoder and language model frozen.
+
+The projector learns from transcripts, by the language model's loss, or from letters by CTC.
+"""
 
 import os
 import sys
@@ -6,12 +9,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graft.model.ctc import LETTERS
-from graft.training.stages import Stage
+from graft.model.tokens import LETTERS
 
+from .build import planned_graft
 from .common.cli import PlanOptions, run_job
-from .training.driver import fit
-from .training.estimate import Trained, print_plan
 from .training.recipe import TrainRecipe
 
 
@@ -35,13 +36,19 @@ class Stage1Recipe(TrainRecipe):
 
 def run(recipe: Stage1Recipe) -> dict[str, Any]:
     """Train the projector of a graft; returns losses, counts and seconds."""
+    from graft.training.stages import Stage
+
+    from .training.driver import fit
+
     projector = os.path.abspath(recipe.projector) if recipe.projector else None
     return fit(recipe, Stage(1, projector=projector, letters=recipe.letters if recipe.objective == "ctc" else None))
 
 
 def plan(recipe: Stage1Recipe, options: PlanOptions) -> None:
     """Print what a run takes."""
-    print_plan(recipe, options, trained=Trained(reads=recipe.objective == "transcript"))
+    from .training.estimate import Trained, print_plan
+
+    print_plan(recipe, options, *planned_graft(recipe.model), trained=Trained(reads=recipe.objective == "transcript"))
 
 
 def main(recipe: Stage1Recipe) -> None:
@@ -49,4 +56,4 @@ def main(recipe: Stage1Recipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(Stage1Recipe, main, summary="Train the projector of a graft.", plan=plan))
+    sys.exit(run_job(Stage1Recipe, main, summary=__doc__, plan=plan))

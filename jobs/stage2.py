@@ -1,4 +1,7 @@
-"""Stage 2: train LoRA adapters on the language model together with the projector of stage 1 (QLoRA on an NF4 base, or LoRA)."""
+"""Train LoRA adapters on the language model of a graft together with its projector.
+
+The base is quantized to NF4 (QLoRA) or not (LoRA).
+"""
 
 import os
 import sys
@@ -6,16 +9,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from graft.checkpoints.loading import read_stage
-from graft.checkpoints.lora import LoraSettings, has_adapters, read_adapters
 from graft.config import Recipe
 from graft.errors import ModelError
-from graft.training.stages import Stage
 
-from .build import is_untrained
+from .build import is_untrained, planned_graft
 from .common.cli import PlanOptions, run_job
-from .training.driver import fit
-from .training.estimate import Trained, print_plan
 from .training.recipe import TrainRecipe
 
 
@@ -46,6 +44,11 @@ class Stage2Recipe(TrainRecipe):
 
 def run(recipe: Stage2Recipe) -> dict[str, Any]:
     """Train adapters and projector; returns losses, counts and seconds."""
+    from graft.checkpoints.lora import LoraSettings
+    from graft.training.stages import Stage
+
+    from .training.driver import fit
+
     lora = LoraSettings(**recipe.lora.model_dump())
     adapters = _adapters(recipe)
     return fit(
@@ -55,6 +58,8 @@ def run(recipe: Stage2Recipe) -> dict[str, Any]:
 
 def _adapters(recipe: Stage2Recipe) -> str | None:
     """The folder of the adapters to start from. Raises ModelError for others than the recipe's `lora` makes."""
+    from graft.checkpoints.lora import read_adapters
+
     if recipe.adapters is None:
         return None
     _, config = read_adapters(recipe.adapters)
@@ -67,6 +72,9 @@ def _adapters(recipe: Stage2Recipe) -> str | None:
 
 def _projector(recipe: Stage2Recipe) -> str | None:
     """The folder of the projector to start from; None for the graft's own. Raises ModelError for one that was never trained."""
+    from graft.checkpoints.loading import read_stage
+    from graft.checkpoints.lora import has_adapters
+
     if recipe.projector is None and recipe.adapters is not None:
         return os.path.abspath(recipe.adapters)
     if recipe.projector is None and read_stage(recipe.model) is None:
@@ -84,8 +92,10 @@ def _projector(recipe: Stage2Recipe) -> str | None:
 
 def plan(recipe: Stage2Recipe, options: PlanOptions) -> None:
     """Print what a run takes."""
+    from .training.estimate import Trained, print_plan
+
     trained = Trained(lora_rank=recipe.lora.rank, lora_encoder=recipe.lora.encoder, nf4=recipe.quantize == "nf4")
-    print_plan(recipe, options, trained=trained)
+    print_plan(recipe, options, *planned_graft(recipe.model), trained=trained)
 
 
 def main(recipe: Stage2Recipe) -> None:
@@ -93,4 +103,4 @@ def main(recipe: Stage2Recipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(Stage2Recipe, main, summary="Train LoRA adapters and the projector of a graft.", plan=plan))
+    sys.exit(run_job(Stage2Recipe, main, summary=__doc__, plan=plan))

@@ -1,4 +1,6 @@
-"""Submit a job to a Ray cluster, follow it, and end as it ends: `python -m jobs.submit [--address URL] VERB key=value ...`.
+"""Run a command on a Ray cluster, follow its output and end with its exit code.
+
+Usage: `python -m jobs.submit [--address URL] COMMAND key=value ...`
 
 The checkout goes along, less what git ignores; a recipe's paths are the cluster's own. `ray job submit` does the same, but ends with 0 or 1
 whatever the job's exit code, with 0 after a stop too, and gives a stopped job 3 s to save.

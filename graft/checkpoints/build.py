@@ -19,8 +19,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from graft.checkpoints.projector_file import state_digest
 from graft.errors import ModelError
-from graft.model.configuration import AUDIO_TOKENS, GraftConfig
+from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.tokens import AUDIO_TOKENS
 from graft.processor import GraftProcessor
 
 

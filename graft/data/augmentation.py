@@ -7,66 +7,22 @@ torchaudio would do the same and is on few machines.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Self
 
 import numpy as np
 import soxr
-from pydantic import Field, model_validator
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
 from graft.audio.features import Features
-from graft.config import Recipe
-from graft.data.dataset import RowReader, RowTable, Sources
+from graft.data.dataset import RowReader, RowTable
 from graft.data.sample_seeds import generator, uniform
+from graft.data.settings import AugmentRecipe, SpecAugmentRecipe
 from graft.errors import AudioError, DataError
-
-Range = tuple[float, float]
 
 SLOWED_LIMIT_S = 29.9
 """No clip is slowed down past this: Whisper hears 30 s, and durations in corpora are rounded."""
 NO_SPEECH_S = (0.5, 15.0)
 SILENCE_DBFS = -80.0
 MADE_NOISES = ("white", "pink", "speech-shaped")
-
-
-class NoiseRecipe(Recipe):
-    """Noise under part of the samples."""
-
-    share: float = Field(default=0.3, ge=0, le=1)
-    """Share of the samples that get noise."""
-    snr_db: Range = (5.0, 25.0)
-    """Least and greatest ratio of the clip's power to the noise's."""
-    data: Sources | None = None
-    """A corpus of noise clips in which nobody speaks; null: white, pink or speech-shaped noise is made."""
-
-
-class SpecAugmentRecipe(Recipe):
-    """Masks on the log-mels, filled with the clip's mean; each one's width is drawn, from nothing to the greatest."""
-
-    time_masks: int = Field(default=2, ge=0)
-    time_s: float = Field(default=0.5, ge=0)
-    """Greatest length of a time mask; also never over a fifth of the clip."""
-    freq_masks: int = Field(default=2, ge=0)
-    freq_bins: int = Field(default=15, ge=0)
-    """Greatest height of a frequency mask, of 80 or 128 mel bins."""
-
-
-class AugmentRecipe(Recipe):
-    """What is done to clips in training; nothing by default."""
-
-    speed: list[Annotated[float, Field(ge=0.5, le=2)]] = Field(default=[1.0], min_length=1)
-    """Factors, one of which is drawn: 1.1 is faster and higher."""
-    gain_db: Range | None = None
-    """Least and greatest amplification; none lifts a clip past full scale."""
-    noise: NoiseRecipe | None = None
-    specaugment: SpecAugmentRecipe | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name, limits in (("gain_db", self.gain_db), ("noise.snr_db", self.noise and self.noise.snr_db)):
-            if limits and limits[0] > limits[1]:
-                raise ValueError(f"{name} is {list(limits)}: give the smaller number first")
-        return self
 
 
 def drawn_speeds(factors: Sequence[float], durations_s: np.ndarray, draws: np.ndarray) -> np.ndarray:

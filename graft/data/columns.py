@@ -15,24 +15,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import feather
 
-from graft.config import Recipe
+from graft.data.settings import Columns
 from graft.errors import DataError
 from graft.storage.atomic import atomic_file
 
 _BINARY = (pa.binary(), pa.large_binary())
-
-
-class Columns(Recipe):
-    """What the columns of a parquet file are called; dots reach into structs (`audio.bytes`)."""
-
-    id: str | None = "ID"
-    """null: the file's stem and the row's number in it, `train-00003:17`."""
-    duration: str | None = "duration"
-    """In seconds. null: measured, for which the audio is read once while planning."""
-    text: str | None = "text"
-    """null: nobody wrote down what is said; jobs.label does."""
-    audio: str = "wav"
-    """Whole audio files: bytes, or a struct of `bytes` and, where it has one, `path`."""
 
 
 @dataclass(frozen=True, eq=False)

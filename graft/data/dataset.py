@@ -13,17 +13,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from graft.audio.clip import AudioClip, flac_bytes
-from graft.config import Recipe
-from graft.data.columns import Columns, Metadata, cached_metadata, read_audio_column, read_metadata, read_texts
+from graft.data.columns import Metadata, cached_metadata, read_audio_column, read_metadata, read_texts
+from graft.data.settings import Columns, Source, Sources
 from graft.errors import DataError
 from graft.storage.atomic import atomic_file
 from graft.storage.locations import list_files, open_parquet, redact_uri, retry_read, version_of
@@ -42,21 +41,6 @@ SCHEMA = pa.schema(
     ]
 )
 PLANNING_THREADS = 32  # they wait for answers
-
-
-class Source(Recipe):
-    """Parquet files of one kind."""
-
-    files: str | Annotated[list[str], Field(min_length=1)]
-    """Files, folders or globs: local, hf://datasets/OWNER/NAME@REVISION/FOLDER, s3://BUCKET/KEY, or single files at http(s)://."""
-    weight: float = Field(default=1.0, gt=0)
-    """How often a row stands in an epoch: 2 is twice, 0.5 every other epoch."""
-    columns: Columns = Columns()
-    texts: str | None = None
-    """Parquet with ID and text: these texts take the place of the corpus's own; a row that it lacks has none."""
-
-
-Sources = str | Source | Sequence[str | Source]
 
 
 @dataclass(frozen=True)

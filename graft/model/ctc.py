@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .encoder import encode_audio, token_counts
 from .modeling import GraftForConditionalGeneration
+from .tokens import LETTERS
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 BLANK, SPACE = "\n", " "
 SHARPNESS = 8.0
 """The logit that a letter's own embedding gets over that of the average one."""

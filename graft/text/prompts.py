@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graft.errors import ModelError
-from graft.model.configuration import AUDIO_END_TOKEN, AUDIO_PAD_TOKEN, AUDIO_START_TOKEN
+from graft.model.tokens import AUDIO_END_TOKEN, AUDIO_PAD_TOKEN, AUDIO_START_TOKEN
 from graft.text.context import checked_words
 
 DEFAULT_INSTRUCTION = "Transcribe this audio."

@@ -13,9 +13,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from ..common.console import quiet_libraries
-from ..transcribe import TranscribeRecipe, transcribe
 from ..transcription.assembly import read_index
 from ..transcription.discovery import find_recordings
+from ..transcription.driver import transcribe
+from ..transcription.recipe import TranscribeRecipe
 from ..transcription.work_items import at_attempts, durations, plan_items
 from .bulk_engine import Device, open_stand_in
 from .bulk_speech import link_files, write_archive, write_long_recording

@@ -61,7 +61,7 @@ def run_job(
     recipe_class: type[R],
     main: Callable[[R], int | None],
     *,
-    summary: str,
+    summary: str | None,
     argv: Sequence[str] | None = None,
     plan: Callable[[R, PlanOptions], None] | None = None,
 ) -> int:
@@ -142,7 +142,7 @@ def _extra_of(module: str) -> str | None:
 
 
 def _read_arguments(
-    recipe_class: type[Recipe], summary: str, argv: Sequence[str], *, plans: bool
+    recipe_class: type[Recipe], summary: str | None, argv: Sequence[str], *, plans: bool
 ) -> tuple[argparse.Namespace, list[str]]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     usage = f"python -m {spec.name if spec else 'jobs.VERB'} [--recipe FILE] [key=value ...] {'[--plan ...] ' if plans else ''}[--debug]"

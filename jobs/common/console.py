@@ -12,13 +12,11 @@ POLL_S = 0.5
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and hints of libraries out of a job's output; for a process's entry point, before Ray is imported."""
+    """Keep the progress bars and hints of libraries out of a job's output; for a process's entry point, before they are imported."""
     # Ray's C++ prints an error for every actor pool of Ray Data, about nothing that goes wrong (ray-project/ray#53727).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
     logging.getLogger("ray").setLevel(logging.ERROR)
     for name in (
         "DeepSpeed",

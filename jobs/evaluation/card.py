@@ -58,7 +58,7 @@ def _data(path: str) -> str:
 
 
 def _evaluation(path: str) -> str:
-    from ..evaluate import table
+    from .scoring import table
 
     report = _parsed(path, _read(path))
     try:

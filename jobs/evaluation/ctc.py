@@ -11,9 +11,10 @@ from graft.storage.atomic import write_atomic
 from graft.text.wer import score
 
 from ..common.outputs import claim_output
-from ..evaluate import REPORT_FILE, EvaluateRecipe
 from ..training.recipe import EXECUTION_KEYS
 from ..training.validation import readable
+from .recipe import EvaluateRecipe
+from .scoring import REPORT_FILE
 from .test_sets import as_rows, labelled
 
 

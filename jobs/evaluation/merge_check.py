@@ -11,7 +11,8 @@ import torch
 
 from graft.audio.clip import read_audio
 from graft.checkpoints.loading import open_graft
-from graft.data.dataset import RowReader, RowTable, Sources, read_rows
+from graft.data.dataset import RowReader, RowTable, read_rows
+from graft.data.settings import Sources
 from graft.inference.transcriber import transcriber_of
 from graft.inference.transcript import Transcript
 from graft.model.modeling import GraftForConditionalGeneration

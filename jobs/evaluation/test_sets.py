@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
-from graft.data.dataset import CorpusFile, RowReader, RowTable, Sources, clip_row, read_rows, write_corpus
+from graft.data.dataset import CorpusFile, RowReader, RowTable, clip_row, read_rows, write_corpus
 from graft.data.nonspeech import SOUNDS, made_sounds
+from graft.data.settings import Sources
 from graft.errors import AudioError, DataError
 
 SWAPPED = "swapped"

@@ -7,24 +7,26 @@ What a verb makes of a row is its own (jobs.format, jobs.label). A run that was 
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from graft.config import Recipe
-from graft.data.dataset import RowTable, Sources, read_rows
+from graft.data.settings import Sources
 from graft.errors import DataError
 from graft.storage.atomic import atomic_file, write_atomic
 
 from ..common.cluster import connect
 from ..common.outputs import claim_output, holds_results
-from ..evaluation.asr_pool import AsrModelSpec, ClipTranscript, transcribe_rows, whisper_folder
+
+if TYPE_CHECKING:
+    from graft.data.dataset import RowTable
+
+    from ..evaluation.asr_pool import AsrModelSpec, ClipTranscript
 
 TEXTS_FILE = "texts.parquet"
 RESULT_FILE = "result.json"
@@ -55,11 +57,11 @@ class Verb:
     """What a job makes of rows."""
 
     name: str
-    columns: pa.Schema
-    """Of its lines: ID, text and more."""
+    columns: Mapping[str, str]
+    """Names and Arrow types of its lines' columns: ID, text and more."""
     wants: Callable[[str], bool]
     """Whether a row of this text is to be heard."""
-    line: Callable[[RowTable, int, ClipTranscript | None], dict[str, Any]]
+    line: Callable[["RowTable", int, "ClipTranscript | None"], dict[str, Any]]
     """A row, and what was heard in it if it was wanted -> its line."""
     counts: Callable[[Path], dict[str, Any]]
     """texts.parquet -> what stands in result.json."""
@@ -69,6 +71,10 @@ class Verb:
 
 def write_texts(recipe: TextsRecipe, verb: Verb) -> dict[str, Any]:
     """Write the texts of recipe.data; returns what stands in result.json. Raises DataError, ModelError, OutputError, MissingExtra."""
+    from graft.data.dataset import read_rows
+
+    from ..evaluation.asr_pool import AsrModelSpec, whisper_folder
+
     out = Path(recipe.out)
     if holds_results(recipe.out, recipe, ignore=HOW) and (out / RESULT_FILE).is_file():
         print(f"{verb.name}: {out} is done already")
@@ -91,12 +97,12 @@ def write_texts(recipe: TextsRecipe, verb: Verb) -> dict[str, Any]:
     return result
 
 
-def report_untranscribed(rows: RowTable, row: int, clip: ClipTranscript) -> None:
+def report_untranscribed(rows: "RowTable", row: int, clip: "ClipTranscript") -> None:
     """Print why a clip can't be read."""
     print(f"graft: {rows.id(row)}: {clip.error}", file=sys.stderr)
 
 
-def _check_ids(rows: RowTable) -> None:
+def _check_ids(rows: "RowTable") -> None:
     if repeated := len(rows) - len(rows.ids.unique()):
         raise DataError(
             f"{repeated} rows have the ID of another one, by which texts are found again: give each its own, or columns.id=null"
@@ -104,7 +110,7 @@ def _check_ids(rows: RowTable) -> None:
 
 
 def _write_parts(
-    rows: RowTable, parts: Sequence[Path], listener: AsrModelSpec, recipe: TextsRecipe, verb: Verb
+    rows: "RowTable", parts: Sequence[Path], listener: "AsrModelSpec", recipe: TextsRecipe, verb: Verb
 ) -> None:
     """Write the parts that are not there yet, each as soon as the last of its batches is heard."""
     spans = [
@@ -125,6 +131,8 @@ def _write_parts(
             _write_part(path, [verb.line(rows, row, None) for row in spans[number]], verb.columns)
     if not batches:
         return
+    from ..evaluation.asr_pool import transcribe_rows
+
     connect()
     heard: defaultdict[int, dict[int, ClipTranscript]] = defaultdict(dict)
     for batch in transcribe_rows(listener, rows, batches):
@@ -137,13 +145,19 @@ def _write_parts(
             print(f"{verb.name}: {number + 1} of {len(parts)} parts", flush=True)
 
 
-def _write_part(path: Path, lines: list[dict[str, Any]], columns: pa.Schema) -> None:
+def _write_part(path: Path, lines: list[dict[str, Any]], columns: Mapping[str, str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     with atomic_file(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(lines, schema=columns), temporary)
+        pq.write_table(pa.Table.from_pylist(lines, schema=pa.schema(columns)), temporary)
 
 
-def _join(parts: Sequence[Path], path: Path, columns: pa.Schema) -> None:
+def _join(parts: Sequence[Path], path: Path, columns: Mapping[str, str]) -> None:
     """Put the parts together in order."""
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, columns) as writer:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, pa.schema(columns)) as writer:
         for part in parts:
             writer.write_table(pq.read_table(part))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from graft.data.dataset import RowTable, Sources, read_rows
+from graft.data.dataset import RowTable, read_rows
+from graft.data.settings import Sources
 from graft.errors import DataError
 from graft.processor import GraftProcessor
 from graft.storage.atomic import write_atomic

@@ -6,14 +6,11 @@ ship, by its name (fast-7b): the bases that it names are known by shape.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from graft.checkpoints.known_bases import AUDIO_BASES, TEXT_BASES, known_config
-from graft.checkpoints.loading import base_graft, check_graft
-from graft.config import read_recipe
-from graft.errors import ModelError, RecipeError
+from graft.checkpoints.loading import base_graft
+from graft.errors import RecipeError
 from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_count
 from graft.processor import GraftProcessor
 from graft.training.estimate import (
@@ -28,12 +25,10 @@ from graft.training.estimate import (
     encoder_flops,
 )
 
-from ..build import BuildRecipe, as_trained, graft_settings
 from ..common.cli import PlanOptions
 from .batches import plan_run
 from .recipe import TrainRecipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 FRAMES_PER_S = WINDOW_FRAMES // 30
 PROMPT_TOKENS = {"graft": 16, "reference": 27}
 """Of a prompt without its audio, by prompt style."""
@@ -75,13 +70,22 @@ class Work:
     source: str
 
 
-def print_plan(recipe: TrainRecipe, options: PlanOptions, *, trained: Trained = PROJECTOR_ALONE) -> None:
-    """Print what a run of this recipe takes. Raises ModelError, DataError and RecipeError for what is not known or cannot be read."""
-    config, is_graft = plan_config(recipe.model)
+def print_plan(
+    recipe: TrainRecipe,
+    options: PlanOptions,
+    config: GraftConfig,
+    is_built: bool,
+    *,
+    trained: Trained = PROJECTOR_ALONE,
+) -> None:
+    """Print what a run of this recipe on a graft of this configuration takes; the data of a graft that is not yet built is not read.
+
+    Raises ModelError, DataError and RecipeError for what is not known or cannot be read.
+    """
     parameters = count_parameters(config, lora_rank=trained.lora_rank, lora_encoder=trained.lora_encoder)
     work = (
         _read_work(recipe, config, trained)
-        if recipe.data is not None and is_graft
+        if recipe.data is not None and is_built
         else _assumed_work(recipe, config, trained, hours=options.hours, clip_s=options.clip_s)
     )
     lines = [
@@ -90,19 +94,6 @@ def print_plan(recipe: TrainRecipe, options: PlanOptions, *, trained: Trained = 
         *_memory_lines(recipe, config, parameters, work, trained),
     ]
     print("\n".join(lines), flush=True)
-
-
-def plan_config(model: str) -> tuple[GraftConfig, bool]:
-    """The configuration of a graft, and whether there is one: the alternative is a recipe that would build it."""
-    path = Path(model) if Path(model).is_file() else RECIPES / f"{model}-build.yaml"
-    if not path.is_file():
-        check_graft(model)
-        return GraftConfig.from_pretrained(base_graft(model)), True
-    recipe = as_trained(read_recipe(BuildRecipe, str(path), ["out=none"]))
-    if recipe.audio_base not in AUDIO_BASES or recipe.text_base not in TEXT_BASES:
-        known = ", ".join(dict.fromkeys([*AUDIO_BASES, *TEXT_BASES]))
-        raise ModelError(f"{path}: not both of its bases are known by shape ({known} are): build the graft first")
-    return known_config(recipe.audio_base, recipe.text_base, **graft_settings(recipe)), False
 
 
 def _read_work(recipe: TrainRecipe, config: GraftConfig, trained: Trained) -> Work:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
 from graft.audio.features import HOP_LENGTH, MIN_FRAMES, Features
-from graft.data.augmentation import Augmenter, AugmentRecipe, NoiseCorpus, no_speech_clip
+from graft.data.augmentation import Augmenter, NoiseCorpus, no_speech_clip
 from graft.data.dataset import RowReader, RowTable
 from graft.data.sample_seeds import generator
+from graft.data.settings import AugmentRecipe
 from graft.errors import AudioError, DataError
 from graft.processor import Example, GraftProcessor
 from graft.training.batch import TrainingBatch

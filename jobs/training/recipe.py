@@ -5,8 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from graft.config import Recipe
-from graft.data.augmentation import AugmentRecipe
-from graft.data.dataset import Sources
+from graft.data.settings import AugmentRecipe, Sources
 from graft.text.instructions import InstructionRecipe
 from graft.training.tracking import WandbRecipe
 

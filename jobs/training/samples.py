@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 
 from graft.audio.clip import SAMPLE_RATE
 from graft.audio.features import HOP_LENGTH, MIN_FRAMES
-from graft.data.augmentation import AugmentRecipe, drawn_speeds, no_speech_durations
+from graft.data.augmentation import drawn_speeds, no_speech_durations
 from graft.data.dataset import RowTable, read_rows
+from graft.data.settings import AugmentRecipe
 from graft.errors import DataError
 from graft.model.configuration import WINDOW_FRAMES
 from graft.processor import GraftProcessor

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from graft.data.columns import Columns
-from graft.data.dataset import Source, read_rows
+from graft.data.dataset import read_rows
+from graft.data.settings import Columns, Source
 from graft.errors import DataError
 from graft.storage.locations import PlacedFile, find_files, redact_uri
 from graft.storage.source import open_source

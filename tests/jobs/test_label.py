@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from graft.audio.clip import read_audio
-from graft.data.dataset import Source, read_rows
+from graft.data.dataset import read_rows
+from graft.data.settings import Source
 from graft.inference.engines.whisper_baseline import WhisperBaseline
 from jobs.common.cli import run_job
 from jobs.evaluation.asr_pool import ClipTranscript

@@ -28,6 +28,7 @@ from graft.inference.transcript import Transcript
 from graft.text.wer import score
 from jobs import check, evaluate, merge, stage1, stage2
 from jobs.common.cluster import connect
+from jobs.evaluation import scoring
 from tests.support import tiny_models
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
@@ -359,7 +360,7 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
         "batch_clips": 4,
     }
     recipe = evaluate.EvaluateRecipe.model_validate({**settings, "limit": 5, "audio_check": "trained"})
-    report = evaluate.run(recipe)
+    report = scoring.run(recipe)
     out = Path(recipe.out)
     assert {path.name for path in out.iterdir()} == {"report.json", "predictions.jsonl", "recipe.yaml"}
     assert report == json.loads((out / "report.json").read_text())
@@ -407,9 +408,9 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
     weights["audio_projector.linear.weight"].zero_()
     save_file(weights, deaf / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"deaf: audio_projector\.linear\.weight is all zeros, so the model is deaf"):
-        evaluate.run(recipe.model_copy(update={"model": str(deaf), "out": home.out("nowhere"), "limit": 1}))
+        scoring.run(recipe.model_copy(update={"model": str(deaf), "out": home.out("nowhere"), "limit": 1}))
     assert not list(home.folder.glob("*nowhere*"))
     for again in (recipe, recipe.model_copy(update={"limit": 2})):
         with pytest.raises(OutputError, match="evaluation exists: choose another out= or remove it"):
-            evaluate.run(again)
+            scoring.run(again)
     assert report == json.loads((out / "report.json").read_text())

@@ -15,7 +15,7 @@ from ray.data._internal.planner.planner import Planner
 from graft.inference.transcriber import Transcriber, open_transcriber
 from graft.inference.transcript import Transcript
 from jobs.common.outputs import holds_results
-from jobs.transcribe import EXECUTION_KEYS, TranscribeRecipe
+from jobs.transcription.recipe import EXECUTION_KEYS, TranscribeRecipe
 from tests.support import hub_server, media, tiny_models
 from tests.support.jobs import transcribe
 

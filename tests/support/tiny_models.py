@@ -15,8 +15,9 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from graft.model.configuration import AUDIO_TOKENS, GraftConfig, audio_token_count
+from graft.model.configuration import GraftConfig, audio_token_count
 from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.tokens import AUDIO_TOKENS
 from graft.processor import GraftProcessor
 
 VOCABULARY = 120

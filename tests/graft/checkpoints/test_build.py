@@ -15,7 +15,8 @@ from graft.checkpoints.build import build_graft
 from graft.checkpoints.loading import open_graft
 from graft.checkpoints.projector_file import state_digest
 from graft.errors import ModelError
-from graft.model.configuration import AUDIO_TOKENS, GraftConfig
+from graft.model.configuration import GraftConfig
+from graft.model.tokens import AUDIO_TOKENS
 from jobs.build import BuildRecipe, graft_settings, main
 from jobs.common.cli import run_job
 from tests.support import tiny_models

@@ -12,8 +12,9 @@ from torch import Tensor
 from graft.checkpoints.import_reference import SETTINGS, import_reference
 from graft.checkpoints.loading import open_graft
 from graft.errors import ModelError
-from graft.model.configuration import AUDIO_TOKENS, GraftConfig
+from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.tokens import AUDIO_TOKENS
 from jobs.build import BuildRecipe, main
 from jobs.common.cli import run_job
 from tests.support import tiny_models

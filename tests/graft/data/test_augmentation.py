@@ -15,9 +15,7 @@ from graft.config import read_recipe
 from graft.data.augmentation import (
     MADE_NOISES,
     Augmenter,
-    AugmentRecipe,
     NoiseCorpus,
-    SpecAugmentRecipe,
     at_speed,
     drawn_speeds,
     made_noise,
@@ -25,6 +23,7 @@ from graft.data.augmentation import (
     no_speech_durations,
 )
 from graft.data.dataset import read_rows
+from graft.data.settings import AugmentRecipe, SpecAugmentRecipe
 from graft.errors import DataError, RecipeError
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, flac, row

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from graft.data.dataset import SCHEMA, Columns, CorpusFile, RowReader, Source, read_rows, write_corpus
+from graft.data.dataset import SCHEMA, CorpusFile, RowReader, read_rows, write_corpus
+from graft.data.settings import Columns, Source
 from graft.errors import DataError
 from tests.support.speech_corpus import flac
 

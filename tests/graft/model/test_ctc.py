@@ -9,8 +9,9 @@ import torch
 
 from graft.audio.clip import read_audio
 from graft.errors import ModelError
-from graft.model.ctc import LETTERS, CtcPrealignment
+from graft.model.ctc import CtcPrealignment
 from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.tokens import LETTERS
 from graft.processor import GraftProcessor
 from graft.text.wer import score
 from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model, trainable_module

@@ -8,6 +8,7 @@ import pytest
 
 from graft.config import Recipe
 from graft.errors import AudioError, DataError
+from jobs import COMMANDS
 from jobs.common.cli import PlanOptions, run_job, user_message
 from jobs.stage2 import Stage2Recipe
 from tests.support.paths import ROOT
@@ -130,6 +131,40 @@ def test_a_plan_takes_the_place_of_the_job(capsys):
     with pytest.raises(SystemExit):
         told("--help")
     assert "with --plan: Of one hour on one device." in capsys.readouterr().out
+
+
+COMMAND_LIST = [command for group in COMMANDS for command in group]
+ANSWERS = """
+import contextlib, io, runpy, sys
+
+for command in sys.argv[1:]:
+    for argument in ("--help", "wrong=key"):
+        sys.argv = [command, argument]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                runpy.run_module(f"jobs.{command}", run_name="__main__")
+            except SystemExit as end:
+                code = end.code
+        assert code == (0 if argument == "--help" else 2), (command, argument, code)
+    heavy = {"torch", "transformers", "ray", "pyarrow", "pandas", "scipy"} & set(sys.modules)
+    assert not heavy, (command, heavy)
+"""
+
+
+def test_help_and_a_wrong_key_are_answered_without_heavy_imports(tmp_path):
+    result = run(COMMAND_LIST, cwd=tmp_path, code=ANSWERS)
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_list_of_commands_gives_each_its_line(tmp_path):
+    for argument, code in (("--help", 0), ("stage3", 2)):
+        command = [sys.executable, "-m", "jobs", argument]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert result.returncode == code
+        lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()[1:] if line]
+        assert [name for name, _ in lines] == COMMAND_LIST
+        assert all(summary.endswith(".") for _, summary in lines)
 
 
 def test_main_gets_the_recipe_and_gives_the_exit_code(capsys):

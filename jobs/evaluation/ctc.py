@@ -38,7 +38,7 @@ def _scores(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float]]
         rows = as_rows(labelled(name, sources, limit=recipe.limit))
         for _, text, clip in readable(rows, RowReader(rows.files)):
             inputs = processor(audio=clip)
-            texts.append(speller.spelled(text))
-            heard.append(speller.spell(inputs["input_features"], inputs["audio_frame_counts"])[0])
+            texts.append(speller.normalize(text))
+            heard.append(speller.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"])[0])
         scores[name] = score(texts, heard).to_dict()
     return scores

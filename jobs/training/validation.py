@@ -66,7 +66,7 @@ class Validation:
         return self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def _spell(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
-        return self.model.spell(inputs["input_features"], inputs["audio_frame_counts"])[0]
+        return self.model.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"])[0]
 
 
 def readable(rows: RowTable, reader: RowReader) -> Iterator[tuple[str, str, AudioClip]]:

@@ -27,7 +27,7 @@ def graft(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_models.save_tiny_graft(tmp_path_factory.mktemp("spelling") / "graft"))
 
 
-def speller_of(graft: str, letters: str = LETTERS) -> tuple[CtcPrealignment, GraftProcessor]:
+def prealignment_of(graft: str, letters: str = LETTERS) -> tuple[CtcPrealignment, GraftProcessor]:
     processor = GraftProcessor.from_pretrained(graft)
     return CtcPrealignment(
         GraftForConditionalGeneration.from_pretrained(graft), processor.tokenizer, letters
@@ -42,16 +42,16 @@ def batch(processor: GraftProcessor, *clips: tuple[float, str]) -> dict[str, tor
 
 
 def test_what_is_none_of_the_letters_is_a_space(graft: str) -> None:
-    speller, _ = speller_of(graft)
-    assert speller.spelled("It's CAFÉ — No. 7!\nyes") == "it's cafe no yes"
-    assert speller.spelled("7, 8") == ""
+    prealignment, _ = prealignment_of(graft)
+    assert prealignment.normalize("It's CAFÉ — No. 7!\nyes") == "it's cafe no yes"
+    assert prealignment.normalize("7, 8") == ""
 
 
 def test_the_loss_is_that_of_all_ways_to_spell_the_text(graft: str) -> None:
-    speller, processor = speller_of(graft, letters="ab")
+    prealignment, processor = prealignment_of(graft, letters="ab")
     inputs = batch(processor, (0.2, "aab"), (0.16, "b"))
     expected, letters = 0.0, "\n ab"
-    logits, counts = speller._logits(inputs["audio_frame_counts"], inputs["input_features"], None)
+    logits, counts = prealignment._symbol_logits(inputs["audio_frame_counts"], inputs["input_features"], None)
     assert counts == [5, 4]
     for row, count, text in zip(logits.log_softmax(-1).tolist(), counts, ["aab", "b"], strict=True):
         likelihood = 0.0
@@ -59,28 +59,28 @@ def test_the_loss_is_that_of_all_ways_to_spell_the_text(graft: str) -> None:
             spelled = "".join(letters[symbol] for symbol, _ in itertools.groupby(path) if symbol)
             likelihood += math.exp(sum(row[place][symbol] for place, symbol in enumerate(path))) * (spelled == text)
         expected -= math.log(likelihood)
-    assert float(speller(**inputs).loss.detach() * 6) == pytest.approx(
+    assert float(prealignment(**inputs).loss.detach() * 6) == pytest.approx(
         expected, rel=1e-4
     )  # 4 letters and 2 ends of answers are labels
-    assert float(speller(**inputs, label_count=1).loss.detach()) == pytest.approx(expected, rel=1e-4)
+    assert float(prealignment(**inputs, label_count=1).loss.detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_does_not_count_adds_nothing(graft: str) -> None:
-    speller, processor = speller_of(graft)
+    prealignment, processor = prealignment_of(graft)
     with_filler = batch(processor, (0.4, "yes"), (0.3, "no"))
     with_filler["labels"][1] = -100
-    loss = speller(**with_filler, label_count=4).loss
-    assert torch.allclose(loss, speller(**batch(processor, (0.4, "yes")), label_count=4).loss)
+    loss = prealignment(**with_filler, label_count=4).loss
+    assert torch.allclose(loss, prealignment(**batch(processor, (0.4, "yes")), label_count=4).loss)
     with_filler["labels"][0] = -100
-    assert float(speller(**with_filler, label_count=4).loss.detach()) == 0
+    assert float(prealignment(**with_filler, label_count=4).loss.detach()) == 0
 
 
 def test_more_letters_than_audio_tokens_teach_nothing(graft: str) -> None:
-    speller, processor = speller_of(graft)
-    loss = speller(**batch(processor, (0.1, "far too much for a tenth of a second"))).loss
+    prealignment, processor = prealignment_of(graft)
+    loss = prealignment(**batch(processor, (0.1, "far too much for a tenth of a second"))).loss
     loss.backward()
     assert float(loss.detach()) == 0
-    assert float(speller.audio_projector.linear.weight.grad.abs().max()) == 0
+    assert float(prealignment.audio_projector.linear.weight.grad.abs().max()) == 0
 
 
 @pytest.mark.parametrize("audio_projector", ["linear", "mlp"])
@@ -89,19 +89,19 @@ def test_a_projector_learns_to_spell(tmp_path: Path, audio_projector: str, dtype
     graft = str(tiny_models.save_tiny_graft(tmp_path / "graft", audio_projector=audio_projector))
     computing, stage = ComputeSettings(dtype=dtype), Stage(1, letters=LETTERS)
     model, processor = stage_model(stage, graft, computing)
-    speller = trainable_module(model, stage, computing, processor)
-    assert isinstance(speller, CtcPrealignment)
-    assert float(speller.audio_projector(torch.ones(1, 16)).detach().abs().max()) == 0  # it starts from silence
-    frozen = {name: tensor.clone() for name, tensor in speller.audio_tower.state_dict().items()}
+    prealignment = trainable_module(model, stage, computing, processor)
+    assert isinstance(prealignment, CtcPrealignment)
+    assert float(prealignment.audio_projector(torch.ones(1, 16)).detach().abs().max()) == 0  # it starts from silence
+    frozen = {name: tensor.clone() for name, tensor in prealignment.audio_tower.state_dict().items()}
     inputs = batch(processor, (0.4, "Yes."), (0.3, "go"))
-    backend = make_backend(speller, computing, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
+    backend = make_backend(prealignment, computing, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
     for _ in range(600):
         backend.backward(inputs, label_count=10, is_last=True)
         backend.step(5e-3)
     with backend.evaluating():
-        assert speller.spell(inputs["input_features"], inputs["audio_frame_counts"]) == ["yes", "go"]
+        assert prealignment.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"]) == ["yes", "go"]
     assert set(backend.state()) == {f"audio_projector.{name}" for name, _ in model.audio_projector.named_parameters()}
-    assert all(torch.equal(tensor, frozen[name]) for name, tensor in speller.audio_tower.state_dict().items())
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in prealignment.audio_tower.state_dict().items())
 
 
 def test_letters_that_cannot_be_spelled_are_named(graft: str) -> None:
@@ -120,10 +120,10 @@ def test_what_a_stage_spells_is_scored_once(graft: str, tmp_path: Path) -> None:
     recipe = EvaluateRecipe(
         model=graft, data={"test": corpus(tmp_path / "test.parquet", rows)}, out=str(tmp_path / "scored"), limit=2
     )
-    speller, processor = speller_of(graft)
+    prealignment, processor = prealignment_of(graft)
     inputs = [processor(audio=read_audio(row["wav"]["bytes"])) for row in rows[:2]]
-    heard = [speller.eval().spell(clip["input_features"], clip["audio_frame_counts"])[0] for clip in inputs]
-    scores = {"test": score([speller.spelled(row["text"]) for row in rows[:2]], heard).to_dict()}
+    heard = [prealignment.eval().greedy_decode(clip["input_features"], clip["audio_frame_counts"])[0] for clip in inputs]
+    scores = {"test": score([prealignment.normalize(row["text"]) for row in rows[:2]], heard).to_dict()}
     assert scores["test"]["cer"] > 0
     assert score_ctc(recipe, LETTERS) == scores
     (tmp_path / "test.parquet").unlink()

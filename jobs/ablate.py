@@ -1,6 +1,6 @@
 """Train variants of a recipe and compare their word error rates.
 
-For each variant and seed: build -> stage 1 -> stage 2, the WER after each stage (after spelling the CER of what is spelled), all in
+For each variant and seed: build -> stage 1 -> stage 2, the WER after each stage (after CTC pre-alignment the CER too), all in
 out/VARIANT-SEED/; then ablation.json and ablation.md are written anew. What an earlier trial did with the same settings is not done
 again, and a run that was cut off goes on.
 All variants take equally many steps over the same clips when max_batch_clips bounds a batch, and token_budget never does.
@@ -54,7 +54,7 @@ class AblateRecipe(Recipe):
     variants: dict[str, Settings] = Field(default={})
     """Name, which its folder has too -> what is changed; groups such as lora are changed key by key."""
     last_stage: Literal[1, 2] = 2
-    """1 compares the joins alone: by spelling, a matter of minutes."""
+    """Last stage to train: 2 for both; 1 compares the projectors alone, which takes minutes with `stage1.objective: ctc`."""
     seeds: list[int] | dict[str, list[int]] = Field(default=[0])
     """Of every variant, or of those named, `base` among them; the others have seed 0."""
 
@@ -172,18 +172,19 @@ def _result(trial: Trial, rows: "RowTable", last_stage: int) -> dict[str, Any]:
 
     if not holds_results(trial.build.out, build.as_trained(trial.build)):
         build.run(trial.build)
-    spells = trial.stage1.objective == "ctc"
+    by_ctc = trial.stage1.objective == "ctc"
     counts = audio_counts(open_processor(trial.build.out), rows.duration_s)
     results = {
         "audio_tokens_per_s": float(counts.sum() / rows.duration_s.sum()),
-        "stage1": stage1.run(trial.stage1) | (_spelled(trial) if spells else _scores(trial.stage1.out, trial.scoring)),
+        "stage1": stage1.run(trial.stage1)
+        | (_ctc_scores(trial) if by_ctc else _scores(trial.stage1.out, trial.scoring)),
     }
     if last_stage == 2:
         results["stage2"] = stage2.run(trial.stage2) | _scores(trial.stage2.out, trial.scoring)
     return results
 
 
-def _spelled(trial: Trial) -> dict[str, dict[str, Any]]:
+def _ctc_scores(trial: Trial) -> dict[str, dict[str, Any]]:
     from .evaluation.ctc import score_ctc
 
     recipe = trial.scoring.model_copy(update={"model": trial.stage1.out, "out": f"{trial.stage1.out}-scored"})

@@ -70,7 +70,9 @@ class GraftConfig(Qwen2VLConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(map(str, allowed))}")
         if unknown := set(self.trained_styles) - set(TEXT_STYLES):
-            raise ValueError(f"trained_styles holds {', '.join(map(str, unknown))}, not one of {', '.join(TEXT_STYLES)}")
+            raise ValueError(
+                f"trained_styles holds {', '.join(map(str, unknown))}, not one of {', '.join(TEXT_STYLES)}"
+            )
         if not 0 <= self.audio_margin_s <= 30:
             raise ValueError(f"audio_margin_s is {self.audio_margin_s}, not between 0 and 30 seconds")
 

@@ -1,4 +1,4 @@
-"""The special tokens around audio, and the letters that CTC pre-alignment spells; the module imports nothing."""
+"""The special tokens around audio, and the letters of CTC pre-alignment; the module imports nothing."""
 
 AUDIO_PAD_TOKEN = "<|audio_pad|>"
 AUDIO_START_TOKEN = "<|audio_start|>"

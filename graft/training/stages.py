@@ -131,7 +131,7 @@ def trainable_module(
         return model
     if computing.is_sharded:
         raise ModelError(
-            "ZeRO-3 has nothing to share out in spelling, which needs no language model: use zero_stage 1 or 2"
+            "ZeRO-3 has nothing to shard in CTC pre-alignment, which uses no language model: use zero_stage 1 or 2"
         )
     if not stage.projector:
         last = [module for module in model.audio_projector.modules() if isinstance(module, torch.nn.Linear)][-1]

@@ -45,4 +45,4 @@ def _scores(stage: Mapping[str, Any]) -> Mapping[str, Any]:
 def _rate(stage: Mapping[str, Any], name: str) -> str:
     rates = _scores(stage)[name]
     wer = f"{rates['wer']:.1%} [{rates['wer_low']:.1%}, {rates['wer_high']:.1%}]"
-    return f"{wer}, CER {rates['cer']:.1%}, spelled" if "spelled" in stage else wer
+    return f"{wer}, CER {rates['cer']:.1%}, by CTC" if "spelled" in stage else wer

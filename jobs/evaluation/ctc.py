@@ -1,4 +1,4 @@
-"""What a projector spells after stage 1 by CTC, against the letters of what was said: the language model can't read it yet, people can."""
+"""Score a projector after CTC pre-alignment: the letters that CTC decodes against the letters of the reference text."""
 
 import json
 
@@ -19,9 +19,9 @@ from .test_sets import as_rows, labelled
 
 
 def score_ctc(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float]]:
-    """Set -> the rates of what recipe.model, a stage 1, spells, as of graft.text.wer.Score; not anew where an earlier run left them.
+    """Score the CTC transcripts of recipe.model, a stage 1; returns graft.text.wer.Score's rates by test set, as an earlier run left them.
 
-    Clips that can't be read are left out. Raises DataError for rows without text, and ModelError.
+    Clips that cannot be read are left out. Raises DataError for rows without text, and ModelError.
     """
     report = claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS) / REPORT_FILE
     if not report.exists():
@@ -31,14 +31,14 @@ def score_ctc(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float
 
 def _scores(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float]]:
     model, processor = open_graft(recipe.model, device="cpu", dtype=torch.float32)
-    speller = CtcPrealignment(model, processor.tokenizer, letters).eval()
+    prealignment = CtcPrealignment(model, processor.tokenizer, letters).eval()
     scores = {}
     for name, sources in recipe.data.items():
-        texts, heard = [], []
+        texts, transcripts = [], []
         rows = as_rows(labelled(name, sources, limit=recipe.limit))
         for _, text, clip in readable(rows, RowReader(rows.files)):
             inputs = processor(audio=clip)
-            texts.append(speller.normalize(text))
-            heard.append(speller.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"])[0])
-        scores[name] = score(texts, heard).to_dict()
+            texts.append(prealignment.normalize(text))
+            transcripts.append(prealignment.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"])[0])
+        scores[name] = score(texts, transcripts).to_dict()
     return scores

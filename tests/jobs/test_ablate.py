@@ -132,7 +132,7 @@ def test_variants_share_a_stage_and_go_on_after_a_fault(
     assert json.loads((out / "ablation.json").read_text()) == results
 
 
-def test_what_spells_is_listed_by_its_letters() -> None:
+def test_ctc_prealignment_is_listed_with_its_character_error_rate() -> None:
     counts = {"loss_last": 1.5, "validation_loss": 2.0, "steps": 7, "audio_s": 9.0, "seconds": 3.0}
     rates = {"test": {"wer": 0.25, "wer_low": 0.2, "wer_high": 0.3, "cer": 0.125}}
     line = {
@@ -142,10 +142,10 @@ def test_what_spells_is_listed_by_its_letters() -> None:
         "audio_tokens_per_s": 25.0,
         "stage1": counts | {"spelled": rates},
     }
-    spelled = "25.0% [20.0%, 30.0%], CER 12.5%, spelled"
-    assert f"| base-0 | - | {spelled} | 1.5 | 2 |" in table([line])
+    by_ctc = "25.0% [20.0%, 30.0%], CER 12.5%, by CTC"
+    assert f"| base-0 | - | {by_ctc} | 1.5 | 2 |" in table([line])
     both = line | {"stage2": counts | {"scores": rates}}
-    assert f"| base-0 | - | 25.0% [20.0%, 30.0%] | {spelled} | 1.5 / 1.5 | 2 / 2 |" in table([both])
+    assert f"| base-0 | - | 25.0% [20.0%, 30.0%] | {by_ctc} | 1.5 / 1.5 | 2 / 2 |" in table([both])
 
 
 def test_the_small_recipe_changes_one_thing_at_a_time() -> None:

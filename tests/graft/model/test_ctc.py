@@ -1,4 +1,4 @@
-"""The warm start by spelling: what is spelled, what CTC asks of the projector, and that it learns it, on a tiny graft."""
+"""Test CTC pre-alignment on a tiny graft: its symbols, its loss against all alignments, what it trains, and its scores."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ from tests.support.speech_corpus import row as corpus_row
 
 @pytest.fixture(scope="module")
 def graft(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_models.save_tiny_graft(tmp_path_factory.mktemp("spelling") / "graft"))
+    return str(tiny_models.save_tiny_graft(tmp_path_factory.mktemp("ctc") / "graft"))
 
 
 def prealignment_of(graft: str, letters: str = LETTERS) -> tuple[CtcPrealignment, GraftProcessor]:
@@ -41,13 +41,13 @@ def batch(processor: GraftProcessor, *clips: tuple[float, str]) -> dict[str, tor
     return {name: torch.from_numpy(value) for name, value in processor.training_batch(examples).items()}
 
 
-def test_what_is_none_of_the_letters_is_a_space(graft: str) -> None:
+def test_other_characters_become_spaces(graft: str) -> None:
     prealignment, _ = prealignment_of(graft)
     assert prealignment.normalize("It's CAFÉ — No. 7!\nyes") == "it's cafe no yes"
     assert prealignment.normalize("7, 8") == ""
 
 
-def test_the_loss_is_that_of_all_ways_to_spell_the_text(graft: str) -> None:
+def test_the_loss_is_the_likelihood_of_all_alignments_of_the_text(graft: str) -> None:
     prealignment, processor = prealignment_of(graft, letters="ab")
     inputs = batch(processor, (0.2, "aab"), (0.16, "b"))
     expected, letters = 0.0, "\n ab"
@@ -56,16 +56,16 @@ def test_the_loss_is_that_of_all_ways_to_spell_the_text(graft: str) -> None:
     for row, count, text in zip(logits.log_softmax(-1).tolist(), counts, ["aab", "b"], strict=True):
         likelihood = 0.0
         for path in itertools.product(range(4), repeat=count):
-            spelled = "".join(letters[symbol] for symbol, _ in itertools.groupby(path) if symbol)
-            likelihood += math.exp(sum(row[place][symbol] for place, symbol in enumerate(path))) * (spelled == text)
+            collapsed = "".join(letters[symbol] for symbol, _ in itertools.groupby(path) if symbol)
+            if collapsed == text:
+                likelihood += math.exp(sum(row[place][symbol] for place, symbol in enumerate(path)))
         expected -= math.log(likelihood)
-    assert float(prealignment(**inputs).loss.detach() * 6) == pytest.approx(
-        expected, rel=1e-4
-    )  # 4 letters and 2 ends of answers are labels
+    # 4 letters and 2 ends of answers are labels.
+    assert float(prealignment(**inputs).loss.detach() * 6) == pytest.approx(expected, rel=1e-4)
     assert float(prealignment(**inputs, label_count=1).loss.detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_does_not_count_adds_nothing(graft: str) -> None:
+def test_clips_without_labels_add_nothing(graft: str) -> None:
     prealignment, processor = prealignment_of(graft)
     with_filler = batch(processor, (0.4, "yes"), (0.3, "no"))
     with_filler["labels"][1] = -100
@@ -75,7 +75,7 @@ def test_what_does_not_count_adds_nothing(graft: str) -> None:
     assert float(prealignment(**with_filler, label_count=4).loss.detach()) == 0
 
 
-def test_more_letters_than_audio_tokens_teach_nothing(graft: str) -> None:
+def test_a_clip_with_more_letters_than_audio_tokens_adds_nothing(graft: str) -> None:
     prealignment, processor = prealignment_of(graft)
     loss = prealignment(**batch(processor, (0.1, "far too much for a tenth of a second"))).loss
     loss.backward()
@@ -85,13 +85,15 @@ def test_more_letters_than_audio_tokens_teach_nothing(graft: str) -> None:
 
 @pytest.mark.parametrize("audio_projector", ["linear", "mlp"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_projector_learns_to_spell(tmp_path: Path, audio_projector: str, dtype: str) -> None:
+def test_a_projector_learns_its_clips(tmp_path: Path, audio_projector: str, dtype: str) -> None:
     graft = str(tiny_models.save_tiny_graft(tmp_path / "graft", audio_projector=audio_projector))
     computing, stage = ComputeSettings(dtype=dtype), Stage(1, letters=LETTERS)
     model, processor = stage_model(stage, graft, computing)
     prealignment = trainable_module(model, stage, computing, processor)
     assert isinstance(prealignment, CtcPrealignment)
-    assert float(prealignment.audio_projector(torch.ones(1, 16)).detach().abs().max()) == 0  # it starts from silence
+    assert (
+        float(prealignment.audio_projector(torch.ones(1, 16)).detach().abs().max()) == 0
+    )  # a fresh projector starts at zero
     frozen = {name: tensor.clone() for name, tensor in prealignment.audio_tower.state_dict().items()}
     inputs = batch(processor, (0.4, "Yes."), (0.3, "go"))
     backend = make_backend(prealignment, computing, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
@@ -104,10 +106,10 @@ def test_a_projector_learns_to_spell(tmp_path: Path, audio_projector: str, dtype
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in prealignment.audio_tower.state_dict().items())
 
 
-def test_letters_that_cannot_be_spelled_are_named(graft: str) -> None:
+def test_unusable_letters_and_sharding_are_refused(graft: str) -> None:
     for letters, computing, message in (
         ("abcé", ComputeSettings(), "'é' is not one token"),
-        ("abc", ComputeSettings(backend="deepspeed", zero_stage=3), "ZeRO-3 has nothing to share out"),
+        ("abc", ComputeSettings(backend="deepspeed", zero_stage=3), "ZeRO-3 has nothing to shard"),
     ):
         stage = Stage(1, letters=letters)
         model, processor = stage_model(stage, graft, ComputeSettings())
@@ -115,15 +117,17 @@ def test_letters_that_cannot_be_spelled_are_named(graft: str) -> None:
             trainable_module(model, stage, computing, processor)
 
 
-def test_what_a_stage_spells_is_scored_once(graft: str, tmp_path: Path) -> None:
+def test_a_stage_is_scored_once(graft: str, tmp_path: Path) -> None:
     rows = [corpus_row(f"c{seed}", seed) for seed in range(3)]
     recipe = EvaluateRecipe(
         model=graft, data={"test": corpus(tmp_path / "test.parquet", rows)}, out=str(tmp_path / "scored"), limit=2
     )
     prealignment, processor = prealignment_of(graft)
     inputs = [processor(audio=read_audio(row["wav"]["bytes"])) for row in rows[:2]]
-    heard = [prealignment.eval().greedy_decode(clip["input_features"], clip["audio_frame_counts"])[0] for clip in inputs]
-    scores = {"test": score([prealignment.normalize(row["text"]) for row in rows[:2]], heard).to_dict()}
+    transcripts = [
+        prealignment.eval().greedy_decode(clip["input_features"], clip["audio_frame_counts"])[0] for clip in inputs
+    ]
+    scores = {"test": score([prealignment.normalize(row["text"]) for row in rows[:2]], transcripts).to_dict()}
     assert scores["test"]["cer"] > 0
     assert score_ctc(recipe, LETTERS) == scores
     (tmp_path / "test.parquet").unlink()

@@ -1,4 +1,4 @@
-"""The graft on tiny random weights: what must hold between rows, steps, classes and processes."""
+"""Test the graft on tiny random weights: batch and single rows, cached and uncached decoding, saving, stock Whisper, the loss."""
 
 import subprocess
 import sys
@@ -199,7 +199,7 @@ def test_audio_token_counts():
 
 
 def stock_states(whisper, features: torch.Tensor, counts: torch.Tensor, pool: int) -> torch.Tensor:
-    """The stock encoder on the padded window, pooled before its final LayerNorm by means of torch's own pooling."""
+    """Run the stock encoder on the padded window, pooled before its final LayerNorm by torch's own pooling."""
     window = pad_with_silence(features, counts, 3000)
     norm, whisper.encoder.layer_norm = whisper.encoder.layer_norm, torch.nn.Identity()
     hidden = whisper.encoder(window).last_hidden_state
@@ -227,7 +227,7 @@ def test_full_and_trim_equal_stock_whisper(pool):
 @pytest.mark.parametrize("seconds", [0.3, 2.005, 12.34, 29.995, 30.0])
 @torch.no_grad()
 def test_full_from_the_waveform_equals_stock_whisper_from_the_waveform(seconds):
-    """Nothing of ours on the other side: transformers' features, padded to 30 s, through transformers' encoder."""
+    """The expected states come from transformers alone: its features, padded to 30 s, through its encoder."""
     samples = np.random.default_rng(0).normal(0, 0.1, round(seconds * 16_000)).astype(np.float32)
     whisper = tiny_models.whisper_model()
     stock_features = WhisperFeatureExtractor(feature_size=80)(

@@ -137,14 +137,16 @@ class GraftProcessor(ProcessorMixin):
         answers = map(self._answer, texts, styles if styles is not None else itertools.repeat(None))
         return self._plain_lengths(answers) + len(self._answer_end_ids)
 
-    def example(self, clip: AudioClip, text: str, wording: Instruction = PLAIN_INSTRUCTION) -> Example:
+    def example(self, clip: AudioClip, text: str, instruction: Instruction = PLAIN_INSTRUCTION) -> Example:
         """Featurize a labelled clip for training. Raises AudioError for a clip over 30 s, ModelError as prompt_ids does."""
-        return self.example_of(self.featurizer(clip), text, wording)
+        return self.example_from_features(self.featurizer(clip), text, instruction)
 
-    def example_of(self, features: Features, text: str, wording: Instruction = PLAIN_INSTRUCTION) -> Example:
+    def example_from_features(
+        self, features: Features, text: str, instruction: Instruction = PLAIN_INSTRUCTION
+    ) -> Example:
         """Put a clip's features, its prompt and its answer together. Raises ModelError as prompt_ids does."""
         return Example(
-            features, self.prompt_ids(features.frame_count, wording.instruction), self.target_ids(text, wording.style)
+            features, self.prompt_ids(features.frame_count, instruction.text), self.target_ids(text, instruction.style)
         )
 
     def training_batch(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from graft.errors import require
 from graft.text.prompts import is_formatted
-from graft.text.punctuation import take_format
+from graft.text.punctuation import transfer_formatting
 
 from .common.cli import run_job
 from .preparation.pseudo_labels import TextsRecipe, Verb, report_untranscribed, write_texts
@@ -54,7 +54,7 @@ def _line(rows: "RowTable", row: int, clip: "ClipTranscript | None", *, least: f
     if clip.error:
         report_untranscribed(rows, row, clip)
         return _kept(rows, row, UNHEARD)
-    formatted = take_format(rows.text(row), clip.text)
+    formatted = transfer_formatting(rows.text(row), clip.text)
     counts = {"words": formatted.words, "agreed": formatted.agreed}
     if formatted.agreement < least:
         return {**_kept(rows, row, KEPT), **counts}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graft.errors import AudioError
-from graft.storage.source import Source
+from graft.storage.source import AudioSource
 
 SAMPLE_RATE = 16_000
 
@@ -23,7 +23,7 @@ class AudioClip:
         return len(self.samples) / SAMPLE_RATE
 
 
-def read_audio(source: Source, *, name: str | None = None, max_s: float | None = None) -> AudioClip:
+def read_audio(source: AudioSource, *, name: str | None = None, max_s: float | None = None) -> AudioClip:
     """Decode a path, a URI, the bytes of a file or an open binary file: any format, any rate, any channels, of a video its sound.
 
     `name` is what error messages call the source; by default its path. Raises AudioError if the source is missing, unreadable, damaged,
@@ -34,15 +34,15 @@ def read_audio(source: Source, *, name: str | None = None, max_s: float | None =
     )
 
     with open_audio(source, name=name) as audio:
-        mixed = map(mix, audio.frames(max_s=max_s))
-        samples = np.concatenate(list(resampled(mixed, audio.info.rate)))
+        mixed = map(mix_channels, audio.frames(max_s=max_s))
+        samples = np.concatenate(list(resample(mixed, audio.info.rate)))
         if not len(samples):
             raise AudioError(f"{audio.name}: holds no audio (under 1 sample at 16 kHz): fetch or record it again")
         check_finite(samples, audio.name)
     return AudioClip(samples)
 
 
-def mix(channels: np.ndarray) -> np.ndarray:
+def mix_channels(channels: np.ndarray) -> np.ndarray:
     """The mean of channels: (samples, channels) -> (samples,)."""
     # A matrix product is ten times as fast as mean(axis=1) over a short axis.
     return (
@@ -52,7 +52,7 @@ def mix(channels: np.ndarray) -> np.ndarray:
     )
 
 
-def resampled(blocks: Iterable[np.ndarray], rate: int, to: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
+def resample(blocks: Iterable[np.ndarray], rate: int, to: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
     """Resample consecutive blocks, (samples,) or (samples, channels): bit by bit what the whole would become, however it is cut."""
     if rate == to:
         yield from blocks
@@ -75,7 +75,7 @@ def check_finite(samples: np.ndarray, name: str) -> None:
         raise AudioError(f"{name}: holds NaN or infinite samples: export it again, e.g. as 16-bit PCM")
 
 
-def flac_bytes(clip: AudioClip) -> bytes:
+def encode_flac(clip: AudioClip) -> bytes:
     """Encode a clip as a FLAC file of 16 bits."""
     import soundfile
 

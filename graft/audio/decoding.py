@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 
 from graft.errors import AudioError, AudioTooLong
-from graft.storage.source import Source, SourceFile, open_source
+from graft.storage.source import AudioSource, SourceFile, open_source
 
 BLOCK_SAMPLES = 2**20
 """Of all channels together, in a block: 4 MB."""
@@ -82,7 +82,7 @@ class OpenAudio:
 
 
 @contextlib.contextmanager
-def open_audio(source: Source, *, name: str | None = None) -> Iterator[OpenAudio]:
+def open_audio(source: AudioSource, *, name: str | None = None) -> Iterator[OpenAudio]:
     """Open a recording; of a video, its main audio stream. `name` is what messages call it, by default its path.
 
     Raises AudioError if the source is missing, not readable as audio, or of a rate or channels that no recording has.

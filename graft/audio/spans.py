@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 
 from graft.audio.chunking import QUIET_S, SEARCH_S, quietest
-from graft.audio.clip import SAMPLE_RATE, check_finite, mix, resampled
+from graft.audio.clip import SAMPLE_RATE, check_finite, mix_channels, resample
 from graft.audio.decoding import AudioInfo, open_audio
-from graft.storage.source import Source
+from graft.storage.source import AudioSource
 
 CONTEXT_S = 0.1
 """What the resampler hears beyond a span; its filter reaches over some milliseconds."""
@@ -31,14 +31,14 @@ class Block:
     samples: np.ndarray
 
 
-def probe(source: Source, *, name: str | None = None) -> AudioInfo:
+def probe(source: AudioSource, *, name: str | None = None) -> AudioInfo:
     """Read a recording's header, which takes milliseconds. Raises AudioError."""
     with open_audio(source, name=name) as audio:
         return audio.info
 
 
 def read_span(
-    source: Source,
+    source: AudioSource,
     start: int = 0,
     end: int | None = None,
     *,
@@ -73,8 +73,8 @@ def read_span(
         for _ in tape.take(grid.floor(first - grid.context)):
             pass
         place = grid.sample(tape.position)
-        blocks = map(mix if channels == "mix" else np.ascontiguousarray, tape.take_span(end, grid.context))
-        for samples in resampled(blocks, grid.from_rate, grid.to_rate):
+        blocks = map(mix_channels if channels == "mix" else np.ascontiguousarray, tape.take_span(end, grid.context))
+        for samples in resample(blocks, grid.from_rate, grid.to_rate):
             skipped = max(0, grid.sample(first) - place)
             kept = samples[skipped:] if tape.last is None else samples[skipped : max(0, grid.sample(tape.last) - place)]
             if len(kept):

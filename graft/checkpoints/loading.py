@@ -97,7 +97,7 @@ def check_graft(path: str | Path) -> None:
 def write_stage(folder: str | Path, *, stage: int, graft: str | Path, words: Mapping[str, Any] | None = None) -> None:
     """Record in a stage's output folder which graft it belongs to, by a path relative to that folder.
 
-    `words` is what it can be asked for now (graft.text.instructions.trained_words); None leaves it at what the graft could be asked for.
+    `words` is what it can be asked for now (graft.text.instructions.trained_instructions); None leaves it at what the graft could be asked for.
     """
     relative = os.path.relpath(Path(graft).resolve(), Path(folder).resolve())
     kept = {"stage": stage, "graft": relative, **({"words": dict(words)} if words is not None else {})}

@@ -1,4 +1,4 @@
-"""Augmentation: what training makes of a clip so that it is never quite the same again; every choice follows from the sample's draw.
+"""Augmentation: what training makes of a clip so that it is never quite the same again; every choice follows from the sample's sample seed.
 
 In this order: speed (Ko et al. 2015, Audio augmentation for speech recognition), noise at a signal-to-noise ratio, gain, and, on the
 log-mels, masks over time and frequency (Park et al. 2019, SpecAugment). soxr changes the speed, as it resamples clips of other rates:
@@ -22,19 +22,19 @@ SLOWED_LIMIT_S = 29.9
 """No clip is slowed down past this: Whisper hears 30 s, and durations in corpora are rounded."""
 NO_SPEECH_S = (0.5, 15.0)
 SILENCE_DBFS = -80.0
-MADE_NOISES = ("white", "pink", "speech-shaped")
+NOISE_KINDS = ("white", "pink", "speech-shaped")
 
 
-def drawn_speeds(factors: Sequence[float], durations_s: np.ndarray, draws: np.ndarray) -> np.ndarray:
+def sample_speeds(factors: Sequence[float], durations_s: np.ndarray, sample_seeds: np.ndarray) -> np.ndarray:
     """Draw the speed of each sample (samples,) from the factors with which it stays within SLOWED_LIMIT_S; without any it is 1."""
     choices = np.sort(np.asarray(factors, np.float64))[::-1]
     limit = np.maximum(durations_s / SLOWED_LIMIT_S, 0)
     fitting = (choices >= np.minimum(limit, 1)[:, None]).sum(axis=1)  # the fastest come first
-    chosen = np.floor(uniform(draws, "speed") * fitting).astype(int)
+    chosen = np.floor(uniform(sample_seeds, "speed") * fitting).astype(int)
     return np.where(fitting > 0, choices[np.minimum(chosen, len(choices) - 1)], 1.0)
 
 
-def at_speed(clip: AudioClip, factor: float) -> AudioClip:
+def change_speed(clip: AudioClip, factor: float) -> AudioClip:
     """Play a clip `factor` times as fast: round(samples / factor) samples, pitch and all."""
     if factor == 1:
         return clip
@@ -63,49 +63,49 @@ class NoiseCorpus:
 
 
 class Augmenter:
-    """Augments clips and their features by the recipe; equal draws give equal bits."""
+    """Augments clips and their features by the recipe; equal sample seeds give equal bits."""
 
     def __init__(self, recipe: AugmentRecipe, noise: NoiseCorpus | None = None) -> None:
         self.recipe, self.noise = recipe, noise
 
-    def clip(self, clip: AudioClip, draw: int, *, duration_s: float) -> AudioClip:
+    def clip(self, clip: AudioClip, sample_seed: int, *, duration_s: float) -> AudioClip:
         """Change speed, add noise and amplify; `duration_s` is what the plan took for the clip's length when it drew the speed."""
-        speed = float(drawn_speeds(self.recipe.speed, np.array([duration_s]), np.array([draw]))[0])
-        return self._amplified(self._noisy(at_speed(clip, speed), draw), draw)
+        speed = float(sample_speeds(self.recipe.speed, np.array([duration_s]), np.array([sample_seed]))[0])
+        return self._amplified(self._noisy(change_speed(clip, speed), sample_seed), sample_seed)
 
-    def features(self, features: Features, draw: int) -> Features:
+    def features(self, features: Features, sample_seed: int) -> Features:
         """Mask the log-mels of a clip's own frames."""
         if self.recipe.specaugment is None:
             return features
         mel = features.mel.copy()
         own = mel[:, : features.frame_count]
-        own[_mask(own.shape, self.recipe.specaugment, generator(draw, "specaugment"))] = own.mean()
+        own[_mask(own.shape, self.recipe.specaugment, generator(sample_seed, "specaugment"))] = own.mean()
         return replace(features, mel=mel)
 
-    def _noisy(self, clip: AudioClip, draw: int) -> AudioClip:
+    def _noisy(self, clip: AudioClip, sample_seed: int) -> AudioClip:
         noise = self.recipe.noise
-        if noise is None or uniform(draw, "noise share") >= noise.share:
+        if noise is None or uniform(sample_seed, "noise share") >= noise.share:
             return clip
-        rng = generator(draw, "noise")
+        rng = generator(sample_seed, "noise")
         added = (
             self.noise.samples(len(clip.samples), rng)
             if self.noise
-            else made_noise(str(rng.choice(MADE_NOISES)), clip.samples, rng)
+            else generate_noise(str(rng.choice(NOISE_KINDS)), clip.samples, rng)
         )
         wanted = _power(clip.samples) / 10 ** (rng.uniform(*noise.snr_db) / 10)
         power = _power(added)
         return AudioClip(clip.samples + added * np.float32(np.sqrt(wanted / power))) if power > 0 else clip
 
-    def _amplified(self, clip: AudioClip, draw: int) -> AudioClip:
+    def _amplified(self, clip: AudioClip, sample_seed: int) -> AudioClip:
         if self.recipe.gain_db is None:
             return clip
         lowest, highest = self.recipe.gain_db
-        gain = 10 ** ((lowest + (highest - lowest) * float(uniform(draw, "gain"))) / 20)
+        gain = 10 ** ((lowest + (highest - lowest) * float(uniform(sample_seed, "gain"))) / 20)
         peak = float(np.abs(clip.samples).max())
         return AudioClip(clip.samples * np.float32(min(gain, max(1.0, 1 / max(peak, 1e-9)))))
 
 
-def made_noise(kind: str, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def generate_noise(kind: str, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Make noise as long as the samples, float32: `white`, `pink` (power falls with frequency) or `speech-shaped`.
 
     Speech-shaped noise has the samples' own long-term spectrum and random phases: a steady murmur, no words.
@@ -124,13 +124,13 @@ def no_speech_durations(count: int, seed: int) -> np.ndarray:
     return np.round(shortest + (longest - shortest) * uniform(np.arange(count), f"no speech {seed}"), 2)
 
 
-def no_speech_clip(duration_s: float, draw: int, noise: NoiseCorpus | None = None) -> AudioClip:
+def no_speech_clip(duration_s: float, sample_seed: int, noise: NoiseCorpus | None = None) -> AudioClip:
     """Make a clip in which nobody speaks: digital silence, or noise of -80 to -20 dBFS, from the corpus or, without one, made."""
-    rng, count = generator(draw, "no speech"), round(duration_s * SAMPLE_RATE)
+    rng, count = generator(sample_seed, "no speech"), round(duration_s * SAMPLE_RATE)
     silence = np.zeros(count, np.float32)
     if rng.random() < 1 / 4:
         return AudioClip(silence)
-    samples = noise.samples(count, rng) if noise else made_noise(str(rng.choice(MADE_NOISES[:2])), silence, rng)
+    samples = noise.samples(count, rng) if noise else generate_noise(str(rng.choice(NOISE_KINDS[:2])), silence, rng)
     loudness = 10 ** (rng.uniform(SILENCE_DBFS, -20) / 20)
     return AudioClip(samples * np.float32(loudness / max(np.sqrt(_power(samples)), 1e-9)))
 

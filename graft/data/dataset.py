@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from graft.audio.clip import AudioClip, flac_bytes
+from graft.audio.clip import AudioClip, encode_flac
 from graft.data.columns import Metadata, cached_metadata, read_audio_column, read_metadata, read_texts
 from graft.data.settings import Columns, Source, Sources
 from graft.errors import DataError
 from graft.storage.atomic import atomic_file
-from graft.storage.locations import list_files, open_parquet, redact_uri, retry_read, version_of
+from graft.storage.locations import file_version, list_parquet_files, open_parquet, redact_uri, retry_read
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -98,7 +98,7 @@ def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) 
     has no ID. A row without text or with an odd duration is kept.
     """
     kinds = _as_sources(sources)
-    listed = [(index, uri) for index, source in enumerate(kinds) for uri in list_files(_as_list(source.files))]
+    listed = [(index, uri) for index, source in enumerate(kinds) for uri in list_parquet_files(_as_list(source.files))]
     if twice := [uri for uri, count in Counter(uri for _, uri in listed).items() if count > 1]:
         raise DataError(
             f"corpus {redact_uri(twice[0])}: stands in two sources: give it once, with the weight that it should have"
@@ -176,7 +176,7 @@ def write_corpus(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]
 
 def clip_row(name: str, clip: AudioClip, text: str) -> dict[str, Any]:
     """Make a row for write_corpus of a clip that stands in no file."""
-    wav = {"bytes": flac_bytes(clip), "path": f"{name}.flac"}
+    wav = {"bytes": encode_flac(clip), "path": f"{name}.flac"}
     return {"ID": name, "duration": clip.duration_s, "wav": wav, "spk_id": "", "sex": "", "text": text}
 
 
@@ -215,7 +215,7 @@ def _all(inputs: Sequence[S], read: Callable[[S], T]) -> list[T]:
 
 def _read_part(uri: str, columns: Columns, cache: Path | None) -> Metadata:
     read = functools.partial(_read_file, uri, lambda parquet: read_metadata(parquet, columns, name=redact_uri(uri)))
-    version = retry_read(uri, lambda: version_of(uri)) if cache else None
+    version = retry_read(uri, lambda: file_version(uri)) if cache else None
     return cached_metadata(cache, f"{version} {columns.model_dump_json()}", read) if cache and version else read()
 
 
@@ -239,7 +239,8 @@ def _own_or_given(ids: pa.Array, own: pa.Array, source: np.ndarray, given: Seque
         if place is None:
             continue
         parts = _all(
-            list_files([place]), lambda uri: _read_file(uri, functools.partial(read_texts, name=redact_uri(uri)))
+            list_parquet_files([place]),
+            lambda uri: _read_file(uri, functools.partial(read_texts, name=redact_uri(uri))),
         )
         keys, texts = _joined([keys for keys, _ in parts]), _joined([texts for _, texts in parts])
         mine = pa.array(source == index)

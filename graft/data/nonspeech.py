@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip
-from graft.data.augmentation import MADE_NOISES, made_noise
+from graft.data.augmentation import NOISE_KINDS, generate_noise
 from graft.data.sample_seeds import generator
 
 LENGTHS_S = ((2.0, 6.0), (8.0, 30.0), (30.5, 40.0))
@@ -43,7 +43,7 @@ class Sound:
     clip: AudioClip
 
 
-def made_sounds(kind: str, seed: int = 0) -> Iterator[Sound]:
+def generate_sounds(kind: str, seed: int = 0) -> Iterator[Sound]:
     """Make the sounds of a kind, one of SOUNDS, 2 to 40 s long: a few dozen of all kinds together. Equal seeds give equal bits."""
     for name, make in SOUNDS[kind].items():
         for number, (shortest, longest) in enumerate(LENGTHS_S, start=1):
@@ -63,7 +63,7 @@ def _hum(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _noise(count: int, rng: np.random.Generator, *, kind: str, dbfs: float) -> np.ndarray:
-    return _at(dbfs, made_noise(kind, _speech_like(count), rng))
+    return _at(dbfs, generate_noise(kind, _speech_like(count), rng))
 
 
 def _speech_like(count: int) -> np.ndarray:
@@ -109,7 +109,7 @@ def _at(dbfs: float, samples: np.ndarray) -> np.ndarray:
 SOUNDS: dict[str, dict[str, Maker]] = {
     "silence": {"digital": _silence, "hum": _hum, "hiss": partial(_noise, kind="white", dbfs=NEARLY_SILENT_DBFS)},
     "noise": {
-        f"{kind}{dbfs:.0f}dBFS": partial(_noise, kind=kind, dbfs=dbfs) for kind in MADE_NOISES for dbfs in NOISE_DBFS
+        f"{kind}{dbfs:.0f}dBFS": partial(_noise, kind=kind, dbfs=dbfs) for kind in NOISE_KINDS for dbfs in NOISE_DBFS
     },
     "tones": {name: partial(_music, melody=melody) for name, melody in MELODIES.items()},
     "ringing": {name: partial(_ring, hertz=hertz, cadence_s=cadence_s) for name, (hertz, cadence_s) in RINGS.items()},

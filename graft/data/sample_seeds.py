@@ -1,6 +1,6 @@
 """Draws: 63-bit integers from which everything that varies about a training sample follows.
 
-A draw is a hash of (seed, epoch, row, occurrence), so that the plan, a million samples at a time, and a loader in another process, one by
+A sample seed is a hash of (seed, epoch, row, occurrence), so that the plan, a million samples at a time, and a loader in another process, one by
 one, decide alike. Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
 """
 
@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 
 
-def sample_seeds(seed: int, epoch: int, rows: np.ndarray, occurrences: np.ndarray) -> np.ndarray:
+def make_sample_seeds(seed: int, epoch: int, rows: np.ndarray, occurrences: np.ndarray) -> np.ndarray:
     """Draw int64 numbers (samples,) of 63 bits for the `occurrences`-th standing of `rows` in an epoch."""
     return (_mix(seed, epoch, rows, occurrences) >> np.uint64(1)).astype(np.int64)
 
 
-def uniform(draws: np.ndarray | int, purpose: str) -> np.ndarray:
-    """Make of each draw a float64 in [0, 1), another one for every purpose."""
-    return (_mix(draws, zlib.crc32(purpose.encode())) >> np.uint64(11)) * 2.0**-53
+def uniform(sample_seeds: np.ndarray | int, purpose: str) -> np.ndarray:
+    """Make of each sample seed a float64 in [0, 1), another one for every purpose."""
+    return (_mix(sample_seeds, zlib.crc32(purpose.encode())) >> np.uint64(11)) * 2.0**-53
 
 
-def generator(draw: int, purpose: str) -> np.random.Generator:
-    """Make of a draw a stream of random numbers, another one for every purpose."""
-    return np.random.default_rng([int(draw), zlib.crc32(purpose.encode())])
+def generator(sample_seed: int, purpose: str) -> np.random.Generator:
+    """Make of a sample seed a stream of random numbers, another one for every purpose."""
+    return np.random.default_rng([int(sample_seed), zlib.crc32(purpose.encode())])
 
 
 def _mix(*values: Any) -> np.ndarray:

@@ -30,7 +30,7 @@ _HIDDEN = re.compile(r"(?:^|/)\.")
 _GAP_BYTES = 8_192  # what is fetched for nothing rather than asked for twice, as Arrow does
 
 
-def list_files(places: Sequence[str]) -> list[str]:
+def list_parquet_files(places: Sequence[str]) -> list[str]:
     """The parquet files of files, folders (not their subfolders) and globs: sorted URIs or absolute local paths, each once.
 
     Raises DataError when a place is missing, or none of them holds a parquet file.
@@ -46,7 +46,7 @@ def list_files(places: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedFile:
+class StoredFile:
     """A file that a place holds."""
 
     uri: str
@@ -59,7 +59,7 @@ class PlacedFile:
     """What changes when the file does: its size and time, or the commit in its URI; "" where none is told."""
 
 
-def find_files(place: str, pattern: str = "**") -> list[PlacedFile]:
+def find_files(place: str, pattern: str = "**") -> list[StoredFile]:
     """Find a file, the files of a folder that match a pattern (`**` reaches into subfolders), or those of a glob, in no order.
 
     Hidden ones (.name) are left out, unless named themselves. Raises DataError when the place is missing.
@@ -69,7 +69,7 @@ def find_files(place: str, pattern: str = "**") -> list[PlacedFile]:
 
 @contextlib.contextmanager
 def open_parquet(uri: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-    """Open one file of `list_files`; with its metadata, its footer is not fetched again. Use it inside `again`."""
+    """Open one file of `list_parquet_files`; with its metadata, its footer is not fetched again. Use it inside `again`."""
     with open_file(uri) as file:
         kept = (
             _OneThreadParquet(file, metadata)
@@ -93,7 +93,7 @@ def open_file(uri: str) -> Any:
     return filesystem.open_input_file(path)
 
 
-def version_of(uri: str) -> str | None:
+def file_version(uri: str) -> str | None:
     """What changes when the file does: the commit that its URI holds, or its size and time; None where neither is to be had."""
     if uri.startswith("hf://"):
         return uri if _PINNED.search(uri) else None
@@ -104,10 +104,10 @@ def version_of(uri: str) -> str | None:
     return f"{uri} {info.size} {info.mtime_ns}" if info.mtime_ns else None
 
 
-def _expand(place: str, pattern: str) -> list[PlacedFile]:
+def _expand(place: str, pattern: str) -> list[StoredFile]:
     """The files that a file, folder or glob stands for, as URIs or absolute local paths (Ray's workers have other working folders)."""
     if place.startswith(("http://", "https://")):
-        return [PlacedFile(place, PurePosixPath(urlsplit(place).path).name, None, "")]
+        return [StoredFile(place, PurePosixPath(urlsplit(place).path).name, None, "")]
     place = _pinned(place) if "://" in place else os.path.abspath(os.path.expanduser(place))
     plain = "://" not in place or place.startswith(
         "hf://"
@@ -156,10 +156,10 @@ def _holds_any(folder: str, others: Sequence[str]) -> bool:
     return any(os.path.commonpath([folder, other]) == folder for other in others)
 
 
-def _placed(uri: str, name: str, info: pafs.FileInfo) -> PlacedFile:
+def _placed(uri: str, name: str, info: pafs.FileInfo) -> StoredFile:
     pinned = uri.startswith("hf://") and _PINNED.search(uri)
     version = uri if pinned else f"{info.size} {info.mtime_ns}" if info.mtime_ns else ""
-    return PlacedFile(uri, name, info.size, version)
+    return StoredFile(uri, name, info.size, version)
 
 
 def _pinned(uri: str) -> str:
@@ -282,7 +282,7 @@ def _extent(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
 
 T = TypeVar("T")
 
-WAITS_S = (0.5, 1.0, 2.0, 4.0)
+RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0)
 """Before each further try; the hub's client and S3's own have tried several times by then."""
 
 _HTTP_CLIENTS = {"httpx", "httpx2", "aiohttp", "requests"}
@@ -293,7 +293,7 @@ _LASTING = re.compile(
 
 def retry_read(uri: str, action: Callable[[], T]) -> T:
     """Do what reads from a place, over again after faults that may pass. Raises DataError for one that lasts."""
-    waits_s = iter(WAITS_S)
+    waits_s = iter(RETRY_WAITS_S)
     while True:
         try:
             return action()

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from graft.errors import AudioError, DataError
 
-Source = str | os.PathLike[str] | bytes | BinaryIO
+AudioSource = str | os.PathLike[str] | bytes | BinaryIO
 """A path or URI (hf://, s3://, http://, https://, file://), the bytes of a file, or an open binary file, which is read from its start."""
 
 BUFFER_BYTES = 2**20
@@ -40,7 +40,7 @@ class SourceFile(io.BufferedReader):
 
 
 @contextlib.contextmanager
-def open_source(source: Source, *, name: str | None = None) -> Iterator[SourceFile]:
+def open_source(source: AudioSource, *, name: str | None = None) -> Iterator[SourceFile]:
     """Open whatever holds a file, which is read by ranges and never whole, but for streams that can't be sought.
 
     `name` is what messages call it; by default its path. Raises AudioError if it is missing, empty or not to be opened.
@@ -94,7 +94,7 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-def _opened(source: Source, stack: contextlib.ExitStack) -> tuple[int, Callable[[int, int], bytes]]:
+def _opened(source: AudioSource, stack: contextlib.ExitStack) -> tuple[int, Callable[[int, int], bytes]]:
     """A source's size and what reads a range of it. Raises OSError, DataError, ValueError."""
     if isinstance(source, str) and "://" in source:
         return _opened_place(source, stack)
@@ -136,7 +136,7 @@ def _read_stream(file: BinaryIO) -> bytes:
     return bytes(data)
 
 
-def _name_of(source: Source) -> str:
+def _name_of(source: AudioSource) -> str:
     if isinstance(source, str) and "://" in source:
         from graft.storage.locations import redact_uri
 

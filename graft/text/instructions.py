@@ -1,4 +1,4 @@
-"""How training samples are asked for: a sample's text and its draw -> an instruction, now and then with a list of words, and a style.
+"""How training samples are asked for: a sample's text and its sample seed -> an instruction, now and then with a list of words, and a style.
 
 Source of the word lists: Le et al., Contextualized Streaming End-to-End Speech Recognition with Trie-Based Deep Biasing and Shallow Fusion,
 Interspeech 2021: rare words are those outside the most frequent ones that make up 90 % of a corpus.
@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from graft.config import Recipe
 from graft.errors import DataError, RecipeError
-from graft.text.context import MOST_CONTEXT_WORDS
+from graft.text.context_words import MAX_CONTEXT_WORDS
 from graft.text.prompts import INSTRUCTIONS, PLAIN_INSTRUCTION, Instruction, is_formatted, with_context
 
 COMMON_SHARE = 0.9
@@ -37,7 +37,7 @@ class InstructionRecipe(Recipe):
     """Text style -> share of the samples that ask for it in words; the others keep the default instruction."""
     context: Share = 0.0
     """Share of the samples that are given a list of words which may occur."""
-    context_words: int = Field(default=20, ge=1, le=MOST_CONTEXT_WORDS)
+    context_words: int = Field(default=20, ge=1, le=MAX_CONTEXT_WORDS)
     """Most words of a list."""
     context_empty: Share = 0.1
     """Share of the lists that are empty."""
@@ -55,38 +55,38 @@ class InstructionRecipe(Recipe):
         return self
 
     @property
-    def plain(self) -> bool:
+    def is_default(self) -> bool:
         """Whether nothing but the default instruction is asked for."""
         return not self.context and not any(self.styles.values())
 
 
 @dataclass(frozen=True, eq=False)
 class InstructionSampler:
-    """Draws the wording of a sample; a pure function of the sample's text and draw. `default_style` is the graft's own text style."""
+    """Draws the wording of a sample; a pure function of the sample's text and sample seed. `default_style` is the graft's own text style."""
 
     settings: InstructionRecipe
     default_style: str = "lower"
     rare_words: Sequence[str] = ()
 
     @cached_property
-    def plain(self) -> bool:
+    def is_default(self) -> bool:
         """Whether every sample has the default wording."""
-        return self.settings.plain and self.default_style != "formatted"
+        return self.settings.is_default and self.default_style != "formatted"
 
-    def draw(self, text: str, draw: int) -> Instruction:
+    def sample(self, text: str, sample_seed: int) -> Instruction:
         """Word a sample. A label that is not formatted is never the answer to a formatted one's question: it is asked for in lower case."""
-        if self.plain:
+        if self.is_default:
             return PLAIN_INSTRUCTION
-        chance = random.Random(int(draw)).random
+        chance = random.Random(int(sample_seed)).random
         style = self._style(chance())
         if (style or self.default_style) == "formatted" and text.strip() and not is_formatted(text):
             style = "lower" if self.default_style == "formatted" else None
         phrasing, listed = chance(), chance()
-        wording = _WORDINGS[style][int(phrasing * len(_WORDINGS[style]))]
+        instruction = _INSTRUCTIONS[style][int(phrasing * len(_INSTRUCTIONS[style]))]
         if listed >= self.settings.context:
-            return wording
+            return instruction
         formatted = (style or self.default_style) == "formatted"
-        return Instruction(with_context(wording.instruction, self._list(text, chance, formatted=formatted)), style)
+        return Instruction(with_context(instruction.text, self._list(text, chance, formatted=formatted)), style)
 
     def _style(self, chance: float) -> str | None:
         for style, share in sorted(self.settings.styles.items()):
@@ -132,7 +132,7 @@ def make_instruction_sampler(
     Raises RecipeError where the graft's prompt is the reference's, which is fixed, and DataError where texts lack what is to be trained.
     """
     if prompt_style == "reference":
-        if not settings.plain:
+        if not settings.is_default:
             raise RecipeError(
                 "words: the graft's prompt is the reference's, which is fixed: leave words out, or build with prompt_style=graft"
             )
@@ -152,7 +152,7 @@ def make_instruction_sampler(
     return InstructionSampler(settings, text_style, words)
 
 
-def trained_words(settings: InstructionRecipe) -> dict[str, Any]:
+def trained_instructions(settings: InstructionRecipe) -> dict[str, Any]:
     """What a checkpoint trained with these settings can be asked for, as stage.json keeps it."""
     return {
         "styles": sorted(style for style, share in settings.styles.items() if share),
@@ -212,7 +212,7 @@ def _shuffled(words: list[str], chance: Any) -> list[str]:
     return [word for _, word in sorted((chance(), word) for word in words)]
 
 
-_WORDINGS: dict[str | None, list[Instruction]] = {
+_INSTRUCTIONS: dict[str | None, list[Instruction]] = {
     None: [PLAIN_INSTRUCTION],
     **{style: [Instruction(phrasing, style) for phrasing in phrasings] for style, phrasings in INSTRUCTIONS.items()},
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from graft.errors import ModelError
 from graft.model.tokens import AUDIO_END_TOKEN, AUDIO_PAD_TOKEN, AUDIO_START_TOKEN
-from graft.text.context import checked_words
+from graft.text.context_words import check_context_words
 
 DEFAULT_INSTRUCTION = "Transcribe this audio."
 INSTRUCTIONS = {
@@ -33,7 +33,7 @@ INSTRUCTIONS = {
 class Instruction:
     """What a prompt asks for, and the text style of its answer; None is the graft's own style."""
 
-    instruction: str = DEFAULT_INSTRUCTION
+    text: str = DEFAULT_INSTRUCTION
     style: str | None = None
 
 
@@ -135,4 +135,4 @@ def request_instruction(
         raise ModelError(
             "context: this checkpoint was not trained for lists of words: leave it out, or train stage 2 with words.context"
         )
-    return with_context(asked, checked_words(context))
+    return with_context(asked, check_context_words(context))

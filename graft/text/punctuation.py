@@ -26,7 +26,7 @@ class Formatted:
         return self.agreed / max(1, self.words)
 
 
-def take_format(label: str, transcript: str) -> Formatted:
+def transfer_formatting(label: str, transcript: str) -> Formatted:
     """Write a label as an aligned transcript is written. Raises MissingExtra.
 
     A word that was heard otherwise is in lower case, with a capital where a sentence begins. Punctuation of the label's own stays, and the

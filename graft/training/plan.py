@@ -12,11 +12,11 @@ from typing import overload
 
 import numpy as np
 
-from graft.data.sample_seeds import sample_seeds
+from graft.data.sample_seeds import make_sample_seeds
 from graft.errors import DataError
 
 Counts = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Of samples, given as their rows and draws: tokens and label tokens."""
+"""Of samples, given as their rows and sample seeds: tokens and label tokens."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class PlanColumns:
     def __len__(self) -> int:
         return len(self.token_counts)
 
-    def counts(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def counts(self, rows: np.ndarray, sample_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens and label tokens of samples that do not vary."""
         return self.token_counts[rows], self.label_counts[rows]
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """Samples that are padded together, each a row and a draw; a filler, which completes a step, has none."""
+    """Samples that are padded together, each a row and a sample seed; a filler, which completes a step, has none."""
 
     rows: tuple[int, ...]
-    draws: tuple[int, ...]
+    sample_seeds: tuple[int, ...]
     position: int
     """The real batches of the run up to and with this one."""
     step_position: int
@@ -75,7 +75,7 @@ class Batches(Sequence[PlannedBatch]):
     """A sequence of batches in six arrays, which Ray's workers share: a PlannedBatch is made when it is asked for."""
 
     rows: np.ndarray  # int32 (samples,)
-    draws: np.ndarray  # int64 (samples,)
+    sample_seeds: np.ndarray  # int64 (samples,)
     offsets: np.ndarray  # int64 (batches + 1,), into the two above
     positions: np.ndarray  # int64 (batches,), as the two below
     step_positions: np.ndarray
@@ -93,9 +93,9 @@ class Batches(Sequence[PlannedBatch]):
             return self._part(*index.indices(len(self)))
         number = range(len(self))[index]
         samples = slice(self.offsets[number], self.offsets[number + 1])
-        rows, draws = self.rows[samples].tolist(), self.draws[samples].tolist()
+        rows, sample_seeds = self.rows[samples].tolist(), self.sample_seeds[samples].tolist()
         numbers = (int(column[number]) for column in (self.positions, self.step_positions, self.step_label_counts))
-        return PlannedBatch(tuple(rows), tuple(draws), *numbers)
+        return PlannedBatch(tuple(rows), tuple(sample_seeds), *numbers)
 
     def after(self, position: int) -> "Batches":
         """What is still to be delivered once `position` real batches, at the end of a step, are done."""
@@ -108,7 +108,9 @@ class Batches(Sequence[PlannedBatch]):
         samples, batches = slice(self.offsets[start], self.offsets[stop]), slice(start, stop)
         offsets = self.offsets[start : stop + 1] - self.offsets[start]
         columns = (self.positions, self.step_positions, self.step_label_counts)
-        return Batches(self.rows[samples], self.draws[samples], offsets, *(column[batches] for column in columns))
+        return Batches(
+            self.rows[samples], self.sample_seeds[samples], offsets, *(column[batches] for column in columns)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,7 @@ class Epoch:
     """The real batches of one epoch, in order: samples, where each batch ends among them, and its label tokens."""
 
     rows: np.ndarray
-    draws: np.ndarray
+    sample_seeds: np.ndarray
     offsets: np.ndarray  # (batches + 1,)
     label_counts: np.ndarray  # (batches,)
     token_count: int
@@ -175,7 +177,7 @@ def _delivered(epoch: Epoch, first: int, start: int, step_batches: int, slots: i
     samples = slice(epoch.offsets[min(start, count)], None)
     return Batches(
         epoch.rows[samples],
-        epoch.draws[samples],
+        epoch.sample_seeds[samples],
         np.concatenate([[0], sizes.cumsum()]),
         (first + np.where(real, numbers + 1, ends[:, None])).ravel(),
         np.repeat(first + ends, slots),
@@ -198,8 +200,10 @@ def _epoch(plan: Plan, number: int) -> Epoch:
     rows = np.repeat(np.arange(len(columns), dtype=np.int32), times)
     if not len(rows):
         raise DataError(f"epoch {number} has no clips: raise the weights of the sources")
-    draws = sample_seeds(settings.seed, number, rows, np.arange(len(rows)) - np.repeat(times.cumsum() - times, times))
-    token_counts, label_counts = (plan.counts or columns.counts)(rows, draws)
+    sample_seeds = make_sample_seeds(
+        settings.seed, number, rows, np.arange(len(rows)) - np.repeat(times.cumsum() - times, times)
+    )
+    token_counts, label_counts = (plan.counts or columns.counts)(rows, sample_seeds)
     longest = int(token_counts.max())
     if longest > settings.token_budget:
         raise DataError(
@@ -214,7 +218,7 @@ def _epoch(plan: Plan, number: int) -> Epoch:
     offsets = np.concatenate([[0], np.cumsum([len(batch) for batch in batches])])
     padded = np.maximum.reduceat(token_counts[order], offsets[:-1]) * np.diff(offsets)
     label_counts = np.add.reduceat(label_counts[order], offsets[:-1])
-    return Epoch(rows[order], draws[order], offsets, label_counts, int(token_counts.sum()), int(padded.sum()))
+    return Epoch(rows[order], sample_seeds[order], offsets, label_counts, int(token_counts.sum()), int(padded.sum()))
 
 
 def _times(columns: PlanColumns, seed: int, number: int) -> np.ndarray:

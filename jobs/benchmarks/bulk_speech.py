@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio, resampled
+from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio, resample
 from graft.errors import AudioError, DataError
 
 from ..preparation.manifests import Dropped, Manifest, clip_of, read_manifests
@@ -69,7 +69,7 @@ def link_files(folder: Path, files: Sequence[Path], numbers: Iterable[int]) -> N
 
 def write_long_recording(path: Path, hours: float) -> None:
     """Write a telephone recording: 8 kHz, a byte a sample."""
-    speech = np.concatenate(list(resampled([_spoken()], SAMPLE_RATE, TELEPHONE_RATE)))
+    speech = np.concatenate(list(resample([_spoken()], SAMPLE_RATE, TELEPHONE_RATE)))
     left = round(hours * 3600 * TELEPHONE_RATE)
     with soundfile.SoundFile(path, "w", TELEPHONE_RATE, 1, subtype="ULAW", format="WAV") as file:
         while left > 0:

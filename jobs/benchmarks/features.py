@@ -9,7 +9,7 @@ import soundfile
 import torch
 from transformers import WhisperFeatureExtractor
 
-from graft.audio.clip import SAMPLE_RATE, AudioClip, flac_bytes, read_audio
+from graft.audio.clip import SAMPLE_RATE, AudioClip, encode_flac, read_audio
 from graft.audio.features import HOP_LENGTH, WINDOW_FRAMES, Featurizer
 from graft.errors import AudioError
 
@@ -89,6 +89,8 @@ def _made_clips(folder: Path, seconds: float) -> list[Path]:
     while not clips or total_s < seconds:
         duration_s = rng.uniform(2, 20)
         clips.append(folder / f"{len(clips):05d}.flac")
-        clips[-1].write_bytes(flac_bytes(AudioClip(speech_like(rng, int(duration_s * SAMPLE_RATE)).astype(np.float32))))
+        clips[-1].write_bytes(
+            encode_flac(AudioClip(speech_like(rng, int(duration_s * SAMPLE_RATE)).astype(np.float32)))
+        )
         total_s += duration_s
     return clips

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from graft.audio.clip import flac_bytes
+from graft.audio.clip import encode_flac
 from graft.text.wer import score
 
 from ..common.console import quiet_libraries
@@ -37,7 +37,7 @@ def bench_servers(graft: str, manifests: Sequence[str], *, threads: int, trained
     """Measure the service, and faster-whisper where it is installed."""
     quiet_libraries()
     speech = labelled_speech(manifests)
-    uploads = [flac_bytes(one.clip) for one in speech]
+    uploads = [encode_flac(one.clip) for one in speech]
     with service(graft, threads=threads) as served:
         loads = {("graft", clients): load for clients, load in _loads(served.url, uploads).items()}
     missing = [NO_SPEACHES] if trained else [UNTRAINED, NO_SPEACHES]

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
 from graft.data.dataset import CorpusFile, RowReader, RowTable, clip_row, read_rows, write_corpus
-from graft.data.nonspeech import SOUNDS, made_sounds
+from graft.data.nonspeech import SOUNDS, generate_sounds
 from graft.data.settings import Sources
 from graft.errors import AudioError, DataError
 
@@ -75,7 +75,7 @@ def sounds(seed: int, folder: Path) -> list[Item]:
     for kind in SOUNDS:
         path = folder / f"{kind}.parquet"
         write_corpus(
-            (clip_row(sound.name, sound.clip, "") for sound in made_sounds(kind, seed)), path, rows_per_group=4
+            (clip_row(sound.name, sound.clip, "") for sound in generate_sounds(kind, seed)), path, rows_per_group=4
         )
         items += _items(kind, str(path))
     return items

@@ -23,7 +23,7 @@ from graft.errors import GraftError, RecipeError, require
 from graft.model.configuration import GraftConfig
 from graft.processor import GraftProcessor
 from graft.storage.atomic import write_atomic
-from graft.text.instructions import trained_words
+from graft.text.instructions import trained_instructions
 from graft.training.checkpoint import load_checkpoint
 from graft.training.encoder_cache import EncoderCache, open_cache
 from graft.training.loop import LoopSettings, is_finished
@@ -96,7 +96,7 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
             flush=True,
         )
         raise SystemExit(STOPPED)
-    words = None if recipe.words.plain else trained_words(recipe.words)
+    words = None if recipe.words.is_default else trained_instructions(recipe.words)
     return _finish(out, config, stage, graft=graft, words=words, seconds=time.perf_counter() - started)
 
 

@@ -76,10 +76,10 @@ class BatchLoader:
 
     def load(self, planned: PlannedBatch) -> dict[str, np.ndarray]:
         """Load one batch: the model's inputs and the plan's numbers as arrays, and as JSON the clips that count and those that do not."""
-        drawn = zip(planned.rows, planned.draws, strict=True)
-        samples = [self._noise_decoder_inputs(self._sample(row, draw), draw) for row, draw in drawn] or [
-            self._masked("")
-        ]
+        drawn = zip(planned.rows, planned.sample_seeds, strict=True)
+        samples = [
+            self._noise_decoder_inputs(self._sample(row, sample_seed), sample_seed) for row, sample_seed in drawn
+        ] or [self._masked("")]
         heard = [sample for sample in samples if sample.example.target_ids]
         inputs = self.processor.training_batch([sample.example for sample in samples])
         return {
@@ -97,24 +97,24 @@ class BatchLoader:
             ),
         }
 
-    def _sample(self, row: int, draw: int) -> Sample:
+    def _sample(self, row: int, sample_seed: int) -> Sample:
         rows = self.delivery.rows
         speaks = row < len(rows)
         name, text = (rows.id(row), rows.text(row)) if speaks else (NO_SPEECH_ID, "")
         try:
             if self.cache and speaks:
-                return self._cached(self.cache, row, name, text, draw)
-            clip = self._clip(row, draw) if speaks else self._clip_without_speech(row - len(rows), draw)
-            example = self.processor.example(clip, text, self.delivery.variation.wording(text, draw))
+                return self._cached(self.cache, row, name, text, sample_seed)
+            clip = self._clip(row, sample_seed) if speaks else self._clip_without_speech(row - len(rows), sample_seed)
+            example = self.processor.example(clip, text, self.delivery.variation.instruction(text, sample_seed))
         except (AudioError, DataError) as error:
             return self._masked(name, str(error))
-        example = replace(example, features=self.augmenter.features(example.features, draw))
+        example = replace(example, features=self.augmenter.features(example.features, sample_seed))
         return Sample(example, name, clip.duration_s)
 
-    def _clip(self, row: int, draw: int) -> AudioClip:
+    def _clip(self, row: int, sample_seed: int) -> AudioClip:
         wav, path = self._file(row)
         clip = read_audio(wav, name=path)
-        return self.augmenter.clip(clip, draw, duration_s=float(self.delivery.rows.duration_s[row]))
+        return self.augmenter.clip(clip, sample_seed, duration_s=float(self.delivery.rows.duration_s[row]))
 
     def _file(self, row: int) -> tuple[bytes, str]:
         """A row's audio file and its name."""
@@ -122,7 +122,7 @@ class BatchLoader:
         wav, path = self.reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
         return wav, path or rows.id(row)
 
-    def _cached(self, cache: EncoderCache, row: int, name: str, text: str, draw: int) -> Sample:
+    def _cached(self, cache: EncoderCache, row: int, name: str, text: str, sample_seed: int) -> Sample:
         """The sample of an unchanged clip, which is decoded only where the cache does not have it."""
         wav, path = self._file(row)
         key = cache.key(wav)
@@ -132,23 +132,25 @@ class BatchLoader:
             if encoded
             else self.processor.featurizer(read_audio(wav, name=path))
         )
-        example = self.processor.example_of(features, text, self.delivery.variation.wording(text, draw))
+        example = self.processor.example_from_features(
+            features, text, self.delivery.variation.instruction(text, sample_seed)
+        )
         states = encoded.states if encoded else None
         return Sample(example, name, features.frame_count / FRAMES_PER_S, key=key, states=states)
 
-    def _noise_decoder_inputs(self, sample: Sample, draw: int) -> Sample:
+    def _noise_decoder_inputs(self, sample: Sample, sample_seed: int) -> Sample:
         """Let the model read a share of an answer's tokens as another clip's; its end stays."""
         rows, share, target_ids = self.delivery.rows, self.delivery.variation.token_noise, sample.example.target_ids
         if not share or not target_ids:
             return sample
-        rng = generator(draw, "text noise")
+        rng = generator(sample_seed, "text noise")
         *others, _ = self.processor.target_ids(rows.text(int(rng.integers(len(rows)))))
         swapped = np.append(rng.random(len(target_ids) - 1) < share, False)
         decoder_input_ids = np.where(swapped, rng.choice(others, len(target_ids)), target_ids).tolist()
         return replace(sample, example=replace(sample.example, decoder_input_ids=decoder_input_ids))
 
-    def _clip_without_speech(self, number: int, draw: int) -> AudioClip:
-        return no_speech_clip(float(self.delivery.variation.no_speech_s[number]), draw, self.noise)
+    def _clip_without_speech(self, number: int, sample_seed: int) -> AudioClip:
+        return no_speech_clip(float(self.delivery.variation.no_speech_s[number]), sample_seed, self.noise)
 
     def _masked(self, name: str, fault: str | None = None) -> Sample:
         """The shortest silence, without an answer: in the place of a clip that cannot be read, and as a filler."""

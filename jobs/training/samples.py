@@ -1,4 +1,4 @@
-"""Training samples: a row of the corpus and a draw, from which follows all that varies about it, from speed to wording.
+"""Training samples: a row of the corpus and a sample seed, from which follows all that varies about it, from its speed to its instruction.
 
 The plan knows a sample's tokens before a loader in another process makes the sample, because both ask a Variation.
 """
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from graft.audio.clip import SAMPLE_RATE
 from graft.audio.features import HOP_LENGTH, MIN_FRAMES
-from graft.data.augmentation import drawn_speeds, no_speech_durations
+from graft.data.augmentation import no_speech_durations, sample_speeds
 from graft.data.dataset import RowTable, read_rows
 from graft.data.settings import AugmentRecipe
 from graft.errors import DataError
@@ -35,19 +35,19 @@ class Variation:
     augment: AugmentRecipe | None = None
     noise: RowTable | None = None
     """The corpus that augment.noise.data names."""
-    wordings: InstructionSampler | None = None
+    instruction_sampler: InstructionSampler | None = None
     token_noise: float = 0.0
     """Share of the answers' tokens that are read as other ones."""
 
     @property
     def changes_lengths(self) -> bool:
-        """Whether the tokens of a sample depend on its draw."""
-        is_worded = self.wordings is not None and not self.wordings.plain
-        return is_worded or (self.augment is not None and set(self.augment.speed) != {1.0})
+        """Whether the tokens of a sample depend on its sample seed."""
+        varies_prompt = self.instruction_sampler is not None and not self.instruction_sampler.is_default
+        return varies_prompt or (self.augment is not None and set(self.augment.speed) != {1.0})
 
-    def wording(self, text: str, draw: int) -> Instruction:
+    def instruction(self, text: str, sample_seed: int) -> Instruction:
         """How a sample is asked for."""
-        return self.wordings.draw(text, draw) if self.wordings else PLAIN_INSTRUCTION
+        return self.instruction_sampler.sample(text, sample_seed) if self.instruction_sampler else PLAIN_INSTRUCTION
 
 
 NO_VARIATION = Variation(np.zeros(0))
@@ -106,7 +106,7 @@ def vary(
         no_speech_s=no_speech_durations(count, seed),
         augment=augment,
         noise=read_rows(noise) if noise else None,
-        wordings=make_instruction_sampler(words, rows.texts, **styles) if words else None,
+        instruction_sampler=make_instruction_sampler(words, rows.texts, **styles) if words else None,
         token_noise=token_noise,
     )
 
@@ -127,7 +127,7 @@ def plan_training(
 
 
 def plan_columns(rows: RowTable, processor: GraftProcessor, variation: Variation = NO_VARIATION) -> PlanColumns:
-    """Count the tokens of trainable rows, and after them of samples without speech, unchanged and in the default wording."""
+    """Count the tokens of trainable rows, and after them of samples without speech, unchanged and in the default instruction."""
     free = len(variation.no_speech_s)
     answers = [processor.target_lengths(rows.texts[start:stop].to_pylist()) for start, stop in _blocks(len(rows))]
     label_counts = np.concatenate([*answers, np.repeat(processor.target_lengths([""]), free)])
@@ -144,38 +144,44 @@ def plan_columns(rows: RowTable, processor: GraftProcessor, variation: Variation
 
 @dataclass(frozen=True, eq=False)
 class _SampleCounts:
-    """The tokens and label tokens of samples whose speed or wording is drawn; `columns` hold those of the default wording."""
+    """The tokens and label tokens of samples whose speed or instruction is drawn; `columns` hold those of the default instruction."""
 
     rows: RowTable
     processor: GraftProcessor
     variation: Variation
     columns: PlanColumns
 
-    def __call__(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, rows: np.ndarray, sample_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         durations_s = np.concatenate([self.rows.duration_s, self.variation.no_speech_s])[rows]
         if self.variation.augment:
-            speeds = drawn_speeds(self.variation.augment.speed, durations_s, draws)
+            speeds = sample_speeds(self.variation.augment.speed, durations_s, sample_seeds)
             durations_s = np.where(rows < len(self.rows), durations_s / speeds, durations_s)
         prompt_counts, label_counts = (
             self.processor.prompt_lengths([DEFAULT_INSTRUCTION])[0],
             self.columns.label_counts[rows],
         )
-        if self.variation.wordings and not self.variation.wordings.plain:
-            worded = [self._worded(rows[start:stop], draws[start:stop]) for start, stop in _blocks(len(rows))]
-            prompt_counts, label_counts = np.concatenate(worded, axis=1)
+        if self.variation.instruction_sampler and not self.variation.instruction_sampler.is_default:
+            blocks = [
+                self._count_with_instructions(rows[start:stop], sample_seeds[start:stop])
+                for start, stop in _blocks(len(rows))
+            ]
+            prompt_counts, label_counts = np.concatenate(blocks, axis=1)
         return prompt_counts + audio_counts(self.processor, durations_s) + label_counts, label_counts
 
-    def _worded(self, rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _count_with_instructions(self, rows: np.ndarray, sample_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The prompt's tokens without those of the audio, and the answer's."""
         texts = np.full(len(rows), "", object)
         speaks = rows < len(self.rows)
         texts[speaks] = self.rows.texts.take(rows[speaks]).to_pylist()
-        wordings = [self.variation.wording(text, draw) for text, draw in zip(texts, draws.tolist(), strict=True)]
-        prompt_counts = self.processor.prompt_lengths([wording.instruction for wording in wordings])
+        instructions = [
+            self.variation.instruction(text, sample_seed)
+            for text, sample_seed in zip(texts, sample_seeds.tolist(), strict=True)
+        ]
+        prompt_counts = self.processor.prompt_lengths([instruction.text for instruction in instructions])
         label_counts = self.columns.label_counts[rows]
-        styled = [place for place, wording in enumerate(wordings) if wording.style]
+        styled = [place for place, instruction in enumerate(instructions) if instruction.style]
         label_counts[styled] = self.processor.target_lengths(
-            texts[styled].tolist(), [wordings[place].style for place in styled]
+            texts[styled].tolist(), [instructions[place].style for place in styled]
         )
         return prompt_counts, label_counts
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from graft.data.dataset import read_rows
 from graft.data.settings import Columns, Source
 from graft.errors import DataError
-from graft.storage.locations import PlacedFile, find_files, redact_uri
+from graft.storage.locations import StoredFile, find_files, redact_uri
 from graft.storage.source import open_source
 
 AUDIO_SUFFIXES = (
@@ -75,17 +75,17 @@ def _recordings_of(source: str, columns: Columns) -> Iterator[pa.Table]:
         yield _rows(file, columns)
 
 
-def _found(place: str) -> list[PlacedFile]:
+def _found(place: str) -> list[StoredFile]:
     try:
         return find_files(place)
     except DataError:
         if _suffix(place) not in AUDIO_SUFFIXES:
             raise  # a folder, perhaps; of a missing recording there is a row that says so
     uri = place if "://" in place else os.path.abspath(os.path.expanduser(place))
-    return [PlacedFile(uri, PurePosixPath(place).name, None, "")]
+    return [StoredFile(uri, PurePosixPath(place).name, None, "")]
 
 
-def _listed(source: str) -> list[PlacedFile]:
+def _listed(source: str) -> list[StoredFile]:
     """The places in a list; their names are what is left without the part that all share."""
     with open_source(source) as file:
         data = file.read()
@@ -102,21 +102,21 @@ def _listed(source: str) -> list[PlacedFile]:
     with ThreadPoolExecutor(LOOKUPS) as pool:
         files = pool.map(_looked_up, places)
         return [
-            PlacedFile(file.uri, "/".join(place.split("/")[shared:]), file.size, file.version)
+            StoredFile(file.uri, "/".join(place.split("/")[shared:]), file.size, file.version)
             for file, place in zip(files, places, strict=True)
         ]
 
 
-def _looked_up(place: str) -> PlacedFile:
+def _looked_up(place: str) -> StoredFile:
     """The file at a place; what is no file, or can't be reached, fails when it is read."""
     try:
         (file,) = find_files(place)
     except (DataError, ValueError):
-        return PlacedFile(place if "://" in place else os.path.abspath(place), "", None, "")
+        return StoredFile(place if "://" in place else os.path.abspath(place), "", None, "")
     return file
 
 
-def _files(files: Sequence[PlacedFile]) -> pa.Table:
+def _files(files: Sequence[StoredFile]) -> pa.Table:
     values = {
         "recording": pa.array((file.name for file in files), pa.string()),
         "uri": pa.array((file.uri for file in files), pa.string()),
@@ -126,7 +126,7 @@ def _files(files: Sequence[PlacedFile]) -> pa.Table:
     return _table(values, len(files))
 
 
-def _rows(file: PlacedFile, columns: Columns) -> pa.Table:
+def _rows(file: StoredFile, columns: Columns) -> pa.Table:
     rows = read_rows(Source(files=file.uri, columns=columns))
     values = {
         "recording": rows.ids.cast(pa.string()),

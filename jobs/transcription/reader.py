@@ -20,7 +20,7 @@ from graft.audio.vad import SpeechSettings
 from graft.data.dataset import CorpusFile, RowReader
 from graft.errors import AudioError, DataError
 from graft.storage.locations import one_line_error, redact_uri
-from graft.storage.source import Source
+from graft.storage.source import AudioSource
 
 from .crash_guard import CrashTracker
 from .work_items import ITEMS
@@ -112,7 +112,7 @@ class ItemReader:
         samples = np.concatenate([block.samples for block in blocks])
         return samples if samples.ndim == 2 else samples[:, None], blocks[0].start
 
-    def _source(self, item: dict[str, Any]) -> tuple[Source, str | None]:
+    def _source(self, item: dict[str, Any]) -> tuple[AudioSource, str | None]:
         if item["row"] is None:
             return item["uri"], None
         place = self._places.setdefault(item["uri"], len(self._places))

@@ -18,7 +18,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from graft.inference.subtitles import format_transcript
 from graft.inference.transcript import Transcript
-from graft.text.context import checked_words
+from graft.text.context_words import check_context_words
 
 from ..logs import LOG, RequestLog
 from ..observer import Observer
@@ -158,7 +158,7 @@ def _asked(form: TranscriptionForm, about: ModelInfo) -> TranscriptionOptions:
 def _context(form: TranscriptionForm) -> tuple[str, ...]:
     """The words that may occur. Raises ModelError for too many of them, or too long ones."""
     given = [*re.split(r"[,;\n]+", form.prompt or ""), *form.keywords]
-    return tuple(checked_words([word for word in given if word.strip(" ,.\t\r\n")]))
+    return tuple(check_context_words([word for word in given if word.strip(" ,.\t\r\n")]))
 
 
 def _check_model(name: str, about: ModelInfo) -> None:

@@ -121,7 +121,7 @@ def test_what_is_written_where_nobody_speaks_is_counted(
         run(f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}", f"baseline={whisper}", "sounds=true") == 0
     )
     report, predictions = left_by(tmp_path / "out")
-    made = [sound for kind in nonspeech.SOUNDS for sound in nonspeech.made_sounds(kind)]
+    made = [sound for kind in nonspeech.SOUNDS for sound in nonspeech.generate_sounds(kind)]
     assert report["sets"].keys() == {"test", *nonspeech.SOUNDS}
     assert [line["id"] for line in predictions] == ["t0", *(sound.name for sound in made)]
     for kind in nonspeech.SOUNDS:

@@ -11,7 +11,7 @@ from graft.data.dataset import read_rows
 from graft.data.settings import Source
 from graft.inference.engines.whisper_baseline import WhisperBaseline
 from graft.text.prompts import style_text
-from graft.text.punctuation import take_format
+from graft.text.punctuation import transfer_formatting
 from jobs.common.cli import run_job
 from jobs.format import FormatRecipe, main
 from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
@@ -49,7 +49,7 @@ def test_a_corpus_is_formatted_and_read_again(whisper, tmp_path, capsys):
     assert run(*arguments, "batch_clips=2", "part_clips=4", "workers=2") == 0
 
     expected = {
-        clip["ID"]: take_format(clip["text"], transcript) for clip, transcript in zip(clips, heard, strict=True)
+        clip["ID"]: transfer_formatting(clip["text"], transcript) for clip, transcript in zip(clips, heard, strict=True)
     }
     formatted = {name: one.text for name, one in expected.items() if one.agreement >= 0.6}
     assert 0 < len(formatted) < 6

@@ -1,4 +1,4 @@
-"""What a small training on drawn wordings leaves behind: an instruction decides how a clip is written, a word list what it may be."""
+"""A small training on sampled instructions teaches the model that an instruction decides how a clip is written, and a word list which words it may hold."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from graft.audio.clip import read_audio
 from graft.checkpoints.loading import open_graft
 from graft.errors import ModelError
 from graft.inference.transcriber import open_transcriber
-from graft.text.instructions import InstructionRecipe, InstructionSampler, trained_words
+from graft.text.instructions import InstructionRecipe, InstructionSampler, trained_instructions
 from graft.text.prompts import DEFAULT_INSTRUCTION, INSTRUCTIONS
 from graft.training.backends import TorchBackend
 from tests.support import tiny_models
@@ -19,7 +19,7 @@ from tests.support.training import run_steps, step_batches
 
 
 def trained(
-    folder: Path, wordings: InstructionSampler, audios: Sequence[bytes], texts: Sequence[str], *, draws: int
+    folder: Path, sampler: InstructionSampler, audios: Sequence[bytes], texts: Sequence[str], *, seed_count: int
 ) -> Path:
     """Train language model and projector of a tiny graft on clips, each worded in so many ways, until it knows them by heart."""
     model, processor = open_graft(tiny_models.save_tiny_graft(folder / "graft"))
@@ -28,14 +28,16 @@ def trained(
         part.requires_grad_(True)
     samples = [(read_audio(audio), text) for audio, text in zip(audios, texts, strict=True)]
     examples = [
-        processor.example(clip, text, wordings.draw(text, draw)) for draw in range(draws) for clip, text in samples
+        processor.example(clip, text, sampler.sample(text, sample_seed))
+        for sample_seed in range(seed_count)
+        for clip, text in samples
     ]
     batches = step_batches(processor, examples)
     backend, loss = TorchBackend(model.train(), weight_decay=0.0, max_grad_norm=1.0), 9.0
     for _ in range(20):
         loss = run_steps(batches * 20, backend, learning_rate=5e-3)[1][-1].loss if loss > 0.01 else loss
     assert loss < 0.01
-    words = trained_words(wordings.settings)
+    words = trained_instructions(sampler.settings)
     for keeper in (model.config, processor):
         keeper.trained_styles, keeper.trained_context = words["styles"], words["context"]
     model.save_pretrained(folder / "trained")
@@ -44,9 +46,9 @@ def trained(
 
 
 def test_two_instructions_give_two_formats(tmp_path):
-    wordings = InstructionSampler(InstructionRecipe(styles={"formatted": 0.5}), "lower")
+    sampler = InstructionSampler(InstructionRecipe(styles={"formatted": 0.5}), "lower")
     audios, texts = [flac(0.4 + 0.2 * seed, seed) for seed in range(3)], ["Yes, Bob.", "It is? No!", "GO ON"]
-    transcriber = open_transcriber(trained(tmp_path, wordings, audios, texts, draws=24), chunker=windows)
+    transcriber = open_transcriber(trained(tmp_path, sampler, audios, texts, seed_count=24), chunker=windows)
     for instruction in (None, "lower", DEFAULT_INSTRUCTION):
         heard = transcriber.transcribe_many(audios, instruction=instruction)
         assert [one.text for one in heard] == ["yes bob", "it is no", "go on"]
@@ -60,11 +62,11 @@ def test_two_instructions_give_two_formats(tmp_path):
 
 def test_a_listed_word_decides_what_is_heard(tmp_path):
     names = ["anna", "otto"]
-    wordings = InstructionSampler(
+    sampler = InstructionSampler(
         InstructionRecipe(context=1.0, context_words=1, context_empty=0, context_absent=0), "lower", names
     )
     audio = flac(0.5)
-    transcriber = open_transcriber(trained(tmp_path, wordings, [audio] * 2, names, draws=8), chunker=windows)
+    transcriber = open_transcriber(trained(tmp_path, sampler, [audio] * 2, names, seed_count=8), chunker=windows)
     for name in names:
         assert transcriber.transcribe(audio, context=[name]).text == name
     transcriber.close()

@@ -104,7 +104,7 @@ def test_the_reference_is_the_published_one(size):
             "flash_attention_2",
         )
         assert stage.token_budget // stage.max_batch_clips >= 1800
-        assert (stage.augment, stage.no_speech, stage.words.plain) == (None, 0, True)
+        assert (stage.augment, stage.no_speech, stage.words.is_default) == (None, 0, True)
     assert first.epochs * 20_000 == first.max_steps * first.max_batch_clips * first.step_batches
     assert second.epochs * 20_000 == second.max_steps * second.max_batch_clips * second.step_batches
     assert (second.quantize, second.gradient_checkpointing) == ("nf4", True)

@@ -16,7 +16,7 @@ from graft.audio.chunking import QUIET_S, SEARCH_S
 from graft.audio.clip import read_audio
 from graft.audio.spans import Block, probe, read_span
 from graft.errors import AudioError
-from graft.storage.source import Source
+from graft.storage.source import AudioSource
 from tests.support import hub_server, media
 
 EXACT = {
@@ -52,7 +52,7 @@ def joined(blocks: list[Block]) -> np.ndarray:
     return np.concatenate([block.samples for block in blocks])
 
 
-def frames(source: Source, start: int = 0, end: int | None = None, **how: str) -> np.ndarray:
+def frames(source: AudioSource, start: int = 0, end: int | None = None, **how: str) -> np.ndarray:
     """Source frames, (frames, channels)."""
     return joined(list(read_span(source, start, end, rate=None, channels="split", **how)))
 
@@ -250,7 +250,7 @@ def test_places_and_open_files_of_other_libraries_are_read_alike(tmp_path: Path)
 
 
 def test_a_web_server_is_read_by_ranges_and_may_stumble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graft.storage.locations.WAITS_S", (0.01,) * 4)
+    monkeypatch.setattr("graft.storage.locations.RETRY_WAITS_S", (0.01,) * 4)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.flac").write_bytes(recording("flac"))
     with hub_server.serve(tmp_path) as hub:

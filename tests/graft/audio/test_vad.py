@@ -15,7 +15,7 @@ from graft.audio.chunking import ChunkSettings, speech_chunks
 from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
 from graft.audio.silero import REQUIREMENT
 from graft.audio.vad import FRAME, SpeechDetector, SpeechSettings, speech_spans
-from graft.data.nonspeech import SOUNDS, made_sounds
+from graft.data.nonspeech import SOUNDS, generate_sounds
 from graft.errors import MissingExtra
 from tests.support.paths import ROOT
 
@@ -129,15 +129,15 @@ def test_silero_finds_no_speech_where_nobody_speaks(
     silero: SpeechDetector, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("graft.data.nonspeech.LENGTHS_S", ((8.0, 12.0),))
-    for sound in made_sounds(kind):
+    for sound in generate_sounds(kind):
         assert silero.find(sound.clip).spans == (), sound.name
 
 
 def test_energy_finds_none_in_silence_little_in_noise_and_says_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graft.data.nonspeech.LENGTHS_S", ((8.0, 12.0),))
     energy = SpeechDetector(SpeechSettings(detector="energy"))
-    assert all(energy.find(sound.clip).spans == () for sound in made_sounds("silence"))
-    noises = [sound.clip for sound in made_sounds("noise")]
+    assert all(energy.find(sound.clip).spans == () for sound in generate_sounds("silence"))
+    noises = [sound.clip for sound in generate_sounds("noise")]
     assert np.mean([passed_on(clip, energy).mean() for clip in noises]) < 0.1
     assert energy.find(noises[0]).detector == "energy"
 

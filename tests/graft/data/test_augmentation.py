@@ -1,4 +1,4 @@
-"""Augmentation: equal draws give equal bits, other draws other clips, and nothing outgrows what the plan and Whisper allow."""
+"""Augmentation: equal sample seeds give equal bits, other sample seeds other clips, and nothing outgrows what the plan and Whisper allow."""
 
 import hashlib
 import subprocess
@@ -13,14 +13,14 @@ from graft.audio.clip import AudioClip, read_audio
 from graft.audio.features import Features, Featurizer
 from graft.config import read_recipe
 from graft.data.augmentation import (
-    MADE_NOISES,
+    NOISE_KINDS,
     Augmenter,
     NoiseCorpus,
-    at_speed,
-    drawn_speeds,
-    made_noise,
+    change_speed,
+    generate_noise,
     no_speech_clip,
     no_speech_durations,
+    sample_speeds,
 )
 from graft.data.dataset import read_rows
 from graft.data.settings import AugmentRecipe, SpecAugmentRecipe
@@ -44,19 +44,17 @@ def loudest_hertz(samples: np.ndarray) -> float:
     return float(np.abs(np.fft.rfft(samples)).argmax() * 16_000 / len(samples))
 
 
-def digest(draw: int) -> str:
+def digest(sample_seed: int) -> str:
     """All of a clip after everything, features too."""
     augmenter = Augmenter(AugmentRecipe(**EVERYTHING))
-    clip = augmenter.clip(read_audio(flac(2.0, 1)), draw, duration_s=2.0)
-    features = augmenter.features(Featurizer()(clip), draw)
+    clip = augmenter.clip(read_audio(flac(2.0, 1)), sample_seed, duration_s=2.0)
+    features = augmenter.features(Featurizer()(clip), sample_seed)
     return hashlib.sha256(clip.samples.tobytes() + features.mel.tobytes()).hexdigest()
 
 
 def test_equal_draws_give_equal_bits_in_another_process_too():
-    code = (
-        "import sys; from tests.graft.data.test_augmentation import digest; print(*[digest(draw) for draw in range(8)])"
-    )
-    here = [digest(draw) for draw in range(8)]
+    code = "import sys; from tests.graft.data.test_augmentation import digest; print(*[digest(sample_seed) for sample_seed in range(8)])"
+    here = [digest(sample_seed) for sample_seed in range(8)]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == here
     assert len(set(here)) == 8
@@ -71,7 +69,7 @@ def test_without_a_recipe_nothing_changes():
 
 @pytest.mark.parametrize("factor", [0.8, 0.9, 1.1, 1.25])
 def test_speed_changes_length_and_pitch(factor):
-    clip = at_speed(tone(), factor)
+    clip = change_speed(tone(), factor)
     assert clip.samples.dtype == np.float32
     assert len(clip.samples) == round(16_000 / factor)
     assert loudest_hertz(clip.samples) == pytest.approx(440 * factor, abs=2)
@@ -84,8 +82,8 @@ def test_speed_changes_length_and_pitch(factor):
     st.floats(0.08, 30.0),
     st.integers(0, 2**63 - 1),
 )
-def test_no_clip_is_slowed_down_past_what_whisper_hears(factors, duration_s, draw):
-    speed = drawn_speeds(factors, np.array([duration_s]), np.array([draw]))[0]
+def test_no_clip_is_slowed_down_past_what_whisper_hears(factors, duration_s, sample_seed):
+    speed = sample_speeds(factors, np.array([duration_s]), np.array([sample_seed]))[0]
     assert duration_s / speed <= max(29.9, duration_s) + 1e-9
     assert speed in [*factors, 1.0]
     if max(factors) >= 1:
@@ -93,24 +91,24 @@ def test_no_clip_is_slowed_down_past_what_whisper_hears(factors, duration_s, dra
 
 
 def test_every_factor_that_fits_is_drawn_as_often():
-    draws = np.arange(30_000)
+    sample_seeds = np.arange(30_000)
     for seconds, shares in ((10.0, [1 / 3, 1 / 3, 1 / 3]), (28.0, [0, 1 / 2, 1 / 2])):
-        speeds = drawn_speeds([0.9, 1.0, 1.1], np.full(30_000, seconds), draws)
+        speeds = sample_speeds([0.9, 1.0, 1.1], np.full(30_000, seconds), sample_seeds)
         assert [(speeds == factor).mean() for factor in (0.9, 1.0, 1.1)] == pytest.approx(shares, abs=0.01)
-    assert set(drawn_speeds([0.9], np.array([29.0, 10.0]), np.arange(2))) == {1.0, 0.9}
+    assert set(sample_speeds([0.9], np.array([29.0, 10.0]), np.arange(2))) == {1.0, 0.9}
 
 
 def test_noise_stands_at_the_ratio_that_was_asked_for():
     clip = read_audio(flac(2.0, 3))
     augmenter = Augmenter(AugmentRecipe(noise={"share": 1.0, "snr_db": (10, 10)}))
-    for draw in range(12):  # of all kinds
-        added = augmenter.clip(clip, draw, duration_s=2.0).samples - clip.samples
+    for sample_seed in range(12):  # of all kinds
+        added = augmenter.clip(clip, sample_seed, duration_s=2.0).samples - clip.samples
         assert 10 * np.log10(np.mean(clip.samples**2) / np.mean(added**2)) == pytest.approx(10, abs=0.05)
 
 
 def test_noises_have_the_spectrum_of_their_name():
     speech, rng = tone(1000, 4.0).samples, np.random.default_rng(0)
-    power = {kind: np.abs(np.fft.rfft(made_noise(kind, speech, rng))) ** 2 for kind in MADE_NOISES}
+    power = {kind: np.abs(np.fft.rfft(generate_noise(kind, speech, rng))) ** 2 for kind in NOISE_KINDS}
     low, high = slice(400, 4000), slice(16_000, 19_600)  # bins of a quarter Hz: 100 to 1000 Hz, 4000 to 4900
     assert power["white"][low].mean() == pytest.approx(power["white"][high].mean(), rel=0.1)
     assert power["pink"][low].mean() > 5 * power["pink"][high].mean()
@@ -119,7 +117,9 @@ def test_noises_have_the_spectrum_of_their_name():
 
 def test_noise_is_added_to_its_share_of_samples():
     augmenter, clip = Augmenter(AugmentRecipe(noise={"share": 0.25})), tone(seconds=0.1)
-    noisy = sum(augmenter.clip(clip, draw, duration_s=0.1).samples is not clip.samples for draw in range(400))
+    noisy = sum(
+        augmenter.clip(clip, sample_seed, duration_s=0.1).samples is not clip.samples for sample_seed in range(400)
+    )
     assert 70 <= noisy <= 130
 
 
@@ -131,14 +131,14 @@ def test_noise_comes_from_a_corpus_where_one_is_named(tmp_path):
     sources = [read_audio(wav["bytes"]).samples for wav in wavs]
     noise, clip = NoiseCorpus(rows), tone(seconds=1.0)
     recipe = AugmentRecipe(noise={"share": 1.0, "snr_db": (0, 0)})
-    for draw in range(6):
-        added = Augmenter(recipe, noise).clip(clip, draw, duration_s=1.0).samples - clip.samples
+    for sample_seed in range(6):
+        added = Augmenter(recipe, noise).clip(clip, sample_seed, duration_s=1.0).samples - clip.samples
         assert (
             max(np.abs(np.correlate(added[:2000], source, "full")).max() for source in sources)
             > 0.5 * np.sum(added[:2000] ** 2) ** 0.5
         )
         assert np.array_equal(
-            no_speech_clip(1.0, draw, noise).samples, no_speech_clip(1.0, draw, NoiseCorpus(rows)).samples
+            no_speech_clip(1.0, sample_seed, noise).samples, no_speech_clip(1.0, sample_seed, NoiseCorpus(rows)).samples
         )
     broken = NoiseCorpus(read_rows(corpus(tmp_path / "broken.parquet", [row("bad", 0, **BROKEN)])))
     with pytest.raises(DataError, match=r"noise clip bad: broken\.flac: not readable as audio"):
@@ -147,7 +147,9 @@ def test_noise_comes_from_a_corpus_where_one_is_named(tmp_path):
 
 def test_gain_amplifies_within_its_limits_and_never_past_full_scale():
     augmenter, clip = Augmenter(AugmentRecipe(gain_db=(-12, 12))), tone(level=0.5)
-    peaks = np.array([np.abs(augmenter.clip(clip, draw, duration_s=1.0).samples).max() for draw in range(200)])
+    peaks = np.array(
+        [np.abs(augmenter.clip(clip, sample_seed, duration_s=1.0).samples).max() for sample_seed in range(200)]
+    )
     assert peaks.max() == pytest.approx(1.0, abs=1e-6)
     assert 0.5 * 10 ** (-12 / 20) <= peaks.min() < 0.16
     assert len(np.unique(peaks)) > 100
@@ -160,8 +162,8 @@ def test_masks_stay_in_the_clip_and_hold_its_mean():
         AugmentRecipe(specaugment=SpecAugmentRecipe(time_masks=1, time_s=5, freq_masks=1, freq_bins=10))
     )
     widths, heights = [], []
-    for draw in range(100):
-        masked = augmenter.features(Features(mel, 400), draw)
+    for sample_seed in range(100):
+        masked = augmenter.features(Features(mel, 400), sample_seed)
         changed = masked.mel != before
         assert masked.frame_count == 400
         assert not changed[:, 400:].any()  # the tail is what follows the clip
@@ -178,7 +180,7 @@ def test_clips_without_speech_have_their_length_and_any_loudness():
     durations_s = no_speech_durations(300, seed=0)
     assert 0.5 <= durations_s.min() < 1 < 14 < durations_s.max() <= 15
     assert not np.array_equal(durations_s, no_speech_durations(300, seed=1))
-    clips = [no_speech_clip(float(seconds), draw).samples for draw, seconds in enumerate(durations_s)]
+    clips = [no_speech_clip(float(seconds), sample_seed).samples for sample_seed, seconds in enumerate(durations_s)]
     assert [len(clip) for clip in clips] == [round(float(seconds) * 16_000) for seconds in durations_s]
     power = np.array([np.mean(clip.astype(np.float64) ** 2) for clip in clips])
     assert 0.15 < (power == 0).mean() < 0.35

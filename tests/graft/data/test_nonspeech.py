@@ -7,11 +7,11 @@ import pytest
 
 from graft.audio.clip import SAMPLE_RATE
 from graft.data import nonspeech
-from graft.data.nonspeech import LENGTHS_S, SOUNDS, Sound, made_sounds
+from graft.data.nonspeech import LENGTHS_S, SOUNDS, Sound, generate_sounds
 
 
 def all_sounds(seed: int = 0) -> list[Sound]:
-    return [sound for kind in SOUNDS for sound in made_sounds(kind, seed)]
+    return [sound for kind in SOUNDS for sound in generate_sounds(kind, seed)]
 
 
 @pytest.fixture(scope="module")

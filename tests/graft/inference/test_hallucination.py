@@ -14,7 +14,7 @@ import torch
 from graft.audio.chunking import Chunk, Chunker
 from graft.audio.clip import AudioClip, read_audio
 from graft.checkpoints.loading import open_graft
-from graft.data.nonspeech import SOUNDS, made_sounds
+from graft.data.nonspeech import SOUNDS, generate_sounds
 from graft.inference.engines.protocol import EngineRequest
 from graft.inference.engines.sampling import repeats
 from graft.inference.hallucination import (
@@ -263,7 +263,7 @@ def test_a_clip_that_ends_in_a_word_is_heard_to_its_last_sample(opened):
 def test_words_that_may_occur_do_not_where_nobody_speaks(tmp_path):
     transcriber = open_transcriber(tiny_models.save_tiny_graft(tmp_path / "worded", trained_context=True), dtype="fp32")
     for kind in SOUNDS:
-        sound = next(sound for sound in made_sounds(kind) if sound.clip.duration_s < 6.1)
+        sound = next(sound for sound in generate_sounds(kind) if sound.clip.duration_s < 6.1)
         assert transcriber.transcribe(sound.clip, context=["Dvorak", "Brno"]).segments == ()
     transcriber.close()
 
@@ -273,7 +273,7 @@ def test_words_that_may_occur_do_not_where_nobody_speaks(tmp_path):
     [(None, {}), (STUCK, {}), (GREETING, {"chunker": lambda clip: [Chunk(0.0, clip, has_speech=False)]})],
 )
 def test_what_a_babbling_model_writes_about_sounds_is_flagged(opened, chain, options):
-    sounds = [next(sound for sound in made_sounds(kind) if sound.clip.duration_s < 6.1) for kind in SOUNDS]
+    sounds = [next(sound for sound in generate_sounds(kind) if sound.clip.duration_s < 6.1) for kind in SOUNDS]
     assert [sound.kind for sound in sounds] == ["silence", "noise", "tones", "ringing"]
     for heard in opened(chain, **options).transcribe_many([sound.clip for sound in sounds]):
         assert all(segment.flags for segment in heard.segments)

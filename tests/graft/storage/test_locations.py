@@ -16,7 +16,7 @@ import pytest
 from graft.data.dataset import RowReader, read_rows, write_corpus
 from graft.errors import DataError
 from graft.storage import locations
-from graft.storage.locations import list_files, redact_uri
+from graft.storage.locations import list_parquet_files, redact_uri
 from tests.support import hub_server, s3
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -195,7 +195,7 @@ def test_planning_and_reading_are_tried_again_but_not_for_ever(folder, hub, monk
         hub.faults.update(data=["", fault])  # the first request asks for the file's size
         assert len(RowReader(rows.files).wav(0, 1, 5)[0]) == 10_000
         assert not hub.faults["data"]
-    monkeypatch.setattr("graft.storage.locations.WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr("graft.storage.locations.RETRY_WAITS_S", (0.01, 0.01))
     for tried, fault in [(3, "503"), (1, "403")]:
         hub.faults.update(data=[fault] * 99)
         hub.kinds.clear()
@@ -239,7 +239,7 @@ def test_messages_hold_no_secret():
         "s3://key:secret@b/k?odd=cret",
     ]:
         with pytest.raises(DataError) as caught:
-            list_files([place])
+            list_parquet_files([place])
         assert "cret" not in str(caught.value).replace("user or secret", "")
         assert "key" not in str(caught.value)
     assert redact_uri("hf://datasets/a/b@v1/c") == "hf://datasets/a/b@v1/c"

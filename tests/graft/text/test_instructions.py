@@ -17,7 +17,7 @@ from graft.text.instructions import (
     InstructionSampler,
     make_instruction_sampler,
     rare_words,
-    trained_words,
+    trained_instructions,
 )
 from graft.text.prompts import (
     DEFAULT_INSTRUCTION,
@@ -45,7 +45,7 @@ RARE = [
     "Zephyr's",
     *(f"Rare{chr(97 + a)}{chr(97 + b)}" for a in range(20) for b in range(20)),
 ]
-DRAWS = np.random.default_rng(0).integers(0, 2**63, 4000).tolist()
+SAMPLE_SEEDS = np.random.default_rng(0).integers(0, 2**63, 4000).tolist()
 ALL = InstructionRecipe(
     styles={"raw": 0.2, "lower": 0.2, "formatted": 0.3},
     context=0.5,
@@ -68,29 +68,31 @@ def processor(tmp_path_factory) -> GraftProcessor:
 
 
 def drawn(text: str, settings: InstructionRecipe = ALL, style: str = "lower") -> list[Instruction]:
-    wordings = InstructionSampler(settings, style, RARE)
-    return [wordings.draw(text, draw) for draw in DRAWS]
+    sampler = InstructionSampler(settings, style, RARE)
+    return [sampler.sample(text, sample_seed) for sample_seed in SAMPLE_SEEDS]
 
 
-def listed(wording: Instruction) -> list[str] | None:
-    """The words of a wording's list, None where it has none."""
-    if wording.instruction.endswith(" No words are given."):
+def listed(instruction: Instruction) -> list[str] | None:
+    """The words of a instruction's list, None where it has none."""
+    if instruction.text.endswith(" No words are given."):
         return []
-    found = re.search(r" These words may occur: (.*)\.$", wording.instruction)
+    found = re.search(r" These words may occur: (.*)\.$", instruction.text)
     return found[1].split(", ") if found else None
 
 
 def test_nothing_changes_where_no_words_are_asked_for(any_processor):
     """Prompts and answers are those of their whole texts, tokenized in one go."""
     processor = any_processor
-    wordings = make_instruction_sampler(
+    sampler = make_instruction_sampler(
         InstructionRecipe(), [UPPER], prompt_style=processor.prompt_style, text_style="lower"
     )
-    assert wordings.plain
-    assert {wordings.draw(text, draw) for text in (UPPER, "") for draw in DRAWS[:10]} == {Instruction()}
+    assert sampler.is_default
+    assert {sampler.sample(text, sample_seed) for text in (UPPER, "") for sample_seed in SAMPLE_SEEDS[:10]} == {
+        Instruction()
+    }
     clip = AudioClip(np.zeros(8000, np.float32))
     for text in (UPPER, FORMATTED, "", "l'été à Zürich 12"):
-        one = processor.example(clip, text, wordings.draw(text, 1))
+        one = processor.example(clip, text, sampler.sample(text, 1))
         prompt = prompt_text(processor.prompt_style).replace(
             "<|audio_pad|>", "<|audio_pad|>" * processor.audio_token_count(50)
         )
@@ -102,57 +104,57 @@ def test_nothing_changes_where_no_words_are_asked_for(any_processor):
 def test_the_references_prompt_is_fixed():
     with pytest.raises(RecipeError, match="the graft's prompt is the reference's, which is fixed"):
         make_instruction_sampler(ALL, [FORMATTED], prompt_style="reference", text_style="raw")
-    wordings = make_instruction_sampler(InstructionRecipe(), [UPPER], prompt_style="reference", text_style="formatted")
-    assert wordings.draw(UPPER, 1) == Instruction()
+    sampler = make_instruction_sampler(InstructionRecipe(), [UPPER], prompt_style="reference", text_style="formatted")
+    assert sampler.sample(UPPER, 1) == Instruction()
 
 
 def test_a_draw_always_gives_the_same_wording():
-    wordings = InstructionSampler(ALL, "lower", RARE)
-    copy = pickle.loads(pickle.dumps(wordings))
-    assert [copy.draw(FORMATTED, draw) for draw in reversed(DRAWS)][::-1] == drawn(FORMATTED)
-    assert wordings.draw(FORMATTED, np.int64(DRAWS[0])) == wordings.draw(FORMATTED, DRAWS[0])
+    sampler = InstructionSampler(ALL, "lower", RARE)
+    copy = pickle.loads(pickle.dumps(sampler))
+    assert [copy.sample(FORMATTED, sample_seed) for sample_seed in reversed(SAMPLE_SEEDS)][::-1] == drawn(FORMATTED)
+    assert sampler.sample(FORMATTED, np.int64(SAMPLE_SEEDS[0])) == sampler.sample(FORMATTED, SAMPLE_SEEDS[0])
     # These stand for good: a run that goes on elsewhere must find the same.
     expected = Instruction(
         "Write down exactly what is said. These words may occur: Raregp, Rarerk, Rareaf, Rareoi, Raresq, Mister.", "raw"
     )
-    assert wordings.draw(FORMATTED, 2**62 + 1) == expected
+    assert sampler.sample(FORMATTED, 2**62 + 1) == expected
 
 
 def test_shares_are_as_told():
-    wordings = drawn(FORMATTED)
-    styles = [wording.style for wording in wordings]
+    instructions = drawn(FORMATTED)
+    styles = [instruction.style for instruction in instructions]
     for style, share in {**ALL.styles, None: 0.3}.items():
         assert styles.count(style) / len(styles) == pytest.approx(share, abs=0.03)
-    lists = [words for words in map(listed, wordings) if words is not None]
-    assert len(lists) / len(wordings) == pytest.approx(0.5, abs=0.03)
+    lists = [words for words in map(listed, instructions) if words is not None]
+    assert len(lists) / len(instructions) == pytest.approx(0.5, abs=0.03)
     assert sum(not words for words in lists) / len(lists) == pytest.approx(0.2, abs=0.03)
     own = {"Mister", "Zephyr's", "garden"}
     assert sum(bool({*map(str.lower, words)} & {*map(str.lower, own)}) for words in lists) / len(
         lists
     ) == pytest.approx(0.5, abs=0.03)
-    phrasings = {wording.instruction for wording in wordings if listed(wording) is None}
+    phrasings = {instruction.text for instruction in instructions if listed(instruction) is None}
     assert phrasings == {DEFAULT_INSTRUCTION, *(phrasing for some in INSTRUCTIONS.values() for phrasing in some)}
 
 
 def test_an_instruction_says_what_its_answer_is():
-    for wording in drawn(FORMATTED):
-        asked = next((style for style, some in INSTRUCTIONS.items() if wording.instruction.startswith(some)), None)
-        assert asked == wording.style
+    for instruction in drawn(FORMATTED):
+        asked = next((style for style, some in INSTRUCTIONS.items() if instruction.text.startswith(some)), None)
+        assert asked == instruction.style
 
 
 @pytest.mark.parametrize("text", [UPPER, LOWER, "I", "don't", "..."])
 @pytest.mark.parametrize("style", ["lower", "raw", "formatted"])
 def test_a_label_that_is_not_formatted_never_answers_for_one(text, style):
     for settings in (ALL, InstructionRecipe()):
-        for wording in drawn(text, settings, style):
-            assert (wording.style or style) != "formatted"
+        for instruction in drawn(text, settings, style):
+            assert (instruction.style or style) != "formatted"
 
 
 def test_what_is_formatted():
     assert all(map(is_formatted, [FORMATTED, "Yes.", "yes.", "O'Hara"]))
     assert not any(map(is_formatted, [UPPER, LOWER, "", "OK.", "it's e-mail", "…"]))
-    assert {wording.style for wording in drawn(FORMATTED, InstructionRecipe(), "formatted")} == {None}
-    assert {wording.style for wording in drawn("", InstructionRecipe(), "formatted")} == {None}
+    assert {instruction.style for instruction in drawn(FORMATTED, InstructionRecipe(), "formatted")} == {None}
+    assert {instruction.style for instruction in drawn("", InstructionRecipe(), "formatted")} == {None}
 
 
 @pytest.mark.parametrize("text", [UPPER, LOWER, FORMATTED, "nothing of it is known", ""])
@@ -161,8 +163,8 @@ def test_a_list_gives_nothing_away(text):
     rare = {word.lower() for word in RARE}
     own = {word.lower() for word in text.replace(",", "").split()} & rare
     places, lengths, only_own, upper = [], set(), 0, 0
-    for wording in drawn(text):
-        if not (words := listed(wording)):
+    for instruction in drawn(text):
+        if not (words := listed(instruction)):
             continue
         folded = [word.lower() for word in words]
         assert len(set(folded)) == len(folded) <= 8
@@ -178,11 +180,13 @@ def test_a_list_gives_nothing_away(text):
     assert bool(places) == bool(own)
     if own:
         assert np.mean(places) == pytest.approx(0.5, abs=0.05)
-        assert only_own < len(DRAWS) / 20
+        assert only_own < len(SAMPLE_SEEDS) / 20
 
 
 def test_lists_in_formatted_answers_are_spelled_as_the_answer_is():
-    lists = [words for wording in drawn(FORMATTED) if wording.style == "formatted" and (words := listed(wording))]
+    lists = [
+        words for instruction in drawn(FORMATTED) if instruction.style == "formatted" and (words := listed(instruction))
+    ]
     assert {word for words in lists for word in words if word.lower() in ("mister", "zephyr's")} == {
         "Mister",
         "Zephyr's",
@@ -209,7 +213,7 @@ def test_a_corpus_must_hold_what_is_to_be_trained():
             make_instruction_sampler(settings, [UPPER, LOWER], prompt_style="graft", text_style=style)
         assert make_instruction_sampler(
             settings, pa.array([UPPER, FORMATTED]), prompt_style="graft", text_style=style
-        ).draw(UPPER, 1)
+        ).sample(UPPER, 1)
     with pytest.raises(DataError, match="2 texts hold no rare words"):
         make_instruction_sampler(
             InstructionRecipe(context=0.1), ["12", "- 7"], prompt_style="graft", text_style="lower"
@@ -224,8 +228,8 @@ def test_a_corpus_must_hold_what_is_to_be_trained():
 
 
 def test_what_stage_json_keeps():
-    assert trained_words(ALL) == {"styles": ["formatted", "lower", "raw"], "context": True}
-    assert trained_words(InstructionRecipe(styles={"raw": 0.0})) == {"styles": [], "context": False}
+    assert trained_instructions(ALL) == {"styles": ["formatted", "lower", "raw"], "context": True}
+    assert trained_instructions(InstructionRecipe(styles={"raw": 0.0})) == {"styles": [], "context": False}
 
 
 @pytest.mark.parametrize(
@@ -253,7 +257,7 @@ def test_the_plans_lengths_are_those_of_the_samples(any_processor):
     assert processor.tokenizer.decode(processor.target_ids(FORMATTED)).strip() == f"{LOWER} please<|im_end|>"
     assert processor.target_lengths(texts).tolist() == [len(processor.target_ids(text)) for text in texts]
     asked = (
-        [wording.instruction for wording in drawn(FORMATTED)[:50]] * 2
+        [instruction.text for instruction in drawn(FORMATTED)[:50]] * 2
         if processor.prompt_style == "graft"
         else [DEFAULT_INSTRUCTION] * 3
     )
@@ -270,11 +274,11 @@ def test_padding_left_on_by_others_does_not_reach_the_lengths(processor):
 def test_no_prompt_token_is_ever_a_label(processor):
     clip = AudioClip(np.random.default_rng(0).normal(0, 0.1, 4000).astype(np.float32))
     for text in (UPPER, FORMATTED, "", "label <|im_start|>assistant\n of <|audio_pad|> tokens"):
-        wordings = {
+        instructions = {
             *drawn(text)[:40],
             *(Instruction(phrasing, style) for style, some in INSTRUCTIONS.items() for phrasing in some),
         }
-        examples = [processor.example(clip, text, wording) for wording in wordings]
+        examples = [processor.example(clip, text, instruction) for instruction in instructions]
         batch = {
             name: torch.from_numpy(array)
             for name, array in processor.training_batch([*examples, labelled(processor, 1)]).items()

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graft.text.prompts import style_text
-from graft.text.punctuation import take_format
+from graft.text.punctuation import transfer_formatting
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ from graft.text.punctuation import take_format
     ],
 )
 def test_what_agrees_is_written_as_it_was_heard(label, transcript, expected, agreed):
-    formatted = take_format(label, transcript)
+    formatted = transfer_formatting(label, transcript)
     assert (formatted.text, formatted.agreed) == (expected, agreed)
 
 
 def test_agreement_is_a_share_of_the_labels_words():
-    assert take_format("ONE TWO THREE FOUR", "one two free").agreement == 0.5
-    assert take_format("", "one").agreement == 0.0
+    assert transfer_formatting("ONE TWO THREE FOUR", "one two free").agreement == 0.5
+    assert transfer_formatting("", "one").agreement == 0.0
 
 
 WORDS = st.lists(
@@ -57,13 +57,13 @@ WORDS = st.lists(
 @example("ﬁNE ıF", "")
 @example("STRASSE ß", "Straße ß")
 def test_words_never_change(label, transcript):
-    formatted = take_format(label, transcript)
+    formatted = transfer_formatting(label, transcript)
     assert style_text(formatted.text, "lower") == style_text(label, "lower")
     assert 0 <= formatted.agreed <= formatted.words
 
 
 @given(WORDS.map(" ".join))
 def test_a_transcript_of_itself_changes_little(label):
-    formatted = take_format(label.upper(), label)
+    formatted = transfer_formatting(label.upper(), label)
     assert formatted.agreement in (0.0, 1.0)
     assert formatted.agreed == formatted.words

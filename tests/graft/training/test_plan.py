@@ -41,7 +41,7 @@ def batches_of(epoch: Epoch) -> list[np.ndarray]:
 
 
 def real(batches: Batches) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return [(batch.rows, batch.draws) for batch in batches if batch.rows]
+    return [(batch.rows, batch.sample_seeds) for batch in batches if batch.rows]
 
 
 @settings(deadline=None, max_examples=50)
@@ -142,7 +142,7 @@ def test_seed_and_epoch_change_order_and_draws_and_nothing_else_does():
     for chosen in (0, 1):
         assert len({tuple(batch[chosen] for batch in one) for one in orders}) == 4
         assert len({frozenset(frozenset(batch[chosen]) for batch in one) for one in orders}) == 4  # other batches too
-    assert len({draw for one in orders for batch in one for draw in batch[1]}) == 4 * 60
+    assert len({sample_seed for one in orders for batch in one for sample_seed in batch[1]}) == 4 * 60
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.5, 1.0, 2.0, 2.25])
@@ -151,8 +151,8 @@ def test_rows_stand_as_often_as_their_source_weighs_and_take_turns(weight):
     sources = (np.arange(rows) % 100 < 40).astype(np.int16)  # 160 rows of the second source, in row groups of their own
     chosen = PlanColumns(*[np.full(rows, 30)] * 2, np.arange(rows) // 20, sources, (1.0, weight))
     plan = Plan(chosen, PlanSettings(epochs=epochs))
-    assert len({draw for epoch in plan.epochs for draw in epoch.draws}) == sum(
-        len(epoch.draws) for epoch in plan.epochs
+    assert len({sample_seed for epoch in plan.epochs for sample_seed in epoch.sample_seeds}) == sum(
+        len(epoch.sample_seeds) for epoch in plan.epochs
     )
     times = [Counter(epoch.rows.tolist()) for epoch in plan.epochs]
     for row in range(rows):
@@ -184,14 +184,14 @@ def test_rows_that_need_no_reading_are_spread_among_the_others():
 def test_samples_that_vary_are_planned_by_their_own_counts():
     plain = columns(100)
 
-    def longer(rows: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return plain.token_counts[rows] + draws % 7, plain.label_counts[rows] + draws % 5
+    def longer(rows: np.ndarray, sample_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return plain.token_counts[rows] + sample_seeds % 7, plain.label_counts[rows] + sample_seeds % 5
 
     plan = Plan(plain, PlanSettings(token_budget=800, epochs=2), longer)
     for batch in plan.delivery(position=0, step_batches=1):
-        rows, draws = np.array(batch.rows), np.array(batch.draws)
-        assert batch.step_label_count == longer(rows, draws)[1].sum()
-        assert longer(rows, draws)[0].max() * len(rows) <= 800
+        rows, sample_seeds = np.array(batch.rows), np.array(batch.sample_seeds)
+        assert batch.step_label_count == longer(rows, sample_seeds)[1].sum()
+        assert longer(rows, sample_seeds)[0].max() * len(rows) <= 800
 
 
 def test_batches_of_like_lengths_waste_little():

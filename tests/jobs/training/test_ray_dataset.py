@@ -61,7 +61,7 @@ def test_loaders_share_the_delivery_instead_of_copying_it(delivery):
     shared = ray.get(ray.put(delivery))
     columns = (
         shared.batches.rows,
-        shared.batches.draws,
+        shared.batches.sample_seeds,
         shared.batches.offsets,
         shared.rows.duration_s,
         shared.rows.row,

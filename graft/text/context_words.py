@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 from graft.errors import ModelError
 
-MOST_CONTEXT_WORDS = 100
+MAX_CONTEXT_WORDS = 100
 
 
-def checked_words(context: Sequence[str]) -> list[str]:
+def check_context_words(context: Sequence[str]) -> list[str]:
     """Words that may occur, each once, without spaces, commas and stops around it. Raises ModelError for what is no list of words."""
     if isinstance(context, str):
         raise ModelError(f"context {context!r:.80} is a text: give a list of words")
     words = list(dict.fromkeys(" ".join(word.split()).strip(" ,.") for word in context))
-    if len(words) > MOST_CONTEXT_WORDS or max(map(len, words), default=0) > 100 or "" in words:
+    if len(words) > MAX_CONTEXT_WORDS or max(map(len, words), default=0) > 100 or "" in words:
         raise ModelError(
-            f"context of {len(words)} words: give at most {MOST_CONTEXT_WORDS}, none of them empty or over 100 characters"
+            f"context of {len(words)} words: give at most {MAX_CONTEXT_WORDS}, none of them empty or over 100 characters"
         )
     return words

@@ -4,6 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from jobs.common.console import quiet_libraries
+
+quiet_libraries()  # before a test imports transformers: commands run in this process too, and print one line to stderr
+
 
 @pytest.fixture(scope="module")
 def ray_started() -> None:

@@ -72,7 +72,7 @@ def check(words: list[str]) -> None:
 
 def check_job(verb: str, arguments: list[str]) -> None:
     from graft.config import Recipe, read_recipe
-    from jobs.common.cli import PlanOptions, _plan_options, _read_arguments, _with_model_alone
+    from jobs.common.cli import PlanOptions, _plan_options, _read_arguments, _requiring_model_only
 
     job = importlib.import_module(f"jobs.{verb}")
     if verb == "bench":
@@ -86,7 +86,7 @@ def check_job(verb: str, arguments: list[str]) -> None:
     options, overrides = _read_arguments(recipe_class, "", arguments, plans=plans)
     if plans and options.plan:
         assert isinstance(_plan_options(options), PlanOptions)
-        recipe_class = _with_model_alone(recipe_class)
+        recipe_class = _requiring_model_only(recipe_class)
     read_recipe(recipe_class, options.recipe and str(ROOT / options.recipe), overrides)
 
 

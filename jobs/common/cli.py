@@ -1,36 +1,36 @@
-"""The command line that every job shares: `python -m jobs.VERB --recipe FILE key=value ... [--plan] [--debug]`.
+"""Run a command: arguments -> recipe -> the command's main, or its plan -> exit code.
 
-`--key=value` and `--key value` mean key=value, and `--some-key` some_key=true where that is yes or no.
-
-argv -> recipe -> the job's main, or its plan -> exit code. What a user can mend (GraftError, also from inside Ray's workers) ends as one
-line on stderr and exit code 2; anything else is a bug and keeps its traceback.
+Every command is called as `python -m jobs.COMMAND --recipe FILE key=value ... [--plan] [--debug]`. `--key=value` and
+`--key value` mean key=value, and `--some-key` means some_key=true where the key is a switch. An error that a user can
+mend (GraftError, also one raised in Ray's workers) ends as one line on stderr with exit code 2; any other error is a
+bug and keeps its traceback.
 """
 
 import argparse
 import importlib.metadata
 import json
 import re
+import shutil
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, create_model
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic import Field, create_model
 
-from graft.config import Recipe, models_in, read_recipe
+from graft.config import Recipe, read_recipe
 from graft.errors import GraftError, RecipeError
 
 from .console import quiet_libraries
+from .recipe_help import describe_keys
 
 R = TypeVar("R", bound=Recipe)
 
 STOPPED = 128 + signal.SIGTERM
-"""Exit code of a job that was stopped and saved first."""
+"""Exit code of a job that was stopped by SIGTERM and saved its state first."""
 
-# Where Ray and Ray Train keep the error that they wrap.
+# The attributes in which Ray and Ray Train keep the error that they wrap.
 _INNER_ERRORS = (
     "cause",
     "_base_exc",
@@ -43,18 +43,18 @@ _GRAFT_ERROR_LINE = re.compile(r"^graft\.errors\.\w+: (.+)$", re.MULTILINE)
 
 
 class PlanOptions(Recipe):
-    """What --plan is told besides the recipe."""
+    """Assumptions of --plan about the devices, their price and the data."""
 
     device: str = "h200"
-    """A GPU, such as h200, h100, a100, l40s or 4090."""
+    """GPU to plan for, such as h200, h100, a100, l40s or 4090."""
     price: float | None = Field(default=None, ge=0)
-    """Of one hour on one device."""
+    """Price of one device-hour in your currency; without it the plan states no cost."""
     share: float = Field(default=0.45, gt=0, le=1)
-    """Of the device's peak that training is expected to reach."""
+    """Share of the device's peak arithmetic rate that training is expected to reach."""
     hours: float = Field(default=100.0, gt=0)
-    """Of speech, where data= is not given."""
+    """Hours of speech to plan for when data= is not given."""
     clip_s: float = Field(default=10.0, ge=0.1, le=30)
-    """Mean length of a clip in seconds, where data= is not given."""
+    """Mean length of a clip in seconds when data= is not given."""
 
 
 def run_job(
@@ -65,17 +65,17 @@ def run_job(
     argv: Sequence[str] | None = None,
     plan: Callable[[R, PlanOptions], None] | None = None,
 ) -> int:
-    """Read the recipe that the command line names and run `main` on it, or `plan` where --plan is given; returns the exit code.
+    """Run `main` on the recipe that the command line gives, or `plan` if --plan is given; returns the exit code.
 
-    0 or what `main` returns; 2 after a GraftError, printed as one line; 130 after Ctrl-C. Other exceptions pass through. Of what the recipe
-    requires, a plan still requires `model` alone: the rest may be None.
+    The code is 0 or what `main` returns, 2 after a GraftError, which is printed as one line, and 130 after Ctrl-C.
+    Other exceptions pass through. With --plan only `model` is required: other required keys default to None.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         options, overrides = _read_arguments(recipe_class, summary, argv, plans=plan is not None)
         quiet_libraries()
         if plan and (plan_options := _plan_options(options)):
-            plan(read_recipe(_with_model_alone(recipe_class), options.recipe, overrides), plan_options)
+            plan(read_recipe(_requiring_model_only(recipe_class), options.recipe, overrides), plan_options)
             return 0
         return main(read_recipe(recipe_class, options.recipe, overrides)) or 0
     except KeyboardInterrupt:
@@ -92,14 +92,14 @@ def run_job(
 
 
 def user_message(error: BaseException) -> str | None:
-    """What to tell the user about an error that they can mend, found through Ray's wrappers; None when it is a bug."""
-    chain = list(_unwrapped(error))
+    """Find the message of an error that the user can mend, also inside Ray's wrappers; None when the error is a bug."""
+    chain = list(_errors_inside(error))
     for inner in chain:
-        # A RayTaskError(DataError) is a DataError too, but its own text is a traceback; what it wraps comes later in the chain.
+        # A RayTaskError(DataError) is a DataError too, but its text is a traceback; the error it wraps comes later.
         if isinstance(inner, GraftError) and not isinstance(getattr(inner, "cause", None), BaseException):
             return str(inner)
     for inner in chain:
-        if isinstance(inner, ModuleNotFoundError) and (extra := _extra_of(inner.name or "")):
+        if isinstance(inner, ModuleNotFoundError) and (extra := _extra_that_installs(inner.name or "")):
             return f"{inner.name} is not installed: pip install 'graft{extra}'"
     # Ray Data and dying actors send only the traceback's text across processes.
     lines = [
@@ -111,8 +111,8 @@ def user_message(error: BaseException) -> str | None:
     return lines[-1] if lines else None
 
 
-def _unwrapped(error: BaseException) -> Iterator[BaseException]:
-    """The error and the errors inside it, outermost first, each once."""
+def _errors_inside(error: BaseException) -> Iterator[BaseException]:
+    """Yield the error and the errors that it wraps, outermost first, each once."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -127,8 +127,8 @@ def _unwrapped(error: BaseException) -> Iterator[BaseException]:
         waiting += [found for found in inner if isinstance(found, BaseException)]
 
 
-def _extra_of(module: str) -> str | None:
-    """The extra of graft that installs a package: "ray" -> "[jobs]"; "" for a core dependency, None for what graft does not ask for."""
+def _extra_that_installs(module: str) -> str | None:
+    """Name the extra of graft that installs a package: "ray" -> "[jobs]"; "" for a core dependency, None if unknown."""
     try:
         requirements = importlib.metadata.requires("graft") or []
     except importlib.metadata.PackageNotFoundError:  # run from a source folder
@@ -145,14 +145,16 @@ def _read_arguments(
     recipe_class: type[Recipe], summary: str | None, argv: Sequence[str], *, plans: bool
 ) -> tuple[argparse.Namespace, list[str]]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    usage = f"python -m {spec.name if spec else 'jobs.VERB'} [--recipe FILE] [key=value ...] {'[--plan ...] ' if plans else ''}[--debug]"
+    command = spec.name if spec else "jobs.COMMAND"
     parser = argparse.ArgumentParser(
-        usage=usage,
+        usage=f"python -m {command} [--recipe FILE] [key=value ...] {'[--plan ...] ' if plans else ''}[--debug]",
         description=summary,
         epilog="\n".join(
             [
-                "recipe keys, as key=value, --key=value or --key value (--key alone for True):",
-                *_documented(recipe_class),
+                "keys of the recipe, given as key=value, --key=value or --key value (--key alone for true):",
+                *describe_keys(recipe_class, width=min(100, shutil.get_terminal_size().columns)),
+                "",
+                "Values are YAML; {...} is a group of keys, given as group.key=value; [...] is a list.",
             ]
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -160,16 +162,17 @@ def _read_arguments(
         exit_on_error=False,
     )
     parser.add_argument(
-        "--recipe", metavar="FILE", help="YAML file with the recipe's keys; key=value (or key.sub=value) wins over it"
+        "--recipe", metavar="FILE", help="YAML file with keys of the recipe; key=value (or key.sub=value) overrides it"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if plans:
-        parser.add_argument(
+        planning = parser.add_argument_group("planning")
+        planning.add_argument(
             "--plan", action="store_true", help="print memory, steps, hours and cost of the run and start nothing"
         )
         for name, field in PlanOptions.model_fields.items():
             default = "" if field.default is None else f" (default {field.default})"
-            parser.add_argument(f"--{name}", metavar="...", help=f"with --plan: {field.description}{default}")
+            planning.add_argument(f"--{name}", metavar="...", help=f"{field.description}{default}")
     try:
         options, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -179,7 +182,7 @@ def _read_arguments(
 
 
 def _overrides(arguments: Sequence[str], switches: Set[str]) -> Iterator[str]:
-    """What argparse left over, each as key=value."""
+    """Yield the arguments that argparse left over, each as key=value; `switches` are the keys that need no value."""
     left = iter(arguments)
     for argument in left:
         override = argument.removeprefix("--")
@@ -197,7 +200,7 @@ def _overrides(arguments: Sequence[str], switches: Set[str]) -> Iterator[str]:
 
 
 def _plan_options(options: argparse.Namespace) -> PlanOptions | None:
-    """What --plan was told; None where it was not given."""
+    """Read the options of --plan; None when --plan is not given. Raises RecipeError for an option without it."""
     given = {name: value for name in PlanOptions.model_fields if (value := getattr(options, name)) is not None}
     if given and not options.plan:
         raise RecipeError(f"argument --{next(iter(given))} goes with --plan: see --help")
@@ -208,8 +211,8 @@ def _plan_options(options: argparse.Namespace) -> PlanOptions | None:
     )
 
 
-def _with_model_alone(recipe_class: type[R]) -> type[R]:
-    """A recipe class that requires `model` alone; what else the given one requires is None by default."""
+def _requiring_model_only(recipe_class: type[R]) -> type[R]:
+    """Derive a recipe class that requires `model` only; the other required keys default to None."""
     required = {
         name: field.annotation
         for name, field in recipe_class.model_fields.items()
@@ -219,19 +222,3 @@ def _with_model_alone(recipe_class: type[R]) -> type[R]:
         name: (annotation | None, None) for name, annotation in required.items() if annotation is not None
     }
     return create_model(recipe_class.__name__, __base__=recipe_class, **optional)
-
-
-def _documented(recipe_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """One line a field, `key = default   what it is`; a group's fields follow with their dotted keys."""
-    for name, field in recipe_class.model_fields.items():
-        key, groups = f"{prefix}{name}", models_in(field.annotation)
-        default = "(required)" if field.is_required() else f"= {_default(field)}"
-        docs = " ".join((field.description or "").split())
-        yield f"  {key} {default}{f'  # {docs}' if docs else ''}"
-        for group in groups:
-            yield from _documented(group, f"{key}.")
-
-
-def _default(field: FieldInfo) -> str:
-    value = field.get_default(call_default_factory=True, validated_data={})
-    return "..." if value is PydanticUndefined or isinstance(value, BaseModel) else repr(value)

@@ -1,4 +1,4 @@
-"""A clip of any length -> what the model can hear at a time: chunks of the speech in it, or windows of all of it, cut where it is quiet."""
+"""Cut a clip of any length, where it is quiet, into chunks of its speech or windows of all of it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,13 +22,13 @@ class ChunkSettings(Recipe):
     """How stretches of speech become chunks."""
 
     max_s: float = Field(default=28.0, ge=2, le=30)
-    """Longest chunk, in seconds, padding included."""
+    """Longest chunk in seconds, padding included."""
     padding_s: float = Field(default=0.15, ge=0, le=0.5)
     """Seconds kept before and after speech, up to half of the silence between two chunks."""
     max_pause_s: float = Field(default=2.0, ge=0)
-    """A longer silence ends a chunk and is skipped."""
+    """Longest silence inside a chunk, in seconds; a longer one ends the chunk and is skipped."""
     skip_silence: bool = True
-    """False: all is transcribed, and what the model writes where nobody speaks is flagged `no_speech`."""
+    """Skip what is no speech. If false, all is transcribed, and text without speech is flagged `no_speech`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,43 +41,51 @@ class Chunk:
 
 
 class Chunker:
-    """Cuts clips where nobody speaks; of equal samples and settings always alike. One for each thread. Raises MissingExtra."""
+    """Cuts clips where nobody speaks; equal samples and settings give equal chunks. Use one for each thread.
+
+    Raises MissingExtra without the package of the speech detector.
+    """
 
     def __init__(self, speech: SpeechSettings | None = None, settings: ChunkSettings | None = None) -> None:
         self.settings = settings or ChunkSettings()
         self._detector = SpeechDetector(speech)
 
     def __call__(self, clip: AudioClip) -> list[Chunk]:
-        """Cut a clip of any length into the speech in it or, where silence is not skipped, into windows of all of it."""
+        """Cut a clip of any length into its speech or, where silence is not skipped, into windows of all of it."""
         speech = self._detector.find(clip)
         if self.settings.skip_silence:
             return speech_chunks(clip, speech, self.settings)
-        return [_judged(window, speech) for window in windows(clip, max_s=self.settings.max_s)]
+        return [_with_speech_flag(window, speech) for window in windows(clip, max_s=self.settings.max_s)]
 
 
 def speech_chunks(clip: AudioClip, speech: Speech, settings: ChunkSettings | None = None) -> list[Chunk]:
-    """Cut the speech that was found in a clip into chunks, in order and apart; none if there is no speech. The samples are views."""
+    """Cut the speech that was found in a clip into chunks, in order and apart; none if there is no speech.
+
+    The samples are views.
+    """
     bounds = chunk_bounds(speech.spans, speech.scores, len(clip.samples), settings or ChunkSettings())
     return [Chunk(start / SAMPLE_RATE, AudioClip(clip.samples[start:end]), has_speech=True) for start, end in bounds]
 
 
 def chunk_bounds(spans: Sequence[Span], scores: np.ndarray, sample_count: int, settings: ChunkSettings) -> list[Span]:
-    """Merge spans of speech to chunks, as `speech_chunks` does: every sample of speech in one chunk, no sample in two, none too long.
+    """Merge spans of speech into bounds of chunks.
 
-    Speech that is too long for one is cut at the longest silence in the second half of what fits; where there is none, where it is least
-    like speech by the detector's `scores`.
+    Every sample of speech is in one chunk, no sample is in two, and no chunk is too long. Speech that is too long for
+    one chunk is cut at the longest silence in the second half of what fits; where there is none, where it is least like
+    speech by the detector's `scores`.
     """
     padding = round(settings.padding_s * SAMPLE_RATE)
     longest = int(settings.max_s * SAMPLE_RATE) - 2 * padding
-    parts = [part for run in _runs(spans, settings.max_pause_s * SAMPLE_RATE) for part in _parts(run, scores, longest)]
-    return _padded(parts, padding, sample_count)
+    runs = _runs(spans, settings.max_pause_s * SAMPLE_RATE)
+    return _pad_parts([part for run in runs for part in _cut_run(run, scores, longest)], padding, sample_count)
 
 
 def windows(clip: AudioClip, *, max_s: float = 30.0) -> list[Chunk]:
-    """Cut a clip into consecutive windows of at most `max_s` seconds, at least 1.
+    """Cut a clip into consecutive windows of at most `max_s` seconds, which is at least 1.
 
-    A window that would be longer ends in the middle of the quietest 0.2 s of its last 5 s (of its last half, if `max_s` is under 10).
-    Every sample is in exactly one window; the samples are views, not copies. Raises ValueError for a shorter `max_s`.
+    A window that would be longer ends in the middle of the quietest 0.2 s of its last 5 s (of its last half, if `max_s`
+    is under 10). Every sample is in exactly one window; the samples are views, not copies. Raises ValueError for a
+    shorter `max_s`.
     """
     if not max_s >= 1:
         raise ValueError(f"max_s is {max_s}: at least 1 s")
@@ -93,7 +101,11 @@ def windows(clip: AudioClip, *, max_s: float = 30.0) -> list[Chunk]:
 
 
 def quietest(energy: np.ndarray, width: int) -> int:
-    """The middle of the `width` entries in a row whose sum is least, of equal ones the last; the end where there are fewer entries."""
+    """Find the middle of the `width` entries in a row with the least sum, the last of equal ones.
+
+    With fewer entries it is their end.
+
+    """
     if len(energy) < width:
         return len(energy)
     total = np.concatenate([[0.0], np.cumsum(energy)])
@@ -101,20 +113,20 @@ def quietest(energy: np.ndarray, width: int) -> int:
     return len(sums) - 1 - int(np.argmin(sums[::-1])) + width // 2
 
 
-def _judged(window: Chunk, speech: Speech) -> Chunk:
+def _with_speech_flag(window: Chunk, speech: Speech) -> Chunk:
     start = round(window.start_s * SAMPLE_RATE)
     end = start + len(window.clip.samples)
     return replace(window, has_speech=any(begin < end and start < stop for begin, stop in speech.spans))
 
 
 def _quietest_cut(window: np.ndarray) -> int:
-    """The middle of the quietest QUIET_S near the window's end; of equally quiet ones the last."""
+    """Find the middle of the quietest QUIET_S near the window's end; of equally quiet ones the last."""
     search = min(int(SEARCH_S * SAMPLE_RATE), len(window) // 2)
     return len(window) - search + quietest(np.square(window[-search:], dtype=np.float64), int(QUIET_S * SAMPLE_RATE))
 
 
 def _runs(spans: Sequence[Span], max_pause: float) -> list[list[Span]]:
-    """Spans with pauses of at most `max_pause` samples in between, run by run."""
+    """Group spans into runs with pauses of at most `max_pause` samples in between."""
     runs: list[list[Span]] = []
     for span in spans:
         if runs and span[0] - runs[-1][-1][1] <= max_pause:
@@ -124,27 +136,28 @@ def _runs(spans: Sequence[Span], max_pause: float) -> list[list[Span]]:
     return runs
 
 
-def _parts(run: list[Span], scores: np.ndarray, longest: int) -> Iterator[Span]:
-    """A run as parts of at most `longest` samples."""
+def _cut_run(run: list[Span], scores: np.ndarray, longest: int) -> Iterator[Span]:
+    """Cut a run into parts of at most `longest` samples."""
     while (start := run[0][0]) + longest < run[-1][1]:
-        cut = _cut(run, scores, start + longest // 2, start + longest)
+        cut = _find_cut(run, scores, start + longest // 2, start + longest)
         yield start, max(min(end, cut) for begin, end in run if begin < cut)
         run = [(max(begin, cut), end) for begin, end in run if end > cut]
     yield start, run[-1][1]
 
 
-def _cut(run: list[Span], scores: np.ndarray, earliest: int, latest: int) -> int:
-    """The middle of the longest pause in reach, or of the QUIET_S in which scores are lowest; of equal ones the last."""
+def _find_cut(run: list[Span], scores: np.ndarray, earliest: int, latest: int) -> int:
+    """Find the middle of the longest pause in reach, or else of the QUIET_S that scores lowest; the last of equals."""
     pauses = [(end, begin) for (_, end), (begin, _) in pairwise(run) if end <= latest and begin >= earliest]
     if pauses:
         end, begin = max(reversed(pauses), key=lambda pause: pause[1] - pause[0])
         return (end + begin) // 2
-    first, last, quiet = -(-earliest // FRAME), latest // FRAME, round(QUIET_S * SAMPLE_RATE / FRAME)
-    return (first + quietest(scores[first:last].astype(np.float64), quiet)) * FRAME
+    first, last = -(-earliest // FRAME), latest // FRAME  # whole frames between earliest and latest
+    width = round(QUIET_S * SAMPLE_RATE / FRAME)
+    return (first + quietest(scores[first:last].astype(np.float64), width)) * FRAME
 
 
-def _padded(parts: Sequence[Span], padding: int, sample_count: int) -> list[Span]:
-    """Parts with `padding` samples more on either side, or half of the silence to the next part, or what there is."""
+def _pad_parts(parts: Sequence[Span], padding: int, sample_count: int) -> list[Span]:
+    """Extend parts by `padding` samples on either side, at most by half of the silence to the next part."""
     if not parts:
         return []
     before = [parts[0][0], *((begin - end) // 2 for (_, end), (begin, _) in pairwise(parts))]

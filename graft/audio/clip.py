@@ -1,4 +1,7 @@
-"""Any audio file or upload -> 16 kHz mono samples: decode (libsndfile, FFmpeg), average the channels, resample (soxr)."""
+"""Decode any audio file or upload into a clip of 16 kHz mono samples.
+
+file -> frames (libsndfile, FFmpeg) -> mean of the channels -> 16 kHz (soxr) -> AudioClip
+"""
 
 import io
 from collections.abc import Iterable, Iterator
@@ -14,7 +17,7 @@ SAMPLE_RATE = 16_000
 
 @dataclass(frozen=True, eq=False)
 class AudioClip:
-    """Speech as the models hear it: float32 (samples,), mono, 16 kHz, full scale +-1."""
+    """Audio in the form that the models take: float32 (samples,), mono, 16 kHz, full scale +-1."""
 
     samples: np.ndarray
 
@@ -24,14 +27,14 @@ class AudioClip:
 
 
 def read_audio(source: AudioSource, *, name: str | None = None, max_s: float | None = None) -> AudioClip:
-    """Decode a path, a URI, the bytes of a file or an open binary file: any format, any rate, any channels, of a video its sound.
+    """Decode a path, a URI, the bytes of a file or an open binary file into a clip.
 
-    `name` is what error messages call the source; by default its path. Raises AudioError if the source is missing, unreadable, damaged,
-    truncated (where its format can tell), no audio, without samples, longer than `max_s` seconds, or holds NaN or infinite samples.
+    Any format, rate and number of channels will do; of a video, the sound is taken. `name` is what error messages call
+    the source; by default its path. Raises AudioError if the source is missing, unreadable, damaged, truncated (where
+    its format can tell), no audio, without samples, longer than `max_s` seconds, or holds NaN or infinite samples.
     """
-    from graft.audio.decoding import (
-        open_audio,  # here, so that what trains on clips that are decoded already does without
-    )
+    # This import is local because training on cached clips needs no decoder.
+    from graft.audio.decoding import open_audio
 
     with open_audio(source, name=name) as audio:
         mixed = map(mix_channels, audio.frames(max_s=max_s))
@@ -43,17 +46,14 @@ def read_audio(source: AudioSource, *, name: str | None = None, max_s: float | N
 
 
 def mix_channels(channels: np.ndarray) -> np.ndarray:
-    """The mean of channels: (samples, channels) -> (samples,)."""
-    # A matrix product is ten times as fast as mean(axis=1) over a short axis.
-    return (
-        channels[:, 0]
-        if channels.shape[1] == 1
-        else channels @ np.full(channels.shape[1], 1 / channels.shape[1], np.float32)
-    )
+    """Average channels: (samples, channels) -> (samples,)."""
+    count = channels.shape[1]
+    # A matrix product is ten times as fast as mean(axis=1) over so short an axis.
+    return channels[:, 0] if count == 1 else channels @ np.full(count, 1 / count, np.float32)
 
 
 def resample(blocks: Iterable[np.ndarray], rate: int, to: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
-    """Resample consecutive blocks, (samples,) or (samples, channels): bit by bit what the whole would become, however it is cut."""
+    """Resample consecutive blocks, (samples,) or (samples, channels); how they are cut does not change a bit."""
     if rate == to:
         yield from blocks
         return
@@ -61,12 +61,11 @@ def resample(blocks: Iterable[np.ndarray], rate: int, to: int = SAMPLE_RATE) -> 
 
     stream, block = None, None
     for block in blocks:
-        stream = stream or soxr.ResampleStream(
-            rate, to, 1 if block.ndim == 1 else block.shape[1], dtype="float32", quality="HQ"
-        )
+        channel_count = 1 if block.ndim == 1 else block.shape[1]
+        stream = stream or soxr.ResampleStream(rate, to, channel_count, dtype="float32", quality="HQ")
         yield stream.resample_chunk(block)
     if stream is not None and block is not None:
-        yield stream.resample_chunk(block[:0], last=True)
+        yield stream.resample_chunk(block[:0], last=True)  # what the filter still holds
 
 
 def check_finite(samples: np.ndarray, name: str) -> None:

@@ -1,7 +1,7 @@
-"""AudioClip -> Whisper's log-mel spectrogram, on CPU.
+"""Compute Whisper's log-mel spectrogram of a clip, on CPU.
 
-Whisper hears windows of 30 s, padded with digital silence. Only the frames that hear the clip are computed; all after them
-hold one constant, `silence_value(mel.max())`, which whoever needs the whole window fills in.
+Whisper takes windows of 30 s, padded with digital silence. Only the frames that overlap the clip are computed; all
+after them hold one constant, `silence_value(mel.max())`, which callers that need the whole window fill in.
 """
 
 import hashlib
@@ -27,7 +27,8 @@ FloatOrArray = TypeVar("FloatOrArray", float, np.ndarray, torch.Tensor)
 class Features:
     """Log-mels of one clip: float32 (mels, min(frame_count + TAIL_FRAMES, WINDOW_FRAMES)), 100 frames a second.
 
-    `frame_count` frames are the clip's own, at least MIN_FRAMES; the tail travels along because the encoder's convolutions see it.
+    `frame_count` frames are the clip's own, at least MIN_FRAMES; the tail is kept because the encoder's convolutions
+    see it.
     """
 
     mel: np.ndarray
@@ -37,8 +38,8 @@ class Features:
 class Featurizer:
     """Whisper's log-mel features with 80 or 128 mels, equal to those of the clip padded to 30 s.
 
-    Clips under 0.08 s are padded to it with silence. Raises AudioError over 30 s. Source: Whisper (Radford et al. 2022), and the
-    WhisperFeatureExtractor of transformers, whose frames come out the same.
+    Clips under 0.08 s are padded to it with silence. Raises AudioError over 30 s. Source: Whisper (Radford et al.
+    2022), and the WhisperFeatureExtractor of transformers, whose frames come out the same.
     """
 
     def __init__(self, mel_count: int = 80) -> None:
@@ -54,25 +55,26 @@ class Featurizer:
         frame_count = max(-(-len(clip.samples) // HOP_LENGTH), MIN_FRAMES)
         if frame_count > WINDOW_FRAMES:
             raise AudioError(
-                f"a clip of {clip.duration_s:.2f} s is over Whisper's 30 s: cut it, e.g. with graft.audio.chunking.windows"
+                f"a clip of {clip.duration_s:.2f} s is over Whisper's 30 s: "
+                "cut it, e.g. with graft.audio.chunking.windows"
             )
         length = min(frame_count + TAIL_FRAMES, WINDOW_FRAMES)
         stft = torch.stft(_pad(clip.samples, frame_count), N_FFT, HOP_LENGTH, window=self._window, return_complex=True)
-        stft = stft[:, :length].T  # (frames, bins), as it lies in memory
-        power = stft.real.square().addcmul_(stft.imag, stft.imag)
+        stft = stft[:, :length].T  # (bins, frames) -> (frames, bins), its order in memory
+        power = stft.real.square().addcmul_(stft.imag, stft.imag)  # (frames, bins)
         log_mel = (self._filters @ power.T).clamp_(min=1e-10).log10_()  # (mels, frames)
         log_mel = log_mel.clamp_(min=log_mel.max().item() - 8)
         return Features(log_mel.add_(4).div_(4).numpy(), frame_count)
 
     def fingerprint(self) -> str:
-        """A digest that changes with what features are: that of a sweep's, rounded as far as processors differ."""
+        """Digest the features of a sweep, rounded as far as processors differ: a text that changes when features do."""
         time_s = np.arange(SAMPLE_RATE) / SAMPLE_RATE
         sweep = np.sin(2 * np.pi * 4000 * time_s**2) * time_s
         return hashlib.sha256(np.round(self(AudioClip(sweep.astype(np.float32))).mel, 2).tobytes()).hexdigest()
 
 
 def silence_value(max_feature: FloatOrArray) -> FloatOrArray:
-    """What digital silence becomes in a clip whose largest feature is `max_feature`; float, array or tensor.
+    """Return the feature of digital silence in a clip whose largest feature is `max_feature`: float, array or tensor.
 
     (max(-10, 4 * max_feature - 12) + 4) / 4: in log10 power silence is -10, raised to 8 below the clip's maximum.
     """
@@ -82,7 +84,11 @@ def silence_value(max_feature: FloatOrArray) -> FloatOrArray:
 
 
 def _pad(samples: np.ndarray, frame_count: int) -> torch.Tensor:
-    """Silence after the clip, one STFT window past its last frame, but not past 30 s: there Whisper's STFT reflects the waveform."""
+    """Pad a clip with silence to one STFT window past its last frame, but not past 30 s.
+
+    At 30 s Whisper's STFT reflects the waveform.
+
+    """
     padded = np.zeros(min(frame_count * HOP_LENGTH + N_FFT, WINDOW_FRAMES * HOP_LENGTH), np.float32)
     padded[: len(samples)] = samples
     return torch.from_numpy(padded)

@@ -1,10 +1,11 @@
-"""Silero's detector of speech (silero-vad 6.2.3): its network over blocks of half a minute instead of a call for every 32 ms.
+"""Run Silero's speech detector (silero-vad 6.2.3) over blocks of many windows at once.
 
-windows of 64 + 512 samples -> spectrum -> four convolutions -> LSTM along the clip -> score of each window
+    windows of 64 + 512 samples -> spectrum -> four convolutions -> LSTM along the clip -> score of each window
 
-The weights are those of the package's TorchScript model, which runs more than ten times as long for the same scores. The package itself is
-never imported: that would set the process's number of threads to 1. A block is one clip's: many clips in one would save a tenth of the time
-at best, and a clip's scores would depend on its company in the last bit.
+The weights are those of the package's TorchScript model, which takes more than ten times as long for the same scores, a
+call for every 32 ms. The package itself is never imported, as that would set the process's number of threads to 1. A
+block holds one clip: batches of clips would save a tenth of the time at best, and the last bit of a clip's scores would
+depend on the others.
 """
 
 import importlib.util
@@ -20,7 +21,7 @@ from graft.errors import MissingExtra
 REQUIREMENT = "silero-vad==6.2.3"
 WINDOW = 512
 CONTEXT = 64
-"""Samples before a window that are heard with it."""
+"""Samples before a window that the network takes with it."""
 _NAMES = {
     "_model.stft.forward_basis_buffer": "spectrum.weight",
     **{
@@ -31,13 +32,16 @@ _NAMES = {
     **{f"_model.decoder.rnn.{part}": f"lstm.{part}_l0" for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
     **{f"_model.decoder.decoder.2.{part}": f"score.{part}" for part in ("weight", "bias")},
 }
-"""What the weights for 16 kHz are called in the package's model, and here."""
+"""Name of each weight for 16 kHz in the package's model -> its name here."""
 
 State = tuple[torch.Tensor, torch.Tensor]
 
 
 class Silero:
-    """Scores every 512 samples of 16 kHz: the probability that they hold speech. Raises MissingExtra without the package."""
+    """Scores every 512 samples of 16 kHz with the probability that they hold speech.
+
+    Raises MissingExtra without the package.
+    """
 
     def __init__(self) -> None:
         self._network = _Network()
@@ -48,13 +52,14 @@ class Silero:
     def scores(self, blocks: Iterable[np.ndarray]) -> np.ndarray:
         """Score consecutive blocks of float32 samples, each a multiple of 512 long -> (windows,)."""
         context, state = np.zeros(CONTEXT, np.float32), None
-        found = [np.zeros(0, np.float32)]
+        parts = [np.zeros(0, np.float32)]
         for block in blocks:
-            heard = torch.from_numpy(np.concatenate([context, block]))
-            scores, state = self._network(heard.unfold(0, CONTEXT + WINDOW, WINDOW), state)
+            samples = torch.from_numpy(np.concatenate([context, block]))
+            windows = samples.unfold(0, CONTEXT + WINDOW, WINDOW)  # (samples,) -> (windows, 576)
+            scores, state = self._network(windows, state)
             context = block[-CONTEXT:]
-            found.append(scores.numpy())
-        return np.concatenate(found)
+            parts.append(scores.numpy())
+        return np.concatenate(parts)
 
 
 class _Network(nn.Module):
@@ -77,15 +82,19 @@ class _Network(nn.Module):
         self.score = nn.Conv1d(128, 1, 1)
 
     def forward(self, windows: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State]:
-        """(N, 576) consecutive windows and what is remembered of those before -> (N,) scores and what is remembered of all."""
+        """Score (N, 576) consecutive windows -> (N,) scores and the LSTM's state after them.
+
+        `state` is the one after the windows before.
+
+        """
         waves = self.spectrum(nn.functional.pad(windows, (0, CONTEXT), mode="reflect")[:, None])  # (N, 258, 4)
         magnitudes = waves[:, :129].square().add(waves[:, 129:].square()).sqrt()
-        remembered, state = self.lstm(self.layers(magnitudes).squeeze(2), state)  # (N, 128, 1) -> (N, 128)
-        return self.score(remembered.relu()[:, :, None]).sigmoid().flatten(), state
+        hidden, state = self.lstm(self.layers(magnitudes).squeeze(2), state)  # (N, 128, 1) -> (N, 128)
+        return self.score(hidden.relu()[:, :, None]).sigmoid().flatten(), state
 
 
 def _model_file() -> str:
-    """The package's TorchScript model; the package is found without importing it."""
+    """Find the package's TorchScript model without importing the package."""
     spec = importlib.util.find_spec("silero_vad")
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtra(f"silero-vad is not installed: pip install --no-deps {REQUIREMENT}")

@@ -1,4 +1,7 @@
-"""Where somebody speaks: samples -> blocks of 16 s -> a score for every 32 ms (Silero's network, or loudness) -> spans of samples."""
+"""Find where somebody speaks in a recording.
+
+samples -> blocks of 16 s -> a score for every 32 ms (Silero's network, or loudness) -> spans of samples
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,11 +18,12 @@ FRAME = 512
 BLOCK = 512 * FRAME
 
 FAINT = 0.2
-"""Share of the threshold from which on scores belong to the speech beside them: its first and last sounds are hard to be sure of."""
+"""Share of the threshold that scores beside speech need to belong to it: a detector is unsure of its first and last
+sounds."""
 PAUSE_S = 0.1
-"""Speech that goes on sooner has not ended: stops like p and t are silent as long."""
+"""Shortest pause between two stretches of speech: stops like p and t are silent for nearly as long."""
 SURE_S = 0.09
-"""Seconds of scores at the threshold or over that speech has; less is a click."""
+"""Seconds of scores at or over the threshold that a stretch of speech has at least; with less it is a click."""
 
 LOUDER_DB = 10.0
 QUIETEST_DBFS = -60.0
@@ -29,20 +33,21 @@ BACKGROUND_PERCENTILE = 10
 
 
 class SpeechSettings(Recipe):
-    """How speech is told from everything else."""
+    """How speech is detected."""
 
     detector: Literal["silero", "energy"] = "silero"
-    """silero: a network that knows voices. energy: all that is 10 dB louder than what is around it, a ringing telephone too."""
+    """silero is a network trained on voices; energy takes all that is 10 dB louder than the sound around it for
+    speech."""
     threshold: float = Field(default=0.5, gt=0, lt=1)
-    """Score that speech reaches, from 0 to 1. Lower finds more speech, and more that is none."""
+    """Score from 0 to 1 that speech reaches. A lower threshold finds more speech, and takes more noise for it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Speech:
-    """Where a clip holds speech, and which detector says so.
+    """The speech in a clip, and the name of the detector that found it.
 
-    `spans` are (start, end) in samples, ordered and apart; `scores` (frames,) are 0 to 1, one for every FRAME samples, the last perhaps
-    for fewer.
+    `spans` are (start, end) in samples, ordered and apart; `scores` (frames,) are 0 to 1, one for every FRAME samples,
+    the last perhaps for fewer.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -51,7 +56,10 @@ class Speech:
 
 
 class SpeechDetector:
-    """Finds speech; what it finds depends on the samples and the settings alone. Raises MissingExtra without the package silero-vad."""
+    """Finds speech; the result depends on the samples and the settings alone.
+
+    Raises MissingExtra without the package silero-vad.
+    """
 
     def __init__(self, settings: SpeechSettings | None = None) -> None:
         self.settings = settings or SpeechSettings()
@@ -66,7 +74,7 @@ class SpeechDetector:
         return self.find_in_stream([clip.samples])
 
     def find_in_stream(self, parts: Iterable[np.ndarray]) -> Speech:
-        """Find the speech in a recording that comes in parts of any lengths, 16 kHz mono float32; the same as in the whole."""
+        """Find the speech in a recording that comes in parts of any lengths, 16 kHz mono float32, as in the whole."""
         blocks = _Blocks(parts)
         scores = self._scores(blocks)
         spans = speech_spans(scores, blocks.sample_count, self.settings.threshold)
@@ -74,14 +82,15 @@ class SpeechDetector:
 
 
 def speech_spans(scores: np.ndarray, sample_count: int, threshold: float) -> list[tuple[int, int]]:
-    """Spans of samples with speech: stretches of scores from FAINT of `threshold` on that reach it for SURE_S in all.
+    """Find spans of samples with speech: stretches of scores over FAINT of `threshold` that reach it for SURE_S in all.
 
     Stretches less than PAUSE_S apart are one.
     """
     sure = scores >= threshold
     inside = np.concatenate([[False], scores >= FAINT * threshold, [False]])
+    changes = np.flatnonzero(inside[1:] != inside[:-1])  # first frames and ends of stretches in turns
     stretches: list[tuple[int, int]] = []  # in frames
-    for first, end in np.flatnonzero(inside[1:] != inside[:-1]).reshape(-1, 2).tolist():
+    for first, end in changes.reshape(-1, 2).tolist():
         if stretches and (first - stretches[-1][1]) * FRAME < PAUSE_S * SAMPLE_RATE:
             first, _ = stretches.pop()
         stretches.append((first, end))
@@ -90,30 +99,33 @@ def speech_spans(scores: np.ndarray, sample_count: int, threshold: float) -> lis
 
 
 def energy_scores(blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """Score frames by how much louder they are than the quiet tenth of the 30 s around them: 0.5 at 10 dB, and less under -60 dBFS.
+    """Score frames by how much louder they are than the quiet tenth of the 30 s around them.
+
+    A score is 0.5 at 10 dB more, and less under -60 dBFS.
 
     Speech in noise that is as loud gets low scores, tones that come and go high ones.
     """
-    levels = [
-        10 * np.log10(np.square(block.reshape(-1, FRAME), dtype=np.float64).mean(axis=1) + 1e-10) for block in blocks
-    ]
-    level = np.concatenate([np.zeros(0), *levels])
+    levels = [np.zeros(0)]
+    for block in blocks:
+        power = np.square(block.reshape(-1, FRAME), dtype=np.float64).mean(axis=1)  # (samples,) -> (frames,)
+        levels.append(10 * np.log10(power + 1e-10))
+    level = np.concatenate(levels)
     threshold = np.maximum(_background(level) + LOUDER_DB, QUIETEST_DBFS)
     return 1 / (1 + np.exp((threshold - level) / SLOPE_DB))
 
 
 def _background(level: np.ndarray) -> np.ndarray:
-    """The level of quiet frames in the section of 10 s that each frame is in, or in the section before or after if it is lower."""
+    """Estimate the background level of each frame: that of quiet frames within a section of 10 s or its neighbours."""
     section = round(BACKGROUND_S * SAMPLE_RATE / FRAME)
     quiet = [
         np.percentile(level[start : start + section], BACKGROUND_PERCENTILE) for start in range(0, len(level), section)
     ]
-    lowest = [min(quiet[max(place - 1, 0) : place + 2]) for place in range(len(quiet))]
+    lowest = [min(quiet[max(index - 1, 0) : index + 2]) for index in range(len(quiet))]
     return np.repeat(lowest, section)[: len(level)]
 
 
 class _Blocks:
-    """Parts of any lengths, cut again into blocks of BLOCK samples, the last with zeros up to a whole frame; counts the samples."""
+    """Cuts parts of any lengths into blocks of BLOCK samples, the last padded to whole frames, and counts samples."""
 
     def __init__(self, parts: Iterable[np.ndarray]) -> None:
         self.sample_count = 0

@@ -19,10 +19,10 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path to write; the file moves to `path` when the block ends well. Missing parent folders are made.
+    """Yield a temporary path to write; the file moves to `path` when the block ends well.
 
-    Any number of processes may write one file at once; the last one to finish wins. Without `sync` a power failure may leave a
-    cut file: this is for caches whose readers notice one.
+    Missing parent folders are made. Any number of processes may write one file at once; the last one to finish wins.
+    Without `sync` a power failure may leave a cut file: this is for caches whose readers notice one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,10 +38,11 @@ def atomic_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder to fill; it moves to `path` when the block ends well. Missing parent folders are made.
+    """Yield a temporary folder to fill; it moves to `path` when the block ends well.
 
-    Only one process may write a folder at a time: what a killed one left is removed. With `replace` a folder that is there already is
-    removed at the end; without it, OSError is raised then, unless that folder is empty.
+    Missing parent folders are made. Only one process may write a folder at a time: what a killed one left is removed.
+    With `replace` a folder that is there already is removed at the end; without it, OSError is raised then, unless that
+    folder is empty.
     """
     path = Path(path)
     temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")

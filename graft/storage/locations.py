@@ -1,7 +1,9 @@
-"""Where corpora lie: local folders, the Hugging Face hub (hf://), S3 (s3://) and single files of web servers (http://, https://).
+"""Find and read files in local folders, on the Hugging Face hub, in S3 and on web servers (hf://, s3://, http(s)://).
 
-A file, folder or glob -> the URIs of its parquet files -> open parquet files, read by ranges. A place over the network is asked again when
-it fails for a moment; a lasting fault is a DataError of one line, in which a URI stands without its user, secret and query.
+    file, folder or glob -> URIs of its files -> open files, read by byte ranges
+
+Reads over a network are retried when they fail in a way that may pass. A fault that lasts is a DataError of one line,
+in which URIs stand without user, secret and query.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
@@ -25,76 +27,90 @@ from fsspec.utils import glob_translate, merge_offset_ranges
 
 from graft.errors import DataError, require
 
+T = TypeVar("T")
+
+RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0)
+"""Seconds to wait before each retry. The clients of the hub and of S3 have retried several times themselves by then."""
+
 _PINNED = re.compile("@[0-9a-f]{40}/")
 _HIDDEN = re.compile(r"(?:^|/)\.")
-_GAP_BYTES = 8_192  # what is fetched for nothing rather than asked for twice, as Arrow does
+_MERGED_GAP_BYTES = 8_192  # Ranges closer than this are fetched in one request, as Arrow does.
+_HTTP_CLIENTS = {"httpx", "httpx2", "aiohttp", "requests"}
+_LASTING_S3_ERROR = re.compile(
+    r"AWS Error (ACCESS_DENIED|NO_SUCH|INVALID|RESOURCE_NOT_FOUND|SIGNATURE|UNRECOGNIZED|MISSING|.*HTTP status 4\d\d)"
+)
 
 
-def list_parquet_files(places: Sequence[str]) -> list[str]:
-    """The parquet files of files, folders (not their subfolders) and globs: sorted URIs or absolute local paths, each once.
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file at a location."""
 
-    Raises DataError when a place is missing, or none of them holds a parquet file.
+    uri: str
+    """The URI of the file, or its absolute local path."""
+    name: str
+    """The path of the file below the location, or below the fixed part of a glob."""
+    size: int | None
+    """Size in bytes; None where the server does not state it."""
+    version: str
+    """A text that changes when the file does: size and time of change, or the commit in the URI; "" where neither is
+    known."""
+
+
+def list_parquet_files(locations: Sequence[str]) -> list[str]:
+    """List the parquet files of files, folders and globs as sorted URIs or absolute local paths, each once.
+
+    Subfolders of a folder are not searched. Raises DataError when a location is missing, or none of them holds a
+    parquet file.
     """
-    placed = (file for place in places for file in find_files(place, "*.parquet"))
-    found = sorted({file.uri for file in placed if not PurePosixPath(file.name).name.startswith("_")})
+    stored = (file for location in locations for file in find_files(location, "*.parquet"))
+    found = sorted({file.uri for file in stored if not PurePosixPath(file.name).name.startswith("_")})
     if not found:
-        where = ", ".join(map(redact_uri, places)) or "(none)"
+        where = ", ".join(map(redact_uri, locations)) or "(none)"
         raise DataError(
             f"corpus {where}: no *.parquet file found there (FOLDER/*/*.parquet takes those in its subfolders)"
         )
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """A file that a place holds."""
+def find_files(location: str, pattern: str = "**") -> list[StoredFile]:
+    """Find a file, the files of a folder that match a pattern, or those of a glob, in no order.
 
-    uri: str
-    """Or its absolute local path."""
-    name: str
-    """Its path below the place, or below a glob's fixed part."""
-    size: int | None
-    """In bytes, where that is told."""
-    version: str
-    """What changes when the file does: its size and time, or the commit in its URI; "" where none is told."""
-
-
-def find_files(place: str, pattern: str = "**") -> list[StoredFile]:
-    """Find a file, the files of a folder that match a pattern (`**` reaches into subfolders), or those of a glob, in no order.
-
-    Hidden ones (.name) are left out, unless named themselves. Raises DataError when the place is missing.
+    `**` in the pattern reaches into subfolders. Hidden files (.name) are left out, unless they are named themselves.
+    Raises DataError when the location is missing.
     """
-    return retry_read(place, functools.partial(_expand, place, pattern))
+    return retry_read(location, functools.partial(_expand, location, pattern))
 
 
 @contextlib.contextmanager
 def open_parquet(uri: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-    """Open one file of `list_parquet_files`; with its metadata, its footer is not fetched again. Use it inside `again`."""
+    """Open a parquet file; with its metadata given, its footer is not fetched again. Use it inside `retry_read`."""
     with open_file(uri) as file:
-        kept = (
-            _OneThreadParquet(file, metadata)
-            if isinstance(file, _Ranges)
+        opened = (
+            _SingleThreadParquet(file, metadata)
+            if isinstance(file, _RangeReader)
             else pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
         )
-        with kept as parquet:
+        with opened as parquet:
             yield parquet
 
 
 def open_file(uri: str) -> Any:
-    """Open any file to read ranges of it. Use it inside `again`."""
+    """Open any file to read ranges of it. Use it inside `retry_read`."""
     if uri.startswith(("http://", "https://")):
         require("aiohttp", extra="jobs")
     if uri.startswith(("hf://", "http://", "https://")):
         filesystem, path = fsspec.url_to_fs(uri)
-        return _Ranges(
-            filesystem.open(path, "rb", cache_type="none")
-        )  # by default it reads 5 MB ahead, for a footer of 10 kB
+        # The default cache would read 5 MB ahead for a footer of 10 kB.
+        return _RangeReader(filesystem.open(path, "rb", cache_type="none"))
     filesystem, path = _connect(uri)
     return filesystem.open_input_file(path)
 
 
 def file_version(uri: str) -> str | None:
-    """What changes when the file does: the commit that its URI holds, or its size and time; None where neither is to be had."""
+    """Return a text that changes when the file does; None where nothing suitable is known.
+
+    This is the commit in its URI, or its size and time of change.
+    """
     if uri.startswith("hf://"):
         return uri if _PINNED.search(uri) else None
     if uri.startswith(("http://", "https://")):
@@ -104,81 +120,121 @@ def file_version(uri: str) -> str | None:
     return f"{uri} {info.size} {info.mtime_ns}" if info.mtime_ns else None
 
 
-def _expand(place: str, pattern: str) -> list[StoredFile]:
-    """The files that a file, folder or glob stands for, as URIs or absolute local paths (Ray's workers have other working folders)."""
-    if place.startswith(("http://", "https://")):
-        return [StoredFile(place, PurePosixPath(urlsplit(place).path).name, None, "")]
-    place = _pinned(place) if "://" in place else os.path.abspath(os.path.expanduser(place))
-    plain = "://" not in place or place.startswith(
-        "hf://"
-    )  # in other URIs names are quoted, and "?" begins the options
-    base, options = (place, "") if plain else (place.partition("?")[0], "".join(place.partition("?")[1:]))
-    base = base.rstrip("/")
-    signs = "*[?" if plain else "*["
-    if any(sign in base for sign in signs) and not os.path.exists(base):
+def retry_read(uri: str, action: Callable[[], T]) -> T:
+    """Call an action that reads from a URI, and call it again after faults that may pass.
+
+    Raises DataError for a fault that lasts.
+    """
+    waits_s = iter(RETRY_WAITS_S)
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            fault, wait_s = _storage_fault(error), next(waits_s, None)
+            if fault is None:
+                raise
+            if isinstance(fault, FileNotFoundError):
+                hint = " (a private or gated one wants HF_TOKEN)" if uri.startswith("hf://") else ""
+                raise DataError(f"{redact_uri(uri)}: no such file or folder{hint}") from error
+            if wait_s is None or not _may_pass(uri, fault):
+                raise DataError(f"{redact_uri(uri)}: {one_line_error(fault)}") from error
+            time.sleep(wait_s * random.uniform(0.5, 1.0))  # The jitter keeps workers from retrying all at once.
+
+
+def redact_uri(uri: str) -> str:
+    """Remove user, secret and query from a URI, so that messages may show it."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme == "hf":  # An @ in hf:// URIs stands before a revision.
+        return uri
+    return f"{scheme}://{rest.rpartition('@')[2]}".partition("?")[0]
+
+
+def one_line_error(error: BaseException) -> str:
+    """Describe an error in one line, with the secrets of the URIs in it removed."""
+    text = re.sub(r"\b(?!hf:|https?:)(\w+://)[^'\"]*@", r"\1", str(error))
+    text = re.sub(r"(https?://)[^/\s'\"]*@", r"\1", text)
+    return " ".join(re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text).split()) or type(error).__name__
+
+
+# Locations
+
+
+def _expand(location: str, pattern: str) -> list[StoredFile]:
+    """List the files of a location; local paths become absolute, as Ray's workers have other working folders."""
+    if location.startswith(("http://", "https://")):
+        return [StoredFile(location, PurePosixPath(urlsplit(location).path).name, None, "")]
+    location = _pin_revision(location) if "://" in location else os.path.abspath(os.path.expanduser(location))
+    # In URIs other than hf:// names are quoted, and "?" begins the options.
+    is_plain = "://" not in location or location.startswith("hf://")
+    base, separator, query = (location, "", "") if is_plain else location.partition("?")
+    base, options = base.rstrip("/"), separator + query
+    wildcards = "*[?" if is_plain else "*["
+    if any(sign in base for sign in wildcards) and not os.path.exists(base):
         parts = base.split("/")
-        first = next(index for index, part in enumerate(parts) if any(sign in part for sign in signs))
+        first = next(index for index, part in enumerate(parts) if any(sign in part for sign in wildcards))
         base, pattern = "/".join(parts[:first]), "/".join(parts[first:])
     filesystem, root = _connect(base + options)
     found = filesystem.get_file_info(root)
     if found.type == pafs.FileType.File:
-        return [_placed(base + options, PurePosixPath(base).name, found)]
+        return [_stored_file(base + options, PurePosixPath(base).name, found)]
     if found.type == pafs.FileType.NotFound:
         raise FileNotFoundError(base)
     is_deep = "/" in pattern or "**" in pattern
     if is_deep and isinstance(filesystem, pafs.LocalFileSystem):
-        inside = _below(filesystem, root)
+        infos = _walk(filesystem, root)
     else:
-        inside = iter(filesystem.get_file_info(pafs.FileSelector(root, recursive=is_deep)))
-    matches = re.compile(glob_translate(pattern)).match
-    names = ((info.path[len(root) :].lstrip("/"), info) for info in inside if info.type == pafs.FileType.File)
-    chosen = ((name, info) for name, info in names if matches(name) and not _HIDDEN.search(name))
-    return [_placed(f"{base}/{name if plain else quote(name)}{options}", name, info) for name, info in chosen]
+        infos = iter(filesystem.get_file_info(pafs.FileSelector(root, recursive=is_deep)))
+    matches, files = re.compile(glob_translate(pattern)).match, []
+    for info in infos:
+        name = info.path[len(root) :].lstrip("/")
+        if info.type == pafs.FileType.File and matches(name) and not _HIDDEN.search(name):
+            files.append(_stored_file(f"{base}/{name if is_plain else quote(name)}{options}", name, info))
+    return files
 
 
-def _below(filesystem: pafs.LocalFileSystem, root: str) -> Iterator[pafs.FileInfo]:
-    """What a local folder and those below it hold, but what is hidden. Links are followed, but not round in circles, as Arrow does."""
-    waiting: list[tuple[str, tuple[str, ...]]] = [(root, ())]  # folders, and those from which links have led there
-    while waiting:
-        folder, trail = waiting.pop()
-        for info in filesystem.get_file_info(pafs.FileSelector(folder)):
-            if info.base_name.startswith("."):
-                continue
-            yield info
-            if info.type == pafs.FileType.Directory:
-                passed = (*trail, os.path.realpath(folder)) if os.path.islink(info.path) else trail
-                if passed is trail or not _holds_any(os.path.realpath(info.path), passed):
-                    waiting.append((info.path, passed))
+def _walk(filesystem: pafs.LocalFileSystem, root: str) -> Iterator[pafs.FileInfo]:
+    """Describe the files of a local folder and of those below it.
+
+    Links are followed, but not in circles, as Arrow would.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, names, files in os.walk(root, followlinks=True, onerror=fail):
+        names[:] = [name for name in names if not name.startswith(".") and not _leads_back(Path(folder, name))]
+        yield from filesystem.get_file_info([os.path.join(folder, name) for name in files])
 
 
-def _holds_any(folder: str, others: Sequence[str]) -> bool:
-    """Whether a folder is one of others, or above one."""
-    return any(os.path.commonpath([folder, other]) == folder for other in others)
+def _leads_back(path: Path) -> bool:
+    """Whether a folder is a link to one of the folders that it lies in, or to one above those."""
+    return path.is_symlink() and any(parent.resolve().is_relative_to(path.resolve()) for parent in path.parents)
 
 
-def _placed(uri: str, name: str, info: pafs.FileInfo) -> StoredFile:
-    pinned = uri.startswith("hf://") and _PINNED.search(uri)
-    version = uri if pinned else f"{info.size} {info.mtime_ns}" if info.mtime_ns else ""
+def _stored_file(uri: str, name: str, info: pafs.FileInfo) -> StoredFile:
+    is_pinned = uri.startswith("hf://") and _PINNED.search(uri)
+    version = uri if is_pinned else f"{info.size} {info.mtime_ns}" if info.mtime_ns else ""
     return StoredFile(uri, name, info.size, version)
 
 
-def _pinned(uri: str) -> str:
-    """A place on the hub at the commit that its branch or tag stands for now: workers must read what was planned."""
+def _pin_revision(uri: str) -> str:
+    """Replace the branch or tag of an hf:// URI by its present commit, so that workers read what was planned."""
     if not uri.startswith("hf://"):
         return uri
     from huggingface_hub import HfApi
 
     try:
-        place = fsspec.filesystem("hf").resolve_path(uri)
+        resolved = fsspec.filesystem("hf").resolve_path(uri)
     except (ValueError, NotImplementedError) as error:
         raise DataError(f"{uri}: wants hf://datasets/OWNER/NAME@REVISION/FOLDER: {one_line_error(error)}") from error
-    if not getattr(place, "revision", None):
-        return uri  # a bucket
-    commit = HfApi().repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision).sha
-    return "hf://" + type(place)(place.repo_type, place.repo_id, commit, place.path_in_repo).unresolve()
+    if not getattr(resolved, "revision", None):
+        return uri  # This is a bucket.
+    commit = HfApi().repo_info(resolved.repo_id, repo_type=resolved.repo_type, revision=resolved.revision).sha
+    return "hf://" + type(resolved)(resolved.repo_type, resolved.repo_id, commit, resolved.path_in_repo).unresolve()
 
 
 def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Open the file system of a URI or local path; returns it and the path in it."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri or "/"
     try:
@@ -186,7 +242,9 @@ def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
             parts = urlsplit(uri)
             if ":" in parts.netloc and "@" not in parts.netloc:
                 raise ValueError("its user or secret holds a / or ?: write %2F, %3F")
-            return _bucket(parts._replace(path="").geturl()), parts.netloc.rpartition("@")[2] + unquote(parts.path)
+            return _connect_bucket(parts._replace(path="").geturl()), parts.netloc.rpartition("@")[2] + unquote(
+                parts.path
+            )
         if uri.startswith("hf://"):
             filesystem, path = fsspec.url_to_fs(uri)
             return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
@@ -196,24 +254,27 @@ def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 @functools.lru_cache(maxsize=16)
-def _bucket(uri: str) -> pafs.FileSystem:
-    """One client for each bucket: a new one asks for the bucket's region and opens new connections."""
+def _connect_bucket(uri: str) -> pafs.FileSystem:
+    """Make one client for each bucket: every new one asks for the bucket's region and opens new connections."""
     return pafs.FileSystem.from_uri(uri)[0]
 
 
-class _Ranges(io.RawIOBase):
-    """An fsspec file whose reads are whole: fewer bytes than the file must hold are a fault."""
+# Reads
+
+
+class _RangeReader(io.RawIOBase):
+    """An fsspec file that raises ConnectionError where a server sends fewer bytes than the file must hold."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
-        self._fetched: list[tuple[int, bytes]] = []  # where in the file, and what stands there
+        self._fetched: list[tuple[int, bytes]] = []  # offsets in the file, and the bytes there
 
-    def fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Fetch byte ranges (start, end) ahead, near ones together, for the reads that follow; those of the last call are forgotten."""
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch byte ranges (start, end) for the reads that follow, near ones in one request; drop earlier ones."""
         self._fetched = []
         starts, ends = map(list, zip(*ranges, strict=True)) if ranges else ([], [])
-        merged = merge_offset_ranges([""] * len(starts), starts, ends, max_gap=_GAP_BYTES)
-        self._fetched = [(start, self._whole(start, end - start)) for _, start, end in zip(*merged, strict=True)]
+        merged = merge_offset_ranges([""] * len(starts), starts, ends, max_gap=_MERGED_GAP_BYTES)
+        self._fetched = [(start, self._read_range(start, end - start)) for _, start, end in zip(*merged, strict=True)]
 
     def readable(self) -> bool:
         return True
@@ -229,118 +290,71 @@ class _Ranges(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         position = self.file.tell()
-        left = self.file.size - position
-        wanted = left if size < 0 else min(size, left)
+        available = self.file.size - position
+        count = available if size < 0 else min(size, available)
         for start, data in self._fetched:
-            if start <= position and position + wanted <= start + len(data):
-                self.file.seek(position + wanted)
-                return data[position - start : position - start + wanted]
-        return self._whole(position, wanted)
+            if start <= position and position + count <= start + len(data):
+                self.file.seek(position + count)
+                return data[position - start : position - start + count]
+        return self._read_range(position, count)
 
-    def _whole(self, start: int, size: int) -> bytes:
+    def _read_range(self, start: int, count: int) -> bytes:
         self.file.seek(start)
-        data = self.file.read(size) if size else b""
-        if len(data) != size:
-            raise ConnectionError(f"got {len(data)} of {size} bytes")
+        data = self.file.read(count) if count else b""
+        if len(data) != count:
+            raise ConnectionError(f"got {len(data)} of {count} bytes")
         return data
 
 
-class _OneThreadParquet(pq.ParquetFile):
+class _SingleThreadParquet(pq.ParquetFile):
     """A parquet file behind a Python object, read in the caller's thread alone.
 
-    Arrow's threads would drop the object when they come to it; at the interpreter's end that aborts the process (apache/arrow#34314).
+    Arrow's threads would drop the object when they come to it; at the interpreter's end that aborts the process
+    (apache/arrow#34314).
     """
 
-    def __init__(self, file: _Ranges, metadata: pq.FileMetaData | None) -> None:
+    def __init__(self, file: _RangeReader, metadata: pq.FileMetaData | None) -> None:
         super().__init__(file, metadata=metadata, pre_buffer=False)
         self._file = file
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        return self._of(list(range(self.num_row_groups)), columns)
+        return self._read_groups(list(range(self.num_row_groups)), columns)
 
     def read_row_group(self, i: int, columns: Sequence[str]) -> pa.Table:
-        return self._of([i], columns)
+        return self._read_groups([i], columns)
 
-    def _of(self, row_groups: list[int], columns: Sequence[str]) -> pa.Table:
-        groups = (self.metadata.row_group(group) for group in row_groups)
-        chunks = (group.column(column) for group in groups for column in range(group.num_columns))
-        self._file.fetch(
-            [
-                _extent(chunk)
-                for chunk in chunks
-                if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns)
-            ]
-        )
+    def _read_groups(self, row_groups: list[int], columns: Sequence[str]) -> pa.Table:
+        ranges = []
+        for group in map(self.metadata.row_group, row_groups):
+            for chunk in map(group.column, range(group.num_columns)):
+                if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
+                    start = chunk.dictionary_page_offset or chunk.data_page_offset
+                    ranges.append((start, start + chunk.total_compressed_size))
+        self._file.prefetch(ranges)
         return self.read_row_groups(row_groups, columns=list(columns), use_threads=False)
 
 
-def _extent(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
-    """Where in its file a column chunk lies."""
-    start = chunk.dictionary_page_offset or chunk.data_page_offset
-    return start, start + chunk.total_compressed_size
+# Faults
 
 
-T = TypeVar("T")
-
-RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0)
-"""Before each further try; the hub's client and S3's own have tried several times by then."""
-
-_HTTP_CLIENTS = {"httpx", "httpx2", "aiohttp", "requests"}
-_LASTING = re.compile(
-    r"AWS Error (ACCESS_DENIED|NO_SUCH|INVALID|RESOURCE_NOT_FOUND|SIGNATURE|UNRECOGNIZED|MISSING|.*HTTP status 4\d\d)"
-)
-
-
-def retry_read(uri: str, action: Callable[[], T]) -> T:
-    """Do what reads from a place, over again after faults that may pass. Raises DataError for one that lasts."""
-    waits_s = iter(RETRY_WAITS_S)
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            fault, wait_s = _fault(error), next(waits_s, None)
-            if fault is None:
-                raise
-            if isinstance(fault, FileNotFoundError):
-                hint = " (a private or gated one wants HF_TOKEN)" if uri.startswith("hf://") else ""
-                raise DataError(f"{redact_uri(uri)}: no such file or folder{hint}") from error
-            if wait_s is None or not _may_pass(uri, fault):
-                raise DataError(f"{redact_uri(uri)}: {one_line_error(fault)}") from error
-            time.sleep(wait_s * random.uniform(0.5, 1.0))  # not all workers at once
-
-
-def redact_uri(uri: str) -> str:
-    """A URI as messages may show it: without user, secret and query."""
-    scheme, separator, rest = uri.partition("://")
-    if not separator or scheme == "hf":  # whose @ stands before a revision
-        return uri
-    return f"{scheme}://{rest.rpartition('@')[2]}".partition("?")[0]
-
-
-def one_line_error(error: BaseException) -> str:
-    """What happened, in one line, without the secrets of the URIs in it."""
-    text = re.sub(r"\b(?!hf:|https?:)(\w+://)[^'\"]*@", r"\1", str(error))
-    text = re.sub(r"(https?://)[^/\s'\"]*@", r"\1", text)
-    return " ".join(re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text).split()) or type(error).__name__
-
-
-def _fault(error: BaseException | None) -> BaseException | None:
-    """What is wrong with the place, None where it is a fault of the program."""
-    if isinstance(error, FileNotFoundError) and _status(error.__cause__) not in (401, 404, 410):
-        return _fault(error.__cause__) or error  # fsspec calls a file "not found" where a web server does not answer
+def _storage_fault(error: BaseException | None) -> BaseException | None:
+    """Return the error of the storage behind an error; None where the program itself is at fault."""
+    if isinstance(error, FileNotFoundError) and _http_status(error.__cause__) not in (401, 404, 410):
+        # fsspec raises FileNotFoundError for a web server that does not answer, too: its cause tells.
+        return _storage_fault(error.__cause__) or error
     known = isinstance(error, OSError | pa.ArrowException) or type(error).__module__.partition(".")[0] in _HTTP_CLIENTS
     return error if known else None
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that a client's error carries."""
+def _http_status(error: BaseException | None) -> int | None:
+    """Return the HTTP status that a client's error carries."""
     found = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
     return found if isinstance(found, int) else None
 
 
 def _may_pass(uri: str, error: BaseException) -> bool:
-    near = "://" not in uri or uri.startswith("file:")
-    if near or isinstance(error, PermissionError | pa.ArrowException) or _LASTING.search(str(error)):
+    is_local = "://" not in uri or uri.startswith("file:")
+    if is_local or isinstance(error, PermissionError | pa.ArrowException) or _LASTING_S3_ERROR.search(str(error)):
         return False
-    status = _status(error)
+    status = _http_status(error)
     return type(error).__name__ != "OfflineModeIsEnabled" and (status is None or status in (408, 429) or status >= 500)

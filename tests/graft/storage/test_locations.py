@@ -176,9 +176,9 @@ def test_a_file_of_a_web_server_gives_the_same_rows(folder, hub):
 def test_arrow_reads_python_files_in_the_callers_thread_alone(folder, hub, monkeypatch):
     """Its own threads drop a Python object when they come to it; at the interpreter's end that aborts the process, now and then."""
     threads = []
-    read = locations._Ranges.read
+    read = locations._RangeReader.read
     monkeypatch.setattr(
-        locations._Ranges, "read", lambda file, size=-1: threads.append(threading.get_ident()) or read(file, size)
+        locations._RangeReader, "read", lambda file, size=-1: threads.append(threading.get_ident()) or read(file, size)
     )
     with locations.open_parquet(f"{hub.url}/files/speech/clips/{COMMIT}/large/{FILES[0]}") as parquet:
         assert len(parquet.read(columns=["ID", "text"])) == 60

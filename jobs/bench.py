@@ -1,43 +1,142 @@
-"""Measure a part of graft: features, training, the service, bulk transcription or scaling.
+"""Measure a part of graft: features, training, the service, bulk transcription, scaling or a GPU.
 
-`python -m jobs.bench NAME [--json FILE]` prints what it finds and writes the numbers as JSON.
+`python -m jobs.bench NAME [--json FILE]` prints what it measures and writes the numbers as JSON.
 
 features    FLAC -> log-mel on one core, beside soundfile + transformers' extractor
-train       training steps beside the reference system's and AudioFlamingo3's, Ray's feeding beside a bare loop, two workers beside one
-serve       the service beside its engine offline, under load, beside other servers, and with engines that come and go
-bulk        Ray's transcription beside a bare loop, graft beside other transcribers, memory, and what batches change in bf16
-scale       one run's batches split over 64 stand-ins for workers, and Ray Train with four workers
+train       training steps beside the reference system's and AudioFlamingo3's, Ray's feeding, two workers
+bulk        Ray's transcription beside a bare loop, graft beside other transcribers, memory, batches in bf16
+serve       the service beside its engine offline, under load, beside another server, with engines that come and go
+scale       one run's batches split over 64 stand-ins for workers, and stage 1 with up to four workers
+gpu         training steps on this machine's GPU with random weights
+engine      the transformers engine on this machine's GPU with random weights
 """
 
 import argparse
+import contextlib
+import importlib
+import inspect
 import json
+import math
+import os
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from graft.errors import GraftError, OutputError
 from graft.storage.atomic import write_atomic
 
-from .benchmarks.counts import positive_float, positive_int
+from .benchmarks.measuring import alone
 from .common.console import quiet_libraries
 
-if TYPE_CHECKING:
-    from .benchmarks.measuring import Findings
 
-TRAIN_PARTS = ("step", "gains", "ingest", "workers")
-BULK_PARTS = ("pipeline", "peers", "memory", "bf16")
-SERVE_PARTS = ("saturation", "servers", "replicas")
-SCALE_PARTS = ("split", "real", "train")
+class Benchmark(NamedTuple):
+    """A benchmark: its help, its parts with their modules, and its options as argparse takes them.
+
+    The part NAME is the function bench_NAME of its module; it is given the options that its parameters name.
+    """
+
+    help: str
+    parts: Mapping[str, str]
+    options: Mapping[str, dict[str, Any]]
+
+
+MODEL = {"model": dict(metavar="DIR", help="a graft; by default an untrained one is built from the bundled weights")}
+PEERS = {
+    "speech": dict(nargs="+", metavar="FILE", help="manifests of labelled clips; by default the bundled prompts"),
+    "threads": dict(type=int, default=1, help="CPU threads of each model"),
+}
+RANDOM = {
+    "shape": dict(choices=("7b", "2b", "tiny"), default="7b", help="size of the model; tiny runs anywhere"),
+    "dtype": dict(choices=("fp32", "bf16"), default="bf16", help="precision of its weights"),
+}
+BENCHMARKS = {
+    "features": Benchmark(
+        "FLAC to log-mel on one core",
+        {"features": "features"},
+        {"seconds": dict(type=float, default=600.0, help="seconds of audio to decode")},
+    ),
+    "train": Benchmark(
+        "training steps, feeding and workers (10 minutes on 2 idle cores)",
+        {"step": "training_step", "gains": "training_step", "ingest": "scale", "workers": "training_step"},
+        MODEL
+        | {
+            "clips": dict(type=int, default=16, help="clips in a turn of steps"),
+            "repetitions": dict(type=int, default=3, help="turns of steps"),
+        },
+    ),
+    "bulk": Benchmark(
+        "bulk transcription (10 minutes on 2 idle cores)",
+        {"pipeline": "bulk", "peers": "peers", "memory": "bulk", "bf16": "peers"},
+        MODEL | PEERS | {"seconds": dict(type=float, default=30.0, help="duration of each turn of a pipeline")},
+    ),
+    "serve": Benchmark(
+        "the service (15 minutes on 2 idle cores)",
+        dict.fromkeys(("saturation", "servers", "replicas"), "service"),
+        MODEL
+        | PEERS
+        | {
+            "clients": dict(type=int, default=32, help="clients that saturate the service"),
+            "seconds": dict(type=float, default=60.0, help="duration of each load"),
+        },
+    ),
+    "scale": Benchmark(
+        "more and more training workers (10 minutes on 2 idle cores)",
+        dict.fromkeys(("split", "real", "train"), "scale"),
+        MODEL
+        | {
+            "consumers": dict(type=int, nargs="+", default=[1, 8, 64], help="stand-ins for workers"),
+            "workers": dict(type=int, nargs="+", default=[1, 2, 4], help="workers of stage 1"),
+            "seconds": dict(type=float, default=20.0, help="approximate duration of each split"),
+        },
+    ),
+    "gpu": Benchmark(
+        "training steps on this machine's GPU",
+        {"gpu": "gpu"},
+        RANDOM
+        | {
+            "stage": dict(type=int, choices=(1, 2), nargs="+", default=[1, 2], help="stages to measure"),
+            "seconds": dict(type=float, default=10.0, help="duration of each measurement"),
+            "budgets": dict(type=int, nargs="+", help="padded tokens of a batch; by default four that suit the shape"),
+            "clip_s": dict(type=float, default=10.0, help="seconds of a clip"),
+            "attention": dict(choices=("sdpa", "flash_attention_2", "eager"), default="sdpa", help="kind of attention"),
+            "gradient_checkpointing": dict(action="store_true", help="compute layers again instead of keeping states"),
+            "compile": dict(action="store_true", help="compile the layers; the first steps then take minutes"),
+        },
+    ),
+    "engine": Benchmark(
+        "the transformers engine on this machine's GPU",
+        {"engine": "gpu"},
+        RANDOM
+        | {
+            "clip_s": dict(type=float, nargs="+", default=[10.0, 30.0], help="seconds of a clip"),
+            "rounds": dict(type=float, default=4.0, help="batches that are transcribed"),
+            "batch_clips": dict(type=int, default=256, help="clips that are decoded together"),
+        },
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one benchmark; exit code 2 and one line on stderr for bad input."""
-    arguments = _parser().parse_args(argv)
-    quiet_libraries()
+    """Run one benchmark; bad input ends it with exit code 2 and one line on stderr."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    benchmark, options = BENCHMARKS[arguments.name], vars(arguments)
+    for name in benchmark.options:
+        values = options[name] if isinstance(options[name], list) else [options[name]]
+        if wrong := [number for number in values if type(number) in (int, float) and not 0 < number < math.inf]:
+            parser.error(f"argument --{name.replace('_', '-')}: {wrong[0]} is not a finite number above 0")
+    if unknown := set(arguments.only) - set(benchmark.parts):
+        parser.error(f"argument --only: {', '.join(sorted(unknown))}: choose from {', '.join(benchmark.parts)}")
     try:
-        numbers = arguments.benchmark(arguments)
-        if arguments.json:
-            _write_json(arguments.json, numbers)
+        numbers = _run(benchmark, options)
+        if path := arguments.json:
+            try:
+                write_atomic(path, json.dumps(numbers, indent=2) + "\n")
+            except OSError as error:
+                reason = error.strerror or error
+                raise OutputError(f"{path} cannot be written: {reason}: name another --json file") from error
     except GraftError as error:
         if arguments.debug:
             raise
@@ -47,152 +146,59 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", metavar="FILE", help="also write the numbers there")
-    common.add_argument("--debug", action="store_true", help="show tracebacks")
-    listening = argparse.ArgumentParser(add_help=False)
-    listening.add_argument("--model", metavar="DIR", help="a trained graft; without one, what it would say is left out")
-    listening.add_argument(
-        "--speech", metavar="FILE", nargs="+", help="manifests of labelled clips (default: the bundled prompts)"
-    )
-    listening.add_argument("--threads", type=positive_int, default=1, help="of each model (default: %(default)s)")
     parser = argparse.ArgumentParser(prog="python -m jobs.bench", description="Measure a part of graft.")
-    benchmarks = parser.add_subparsers(metavar="NAME", required=True)
-
-    features = benchmarks.add_parser("features", parents=[common], help="FLAC to log-mel on one core")
-    features.add_argument(
-        "--seconds", type=positive_float, default=600.0, help="how much audio to decode (default: %(default)s)"
-    )
-    features.add_argument("--audio", metavar="DIR", help="16 kHz mono clips up to 30 s to use instead of made ones")
-    features.set_defaults(benchmark=_features)
-
-    train = benchmarks.add_parser(
-        "train", parents=[common], help="training steps, feeding and workers (10 minutes on 2 idle cores)"
-    )
-    _add_only(train, TRAIN_PARTS)
-    train.add_argument(
-        "--graft", metavar="DIR", help="the graft to train; by default one is built from the bundled weights"
-    )
-    train.add_argument(
-        "--clips", type=positive_int, default=16, help="how many to hear in steps (default: %(default)s)"
-    )
-    train.add_argument("--fed-clips", type=positive_int, default=1000, help="how many to feed (default: %(default)s)")
-    train.add_argument("--repetitions", type=positive_int, default=3, help="of steps (default: %(default)s)")
-    train.set_defaults(benchmark=_train)
-
-    bulk = benchmarks.add_parser(
-        "bulk", parents=[common, listening], help="bulk transcription (10 minutes on 2 idle cores)"
-    )
-    _add_only(bulk, BULK_PARTS)
-    bulk.add_argument(
-        "--seconds", type=positive_float, default=30.0, help="of each turn of a pipeline (default: %(default)s)"
-    )
-    bulk.add_argument("--repetitions", type=positive_int, default=1, help="of its turns (default: %(default)s)")
-    bulk.add_argument(
-        "--recordings",
-        type=positive_int,
-        default=10_000,
-        help="short ones, for the driver's memory (default: %(default)s)",
-    )
-    bulk.add_argument(
-        "--hours",
-        type=positive_float,
-        default=10.0,
-        help="of one recording, for the workers' memory (default: %(default)s)",
-    )
-    bulk.add_argument("--rows", type=positive_int, default=1_000_000, help="of a plan (default: %(default)s)")
-    bulk.set_defaults(benchmark=_bulk)
-
-    serve = benchmarks.add_parser("serve", parents=[common, listening], help="the service (15 minutes on 2 idle cores)")
-    _add_only(serve, SERVE_PARTS)
-    serve.add_argument(
-        "--clients", type=positive_int, default=32, help="that saturate the service (default: %(default)s)"
-    )
-    serve.add_argument("--seconds", type=positive_float, default=60.0, help="of each load (default: %(default)s)")
-    serve.set_defaults(benchmark=_serve)
-
-    scale = benchmarks.add_parser(
-        "scale", parents=[common], help="more and more training workers (10 minutes on 2 idle cores)"
-    )
-    _add_only(scale, SCALE_PARTS)
-    scale.add_argument(
-        "--graft",
-        metavar="DIR",
-        help="whose widths and words to take; by default one is built from the bundled weights",
-    )
-    scale.add_argument("--consumers", type=positive_int, nargs="+", help="stand-ins for workers (default: 1 8 64)")
-    scale.add_argument("--workers", type=positive_int, nargs="+", help="of training runs (default: 1 2 4)")
-    scale.add_argument(
-        "--seconds", type=positive_float, default=20.0, help="of each split, about (default: %(default)s)"
-    )
-    scale.add_argument("--steps", type=positive_int, default=60, help="of each training run (default: %(default)s)")
-    scale.set_defaults(benchmark=_scale)
+    commands = parser.add_subparsers(metavar="NAME", required=True, dest="name")
+    for name, (text, parts, options) in BENCHMARKS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+        parts_text = f"some of {','.join(parts)}" if len(parts) > 1 else argparse.SUPPRESS
+        command.add_argument("--only", type=lambda text: text.split(","), default=list(parts), help=parts_text)
+        for option, settings in options.items():
+            shown = settings["help"] + (" (default: %(default)s)" if settings.get("default") else "")
+            command.add_argument(f"--{option.replace('_', '-')}", **(settings | {"help": shown}))
     return parser
 
 
-def _add_only(parser: argparse.ArgumentParser, known: Sequence[str]) -> None:
-    def parts(text: str) -> list[str]:
-        found = text.split(",")
-        if unknown := set(found) - set(known):
-            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
-        return found
-
-    parser.add_argument("--only", metavar="PARTS", type=parts, default=known, help=f"some of {','.join(known)}")
-
-
-def _features(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .benchmarks.features import bench_features
-
-    findings = bench_features(arguments.audio, seconds=arguments.seconds)
-    print(findings.text)
-    return findings.numbers
+def _run(benchmark: Benchmark, options: dict[str, Any]) -> dict[str, Any]:
+    """Run the parts that are asked for, each in a process of its own if there are several; returns the numbers by part."""
+    with _graft_or_built(options["model"]) if "model" in options else contextlib.nullcontext() as graft:
+        options = options | {"graft": graft}
+        if len(benchmark.parts) == 1:
+            ((part, module),) = benchmark.parts.items()
+            return _run_part(part, module, options)
+        numbers = {}
+        for part in options["only"]:
+            print(f"\n{part}", flush=True)
+            numbers[part] = alone(_run_part, part, benchmark.parts[part], options)
+        return numbers
 
 
-def _train(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .benchmarks.train import TrainBench, bench_train
-
-    names = ("graft", "clips", "repetitions", "fed_clips")
-    return _told(bench_train(TrainBench(arguments.only, **{name: getattr(arguments, name) for name in names})))
-
-
-def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .benchmarks.bulk import BulkBench, bench_bulk
-
-    names = ("model", "speech", "threads", "seconds", "repetitions", "recordings", "hours", "rows")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    return _told(bench_bulk(BulkBench(arguments.only, **given)))
-
-
-def _serve(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .benchmarks.serve import ServeBench, bench_serve
-
-    names = ("model", "speech", "threads", "clients", "seconds")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    return _told(bench_serve(ServeBench(arguments.only, **given)))
-
-
-def _scale(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .benchmarks.scale import ScaleBench, bench_scale
-
-    names = ("graft", "consumers", "workers", "seconds", "steps")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    return _told(bench_scale(ScaleBench(arguments.only, **given)))
-
-
-def _told(parts: "Iterable[tuple[str, Findings]]") -> dict[str, Any]:
-    """Print each part as soon as it is measured; returns the numbers by part."""
-    numbers = {}
-    for part, findings in parts:
-        print(f"{part}\n{findings.text}\n", flush=True)
-        numbers[part] = findings.numbers
+def _run_part(part: str, module: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Run one part; returns its numbers and the machine's load: beyond the benchmark's own, wall times mislead."""
+    quiet_libraries()
+    function = getattr(importlib.import_module(f".benchmarks.{module}", __package__), f"bench_{part}")
+    numbers = function(**{name: options[name] for name in inspect.signature(function).parameters})
+    numbers["load_average"] = os.getloadavg()[0]
+    print(f"load_average {numbers['load_average']:.2f}", flush=True)
     return numbers
 
 
-def _write_json(path: str, numbers: dict[str, Any]) -> None:
-    try:
-        write_atomic(path, json.dumps(numbers, indent=2) + "\n")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}: name another --json file") from error
+@contextlib.contextmanager
+def _graft_or_built(folder: str | None) -> Iterator[str]:
+    """Yield a graft's folder, by default one that is built from the bundled weights for as long. Raises ModelError."""
+    if folder:
+        from graft.checkpoints.loading import check_graft
+
+        check_graft(folder)
+        yield folder
+        return
+    from .build import BuildRecipe, run
+
+    with tempfile.TemporaryDirectory() as scratch:
+        built = str(Path(scratch, "graft"))
+        run(BuildRecipe(out=built))
+        yield built
 
 
 if __name__ == "__main__":

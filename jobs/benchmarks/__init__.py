@@ -1,1 +1,1 @@
-"""What `python -m jobs.bench` measures, one benchmark a file."""
+"""What `python -m jobs.bench` measures, a module for each part of graft."""

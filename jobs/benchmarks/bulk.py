@@ -1,50 +1,246 @@
-"""What bulk transcription costs: Ray's pipeline beside a bare loop, other transcribers, memory, and what batches change in bf16."""
+"""Measure bulk transcription with a stand-in for an H200: Ray's pipeline beside a bare loop, and its memory."""
 
+import asyncio
+import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import io
+import tempfile
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
-from graft.text.wer import score
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from transformers import WhisperFeatureExtractor
 
-from .building import graft_or_built
-from .bulk_bf16 import bench_bf16
-from .bulk_memory import bench_memory
-from .bulk_peers import NO_GRAFT, bench_peers
-from .bulk_pipeline import bench_pipeline
-from .bulk_speech import MANIFESTS
-from .measuring import Findings, with_load
-from .processes import alone
+from graft.audio.chunking import Chunker, ChunkSettings
+from graft.audio.clip import read_audio
+from graft.audio.features import Featurizer
+from graft.audio.spans import read_span
+from graft.audio.vad import SpeechSettings
+from graft.checkpoints.loading import open_processor
+from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
+from graft.inference.transcriber import Transcriber
+
+from ..common.cluster import connect
+from ..common.console import quiet_libraries
+from ..transcription.assembly import read_index
+from ..transcription.discovery import find_recordings
+from ..transcription.driver import transcribe
+from ..transcription.pipeline import CALLS, ItemTranscriber, Workers, transcribe_items
+from ..transcription.reader import ItemReader, Reading
+from ..transcription.recipe import TranscribeRecipe
+from ..transcription.work_items import at_attempts, durations, plan_items
+from .measuring import Numbers, in_turns, report, watch
+from .speech import DISTINCT, MEAN_S, WORDS, link_files, write_archive, write_long_recording
+
+Opener = Callable[[], Transcriber]
+
+MEL_COUNT = 128
+"""Mel bands that the encoder of a 7B graft takes."""
+H200_RATE = 765.0
+"""Seconds of audio that one H200, at half its peak, transcribes in a second with a 7B graft at 25 Hz, 96 clips at a time.
+
+A clip of 10 s takes 0.68 TFLOP to encode and 3.67 TFLOP to read, at 790 TFLOP/s, and 30 steps, each of which reads
+14.1 GB of weights, and 17 MB of cache for each clip, at 4.8 TB/s.
+"""
+TOKENS_PER_S = 3.0
+"""Tokens of an answer for a second of speech in lower case."""
+ITEMS_PER_BATCH = 32
+HEADROOM = 4.0
+"""How many times as fast as the slowed device one core reads."""
+AHEAD = 4
+"""Batches that the bare loop reads ahead."""
+STARTING = 4
+"""Batches that are left out: while Ray's transcriber still opens, its reader is ahead."""
+READING = Reading(SpeechSettings(), ChunkSettings())
+WORKERS = Workers(readers=1, listeners=1, cpus_per_listener=1, gpus_per_listener=0, items_per_batch=ITEMS_PER_BATCH)
+ITEM_S = 1800.0
+FEW, MANY, SHORT_S = 100, 10_000, 0.3
+LONG_HOURS = 10.0
+PLANNED = 1_000_000
+
+ABOUT_PIPELINE = f"""\
+clips of 2 to 20 s, 10 on average, FLAC; {ITEMS_PER_BATCH} to a batch, {CALLS} batches are transcribed at a time
+device  a stand-in that takes as long as one H200 at half its peak with a 7B graft, {H200_RATE:g} s of audio a second
+slowed  the device made so slow that one core reads {HEADROOM:g} times as fast as it transcribes
+bare    one process: a thread reads, {AHEAD} batches ahead, {CALLS} threads transcribe and write parquet
+ray     one such reader and one such transcriber through Ray Data, as jobs.transcribe runs them, with checkpoints
+Seconds of audio a second; the first {STARTING} batches are left out."""
+ABOUT_MEMORY = f"""\
+few, many  recordings of {SHORT_S} s through jobs.transcribe; driver: its own process
+long       one recording (8 kHz, as telephones make it), by one reader and one transcriber
+plan       files in folders listed, planned and written; none is opened
+Megabytes (2^20 bytes) that a process held at most, memory shared with Ray's object store included."""
 
 
-@dataclass(frozen=True)
-class BulkBench:
-    """Which parts to measure, with which graft (None: what needs a trained one is left out), and how much of it."""
+class StandInEngine:
+    """An Engine without a model: it takes one clip after the other, at `rate` seconds of audio a second."""
 
-    parts: Sequence[str]
-    model: str | None = None
-    speech: Sequence[str] = MANIFESTS
-    threads: int = 1
-    seconds: float = 30.0
-    """Of each turn of a pipeline."""
-    repetitions: int = 1
-    """Of its turns."""
-    recordings: int = 10_000
-    hours: float = 10.0
-    rows: int = 1_000_000
-    """Of the plan."""
+    def __init__(self, rate: float, answer_ids: Sequence[int]) -> None:
+        self._rate = rate
+        self._answer_ids = answer_ids
+        self._free_at = 0.0
+        self._lock = threading.Lock()  # several event loops ask at the same time
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[Token, None]:
+        """See Engine."""
+        audio_s = request.features.frame_count / 100
+        with self._lock:
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + audio_s / self._rate
+            delay_s = self._free_at - now
+        await asyncio.sleep(delay_s)
+        for token_id in self._answer_ids[: round(TOKENS_PER_S * audio_s)]:
+            yield Token(token_id, -0.1)
+
+    def abort(self, request_id: str) -> None:
+        """Do nothing: an answer comes to its end."""
+
+    def counts(self) -> EngineCounts:
+        """Count nothing."""
+        return EngineCounts(0, 0, 0, 0, 0, 0.0)
+
+    def close(self) -> None:
+        """Do nothing: there is no model to release."""
 
 
-def bench_bulk(bench: BulkBench) -> Iterator[tuple[str, Findings]]:
-    """Measure part by part, each in fresh processes. Raises ModelError for a folder that is no graft, DataError, MissingExtra."""
-    score(["a"], ["a"])  # a missing extra is told now, not after the listening
-    with graft_or_built(bench.model) as graft:
-        pipeline = functools.partial(bench_pipeline, graft, seconds=bench.seconds, repetitions=bench.repetitions)
-        bf16 = functools.partial(bench_bf16, graft, bench.speech, threads=bench.threads)
-        parts: dict[str, Callable[[], Findings]] = {
-            "pipeline": lambda: alone(pipeline),
-            "peers": lambda: bench_peers(bench.model, bench.speech, threads=bench.threads),
-            "memory": lambda: bench_memory(graft, recordings=bench.recordings, hours=bench.hours, rows=bench.rows),
-            "bf16": lambda: alone(bf16) if bench.model else Findings({}, NO_GRAFT),
-        }
-        for name in bench.parts:
-            yield name, with_load(parts[name]())
+def open_stand_in(graft: str, rate: float) -> Transcriber:
+    """Open a Transcriber with a graft's processor, a 7B graft's mel bands and the stand-in as its engine."""
+    torch.set_num_threads(1)
+    processor = open_processor(graft)
+    processor.feature_extractor = WhisperFeatureExtractor(feature_size=MEL_COUNT)
+    words = np.random.default_rng(0).choice(WORDS, size=round(30 * TOKENS_PER_S))
+    return Transcriber(StandInEngine(rate, processor.target_ids(" ".join(words))), processor, "stand-in")
+
+
+def bench_pipeline(graft: str, seconds: float) -> Numbers:
+    """Measure Ray's pipeline and the bare loop for about `seconds` each, with a fast and with a slow device."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        costs = _reading_costs(write_archive(folder / "distinct", DISTINCT))
+        one_core = 1 / (costs["decode"] + costs["detection"])
+        numbers: Numbers = {f"{name}_cpu_ms_per_audio_s": 1000 * cost for name, cost in costs.items()}
+        for name, rate in {"device": H200_RATE, "slowed": min(H200_RATE, one_core / HEADROOM)}.items():
+            clips = max(round(seconds * rate / MEAN_S), ITEMS_PER_BATCH * 3 * STARTING)
+            write_archive(folder / name, clips)
+            plan = plan_items(find_recordings([str(folder / name)]), item_s=ITEM_S, probe=durations)
+            for way, work in {"bare": transcribe_bare, "ray": transcribe_on_ray}.items():
+                home = folder / f"{name}-{way}"
+                home.mkdir()
+                work(plan, functools.partial(open_stand_in, graft, rate), home)
+                numbers[f"{name}_{way}"] = steady_rate(home, clips)
+            numbers[f"{name}_ray_to_bare"] = numbers[f"{name}_ray"] / numbers[f"{name}_bare"]
+    return report(ABOUT_PIPELINE, numbers)
+
+
+def transcribe_on_ray(plan: pa.Table, opener: Opener, home: Path) -> None:
+    """Transcribe a plan's items as jobs.transcribe does."""
+    connect()
+    pq.write_table(plan, home / "plan.parquet")
+    transcribe_items(home / "plan.parquet", home, READING, opener, {}, WORKERS)
+
+
+def transcribe_bare(plan: pa.Table, opener: Opener, home: Path) -> None:
+    """Transcribe a plan's items in this process, as many batches at a time as on Ray."""
+    transcriber = opener()
+    reader, item_transcriber = ItemReader(READING), ItemTranscriber(lambda: transcriber, {})
+    (home / "items").mkdir()
+    room = threading.Semaphore(AHEAD + CALLS)
+
+    def work(number: int, read: Future[pa.Table]) -> None:
+        pq.write_table(item_transcriber(read.result()), home / "items" / f"{number}.parquet")
+        room.release()
+
+    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(CALLS) as transcribing:
+        done = []
+        for number, start in enumerate(range(0, len(plan), ITEMS_PER_BATCH)):
+            room.acquire()
+            batch = plan.slice(start, ITEMS_PER_BATCH)
+            read = reading.submit(lambda batch: pa.concat_tables(reader(batch)), batch)
+            done.append(transcribing.submit(work, number, read))
+        for future in done:
+            future.result()
+    transcriber.close()
+
+
+def steady_rate(home: Path, clips: int) -> float:
+    """Return seconds of audio a second by the times of result files. Raises RuntimeError where one is missing."""
+    files = sorted((home / "items").glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)
+    tables = [pq.read_table(path, columns=["duration_s", "error"], partitioning=None) for path in files]
+    if sum(map(len, tables)) != clips or any(table["error"].null_count < len(table) for table in tables):
+        raise RuntimeError(f"{sum(map(len, tables))} of {clips} clips have results, or some have errors")
+    audio_s = sum(pc.sum(table["duration_s"]).as_py() for table in tables[STARTING:])
+    return audio_s / (files[-1].stat().st_mtime - files[STARTING - 1].stat().st_mtime)
+
+
+def _reading_costs(files: Sequence[Path]) -> dict[str, float]:
+    """Measure the CPU seconds that each part of the work takes for a second of audio."""
+    chunker, featurizer = Chunker(), Featurizer(MEL_COUNT)
+    clips = [read_audio(path) for path in files]
+    ways: dict[str, Callable[[], object]] = {
+        "decode": lambda: [list(read_span(str(path))) for path in files],
+        "detection": lambda: [chunker(clip) for clip in clips],
+        "features": lambda: [featurizer(clip) for clip in clips],
+    }
+    audio_s = sum(clip.duration_s for clip in clips)
+    return {name: float(np.median(turns[1:, 1])) / audio_s for name, turns in in_turns(ways, 4).items()}
+
+
+def bench_memory(graft: str) -> Numbers:
+    """Measure drivers with few and with many recordings, the workers on a long one, and a large plan."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        files = write_archive(folder / "few", FEW, seconds=SHORT_S)
+        write_archive(folder / "many", MANY, seconds=SHORT_S)
+        (folder / "long").mkdir()
+        write_long_recording(folder / "long" / "long.wav", LONG_HOURS)
+        few, many, long = (watch(_transcribe, graft, folder / name) for name in ("few", "many", "long"))
+        (folder / "planned").mkdir()
+        link_files(folder / "planned", files, range(PLANNED))
+        planned = watch(_plan, folder / "planned")
+    numbers = {
+        "few_recordings": FEW,
+        "few_driver_mb": few.peak_mb("driver"),
+        "many_recordings": MANY,
+        "many_driver_mb": many.peak_mb("driver"),
+        "many_more_mb": many.peak_mb("driver") - few.peak_mb("driver"),
+        "many_s": many.result,
+        "long_hours": LONG_HOURS,
+        **{f"long_{kind}_mb": long.peak_mb(kind) for kind in ("reader", "transcriber", "driver")},
+        "long_s": long.result,
+        "plan_rows": PLANNED,
+        "plan_mb": planned.peak_mb("driver"),
+        "plan_s": planned.result,
+    }
+    return report(ABOUT_MEMORY, numbers)
+
+
+def _transcribe(graft: str, audio: Path) -> float:
+    """Transcribe an archive by jobs.transcribe; returns the seconds. Raises RuntimeError if a recording fails."""
+    quiet_libraries()
+    out = audio.with_name(f"{audio.name}-out")
+    out.mkdir()
+    recipe = TranscribeRecipe(model=graft, audio=str(audio), out=str(out))
+    opener = functools.partial(open_stand_in, graft, H200_RATE)
+    start = time.monotonic()
+    with contextlib.redirect_stdout(io.StringIO()):
+        _, summary = transcribe(find_recordings([str(audio)]), recipe, out, opener)
+    if summary["failed"]:
+        raise RuntimeError(f"{summary['failed']} recordings failed: {summary['failed_by_reason']}")
+    return time.monotonic() - start
+
+
+def _plan(audio: Path) -> float:
+    """Plan an archive as jobs.transcribe does; returns the seconds."""
+    start = time.monotonic()
+    plan = plan_items(find_recordings([str(audio)]), item_s=ITEM_S, probe=durations)
+    plan = at_attempts(plan, read_index(audio.parent), retry_errors=False)
+    pq.write_table(plan, audio.parent / "plan.parquet", row_group_size=50_000)
+    return time.monotonic() - start

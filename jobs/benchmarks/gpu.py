@@ -1,167 +1,220 @@
-"""`python -m jobs.benchmarks.gpu --shape 7b`: the speed of training steps on this machine's GPU, without data, weights or Ray.
+"""Measure training steps and the transformers engine on this machine's GPU, without data, weights or Ray.
 
-Weights are random and made on the device, features are noise, clips are all of one length; model, backend and arithmetic are those of
-training. Needs torch and transformers, and peft for stage 2. `--shape tiny` runs anywhere.
+Weights are random and made on the device, features are noise, all clips have one length; all else is as in training and
+transcription. Needs torch and transformers, and peft for stage 2. `--shape tiny` runs anywhere.
 """
 
-import argparse
+import asyncio
+import contextlib
 import gc
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from graft.audio.features import Features
 from graft.checkpoints.known_bases import AUDIO_BASES, TEXT_BASES
 from graft.checkpoints.loading import DTYPES
 from graft.checkpoints.lora import LoraSettings
-from graft.errors import GraftError, OutputError
-from graft.model.configuration import GraftConfig, audio_token_count
+from graft.errors import GraftError
+from graft.inference.engines.kv_cache import whole_columns
+from graft.inference.engines.protocol import Engine, EngineRequest
+from graft.inference.engines.transformers_engine import TransformersEngine
+from graft.model.configuration import TAIL_FRAMES, WINDOW_FRAMES, GraftConfig, audio_token_count
 from graft.model.modeling import GraftForConditionalGeneration
+from graft.processor import IGNORED_LABEL
 from graft.training.backends import Backend
-from graft.training.estimate import batch_flops, device_peak_flops
+from graft.training.estimate import batch_flops, device_peak_flops, name_words
 from graft.training.stages import ComputeSettings, Stage, make_backend, prepared
 
-from .counts import positive_float, positive_int
+from .measuring import Numbers, Row, report_table
 
 SHAPES = {
     "7b": ("openai/whisper-large-v3-turbo", "Qwen/Qwen2-VL-7B-Instruct"),
     "2b": ("openai/whisper-large-v3-turbo", "Qwen/Qwen2-VL-2B-Instruct"),
     "tiny": ("bundled", "bundled"),
 }
+BUDGETS = {"7b": [2048, 4096, 8192, 16384], "2b": [4096, 8192, 16384, 32768], "tiny": [512, 1024]}
 TINY_LAYERS = 2
 FRAMES_PER_S = 100
 PROMPT_TOKENS = 16
-LABELS_PER_S = 3.0  # speech in lower case
+LABELS_PER_S = 3.0
+"""Tokens of an answer for a second of speech in lower case."""
 WARMUP_STEPS = 3
-BUDGETS = {"7b": [2048, 4096, 8192, 16384], "2b": [4096, 8192, 16384, 32768], "tiny": [512, 1024]}
+PREFILL_TOKENS = 8_192
+"""Tokens of prompts that are read between two steps."""
+CEILINGS = {
+    ("h200",): {10.0: 1629.0, 30.0: 1660.0},
+    ("a100", "40gb"): {10.0: 483.0, 30.0: 497.0},
+}
+"""Seconds of audio a second that are possible with the 7b shape, 256 clips at a time, by words of a GPU's name and by the
+clips' seconds: 2.27 TFLOP to encode 30 s and 0.68 to encode 10 s, 10.3 and 3.67 to read the prompt, and steps that read
+14.1 GB of weights; 790 TFLOP/s and 4.8 TB/s on an H200, 312 and 1.555 on an A100 of 40 GB."""
+
+ABOUT_GPU = "{shape}, {device}, torch {torch}, {date}, clips of {clip_s:g} s, {dtype}, {attention}"
+ABOUT_ENGINE = """\
+{shape}, {device}, torch {torch}, {date}, {dtype}
+ceiling: seconds of audio a second that are possible; rows: answers that share a step; busy: while the engine computes"""
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was measured for one stage and one token budget; MFU is None where the device's peak is not known, memory off a GPU."""
+def bench_gpu(
+    shape: str,
+    stage: Sequence[int],
+    seconds: float,
+    budgets: Sequence[int] | None,
+    clip_s: float,
+    dtype: Any,
+    attention: str,
+    gradient_checkpointing: bool,
+    compile: bool,
+) -> Numbers:
+    """Measure steps of each stage and token budget; MFU is left out where the device's peak is unknown."""
+    compute = ComputeSettings(dtype, "torch", 2, attention, gradient_checkpointing, compile)
+    config, machine = bench_config(shape), _machine(shape)
+    peak_flops = device_peak_flops(machine["device"])
 
-    stage: int
-    token_budget: int
-    samples_per_s: float
-    clips: int
-    tokens: int
-    step_s: float
-    tflops_per_s: float
-    mfu: float | None
-    memory_gb: float | None
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print a row for each stage and token budget; exit code 2 and one line on stderr for what a user can mend."""
-    arguments = _parser().parse_args(argv)
-    device = torch.device(arguments.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    name = describe(device)
-    asked = f"{arguments.shape}, {arguments.clip_s:g} s clips, {arguments.dtype}, {arguments.attention}"
-    print(f"{asked}, {name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    print(
-        f"{'':<7}{'budget':>8}{'samples/s':>11}{'clips':>7}{'tokens':>8}{'s/step':>9}{'TFLOP/s':>9}{'MFU':>7}{'GB':>8}",
-        flush=True,
-    )
-    rows = []
-    try:
-        for row in _measure(arguments, device, device_peak_flops(name)):
-            print(_line(row), flush=True)
-            rows.append(row)
-        if arguments.json:
-            write_rows(arguments, name, [asdict(row) for row in rows])
-    except (GraftError, torch.OutOfMemoryError) as error:
-        print(f"graft: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def describe(device: torch.device) -> str:
-    """The name of a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def write_rows(arguments: argparse.Namespace, device: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Write what was found to the file that `--json` names, with what was asked for, of which device, and when. Raises OutputError."""
-    found = vars(arguments) | {
-        "device": device,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": rows,
-    }
-    try:
-        Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n")
-    except OSError as error:
-        raise OutputError(
-            f"{arguments.json} cannot be written: {error.strerror or error}: name another --json file"
-        ) from error
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.benchmarks.gpu", description="Measure training steps on this machine's GPU."
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="7b", help="default: %(default)s")
-    parser.add_argument("--stage", type=int, choices=(1, 2), nargs="+", default=[1, 2], help="default: both")
-    parser.add_argument(
-        "--seconds", type=positive_float, default=10.0, help="how long to measure each row (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--budgets",
-        type=positive_int,
-        nargs="+",
-        metavar="TOKENS",
-        help="padded tokens of a batch (default: some for the shape)",
-    )
-    parser.add_argument("--clip-s", type=positive_float, default=10.0, help="seconds of a clip (default: %(default)s)")
-    parser.add_argument("--rank", type=positive_int, default=64, help="of stage 2's adapters (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
-    parser.add_argument(
-        "--attention", choices=("sdpa", "flash_attention_2", "eager"), default="sdpa", help="default: %(default)s"
-    )
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="compile the layers (the first steps then take minutes)")
-    parser.add_argument("--device", help="default: the first GPU, else the CPU")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
-    return parser
-
-
-def _measure(arguments: argparse.Namespace, device: torch.device, peak_flops: float | None) -> Iterator[Row]:
-    config = bench_config(arguments.shape)
-    computing = ComputeSettings(
-        dtype=arguments.dtype,
-        attention=arguments.attention,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        compile=arguments.compile,
-    )
-    for stage in arguments.stage:
-        lora = LoraSettings(rank=arguments.rank) if stage == 2 else None
-        model = random_stage(config, computing, lora, device)
-        backend = make_backend(model, computing, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
-        for budget in arguments.budgets or BUDGETS[arguments.shape]:
-            inputs, flops = synthetic_batch(
-                config, budget, arguments.clip_s, lora=lora, computing=computing, device=device
-            )
-            try:
-                yield _row(
-                    backend, inputs, flops, stage=stage, budget=budget, seconds=arguments.seconds, peak_flops=peak_flops
-                )
-            except torch.OutOfMemoryError:
-                print(f"stage{stage}{budget:>9}   the device's memory ran out", flush=True)
-                break
-        del model, backend, inputs
-        gc.collect()
-        if device.type == "cuda":
+    def rows() -> Iterator[Row]:
+        for number in stage:
+            lora = LoraSettings() if number == 2 else None
+            model = prepared(_random_model(config, dtype, attention), Stage(number, lora=lora), compute)
+            backend = make_backend(model, compute, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
+            for budget in budgets or BUDGETS[shape]:
+                try:
+                    step_s, clips, tokens, flops = _train(backend, config, budget, clip_s, seconds, lora, compute)
+                except torch.OutOfMemoryError:
+                    print(f"stage{number} {budget}: the device's memory ran out", flush=True)
+                    break
+                counts = {"samples/s": clips / step_s, "clips": clips, "tokens": tokens, "ms/step": 1000 * step_s}
+                mfu = 100 * flops / step_s / peak_flops if peak_flops else None
+                speed = {"TFLOP/s": flops / step_s / 1e12, "MFU %": mfu, "GB": _peak_gb()}
+                yield f"stage{number} {budget}", counts | speed
+            del model, backend
+            gc.collect()
             torch.cuda.empty_cache()
+
+    about = ABOUT_GPU.format(clip_s=clip_s, dtype=dtype, attention=attention, **machine)
+    return machine | report_table(about, rows())
+
+
+def _train(
+    backend: Backend,
+    config: GraftConfig,
+    budget: int,
+    clip_s: float,
+    seconds: float,
+    lora: LoraSettings | None,
+    compute: ComputeSettings,
+) -> tuple[float, int, int, float]:
+    """Train on a batch again and again; returns the seconds of a step, and the clips, tokens and FLOPs in it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    inputs, label_count, flops = synthetic_batch(config, budget, clip_s, lora=lora, compute=compute)
+    start, count = 0.0, -WARMUP_STEPS
+    while count <= 0 or time.perf_counter() - start < seconds:
+        if count == 0:
+            start = time.perf_counter()
+        backend.backward(inputs, label_count=label_count, is_last=True)
+        backend.step(1e-4)  # returns the gradient's norm, for which the device's work has to end
+        count += 1
+    clips, length = inputs["input_ids"].shape
+    return (time.perf_counter() - start) / count, clips, clips * length, flops
+
+
+def synthetic_batch(
+    config: GraftConfig, budget: int, clip_s: float, *, lora: LoraSettings | None, compute: ComputeSettings
+) -> tuple[dict[str, Tensor], int, float]:
+    """Make as many clips as the budget holds, at least one; returns them, the number of labels and a step's FLOPs."""
+    frames, labels = round(clip_s * FRAMES_PER_S), round(clip_s * LABELS_PER_S)
+    audio_tokens = audio_token_count(frames, pool=config.audio_pool, context=config.audio_context)
+    tokens = PROMPT_TOKENS + audio_tokens + labels
+    clips = max(1, budget // tokens)
+    with _device():
+        ids = torch.randint(10, 1000, (clips, tokens))
+        ids[:, 5 : 5 + audio_tokens] = config.audio_token_id
+        mel_shape = (clips, config.audio_config.num_mel_bins, min(frames + TAIL_FRAMES, WINDOW_FRAMES))
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.where(torch.arange(tokens) >= tokens - labels, ids, IGNORED_LABEL),
+            "input_features": torch.rand(mel_shape) - 0.5,
+            "audio_frame_counts": torch.full((clips,), frames),
+        }
+    flops = batch_flops(
+        config,
+        token_counts=[tokens] * clips,
+        label_count=labels * clips,
+        frame_counts=[frames] * clips,
+        lora_rank=lora.rank if lora else None,
+        gradient_checkpointing=compute.gradient_checkpointing,
+    )
+    return inputs, labels * clips, flops
+
+
+def bench_engine(shape: str, clip_s: Sequence[float], rounds: float, batch_clips: int, dtype: str) -> Numbers:
+    """Measure the transformers engine with clips of each length. Raises GraftError where memory does not suffice."""
+    config, machine = bench_config(shape), _machine(shape)
+    count = max(1, round(rounds * batch_clips))
+
+    def rows() -> Iterator[Row]:
+        model = _random_model(config, dtype, "sdpa").eval()
+        for each_s in clip_s:
+            request = _request(config, each_s)
+            tokens = batch_clips * whole_columns(len(request.prompt_ids) + request.max_new_tokens)
+            budgets: Any = {"max_batch_tokens": tokens, "max_prefill_tokens": PREFILL_TOKENS}
+            with contextlib.closing(TransformersEngine(model, pad_id=0, eos_ids=(), **budgets)) as engine:
+                asyncio.run(_transcribe(engine, request, count))  # steps become CUDA graphs when their shapes recur
+                before, start = engine.counts(), time.perf_counter()
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
+                asyncio.run(_transcribe(engine, request, count))
+                seconds, after = time.perf_counter() - start, engine.counts()
+            sizes = {"clips": count, "prompt": len(request.prompt_ids), "answer": request.max_new_tokens}
+            rtfx, most = count * each_s / seconds, ceiling(shape, machine["device"], each_s)
+            speed = {"RTFx": rtfx, "ceiling": most, "share %": 100 * rtfx / most if most else None}
+            tokens_per_step = (after.tokens - before.tokens) / max(1, after.steps - before.steps)
+            busy = 100 * (after.busy_s - before.busy_s) / seconds
+            yield f"{each_s:g} s", sizes | speed | {"rows": tokens_per_step, "busy %": busy, "GB": _peak_gb()}
+
+    try:
+        return machine | report_table(ABOUT_ENGINE.format(dtype=dtype, **machine), rows())
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise GraftError(str(error)) from error
+
+
+def ceiling(shape: str, name: str, clip_s: float) -> float | None:
+    """Return what is possible on a GPU of this name; None where that was not computed."""
+    words = name_words(name)
+    if shape != "7b" or "mig" in words:
+        return None
+    return next((most.get(clip_s) for card, most in CEILINGS.items() if words.issuperset(card)), None)
+
+
+def _request(config: GraftConfig, clip_s: float) -> EngineRequest:
+    """Make a request of noise, whose id is set for each clip."""
+    frames = round(clip_s * FRAMES_PER_S)
+    mel_shape = (config.audio_config.num_mel_bins, min(frames + TAIL_FRAMES, WINDOW_FRAMES))
+    mel = np.random.default_rng(0).random(mel_shape, np.float32) - 0.5
+    audio = [config.audio_token_id] * audio_token_count(frames, pool=config.audio_pool, context=config.audio_context)
+    words = list(range(10, 10 + PROMPT_TOKENS))
+    return EngineRequest("", Features(mel, frames), [*words[:5], *audio, *words[5:]], round(clip_s * LABELS_PER_S))
+
+
+async def _transcribe(engine: Engine, request: EngineRequest, count: int) -> None:
+    """Have as many clips transcribed, all at once."""
+
+    async def read(number: int) -> None:
+        async for _ in engine.stream(replace(request, request_id=f"clip {number}")):
+            pass
+
+    await asyncio.gather(*map(read, range(count)))
 
 
 def bench_config(shape: str) -> GraftConfig:
-    """The configuration of a shape, with 25 audio tokens a second; the tiny one has the bundled pair's width and two layers."""
+    """Return a shape's configuration, with 25 audio tokens a second; the tiny one is the bundled pair of two layers."""
     audio_base, text_base = SHAPES[shape]
     audio, text = dict(AUDIO_BASES[audio_base]), dict(TEXT_BASES[text_base])
     ids = {}
@@ -173,109 +226,22 @@ def bench_config(shape: str) -> GraftConfig:
     return GraftConfig(audio_config=audio, **text, **ids)
 
 
-def random_stage(
-    config: GraftConfig, computing: ComputeSettings, lora: LoraSettings | None, device: torch.device
-) -> GraftForConditionalGeneration:
-    """A stage's model with random weights, made on the device in the dtype of training."""
-    with device:
-        model = GraftForConditionalGeneration._from_config(
-            config, dtype=DTYPES[computing.dtype], attn_implementation=computing.attention
-        )
-    return prepared(model, Stage(2 if lora else 1, lora=lora), computing)
+def _random_model(config: GraftConfig, dtype: str, attention: str) -> GraftForConditionalGeneration:
+    with _device():
+        return GraftForConditionalGeneration._from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
 
 
-def synthetic_batch(
-    config: GraftConfig,
-    budget: int,
-    clip_s: float,
-    *,
-    lora: LoraSettings | None,
-    computing: ComputeSettings,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], float]:
-    """As many clips of one length as the budget holds, at least one, with random words; and the FLOPs of a step on them."""
-    frames = round(clip_s * FRAMES_PER_S)
-    audio_tokens, labels = (
-        audio_token_count(frames, pool=config.audio_pool, context=config.audio_context),
-        round(clip_s * LABELS_PER_S),
-    )
-    tokens = PROMPT_TOKENS + audio_tokens + labels
-    clips = max(1, budget // tokens)
-    ids = torch.randint(10, 1000, (clips, tokens), device=device)
-    ids[:, 5 : 5 + audio_tokens] = config.audio_token_id
-    is_label = torch.arange(tokens, device=device) >= tokens - labels
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": torch.where(is_label, ids, -100),
-        "input_features": torch.rand(clips, config.audio_config.num_mel_bins, min(frames + 2, 3000), device=device)
-        - 0.5,
-        "audio_frame_counts": torch.full((clips,), frames, device=device),
-    }
-    flops = batch_flops(
-        config,
-        token_counts=[tokens] * clips,
-        label_count=labels * clips,
-        frame_counts=[frames] * clips,
-        lora_rank=lora.rank if lora else None,
-        gradient_checkpointing=computing.gradient_checkpointing,
-    )
-    return inputs, flops
+def _device() -> torch.device:
+    """Return the first GPU, or the CPU where there is none."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _row(
-    backend: Backend,
-    inputs: dict[str, Tensor],
-    flops: float,
-    *,
-    stage: int,
-    budget: int,
-    seconds: float,
-    peak_flops: float | None,
-) -> Row:
-    device = inputs["input_ids"].device
-    label_count = int((inputs["labels"] != -100).sum())
-
-    def step() -> None:
-        backend.backward(inputs, label_count=label_count, is_last=True)
-        backend.step(1e-4)
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    step_s = _seconds_each(step, seconds, device)
-    clips, tokens = inputs["input_ids"].shape
-    return Row(
-        stage=stage,
-        token_budget=budget,
-        samples_per_s=clips / step_s,
-        clips=clips,
-        tokens=clips * tokens,
-        step_s=step_s,
-        tflops_per_s=flops / step_s / 1e12,
-        mfu=flops / step_s / peak_flops if peak_flops else None,
-        memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
-    )
+def _machine(shape: str) -> Numbers:
+    """Say what is measured, where and when."""
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    return {"shape": shape, "device": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
-def _seconds_each(step: Callable[[], None], seconds: float, device: torch.device) -> float:
-    """The mean time of a step, which ends with the device's work (the gradient's norm is read), after a warm-up."""
-    for _ in range(WARMUP_STEPS):
-        step()
-    started, count = time.perf_counter(), 0
-    while not count or time.perf_counter() - started < seconds:
-        step()
-        count += 1
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / count
-
-
-def _line(row: Row) -> str:
-    mfu = "-" if row.mfu is None else f"{row.mfu:.1%}"
-    memory = "-" if row.memory_gb is None else f"{row.memory_gb:.1f}"
-    shares = f"{row.tokens:>8}{row.step_s:>9.3f}{row.tflops_per_s:>9.1f}{mfu:>7}{memory:>8}"
-    return f"stage{row.stage} {row.token_budget:>8}{row.samples_per_s:>11.2f}{row.clips:>7}{shares}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _peak_gb() -> float | None:
+    """Return the most memory that PyTorch has held on the GPU, in GB of 10^9 bytes; None without one."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None

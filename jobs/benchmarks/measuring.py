@@ -1,73 +1,139 @@
-"""How benchmarks measure: ways to do the same work in turns, wall time beside this process's CPU time, and medians of ratios."""
+"""Measure work: wall and CPU seconds, several ways in turns, and what a process and all below it use of a machine."""
 
+import contextlib
 import os
-import statistics
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
-Numbers = dict[str, float]
+import numpy as np
+
+T = TypeVar("T")
+Numbers = dict[str, Any]
+"""Measured values by name, as `--json` writes them."""
+Row = tuple[str, Numbers]
+"""A line of a table: its name and its numbers."""
+
+LOOK_S = 0.5
+"""Seconds between two looks at the processes of some work."""
+KINDS = {
+    "SplitCoordinator": "coordinator",
+    "LoadBatches": "loaders",
+    "MadeBatches": "loaders",
+    "RayTrainWorker": "workers",
+    "Consumer": "workers",
+    "TrainController": "controller",
+    "ItemReader": "reader",
+    "ItemTranscriber": "transcriber",
+}
+"""Part of a process's title -> its kind. The process that does the work is the "driver", any other one is "other"."""
+NAME_WIDTH, COLUMN_WIDTH = 26, 10
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What a benchmark found: numbers by name, and the text that shows them."""
-
-    numbers: Numbers
-    text: str
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Seconds of the clock, and of all this process's threads on a core: the second does not grow while others hold the cores."""
-
-    wall_s: float
-    cpu_s: float
-
-
-def spent_on(work: Callable[[], object]) -> Spent:
-    """Measure one piece of work."""
+def seconds_of(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the wall seconds of work, and this process's CPU seconds, which do not grow while others hold the cores."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return Spent(time.perf_counter() - wall, time.process_time() - cpu)
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def in_turns(ways: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[Spent]]:
-    """Measure each way `repetitions` times, in turns, so that a busy machine slows all alike."""
-    spent: dict[str, list[Spent]] = {name: [] for name in ways}
-    for _ in range(repetitions):
-        for name, work in ways.items():
-            spent[name].append(spent_on(work))
+def in_turns(ways: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, np.ndarray]:
+    """Time ways in turns, so that a busy machine slows all alike; returns wall and CPU seconds (repetitions, 2)."""
+    turns = [{name: seconds_of(work) for name, work in ways.items()} for _ in range(repetitions)]
+    return {name: np.array([turn[name] for turn in turns]) for name in ways}
+
+
+def alone(work: Callable[..., T], *arguments: object) -> T:
+    """Do work in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+class Process(NamedTuple):
+    """What a process has used: CPU seconds, and the most memory, shared memory included, in MB (2^20 bytes)."""
+
+    kind: str
+    cpu_s: float
+    peak_mb: float
+
+
+class Watched(NamedTuple, Generic[T]):
+    """The result of work in a fresh process, and looks at the processes by their ids, with times (time.monotonic)."""
+
+    result: T
+    looks: list[tuple[float, dict[int, Process]]]
+
+    def peak_mb(self, kind: str) -> float:
+        """Return the most memory that one process of a kind held; 0 where there was none."""
+        processes = [process for _, look in self.looks for process in look.values()]
+        return max((process.peak_mb for process in processes if process.kind == kind), default=0.0)
+
+
+def watch(work: Callable[..., T], *arguments: object) -> Watched[T]:
+    """Do work in a fresh process, and look at this process and all below it until it is done. Linux only."""
+    looks, is_done = [], False
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        root = pool.submit(os.getpid).result()
+        future = pool.submit(work, *arguments)
+        while not is_done:
+            wait([future], LOOK_S)
+            is_done = future.done()  # before the look, so that the last look shows the end
+            looks.append((time.monotonic(), look_at(root)))
+    return Watched(future.result(), looks)
+
+
+def look_at(root: int) -> dict[int, Process]:
+    """Look at a process and all below it."""
+    import psutil
+
+    processes = {}
+    with contextlib.suppress(psutil.NoSuchProcess):  # the root has crashed
+        for process in [psutil.Process(root), *psutil.Process(root).children(recursive=True)]:
+            with contextlib.suppress(psutil.Error, OSError):  # the process has ended meanwhile
+                title, times = " ".join(process.cmdline()), process.cpu_times()
+                kind = next((KINDS[part] for part in KINDS if part in title), "other")
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                if peak_kb := re.search(r"VmHWM:\s+(\d+)", status):  # a zombie has none
+                    used = times.user + times.system, int(peak_kb[1]) / 1024
+                    processes[process.pid] = Process("driver" if process.pid == root else kind, *used)
+    return processes
+
+
+def cpu_s(before: Mapping[int, Process], after: Mapping[int, Process]) -> dict[str, float]:
+    """Return the CPU seconds between two looks by kind; processes that ended meanwhile are left out."""
+    spent: dict[str, float] = defaultdict(float)
+    for pid, process in after.items():
+        spent[process.kind] += process.cpu_s - (before[pid].cpu_s if pid in before else 0.0)
     return spent
 
 
-def with_load(findings: Findings) -> Findings:
-    """Findings with the machine's load: where it is more than the benchmark's own processes, wall times mislead."""
-    load = os.getloadavg()[0]
-    return Findings(findings.numbers | {"load_average": load}, f"{findings.text}\nload average {load:.1f}")
-
-
-def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """How many times longer the slow way takes: the median of the ratios turn by turn."""
-    return statistics.median(one / other for one, other in zip(slow, fast, strict=True))
-
-
-def list_numbers(numbers: Numbers) -> str:
-    """A line for each number."""
+def report(about: str, numbers: Numbers) -> Numbers:
+    """Print a line for each number; returns the numbers."""
+    if about:
+        print(about)
     width = max(map(len, numbers))
-    return "\n".join(
-        f"{name:<{width}}  {value:>12{',' if isinstance(value, int) else ',.2f'}}" for name, value in numbers.items()
-    )
+    for name, value in numbers.items():
+        print(f"{name:<{width}}  {_cell(value):>12}", flush=True)
+    return numbers
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows under a header: the first column on the left, the others on the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+def report_table(about: str, rows: Iterable[Row]) -> Numbers:
+    """Print each row once it is measured, under the names of the first row's numbers; returns all as "row number"."""
+    print(about)
+    reported: Numbers = {}
+    for name, numbers in rows:
+        widths = [max(COLUMN_WIDTH, len(title) + 2) for title in numbers]
+        if not reported:
+            print(" " * NAME_WIDTH + "".join(map(str.rjust, numbers, widths)))
+        print(name.ljust(NAME_WIDTH) + "".join(map(str.rjust, map(_cell, numbers.values()), widths)), flush=True)
+        reported |= {f"{name} {title}": value for title, value in numbers.items()}
+    return reported
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"

@@ -1,121 +1,160 @@
-"""The steps that graft's own is measured against, each written out as others write it: a batch in, its loss out.
+"""Measure others that transcribe on a CPU, on the same clips: Whisper base by transformers and by faster-whisper.
 
-All train a projector alone between frozen parts in bf16, as stage 1 does.
+Each transcribes decoded clips in a fresh process, greedily, after one clip to warm up. As a program with the arguments
+FOLDER KIND THREADS PORT this module serves faster-whisper behind a plain FastAPI server.
 """
 
-from typing import Any
+import functools
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
 
-from graft.model.configuration import WINDOW_FRAMES, GraftConfig
-from graft.model.encoder import pad_with_silence
-from graft.model.modeling import GraftForConditionalGeneration
-from graft.processor import IGNORED_LABEL
-from graft.training.backends import trained_parameters
+from graft.audio.chunking import windows
+from graft.audio.clip import SAMPLE_RATE, AudioClip
+from graft.checkpoints.bundled.cache import bundled_whisper
+from graft.inference.transcriber import open_transcriber
+from graft.text.wer import score
 
-from .batches import Inputs
+from ..common.console import quiet_libraries
+from .measuring import Numbers, Row, report, report_table, seconds_of, watch
+from .speech import labelled_speech
 
+Transcribe = Callable[[Sequence[AudioClip]], list[str]]
 
-class PlainStep:
-    """A whole step on a model that makes batches into losses: autocast to bf16, backward, clipping, fused AdamW."""
+BATCH_CLIPS = 8
+"""Clips of a batch in transformers' pipeline."""
+KINDS = ("float32", "int8")
+"""Arithmetic of faster-whisper."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.trained = list(trained_parameters(model).values())
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3, weight_decay=0.0, fused=True)
-
-    def __call__(self, inputs: Inputs) -> float:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = self.model(**inputs)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm)
+ABOUT_PEERS = f"""\
+graft           its Transcriber, all clips at once
+transformers    Whisper base, pipeline("automatic-speech-recognition"), {BATCH_CLIPS} clips to a batch
+faster-whisper  Whisper base converted for CTranslate2, one clip at a time
+All are greedy; CPU s: for a second of audio; MB: the most memory (2^20 bytes) that the process held."""
+ABOUT_BF16 = "the same clips in bf16, one by one and all together: texts that differ, and both word error rates"
+NO_GRAFT = "graft: --model names a trained one; the answers of an untrained one have neither words nor an end"
+NO_FASTER_WHISPER = "faster-whisper is not installed: pip install faster-whisper"
 
 
-class AllLogits(nn.Module):
-    """A graft's loss by way of the logits at every position."""
+def bench_peers(model: str | None, speech: Sequence[str] | None, threads: int) -> Numbers:
+    """Measure a graft, where one is given, and plain Whisper base in other hands."""
+    openers: dict[str, Callable[[], Transcribe]] = {}
+    if model:
+        openers["graft"] = functools.partial(open_graft, model, threads)
+    openers["transformers"] = open_pipeline
+    with tempfile.TemporaryDirectory() as folder:
+        if has_whisper := convert_whisper(folder):
+            for kind in KINDS:
+                openers[f"faster-whisper {kind}"] = functools.partial(open_faster_whisper, folder, kind, threads)
 
-    def __init__(self, graft: GraftForConditionalGeneration):
-        super().__init__()
-        self.graft = graft
+        def rows() -> Iterator[Row]:
+            for name, opener in openers.items():
+                watched = watch(_transcribe_all, opener, speech, threads)
+                yield name, watched.result | {"MB": watched.peak_mb("driver")}
 
-    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        return _loss_everywhere(self.graft(**inputs, use_cache=False).logits, labels)
-
-
-class SeedStep(nn.Module):
-    """The reference system's way to a loss, with a graft's weights: the padded window, all its tokens, logits at every position."""
-
-    def __init__(self, graft: GraftForConditionalGeneration):
-        super().__init__()
-        self.graft = graft
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, input_features: Tensor) -> Tensor:
-        graft = self.graft
-        states = graft.audio_tower(input_features.to(graft.dtype)).last_hidden_state  # (clips, 1500, d_model)
-        audio = graft.audio_projector(states).flatten(0, 1)
-        embeddings = graft.get_input_embeddings()(input_ids)
-        embeddings = embeddings.masked_scatter(
-            (input_ids == graft.config.audio_token_id)[..., None], audio.to(embeddings.dtype)
-        )
-        hidden = graft.model(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return _loss_everywhere(graft.lm_head(hidden), labels)
+        numbers = report_table(ABOUT_PEERS, rows())
+    print("" if model else NO_GRAFT, "" if has_whisper else NO_FASTER_WHISPER, sep="\n")
+    return numbers
 
 
-def seed_inputs(inputs: Inputs) -> dict[str, Tensor]:
-    """Pad a batch of graft's to the 30 s window."""
-    features = pad_with_silence(inputs["input_features"], inputs["audio_frame_counts"], WINDOW_FRAMES)
-    return {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")} | {"input_features": features}
+def _transcribe_all(opener: Callable[[], Transcribe], speech: Sequence[str] | None, threads: int) -> Numbers:
+    """Measure a way to transcribe on labelled clips."""
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    clips, references = zip(*labelled_speech(speech), strict=True)
+    transcribe, texts = opener(), list[str]()
+    transcribe(clips[:1])
+    wall_s, cpu_s = seconds_of(lambda: texts.extend(transcribe(clips)))
+    audio_s = sum(clip.duration_s for clip in clips)
+    speed = {"audio s/s": audio_s / wall_s, "CPU s": cpu_s / audio_s}
+    return {"clips": len(clips), "audio s": audio_s, "WER %": 100 * score(references, texts).wer} | speed
 
 
-class FlamingoStep(nn.Module):
-    """AudioFlamingo3 of a graft's size, with random weights, called as its documentation calls it."""
-
-    def __init__(self, config: GraftConfig):
-        super().__init__()
-        self.flamingo = AudioFlamingo3ForConditionalGeneration(_flamingo_config(config)).bfloat16().train()
-        self.flamingo.requires_grad_(False)
-        self.flamingo.model.multi_modal_projector.float().requires_grad_(True)
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return self.flamingo(**inputs, use_cache=False).loss
-
-
-def flamingo_inputs(inputs: Inputs) -> dict[str, Tensor]:
-    """Pad a batch of graft's to the 30 s window that AudioFlamingo3's encoder takes, and mask it; the tokens are the same."""
-    frame_counts = inputs["audio_frame_counts"]
-    is_clip = torch.arange(WINDOW_FRAMES) < frame_counts[:, None]
-    padded = seed_inputs(inputs)
-    return padded | {"input_features": padded["input_features"].bfloat16(), "input_features_mask": is_clip.long()}
-
-
-def _loss_everywhere(logits: Tensor, labels: Tensor) -> Tensor:
-    # (clips, length, vocabulary), (clips, length)
-    return nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL
-    )
-
-
-def _flamingo_config(config: GraftConfig) -> AudioFlamingo3Config:
-    audio, text = config.audio_config, config.text_config
-    encoder = {
-        "num_mel_bins": audio.num_mel_bins,
-        "hidden_size": audio.d_model,
-        "num_hidden_layers": audio.encoder_layers,
-        "num_attention_heads": audio.encoder_attention_heads,
-        "intermediate_size": audio.encoder_ffn_dim,
+def bench_bf16(model: str | None, speech: Sequence[str] | None, threads: int) -> Numbers:
+    """Count the texts that a batch changes in bf16: clips one by one, and once more all together, by the same graft."""
+    if not model:
+        print(NO_GRAFT)
+        return {}
+    clips, references = zip(*labelled_speech(speech), strict=True)
+    transcribe = open_graft(model, threads, "bf16")
+    one_by_one = [transcribe([clip])[0] for clip in clips]
+    together = transcribe(clips)
+    changed = sum(one != other for one, other in zip(one_by_one, together, strict=True))
+    rates = {"alone": score(references, one_by_one).wer, "together": score(references, together).wer}
+    numbers = {"clips": len(clips), "changed": changed} | {
+        f"{name}_wer_percent": 100 * wer for name, wer in rates.items()
     }
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    words: dict[str, Any] = {name: getattr(text, name) for name in names}
-    return AudioFlamingo3Config(audio_config=encoder, text_config=words, audio_token_id=config.audio_token_id)
+    return report(ABOUT_BF16, numbers)
+
+
+def open_graft(model: str, threads: int, dtype: str | None = None) -> Transcribe:
+    """Open a graft in a precision, by default the one that its weights are stored in."""
+    transcriber: Any = open_transcriber(model, device="cpu", dtype=dtype, chunker=windows, threads=threads)
+    return lambda clips: [transcript.text for transcript in transcriber.transcribe_many(clips)]
+
+
+def open_pipeline() -> Transcribe:
+    """Open Whisper base as transformers' documentation does."""
+    from transformers import pipeline
+
+    whisper: Any = {"model": str(bundled_whisper()), "device": "cpu", "dtype": torch.float32}
+    recognizer = pipeline("automatic-speech-recognition", **whisper)
+    settings = {"language": "en", "task": "transcribe", "num_beams": 1}
+
+    def transcribe(clips: Sequence[AudioClip]) -> list[str]:
+        inputs: Any = [{"raw": clip.samples, "sampling_rate": SAMPLE_RATE} for clip in clips]
+        return [answer["text"] for answer in recognizer(inputs, batch_size=BATCH_CLIPS, generate_kwargs=settings)]
+
+    return transcribe
+
+
+def convert_whisper(folder: str) -> bool:
+    """Write the bundled Whisper base as CTranslate2 reads it; false where faster-whisper is not installed."""
+    if importlib.util.find_spec("faster_whisper") is None:
+        return False
+    from ctranslate2.converters import TransformersConverter
+
+    files = ["tokenizer.json", "preprocessor_config.json"]
+    TransformersConverter(str(bundled_whisper()), copy_files=files).convert(folder, force=True)
+    return True
+
+
+def open_faster_whisper(folder: str, kind: str, threads: int) -> Callable[[Sequence[Any]], list[str]]:
+    """Open a converted Whisper in a kind of arithmetic; it takes clips and open files."""
+    from faster_whisper import WhisperModel
+
+    whisper = WhisperModel(folder, device="cpu", compute_type=kind, cpu_threads=threads)
+
+    def transcribe(audios: Sequence[Any]) -> list[str]:
+        samples = (audio.samples if isinstance(audio, AudioClip) else audio for audio in audios)
+        answers = (whisper.transcribe(audio, language="en", beam_size=1)[0] for audio in samples)
+        return ["".join(segment.text for segment in segments) for segments in answers]
+
+    return transcribe
+
+
+def serve_whisper(folder: str, kind: str, threads: str, port: str) -> None:
+    """Serve a converted Whisper as one would write it; requests wait for its threads in those of the server."""
+    import uvicorn
+    from fastapi import FastAPI, Form, UploadFile
+
+    transcribe = open_faster_whisper(folder, kind, int(threads))
+    api = FastAPI()
+
+    @api.post("/v1/audio/transcriptions")
+    def answer(file: UploadFile, model: Annotated[str, Form()]) -> dict[str, str]:
+        return {"text": transcribe([file.file])[0]}
+
+    @api.get("/v1/models")
+    def models() -> dict[str, list[dict[str, str]]]:
+        return {"data": [{"id": "base"}]}
+
+    uvicorn.run(api, port=int(port), log_level="error")
+
+
+if __name__ == "__main__":
+    serve_whisper(*sys.argv[1:])

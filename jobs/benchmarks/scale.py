@@ -1,38 +1,247 @@
-"""How far one training run grows: Ray's split of the batches over up to 64 stand-ins, and Ray Train itself with a few real workers."""
+"""Measure how Ray feeds training workers and how many it can feed: stand-ins, whose step only sleeps, and real ones.
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+    batches -> planned_dataset's loaders -> Ray's split coordinator -> Consumers
 
-from .building import graft_or_built
-from .measuring import Findings, with_load
-from .scale_stand_ins import bench_real, bench_split
-from .scale_train import bench_train
+torch is imported by functions only: each of the 64 processes that take Consumer from here would hold it.
+"""
+
+import contextlib
+import io
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graft.errors import GraftError
+
+from ..common.cluster import connect
+from ..training.ray_dataset import iter_blocks, planned_dataset
+from ..training.ray_entry import ordered_data_config
+from .measuring import Numbers, Row, Watched, cpu_s, report, report_table, watch
+
+Block = dict[str, np.ndarray]
+Taken = np.ndarray
+"""A row for each batch that a worker took: when it came (time.monotonic), how long it waited, position, seconds of audio."""
+
+MEL_COUNT = 128
+"""Mel bands that the encoder of a 7B graft takes."""
+H200_RATE = 370.0
+"""Seconds of audio that one H200, at half its peak, trains on in a second: stage 1 of a 7B graft at 25 Hz."""
+DATA_WORKERS = 2
+FEWEST_BATCHES = 4
+"""The fewest batches that a worker takes: at the first and the last one nothing is measured."""
+CLIPS, FED_CLIPS = 100, 1000
+STEPS = 20
+QUICK_BATCHES_PER_S = 200
+"""About as many batches as a split passes on in a second, to make a stream that lasts as long as asked."""
+REAL_BUDGET = 1024
+REAL_RATE = 1200.0
+"""Seconds of audio a second that all stand-ins take together of real batches: two loaders can feed them."""
+KINDS = ("coordinator", "loaders", "workers", "other")
+
+ABOUT_INGEST = f"""\
+A worker is fed FLAC in parquet by {DATA_WORKERS} Ray Data loaders; its step sleeps as long as an H200
+takes in stage 1 of a 7B graft, {H200_RATE:.0f} s of audio a second. fed_percent: the share of this speed that is left."""
+ABOUT_KINDS = """\
+ms: CPU time of all processes of a kind for each batch; other: Ray's own processes. wait %: share of the workers' time.
+MB: the most memory that a process held, shared memory included."""
+ABOUT_SPLIT = f"""\
+One batch of 8192 tokens, made beforehand, without its features, goes again and again from {DATA_WORKERS} loaders by
+Ray Data's streaming_split, as in Ray Train, to processes that take each batch at once: the cost of the split itself.
+{ABOUT_KINDS}"""
+ABOUT_LIMITS = """\
+An H200 takes a batch every step_s. The coordinator is one process; its CPU time is the limit. A node has 8 H200s."""
+ABOUT_REAL = f"""\
+FLAC in parquet goes through the plan and the loaders (batches of {REAL_BUDGET} tokens) to the same stand-ins, which
+sleep so long for each that all together take {REAL_RATE:.0f} s of audio a second, however many they are.
+{ABOUT_KINDS}"""
+ABOUT_TRAIN = f"""\
+jobs.stage1 (DDP over gloo, a thread for each worker), batches of {REAL_BUDGET} tokens.
+MB: the most memory that a process held, shared memory included."""
 
 
-@dataclass(frozen=True)
-class ScaleBench:
-    """Which parts to measure, with how many workers, and for how long."""
+class Consumer:
+    """A Ray actor that takes its batches, copies each as to a device, and sleeps as long as a step takes."""
 
-    parts: Sequence[str]
-    graft: str | None = None
-    """Whose processor and widths are taken; None: one built of the bundled weights."""
-    consumers: Sequence[int] = (1, 8, 64)
-    """Stand-ins to split over."""
-    workers: Sequence[int] = (1, 2, 4)
-    """Of training runs."""
-    seconds: float = 20.0
-    """That each split is watched, about."""
-    steps: int = 60
-    """Of each training run."""
+    def consume(self, shard: Any, rate: float) -> Taken:
+        """Take all batches at `rate` seconds of audio a second."""
+        taken, asked = [], time.monotonic()
+        for block in iter_blocks(shard):
+            copied = {name: np.array(array[0]) for name, array in block.items()}
+            came, audio_s = time.monotonic(), float(copied["audio_s"])
+            taken.append((came, came - asked, int(copied["position"]), audio_s))
+            time.sleep(audio_s / rate)
+            asked = time.monotonic()
+        return np.array(taken)
 
 
-def bench_scale(bench: ScaleBench) -> Iterator[tuple[str, Findings]]:
-    """Measure part by part. Raises ModelError for a folder that is no graft, GraftError for too short a measurement."""
-    with graft_or_built(bench.graft) as graft:
-        parts: dict[str, Callable[[], Findings]] = {
-            "split": lambda: bench_split(graft, consumers=bench.consumers, seconds=bench.seconds),
-            "real": lambda: bench_real(graft, consumers=bench.consumers, seconds=bench.seconds),
-            "train": lambda: bench_train(graft, workers=bench.workers, steps=bench.steps),
-        }
-        for name in bench.parts:
-            yield name, with_load(parts[name]())
+class MadeBatches:
+    """A loader that makes nothing: `delivery` refers to a block, which it sends with each number as its position."""
+
+    def __init__(self, delivery: Any, first: int):
+        import ray
+
+        self.block: Block = ray.get(delivery)
+        self.first = first
+
+    def __call__(self, block: dict[str, Any]) -> Any:
+        for number in block["id"]:
+            yield {**self.block, "position": np.array([self.first + int(number)])}
+
+
+def bench_ingest(graft: str) -> Numbers:
+    """Measure whether Ray keeps an H200 busy."""
+    with tempfile.TemporaryDirectory() as folder:
+        delivery = _deliver(graft, folder, clips=FED_CLIPS)
+        positions = [batch.position for batch in delivery.batches]
+        numbers = measured(watch(pass_through, 1, positions, delivery, H200_RATE))
+    waited = numbers["wait %"]
+    return report(ABOUT_INGEST, {"steps": len(delivery.batches), "fed_percent": 100 - waited, "wait_percent": waited})
+
+
+def bench_split(graft: str, consumers: Sequence[int], seconds: float) -> Numbers:
+    """Measure what the split costs by itself, and how many batches a second it passes on at most."""
+    from ..training.loader import BatchLoader
+
+    with tempfile.TemporaryDirectory() as folder:
+        delivery = _deliver(graft, folder)
+        block = BatchLoader(delivery).block(len(delivery.batches) // 2)
+    light = block | {"input_features": block["input_features"][..., :0]}
+
+    def rows() -> Iterator[Row]:
+        for count in consumers:
+            batches = count * max(FEWEST_BATCHES, round(QUICK_BATCHES_PER_S * seconds / count))
+            yield f"split {count}", measured(watch(pass_through, count, range(batches), light, math.inf))
+
+    numbers = report_table(ABOUT_SPLIT, rows())
+    step_s, batch_mb = float(block["audio_s"][0]) / H200_RATE, sum(array.nbytes for array in block.values()) / 1e6
+    most = max(numbers[f"split {count} batches/s"] for count in consumers)
+    limit = 1000 / numbers[f"split {consumers[-1]} coordinator ms"]
+    limits = {
+        "step_s": step_s,
+        "batch_mb": batch_mb,
+        "measured_batches_per_s": most,
+        "measured_h200s": most * step_s,
+        "extrapolated_batches_per_s": limit,
+        "extrapolated_h200s": limit * step_s,
+        "extrapolated_node_mb_per_s": 8 * batch_mb / step_s,
+    }
+    return numbers | report(ABOUT_LIMITS, limits)
+
+
+def bench_real(graft: str, consumers: Sequence[int], seconds: float) -> Numbers:
+    """Measure the whole way of real clips to more and more stand-ins, at a rate that the loaders can feed."""
+
+    def rows() -> Iterator[Row]:
+        for count in consumers:  # each worker has some batches, and all together have `seconds` of work
+            audio_s = max(REAL_RATE * seconds, FEWEST_BATCHES * count * REAL_BUDGET / 25)
+            plan = {"epochs": math.ceil(audio_s / (10 * CLIPS)), "token_budget": REAL_BUDGET}
+            with tempfile.TemporaryDirectory() as folder:
+                delivery = _deliver(graft, folder, step_batches=count, **plan)
+                positions = [batch.position for batch in delivery.batches]
+                yield f"real {count}", measured(watch(pass_through, count, positions, delivery, REAL_RATE / count))
+
+    numbers = report_table(ABOUT_REAL, rows())
+    loader_ms, audio_s = (numbers[f"real {consumers[-1]} {name}"] for name in ("loaders ms", "audio s/batch"))
+    cores = H200_RATE * loader_ms / audio_s / 1000
+    extrapolated = {"loaders_ms_per_audio_s": loader_ms / audio_s, "extrapolated_cores_per_h200": cores}
+    return numbers | report("", extrapolated)
+
+
+def _deliver(graft: str, folder: str, *, clips: int = CLIPS, step_batches: int = 1, **plan: Any) -> Any:
+    """Write a corpus and plan a run, with these PlanSettings and a 7B graft's mel bands."""
+    from transformers import WhisperFeatureExtractor
+
+    from graft.data.dataset import read_rows
+    from graft.processor import GraftProcessor
+    from graft.training.plan import PlanSettings
+
+    from ..training.loader import Delivery
+    from ..training.samples import plan_training
+    from .speech import write_speech_corpus
+
+    processor = GraftProcessor.from_pretrained(graft)
+    processor.feature_extractor = WhisperFeatureExtractor(feature_size=MEL_COUNT)
+    processor.save_pretrained(folder)
+    rows = read_rows(write_speech_corpus(Path(folder, "speech.parquet"), clips))
+    batches = plan_training(rows, processor, PlanSettings(**plan)).delivery(position=0, step_batches=step_batches)
+    return Delivery(rows, batches, folder)
+
+
+def pass_through(count: int, positions: Sequence[int], delivery: Any, rate: float) -> list[Taken]:
+    """Pass batches on to `count` workers, each of which takes `rate` seconds of audio a second, on a Ray of their own.
+
+    `delivery` is a Delivery, or the block that MadeBatches sends. Raises RuntimeError if a worker gets others' batches.
+    """
+    import ray
+
+    connect(cpus=DATA_WORKERS)
+    loader = MadeBatches if isinstance(delivery, dict) else None
+    dataset = planned_dataset(ray.put(delivery), 0, len(positions), data_workers=DATA_WORKERS, loader=loader)
+    nodes = [ray.get_runtime_context().get_node_id()] * count
+    shards = ordered_data_config().configure(
+        {"train": dataset}, world_size=count, worker_handles=None, worker_node_ids=nodes
+    )
+    consumer: Any = ray.remote(num_cpus=0)(Consumer)
+    consumers = [consumer.remote() for _ in shards]
+    working = [actor.consume.remote(shard["train"], rate) for actor, shard in zip(consumers, shards, strict=True)]
+    taken = ray.get(working)
+    for rank, mine in enumerate(taken):
+        if mine[:, 2].tolist() != list(positions[rank::count]):
+            raise RuntimeError(f"worker {rank} of {count} did not get its own batches in order")
+    return taken
+
+
+def measured(watched: Watched[list[Taken]]) -> Numbers:
+    """Take the figures between the first and the last look at which all workers were busy. Raises GraftError."""
+    taken = watched.result
+    start, stop = max(mine[0, 0] for mine in taken), min(mine[-1, 0] for mine in taken)
+    inside = [look for look in watched.looks if start <= look[0] <= stop]
+    (begin, before), (end, after) = (inside[0], inside[-1]) if inside else ((0.0, {}), (0.0, {}))
+    batches = np.concatenate(taken)
+    batches = batches[(batches[:, 0] > begin) & (batches[:, 0] <= end)]
+    if not len(batches):
+        raise GraftError(f"{len(taken)} workers: too few batches to measure: give more --seconds")
+    waited_s = np.minimum(batches[:, 1], batches[:, 0] - begin).sum()  # part of the first waits lies before the begin
+    spent = cpu_s(before, after)
+    return {
+        "batches/s": len(batches) / (end - begin),
+        "audio s/batch": float(batches[:, 3].mean()),
+        "wait %": 100 * float(waited_s) / (end - begin) / len(taken),
+        **{f"{kind} ms": 1000 * spent[kind] / len(batches) for kind in KINDS},
+        **{f"{kind} MB": watched.peak_mb(kind) for kind in ("coordinator", "driver")},
+    }
+
+
+def bench_train(graft: str, workers: Sequence[int]) -> Numbers:
+    """Measure runs of stage 1 with more and more workers."""
+    from graft.training.tracking import METRICS_FILE
+
+    from .speech import write_speech_corpus
+
+    def rows() -> Iterator[Row]:
+        for count in workers:
+            out = Path(folder, str(count))
+            watched = watch(_run_stage1, {"model": graft, "data": data, "out": str(out), "workers": count})
+            held = {f"{kind} MB": watched.peak_mb(kind) for kind in ("coordinator", "controller", "driver")}
+            line = json.loads((out / METRICS_FILE).read_text().splitlines()[-1])
+            yield f"train {count}", {"audio s/s": line["audio_s_per_s"], "wait %": 100 * line["data_wait"]} | held
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_speech_corpus(Path(folder, "speech.parquet"), CLIPS)
+        return report_table(ABOUT_TRAIN, rows())
+
+
+def _run_stage1(settings: dict[str, Any]) -> None:
+    from .. import stage1
+    from ..common.console import quiet_libraries
+
+    quiet_libraries()
+    settings |= {"token_budget": REAL_BUDGET, "epochs": 1000, "max_steps": STEPS, "log_every": 4}
+    with contextlib.redirect_stdout(io.StringIO()):
+        stage1.run(stage1.Stage1Recipe.model_validate(settings | {"backend": "torch", "dtype": "fp32"}))

@@ -1,68 +1,102 @@
-"""What benchmarks hear: noise in the shape of speech, of lengths and with words like a corpus's, the same for the same seed."""
+"""Speech to measure with: stretches of the bundled prompts as clips, as files, as one long recording or as a corpus."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
+import soundfile
 
-from graft.audio.clip import SAMPLE_RATE, AudioClip
+from graft.audio.clip import SAMPLE_RATE, AudioClip, encode_flac, read_audio, resample
 from graft.data.dataset import clip_row, write_corpus
+from graft.errors import AudioError, DataError
+from graft.text.wer import score
 
-WORDS = (
-    "the",
-    "of",
-    "and",
-    "to",
-    "that",
-    "is",
-    "was",
-    "he",
-    "for",
-    "with",
-    "as",
-    "his",
-    "on",
-    "be",
-    "at",
-    "by",
-    "had",
-    "not",
-    "are",
-    "but",
-)
+from ..preparation.manifests import Dropped, Manifest, clip_of, read_manifests
+
+PROMPTS = Path(__file__).parents[1] / "data" / "prompts"
+MANIFESTS = tuple(str(PROMPTS / name) for name in ("train.jsonl", "unseen.jsonl"))
+WORDS = ["the", "of", "and", "to", "that", "is", "was", "he", "for", "with", "as", "his", "on", "be", "at", "by", "had"]
 WORDS_PER_S = 2.5
 SHORTEST_S, LONGEST_S, MEAN_S = 2.0, 20.0, 10.0
+DISTINCT = 100
+"""The number of files in an archive, or of clips in a corpus, that differ."""
+TELEPHONE_RATE = 8_000
+LONGEST_LABELLED_S = 30.0
+
+LabelledClip = tuple[AudioClip, str]
+"""A clip and the words that are said in it."""
+
+
+def labelled_speech(manifests: Sequence[str] | None) -> list[LabelledClip]:
+    """Read the clips of manifests, by default the bundled prompts. Raises DataError, AudioError, MissingExtra."""
+    score(["a"], ["a"])  # packages that are missing for scoring are reported now, not after the transcription
+    clips = []
+    for row in read_manifests([Manifest(manifest=path) for path in manifests or MANIFESTS]):
+        if isinstance(row, Dropped):
+            raise DataError(f"{row.source}: line {row.line}: {row.reason}: correct the line or remove it")
+        clip = read_audio(clip_of(row), name=str(row.audio))
+        if clip.duration_s > LONGEST_LABELLED_S:
+            limit = f"not every peer takes more than {LONGEST_LABELLED_S:g} s at a time: remove the clip"
+            raise AudioError(f"{row.audio}: {clip.duration_s:.1f} s: {limit}")
+        clips.append((clip, row.text))
+    return clips
 
 
 def durations(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Seconds of `count` clips, 2 to 20 with a mean of 10: evenly spaced quantiles of a log-normal, shuffled."""
-    normal = np.sort(np.random.default_rng(0).standard_normal(100_001))
-    spread = np.exp(0.45 * normal[((np.arange(count) + 0.5) / count * len(normal)).astype(int)])
+    """Return the seconds of clips, 2 to 20 with a mean of 10: evenly spaced quantiles of a log-normal, shuffled."""
+    spread = np.exp([0.45 * NormalDist().inv_cdf((number + 0.5) / count) for number in range(count)])
     factor = MEAN_S
     for _ in range(20):  # clipping moves the mean
         factor *= MEAN_S / np.clip(factor * spread, SHORTEST_S, LONGEST_S).mean()
     return rng.permutation(np.clip(factor * spread, SHORTEST_S, LONGEST_S))
 
 
-def speech_like(rng: np.random.Generator, sample_count: int) -> np.ndarray:
-    """Noise with the long-term spectrum of speech, falling 9 dB an octave above 500 Hz, in syllables of 1/4 s with pauses between."""
-    spectrum = np.fft.rfft(rng.standard_normal(sample_count))
-    frequency = np.fft.rfftfreq(sample_count, 1 / SAMPLE_RATE)
-    noise = np.fft.irfft(spectrum * (1 + frequency / 500) ** -1.5, sample_count)
-    syllables = np.maximum(0, np.sin(2 * np.pi * 2 * np.arange(sample_count) / SAMPLE_RATE)) ** 2
-    return 0.3 * noise / np.abs(noise).max() * (syllables + 0.01)
+def spoken_clips(count: int, *, seconds: float | None = None) -> Iterator[LabelledClip]:
+    """Yield always the same clips of `seconds`, by default of 2 to 20 s, with as many random words as would be said."""
+    rng, speech = np.random.default_rng(0), _all_prompts()
+    for duration_s in np.full(count, seconds) if seconds else durations(count, rng):
+        places = np.arange(int(duration_s * SAMPLE_RATE)) + rng.integers(len(speech))
+        text = " ".join(rng.choice(WORDS, size=round(duration_s * WORDS_PER_S)))
+        yield AudioClip(speech.take(places, mode="wrap")), text
 
 
-def labelled_clips(count: int, *, seed: int = 0) -> Iterator[tuple[AudioClip, str]]:
-    """Clips of these durations with as many words as would be spoken."""
-    rng = np.random.default_rng(seed)
-    for duration_s in durations(count, rng):
-        words = rng.choice(WORDS, size=round(duration_s * WORDS_PER_S))
-        yield AudioClip(speech_like(rng, int(duration_s * SAMPLE_RATE)).astype(np.float32)), " ".join(words)
+def write_archive(folder: Path, count: int, *, seconds: float | None = None) -> list[Path]:
+    """Write FLAC files of `seconds` each or of 2 to 20 s; returns those that differ, to which the others are links."""
+    folder.mkdir(parents=True)
+    files = [folder / f"{number:07}.flac" for number in range(min(count, DISTINCT))]
+    for file, (clip, _) in zip(files, spoken_clips(len(files), seconds=seconds), strict=True):
+        file.write_bytes(encode_flac(clip))
+    link_files(folder, files, range(len(files), count))
+    return files
 
 
-def write_speech_corpus(path: Path, *, clips: int, times: int) -> str:
-    """Write a corpus of FLAC clips, each of which stands in it `times` times, in row groups of 100; returns its path."""
-    rows = [clip_row("made", clip, text) for clip, text in labelled_clips(clips)]
-    write_corpus((row | {"ID": f"{time}-{number}"} for time in range(times) for number, row in enumerate(rows)), path)
+def link_files(folder: Path, files: Sequence[Path], numbers: Iterable[int]) -> None:
+    """Write a link to one of the files for each number, a thousand to a folder."""
+    for number in numbers:
+        home = folder / f"{number // 1000:05}"
+        home.mkdir(exist_ok=True)
+        os.link(files[number % len(files)], home / f"{number:07}{files[0].suffix}")
+
+
+def write_long_recording(path: Path, hours: float) -> None:
+    """Write a telephone recording: 8 kHz, one byte for a sample."""
+    speech = np.concatenate(list(resample([_all_prompts()], SAMPLE_RATE, TELEPHONE_RATE)))
+    remaining = round(hours * 3600 * TELEPHONE_RATE)
+    with soundfile.SoundFile(path, "w", TELEPHONE_RATE, 1, subtype="ULAW", format="WAV") as file:
+        while remaining > 0:
+            file.write(speech[:remaining])
+            remaining -= len(speech)
+
+
+def write_speech_corpus(path: Path, count: int) -> str:
+    """Write a corpus of FLAC clips in row groups of 100; returns its path."""
+    rows = [clip_row("made", clip, text) for clip, text in spoken_clips(min(count, DISTINCT))]
+    write_corpus((rows[number % len(rows)] | {"ID": str(number)} for number in range(count)), path)
     return str(path)
+
+
+def _all_prompts() -> np.ndarray:
+    """Read all prompts, one after the other."""
+    return np.concatenate([read_audio(path).samples for path in sorted((PROMPTS / "audio").glob("*.flac"))])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.benchmarks.engine import ceiling
-from jobs.benchmarks.engine import main as bench_engine
+from jobs.bench import main as bench
+from jobs.benchmarks.gpu import ceiling
 from tests.support.paths import ROOT
 
 LACKING = (
@@ -59,49 +59,40 @@ def test_training_needs_none_of_what_a_bare_machine_lacks() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def written(file: Path) -> list[dict]:
-    """The rows that a benchmark wrote, of this device and day."""
+def run_benchmark(tmp_path: Path, name: str, *options: str) -> tuple[list[list[str]], dict]:
+    """Run a benchmark where everything else is lacking; returns the rows that it printed, and what it wrote."""
+    file = tmp_path / "found.json"
+    arguments = [name, "--shape", "tiny", "--dtype", "fp32", *options, "--json", str(file)]
+    done = lacking(f"from jobs.bench import main; sys.exit(main({arguments!r}))")
+    assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     assert (found["shape"], found["device"]) == ("tiny", "CPU")
     assert datetime.date.today() - datetime.date.fromisoformat(found["date"]) <= datetime.timedelta(days=1)
-    return found["rows"]
+    return [line.split() for line in done.stdout.splitlines()], found
 
 
 def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
-    options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--seconds", "0.1", "--budgets", "50", "100"]
-    options += ["--json", str(tmp_path / "found.json")]
-    done = lacking(f"from jobs.benchmarks.gpu import main; sys.exit(main({options!r}))")
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("stage1", "stage2"))]
-    assert [(row[0], row[1]) for row in rows] == [
-        ("stage1", "50"),
-        ("stage1", "100"),
-        ("stage2", "50"),
-        ("stage2", "100"),
-    ]
-    assert all(float(row[2]) > 0 for row in rows)
-    assert [(row["stage"], row["token_budget"]) for row in written(tmp_path / "found.json")] == [
-        (1, 50),
-        (1, 100),
-        (2, 50),
-        (2, 100),
-    ]
+    lines, found = run_benchmark(tmp_path, "gpu", "--clip-s", "1", "--seconds", "0.1", "--budgets", "50", "100")
+    rows = [line for line in lines if line[0] in ("stage1", "stage2")]
+    names = [(row[0], row[1]) for row in rows]
+    assert names == [("stage1", "50"), ("stage1", "100"), ("stage2", "50"), ("stage2", "100")]
+    for stage, budget, speed, *_, memory in rows:
+        assert float(speed) == pytest.approx(found[f"{stage} {budget} samples/s"], abs=0.01)
+        assert found[f"{stage} {budget} ms/step"] > 0
+        assert memory == "-"
 
 
 def test_the_benchmark_of_the_engine_runs_on_a_cpu(tmp_path: Path) -> None:
-    options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--batch-clips", "4", "--rounds", "3"]
-    options += ["--json", str(tmp_path / "found.json")]
-    done = lacking(f"from jobs.benchmarks.engine import main; sys.exit(main({options!r}))")
-    assert done.returncode == 0, done.stderr
-    (row,) = (line.split() for line in done.stdout.splitlines()[2:])
-    assert row[:4] == ["1", "12", "41", "3"]
-    assert float(row[4]) > 0
-    assert row[5:7] == ["-", "-"]
-    (found,) = written(tmp_path / "found.json")
-    assert (found["clips"], found["rtfx"], found["ceiling"]) == (12, pytest.approx(float(row[4]), abs=0.06), None)
+    lines, found = run_benchmark(tmp_path, "engine", "--clip-s", "1", "--batch-clips", "4", "--rounds", "3")
+    (row,) = (line for line in lines if line[1:2] == ["s"])
+    assert row[:5] == ["1", "s", "12", "41", "3"]
+    assert float(row[5]) > 0
+    assert row[6:8] == ["-", "-"]
+    assert (found["1 s clips"], found["1 s RTFx"]) == (12, pytest.approx(float(row[5].replace(",", "")), abs=0.01))
+    assert found["1 s ceiling"] is None
 
 
-def test_what_is_possible_is_told_of_the_cards_that_it_was_computed_for() -> None:
+def test_a_ceiling_is_told_for_the_cards_that_it_was_computed_for() -> None:
     cards = [
         "NVIDIA H200",
         "NVIDIA A100-SXM4-40GB",
@@ -111,37 +102,12 @@ def test_what_is_possible_is_told_of_the_cards_that_it_was_computed_for() -> Non
         "CPU",
     ]
     assert [ceiling("7b", card, 10.0) for card in cards] == [1629.0, 483.0, None, None, None, None]
-    assert [ceiling(shape, "NVIDIA H200", clip_s) for shape, clip_s in [("7b", 30.0), ("7b", 5.0), ("2b", 10.0)]] == [
-        1660.0,
-        None,
-        None,
-    ]
+    shapes = [("7b", 30.0), ("7b", 5.0), ("2b", 10.0)]
+    assert [ceiling(shape, "NVIDIA H200", clip_s) for shape, clip_s in shapes] == [1660.0, None, None]
 
 
 def test_a_file_that_can_not_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [
-        "--shape",
-        "tiny",
-        "--dtype",
-        "fp32",
-        "--clip-s",
-        "1",
-        "--batch-clips",
-        "1",
-        "--rounds",
-        "1",
-        "--json",
-        str(tmp_path),
-    ]
-    assert bench_engine(options) == 2
-    assert (
-        capsys.readouterr().err
-        == f"graft: error: {tmp_path} cannot be written: Is a directory: name another --json file\n"
-    )
-
-
-@pytest.mark.parametrize("count", ["0", "many"])
-def test_a_count_that_is_none_is_refused(count: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        bench_engine(["--shape", "tiny", "--batch-clips", count])
-    assert f"argument --batch-clips: {'0 is less than one' if count == '0' else 'invalid'}" in capsys.readouterr().err
+    options = ["--shape", "tiny", "--dtype", "fp32", "--clip-s", "1", "--batch-clips", "1", "--rounds", "1"]
+    assert bench(["engine", *options, "--json", str(tmp_path)]) == 2
+    message = f"graft: error: {tmp_path} cannot be written: Is a directory: name another --json file\n"
+    assert capsys.readouterr().err == message

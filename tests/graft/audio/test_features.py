@@ -133,12 +133,6 @@ def test_the_benchmark_writes_the_numbers_that_it_prints(tmp_path: Path, capsys:
 
 
 @pytest.mark.usefixtures("thread_count")
-def test_the_benchmark_refuses_a_folder_without_audio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench(["features", "--audio", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"graft: error: {tmp_path}: ")
-
-
-@pytest.mark.usefixtures("thread_count")
 def test_the_benchmark_says_where_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("not a folder")
     path = tmp_path / "file" / "a.json"

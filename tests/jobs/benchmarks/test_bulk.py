@@ -1,9 +1,10 @@
-"""The benchmarks of bulk transcription, small: the stand-in is an engine, the bare loop does the pipeline's work, and memory is seen."""
+"""The benchmarks of bulk transcription, small: the stand-in is an engine, the bare loop does the pipeline's work."""
 
 import asyncio
 import functools
 import json
 import os
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -17,17 +18,19 @@ from graft.errors import AudioError, DataError
 from graft.inference.engines.sampling import repeats
 from graft.inference.hallucination import NO_REPEAT_NGRAM
 from jobs.bench import main as bench
-from jobs.benchmarks.bulk_engine import TOKENS_PER_S, Device, open_stand_in
-from jobs.benchmarks.bulk_pipeline import ITEMS_PER_BATCH, STARTING, Archive, steady_rate, transcribe_bare
-from jobs.benchmarks.bulk_speech import DISTINCT, MANIFESTS, labelled_speech, write_archive, write_long_recording
-from jobs.benchmarks.processes import watched
+from jobs.benchmarks.bulk import (
+    ITEMS_PER_BATCH,
+    STARTING,
+    TOKENS_PER_S,
+    open_stand_in,
+    steady_rate,
+    transcribe_bare,
+)
+from jobs.benchmarks.measuring import watch
+from jobs.benchmarks.speech import DISTINCT, MANIFESTS, labelled_speech, write_archive, write_long_recording
 from jobs.transcription.discovery import find_recordings
 from jobs.transcription.work_items import durations, plan_items
 from tests.support import media, tiny_models
-
-QUICK = Device().slowed(0.01)
-PROMPT = media.PROMPTS[0]
-
 
 pytestmark = pytest.mark.usefixtures("thread_count")
 
@@ -37,38 +40,21 @@ def graft(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_models.save_tiny_graft(tmp_path_factory.mktemp("bulk") / "graft"))
 
 
-def test_an_h200_hears_about_800_times_as_fast_as_real_time() -> None:
-    assert Device().rate(rows=256) == pytest.approx(839, abs=1)
-    assert Device().rate(rows=64) == pytest.approx(716, abs=1)
-    assert Device().slowed(4).rate(rows=64) == pytest.approx(Device().rate(rows=64) / 4)
-
-
-def test_the_stand_in_answers_all_without_loops_and_frees_what_is_aborted(graft: str) -> None:
-    transcriber = open_stand_in(graft, Device().slowed(5))  # slow enough that clips meet in it on a busy machine too
+def test_the_stand_in_answers_at_its_rate_and_without_loops(graft: str) -> None:
+    transcriber = open_stand_in(graft, 200.0)
     clips = [read_audio(path) for path in media.PROMPTS[:40]]
+    start = time.monotonic()
     segments = asyncio.run(transcriber.transcribe_chunks([Chunk(0.0, clip) for clip in clips]))
+    assert time.monotonic() - start >= sum(clip.duration_s for clip in clips) / 200
     assert [segment.flags for segment in segments] == [()] * len(clips)
-    token_counts = [-(-len(clip.samples) // 160) / 100 * TOKENS_PER_S for clip in clips]
-    counts = transcriber.counts()
-    assert sum(token_counts) <= counts.tokens < sum(token_counts) + len(clips)
-    assert counts.steps < counts.tokens / 2
-    assert (counts.running, counts.waiting) == (0, 0)
     engine = transcriber._engine
     assert not repeats(engine._answer_ids, 2 * NO_REPEAT_NGRAM)
 
-    request = transcriber._request(clips[0], "")
+    async def count_tokens() -> int:
+        return len([token async for token in engine.stream(transcriber._request(clips[0], ""))])
 
-    async def abort_after_one() -> int:
-        received = 0
-        async for _ in engine.stream(request):
-            received += 1
-            engine.abort(request.request_id)
-        return received
-
-    assert 0 < asyncio.run(abort_after_one()) < token_counts[0]
+    assert asyncio.run(count_tokens()) == round(-(-len(clips[0].samples) // 160) / 100 * TOKENS_PER_S)
     transcriber.close()
-    with pytest.raises(RuntimeError, match="the engine is closed"):
-        asyncio.run(abort_after_one())
 
 
 def test_the_bare_loop_transcribes_every_item(graft: str, tmp_path: Path) -> None:
@@ -78,7 +64,7 @@ def test_the_bare_loop_transcribes_every_item(graft: str, tmp_path: Path) -> Non
     recordings = find_recordings([str(tmp_path / "archive")])
     plan = plan_items(recordings, item_s=60.0, probe=durations)
     assert len(plan) == count
-    transcribe_bare(Archive(plan, functools.partial(open_stand_in, graft, QUICK)), tmp_path)
+    transcribe_bare(plan, functools.partial(open_stand_in, graft, 50_000.0), tmp_path)
     files = sorted((tmp_path / "items").glob("*.parquet"))
     assert len(files) == STARTING + 2
     assert sorted(id for file in files for id in pq.read_table(file)["id"].to_pylist()) == sorted(
@@ -98,7 +84,7 @@ def test_a_long_recording_is_as_long_as_asked(tmp_path: Path) -> None:
 
 
 def hold_memory(own_mb: int, child: str = "") -> str:
-    """A script that holds memory, and starts another."""
+    """Write a script that holds memory, and starts another."""
     held = f"held = bytearray({own_mb} << 20); held[::4096] = b'x' * len(held[::4096])"
     return f"import subprocess, sys, time; {held}; " + (
         f"subprocess.run([sys.executable, '-c', {child!r}])" if child else "time.sleep(2)"
@@ -106,19 +92,19 @@ def hold_memory(own_mb: int, child: str = "") -> str:
 
 
 def test_the_memory_of_a_process_and_of_those_below_it_is_seen() -> None:
-    seen = watched(exec, hold_memory(100, hold_memory(300)))
-    assert 100 < seen.own_mb < 300
-    assert 300 < seen.peak_mb("python") < 500
+    seen = watch(exec, hold_memory(100, hold_memory(300)))
+    assert 100 < seen.peak_mb("driver") < 300
+    assert 300 < seen.peak_mb("other") < 500
     assert seen.peak_mb("no such process") == 0
-    assert watched(divmod, 7, 2).result == (3, 1)
+    assert watch(divmod, 7, 2).result == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        watched(divmod, 1, 0)
+        watch(divmod, 1, 0)
     with pytest.raises(BrokenProcessPool):
-        watched(os._exit, 1)
+        watch(os._exit, 1)
 
 
 def test_labelled_speech_is_read_whole_or_refused(tmp_path: Path) -> None:
-    assert len(labelled_speech(MANIFESTS)) == len(media.PROMPTS)
+    assert len(labelled_speech(None)) == len(media.PROMPTS)
     manifest = tmp_path / "speech.jsonl"
     soundfile.write(tmp_path / "long.wav", media.speech(16_000, seconds=31.0, channels=1), 16_000)
     manifest.write_text(json.dumps({"id": "long", "audio": "long.wav", "text": "too long"}))
@@ -129,14 +115,10 @@ def test_labelled_speech_is_read_whole_or_refused(tmp_path: Path) -> None:
         labelled_speech([str(manifest)])
 
 
-def test_an_unknown_part_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        bench(["bulk", "--only", "memory,disk"])
-    assert "disk: choose from pipeline, peers, memory, bf16" in capsys.readouterr().err
-
-
 @pytest.mark.slow
-def test_peers_hear_and_what_is_missing_is_told(graft: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_peers_transcribe_and_missing_ones_are_named(
+    graft: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     manifest = tmp_path / "speech.jsonl"
     rows = [json.loads(line) for line in Path(MANIFESTS[0]).read_text().splitlines()[:3]]
     manifest.write_text(
@@ -146,18 +128,19 @@ def test_peers_hear_and_what_is_missing_is_told(graft: str, tmp_path: Path, caps
     arguments = ["--model", graft, "--speech", str(manifest), "--json", str(file)]
     assert bench(["bulk", "--only", "peers,bf16", *arguments]) == 0
     numbers = json.loads(file.read_text())
-    assert numbers["peers"]["transformers wer"] < 0.3 < numbers["peers"]["graft wer"]
+    assert numbers["peers"]["transformers WER %"] < 30 < numbers["peers"]["graft WER %"]
     assert numbers["peers"]["graft clips"] == numbers["bf16"]["clips"] == 3
-    assert numbers["peers"]["graft audio_s"] == pytest.approx(sum(row["duration_s"] for row in rows), abs=0.1)
-    assert ("faster-whisper is not installed: pip install faster-whisper" in capsys.readouterr().out) == (
-        "faster-whisper int8 wer" not in numbers["peers"]
+    assert numbers["peers"]["graft audio s"] == pytest.approx(sum(row["duration_s"] for row in rows), abs=0.1)
+    assert numbers["peers"]["graft MB"] > 100
+    assert ("faster-whisper is not installed: pip install faster-whisper" in capfd.readouterr().out) == (
+        "faster-whisper int8 WER %" not in numbers["peers"]
     )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ray_keeps_pace_with_the_bare_loop(graft: str, tmp_path: Path) -> None:
-    """At the device's own rate and where it is the bottleneck. It wants idle cores."""
+    """Ray keeps pace at the device's own rate and where the device is the bottleneck. This wants idle cores."""
     file = tmp_path / "bulk.json"
     assert bench(["bulk", "--only", "pipeline", "--model", graft, "--json", str(file)]) == 0
     numbers = json.loads(file.read_text())["pipeline"]
@@ -168,14 +151,14 @@ def test_ray_keeps_pace_with_the_bare_loop(graft: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_memory_does_not_grow_with_the_archive(graft: str, tmp_path: Path) -> None:
-    """From 100 to 10,000 recordings, in ten hours of one, and with a plan of a million rows."""
+    """Memory is bounded from 100 to 10,000 recordings, in ten hours of one, and with a plan of a million rows."""
     file = tmp_path / "bulk.json"
     assert bench(["bulk", "--only", "memory", "--model", graft, "--json", str(file)]) == 0
     numbers = json.loads(file.read_text())["memory"]
     assert (numbers["few_recordings"], numbers["many_recordings"], numbers["long_hours"]) == (100, 10_000, 10)
     assert numbers["many_more_mb"] < 200
-    assert min(numbers["long_reader_mb"], numbers["long_listener_mb"]) > 0
-    assert max(numbers["long_reader_mb"], numbers["long_listener_mb"]) < 2048
+    assert min(numbers["long_reader_mb"], numbers["long_transcriber_mb"]) > 0
+    assert max(numbers["long_reader_mb"], numbers["long_transcriber_mb"]) < 2048
     assert numbers["plan_rows"] == 1_000_000
     assert numbers["plan_s"] < 120
     assert numbers["plan_mb"] < 1024

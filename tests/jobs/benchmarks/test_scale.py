@@ -1,4 +1,4 @@
-"""The benchmark of growth: workers get their own batches in order, their processes are accounted for, and all of it on a tiny graft."""
+"""The benchmark of growth: workers get their own batches in order, their processes are accounted for, on a tiny graft."""
 
 import json
 import math
@@ -12,63 +12,63 @@ import pytest
 
 from graft.errors import GraftError
 from jobs.bench import main as bench
-from jobs.benchmarks.scale_split import Stream, measured, pass_through
-from jobs.benchmarks.scale_usage import KINDS, cpu_s, peak_mb, usage
+from jobs.benchmarks.measuring import Watched, cpu_s, look_at, watch
+from jobs.benchmarks.scale import KINDS, measured, pass_through
 from tests.support import tiny_models
 
 BLOCK = {"audio_s": np.array([5.0]), "input_features": np.zeros((1, 2, 8, 100), np.float32)}
 WORKERS = 3
 
 
-def test_what_a_driver_and_its_processes_use_is_told_by_kind() -> None:
+def test_the_time_and_memory_of_processes_are_told_by_kind() -> None:
     work = "import time; held = bytearray(64 << 20)\nwhile time.process_time() < 0.4: pass\nprint(flush=True); input()"
-    before = usage(os.getpid())
+    before = look_at(os.getpid())
     with subprocess.Popen([sys.executable, "-c", work, "ray::SplitCoordinator"], stdin=-1, stdout=-1) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        after = usage(os.getpid())
+        after = look_at(os.getpid())
         child.communicate(b"\n")
-    assert (after[os.getpid()].kind, after[child.pid].kind) == ("driver", "ray")
-    assert cpu_s(before, after)["ray"] >= 0.3
-    assert peak_mb(after, "ray") >= 64
-    assert peak_mb(after, "loaders") == 0
+    assert (after[os.getpid()].kind, after[child.pid].kind) == ("driver", "coordinator")
+    assert cpu_s(before, after)["coordinator"] >= 0.3
+    seen = Watched(None, [(0.0, before), (1.0, after)])
+    assert seen.peak_mb("coordinator") >= 64
+    assert seen.peak_mb("loaders") == 0
 
 
 def test_every_worker_gets_its_own_batches_at_its_own_pace() -> None:
-    """Raises RuntimeError where one does not."""
-    (passed,) = pass_through([Stream("paced", WORKERS, range(40 * WORKERS), BLOCK, rate=100, is_made=True)])
-    assert passed.asked_per_s == pytest.approx(WORKERS * 100 / 5)
-    assert 0 < passed.batches_per_s < 1.1 * passed.asked_per_s
-    assert 0 <= passed.waited < 1
-    assert set(KINDS) <= set(passed.cpu_ms)
-    assert passed.batch_mb == pytest.approx(2 * 8 * 100 * 4 / 1e6, rel=0.01)
-    assert min(passed.coordinator_mb, passed.driver_mb) > 50
+    """The stream raises RuntimeError where a worker gets others' batches."""
+    passed = measured(watch(pass_through, WORKERS, range(40 * WORKERS), BLOCK, 100.0))
+    assert 0 < passed["batches/s"] < 1.1 * WORKERS * 100 / 5
+    assert passed["audio s/batch"] == 5
+    assert 0 <= passed["wait %"] < 100
+    assert {f"{kind} ms" for kind in KINDS} < set(passed)
+    assert passed["loaders ms"] > 0
+    assert min(passed["coordinator MB"], passed["driver MB"]) > 50
 
 
 def test_too_short_a_stream_is_refused() -> None:
-    taken = [
-        [{"at": float(second), "waited": 0.0, "position": second, "audio_s": 5.0, "bytes": 1.0} for second in range(9)]
-    ]
-    looks = [(second, usage(os.getpid())) for second in (-1.0, 2.5, 4.5, 10.0)]
-    stream = Stream("at once", 1, range(9), BLOCK, rate=math.inf)
-    assert measured(stream, taken, looks).batches == 2  # between the looks inside
-    with pytest.raises(GraftError, match="at once, 1 workers: too short to measure: give more --seconds"):
-        measured(stream, taken, [looks[0], looks[3]])
+    # a batch each second: when it came, how long it was waited for, its position, its seconds of audio
+    taken = [np.array([(float(second), 0.0, second, 5.0) for second in range(9)])]
+    looks = [(second, look_at(os.getpid())) for second in (-1.0, 2.5, 4.5, 10.0)]
+    assert measured(Watched(taken, looks))["batches/s"] == 1  # those between the looks inside
+    with pytest.raises(GraftError, match="1 workers: too few batches to measure: give more --seconds"):
+        measured(Watched(taken, [looks[0], looks[3]]))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_all_parts_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_parts_are_printed_and_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     graft, file = tiny_models.save_tiny_graft(tmp_path / "graft"), tmp_path / "scale.json"
-    few = ["--consumers", "1", "2", "--workers", "1", "2", "--seconds", "4", "--steps", "24"]
-    assert bench(["scale", "--graft", str(graft), *few, "--json", str(file)]) == 0
-    numbers, told = json.loads(file.read_text()), capsys.readouterr().out
+    few = ["--consumers", "1", "2", "--workers", "1", "2", "--seconds", "4"]
+    assert bench(["scale", "--model", str(graft), *few, "--json", str(file)]) == 0
+    numbers, printed = json.loads(file.read_text()), capfd.readouterr().out
     assert list(numbers) == ["split", "real", "train"]
-    for names in (("light 1", "whole 2", "at once 2"), ("real 1", "real 2"), ("train 1", "train 2")):
-        part = numbers[list(numbers)[("light" not in names[0]) + ("train" in names[0])]]
-        for name in names:
-            assert part[f"{name} batches_per_s"] > 0
-            assert part[f"{name} coordinator_cpu_ms"] > 0
-    assert numbers["split"]["limit_h200s"] > 1
-    assert told.count("extrapolated") == 3
-    assert "controller MB" in told
+    for part in ("split", "real"):
+        for count in (1, 2):
+            assert numbers[part][f"{part} {count} batches/s"] > 0
+            assert numbers[part][f"{part} {count} coordinator ms"] > 0
+    assert numbers["split"]["extrapolated_h200s"] > 1
+    assert not math.isnan(numbers["real"]["extrapolated_cores_per_h200"])
+    assert all(numbers["train"][f"train {count} {name}"] > 0 for count in (1, 2) for name in ("audio s/s", "driver MB"))
+    assert printed.count("extrapolated") == 4
+    assert "controller MB" in printed

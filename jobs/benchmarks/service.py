@@ -1,0 +1,261 @@
+"""Measure the service: beside its engine offline, beside another server, and as engines come and go.
+
+It runs as `serve run` runs it. The clients are a process of their own, whose CPU time is told.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import requests
+
+from graft.audio.chunking import windows
+from graft.audio.clip import encode_flac
+from graft.errors import require
+from graft.inference.engines.protocol import EngineCounts
+from graft.inference.transcriber import open_transcriber
+from graft.text.wer import score
+
+from ..common.cluster import connect
+from ..common.local_service import free_port, running, serving
+from . import peers
+from .measuring import Numbers, Row, alone, report, report_table
+from .speech import labelled_speech, spoken_clips
+
+APP = "bench"
+LIMITS = {"request_timeout_s": 600, "max_ongoing_requests": 10_000}
+"""Arguments of the service: here clients wait and are not refused."""
+SCALING = {"max_replicas": 2, "max_ongoing_chunks": 8, "upscale_delay_s": 2, "downscale_delay_s": 10}
+CLIP_S = 5.0
+CLIPS = 32
+LOAD = 0.7
+STARTING = 0.2
+"""The share of a load's time that is left out."""
+LOOK_S = 0.25
+THREADS = 256
+"""The most uploads under way at a time where they are sent at a fixed rate."""
+CLIENTS = (1, 4, 16)
+KIND = "int8"
+FEW, MANY = 1, 16
+PATIENCE_S = 300.0
+
+ABOUT_SATURATION = f"""\
+clips of {CLIP_S:g} s, FLAC; rtfx: seconds of audio a second
+offline    the engine in a process of its own, with as many clips at a time as there are clients, for as long
+saturated  the service by `serve run`: one ingress, one engine, and clients that ask again as soon as they are answered
+unloaded   the same with one client
+loaded     the same with {LOAD:.0%} of the saturated rate, at random times
+busy: the share of the time in which the engine computes; clients_cpu: the share of a core that the clients take.
+Engine, ingress, proxy and clients share this machine's cores."""
+ABOUT_SERVERS = f"""\
+graft           its service by `serve run`, one engine
+faster-whisper  Whisper base converted for CTranslate2, {KIND}, greedy, behind a plain FastAPI server
+Each clip once, by so many clients that ask again as soon as they are answered; clients_cpu: the share of a core that the
+clients take. Servers and clients share this machine's cores."""
+ABOUT_REPLICAS = f"""\
+clips of {CLIP_S:g} s; {FEW} client, then {MANY}, then {FEW} again; an engine for each 4 chunks in hand, at most two;
+upscale_delay_s 2, downscale_delay_s 10; seconds from the change of load to the change of engines"""
+UNTRAINED = "graft is not trained (--model names one that is): its answers have neither words nor an end"
+NO_SPEACHES = "speaches is left out: no package of that name is on PyPI, and its models come from a hub"
+
+Look = tuple[float, EngineCounts]
+"""A time (time.time), and what an engine had done by then."""
+
+
+class Answer(NamedTuple):
+    """The answer to an upload, by its number; its status is 0 where there is none."""
+
+    upload: int
+    seconds: float
+    status: int
+    text: str
+
+
+class Load(NamedTuple):
+    """All answers, when the first was asked for (time.time), and their numbers: latency is that of good answers."""
+
+    answers: list[Answer]
+    began_s: float
+    numbers: Numbers
+
+
+def ask(url: str, uploads: Sequence[bytes], clients: int = 1, seconds: float = 0.0, per_s: float = 0.0) -> Load:
+    """Have each upload transcribed once, or for `seconds` over and over, by clients that ask one after the other.
+
+    With `per_s` so many uploads a second are sent instead, at random times (a Poisson process).
+    """
+    return alone(_ask, url, list(uploads), clients, seconds, per_s)
+
+
+def _ask(url: str, uploads: list[bytes], clients: int, seconds: float, per_s: float) -> Load:
+    model = requests.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
+    uploaded: Iterator[int] = itertools.count() if seconds else iter(range(len(uploads)))
+    rng, answers = random.Random(0), list[Answer]()
+    began, start, cpu = time.time(), time.perf_counter(), time.process_time()
+    end = start + (seconds or math.inf)
+
+    def send(number: int) -> None:
+        upload, sent, status, text = number % len(uploads), time.perf_counter(), 0, ""
+        with contextlib.suppress(requests.RequestException):
+            files, form = {"file": ("clip.flac", uploads[upload], "audio/flac")}, {"model": model}
+            response = requests.post(f"{url}/v1/audio/transcriptions", files=files, data=form, timeout=600)
+            text = response.json()["text"] if response.status_code == 200 else ""
+            status = response.status_code
+        answers.append(Answer(upload, time.perf_counter() - sent, status, text))
+
+    def send_in_turn() -> None:
+        for number in uploaded:
+            if time.perf_counter() >= end:
+                break
+            send(number)
+
+    with ThreadPoolExecutor(THREADS if per_s else clients) as pool:
+        if not per_s:
+            sending = [pool.submit(send_in_turn) for _ in range(clients)]
+        else:
+            sending, at = [], start
+            while (at := at + rng.expovariate(per_s)) < end:
+                time.sleep(max(0.0, at - time.perf_counter()))
+                sending.append(pool.submit(send, next(uploaded)))
+        for future in sending:
+            future.result()
+    wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    seconds_each = [answer.seconds for answer in answers if answer.status == 200]
+    p50_s, p95_s = np.percentile(seconds_each or [np.nan], [50, 95]).tolist()
+    numbers = {"answers": len(answers), "failed": len(answers) - len(seconds_each), "seconds": wall_s}
+    return Load(answers, began, numbers | {"p50_s": p50_s, "p95_s": p95_s, "clients_cpu": cpu_s / wall_s})
+
+
+@contextlib.contextmanager
+def service(model: str, **settings: Any) -> Iterator[tuple[str, Any]]:
+    """Run the service with these of its arguments; yields its URL and ray.serve. Raises ServerFailed, MissingExtra."""
+    serve = require("ray.serve", extra="serve")
+    connect(cpus=8)
+    with tempfile.TemporaryDirectory() as folder, serving(model, Path(folder), app=APP, **LIMITS, **settings) as url:
+        yield url, serve
+
+
+def look_during(load: Callable[[], Load], look: Callable[[], Any]) -> tuple[Load, list[tuple[float, Any]]]:
+    """Put a load on the service, and look at it meanwhile; returns the looks with their times (time.time)."""
+    looks = []
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(load)
+        while not future.done():
+            looks.append((time.time(), look()))
+            time.sleep(LOOK_S)
+    return future.result(), looks
+
+
+def bench_saturation(graft: str, threads: int, clients: int, seconds: float) -> Numbers:
+    """Measure throughput and latency, and how busy the engine is kept."""
+    uploads = [encode_flac(clip) for clip, _ in spoken_clips(CLIPS, seconds=CLIP_S)]
+    tokens_per_clip, numbers = alone(_offline, graft, threads, clients, seconds)
+    with service(graft, threads=threads, max_ongoing_chunks=2 * clients) as (url, serve):
+        engine = serve.get_deployment_handle("Engine", APP)
+        ask(url, uploads, clients=2, seconds=min(5.0, seconds))  # warm up
+        load = functools.partial(ask, url, uploads, clients, seconds)
+        saturated, looks = look_during(load, lambda: engine.counts.remote().result())
+        start, end = saturated.began_s + STARTING * seconds, saturated.began_s + seconds
+        first, *_, last = [look for look in looks if start <= look[0] <= end]
+        numbers |= _engine_rates("saturated", first, last, tokens_per_clip)
+        unloaded = ask(url, uploads, seconds=seconds)
+        loaded = ask(url, uploads, per_s=LOAD * numbers["saturated_rtfx"] / CLIP_S, seconds=seconds)
+    for name, one in {"saturated": saturated, "unloaded": unloaded, "loaded": loaded}.items():
+        numbers |= {f"{name}_{key}": value for key, value in one.numbers.items()}
+    for key in ("rtfx", "busy"):
+        numbers[f"saturated_to_offline_{key}"] = numbers[f"saturated_{key}"] / numbers[f"offline_{key}"]
+    numbers["loaded_p95_to_unloaded_p50"] = numbers["loaded_p95_s"] / numbers["unloaded_p50_s"]
+    return report(ABOUT_SATURATION, numbers)
+
+
+def _engine_rates(name: str, first: Look, last: Look, tokens_per_clip: float) -> Numbers:
+    """Return an engine's rates between two looks; clips that are not done count by their tokens."""
+    (first_s, before), (last_s, after) = first, last
+    audio_s = CLIP_S * (after.tokens - before.tokens) / tokens_per_clip
+    seconds = last_s - first_s
+    return {f"{name}_rtfx": audio_s / seconds, f"{name}_busy": (after.busy_s - before.busy_s) / seconds}
+
+
+def _offline(graft: str, threads: int, clients: int, seconds: float) -> tuple[float, Numbers]:
+    """Have the same engine transcribe the same clips without a service; returns its tokens for a clip, and its rates."""
+    transcriber = open_transcriber(graft, device="cpu", chunker=windows, threads=threads)
+    clips, end = itertools.cycle([clip for clip, _ in spoken_clips(CLIPS, seconds=CLIP_S)]), time.time() + seconds
+
+    def transcribe(_: int) -> int:
+        done = 0
+        while time.time() < end:
+            transcriber.transcribe(next(clips))
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(clients) as pool:
+        done = pool.map(transcribe, range(clients))
+        time.sleep(STARTING * seconds)
+        first = time.time(), transcriber.counts()
+        time.sleep((1 - STARTING) * seconds)
+        last = time.time(), transcriber.counts()
+    tokens_per_clip = transcriber.counts().tokens / sum(done)
+    return tokens_per_clip, _engine_rates("offline", first, last, tokens_per_clip)
+
+
+def bench_servers(graft: str, model: str | None, speech: Sequence[str] | None, threads: int) -> Numbers:
+    """Measure the service and, where it is installed, faster-whisper: throughput, latency and word errors."""
+    labelled = labelled_speech(speech)
+    uploads = [encode_flac(clip) for clip, _ in labelled]
+
+    def measure(name: str, url: str, *, trained: bool) -> Iterator[Row]:
+        ask(url, uploads[:2])  # warm up
+        for clients in CLIENTS:
+            load = ask(url, uploads, clients)
+            good = [answer for answer in load.answers if answer.status == 200]
+            clips, references = zip(*(labelled[answer.upload] for answer in good), strict=True)
+            wer = 100 * score(references, [answer.text for answer in good]).wer if trained else None
+            speed = sum(clip.duration_s for clip in clips) / load.numbers["seconds"]
+            yield f"{name} {clients}", {"audio s/s": speed, "WER %": wer} | load.numbers
+
+    def rows() -> Iterator[Row]:
+        with service(graft, threads=threads) as (url, _):
+            yield from measure("graft", url, trained=model is not None)
+        with tempfile.TemporaryDirectory() as folder:
+            if not peers.convert_whisper(folder):
+                return
+            port = free_port()
+            url = f"http://127.0.0.1:{port}"
+            command = [sys.executable, "-m", peers.__name__, folder, KIND, str(threads), str(port)]
+            with running(command, f"{url}/v1/models", Path(folder, "peer.log")):
+                yield from measure("faster-whisper", url, trained=True)
+
+    numbers = report_table(ABOUT_SERVERS, rows())
+    has_whisper = "faster-whisper 1 answers" in numbers
+    print("" if model else UNTRAINED, NO_SPEACHES, "" if has_whisper else peers.NO_FASTER_WHISPER, sep="\n")
+    return numbers
+
+
+def bench_replicas(graft: str, threads: int, seconds: float) -> Numbers:
+    """Measure how long a second engine takes to come and to go as the load rises and falls, and that no request fails."""
+    uploads = [encode_flac(clip) for clip, _ in spoken_clips(CLIPS, seconds=CLIP_S)]
+    numbers: Numbers = {"answers": 0, "failed": 0}
+    with service(graft, threads=threads, **SCALING) as (url, serve):
+
+        def running_engines() -> int:
+            states = serve.status().applications[APP].deployments["Engine"].replica_states
+            return sum(count for state, count in states.items() if state == "RUNNING")
+
+        for name, clients, engines in (("start_s", FEW, 1), ("up_s", MANY, 2), ("down_s", FEW, 1)):
+            start, seen = time.time(), list[float]()
+            while not seen and time.time() < start + PATIENCE_S:
+                load, looks = look_during(functools.partial(ask, url, uploads, clients, seconds), running_engines)
+                numbers |= {key: numbers[key] + load.numbers[key] for key in ("answers", "failed")}
+                seen = [at - start for at, count in looks if count == engines]
+            numbers[name] = seen[0] if seen else math.nan
+    return report(ABOUT_REPLICAS, numbers)

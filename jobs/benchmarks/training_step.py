@@ -1,0 +1,262 @@
+"""Measure stage 1's training step on one core, beside the reference system's and AudioFlamingo3's, and in two workers.
+
+All take the same clips, prepared beforehand, and train a projector alone between frozen bf16 weights of the same shape.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
+
+from graft.model.configuration import WINDOW_FRAMES, GraftConfig
+from graft.model.encoder import pad_with_silence
+from graft.model.modeling import GraftForConditionalGeneration
+from graft.processor import IGNORED_LABEL, Example
+from graft.training.backends import trained_parameters
+from graft.training.plan import Plan, PlanColumns, PlanSettings
+from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model
+
+from .measuring import Numbers, in_turns, report, report_table, seconds_of
+from .speech import spoken_clips
+
+Inputs = Mapping[str, Tensor]
+Step = Callable[..., object]
+"""Trains on a batch of inputs."""
+Way = tuple[Step, list[Inputs], int]
+"""A way to train: its step, its batches, and the number of clips in them."""
+
+COMPUTE = ComputeSettings(dtype="bf16", backend="torch")
+BATCH_CLIPS = 4
+"""Clips of a batch where their number is fixed; a token budget holds so many clips of average length."""
+LEARNING_RATE = 1e-3
+
+ABOUT_STEPS = """\
+graft           25 Hz on the clip's own frames, token-budget batches, logits at label positions, nothing computed twice
+seed-style      1500 tokens from the padded 30 s window, arrival order, all logits, gradient checkpointing
+AudioFlamingo3  transformers' own, random weights: 25 Hz from a masked 30 s window, grouped by length, all logits"""
+ABOUT_GAINS = "graft's step with one gain off at a time; x is how many times as long a clip takes without it"
+ABOUT_WORKERS = "steps of two batches, by one worker that takes both and by two that take one each (DDP over gloo)"
+
+
+def bench_step(graft: str, clips: int, repetitions: int) -> Numbers:
+    """Measure graft's step beside AudioFlamingo3's and the reference system's, for which all clips cost the same."""
+    seed_step = functools.partial(plain_step, loss=seed_loss)
+    seed_audio = {"audio_pool": 1, "audio_context": "full"}
+    ways = {
+        "graft": way(graft, clips),
+        "seed-style": way(
+            graft, BATCH_CLIPS, in_arrival_order, seed_step, seed_inputs, checkpointing=True, **seed_audio
+        ),
+        "AudioFlamingo3": way(graft, clips, length_grouped, flamingo_step, flamingo_inputs),
+    }
+    return _compare(ABOUT_STEPS, ways, repetitions)
+
+
+def bench_gains(graft: str, clips: int) -> Numbers:
+    """Measure graft's step with each gain switched off."""
+    ways = {
+        "graft": way(graft, clips),
+        "50 Hz (no pooling)": way(graft, clips, audio_pool=1),
+        "30 s window (750 tokens)": way(graft, BATCH_CLIPS, in_arrival_order, audio_context="full"),
+        "logits at all positions": way(graft, clips, step=functools.partial(plain_step, loss=all_logits_loss)),
+        "gradient checkpointing": way(graft, clips, checkpointing=True),
+        "arrival order": way(graft, clips, in_arrival_order),
+    }
+    return _compare(ABOUT_GAINS, ways, repetitions=1)
+
+
+def _compare(about: str, ways: Mapping[str, Way], repetitions: int) -> Numbers:
+    """Measure ways in turns: samples a second, and how many times as long as the first way each takes for a clip."""
+    torch.set_num_threads(1)
+    for step, batches, _ in ways.values():  # warm up
+        step({name: tensor[:1] for name, tensor in batches[0].items()})
+    spent = in_turns(
+        {name: functools.partial(list, map(step, batches)) for name, (step, batches, _) in ways.items()}, repetitions
+    )
+    first, rows = None, []
+    for name, (_, _, clip_count) in ways.items():
+        seconds = spent[name] / clip_count  # (turns, 2): wall and CPU
+        first = seconds if first is None else first
+        (wall_s, cpu_s), (ratio, cpu_ratio) = np.median([seconds, seconds / first], axis=1).tolist()
+        rows.append((name, {"samples/s": 1 / wall_s, "CPU s/sample": cpu_s, "x wall": ratio, "x CPU": cpu_ratio}))
+    return report_table(about, rows)
+
+
+def planned(examples: Sequence[Example]) -> list[Sequence[int]]:
+    """Group examples by their place into batches as a training run does."""
+    lengths, labels = _lengths(examples), np.array([len(example.target_ids) for example in examples])
+    settings = PlanSettings(token_budget=int(max(lengths.max(), BATCH_CLIPS * lengths.mean())))
+    plan = Plan(PlanColumns(lengths, labels, np.zeros(len(lengths), int)), settings)
+    return [batch.rows for batch in plan.delivery(position=0, step_batches=1)]
+
+
+def length_grouped(examples: Sequence[Example]) -> list[Sequence[int]]:
+    """Group examples as transformers' Trainer does with group_by_length, which sorts fifty batches at a time."""
+    return in_arrival_order(examples, np.argsort(-_lengths(examples), kind="stable").tolist())
+
+
+def in_arrival_order(examples: Sequence[Example], order: Sequence[int] | None = None) -> list[Sequence[int]]:
+    """Group examples as they come, or in another order."""
+    places = order or range(len(examples))
+    return [places[start : start + BATCH_CLIPS] for start in range(0, len(places), BATCH_CLIPS)]
+
+
+def _lengths(examples: Sequence[Example]) -> np.ndarray:
+    return np.array([len(example.prompt_ids + example.target_ids) for example in examples])
+
+
+def own_step(model: GraftForConditionalGeneration) -> Step:
+    """Make graft's step, which takes any number of batches."""
+    backend = make_backend(model, COMPUTE, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
+
+    def step(*batches: Inputs) -> None:
+        label_count = sum(int((inputs["labels"] != IGNORED_LABEL).sum()) for inputs in batches)
+        for inputs in batches:
+            backend.backward(inputs, label_count=label_count, is_last=inputs is batches[-1])
+        backend.step(LEARNING_RATE)
+
+    return step
+
+
+def plain_step(model: Any, loss: Callable[..., Tensor]) -> Step:
+    """Make a step as others write it: autocast to bf16, backward, clipping, fused AdamW."""
+    trained = list(trained_parameters(model).values())
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def step(inputs: Inputs) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(model, **inputs)
+        value.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def flamingo_step(model: GraftForConditionalGeneration) -> Step:
+    """Make the step of an AudioFlamingo3 of a graft's size."""
+    return plain_step(flamingo_model(model.config), lambda flamingo, **inputs: flamingo(**inputs, use_cache=False).loss)
+
+
+def way(
+    graft: str,
+    clips: int,
+    group: Callable[[Sequence[Example]], list[Sequence[int]]] = planned,
+    step: Callable[[GraftForConditionalGeneration], Step] = own_step,
+    convert: Callable[[Inputs], Inputs] = dict,
+    *,
+    checkpointing: bool = False,
+    **audio: Any,
+) -> Way:
+    """Prepare a way to train, by default graft's own; `audio` holds settings of GraftConfig."""
+    model, processor = stage_model(Stage(1), graft, replace(COMPUTE, gradient_checkpointing=checkpointing))
+    for name, value in audio.items():
+        setattr(model.config, name, value)
+        setattr(processor, name, value)
+    examples = [processor.example(clip, text) for clip, text in spoken_clips(clips)]
+    batches = []
+    for places in group(examples):
+        arrays = processor.training_batch([examples[place] for place in places])
+        batches.append(convert({name: torch.from_numpy(array) for name, array in arrays.items()}))
+    return step(model), batches, clips
+
+
+def all_logits_loss(graft: GraftForConditionalGeneration, *, labels: Tensor, **inputs: Tensor) -> Tensor:
+    """Return a graft's loss by way of the logits at every position."""
+    return _loss_everywhere(graft(**inputs, use_cache=False).logits, labels)
+
+
+def seed_loss(
+    graft: Any, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, input_features: Tensor
+) -> Tensor:
+    """Return the loss by the reference system's way: the padded window, all its tokens, logits at every position."""
+    states = graft.audio_tower(input_features.to(graft.dtype)).last_hidden_state  # (clips, 1500, d_model)
+    audio = graft.audio_projector(states).flatten(0, 1)  # (clips * 1500, hidden)
+    embeddings = graft.get_input_embeddings()(input_ids)
+    is_audio = (input_ids == graft.config.audio_token_id)[..., None]
+    embeddings = embeddings.masked_scatter(is_audio, audio.to(embeddings.dtype))
+    hidden = graft.model(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return _loss_everywhere(graft.lm_head(hidden), labels)
+
+
+def _loss_everywhere(logits: Tensor, labels: Tensor) -> Tensor:
+    # (clips, length, vocabulary), (clips, length): each position predicts the next label
+    predictions = logits[:, :-1].float().flatten(0, 1)
+    return nn.functional.cross_entropy(predictions, labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL)
+
+
+def seed_inputs(inputs: Inputs) -> dict[str, Tensor]:
+    """Pad a batch of graft's to the 30 s window."""
+    features = pad_with_silence(inputs["input_features"], inputs["audio_frame_counts"], WINDOW_FRAMES)
+    return {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")} | {"input_features": features}
+
+
+def flamingo_inputs(inputs: Inputs) -> dict[str, Tensor]:
+    """Pad a batch of graft's to the 30 s window that AudioFlamingo3's encoder takes, and mask it."""
+    is_clip = torch.arange(WINDOW_FRAMES) < inputs["audio_frame_counts"][:, None]
+    window = seed_inputs(inputs)
+    return window | {"input_features": window["input_features"].bfloat16(), "input_features_mask": is_clip.long()}
+
+
+def flamingo_model(config: GraftConfig) -> AudioFlamingo3ForConditionalGeneration:
+    """Make an AudioFlamingo3 of a graft's size, with random weights, whose projector alone is trained."""
+    audio, text = config.audio_config, config.text_config
+    encoder = {
+        "num_mel_bins": audio.num_mel_bins,
+        "hidden_size": audio.d_model,
+        "num_hidden_layers": audio.encoder_layers,
+        "num_attention_heads": audio.encoder_attention_heads,
+        "intermediate_size": audio.encoder_ffn_dim,
+    }
+    shape = ["vocab_size", "hidden_size", "intermediate_size"]
+    shape += ["num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    decoder: Any = {name: getattr(text, name) for name in shape}
+    settings = AudioFlamingo3Config(audio_config=encoder, text_config=decoder, audio_token_id=config.audio_token_id)
+    model = AudioFlamingo3ForConditionalGeneration(settings).bfloat16().train().requires_grad_(False)
+    model.model.multi_modal_projector.float().requires_grad_(True)
+    return model
+
+
+def bench_workers(graft: str, clips: int, repetitions: int) -> Numbers:
+    """Measure two workers' steps beside one worker's."""
+    spent: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    for _ in range(repetitions):
+        for count, turns in spent.items():
+            pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+            with tempfile.TemporaryDirectory() as folder, pool:
+                work = functools.partial(_train_share, count, graft, 2 * clips, f"file://{folder}/rendezvous")
+                shares = np.array(list(pool.map(work, range(count))))  # (workers, 3): wall and CPU seconds, clips
+            turns.append((shares[:, 0].max(), shares[:, 1].sum()))
+            trained = int(shares[:, 2].sum())
+    one, two = (np.array(turns) for turns in spent.values())
+    (ratio, _), (_, cpu_ratio) = np.median([one / two, two / one], axis=1).tolist()
+    rates = {f"{name}_samples_per_s": trained / np.median(turns[:, 0]) for name, turns in (("one", one), ("two", two))}
+    return report(ABOUT_WORKERS, {"clips": trained} | rates | {"two_to_one": ratio, "cpu_two_to_one": cpu_ratio})
+
+
+def _train_share(count: int, graft: str, clips: int, rendezvous: str, rank: int) -> tuple[float, float, int]:
+    """Train on a worker's share of the steps; returns the seconds of all but the first step, and their clips."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=count)
+
+    def work() -> tuple[float, float, int]:
+        step, batches, _ = way(graft, clips)
+        pairs = zip(batches[::2], batches[1::2], strict=False)  # a step has two batches
+        first, *shares = [pair if count == 1 else pair[rank : rank + 1] for pair in pairs]
+        step(*first)
+        distributed.barrier()
+        spent = seconds_of(lambda: [step(*share) for share in shares])
+        return *spent, sum(len(inputs["labels"]) for share in shares for inputs in share)
+
+    spent = work()  # DDP must not outlive the group, whose end waits for the GIL
+    distributed.destroy_process_group()
+    return spent

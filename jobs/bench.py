@@ -31,23 +31,29 @@ from .benchmarks.measuring import alone
 from .common.console import quiet_libraries
 
 
+Options = dict[str, dict[str, Any]]
+"""Options by name, as argparse takes them."""
+
+
 class Benchmark(NamedTuple):
-    """A benchmark: its help, its parts with their modules, and its options as argparse takes them.
+    """A benchmark: its help, its parts with their modules, and its options.
 
     The part NAME is the function bench_NAME of its module; it is given the options that its parameters name.
     """
 
     help: str
     parts: Mapping[str, str]
-    options: Mapping[str, dict[str, Any]]
+    options: Options
 
 
-MODEL = {"model": dict(metavar="DIR", help="a graft; by default an untrained one is built from the bundled weights")}
-PEERS = {
+MODEL: Options = {
+    "model": dict(metavar="DIR", help="a graft; by default an untrained one is built from the bundled weights")
+}
+PEERS: Options = {
     "speech": dict(nargs="+", metavar="FILE", help="manifests of labelled clips; by default the bundled prompts"),
     "threads": dict(type=int, default=1, help="CPU threads of each model"),
 }
-RANDOM = {
+RANDOM: Options = {
     "shape": dict(choices=("7b", "2b", "tiny"), default="7b", help="size of the model; tiny runs anywhere"),
     "dtype": dict(choices=("fp32", "bf16"), default="bf16", help="precision of its weights"),
 }

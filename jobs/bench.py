@@ -30,7 +30,6 @@ from graft.storage.atomic import write_atomic
 from .benchmarks.measuring import alone
 from .common.console import quiet_libraries
 
-
 Options = dict[str, dict[str, Any]]
 """Options by name, as argparse takes them."""
 

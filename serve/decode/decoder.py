@@ -88,7 +88,7 @@ class _Process(ProcessWorker["Decoded | AudioError"]):
 
     def __init__(self, args: DecodeArgs) -> None:
         super().__init__(
-            partial(_opened, args), timeout_s=args.timeout_s, most=UPLOADS_PER_PROCESS, preloaded=PRELOADED
+            partial(_opened, args), timeout_s=args.timeout_s, max_calls=UPLOADS_PER_PROCESS, preload=PRELOADED
         )
         self.waiting_bytes = 0
 

@@ -1,6 +1,8 @@
-"""A function in a process of its own, for what may crash, hang or devour memory: a call at a time; when the process dies, another comes.
+"""Call a function in a worker process that may crash, hang or run out of memory without harming the caller.
 
-call -> its turn -> handed over, taken -> what the function returns | CallFailed | TimeoutError
+call -> wait for its turn -> sent and accepted -> the function's result | CallFailed | TimeoutError
+
+This is not pebble's process pool because that one stops answering when a worker is killed while it sends a large result.
 """
 
 import asyncio
@@ -18,110 +20,117 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-START_S = 120.0
-"""In which a process has to come and take a call."""
-STARTS = 2
-"""For a call that none has taken: a process may have died while it had nothing to do."""
-TICK_S = 0.05
-"""Within which it is noticed that time is up, or that nobody waits any more."""
+ACCEPT_TIMEOUT_S = 120.0
+"""Seconds in which a new process must start and accept a call."""
+MAX_STARTS = 2
+"""Processes that are started for a call that none has accepted: an idle process may have died unnoticed."""
+POLL_S = 0.05
+"""Seconds within which a timeout or an abandoned call is noticed."""
+ACCEPTED = pickle.dumps(None)
+"""The message by which a process says that it has received a call."""
 
 
 class CallFailed(Exception):
-    """A call did not return; the message says why: the kind of exception, or that the process died."""
+    """The call did not return; the message is the name of the exception's class, or says that the process died."""
 
 
-class NoProcess(Exception):
-    """No process takes a call: there is too little memory for one, or it can't make itself ready."""
+class WorkerStartFailed(Exception):
+    """No process accepts the call: there is too little memory for one, or its initialization fails."""
 
 
 class ProcessWorker(Generic[T]):
-    """Calls a function in another process, in the order in which calls come. Call `close` to end it.
+    """Calls a function in one other process, one call at a time in order of arrival. Call `close` to end the process.
 
-    `opened` runs in each new process and returns the function; it gets there by pickle, and what the function returns comes back so. A
-    process ends with a call that takes over `timeout_s`, with one that nobody waits for any more, and after `most` of them.
+    `initialize` runs in each new process and returns the function. It is sent there by pickle, as are arguments and results. The
+    process is replaced after a call that takes longer than `timeout_s`, after one that its caller has cancelled, after its death, and
+    after `max_calls` calls.
     """
 
     def __init__(
-        self, opened: Callable[[], Callable[[str], T]], *, timeout_s: float, most: int, preloaded: Sequence[str] = ()
+        self,
+        initialize: Callable[[], Callable[[str], T]],
+        *,
+        timeout_s: float,
+        max_calls: int,
+        preload: Sequence[str] = (),
     ) -> None:
-        self._opened, self._timeout_s, self._most = opened, timeout_s, most
+        self._initialize, self._timeout_s, self._max_calls = initialize, timeout_s, max_calls
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(preloaded))
+        self._context.set_forkserver_preload(list(preload))
         self._running: tuple[ForkServerProcess, Connection] | None = None
-        self._left = 0
+        self._calls_left = 0
         self._is_closed = threading.Event()
-        self._turns = ThreadPoolExecutor(
-            1, thread_name_prefix="isolated"
-        )  # its one thread alone has to do with the process
-        self._turns.submit(self._start)  # now, not at the first call
+        # The executor's single thread is the only one that touches the process; its queue keeps the order of calls.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="process-worker")
+        self._executor.submit(self._start)  # now rather than at the first call
 
     async def call(self, argument: str) -> T:
-        """Raises TimeoutError, CallFailed, NoProcess."""
-        has_left = threading.Event()
+        """Return the function's result. Raises TimeoutError, CallFailed, WorkerStartFailed."""
+        is_cancelled = threading.Event()
         try:
-            return await asyncio.wrap_future(self._turns.submit(self._call, argument, has_left))
+            return await asyncio.wrap_future(self._executor.submit(self._call, argument, is_cancelled))
         finally:
-            has_left.set()
+            is_cancelled.set()
 
     def close(self) -> None:
-        """End the process, whatever it does; calls that wait are cancelled."""
+        """Kill the process, even during a call, and cancel the calls that wait."""
         self._is_closed.set()
-        self._turns.shutdown(cancel_futures=True)
-        self._end()
+        self._executor.shutdown(cancel_futures=True)
+        self._kill()
 
-    def _call(self, argument: str, has_left: threading.Event) -> T:
-        pipe = self._hand_over(argument, has_left)
+    def _call(self, argument: str, is_cancelled: threading.Event) -> T:
+        pipe = self._send(argument, is_cancelled)
         try:
-            returned: T | CallFailed = self._told(pipe, self._timeout_s, has_left)
-        except (EOFError, OSError) as error:
-            self._replace()
+            result: T | CallFailed = self._receive(pipe, self._timeout_s, is_cancelled)
+        except (EOFError, OSError) as error:  # TimeoutError is an OSError
+            self._restart()
             if isinstance(error, TimeoutError):
                 raise
             raise CallFailed("its process died") from error
-        self._left -= 1
-        if not self._left:
-            self._replace()
-        if isinstance(returned, CallFailed):
-            raise returned
-        return returned
+        self._calls_left -= 1
+        if not self._calls_left:
+            self._restart()
+        if isinstance(result, CallFailed):
+            raise result
+        return result
 
-    def _hand_over(self, argument: str, has_left: threading.Event) -> Connection:
-        """The pipe of a process that has taken a call: from now on, whatever ends it is the call's own fault."""
-        for _ in range(STARTS):
+    def _send(self, argument: str, is_cancelled: threading.Event) -> Connection:
+        """Return the pipe of a process that has accepted the call: a death from now on is the call's own fault."""
+        for _ in range(MAX_STARTS):
             self._start()
             with contextlib.suppress(EOFError, OSError):
                 if self._running is not None:
                     _, pipe = self._running
                     pipe.send(argument)
-                    self._told(pipe, START_S, has_left)
+                    self._receive(pipe, ACCEPT_TIMEOUT_S, is_cancelled)
                     return pipe
-            self._replace()
-            if has_left.is_set():
+            self._restart()
+            if is_cancelled.is_set():
                 break
-        raise NoProcess
+        raise WorkerStartFailed
 
-    def _told(self, pipe: Connection, timeout_s: float, has_left: threading.Event) -> Any:
-        """What the process says. Raises TimeoutError, and EOFError or OSError where it has died."""
-        end = time.monotonic() + timeout_s
-        while not pipe.poll(TICK_S):
-            if time.monotonic() > end or has_left.is_set() or self._is_closed.is_set():
+    def _receive(self, pipe: Connection, timeout_s: float, is_cancelled: threading.Event) -> Any:
+        """Return the next message of the process. Raises TimeoutError, and EOFError or OSError where the process has died."""
+        deadline = time.monotonic() + timeout_s
+        while not pipe.poll(POLL_S):
+            if time.monotonic() > deadline or is_cancelled.is_set() or self._is_closed.is_set():
                 raise TimeoutError
         return pickle.loads(pipe.recv_bytes())
 
-    def _replace(self) -> None:
-        self._end()
+    def _restart(self) -> None:
+        self._kill()
         self._start()
 
     def _start(self) -> None:
         if self._running is None and not self._is_closed.is_set():
             with contextlib.suppress(EOFError, OSError):  # too little memory: the next call tries again
-                own, others = self._context.Pipe()
-                process = self._context.Process(target=_serve, args=(others, self._opened), daemon=True)
+                own_end, worker_end = self._context.Pipe()
+                process = self._context.Process(target=_serve_calls, args=(worker_end, self._initialize), daemon=True)
                 process.start()
-                others.close()  # or the death of the process would not end what it says
-                self._running, self._left = (process, own), self._most
+                worker_end.close()  # an open copy here would hide the process's death from `recv_bytes`
+                self._running, self._calls_left = (process, own_end), self._max_calls
 
-    def _end(self) -> None:
+    def _kill(self) -> None:
         if self._running is not None:
             process, pipe = self._running
             self._running = None
@@ -130,21 +139,18 @@ class ProcessWorker(Generic[T]):
             pipe.close()
 
 
-TAKEN = pickle.dumps(None)
-
-
-def _serve(pipe: Connection, opened: Callable[[], Callable[[str], Any]]) -> None:
-    """Do what is asked for through the pipe, until whoever asks is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started it
-    function = opened()
+def _serve_calls(pipe: Connection, initialize: Callable[[], Callable[[str], Any]]) -> None:
+    """Answer the calls that come through the pipe until its other end is closed. This is the worker process's main function."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    function = initialize()
     with contextlib.suppress(EOFError, OSError):
         while True:
             argument = pipe.recv()
-            pipe.send_bytes(TAKEN)
-            pipe.send_bytes(_returned(function, argument))
+            pipe.send_bytes(ACCEPTED)
+            pipe.send_bytes(_pickled_result(function, argument))
 
 
-def _returned(function: Callable[[str], Any], argument: str) -> bytes:
+def _pickled_result(function: Callable[[str], Any], argument: str) -> bytes:
     try:
         return pickle.dumps(function(argument), protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:

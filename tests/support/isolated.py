@@ -1,25 +1,51 @@
-"""Functions to run in a process of their own, without imports that take long, and the processes in which such run."""
+"""Functions that tests run in worker processes, without slow imports, and a list of the worker processes that run."""
 
+import contextlib
 import os
 from collections.abc import Callable
 
 import psutil
 
 
-def echo() -> Callable[[str], tuple[int, str]]:
-    return said
+def make_upper() -> Callable[[str], tuple[int, str]]:
+    return upper
 
 
-def said(text: str) -> tuple[int, str]:
-    """Who heard it, and what."""
+def upper(text: str) -> tuple[int, str]:
+    """Return the id of the process and the text in capitals."""
     return os.getpid(), text.upper()
 
 
-def never() -> Callable[[str], str]:
+def make_filled() -> Callable[[str], tuple[int, bytes]]:
+    return filled
+
+
+def filled(size: str) -> tuple[int, bytes]:
+    """Return the id of the process and a number of zero bytes."""
+    return os.getpid(), bytes(int(size))
+
+
+def die_at_start() -> Callable[[str], str]:
     os._exit(1)
 
 
 def isolated_processes() -> list[psutil.Process]:
-    """Those that forkservers of this process have forked."""
-    servers = [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]
-    return [process for server in servers for process in server.children() if process.status() != psutil.STATUS_ZOMBIE]
+    """Return the processes that forkservers of this process have forked and that still run."""
+    return forked_by_forkservers(psutil.Process())
+
+
+def forked_by_forkservers(parent: psutil.Process) -> list[psutil.Process]:
+    """Return the running children of a process's forkservers; processes that end meanwhile and zombies are left out."""
+    found = []
+    for child in parent.children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # ZombieProcess is a subclass of it
+            if "multiprocessing.forkserver" in " ".join(child.cmdline()):
+                found += [process for process in child.children() if is_alive(process)]
+    return found
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process runs; a zombie does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -1,6 +1,6 @@
-"""graft on Ray Serve: `serve run serve.app:build model=FOLDER`, or `serve deploy serve/serve.yaml`.
+"""Serve graft on Ray Serve: `serve run serve.app:build model=FOLDER`, or `serve deploy serve/serve.yaml`.
 
-client -> Ingress (HTTP, decode, cut; replicas by requests) -> Engine (a Transcriber; replicas by chunks) -> segments -> client
+client -> Ingress (HTTP, decode, cut; scaled by requests) -> Engine (Transcriber; scaled by chunks) -> text -> client
 """
 
 import asyncio
@@ -26,29 +26,35 @@ from .backends.ray_handle import RayBackend
 from .config import ServeArgs
 from .decode.decoder import Decoder
 from .http.api import transcription_api
-from .http.auth import Keys
-from .logs import LOG, log_through_serve
-from .metrics import EngineMetrics, RequestMetrics, every_second
-from .service import ModelInfo, NotReady, Service, TranscriptionOptions
+from .http.auth import ApiKeys
+from .logs import LOG, log_through_ray_serve
+from .metrics import EngineMetrics, RequestMetrics, call_every_second
+from .service import ModelInfo, ModelNotReady, Service, TranscriptionOptions
 
-LOGS = {"encoding": "JSON", "enable_access_log": False}  # the ingress tells of each request itself
+COMMON_SETTINGS: dict[str, Any] = {
+    "graceful_shutdown_timeout_s": 60,
+    "health_check_period_s": 2,
+    "logging_config": {"encoding": "JSON", "enable_access_log": False},  # RequestLogMiddleware writes the access log
+}
+"""Settings of both deployments."""
 
 
 class Engine:
-    """A replica that hears: one model, whose batches hold the chunks of any number of requests."""
+    """A replica that holds one model and decodes the chunks of any number of requests in shared batches."""
 
     def __init__(self, args: ServeArgs) -> None:
-        log_through_serve()
+        log_through_ray_serve()
         self._args = args
         self._metrics = EngineMetrics()
         self._model = ""
-        self._listener: LocalBackend | None = None
-        self._standing: asyncio.Task[None] | None = None
+        self._backend: LocalBackend | None = None
+        self._sampling: asyncio.Task[None] | None = None  # kept: the event loop holds tasks weakly
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Serve calls this with `user_config` at the start and when it changes: its model takes over.
+        """Load the model that `user_config` names; Ray Serve calls this at the start and when `user_config` changes.
 
-        Requests that are under way end on the old one. A model that can't be opened leaves the old one in place, and an error in the log.
+        Chunks that are being transcribed end on the old model. Where the new one cannot be loaded, the old one stays
+        and an error is logged.
         """
         model = config.get("model", self._args.model)
         if model == self._model:
@@ -56,55 +62,56 @@ class Engine:
         try:
             new = await asyncio.to_thread(LocalBackend.open, self._args, model)
         except GraftError as error:
-            if self._listener is None:
+            if self._backend is None:
                 raise
-            LOG.error("the model stays as it was: %s", error)
+            LOG.error("the new model cannot be loaded, the old one stays: %s", error)
             return
-        LOG.info("a model is open")
-        old, self._listener, self._model = self._listener, new, model
+        LOG.info("a model was loaded")
+        old, self._backend, self._model = self._backend, new, model
         if old is None:
-            self._standing = asyncio.create_task(every_second(lambda: self._metrics.stand(self._loaded().counts())))
+            self._sampling = asyncio.create_task(
+                call_every_second(lambda: self._metrics.sample(self._loaded().counts()))
+            )
         else:
             await old.close()
 
     def _loaded(self) -> LocalBackend:
-        if self._listener is None:
-            raise NotReady
-        return self._listener
+        if self._backend is None:
+            raise ModelNotReady
+        return self._backend
 
-    async def about(self) -> ModelInfo:
-        """What is served now."""
-        return await self._loaded().about()
+    async def model_info(self) -> ModelInfo:
+        """Return what is served now. Raises ModelNotReady."""
+        return await self._loaded().model_info()
 
     async def counts(self) -> EngineCounts:
-        """What this replica holds and has done."""
+        """Return what the engine holds now and what it has done. Raises ModelNotReady."""
         return self._loaded().counts()
 
-    async def hear(
-        self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool
+    async def transcribe_chunk(
+        self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
     ) -> AsyncGenerator[str | Segment, None]:
-        """See Listener."""
+        """See TranscriptionBackend."""
         start = time.monotonic()
-        async with aclosing(self._loaded().hear(chunk, asked, stream=stream)) as parts:
+        async with aclosing(self._loaded().transcribe_chunk(chunk, options, stream=stream)) as parts:
             async for part in parts:
                 if isinstance(part, Segment):
-                    self._tell(chunk, time.monotonic() - start)
+                    audio_s, seconds = chunk.clip.duration_s, time.monotonic() - start
+                    self._metrics.on_chunk(audio_s)
+                    fields = {"audio_s": round(audio_s, 3), "seconds": round(seconds, 3)}
+                    LOG.info("a chunk was transcribed", extra=fields)
                 yield part
-
-    def _tell(self, chunk: Chunk, seconds: float) -> None:
-        audio_s = chunk.clip.duration_s
-        self._metrics.heard(audio_s)
-        LOG.info("a chunk was heard", extra={"audio_s": round(audio_s, 3), "seconds": round(seconds, 3)})
 
 
 class Ingress:
-    """A replica that answers HTTP: decodes and cuts uploads, and has their chunks heard.
+    """A replica that answers HTTP: it decodes and cuts uploads and sends their chunks to engine replicas.
 
-    `keys` are those of the process that built the application; others stand in the replica's own environment and in the file.
+    `keys` are those of the process that built the application; the replica adds those in its own environment and in the
+    key file.
     """
 
-    def __init__(self, args: ServeArgs, engine: DeploymentHandle, keys: Keys) -> None:
-        log_through_serve()
+    def __init__(self, args: ServeArgs, engine: DeploymentHandle, keys: ApiKeys) -> None:
+        log_through_ray_serve()
         self._args, self._keys = args, keys
         self._metrics = RequestMetrics()
         self._service = Service(
@@ -114,32 +121,33 @@ class Ingress:
             max_queued_s=args.max_queued_s,
             observer=self._metrics,
         )
-        self._standing = asyncio.create_task(every_second(lambda: self._metrics.stand(self._service)))
+        self._sampling = asyncio.create_task(call_every_second(lambda: self._metrics.sample(self._service)))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        keys = self._keys | Keys.from_environment(self._args.key_file)
+        keys = self._keys | ApiKeys.from_environment(self._args.key_file)
         if not keys:
-            LOG.warning("no API keys were given: everyone may ask")
+            LOG.warning("there are no API keys: requests are not authenticated")
         return transcription_api(
             self._service,
             keys=keys,
             max_upload_bytes=self._args.max_upload_bytes,
             observer=self._metrics,
-            tells_id=False,
+            sends_id=False,
         )
 
 
 def build(args: ServeArgs) -> Application:
-    """Make the application.
+    """Build the Ray Serve application.
 
-    Raises ModelError for what is no graft or no aligner before a replica starts, RecipeError for keys that can't be read.
+    Raises ModelError for an unusable model or aligner, and RecipeError for unreadable keys, before a replica starts.
     """
     from graft.checkpoints.loading import check_graft
     from graft.inference.aligners.loading import find_aligner
 
     check_graft(args.model)
-    Keys.from_environment(args.key_file)
-    args = args.model_copy(update={"model": from_anywhere(args.model)})  # replicas have another working directory
+    ApiKeys.from_environment(args.key_file)
+    # Paths become absolute, because replicas have another working directory.
+    args = args.model_copy(update={"model": from_anywhere(args.model)})
     if args.key_file:
         args = args.model_copy(update={"key_file": os.path.abspath(args.key_file)})
     if args.aligner:
@@ -147,29 +155,25 @@ def build(args: ServeArgs) -> Application:
     engine = serve.deployment(
         user_config={"model": args.model},
         max_ongoing_requests=args.max_ongoing_chunks,
-        autoscaling_config=_autoscaling(args, args.min_replicas, args.max_replicas, args.max_ongoing_chunks),
+        autoscaling_config=_autoscaling_config(args, args.min_replicas, args.max_replicas, args.max_ongoing_chunks),
         ray_actor_options={"num_cpus": args.threads, "num_gpus": args.gpus_per_replica},
-        graceful_shutdown_timeout_s=60,
-        health_check_period_s=2,
-        logging_config=LOGS,
+        **COMMON_SETTINGS,
     )(Engine).bind(args)
     ingress = serve.deployment(
-        max_ongoing_requests=4 * args.max_ongoing_requests,  # the ingress itself refuses, and says when to come back
-        autoscaling_config=_autoscaling(
+        max_ongoing_requests=4 * args.max_ongoing_requests,  # the ingress refuses requests itself, with a Retry-After
+        autoscaling_config=_autoscaling_config(
             args, args.min_ingress_replicas, args.max_ingress_replicas, args.max_ongoing_requests
         ),
-        graceful_shutdown_timeout_s=60,
-        health_check_period_s=2,
-        logging_config=LOGS,
+        **COMMON_SETTINGS,
     )(serve.ingress()(Ingress))
-    return ingress.bind(args, engine, Keys.from_environment())
+    return ingress.bind(args, engine, ApiKeys.from_environment())
 
 
-def _autoscaling(args: ServeArgs, least: int, most: int, ongoing: int) -> dict[str, Any]:
+def _autoscaling_config(args: ServeArgs, min_replicas: int, max_replicas: int, max_ongoing: int) -> dict[str, Any]:
     return {
-        "min_replicas": least,
-        "max_replicas": most,
-        "target_ongoing_requests": max(1, ongoing // 2),
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
+        "target_ongoing_requests": max(1, max_ongoing // 2),
         "upscale_delay_s": args.upscale_delay_s,
         "downscale_delay_s": args.downscale_delay_s,
     }

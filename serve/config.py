@@ -1,4 +1,4 @@
-"""The arguments of the application: of `serve run serve.app:build key=value ...` and of serve.yaml."""
+"""Define the arguments of the application, for `serve run serve.app:build key=value ...` and serve.yaml."""
 
 from typing import Literal
 
@@ -8,51 +8,56 @@ from .decode.decoder import DecodeArgs
 
 
 class ServeArgs(BaseModel):
-    """What is served, on what, and how much of it."""
+    """The served model, the resources of its replicas, and the limits on requests."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
     model: str
-    """A graft's folder, a stage's output folder or a hub id; `user_config: {model: ...}` of the Engine wins over it, also while it runs."""
+    """Folder of a graft, output folder of a training stage, or hub id. `user_config: {model: ...}` of the deployment
+    Engine overrides it and can be changed while the service runs."""
     name: str | None = None
-    """What clients call the model, also when another has taken over; by default the folder's name."""
+    """Name by which clients call the model, also after another one was loaded. By default it is the folder's name."""
     dtype: Literal["fp32", "bf16"] | None = None
-    """Precision of the weights; by default as they are stored."""
+    """Precision of the weights. By default it is the one in which they are stored."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What decodes; vllm needs the extra of that name."""
+    """Inference engine. `vllm` needs the extra of that name."""
     quantization: str | None = None
-    """vLLM's, of the language model's weights, such as fp8; by default none."""
+    """vLLM's quantization of the language model's weights, such as fp8. By default there is none."""
     aligner: str | None = None
-    """What times words: whisper (the bundled one), a folder or hub id of a Whisper or a CTC model; null: asking for them is a 400."""
+    """Model that computes word timestamps: `whisper` (the bundled one), or the folder or hub id of a Whisper or CTC
+    model. Without one, requests for word timestamps get a 400."""
     min_replicas: int = Field(default=1, ge=1)
-    """Models that are always up."""
+    """Engine replicas that always run."""
     max_replicas: int = Field(default=1, ge=1)
-    """Models that load may bring up."""
+    """Engine replicas that run under load."""
     gpus_per_replica: float = Field(default=0, ge=0)
-    """0 serves on CPU."""
+    """GPUs of each engine replica. 0 serves on the CPU."""
     threads: int = Field(default=1, ge=1)
-    """CPU threads, and CPUs taken from the cluster, of each model."""
+    """CPU threads of each engine replica, and the CPUs that it reserves in the cluster."""
     max_ongoing_chunks: int = Field(default=64, ge=1)
-    """Chunks of up to 28 s that a model has in hand; half as many bring up another."""
+    """Chunks (of up to 28 s) that an engine replica accepts at a time. Half as many make another replica start."""
     min_ingress_replicas: int = Field(default=1, ge=1)
+    """Ingress replicas, which answer HTTP and decode audio, that always run."""
     max_ingress_replicas: int = Field(default=1, ge=1)
-    """Processes that answer HTTP and decode."""
+    """Ingress replicas that run under load."""
     max_ongoing_requests: int = Field(default=64, ge=1)
-    """Requests that one of them has in hand; more get 429."""
+    """Uploads that an ingress replica accepts at a time. More of them get a 429."""
     max_queued_s: float = Field(default=7_200, gt=0)
-    """Seconds of speech that one of them has in hand; more get 429."""
+    """Seconds of speech that an ingress replica accepts at a time. Uploads beyond that get a 429."""
     max_upload_bytes: int = Field(default=25_000_000, ge=1)
-    """Larger request bodies get 413."""
+    """Largest request body in bytes. Larger ones get a 413."""
     key_file: str | None = None
-    """File of API keys, one a line; more may stand in GRAFT_API_KEYS, between commas. Without any, everyone may ask."""
+    """File of API keys, one a line, in addition to those in GRAFT_API_KEYS, which are separated by commas. Without any
+    key, requests are not authenticated."""
     decode: DecodeArgs = DecodeArgs()
+    """Settings of the processes that decode uploads."""
     upscale_delay_s: float = Field(default=10, ge=0)
-    """Seconds of load before a replica comes."""
+    """Seconds of load after which a replica is added."""
     downscale_delay_s: float = Field(default=300, ge=0)
-    """Seconds without it before one goes."""
+    """Seconds without load after which a replica is removed."""
 
     @model_validator(mode="after")
     def _check_quantization(self) -> "ServeArgs":
         if self.quantization and self.engine != "vllm":
-            raise ValueError(f"quantization={self.quantization} goes with engine=vllm")
+            raise ValueError(f"quantization={self.quantization} requires engine=vllm")
         return self

@@ -1,7 +1,7 @@
-"""What Prometheus sees of the service, on the metrics port of every Ray node.
+"""Export the service's metrics for Prometheus, on the metrics port of every Ray node.
 
-The names begin with ray_graft_ there, counters end with _total, and Ray Serve adds the labels deployment, replica and application.
-cluster/dashboard.json draws them.
+Ray prefixes the names with `ray_`, appends `_total` to counters, and Ray Serve adds the labels deployment, replica and
+application. cluster/dashboard.json is a Grafana dashboard of them.
 """
 
 import asyncio
@@ -14,86 +14,92 @@ from graft.inference.engines.protocol import EngineCounts
 from .observer import Observer
 from .service import Service
 
-SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
-SPEEDS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
-NOTHING = EngineCounts(running=0, waiting=0, prefills=0, steps=0, tokens=0, busy_s=0.0)
+SECONDS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0]
+REAL_TIME_FACTORS = [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0]
+NO_COUNTS = EngineCounts(running=0, waiting=0, prefills=0, steps=0, tokens=0, busy_s=0.0)
 
 
 class RequestMetrics(Observer):
-    """See Observer. Of an ingress replica."""
+    """Metrics of an ingress replica."""
 
     def __init__(self) -> None:
-        told = "Requests answered, by endpoint and status; 499: the client left before."
-        self._answered = Counter("graft_requests", told, ("endpoint", "status"))  # type: ignore[arg-type]  # Ray says that there is one tag
+        self._responses = Counter(
+            "graft_requests",
+            "Requests answered, by endpoint and status; 499 means that the client left before the response began.",
+            ("endpoint", "status"),  # type: ignore[arg-type]  # Ray annotates a tuple of one tag
+        )
         self._latency = Histogram(
-            "graft_request_seconds", "From a request to the end of its answer.", list(SECONDS), ("endpoint",)
+            "graft_request_seconds", "Seconds from a request to the end of its response.", SECONDS, ("endpoint",)
         )
         self._first_text = Histogram(
-            "graft_first_text_seconds", "From an upload to the first text of its stream.", list(SECONDS)
+            "graft_first_text_seconds", "Seconds from an upload to the first text of its stream.", SECONDS
         )
-        self._speed = Histogram(
-            "graft_request_rtfx", "Seconds of an upload per second that its transcript took.", list(SPEEDS)
+        self._real_time_factor = Histogram(
+            "graft_request_rtfx",
+            "Seconds of audio in an upload per second that its transcription took.",
+            REAL_TIME_FACTORS,
         )
-        self._audio = Counter("graft_audio_seconds", "Seconds of uploads transcribed.")
-        self._requests = Gauge("graft_requests_in_hand", "Uploads that an ingress has in hand.")
-        self._queue = Gauge("graft_queue_seconds", "Seconds of speech that an ingress has in hand.")
+        self._audio = Counter("graft_audio_seconds", "Seconds of audio in transcribed uploads.")
+        self._requests = Gauge("graft_requests_in_hand", "Uploads that an ingress is working on.")
+        self._queue = Gauge("graft_queue_seconds", "Seconds of speech in the uploads that an ingress is working on.")
 
-    def answered(self, endpoint: str, status: int, seconds: float) -> None:
+    def on_response(self, endpoint: str, status: int, seconds: float) -> None:
         """See Observer."""
-        self._answered.inc(tags={"endpoint": endpoint, "status": str(status)})
+        self._responses.inc(tags={"endpoint": endpoint, "status": str(status)})
         self._latency.observe(seconds, tags={"endpoint": endpoint})
 
-    def began(self, seconds: float) -> None:
+    def on_first_text(self, seconds: float) -> None:
         """See Observer."""
         self._first_text.observe(seconds)
 
-    def transcribed(self, audio_s: float, seconds: float) -> None:
+    def on_transcript(self, audio_s: float, seconds: float) -> None:
         """See Observer."""
-        _add(self._audio, audio_s)
-        self._speed.observe(audio_s / seconds)
+        _increase(self._audio, audio_s)
+        self._real_time_factor.observe(audio_s / seconds)
 
-    def stand(self, service: Service) -> None:
-        """Take note of how a service stands."""
-        self._requests.set(service.requests)
+    def sample(self, service: Service) -> None:
+        """Record what a service is working on now."""
+        self._requests.set(service.request_count)
         self._queue.set(service.queued_s)
 
 
 class EngineMetrics:
-    """Of an engine replica."""
+    """Metrics of an engine replica."""
 
     def __init__(self) -> None:
-        self._running = Gauge("graft_batch_size", "Chunks that decode together.")
+        self._running = Gauge("graft_batch_size", "Chunks that are decoded together.")
         self._waiting = Gauge("graft_waiting_chunks", "Chunks that wait to be decoded.")
-        self._prefills = Counter("graft_prefills", "Times that clips were encoded and their prompts read.")
-        self._steps = Counter("graft_steps", "Steps that gave each chunk of a batch a token.")
-        self._tokens = Counter("graft_tokens", "Tokens of answers.")
-        self._busy = Counter("graft_busy_seconds", "Seconds that prefills and steps took.")
-        self._heard = Counter("graft_heard_seconds", "Seconds of chunks heard.")
-        self._last = NOTHING
+        self._prefills = Counter("graft_prefills", "Batches of clips whose audio and prompts were encoded.")
+        self._steps = Counter("graft_steps", "Decoding steps, each of which adds one token to each chunk of a batch.")
+        self._tokens = Counter("graft_tokens", "Tokens generated.")
+        self._busy = Counter("graft_busy_seconds", "Seconds spent in prefills and decoding steps.")
+        self._transcribed = Counter("graft_heard_seconds", "Seconds of audio in transcribed chunks.")
+        self._last = NO_COUNTS
 
-    def heard(self, audio_s: float) -> None:
-        """Take note of a chunk that was heard to the end."""
-        _add(self._heard, audio_s)
+    def on_chunk(self, audio_s: float) -> None:
+        """Record a chunk that was transcribed completely."""
+        _increase(self._transcribed, audio_s)
 
-    def stand(self, counts: EngineCounts) -> None:
-        """Take note of how an engine stands, another than before too."""
-        last = self._last if counts.prefills >= self._last.prefills and counts.busy_s >= self._last.busy_s else NOTHING
+    def sample(self, counts: EngineCounts) -> None:
+        """Record an engine's counts, which start at zero again when another model is loaded."""
+        is_same_engine = counts.prefills >= self._last.prefills and counts.busy_s >= self._last.busy_s
+        last = self._last if is_same_engine else NO_COUNTS
         self._last = counts
         self._running.set(counts.running)
         self._waiting.set(counts.waiting)
-        _add(self._prefills, counts.prefills - last.prefills)
-        _add(self._steps, counts.steps - last.steps)
-        _add(self._tokens, counts.tokens - last.tokens)
-        _add(self._busy, counts.busy_s - last.busy_s)
+        _increase(self._prefills, counts.prefills - last.prefills)
+        _increase(self._steps, counts.steps - last.steps)
+        _increase(self._tokens, counts.tokens - last.tokens)
+        _increase(self._busy, counts.busy_s - last.busy_s)
 
 
-async def every_second(look: Callable[[], None]) -> None:
-    """Look how things stand, for as long as the event loop runs."""
+async def call_every_second(function: Callable[[], None]) -> None:
+    """Call a function every second for as long as the event loop runs."""
     while True:
-        look()
+        function()
         await asyncio.sleep(1)
 
 
-def _add(counter: Counter, amount: float) -> None:
-    if amount > 0:  # else refused
+def _increase(counter: Counter, amount: float) -> None:
+    if amount > 0:  # Ray refuses an increase by 0
         counter.inc(amount)

@@ -1,14 +1,14 @@
-"""Who watches requests go by: by default nobody; on Ray Serve metrics.py."""
+"""Define the callbacks by which a Service and its API report requests; serve/metrics.py turns them into metrics."""
 
 
 class Observer:
-    """What is told of requests; by default it does nothing with it."""
+    """Receives events of requests and ignores them; subclasses override what they need."""
 
-    def answered(self, endpoint: str, status: int, seconds: float) -> None:
-        """A request to an endpoint of the API was answered to the end, or its client left."""
+    def on_response(self, endpoint: str, status: int, seconds: float) -> None:
+        """A request to an endpoint ended, with a complete response or because its client left (status 499)."""
 
-    def began(self, seconds: float) -> None:
-        """A stream's first text came, so long after its request."""
+    def on_first_text(self, seconds: float) -> None:
+        """A streamed transcription produced its first text, so many seconds after its request."""
 
-    def transcribed(self, audio_s: float, seconds: float) -> None:
-        """An upload of so many seconds was transcribed to the end, so long after it had come."""
+    def on_transcript(self, audio_s: float, seconds: float) -> None:
+        """An upload of `audio_s` seconds was transcribed completely within `seconds`."""

@@ -1,6 +1,6 @@
-"""The service without HTTP: uploads -> chunks -> whoever hears them -> transcripts or their parts, within limits.
+"""Transcribe uploads within limits on requests and queued audio, independently of HTTP.
 
-upload -> Decoder -> chunks, a few of a request at a time -> TranscriptionBackend -> segments -> stitch -> Transcript
+upload -> Decoder -> chunks, a few of each request at a time -> TranscriptionBackend -> segments -> stitch -> Transcript
 """
 
 import asyncio
@@ -13,171 +13,181 @@ from typing import Protocol
 from graft.audio.chunking import Chunk
 from graft.inference.transcript import Segment, Transcript, stitch
 
-from .decode.decoder import Decoded, Decoder
+from .decode.decoder import DecodedUpload, Decoder
 from .observer import Observer
 
 CHUNKS_PER_REQUEST = 4
-"""Of one request in the engine at a time: the hours of one client do not stand before the seconds of another."""
-UNHEARD = "a chunk was heard without a segment"
+"""Chunks that one request has in the engine at a time, so that an upload of hours does not delay one of seconds."""
+NO_SEGMENT = "the backend returned no segment for a chunk"
 
 
-class Busy(Exception):
-    """There is no room for a request; `retry_after_s` says when to ask again."""
+class ServiceBusy(Exception):
+    """The service has no capacity for a request; `retry_after_s` is the number of seconds after which to try again."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__("too many requests are waiting")
         self.retry_after_s = retry_after_s
 
 
-class NotReady(Exception):
-    """No model is loaded just now."""
+class ModelNotReady(Exception):
+    """No model is loaded at the moment."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is served, and what it can be asked for."""
+    """The served model's name, its language (ISO 639-1) and the optional features that it supports."""
 
     name: str
     language: str
-    takes_context: bool
-    times_words: bool
+    supports_context: bool
+    supports_word_timestamps: bool
 
 
 @dataclass(frozen=True)
 class TranscriptionOptions:
-    """What a request wants of its text."""
+    """Options of a request: words that may occur in the audio, and whether words get timestamps."""
 
     context: tuple[str, ...] | None = None
-    words: bool = False
+    word_timestamps: bool = False
 
 
 class TranscriptionBackend(Protocol):
-    """Hears chunks: a Transcriber in this process, or engines behind Ray Serve."""
+    """Transcribes chunks: with a Transcriber in this process, or with engine replicas behind Ray Serve."""
 
-    async def about(self) -> ModelInfo:
-        """What is served now."""
+    async def model_info(self) -> ModelInfo:
+        """Return what is served now. Raises ModelNotReady."""
         ...
 
-    def hear(self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool) -> AsyncGenerator[str | Segment, None]:
-        """Yield a chunk's segment; with `stream` before it its text in parts, as it comes. Closing it frees the chunk's place."""
+    def transcribe_chunk(
+        self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
+    ) -> AsyncGenerator[str | Segment, None]:
+        """Yield a chunk's segment; with `stream`, first its text in parts. Closing the generator aborts the chunk."""
         ...
 
 
 class Service:
-    """Transcribes uploads; of `max_requests` at once, and not more than `max_queued_s` seconds of audio."""
+    """Transcribes uploads, at most `max_requests` at once and `max_queued_s` seconds of speech in total."""
 
     def __init__(
         self,
         decoder: Decoder,
-        listener: TranscriptionBackend,
+        backend: TranscriptionBackend,
         *,
         max_requests: int,
         max_queued_s: float,
         observer: Observer | None = None,
     ) -> None:
-        self.listener = listener
+        self.backend = backend
         self._observer = observer or Observer()
         self._decoder = decoder
         self._max_requests = max_requests
         self._max_queued_s = max_queued_s
-        self.requests = 0
-        self._spoken_s: list[float] = []
+        self.request_count = 0
+        self._speech_s: list[float] = []  # of each decoded upload
 
     @property
     def queued_s(self) -> float:
-        """Seconds of speech in hand."""
-        return sum(self._spoken_s)  # one that is added to and taken from need not come back to 0
+        """Seconds of speech in all uploads that are being transcribed."""
+        return sum(self._speech_s)  # a running total would not return to exactly 0
 
-    async def transcribe(self, path: str, asked: TranscriptionOptions, *, model: str) -> Transcript:
-        """Transcribe a file; `model` is what the transcript says who heard it. Raises AudioError, Busy, NotReady, ModelError."""
+    async def transcribe(self, path: str, options: TranscriptionOptions, *, model: str) -> Transcript:
+        """Transcribe a file; `model` is the name that the transcript states.
+
+        Raises AudioError, ServiceBusy, ModelNotReady, ModelError.
+        """
         start = time.monotonic()
-        async with self._admitted(path) as decoded:
+        async with self._admit(path) as upload:
             slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
 
-            async def heard(chunk: Chunk) -> Segment:
+            async def transcribe_chunk(chunk: Chunk) -> Segment:
                 async with slots:
-                    return await _segment_of(self.listener.hear(chunk, asked, stream=False))
+                    return await _read_segment(self.backend.transcribe_chunk(chunk, options, stream=False))
 
             try:
-                async with asyncio.TaskGroup() as tasks:  # if one fails, the others free their places
-                    parts = [tasks.create_task(heard(chunk)) for chunk in decoded.chunks]
+                async with asyncio.TaskGroup() as group:  # where one chunk fails, the others are cancelled
+                    tasks = [group.create_task(transcribe_chunk(chunk)) for chunk in upload.chunks]
             except ExceptionGroup as failed:
                 raise failed.exceptions[0] from None
-            if any(
-                part.cancelled() for part in parts
-            ):  # by whoever hears; if this request were, it would not come here
-                raise RuntimeError(UNHEARD)
-            self._observer.transcribed(decoded.duration_s, time.monotonic() - start)
-            return stitch([part.result() for part in parts], duration_s=decoded.duration_s, model=model)
+            if any(task.cancelled() for task in tasks):  # by the backend: a cancelled request does not come here
+                raise RuntimeError(NO_SEGMENT)
+            self._observer.on_transcript(upload.duration_s, time.monotonic() - start)
+            return stitch([task.result() for task in tasks], duration_s=upload.duration_s, model=model)
 
-    async def parts(self, path: str, asked: TranscriptionOptions) -> AsyncGenerator[str, None]:
-        """Yield the text of a file in parts, in order, as they come; joined they are its transcript's text. Raises as `transcribe`."""
+    async def stream(self, path: str, options: TranscriptionOptions) -> AsyncGenerator[str, None]:
+        """Yield the text of a file in parts, in order, as they are decoded; joined they are the transcript's text.
+
+        Raises what `transcribe` raises.
+        """
         start, has_begun = time.monotonic(), False
-        async with self._admitted(path) as decoded, aclosing(_in_order(decoded.chunks, self.listener, asked)) as parts:
+        async with (
+            self._admit(path) as upload,
+            aclosing(_stream_in_order(upload.chunks, self.backend, options)) as parts,
+        ):
             async for part in parts:
                 if not has_begun:
-                    self._observer.began(time.monotonic() - start)
+                    self._observer.on_first_text(time.monotonic() - start)
                     has_begun = True
                 yield part
-            self._observer.transcribed(decoded.duration_s, time.monotonic() - start)
+            self._observer.on_transcript(upload.duration_s, time.monotonic() - start)
 
-    def check_room(self, coming: int = 0) -> None:
-        """Raise Busy where there is no room for one more request, besides those in hand and so many that are still received."""
-        if self.requests + coming >= self._max_requests:
-            raise Busy(self._retry_after_s())
+    def check_capacity(self, receiving: int = 0) -> None:
+        """Raise ServiceBusy where one more request exceeds the limit; `receiving` is the number of arriving uploads."""
+        if self.request_count + receiving >= self._max_requests:
+            raise ServiceBusy(self._retry_after_s())
 
     @asynccontextmanager
-    async def _admitted(self, path: str) -> AsyncIterator[Decoded]:
-        """A decoded file, once there is room for it."""
-        self.check_room()
-        self.requests += 1
+    async def _admit(self, path: str) -> AsyncIterator[DecodedUpload]:
+        """Decode a file and count it until the block ends. Raises ServiceBusy."""
+        self.check_capacity()
+        self.request_count += 1
         try:
-            decoded = await self._decoder(path)
-            spoken_s = sum(chunk.clip.duration_s for chunk in decoded.chunks)
-            if self.queued_s and self.queued_s + spoken_s > self._max_queued_s:
-                raise Busy(self._retry_after_s())
-            self._spoken_s.append(spoken_s)
+            upload = await self._decoder(path)
+            speech_s = sum(chunk.clip.duration_s for chunk in upload.chunks)
+            # An idle service takes an upload that is longer than the limit.
+            if self.queued_s and self.queued_s + speech_s > self._max_queued_s:
+                raise ServiceBusy(self._retry_after_s())
+            self._speech_s.append(speech_s)
             try:
-                yield decoded
+                yield upload
             finally:
-                self._spoken_s.remove(spoken_s)
+                self._speech_s.remove(speech_s)
         finally:
-            self.requests -= 1
+            self.request_count -= 1
 
     def _retry_after_s(self) -> int:
-        return max(1, round(self.queued_s / 10))
+        return max(1, round(self.queued_s / 10))  # ten times real time is a cautious guess
 
 
-async def _segment_of(hearing: AsyncGenerator[str | Segment, None]) -> Segment:
-    async with aclosing(hearing) as parts:
+async def _read_segment(parts: AsyncGenerator[str | Segment, None]) -> Segment:
+    async with aclosing(parts):
         async for part in parts:
             if isinstance(part, Segment):
                 return part
-    raise RuntimeError(UNHEARD)
+    raise RuntimeError(NO_SEGMENT)
 
 
-async def _in_order(
-    chunks: Sequence[Chunk], listener: TranscriptionBackend, asked: TranscriptionOptions
+async def _stream_in_order(
+    chunks: Sequence[Chunk], backend: TranscriptionBackend, options: TranscriptionOptions
 ) -> AsyncGenerator[str, None]:
-    """The text of chunks that are heard side by side, one after the other, with a space between two."""
+    """Yield the text of chunks one after the other, with a space between two, while several are decoded together."""
     slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
-    outboxes: list[asyncio.Queue[str | Segment | Exception]] = [asyncio.Queue() for _ in chunks]
+    queues: list[asyncio.Queue[str | Segment | Exception]] = [asyncio.Queue() for _ in chunks]
 
-    async def hear(chunk: Chunk, outbox: asyncio.Queue[str | Segment | Exception]) -> None:
+    async def fill(queue: asyncio.Queue[str | Segment | Exception], chunk: Chunk) -> None:
         try:
-            async with slots, aclosing(listener.hear(chunk, asked, stream=True)) as parts:
+            async with slots, aclosing(backend.transcribe_chunk(chunk, options, stream=True)) as parts:
                 async for part in parts:
-                    outbox.put_nowait(part)
+                    queue.put_nowait(part)
         except Exception as error:
-            outbox.put_nowait(error)
-        finally:  # whoever has the segment, or an error, reads no further
-            outbox.put_nowait(RuntimeError(UNHEARD))
+            queue.put_nowait(error)
+        finally:  # nobody reads this after a segment or an error
+            queue.put_nowait(RuntimeError(NO_SEGMENT))
 
-    tasks = [asyncio.create_task(hear(chunk, outbox)) for chunk, outbox in zip(chunks, outboxes, strict=True)]
+    tasks = [asyncio.create_task(fill(queue, chunk)) for queue, chunk in zip(queues, chunks, strict=True)]
     space = ""
     try:
-        for outbox in outboxes:
-            while not isinstance(part := await outbox.get(), Segment):
+        for queue in queues:
+            while not isinstance(part := await queue.get(), Segment):
                 if isinstance(part, Exception):
                     raise part
                 yield space + part

@@ -1,4 +1,4 @@
-"""A Transcriber in this process as the Listener of a Service: for tests, notebooks and servers without Ray."""
+"""Run a Transcriber in this process as a TranscriptionBackend, for engine replicas, tests and servers without Ray."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -13,26 +13,26 @@ from graft.inference.transcript import Segment
 from ..config import ServeArgs
 from ..service import ModelInfo, TranscriptionOptions
 
-if TYPE_CHECKING:  # an ingress, which hears nothing itself, is there sooner without torch
+if TYPE_CHECKING:  # an ingress replica imports this file and starts sooner without torch
     from graft.inference.transcriber import Transcriber
 
 
 def served_name(args: ServeArgs) -> str:
-    """What clients call the model; it stays when another model takes over."""
+    """Return the name by which clients call the model; it stays when another model is loaded."""
     return args.name or checkpoint_name(args.model)
 
 
 class LocalBackend:
-    """See Listener."""
+    """A TranscriptionBackend that calls a Transcriber in this process."""
 
     def __init__(self, transcriber: "Transcriber", name: str | None = None) -> None:
         self._transcriber = transcriber
-        self._hearing = 0
-        self._about = ModelInfo(name or transcriber.name, "en", transcriber.takes_context, transcriber.times_words)
+        self._active_chunks = 0
+        self._info = ModelInfo(name or transcriber.name, "en", transcriber.takes_context, transcriber.times_words)
 
     @classmethod
     def open(cls, args: ServeArgs, model: str) -> "LocalBackend":
-        """Open a model with the settings of the application. Raises ModelError, MissingExtra."""
+        """Open a model with the application's settings. Raises ModelError, MissingExtra."""
         from graft.audio.chunking import windows
         from graft.inference.transcriber import open_transcriber
 
@@ -49,33 +49,33 @@ class LocalBackend:
         return cls(transcriber, served_name(args))
 
     async def close(self) -> None:
-        """Release the model, once nothing is being heard."""
-        while self._hearing:
+        """Wait for the chunks that are being transcribed, then release the model."""
+        while self._active_chunks:
             await asyncio.sleep(0.1)
         await asyncio.to_thread(self._transcriber.close)
 
-    async def about(self) -> ModelInfo:
-        """See Listener."""
-        return self._about
+    async def model_info(self) -> ModelInfo:
+        """See TranscriptionBackend."""
+        return self._info
 
     def counts(self) -> EngineCounts:
-        """What the engine holds and has done."""
+        """Return what the engine holds now and what it has done."""
         return self._transcriber.counts()
 
-    async def hear(
-        self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool
+    async def transcribe_chunk(
+        self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
     ) -> AsyncGenerator[str | Segment, None]:
-        """See Listener."""
-        self._hearing += 1
+        """See TranscriptionBackend."""
+        self._active_chunks += 1
         try:
             if stream:
-                async with aclosing(self._transcriber.stream_chunk(chunk, context=asked.context)) as parts:
+                async with aclosing(self._transcriber.stream_chunk(chunk, context=options.context)) as parts:
                     async for part in parts:
                         yield part
             else:
                 (segment,) = await self._transcriber.transcribe_chunks(
-                    [chunk], context=asked.context, words=asked.words
+                    [chunk], context=options.context, words=options.word_timestamps
                 )
                 yield segment
         finally:
-            self._hearing -= 1
+            self._active_chunks -= 1

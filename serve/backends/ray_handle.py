@@ -1,4 +1,4 @@
-"""Engines behind Ray Serve as one Listener: a chunk whose engine dies is heard once more, by another."""
+"""Use engine replicas behind Ray Serve as one TranscriptionBackend; a chunk whose replica dies is sent once more."""
 
 import asyncio
 import contextlib
@@ -16,91 +16,100 @@ from graft.audio.chunking import Chunk
 from graft.inference.transcript import Segment
 
 from ..logs import LOG
-from ..service import UNHEARD, ModelInfo, NotReady, TranscriptionOptions
+from ..service import NO_SEGMENT, ModelInfo, ModelNotReady, TranscriptionOptions
 
-TRIES = 2
-"""Of a chunk whose engine died: what kills two is not sent to a third."""
-DIED = (RayActorError, ObjectLostError)
-FRESH_S = 2.0
-"""For so long what an engine told of itself is not asked again."""
-PATIENCE_S = 5.0
-"""For so long it is waited for."""
+MAX_ATTEMPTS = 2
+"""Replicas that a chunk is sent to: one that kills two of them is not sent to a third."""
+REPLICA_DIED = (RayActorError, ObjectLostError)
+INFO_MAX_AGE_S = 2.0
+"""Seconds for which a replica's ModelInfo is used before it is requested again."""
+INFO_TIMEOUT_S = 5.0
+"""Seconds that a request for ModelInfo may take."""
 
 
 class ModelChanged(Exception):
-    """Another engine heard another text in a chunk (bf16) of which a part is told already: what was told can't be finished."""
+    """A second replica transcribed a chunk differently (bf16), and the text that was already sent is not part of it."""
 
 
 class RayBackend:
-    """See Listener. Requests wait here while no engine is up."""
+    """A TranscriptionBackend over a deployment handle. Chunks wait in the handle while no replica is up."""
 
     def __init__(self, engine: DeploymentHandle) -> None:
         self._engine = engine
-        self._streams = engine.options(stream=True)
-        self._about: ModelInfo | None = None
-        self._asked_at = 0.0
-        self._asking: asyncio.Task[None] | None = None
+        self._streaming_engine = engine.options(stream=True)
+        self._info: ModelInfo | None = None
+        self._refreshed_at = 0.0
+        self._refreshing: asyncio.Task[None] | None = None
 
-    async def about(self) -> ModelInfo:
-        """See Listener. What an engine told last holds while it is asked again, also where all are busy or dead. Raises NotReady."""
-        if self._about is None or time.monotonic() - self._asked_at > FRESH_S:
-            if (
-                self._asking is None or self._asking.done()
-            ):  # one asks for all, and is not cancelled with the request that made it ask
-                self._asking = asyncio.create_task(self._refresh(), context=contextvars.Context())
-            if self._about is None:
-                await asyncio.wait([self._asking])
-        if self._about is None:
-            raise NotReady
-        return self._about
+    async def model_info(self) -> ModelInfo:
+        """See TranscriptionBackend.
+
+        A known ModelInfo is returned at once, even while all replicas are busy or dead; it is refreshed afterwards.
+        """
+        if self._info is None or time.monotonic() - self._refreshed_at > INFO_MAX_AGE_S:
+            # One task refreshes for all callers. In a context of its own, Ray Serve does not cancel it with a request.
+            if self._refreshing is None or self._refreshing.done():
+                self._refreshing = asyncio.create_task(self._refresh(), context=contextvars.Context())
+            if self._info is None:
+                await asyncio.wait([self._refreshing])
+        if self._info is None:
+            raise ModelNotReady
+        return self._info
 
     async def _refresh(self) -> None:
-        with contextlib.suppress(TimeoutError, NotReady):
-            async with asyncio.timeout(PATIENCE_S):
-                self._about = await self._ask()
-        self._asked_at = time.monotonic()
+        with contextlib.suppress(TimeoutError, ModelNotReady):
+            async with asyncio.timeout(INFO_TIMEOUT_S):
+                self._info = await self._request_info()
+        self._refreshed_at = time.monotonic()
 
-    async def _ask(self) -> ModelInfo:
+    async def _request_info(self) -> ModelInfo:
         try:
             try:
-                return await self._engine.about.remote()
-            except RayActorError:  # it has just died: the next one tells
-                return await self._engine.about.remote()
+                return await self._engine.model_info.remote()
+            except RayActorError:  # that replica has just died: ask another
+                return await self._engine.model_info.remote()
         except (RayActorError, RayServeException, RayTaskError) as error:
-            raise NotReady from error
+            raise ModelNotReady from error
 
-    async def hear(
-        self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool
+    async def transcribe_chunk(
+        self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
     ) -> AsyncGenerator[str | Segment, None]:
-        """See Listener. Of a chunk that is heard once more, only what is not told yet is. Raises NotReady, ModelChanged."""
-        told = ""
-        for left in reversed(range(TRIES)):
-            heard = ""
+        """See TranscriptionBackend. A second attempt yields only the text that the first did not.
+
+        Raises ModelNotReady, ModelChanged.
+        """
+        sent = ""
+        for attempts_left in reversed(range(MAX_ATTEMPTS)):
+            received = ""  # in this attempt
             try:
-                async with aclosing(self._parts(chunk, asked, stream)) as parts:
+                async with aclosing(self._stream_from_replica(chunk, options, stream)) as parts:
                     async for part in parts:
                         if isinstance(part, Segment):
-                            if heard != told:
+                            if received != sent:
                                 raise ModelChanged
                             yield part
                             return
-                        heard += part
-                        if not (heard.startswith(told) or told.startswith(heard)):
+                        received += part
+                        if not (received.startswith(sent) or sent.startswith(received)):
                             raise ModelChanged
-                        if rest := heard[len(told) :]:
+                        if rest := received[len(sent) :]:
                             yield rest
-                            told = heard
-                raise RuntimeError(UNHEARD)
-            except DIED as error:
-                LOG.warning("an engine died", extra={"chunk_start_s": chunk.start_s, "tries_left": left})
-                if not left:
-                    raise NotReady from error
+                            sent = received
+                raise RuntimeError(NO_SEGMENT)
+            except REPLICA_DIED as error:
+                LOG.warning(
+                    "an engine replica died", extra={"chunk_start_s": chunk.start_s, "tries_left": attempts_left}
+                )
+                if not attempts_left:
+                    raise ModelNotReady from error
             except RayServeException as error:
-                raise NotReady from error
+                raise ModelNotReady from error
 
-    async def _parts(self, chunk: Chunk, asked: TranscriptionOptions, stream: bool) -> AsyncGenerator[Any, None]:
-        """What an engine says. Raises what went wrong there as it was: Ray's own message has the engine's traceback, with its paths."""
-        response: Any = self._streams.hear.remote(chunk, asked, stream=stream)
+    async def _stream_from_replica(
+        self, chunk: Chunk, options: TranscriptionOptions, stream: bool
+    ) -> AsyncGenerator[Any, None]:
+        """Yield what one replica yields. Its exceptions are unwrapped, because Ray's contain tracebacks with paths."""
+        response: Any = self._streaming_engine.transcribe_chunk.remote(chunk, options, stream=stream)
         try:
             async for part in response:
                 yield part

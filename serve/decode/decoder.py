@@ -1,6 +1,6 @@
-"""Uploads -> chunks of speech, in processes of their own: whatever a file does to its decoder, the service stays up.
+"""Decode uploads into chunks of speech in worker processes, so that no file can take the service down.
 
-upload on disk -> the process with the least to do (bounded in time and memory) -> decode, find speech, cut -> chunks
+upload on disk -> the least busy process, limited in time and memory -> decode, find speech, cut -> chunks
 """
 
 import os
@@ -19,35 +19,37 @@ from graft.errors import AudioError
 from ..logs import LOG
 from .process_pool import CallFailed, ProcessWorker
 
-DAMAGED = "file: can't be decoded: convert it, e.g. `ffmpeg -i IN OUT.flac`"
+UNDECODABLE = "file: cannot be decoded; convert it, for example with `ffmpeg -i IN OUT.flac`"
 UPLOADS_PER_PROCESS = 1_000
-"""Then a fresh process takes over: what decoders leak does not add up."""
+"""Uploads after which a process is replaced, so that memory that decoders leak does not accumulate."""
 SHORT_BYTES = 2**20
-"""Longer uploads (of over half a minute, if not compressed) stay out of the first process, where short ones are not kept waiting."""
-PRELOADED = ["av", "torch", "graft.audio.decoding", "graft.audio.vad", "serve.decode.decoder"]
-"""By the process from which the others are forked: so a new one is there within a second."""
+"""Larger uploads (over half a minute if uncompressed) leave the first process to short ones, which then wait less."""
+PRELOAD = ["av", "torch", "graft.audio.decoding", "graft.audio.vad", "serve.decode.decoder"]
+"""Modules that the forkserver imports, so that a new process is ready within a second."""
 
 
 class DecodeArgs(BaseModel):
-    """What an upload may take."""
+    """Limits on uploads, and how they are cut into chunks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     processes: int = Field(default=2, ge=1)
-    """Uploads that are decoded at a time; of several, one is left to short ones."""
+    """Processes, each of which decodes one upload at a time. With two or more, one of them takes short uploads only."""
     max_duration_s: float = Field(default=3600, gt=0)
-    """Longer audio is refused."""
+    """Longest audio in seconds. Longer audio gets a 413."""
     timeout_s: float = Field(default=60, gt=0)
-    """Seconds for which an upload may keep a process."""
+    """Seconds that decoding an upload may take."""
     memory_bytes: int = Field(default=2 * 2**30, ge=2**28)
-    """Memory that a process may take on top of what it has when it starts."""
+    """Memory in bytes that a process may allocate in addition to what it has at its start."""
     speech: SpeechSettings = SpeechSettings()
+    """Settings of speech detection."""
     chunks: ChunkSettings = ChunkSettings()
+    """Settings of the chunker."""
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """An upload's length in seconds and its chunks."""
+class DecodedUpload:
+    """An upload's duration in seconds and its chunks."""
 
     duration_s: float
     chunks: list[Chunk]
@@ -58,41 +60,43 @@ class Decoder:
 
     def __init__(self, args: DecodeArgs) -> None:
         self._timeout_s = args.timeout_s
-        self._processes = [_Process(args) for _ in range(args.processes)]
+        self._processes = [_DecoderProcess(args) for _ in range(args.processes)]
 
-    async def __call__(self, path: str) -> Decoded:
-        """Decode and cut an upload; the process of a cancelled one is ended. Raises AudioError for one that can't be, or is too long."""
+    async def __call__(self, path: str) -> DecodedUpload:
+        """Decode and cut an upload; cancelling this kills the process that decodes it.
+
+        Raises AudioError for an upload that cannot be decoded or is too long.
+        """
         size = os.path.getsize(path)
-        open_to_it = self._processes[1:] if size > SHORT_BYTES else self._processes
+        candidates = (self._processes[1:] if size > SHORT_BYTES else []) or self._processes
+        process = min(candidates, key=lambda one: one.waiting_bytes)
         try:
-            decoded = await min(open_to_it or self._processes, key=lambda process: process.waiting_bytes).decode(
-                path, size
-            )
+            result = await process.decode(path, size)
         except TimeoutError as error:
-            raise AudioError(f"file: not decoded within {self._timeout_s:g} s: cut it") from error
-        except CallFailed as error:  # its process died, had too little memory, or met what no decoder foresaw
-            LOG.warning("a decoder failed on an upload: %s", error)
-            raise AudioError(DAMAGED) from error
-        if isinstance(decoded, AudioError):
-            raise decoded
-        return decoded
+            raise AudioError(f"file: decoding took longer than {self._timeout_s:g} s; split it") from error
+        except CallFailed as error:  # the process died, ran out of memory, or met an exception that is no AudioError
+            LOG.warning("decoding an upload failed: %s", error)
+            raise AudioError(UNDECODABLE) from error
+        if isinstance(result, AudioError):
+            raise result
+        return result
 
     def close(self) -> None:
-        """End the processes, whatever they do."""
+        """Kill the processes, even while they decode."""
         for process in self._processes:
             process.close()
 
 
-class _Process(ProcessWorker["Decoded | AudioError"]):
-    """A process that decodes, and the bytes that wait for it."""
+class _DecoderProcess(ProcessWorker["DecodedUpload | AudioError"]):
+    """A process that decodes, and the size of the uploads that wait for it."""
 
     def __init__(self, args: DecodeArgs) -> None:
         super().__init__(
-            partial(_opened, args), timeout_s=args.timeout_s, max_calls=UPLOADS_PER_PROCESS, preload=PRELOADED
+            partial(_make_decode, args), timeout_s=args.timeout_s, max_calls=UPLOADS_PER_PROCESS, preload=PRELOAD
         )
         self.waiting_bytes = 0
 
-    async def decode(self, path: str, size: int) -> Decoded | AudioError:
+    async def decode(self, path: str, size: int) -> DecodedUpload | AudioError:
         self.waiting_bytes += size
         try:
             return await self.call(path)
@@ -100,46 +104,35 @@ class _Process(ProcessWorker["Decoded | AudioError"]):
             self.waiting_bytes -= size
 
 
-def _opened(args: DecodeArgs) -> Callable[[str], Decoded | AudioError]:
-    """What decodes, once the process is ready: it has loaded what that takes, and has its memory bounded.
+def _make_decode(args: DecodeArgs) -> Callable[[str], DecodedUpload | AudioError]:
+    """Prepare a worker process and return its function.
 
-    It keeps to itself what decoders print, and what crashes leave.
+    What decoding needs is loaded before memory is limited. Core dumps and the output of decoding libraries are dropped.
     """
     import resource
 
     import torch
 
-    import graft.audio.decoding  # noqa: F401 - before memory is bounded
+    import graft.audio.decoding  # noqa: F401
     from graft.audio.clip import read_audio
 
     torch.set_num_threads(1)
-    cut = Chunker(args.speech, args.chunks)
-    cut(AudioClip(np.zeros(16_000, np.float32)))
-    most = _address_space() + args.memory_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    chunker = Chunker(args.speech, args.chunks)
+    chunker(AudioClip(np.zeros(16_000, np.float32)))  # loads the speech detector
+    with open("/proc/self/statm", encoding="ascii") as file:
+        mapped_bytes = int(file.read().split()[0]) * resource.getpagesize()
+    limit = mapped_bytes + args.memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
 
-    def decode(path: str) -> Decoded | AudioError:
+    def decode(path: str) -> DecodedUpload | AudioError:
         try:
             clip = read_audio(path, name="file", max_s=args.max_duration_s)
         except AudioError as error:
             return error
-        return Decoded(clip.duration_s, [_own(chunk) for chunk in cut(clip)])
+        return DecodedUpload(clip.duration_s, chunker(clip))
 
     return decode
-
-
-def _own(chunk: Chunk) -> Chunk:
-    """A chunk with samples of its own, so that the clip is not sent along."""
-    return Chunk(chunk.start_s, AudioClip(chunk.clip.samples.copy()), chunk.has_speech)
-
-
-def _address_space() -> int:
-    """Bytes that this process has mapped."""
-    import resource
-
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()

@@ -2,7 +2,7 @@
 
 call -> wait for its turn -> sent and accepted -> the function's result | CallFailed | TimeoutError
 
-This is not pebble's process pool because that one stops answering when a worker is killed while it sends a large result.
+pebble's process pool is not used: it stops answering when a worker is killed while it sends a large result.
 """
 
 import asyncio
@@ -41,9 +41,9 @@ class WorkerStartFailed(Exception):
 class ProcessWorker(Generic[T]):
     """Calls a function in one other process, one call at a time in order of arrival. Call `close` to end the process.
 
-    `initialize` runs in each new process and returns the function. It is sent there by pickle, as are arguments and results. The
-    process is replaced after a call that takes longer than `timeout_s`, after one that its caller has cancelled, after its death, and
-    after `max_calls` calls.
+    `initialize` runs in each new process and returns the function. It is sent there by pickle, as are arguments and
+    results. The process is replaced after a call that takes longer than `timeout_s`, after one that its caller has
+    cancelled, after its death, and after `max_calls` calls.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ProcessWorker(Generic[T]):
         raise WorkerStartFailed
 
     def _receive(self, pipe: Connection, timeout_s: float, is_cancelled: threading.Event) -> Any:
-        """Return the next message of the process. Raises TimeoutError, and EOFError or OSError where the process has died."""
+        """Return the next message of the process. Raises TimeoutError; where the process died, EOFError or OSError."""
         deadline = time.monotonic() + timeout_s
         while not pipe.poll(POLL_S):
             if time.monotonic() > deadline or is_cancelled.is_set() or self._is_closed.is_set():
@@ -140,7 +140,7 @@ class ProcessWorker(Generic[T]):
 
 
 def _serve_calls(pipe: Connection, initialize: Callable[[], Callable[[str], Any]]) -> None:
-    """Answer the calls that come through the pipe until its other end is closed. This is the worker process's main function."""
+    """Answer calls until the other end of the pipe is closed. This is the main function of the worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     function = initialize()
     with contextlib.suppress(EOFError, OSError):

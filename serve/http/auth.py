@@ -1,45 +1,45 @@
-"""API keys: who may ask. Kept as digests, compared in constant time."""
+"""Read API keys, keep their digests, and compare them in constant time."""
 
 import hashlib
 import hmac
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from graft.errors import RecipeError
 
-VARIABLE = "GRAFT_API_KEYS"
+KEYS_VARIABLE = "GRAFT_API_KEYS"
 
 
-class Keys:
-    """Known keys; without any, everyone may ask."""
+class ApiKeys:
+    """A set of API keys, kept as SHA-256 digests. An empty set means that requests are not authenticated."""
 
-    def __init__(self, keys: list[str]) -> None:
+    def __init__(self, keys: Iterable[str] = ()) -> None:
         self._digests = [_digest(key) for key in keys]
 
     @classmethod
-    def from_environment(cls, file: str | None = None) -> "Keys":
-        """Read keys from the environment variable GRAFT_API_KEYS, between commas, and from a file, one a line. Raises RecipeError."""
-        keys = os.environ.get(VARIABLE, "").split(",")
+    def from_environment(cls, file: str | None = None) -> "ApiKeys":
+        """Read the keys in GRAFT_API_KEYS, separated by commas, and those in a file, one a line. Raises RecipeError."""
+        keys = os.environ.get(KEYS_VARIABLE, "").split(",")
         if file is not None:
             try:
                 keys += Path(file).read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
-                raise RecipeError(f"key_file {file} can't be read: give a text file with a key in each line") from error
-        return cls([key.strip() for key in keys if key.strip()])
+                raise RecipeError(f"key_file {file} cannot be read: give a text file with one key a line") from error
+        return cls(key.strip() for key in keys if key.strip())
 
-    def __or__(self, other: "Keys") -> "Keys":
-        """The keys that either knows."""
-        both = Keys([])
-        both._digests = [*self._digests, *other._digests]
-        return both
+    def __or__(self, other: "ApiKeys") -> "ApiKeys":
+        union = ApiKeys()
+        union._digests = [*self._digests, *other._digests]
+        return union
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def know(self, key: str) -> bool:
-        """Whether a key is among them; takes as long for any."""
-        given = _digest(key)
-        return any([hmac.compare_digest(given, digest) for digest in self._digests])  # all of them, not up to the first
+    def __contains__(self, key: str) -> bool:
+        digest = _digest(key)
+        # A list, so that every key is compared and the time does not tell which one matched.
+        return any([hmac.compare_digest(digest, known) for known in self._digests])
 
 
 def _digest(key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""What goes wrong, in OpenAI's shape: an answer for each exception that may reach the API, without paths, tracebacks or keys."""
+"""Turn exceptions into error responses in OpenAI's shape, without paths, tracebacks or keys."""
 
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,25 +12,30 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from graft.errors import AudioError, AudioTooLong, ModelError
 
 from ..logs import LOG
-from ..service import Busy, NotReady
-from .schema import Fault, FaultAnswer, FaultKind
+from ..service import ModelNotReady, ServiceBusy
+from .schema import ErrorDetail, ErrorResponse, ErrorType
 
-FAULTS: dict[int | str, dict[str, Any]] = {
-    400: {"model": FaultAnswer, "description": "Something in the request is wrong, or not what the model can do"},
-    401: {"model": FaultAnswer, "description": "The API key is missing or unknown"},
-    404: {"model": FaultAnswer, "description": "The model, or the address, does not exist"},
-    408: {"model": FaultAnswer, "description": "The upload took too long to come"},
-    409: {"model": FaultAnswer, "description": "The idempotency key belongs to another request"},
-    413: {"model": FaultAnswer, "description": "The upload has too many bytes or seconds"},
-    429: {"model": FaultAnswer, "description": "Too many requests are waiting; Retry-After says when to ask again"},
-    500: {"model": FaultAnswer, "description": "The server failed"},
-    503: {"model": FaultAnswer, "description": "No model is loaded just now"},
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": description}
+    for status, description in {
+        400: "The request is invalid, or asks for something that the model cannot do",
+        401: "The API key is missing or unknown",
+        404: "The model or the address does not exist",
+        408: "The upload took too long to arrive",
+        409: "The idempotency key belongs to another request",
+        413: "The upload has too many bytes or seconds",
+        429: "Too many requests are waiting; Retry-After says when to try again",
+        500: "The server failed",
+        503: "No model is loaded at the moment",
+    }.items()
 }
-SERVER_FAULT = Fault(message="the server failed on this request: try again", type="server_error", code="internal_error")
+SERVER_ERROR = ErrorDetail(
+    message="the server failed on this request: try again", type="server_error", code="internal_error"
+)
 
 
-class Refusal(HTTPException):
-    """A fault that is the client's."""
+class ApiError(HTTPException):
+    """An error that the client can correct."""
 
     def __init__(
         self,
@@ -39,51 +44,55 @@ class Refusal(HTTPException):
         *,
         param: str | None = None,
         code: str | None = None,
-        kind: FaultKind = "invalid_request_error",
+        kind: ErrorType = "invalid_request_error",
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(status, message, headers)
-        self.fault = Fault(message=message, type=kind, param=param, code=code)
+        self.error = ErrorDetail(message=message, type=kind, param=param, code=code)
 
 
-def answer_to(error: Exception) -> JSONResponse:
-    """The answer that tells of an exception."""
+def error_response(error: Exception) -> JSONResponse:
+    """Return the response to an exception; the status is 500 for one that is not expected."""
     match error:
-        case Refusal():
-            return _answer(error.status_code, error.fault, error.headers)
+        case ApiError():
+            return _respond(error.status_code, error.error, error.headers)
         case HTTPException():
-            return _answer(error.status_code, Fault(message=str(error.detail)), error.headers)
+            return _respond(error.status_code, ErrorDetail(message=str(error.detail)), error.headers)
         case RequestValidationError():
-            return _answer(400, _form_fault(error))
+            return _respond(400, _explain_validation(error))
         case AudioTooLong():
-            return _answer(413, Fault(message=str(error), param="file", code="audio_too_long"))
+            return _respond(413, ErrorDetail(message=str(error), param="file", code="audio_too_long"))
         case AudioError():
-            return _answer(400, Fault(message=str(error), param="file", code="invalid_audio"))
+            return _respond(400, ErrorDetail(message=str(error), param="file", code="invalid_audio"))
         case ModelError():
-            return _answer(400, Fault(message=str(error), param="prompt", code="unsupported_value"))
-        case Busy():
-            fault = Fault(
+            return _respond(400, ErrorDetail(message=str(error), param="prompt", code="unsupported_value"))
+        case ServiceBusy():
+            detail = ErrorDetail(
                 message=f"{error}: try again in {error.retry_after_s} s",
                 type="rate_limit_error",
                 code="rate_limit_exceeded",
             )
-            return _answer(429, fault, {"Retry-After": str(error.retry_after_s)})
-        case NotReady():
-            fault = Fault(message="no model is loaded just now: try again", type="server_error", code="not_ready")
-            return _answer(503, fault, {"Retry-After": "5"})
-    return _answer(500, SERVER_FAULT)
+            return _respond(429, detail, {"Retry-After": str(error.retry_after_s)})
+        case ModelNotReady():
+            message = "no model is loaded at the moment: try again"
+            detail = ErrorDetail(message=message, type="server_error", code="not_ready")
+            return _respond(503, detail, {"Retry-After": "5"})
+    return _respond(500, SERVER_ERROR)
 
 
-def handlers() -> dict[type[Exception], Callable[[Any, Any], JSONResponse]]:
-    """For what is raised within the API; the rest is ErrorMiddleware's."""
+def exception_handlers() -> dict[type[Exception], Callable[[Any, Any], JSONResponse]]:
+    """Return FastAPI's handlers of the expected exceptions; ErrorMiddleware handles the rest."""
     return dict.fromkeys(
-        [HTTPException, RequestValidationError, AudioError, ModelError, Busy, NotReady],
-        lambda _, error: answer_to(error),
+        [HTTPException, RequestValidationError, AudioError, ModelError, ServiceBusy, ModelNotReady],
+        lambda _, error: error_response(error),
     )
 
 
 class ErrorMiddleware:
-    """ASGI middleware: what nobody foresaw is answered with 500, and put in the log by its kind and place."""
+    """ASGI middleware that answers unexpected exceptions with 500 and logs their class and place.
+
+    Starlette's own also raises them again, and servers then log the traceback with its paths.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -91,41 +100,44 @@ class ErrorMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_begun = False
 
-        async def sent(message: Message) -> None:
+        async def watched_send(message: Message) -> None:
             nonlocal has_begun
             has_begun = True
             await send(message)
 
         try:
-            await self._app(scope, receive, sent)
+            await self._app(scope, receive, watched_send)
         except Exception as error:
-            LOG.error("a request failed: %s", described(error))
+            LOG.error("a request failed: %s", describe_exception(error))
             if has_begun or scope["type"] != "http":
                 raise
-            await answer_to(error)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
 
 
-def described(error: BaseException) -> str:
-    """An exception's kind and where it comes from, innermost first; not its message, in which paths and what users said may stand."""
+def describe_exception(error: BaseException) -> str:
+    """Return an exception's class and origin, innermost first. Its message may hold paths or user data."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     places = [f"{frame.f_globals.get('__name__')}:{line}" for frame, line in traceback.walk_tb(error.__traceback__)]
     return f"{type(error).__name__} at {' < '.join(places[:-6:-1])}"
 
 
-def _form_fault(error: RequestValidationError) -> Fault:
+def _explain_validation(error: RequestValidationError) -> ErrorDetail:
     first = error.errors()[0]
-    names = [str(part) for part in first["loc"][1:] if isinstance(part, str)]
+    names = [
+        str(part) for part in first["loc"][1:] if isinstance(part, str)
+    ]  # ("body", "timestamp_granularities[]", 0)
     param = names[0] if names else None
+    message, code = f"{param}: {first['msg']}", "unsupported_value"
     match first["type"]:
         case "missing":
-            return Fault(message=f"the parameter {param!r} is missing", param=param, code="missing_required_parameter")
+            message, code = f"the parameter {param!r} is missing", "missing_required_parameter"
         case "extra_forbidden":
-            return Fault(message=f"the parameter {param!r} is not supported", param=param, code="unsupported_parameter")
+            message, code = f"the parameter {param!r} is not supported", "unsupported_parameter"
         case "value_error" if param == "file":
-            return Fault(message="file: send it as a part with a filename", param=param, code="unsupported_value")
-    return Fault(message=f"{param}: {first['msg']}", param=param, code="unsupported_value")
+            message = "file: send it as a part with a filename"
+    return ErrorDetail(message=message, param=param, code=code)
 
 
-def _answer(status: int, fault: Fault, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(FaultAnswer(error=fault).model_dump(), status_code=status, headers=headers)
+def _respond(status: int, error: ErrorDetail, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(ErrorResponse(error=error).model_dump(), status_code=status, headers=headers)

@@ -1,4 +1,4 @@
-"""Answers by idempotency key: a request that is sent again, because its answer was lost, is not transcribed again."""
+"""Keep responses by idempotency key, so that a request that is sent again is not transcribed again."""
 
 import asyncio
 import contextvars
@@ -9,50 +9,53 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-MOST = 1_000
-KEPT_S = 600.0
+MAX_RESPONSES = 1_000
+KEEP_S = 600.0
+"""Seconds for which a response is kept."""
 
 
-class KeyReused(Exception):
+class IdempotencyKeyReused(Exception):
     """An idempotency key came with another request than before."""
 
 
 @dataclass(frozen=True)
-class _Kept(Generic[T]):
+class _Entry(Generic[T]):
     request: str
     since: float
-    answer: "asyncio.Task[T]"
+    response: "asyncio.Task[T]"
 
 
-class Answers(Generic[T]):
-    """Keeps the last answers of this process for some minutes; failures are not kept."""
+class ResponseCache(Generic[T]):
+    """Keeps the last responses of this process for ten minutes; failures are not kept."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, _Kept[T]] = {}
+        self._entries: dict[str, _Entry[T]] = {}
 
-    async def once(self, key: str, request: str, make: Callable[[], Coroutine[None, None, T]]) -> T:
-        """Make the answer to a request, or give the one that was made, or is being made, under the key.
+    async def get_or_create(self, key: str, request: str, create: Callable[[], Coroutine[None, None, T]]) -> T:
+        """Return the response that was created, or is being created, under a key; else create it.
 
-        It is made to the end, also when whoever asked is gone: in a context of its own, or Ray Serve would cancel what it calls with the
-        request. So engines tell of it under another request's id. Raises KeyReused for another request under the same key.
+        It is created completely even if the caller is cancelled: its task has a context of its own, because Ray Serve
+        cancels the remote calls of a request with the request. Engine replicas therefore log its chunks under another
+        request id. Raises IdempotencyKeyReused where the key came with another request.
         """
-        self._forget()
-        if (known := self._kept.get(key)) is None:
-            while len(self._kept) >= MOST:
-                del self._kept[next(iter(self._kept))]
-            known = self._kept[key] = _Kept(
-                request, time.monotonic(), asyncio.create_task(make(), context=contextvars.Context())
-            )
-            known.answer.add_done_callback(lambda answer: self._drop_failure(key, answer))
-        if known.request != request:
-            raise KeyReused
-        return await asyncio.shield(known.answer)
+        self._remove_expired()
+        if (entry := self._entries.get(key)) is None:
+            while len(self._entries) >= MAX_RESPONSES:
+                del self._entries[next(iter(self._entries))]  # the oldest
+            task = asyncio.create_task(create(), context=contextvars.Context())
+            entry = self._entries[key] = _Entry(request, time.monotonic(), task)
+            task.add_done_callback(lambda done: self._remove_failure(key, done))
+        if entry.request != request:
+            raise IdempotencyKeyReused
+        return await asyncio.shield(entry.response)
 
-    def _drop_failure(self, key: str, answer: "asyncio.Task[T]") -> None:
-        if (answer.cancelled() or answer.exception()) and (kept := self._kept.get(key)) and kept.answer is answer:
-            del self._kept[key]
+    def _remove_failure(self, key: str, done: "asyncio.Task[T]") -> None:
+        is_failure = done.cancelled() or done.exception()
+        if is_failure and (entry := self._entries.get(key)) and entry.response is done:
+            del self._entries[key]
 
-    def _forget(self) -> None:
-        oldest = time.monotonic() - KEPT_S
-        for key in [key for key, kept in self._kept.items() if kept.since < oldest and kept.answer.done()]:
-            del self._kept[key]
+    def _remove_expired(self) -> None:
+        oldest = time.monotonic() - KEEP_S
+        for key, entry in list(self._entries.items()):
+            if entry.since < oldest and entry.response.done():
+                del self._entries[key]

@@ -1,42 +1,38 @@
-"""At Ray Serve's proxies, which outlive what stands behind them: the last word of an answer whose ingress died, and of what Ray refuses.
+"""Complete the responses of failed ingress replicas, and translate Ray Serve's own errors, in Ray Serve's HTTP proxies.
 
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.http.proxy_middleware:middlewares has it loaded, where it is set before Ray starts. Without it, such an
-answer is a bare 500, such a stream is cut off, and what Ray refuses (an unknown address, a request that takes too long or finds no ingress)
-is told as plain text.
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.http.proxy_middleware:middlewares loads it, if it is set before Ray
+starts. Without it, a client whose ingress replica dies gets a bare 500 or a stream that breaks off, and what Ray Serve
+refuses itself (an unknown address, a request that times out or finds no ingress replica) is plain text.
 """
 
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .schema import Fault, FaultAnswer, event
+from .schema import ErrorDetail, ErrorResponse, format_event
 
-EVENTS, PLAIN = b"text/event-stream", b"text/plain"
-CUT_OFF = FaultAnswer(
-    error=Fault(message="the server failed on this request: try again", type="server_error", code="cut_off")
-)
-NOTHING_THERE = FaultAnswer(error=Fault(message="nothing is served at this address"))
-TOO_SLOW = FaultAnswer(
-    error=Fault(message="the server took too long: cut the audio, or try again", type="server_error", code="timeout")
-)
-
-TOO_MANY = FaultAnswer(
-    error=Fault(
+EVENT_STREAM, PLAIN_TEXT = b"text/event-stream", b"text/plain"
+CUT_OFF = ErrorDetail(message="the server failed on this request: try again", type="server_error", code="cut_off")
+ERRORS_BY_STATUS = {
+    404: ErrorDetail(message="nothing is served at this address"),
+    408: ErrorDetail(
+        message="the request timed out: split the audio, or try again", type="server_error", code="timeout"
+    ),
+    429: ErrorDetail(
         message="too many requests are waiting: try again in 1 s", type="rate_limit_error", code="rate_limit_exceeded"
-    )
-)
-TOLD = {404: NOTHING_THERE, 408: TOO_SLOW, 429: TOO_MANY}
+    ),
+}
 
 
 def middlewares() -> list[Middleware]:
-    """What the proxies put before their own."""
+    """Return the middlewares that Ray Serve adds to its proxies."""
     return [Middleware(ProxyErrorMiddleware)]
 
 
 class ProxyErrorMiddleware:
-    """ASGI middleware: an answer that never began is a 503 with Retry-After, a stream of events that broke off ends with an error event.
+    """ASGI middleware that sends a 503 where no response began, and an error event where an event stream breaks off.
 
-    Refusals in plain text are Ray's own (the API's are JSON): they keep their status, and are told in OpenAI's shape.
+    Errors in plain text are Ray Serve's (the API's are JSON). They keep their status and get OpenAI's shape.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -46,32 +42,33 @@ class ProxyErrorMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        has_begun = is_whole = is_stream = False
-        refused = 503
+        has_begun = is_complete = is_stream = False
+        status = 503
 
-        async def sent(message: Message) -> None:
-            nonlocal has_begun, is_whole, is_stream, refused
+        async def watched_send(message: Message) -> None:
+            nonlocal has_begun, is_complete, is_stream, status
             if message["type"] == "http.response.start":
-                kind = dict(message.get("headers", [])).get(b"content-type", b"")
-                if message["status"] >= 400 and kind.startswith(PLAIN):
-                    refused = message["status"]
+                content_type = dict(message.get("headers", [])).get(b"content-type", b"")
+                if message["status"] >= 400 and content_type.startswith(PLAIN_TEXT):
+                    status = message["status"]  # an error of Ray Serve, which is replaced
                     return
-                has_begun, is_stream = True, kind.startswith(EVENTS)
+                has_begun, is_stream = True, content_type.startswith(EVENT_STREAM)
             elif message["type"] == "http.response.body":
-                is_whole = not message.get("more_body", False)
+                is_complete = not message.get("more_body", False)
             if has_begun:
                 await send(message)
 
-        await self._app(scope, receive, sent)
+        await self._app(scope, receive, watched_send)
         if not has_begun:
-            await _refusal(scope, refused)(scope, receive, send)
-        elif is_stream and not is_whole:
-            await send({"type": "http.response.body", "body": event(CUT_OFF)})
+            await _error_response(scope, status)(scope, receive, send)
+        elif is_stream and not is_complete:
+            await send({"type": "http.response.body", "body": format_event(ErrorResponse(error=CUT_OFF))})
 
 
-def _refusal(scope: Scope, status: int) -> JSONResponse:
-    """An answer with the request's id, which is the client's own or one that Ray put there."""
+def _error_response(scope: Scope, status: int) -> JSONResponse:
+    """Return a response with the request's id, which the client or Ray Serve has put into the headers."""
     headers = {"Retry-After": "1"} if status in (429, 503) else {}
-    if (id := dict(scope["headers"]).get(b"x-request-id")) is not None:
-        headers["X-Request-Id"] = id.decode("latin-1")
-    return JSONResponse(TOLD.get(status, CUT_OFF).model_dump(), status, headers)
+    if (request_id := dict(scope["headers"]).get(b"x-request-id")) is not None:
+        headers["X-Request-Id"] = request_id.decode("latin-1")
+    error = ErrorResponse(error=ERRORS_BY_STATUS.get(status, CUT_OFF))
+    return JSONResponse(error.model_dump(), status, headers)

@@ -1,4 +1,4 @@
-"""What goes over the wire: OpenAI's transcription form, its answers, events and errors."""
+"""Define the form, responses, events and errors of OpenAI's transcription API."""
 
 import math
 import zlib
@@ -8,36 +8,38 @@ from typing import Annotated, Literal
 from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from graft.inference.transcript import Segment, Transcript, Word
+from graft.inference.transcript import Segment, Transcript
 
 ResponseFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
 
 
 class TranscriptionForm(BaseModel):
-    """OpenAI's form fields. What the model can't do is refused when it is known which one is asked."""
+    """Form fields of a transcription request. Values that the served model does not support get a 400."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
     file: UploadFile
+    """The audio or video file."""
     model: str
-    """Id of the served model, as GET /v1/models tells it."""
+    """Id of the served model, as listed by GET /v1/models."""
     language: str | None = None
-    """ISO 639-1 code of what is spoken; by default the model's own language."""
+    """ISO 639-1 code of the spoken language. By default it is the model's language."""
     prompt: str | None = Field(default=None, max_length=4_000)
-    """Words that may occur (names, terms), between commas or line ends; only for models that were trained for such lists."""
+    """Words that may occur (names, terms), separated by commas or line ends. Some models are not trained for them."""
     keywords: list[Annotated[str, Field(max_length=100)]] = Field(default=[], alias="keywords[]", max_length=100)
-    """Words that may occur, one each; with those of `prompt`."""
+    """Words that may occur, one in each field, in addition to those in `prompt`."""
     response_format: ResponseFormat = "json"
+    """Format of the response."""
     timestamp_granularities: list[Literal["word", "segment"]] = Field(
         default=["segment"], alias="timestamp_granularities[]"
     )
-    """With verbose_json, `word` adds the times of words, with srt and vtt it gives each word its time, where an aligner is loaded."""
+    """`word` adds timestamps of words to verbose_json and times each word in srt and vtt. It needs a loaded aligner."""
     temperature: Annotated[float, Field(ge=0, le=1)] = 0
-    """0 alone: decoding is greedy, so that a request has one answer."""
+    """Only 0 is supported: decoding is greedy, so that equal requests get equal responses."""
     stream: bool = False
-    """Whether the text comes in events, as it is heard."""
+    """Send the text in server-sent events while it is decoded."""
     chunking_strategy: Literal["auto"] | None = None
-    """Long audio is always cut where nobody speaks."""
+    """Accepted for compatibility. Long audio is always cut where there is no speech."""
 
     @field_validator("prompt", "language", mode="after")
     @classmethod
@@ -46,29 +48,29 @@ class TranscriptionForm(BaseModel):
 
 
 class Usage(BaseModel):
-    """How many seconds of audio were transcribed."""
+    """Seconds of audio that were transcribed."""
 
     type: Literal["duration"] = "duration"
     seconds: float
 
 
-class TranscriptionAnswer(BaseModel):
-    """The answer in response_format json."""
+class TranscriptionResponse(BaseModel):
+    """The response with response_format json."""
 
     text: str
     usage: Usage
 
 
-class TimedWord(BaseModel):
-    """A word of verbose_json, in seconds."""
+class TranscriptionWord(BaseModel):
+    """A word of verbose_json; its times are in seconds."""
 
     word: str
     start: float
     end: float
 
 
-class TimedSegment(BaseModel):
-    """A segment of verbose_json; `flags` are graft's own: what is suspicious about the text."""
+class TranscriptionSegment(BaseModel):
+    """A segment of verbose_json; `flags` is graft's addition and names what is suspicious about the text."""
 
     id: int
     seek: int
@@ -83,34 +85,34 @@ class TimedSegment(BaseModel):
     flags: list[str]
 
 
-class VerboseAnswer(BaseModel):
-    """The answer in response_format verbose_json."""
+class VerboseTranscriptionResponse(BaseModel):
+    """The response with response_format verbose_json."""
 
     task: Literal["transcribe"] = "transcribe"
     language: str
     duration: float
     text: str
-    segments: list[TimedSegment] | None = None
-    words: list[TimedWord] | None = None
+    segments: list[TranscriptionSegment] | None = None
+    words: list[TranscriptionWord] | None = None
     usage: Usage
 
 
 class DeltaEvent(BaseModel):
-    """A part of the text, as it comes."""
+    """A part of the text in a stream."""
 
     type: Literal["transcript.text.delta"] = "transcript.text.delta"
     delta: str
 
 
 class DoneEvent(BaseModel):
-    """The end of a stream: the deltas, joined."""
+    """The end of a stream; `text` is all deltas joined."""
 
     type: Literal["transcript.text.done"] = "transcript.text.done"
     text: str
 
 
 class ModelCard(BaseModel):
-    """A model as GET /v1/models lists it."""
+    """A model as listed by GET /v1/models."""
 
     id: str
     object: Literal["model"] = "model"
@@ -119,55 +121,56 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The answer of GET /v1/models."""
+    """The response of GET /v1/models."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-FaultKind = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
 
 
-class Fault(BaseModel):
-    """What went wrong, as OpenAI's clients read it."""
+class ErrorDetail(BaseModel):
+    """An error as OpenAI's clients read it."""
 
     message: str
-    type: FaultKind = "invalid_request_error"
+    type: ErrorType = "invalid_request_error"
     param: str | None = None
     code: str | None = None
 
 
-class FaultAnswer(BaseModel):
-    """The body of every answer that is not a success."""
+class ErrorResponse(BaseModel):
+    """The body of every response that is not a success."""
 
-    error: Fault
+    error: ErrorDetail
 
 
-def verbose(transcript: Transcript, *, language: str, granularities: Iterable[str]) -> VerboseAnswer:
-    """A transcript in OpenAI's verbose form."""
+def verbose_response(
+    transcript: Transcript, *, language: str, granularities: Iterable[str]
+) -> VerboseTranscriptionResponse:
+    """Convert a transcript to OpenAI's verbose_json."""
     wanted = set(granularities)
-    segments = [_segment(number, segment) for number, segment in enumerate(transcript.segments)]
-    words = [_word(word) for segment in transcript.segments for word in segment.words]
-    return VerboseAnswer(
+    segments = [_convert_segment(number, segment) for number, segment in enumerate(transcript.segments)]
+    words = [
+        TranscriptionWord(word=word.text, start=word.start_s, end=word.end_s)
+        for segment in transcript.segments
+        for word in segment.words
+    ]
+    return VerboseTranscriptionResponse(
         language=language,
         duration=transcript.duration_s,
         text=transcript.text,
         segments=segments if "segment" in wanted else None,
         words=words if "word" in wanted else None,
-        usage=usage(transcript),
+        usage=Usage(seconds=transcript.duration_s),
     )
 
 
-def usage(transcript: Transcript) -> Usage:
-    """What OpenAI would bill."""
-    return Usage(seconds=transcript.duration_s)
-
-
-def _segment(number: int, segment: Segment) -> TimedSegment:
+def _convert_segment(number: int, segment: Segment) -> TranscriptionSegment:
     data, logprob = segment.text.encode(), segment.mean_logprob
-    return TimedSegment(
+    return TranscriptionSegment(
         id=number,
-        seek=round(segment.start_s * 100),
+        seek=round(segment.start_s * 100),  # in frames of 10 ms
         start=segment.start_s,
         end=segment.end_s,
         text=segment.text,
@@ -178,10 +181,6 @@ def _segment(number: int, segment: Segment) -> TimedSegment:
     )
 
 
-def _word(word: Word) -> TimedWord:
-    return TimedWord(word=word.text, start=word.start_s, end=word.end_s)
-
-
-def event(data: BaseModel) -> bytes:
-    """An event of a stream (text/event-stream)."""
+def format_event(data: BaseModel) -> bytes:
+    """Format a server-sent event (text/event-stream)."""
     return f"data: {data.model_dump_json()}\n\n".encode()

@@ -1,4 +1,4 @@
-"""Uploads on disk, where decoders find them, for as long as they are needed."""
+"""Store uploads in temporary files, where the decoding processes can read them."""
 
 import asyncio
 import hashlib
@@ -11,16 +11,16 @@ from fastapi import UploadFile
 
 
 @asynccontextmanager
-async def saved(upload: UploadFile) -> AsyncIterator[str]:
-    """The path of a copy."""
+async def save_upload(upload: UploadFile) -> AsyncIterator[str]:
+    """Copy an upload to a temporary file, yield its path, and delete it when the block ends."""
     with tempfile.NamedTemporaryFile(prefix="graft-upload-") as file:
         await asyncio.to_thread(shutil.copyfileobj, upload.file, file, 2**20)
         file.flush()
         yield file.name
 
 
-async def digest(path: str) -> str:
-    """What tells a file from others."""
+async def file_digest(path: str) -> str:
+    """Return the SHA-256 digest of a file in hexadecimal."""
 
     def read() -> str:
         with open(path, "rb") as file:

@@ -1,11 +1,13 @@
-"""The real server on loopback, asked by a real HTTP client."""
+"""The application on Ray Serve: its keys, limits and errors over HTTP, and its arguments."""
 
+import asyncio
+import dataclasses
 import io
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,132 +17,111 @@ import yaml
 from pydantic import ValidationError
 
 from graft.errors import ModelError
-from graft.inference.transcriber import open_transcriber
-from jobs.common.cluster import connect
-from jobs.common.local_service import free_port
-from serve.app import build
+from serve.app import Ingress, build
 from serve.config import ServeArgs
-from serve.decode.decoder import DecodeArgs
-from serve.http.auth import VARIABLE
-from tests.support import tiny_models
+from serve.http.auth import KEYS_VARIABLE, ApiKeys
 from tests.support.media import SHORTEST_FIRST, speech, write
 from tests.support.paths import ROOT
-from tests.support.ray_service import replica_logs
+from tests.support.ray_service import (
+    ENVIRONMENT_KEY,
+    FILE_KEY,
+    MAX_DURATION_S,
+    MAX_UPLOAD_BYTES,
+    replica_log_records,
+)
 
-MAX_UPLOAD = 3_000_000
+pytestmark = pytest.mark.xdist_group("serve")
+
+AUTHORIZED = {"Authorization": f"Bearer {FILE_KEY}"}
+NO_KEYS = "there are no API keys: requests are not authenticated"
 WORDS = {"timestamp_granularities[]": "word"}
 
 
-def flac(seconds: float, seed: int = 0) -> bytes:
+def noise_flac(seconds: float) -> bytes:
     file = io.BytesIO()
-    samples = np.random.default_rng(seed).standard_normal(int(seconds * 16_000)) * 0.1
+    samples = np.random.default_rng(0).standard_normal(int(seconds * 16_000)) * 0.1
     soundfile.write(file, samples.astype(np.float32), 16_000, format="flac")
     return file.getvalue()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny_models.save_tiny_graft(tmp_path_factory.mktemp("serve") / "tiny-graft")
+SHORT_NOISE = noise_flac(0.5)
 
 
-@pytest.fixture(scope="module")
-def url(folder):
-    from ray import serve
-
-    connect()
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 60})
-    serve.run(
-        build(ServeArgs(model=str(folder), max_upload_bytes=MAX_UPLOAD, decode=DecodeArgs(max_duration_s=40))),
-        name="test",
-    )
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-
-
-def post(url, data=None, *, file=None, **options) -> requests.Response:
-    files = {"file": ("a.flac", flac(0.5) if file is None else file)}
-    return requests.post(
-        f"{url}/v1/audio/transcriptions",
-        files=files,
-        data={"model": "tiny-graft"} | (data or {}),
-        timeout=60,
-        **options,
-    )
-
-
-def test_keys_of_the_process_that_builds_hold_on_a_ray_that_was_there(url, folder, monkeypatch):
-    """As by `GRAFT_API_KEYS=... serve run serve.app:build` against a running cluster, whose workers know nothing of it."""
-    from ray import serve
-
-    monkeypatch.setenv(VARIABLE, "sk-mine")
-    serve.run(build(ServeArgs(model=str(folder))), name="keyed", route_prefix="/keyed")
-    try:
-        answers = [
-            post(f"{url}/keyed", headers=headers).status_code for headers in ({}, {"Authorization": "Bearer sk-mine"})
-        ]
-    finally:
-        serve.delete("keyed")
-    assert answers == [401, 200]
-    warned = {
-        record["deployment"]
-        for record in replica_logs()
-        if record["message"] == "no API keys were given: everyone may ask"
-    }
-    assert warned == {"test_Ingress"}
-
-
-def assert_fault(response, status, *, param, code, message) -> None:
+def assert_error(response, status, *, param, code, message) -> None:
     assert response.status_code == status
-    fault = response.json()["error"]
-    assert (fault["param"], fault["code"], fault["type"]) == (param, code, "invalid_request_error")
-    assert message in fault["message"]
+    error = response.json()["error"]
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert message in error["message"]
     assert not any(word in response.text for word in ("Traceback", "/", "\\n")), response.text
 
 
-def test_answers_are_the_transcribers_own(url, folder):
-    transcriber = open_transcriber(folder)
+def test_keys_of_the_building_process_and_of_the_key_file_are_accepted(service):
+    """Ray was started before, with another environment, as with `GRAFT_API_KEYS=... serve run` on a running cluster."""
+    without = dataclasses.replace(service, key=None)
+    statuses = [without.ask(SHORT_NOISE).status_code]
+    statuses += [service.ask(SHORT_NOISE, key=key).status_code for key in ("sk-x", ENVIRONMENT_KEY, FILE_KEY)]
+    assert statuses == [401, 401, 200, 200]
+    assert not [record for record in replica_log_records() if record["message"] == NO_KEYS]
+
+
+def test_an_ingress_without_keys_logs_a_warning(monkeypatch, caplog):
+    class Handle:
+        def options(self, **options: Any) -> "Handle":
+            return self
+
+    async def start_ingress(keys: ApiKeys) -> None:
+        Ingress(ServeArgs(model="m"), Handle(), keys).__serve_build_asgi_app__()
+
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    monkeypatch.setattr("serve.app.Decoder", lambda args: None)
+    monkeypatch.setattr("serve.app.log_through_ray_serve", lambda: None)
+    asyncio.run(start_ingress(ApiKeys(["sk-mine"])))
+    assert NO_KEYS not in caplog.messages
+    asyncio.run(start_ingress(ApiKeys()))
+    assert NO_KEYS in caplog.messages
+
+
+def test_responses_hold_the_transcribers_text(service, transcriber):
     for audio in [SHORTEST_FIRST[0].read_bytes(), write(speech(16_000, seconds=35.0, channels=1), 16_000, "FLAC")]:
         text = transcriber.transcribe(audio).text
-        assert post(url, file=audio).json()["text"] == text
-        plain = post(
-            url, {"response_format": "text", "language": "en", "temperature": "0", "stream": "false"}, file=audio
-        )
+        assert service.ask(audio).json()["text"] == text
+        plain = service.ask(audio, response_format="text", language="en", temperature="0", stream="false")
         assert plain.text == text + "\n"
         assert plain.headers["content-type"].startswith("text/plain")
-    transcriber.close()
 
 
-def test_concurrent_requests_get_their_own_answers(url):
+def test_concurrent_requests_get_their_own_responses(service):
     uploads = [path.read_bytes() for path in SHORTEST_FIRST[:8]]
-    alone = [post(url, file=upload).json()["text"] for upload in uploads]
+    alone = [service.ask(upload).json()["text"] for upload in uploads]
     with ThreadPoolExecutor(8) as threads:
-        together = list(threads.map(lambda upload: post(url, file=upload).json()["text"], uploads))
+        together = list(threads.map(lambda upload: service.ask(upload).json()["text"], uploads))
     assert together == alone
     assert len(set(alone)) > 1
 
 
-def test_health_and_models(url):
-    assert requests.get(f"{url}/healthz", timeout=10).json() == {"status": "ok"}
-    models = requests.get(f"{url}/v1/models", timeout=10).json()
+def test_health_and_models(service):
+    assert service.get("/healthz").json() == {"status": "ok"}
+    models = service.get("/v1/models").json()
     assert (models["object"], [model["id"] for model in models["data"]]) == ("list", ["tiny-graft"])
 
 
-def test_too_long_is_413(url):
-    assert_fault(post(url, file=flac(41)), 413, param="file", code="audio_too_long", message="over the limit of 40 s")
+def test_too_long_audio_is_413(service):
+    too_long = service.ask(noise_flac(MAX_DURATION_S + 1))
+    message = f"over the limit of {MAX_DURATION_S} s"
+    assert_error(too_long, 413, param="file", code="audio_too_long", message=message)
 
 
 @pytest.mark.parametrize(
-    ("file", "message"),
+    ("audio", "message"),
     [(b"no audio at all", "not readable as audio"), (b"", "empty")],
     ids=["noise", "empty"],
 )
-def test_bad_audio_is_400(url, file, message):
-    assert_fault(post(url, file=file), 400, param="file", code="invalid_audio", message=message)
+def test_bad_audio_is_400(service, audio, message):
+    assert_error(service.ask(audio), 400, param="file", code="invalid_audio", message=message)
 
 
 @pytest.mark.parametrize(
-    ("data", "param", "code", "message"),
+    ("form", "param", "code", "message"),
     [
         (
             {"response_format": "docx"},
@@ -148,10 +129,9 @@ def test_bad_audio_is_400(url, file, message):
             "unsupported_value",
             "'json', 'text', 'srt', 'vtt' or 'verbose_json'",
         ),
-        ({"language": "de"}, "language", "unsupported_value", "the model writes 'en' only"),
+        ({"language": "de"}, "language", "unsupported_value", "the model transcribes 'en' only"),
         ({"temperature": "0.7"}, "temperature", "unsupported_value", "decoding is greedy"),
         ({"stream": "true", "response_format": "srt"}, "stream", "unsupported_value", "response_format json"),
-        ({"prompt": "names"}, "prompt", "unsupported_parameter", "not trained for lists of words"),
         (
             WORDS | {"response_format": "verbose_json"},
             "timestamp_granularities[]",
@@ -162,37 +142,38 @@ def test_bad_audio_is_400(url, file, message):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_what_is_not_supported_is_400(url, data, param, code, message):
-    assert_fault(post(url, data), 400, param=param, code=code, message=message)
+def test_unsupported_fields_are_400(service, form, param, code, message):
+    assert_error(service.ask(SHORT_NOISE, **form), 400, param=param, code=code, message=message)
 
 
-def test_what_is_missing_or_unknown(url):
-    endpoint = f"{url}/v1/audio/transcriptions"
-    no_file = requests.post(endpoint, files={"model": (None, "tiny-graft")}, timeout=10)
-    assert_fault(no_file, 400, param="file", code="missing_required_parameter", message="'file' is missing")
-    no_form = requests.post(endpoint, json={"model": "tiny-graft"}, timeout=10)
-    assert_fault(no_form, 400, param="file", code="missing_required_parameter", message="'file' is missing")
-    assert_fault(
-        post(url, {"model": "whisper-1"}), 404, param="model", code="model_not_found", message="'tiny-graft' does"
-    )
-    assert_fault(requests.get(f"{url}/v1/nothing", timeout=10), 404, param=None, code=None, message="Not Found")
-    assert_fault(requests.get(endpoint, timeout=10), 405, param=None, code=None, message="Method Not Allowed")
+def test_what_is_missing_or_unknown(service):
+    endpoint = f"{service.url}/v1/audio/transcriptions"
+    asking = {"headers": AUTHORIZED, "timeout": 10}
+    no_file = requests.post(endpoint, files={"model": (None, "tiny-graft")}, **asking)
+    assert_error(no_file, 400, param="file", code="missing_required_parameter", message="'file' is missing")
+    no_form = requests.post(endpoint, json={"model": "tiny-graft"}, **asking)
+    assert_error(no_form, 400, param="file", code="missing_required_parameter", message="'file' is missing")
+    other_model = service.ask(SHORT_NOISE, model="whisper-1")
+    assert_error(other_model, 404, param="model", code="model_not_found", message="use 'tiny-graft'")
+    assert_error(service.get("/v1/nothing"), 404, param=None, code=None, message="Not Found")
+    assert_error(requests.get(endpoint, **asking), 405, param=None, code=None, message="Method Not Allowed")
 
 
-def test_too_large_is_413_announced_or_not(url):
-    upload = os.urandom(MAX_UPLOAD + 1000)
-    assert_fault(post(url, file=upload), 413, param=None, code="upload_too_large", message=f"over {MAX_UPLOAD} bytes")
+def test_too_large_an_upload_is_413_announced_or_not(service):
+    message = f"over the limit of {MAX_UPLOAD_BYTES} bytes"
+    upload = os.urandom(MAX_UPLOAD_BYTES + 1000)
+    assert_error(service.ask(upload), 413, param=None, code="upload_too_large", message=message)
     parts = [b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.flac"\r\n\r\n', upload, b"\r\n--x--\r\n"]
     chunked = requests.post(
-        f"{url}/v1/audio/transcriptions",
+        f"{service.url}/v1/audio/transcriptions",
         data=iter(parts),
-        headers={"content-type": "multipart/form-data; boundary=x"},
+        headers=AUTHORIZED | {"content-type": "multipart/form-data; boundary=x"},
         timeout=60,
     )
-    assert_fault(chunked, 413, param=None, code="upload_too_large", message=f"over {MAX_UPLOAD} bytes")
+    assert_error(chunked, 413, param=None, code="upload_too_large", message=message)
 
 
-def test_an_ingress_comes_without_torch():
+def test_an_ingress_imports_no_torch():
     subprocess.run([sys.executable, "-c", "import sys, serve.app; sys.exit('torch' in sys.modules)"], check=True)
 
 

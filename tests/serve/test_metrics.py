@@ -1,28 +1,29 @@
-"""The service seen from outside: what Prometheus scrapes, what Grafana draws of it, and what stands in the logs."""
+"""Metrics that Prometheus scrapes, the Grafana dashboard of them, and log records."""
 
 import json
 import re
-from collections.abc import Iterator
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import requests
 
-from serve.config import ServeArgs
 from serve.metrics import EngineMetrics, RequestMetrics
-from tests.support import tiny_models
 from tests.support.faults import until
 from tests.support.media import SHORTEST_FIRST
 from tests.support.paths import ROOT
-from tests.support.ray_service import Running, replica_logs, scraped, serving, spoken
+from tests.support.ray_service import replica_log_records, scrape_metrics, speech_flac
+
+pytestmark = pytest.mark.xdist_group("serve")
 
 DASHBOARD = ROOT / "cluster" / "dashboard.json"
 NAMES = re.compile(r"ray_\w+")
 SERVE_LABELS = {"application", "deployment", "replica"}
+SETTLE_S = 3
+"""Seconds after which the metrics of earlier requests have been exported."""
 
 
-def exported() -> dict[str, set[str]]:
-    """The labels of each series that the service has on a metrics port, as Ray names it."""
+def exported_labels() -> dict[str, set[str]]:
+    """Return the labels of each series that the service exports, by the name that Ray gives it."""
     found = {}
     for metric in [*vars(RequestMetrics()).values(), *vars(EngineMetrics()).values()]:
         if not hasattr(metric, "info"):
@@ -43,8 +44,8 @@ def queries() -> list[str]:
     return [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
 
 
-def test_the_dashboard_asks_for_what_is_exported():
-    series = exported()
+def test_the_dashboard_queries_exported_metrics():
+    series = exported_labels()
     for query in queries():
         names = NAMES.findall(query)
         assert names, query
@@ -64,7 +65,7 @@ def test_the_dashboard_asks_for_what_is_exported():
     }
 
 
-def test_panels_of_the_dashboard_stand_side_by_side():
+def test_panels_of_the_dashboard_do_not_overlap():
     board = json.loads(DASHBOARD.read_text())
     places = [panel["gridPos"] for panel in board["panels"]]
     cells = {
@@ -76,69 +77,64 @@ def test_panels_of_the_dashboard_stand_side_by_side():
     assert all(panel["title"] and panel["fieldConfig"]["defaults"]["unit"] for panel in board["panels"])
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory) -> Iterator[Running]:
-    with serving(
-        ServeArgs(model=str(tiny_models.save_tiny_graft(tmp_path_factory.mktemp("serve") / "tiny-graft")))
-    ) as running:
-        yield running
-
-
 @pytest.mark.slow
 def test_every_metric_is_scraped_while_requests_run(service):
-    audio = spoken(60)
-    requests.get(f"{service.url}/nothing", timeout=30)
+    def total(metrics: dict[str, dict[str, float]], name: str, **labels: str) -> float:
+        wanted = labels | {"application": service.app}
+        return sum(value for at, value in metrics.get(name, {}).items() if wanted.items() <= json.loads(at).items())
+
+    def increase(name: str, **labels: str) -> float:
+        return total(scrape_metrics(), name, **labels) - total(before, name, **labels)
+
+    time.sleep(SETTLE_S)
+    before = scrape_metrics()
+    audio = speech_flac(60)
+    service.get("/nothing")
     with ThreadPoolExecutor(5) as clients:
-        asked = [clients.submit(service.ask, audio) for _ in range(4)]
+        whole = [clients.submit(service.ask, audio) for _ in range(4)]
         streamed = clients.submit(list, service.stream(audio))
-        until(lambda: any(value >= 2 for value in scraped().get("ray_graft_batch_size", {}).values()))
-        until(lambda: any(value > 60 for value in scraped()["ray_graft_queue_seconds"].values()))  # two are decoded
-        assert [one.result().status_code for one in asked] == [200] * 4
+        until(lambda: any(value >= 2 for value in scrape_metrics().get("ray_graft_batch_size", {}).values()))
+        # Two uploads have been decoded.
+        until(lambda: any(value > 60 for value in scrape_metrics()["ray_graft_queue_seconds"].values()))
+        assert [one.result().status_code for one in whole] == [200] * 4
         assert streamed.result()[-1]["type"] == "transcript.text.done"
 
-    def total(name: str, **labels: str) -> float:
-        return sum(value for at, value in scraped().get(name, {}).items() if labels.items() <= json.loads(at).items())
-
-    until(lambda: total("ray_graft_audio_seconds_total") == pytest.approx(300))
-    until(lambda: total("ray_graft_requests_in_hand") == 0)
-    transcriptions = {"endpoint": "/v1/audio/transcriptions", "application": service.app, "deployment": "Ingress"}
-    until(lambda: total("ray_graft_requests_total", status="200", **transcriptions) == 5)
-    assert total("ray_graft_requests_total", status="404", endpoint="other") == 1
-    assert total("ray_graft_request_seconds_count", **transcriptions) == 5
-    assert total("ray_graft_request_rtfx_count") == 5
-    assert total("ray_graft_first_text_seconds_count") == 1
-    assert total("ray_graft_heard_seconds_total", deployment="Engine") > 100
-    assert total("ray_graft_tokens_total") > total("ray_graft_steps_total") > 0
-    assert total("ray_graft_busy_seconds_total") > 0
-    found = scraped()
-    for name, labels in exported().items():
+    until(lambda: increase("ray_graft_audio_seconds_total") == pytest.approx(300))
+    until(lambda: total(scrape_metrics(), "ray_graft_requests_in_hand") == 0)
+    transcriptions = {"endpoint": "/v1/audio/transcriptions", "deployment": "Ingress"}
+    until(lambda: increase("ray_graft_requests_total", status="200", **transcriptions) == 5)
+    assert increase("ray_graft_requests_total", status="404", endpoint="other") == 1
+    assert increase("ray_graft_request_seconds_count", **transcriptions) == 5
+    assert increase("ray_graft_request_rtfx_count") == 5
+    assert increase("ray_graft_first_text_seconds_count") == 1
+    assert increase("ray_graft_heard_seconds_total", deployment="Engine") > 100
+    assert increase("ray_graft_tokens_total") > increase("ray_graft_steps_total") > 0
+    assert increase("ray_graft_busy_seconds_total") > 0
+    found = scrape_metrics()
+    for name, labels in exported_labels().items():
         assert name in found
         assert labels <= set(json.loads(next(iter(found[name])))), name
 
 
 @pytest.mark.slow
-def test_logs_tell_of_each_request_by_its_id(service):
-    audio = SHORTEST_FIRST[0].read_bytes()
-    named = service.ask(audio, headers={"X-Request-Id": "mine-1"})
+def test_each_request_is_logged_with_its_id(service):
+    named = service.ask(SHORTEST_FIRST[0].read_bytes(), headers={"X-Request-Id": "mine-1"})
     assert named.headers["x-request-id"] == "mine-1"
-    made = service.ask(b"no audio")
-    id = made.headers["x-request-id"]
-    assert re.fullmatch(r"[\w-]{8,}", id)
+    new_id = service.ask(b"no audio").headers["x-request-id"]
+    assert re.fullmatch(r"[\w-]{8,}", new_id)
 
-    def told(id: str, message: str) -> list[dict]:
+    def records(request_id: str, message: str) -> list[dict]:
         return [
             record
-            for record in replica_logs()
-            if record.get("request_id") == id and record["message"].startswith(message)
+            for record in replica_log_records()
+            if record.get("request_id") == request_id and record["message"].startswith(message)
         ]
 
-    until(lambda: bool(told("mine-1", "POST") and told(id, "POST") and told("mine-1", "a chunk")))
-    (first,), (second,), (heard,) = told("mine-1", "POST"), told(id, "POST"), told("mine-1", "a chunk")
-    assert (first["status"], first["path"], first["deployment"]) == (
-        200,
-        "/v1/audio/transcriptions",
-        f"{service.app}_Ingress",
-    )
-    assert first["seconds"] > heard["seconds"] > 0
-    assert heard["deployment"] == f"{service.app}_Engine"
+    until(lambda: bool(records("mine-1", "POST") and records(new_id, "POST") and records("mine-1", "a chunk")))
+    (first,), (second,) = records("mine-1", "POST"), records(new_id, "POST")
+    (chunk,) = records("mine-1", "a chunk was transcribed")
+    assert (first["status"], first["path"]) == (200, "/asr/v1/audio/transcriptions")
+    assert first["deployment"] == f"{service.app}_Ingress"
+    assert first["seconds"] > chunk["seconds"] > 0
+    assert chunk["deployment"] == f"{service.app}_Engine"
     assert (second["status"], second["levelname"]) == (400, "INFO")

@@ -1,4 +1,4 @@
-"""The service without HTTP: what becomes of a request when whoever hears falls silent, and of the room that it took."""
+"""The service without HTTP: errors of the backend, cancelled requests, and the limit on queued audio."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -9,92 +9,95 @@ import pytest
 from graft.audio.chunking import Chunk
 from graft.audio.clip import AudioClip
 from graft.inference.transcript import Segment
-from serve.decode.decoder import Decoded
-from serve.service import UNHEARD, Busy, ModelInfo, Service, TranscriptionOptions
+from serve.decode.decoder import DecodedUpload
+from serve.service import NO_SEGMENT, ModelInfo, Service, ServiceBusy, TranscriptionOptions
+
+OPTIONS = TranscriptionOptions()
 
 
-def chunk(seconds: float) -> Chunk:
+def make_chunk(seconds: float) -> Chunk:
     return Chunk(0.0, AudioClip(np.zeros(round(seconds * 16_000), np.float32)))
 
 
-async def decode(path: str) -> Decoded:
-    """In place of a Decoder: the path says how long each chunk is."""
-    chunks = [chunk(float(seconds)) for seconds in path.split()]
-    return Decoded(sum(one.clip.duration_s for one in chunks), chunks)
+async def decode(path: str) -> DecodedUpload:
+    """Stand in for a Decoder: the path lists the duration of each chunk in seconds."""
+    chunks = [make_chunk(float(seconds)) for seconds in path.split()]
+    return DecodedUpload(sum(chunk.clip.duration_s for chunk in chunks), chunks)
 
 
-class Hearing:
-    """Says a word of each chunk and ends so or so, once it may."""
+class WaitingBackend:
+    """Waits for `may_answer`, yields one word of each chunk, and then raises `error` or yields a segment or neither."""
 
-    def __init__(self, end: BaseException | None = None, *, tells: bool = True) -> None:
-        self._end, self._tells, self.may = end, tells, asyncio.Event()
+    def __init__(self, error: BaseException | None = None, *, yields_segment: bool = True) -> None:
+        self._error, self._yields_segment, self.may_answer = error, yields_segment, asyncio.Event()
 
-    async def about(self) -> ModelInfo:
-        return ModelInfo("m", "en", takes_context=False, times_words=False)
+    async def model_info(self) -> ModelInfo:
+        return ModelInfo("m", "en", supports_context=False, supports_word_timestamps=False)
 
-    async def hear(
-        self, chunk: Chunk, asked: TranscriptionOptions, *, stream: bool
+    async def transcribe_chunk(
+        self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
     ) -> AsyncGenerator[str | Segment, None]:
-        await self.may.wait()
+        await self.may_answer.wait()
         if stream:
             yield "word"
-        if self._end:
-            raise self._end
-        if self._tells:
+        if self._error:
+            raise self._error
+        if self._yields_segment:
             yield Segment(0.0, 1.0, "word")
 
 
-def service(hearing: Hearing, *, max_queued_s: float = 1_000) -> Service:
-    return Service(decode, hearing, max_requests=10, max_queued_s=max_queued_s)
+def make_service(backend: WaitingBackend, *, max_queued_s: float = 1_000) -> Service:
+    return Service(decode, backend, max_requests=10, max_queued_s=max_queued_s)
 
 
-async def streamed(service: Service, path: str) -> str:
-    return "".join([part async for part in service.parts(path, TranscriptionOptions())])
+async def stream_text(service: Service, path: str) -> str:
+    return "".join([part async for part in service.stream(path, OPTIONS)])
 
 
 @pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("hearing", [{"tells": False}, {"end": asyncio.CancelledError()}], ids=["silent", "cancelled"])
-def test_a_chunk_that_is_not_heard_to_its_end_is_an_error(hearing, is_stream):
+@pytest.mark.parametrize(
+    "backend", [{"yields_segment": False}, {"error": asyncio.CancelledError()}], ids=["silent", "cancelled"]
+)
+def test_a_chunk_without_a_segment_is_an_error(backend, is_stream):
     async def run() -> None:
-        listener = Hearing(**hearing)
-        listener.may.set()
-        one = service(listener)
+        answering = WaitingBackend(**backend)
+        answering.may_answer.set()
+        service = make_service(answering)
         async with asyncio.timeout(10):
-            with pytest.raises(RuntimeError, match=UNHEARD):
-                await (streamed(one, "1 1") if is_stream else one.transcribe("1 1", TranscriptionOptions(), model="m"))
-        assert (one.requests, one.queued_s) == (0, 0)
+            with pytest.raises(RuntimeError, match=NO_SEGMENT):
+                await (stream_text(service, "1 1") if is_stream else service.transcribe("1 1", OPTIONS, model="m"))
+        assert (service.request_count, service.queued_s) == (0, 0)
 
     asyncio.run(run())
 
 
-def test_who_is_cancelled_is_not_told_of_an_error():
+def test_a_cancelled_request_raises_cancelled_error_and_is_no_longer_counted():
     async def run() -> None:
-        one = service(Hearing())
-        for asked in (one.transcribe("1 1", TranscriptionOptions(), model="m"), streamed(one, "1 1")):
-            task = asyncio.create_task(asked)
+        service = make_service(WaitingBackend())
+        for request in (service.transcribe("1 1", OPTIONS, model="m"), stream_text(service, "1 1")):
+            task = asyncio.create_task(request)
             await asyncio.sleep(0.01)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert (one.requests, one.queued_s) == (0, 0)
+            assert (service.request_count, service.queued_s) == (0, 0)
 
     asyncio.run(run())
 
 
-def test_an_idle_service_takes_an_upload_longer_than_may_wait():
+def test_only_an_idle_service_takes_an_upload_that_is_longer_than_the_limit():
     async def run() -> None:
-        listener = Hearing()
-        one = service(listener, max_queued_s=1)
+        backend = WaitingBackend()
+        service = make_service(backend, max_queued_s=1)
         short = [
-            asyncio.create_task(one.transcribe(path, TranscriptionOptions(), model="m"))
-            for path in ("0.1", "0.2", "0.3", "0.1")
+            asyncio.create_task(service.transcribe(path, OPTIONS, model="m")) for path in ("0.1", "0.2", "0.3", "0.1")
         ]
         await asyncio.sleep(0.01)
-        assert one.queued_s == pytest.approx(0.7)
-        with pytest.raises(Busy):
-            await one.transcribe("2", TranscriptionOptions(), model="m")
-        listener.may.set()
+        assert service.queued_s == pytest.approx(0.7)
+        with pytest.raises(ServiceBusy):
+            await service.transcribe("2", OPTIONS, model="m")
+        backend.may_answer.set()
         await asyncio.gather(*short)
-        assert (await one.transcribe("2", TranscriptionOptions(), model="m")).duration_s == 2
+        assert (await service.transcribe("2", OPTIONS, model="m")).duration_s == 2
 
     asyncio.run(run())

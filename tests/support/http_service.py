@@ -1,4 +1,4 @@
-"""A service to ask: the API and a Transcriber in this process, without Ray, behind a real server on loopback."""
+"""Run the HTTP API over a Transcriber in this process, without Ray, behind a real server on loopback."""
 
 import asyncio
 import contextlib
@@ -15,52 +15,48 @@ from graft.inference.transcriber import open_transcriber
 from serve.backends.local import LocalBackend
 from serve.decode.decoder import DecodeArgs, Decoder
 from serve.http.api import transcription_api
-from serve.http.auth import Keys
+from serve.http.auth import ApiKeys
 from serve.service import Service, TranscriptionBackend
 
 LIMITS: dict[str, Any] = {"max_requests": 64, "max_queued_s": 7_200}
 
 
 @contextlib.contextmanager
-def decoder(**args: Any) -> Iterator[Decoder]:
-    """Processes that decode."""
-    running = Decoder(DecodeArgs(**args))
-    try:
-        yield running
-    finally:
-        running.close()
+def open_decoder(**args: Any) -> Iterator[Decoder]:
+    """Run processes that decode until the block ends; `args` are those of DecodeArgs."""
+    with contextlib.closing(Decoder(DecodeArgs(**args))) as decoder:
+        yield decoder
 
 
 @contextlib.contextmanager
-def listener(folder: Path, **options: Any) -> Iterator[LocalBackend]:
-    """Whoever hears with a graft."""
-    local = LocalBackend(open_transcriber(folder, **options))
+def open_backend(folder: Path, **options: Any) -> Iterator[LocalBackend]:
+    """Load a graft as a backend until the block ends; `options` are those of open_transcriber."""
+    backend = LocalBackend(open_transcriber(folder, **options))
     try:
-        yield local
+        yield backend
     finally:
-        asyncio.run(local.close())
+        asyncio.run(backend.close())
 
 
 @contextlib.contextmanager
-def served(
-    decoding: Decoder, hearing: TranscriptionBackend, *, keys: tuple[str, ...] = (), limits: Any = None, **settings: Any
-) -> Iterator[str]:
-    """The address of a service of these; what `limits` and `settings` leave out is generous."""
-    with running(api_of(decoding, hearing, keys=keys, limits=limits, **settings)) as url:
+def serve_api(decoder: Decoder, backend: TranscriptionBackend, **settings: Any) -> Iterator[str]:
+    """Serve the API until the block ends; yields its URL. `settings` are those of make_api."""
+    with run_server(make_api(decoder, backend, **settings)) as url:
         yield url
 
 
-def api_of(
-    decoding: Decoder, hearing: TranscriptionBackend, *, keys: tuple[str, ...] = (), limits: Any = None, **settings: Any
+def make_api(
+    decoder: Decoder, backend: TranscriptionBackend, *, keys: tuple[str, ...] = (), limits: Any = None, **settings: Any
 ) -> FastAPI:
-    service = Service(decoding, hearing, **LIMITS | (limits or {}))
-    return transcription_api(service, keys=Keys(list(keys)), **{"max_upload_bytes": 25_000_000} | settings)
+    """Create the API with generous limits, except for those in `limits` (of Service) and `settings` (of the API)."""
+    service = Service(decoder, backend, **LIMITS | (limits or {}))
+    return transcription_api(service, keys=ApiKeys(keys), **{"max_upload_bytes": 25_000_000} | settings)
 
 
 @contextlib.contextmanager
-def running(api: ASGIApp) -> Iterator[str]:
-    """The address of an application."""
-    server = uvicorn.Server(uvicorn.Config(api, port=0, log_config=None, access_log=False))
+def run_server(app: ASGIApp) -> Iterator[str]:
+    """Serve an application until the block ends; yields its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,4 +1,4 @@
-"""A service on a Ray of its own that tests ask, watch and hurt, and what its clients say."""
+"""Start the application on Ray Serve, send requests to it, read its metrics and logs, and kill its replicas."""
 
 import contextlib
 import io
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pytest
 import requests
 import soundfile
 from ray.exceptions import RayActorError
@@ -23,36 +24,43 @@ from graft.inference.engines.protocol import EngineCounts
 from jobs.common.cluster import SERVE_VARIABLES
 from jobs.common.local_service import free_port
 from serve.config import ServeArgs
+from serve.decode.decoder import DecodeArgs
+from serve.http.auth import KEYS_VARIABLE
 from tests.support.faults import processes, until
 from tests.support.media import SHORTEST_FIRST
 
 APP = "service"
-PATIENCE_S = 240
-ENVIRONMENT = {
+REQUEST_TIMEOUT_S = 240
+RAY_VARIABLES = {
     **SERVE_VARIABLES,
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.http.proxy_middleware:middlewares",
     "RAY_metrics_report_interval_ms": "1000",
 }
+"""Variables that a Ray must have when it starts, so that the tests see its services' last errors and metrics soon."""
+ENVIRONMENT_KEY, FILE_KEY = "sk-of-the-environment", "sk-of-the-file"
+"""API keys of the shared application."""
+MAX_UPLOAD_BYTES, MAX_DURATION_S = 3_000_000, 70
+"""Limits of the shared application."""
 
 
 @contextlib.contextmanager
-def own_ray(*, cpus: int = 16, dashboard: bool = False) -> Iterator[str]:
-    """The address of the dashboard of a Ray whose proxies and metrics are as tests want them; CPUs are not taken, only counted."""
+def own_ray(cpus: int = 16) -> Iterator[None]:
+    """Run a Ray apart from the one that tests share until the block ends; it counts CPUs that need not exist."""
     import ray
 
-    ray.shutdown()  # of a module before this one
+    ray.shutdown()  # the shared one, which the next module that needs it starts again
     before = dict(os.environ)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(RAY_VARIABLES)
     try:
-        context = ray.init(
+        ray.init(
             address="local",
             num_cpus=cpus,
             object_store_memory=512 * 2**20,
-            include_dashboard=dashboard,
+            include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-        yield f"http://{context.dashboard_url}"
+        yield
     finally:
         ray.shutdown()
         os.environ.clear()
@@ -60,115 +68,154 @@ def own_ray(*, cpus: int = 16, dashboard: bool = False) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Running:
-    """A service that runs."""
+class RunningService:
+    """A running application; `key` is sent with each request."""
 
     url: str
     app: str = APP
+    key: str | None = None
+
+    def is_up(self) -> bool:
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(f"{self.url}/readyz", timeout=60).status_code == 200
+        return False
+
+    def get(self, path: str, *, key: str | None = None) -> requests.Response:
+        return requests.get(f"{self.url}{path}", headers=self._headers(key=key), timeout=60)
 
     def ask(
-        self, audio: bytes, *, session: Any = requests, headers: dict[str, str] | None = None, **form: str
+        self, audio: bytes, *, headers: dict[str, str] | None = None, key: str | None = None, **form: str
     ) -> requests.Response:
-        return session.post(
+        """Send an upload. With the form field stream="true", the body of the response is left to be read."""
+        return requests.post(
             f"{self.url}/v1/audio/transcriptions",
             files={"file": ("a.flac", audio)},
             data={"model": "tiny-graft"} | form,
-            headers=headers,
-            timeout=PATIENCE_S,
+            headers=self._headers(key=key) | (headers or {}),
+            timeout=REQUEST_TIMEOUT_S,
+            stream=form.get("stream") == "true",
         )
 
+    def _headers(self, *, key: str | None) -> dict[str, str]:
+        key = self.key if key is None else key
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
     def stream(self, audio: bytes) -> Iterator[dict[str, Any]]:
-        """The events of a stream, as they come."""
-        with requests.post(
-            f"{self.url}/v1/audio/transcriptions",
-            files={"file": ("a.flac", audio)},
-            data={"model": "tiny-graft", "stream": "true"},
-            timeout=PATIENCE_S,
-            stream=True,
-        ) as response:
+        """Yield the events of a stream as they arrive."""
+        with self.ask(audio, stream="true") as response:
             assert response.status_code == 200, response.text
             for line in response.iter_lines(chunk_size=1):
                 if line:
                     yield json.loads(line.removeprefix(b"data: "))
 
     def counts(self) -> EngineCounts:
-        """Of the one engine."""
+        """Return the counts of the only engine replica."""
         from ray import serve
 
-        return serve.get_deployment_handle("Engine", self.app).counts.remote().result(timeout_s=PATIENCE_S)
+        return serve.get_deployment_handle("Engine", self.app).counts.remote().result(timeout_s=REQUEST_TIMEOUT_S)
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         return processes(f"ServeReplica:{self.app}:{deployment}")
 
     def kill(self, deployment: str) -> int:
-        """End a replica at once; returns its pid."""
+        """Kill a replica; returns its process id."""
         until(lambda: bool(self.replicas(deployment)))
         process = self.replicas(deployment)[0]
         process.kill()
         return process.pid
 
-    def in_hand(self) -> int:
-        """The chunks that the engine decodes or is to decode; 0 while it is dead."""
+    def chunks_in_engine(self) -> int:
+        """Count the chunks that the engine decodes or that wait for it; 0 while it is dead."""
         with contextlib.suppress(RayActorError):
             counts = self.counts()
             return counts.running + counts.waiting
         return 0
 
 
-class Crowd:
-    """Clients that do something again and again, until they are told to stop; each turn has a number."""
+class Clients:
+    """Threads, each of which calls a function with increasing numbers until `stop`."""
 
     def __init__(self, clients: Sequence[Callable[[int], None]]) -> None:
-        self.turns = 0
+        self.calls = 0
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(len(clients))
         self._clients: list[Future[None]] = [
-            self._pool.submit(self._insist, client, number) for number, client in enumerate(clients)
+            self._pool.submit(self._repeat, client, number) for number, client in enumerate(clients)
         ]
 
-    def _insist(self, client: Callable[[int], None], number: int) -> None:
-        for turn in itertools.count(number):
+    def _repeat(self, client: Callable[[int], None], first: int) -> None:
+        for number in itertools.count(first):
             if self._stop.is_set():
                 return
-            client(turn)
-            self.turns += 1
+            client(number)
+            self.calls += 1
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition; raises what went wrong for a client."""
+        """Wait for a condition; raises the exception of a client that failed."""
         until(lambda: condition() or any(client.done() for client in self._clients))
         for client in self._clients:
             if client.done():
                 client.result()
 
-    def wait_for(self, turns: int) -> None:
-        """Wait until so many more turns are over."""
-        wanted = self.turns + turns
-        self.wait_until(lambda: self.turns >= wanted)
+    def wait_for(self, calls: int) -> None:
+        """Wait until so many more calls have ended."""
+        wanted = self.calls + calls
+        self.wait_until(lambda: self.calls >= wanted)
 
-    def leave(self) -> None:
-        """Have the clients stop; raises what went wrong for one."""
+    def stop(self) -> None:
+        """Wait for the calls that are under way; raises the exception of a client that failed."""
         self._stop.set()
         for client in self._clients:
             client.result()
 
 
+def start_serve() -> str:
+    """Start Ray Serve on the Ray that runs; returns the URL of its proxy. Applications that ran there are removed."""
+    from ray import serve
+
+    serve.shutdown()
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": REQUEST_TIMEOUT_S})
+    return f"http://127.0.0.1:{port}"
+
+
 @contextlib.contextmanager
-def serving(args: ServeArgs) -> Iterator[Running]:
-    """Run a service until the block ends."""
+def serving(args: ServeArgs, *, key: str | None = None) -> Iterator[RunningService]:
+    """Run an application on the Ray that runs until the block ends."""
     from ray import serve
 
     from serve.app import build
 
-    with own_ray():
-        port = free_port()
-        serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": PATIENCE_S})
-        serve.run(build(args), name=APP)
-        yield Running(f"http://127.0.0.1:{port}")
+    url = start_serve()
+    serve.run(build(args), name=APP)
+    try:
+        yield RunningService(url, key=key)
+    finally:
         serve.shutdown()
 
 
-def spoken(seconds: float, *, first: int = 0) -> bytes:
-    """A FLAC file of the prompts, one after the other, up to a length."""
+def start_shared_service(graft: Path, folder: Path) -> RunningService:
+    """Start the application that several files of tests share, on the Ray that runs.
+
+    It has a route prefix, a key in the environment of the process that builds it, and another in a file that is named
+    relative to that process's folder. Ray's workers know neither.
+    """
+    from ray import serve
+
+    from serve.app import build
+
+    url = start_serve()
+    (folder / "keys").write_text(f"another\n{FILE_KEY}\n")
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEYS_VARIABLE, ENVIRONMENT_KEY)
+        decode = DecodeArgs(max_duration_s=MAX_DURATION_S)
+        args = ServeArgs(model=str(graft), key_file="keys", max_upload_bytes=MAX_UPLOAD_BYTES, decode=decode)
+        serve.run(build(args), name=APP, route_prefix="/asr")
+    return RunningService(f"{url}/asr", key=FILE_KEY)
+
+
+def speech_flac(seconds: float, *, first: int = 0) -> bytes:
+    """Return a FLAC file of recorded prompts, joined from the `first` on and cut to a duration."""
     samples: list[np.ndarray] = []
     while sum(map(len, samples)) < seconds * 16_000:
         samples.append(soundfile.read(SHORTEST_FIRST[(first + len(samples)) % len(SHORTEST_FIRST)], dtype="float32")[0])
@@ -177,8 +224,8 @@ def spoken(seconds: float, *, first: int = 0) -> bytes:
     return file.getvalue()
 
 
-def scraped(kind: str = "ray_graft") -> dict[str, dict[str, float]]:
-    """What Ray's own metrics ports tell now: by metric and labels."""
+def scrape_metrics(prefix: str = "ray_graft") -> dict[str, dict[str, float]]:
+    """Return the values on the metrics ports of all Ray nodes, by name and by labels (as JSON)."""
     import ray
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -187,13 +234,13 @@ def scraped(kind: str = "ray_graft") -> dict[str, dict[str, float]]:
         text = requests.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=60).text
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                if sample.name.startswith(kind):
+                if sample.name.startswith(prefix):
                     found.setdefault(sample.name, {})[json.dumps(sample.labels, sort_keys=True)] = sample.value
     return found
 
 
-def replica_logs() -> Iterator[dict[str, Any]]:
-    """The records that replicas of this Ray's session have written."""
+def replica_log_records() -> Iterator[dict[str, Any]]:
+    """Yield the log records of all replicas since Ray was started."""
     import ray
 
     for file in sorted(Path(ray._private.worker._global_node.get_logs_dir_path(), "serve").glob("replica_*.log")):

@@ -10,7 +10,7 @@ from graft.inference.transcriber import open_transcriber
 from jobs.bench import main as bench
 from jobs.benchmarks.service import ask
 from tests.support import media, tiny_models
-from tests.support.http_service import decoder, listener, served
+from tests.support.http_service import open_backend, open_decoder, serve_api
 
 UPLOADS = [path.read_bytes() for path in media.PROMPTS[:4]]
 
@@ -24,9 +24,9 @@ def graft(tmp_path_factory: pytest.TempPathFactory) -> str:
 def url(graft: str) -> Iterator[str]:
     """Run a server without Ray."""
     with (
-        decoder(processes=1) as decoding,
-        listener(Path(graft)) as hearing,
-        served(decoding, hearing, limits={"max_requests": 4}) as url,
+        open_decoder(processes=1) as decoder,
+        open_backend(Path(graft)) as backend,
+        serve_api(decoder, backend, limits={"max_requests": 4}) as url,
     ):
         yield url
 

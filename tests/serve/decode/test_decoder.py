@@ -1,19 +1,19 @@
-"""Uploads in processes of their own: whatever one does to its process, the chunks of others are as alone."""
+"""Decoding in worker processes: an upload that harms its process does not change the chunks of others."""
 
 import asyncio
 import contextlib
 import os
 import pickle
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from graft.errors import AudioError
-from serve.decode.decoder import DAMAGED
+from serve.decode.decoder import UNDECODABLE
 from tests.support import hostile_files, media
 from tests.support.faults import until
-from tests.support.http_service import decoder
+from tests.support.http_service import open_decoder
 from tests.support.isolated import isolated_processes
 
 CLIPS = [str(path) for path in media.PROMPTS[:4]]
@@ -21,104 +21,108 @@ LIMITS = {"memory_bytes": 2**28, "max_duration_s": 40_000}
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[bytes]:
-    with decoder(processes=1) as decoding:
-        return [pickle.dumps(asyncio.run(decoding(clip))) for clip in CLIPS]
+def undisturbed() -> list[bytes]:
+    """The results for the clips, pickled, from a decoder that has nothing else to do."""
+    with open_decoder(processes=1) as decoder:
+        return [pickle.dumps(asyncio.run(decoder(clip))) for clip in CLIPS]
 
 
 @pytest.fixture
-def stuck(tmp_path: Path) -> str:
-    """A file that nobody writes to: whoever reads it waits."""
-    os.mkfifo(tmp_path / "stuck")
-    return str(tmp_path / "stuck")
+def endless(tmp_path: Path) -> str:
+    """A pipe to which nobody writes, so that whoever reads it waits."""
+    os.mkfifo(tmp_path / "endless")
+    return str(tmp_path / "endless")
 
 
 @contextlib.contextmanager
-def read(stuck: str):
-    """While the block runs, somebody reads the file."""
+def being_read(pipe: str) -> Iterator[None]:
+    """Wait until a process reads the pipe, and keep it waiting until the block ends."""
 
-    def is_read() -> bool:
-        with contextlib.suppress(OSError):  # nobody does yet
-            held.append(os.open(stuck, os.O_WRONLY | os.O_NONBLOCK))
-        return bool(held)
+    def open_for_writing() -> bool:
+        with contextlib.suppress(OSError):  # nobody reads it yet
+            descriptors.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(descriptors)
 
-    held: list[int] = []
-    until(is_read)
+    descriptors: list[int] = []
+    until(open_for_writing)
     yield
-    os.close(held[0])
+    os.close(descriptors[0])
 
 
-async def beside(
+async def decode_beside(
     bad: str, act: Callable[[asyncio.Task], Awaitable[None]], *, timeout_s: float = 60
 ) -> tuple[list[bytes], BaseException]:
-    """Uploads that wait for the one process behind a bad one, to which something is done; and what became of that."""
-    with decoder(processes=1, timeout_s=timeout_s, **LIMITS) as decoding:
-        first = asyncio.create_task(decoding(bad))
+    """Decode the clips behind a bad upload in one process, and do something to that upload.
+
+    Returns the clips' results, pickled, and the bad upload's error.
+    """
+    with open_decoder(processes=1, timeout_s=timeout_s, **LIMITS) as decoder:
+        first = asyncio.create_task(decoder(bad))
         await asyncio.sleep(0)
-        others = [asyncio.create_task(decoding(clip)) for clip in CLIPS]
+        others = [asyncio.create_task(decoder(clip)) for clip in CLIPS]
         await act(first)
-        told = [pickle.dumps(await other) for other in others]
+        results = [pickle.dumps(await other) for other in others]
         (error,) = await asyncio.gather(first, return_exceptions=True)
-        return told, error
+        return results, error
 
 
-async def nothing(_: asyncio.Task) -> None:
-    """It is left to itself."""
+async def do_nothing(_: asyncio.Task) -> None:
+    pass
 
 
-def test_an_upload_that_kills_its_process_harms_no_other(stuck, alone):
+def test_an_upload_whose_process_is_killed_harms_no_other(endless, undisturbed):
     async def kill(_: asyncio.Task) -> None:
-        def at_once() -> None:
-            with read(stuck):
+        def kill_reader() -> None:
+            with being_read(endless):
                 (process,) = isolated_processes()
                 process.kill()
 
-        await asyncio.to_thread(at_once)
+        await asyncio.to_thread(kill_reader)
 
-    told, error = asyncio.run(beside(stuck, kill))
-    assert told == alone
-    assert (type(error), str(error)) == (AudioError, DAMAGED)
+    results, error = asyncio.run(decode_beside(endless, kill))
+    assert results == undisturbed
+    assert (type(error), str(error)) == (AudioError, UNDECODABLE)
 
 
-def test_an_upload_that_takes_too_long_harms_no_other(stuck, alone):
-    told, error = asyncio.run(beside(stuck, nothing, timeout_s=3))
-    assert told == alone
+def test_an_upload_that_takes_too_long_harms_no_other(endless, undisturbed):
+    results, error = asyncio.run(decode_beside(endless, do_nothing, timeout_s=3))
+    assert results == undisturbed
     assert isinstance(error, AudioError)
-    assert "not decoded within 3 s" in str(error)
+    assert "decoding took longer than 3 s" in str(error)
 
 
-def test_an_upload_that_takes_too_much_memory_harms_no_other(tmp_path, alone):
+def test_an_upload_that_takes_too_much_memory_harms_no_other(tmp_path, undisturbed):
     (tmp_path / "long.flac").write_bytes(hostile_files.silence(36_000))
-    told, error = asyncio.run(beside(str(tmp_path / "long.flac"), nothing))
-    assert told == alone
-    assert (type(error), str(error)) == (AudioError, DAMAGED)
+    results, error = asyncio.run(decode_beside(str(tmp_path / "long.flac"), do_nothing))
+    assert results == undisturbed
+    assert (type(error), str(error)) == (AudioError, UNDECODABLE)
 
 
-def test_an_upload_whose_client_leaves_ends_its_process_and_one_that_waited_is_not_decoded(stuck, alone):
-    async def leave(task: asyncio.Task) -> None:
-        def end_of_reading() -> None:
-            with read(stuck):
+def test_cancelling_an_upload_kills_its_process_and_harms_no_other(endless, undisturbed):
+    async def cancel(task: asyncio.Task) -> None:
+        def cancel_while_read() -> None:
+            with being_read(endless):
                 (process,) = isolated_processes()
                 loop.call_soon_threadsafe(task.cancel)
                 until(lambda: process not in isolated_processes())
 
         loop = asyncio.get_running_loop()
-        await asyncio.to_thread(end_of_reading)
+        await asyncio.to_thread(cancel_while_read)
 
-    told, error = asyncio.run(beside(stuck, leave))
-    assert told == alone
+    results, error = asyncio.run(decode_beside(endless, cancel))
+    assert results == undisturbed
     assert isinstance(error, asyncio.CancelledError)
 
 
-def test_closing_ends_what_runs_and_what_waits(stuck):
+def test_closing_a_decoder_ends_running_and_waiting_uploads(endless):
     async def run() -> list[BaseException]:
-        with contextlib.ExitStack() as reading, decoder(processes=1) as decoding:
-            asked = [asyncio.create_task(decoding(path)) for path in (stuck, *CLIPS)]
+        with contextlib.ExitStack() as reading, open_decoder(processes=1) as decoder:
+            uploads = [asyncio.create_task(decoder(path)) for path in (endless, *CLIPS)]
             await asyncio.sleep(0)
-            await asyncio.to_thread(reading.enter_context, read(stuck))
-        return await asyncio.gather(*asked, return_exceptions=True)
+            await asyncio.to_thread(reading.enter_context, being_read(endless))
+        return await asyncio.gather(*uploads, return_exceptions=True)
 
-    late, *waiting = asyncio.run(run())
-    assert isinstance(late, AudioError)
+    running, *waiting = asyncio.run(run())
+    assert isinstance(running, AudioError)
     assert [type(one) for one in waiting] == [asyncio.CancelledError] * 4
     assert not isolated_processes()

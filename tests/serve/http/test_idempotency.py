@@ -1,4 +1,4 @@
-"""Answers by idempotency key: made once, to the end, and kept for a while."""
+"""The cache of responses by idempotency key: each is created once, completely, and kept for a while."""
 
 import asyncio
 import contextvars
@@ -7,83 +7,83 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 import serve.http.idempotency
-from serve.http.idempotency import MOST, Answers, KeyReused
+from serve.http.idempotency import MAX_RESPONSES, IdempotencyKeyReused, ResponseCache
 
-ASKING = contextvars.ContextVar("ASKING", default="nobody")
+REQUEST = contextvars.ContextVar("REQUEST", default="none")
 
 
-class Counting:
-    """Makes answers, each with its number, once it may; keeps in mind what it saw of who asked."""
+class Counter:
+    """Creates numbered responses once `may_end` is set, and remembers the context in which it ran."""
 
     def __init__(self) -> None:
-        self.made, self.seen, self.may = 0, "", asyncio.Event()
+        self.count, self.request, self.may_end = 0, "", asyncio.Event()
 
     async def __call__(self) -> int:
-        self.made += 1
-        self.seen = ASKING.get()
-        await self.may.wait()
-        return self.made
+        self.count += 1
+        self.request = REQUEST.get()
+        await self.may_end.wait()
+        return self.count
 
 
-def with_answers(test: Callable[[Answers[int], Counting], Awaitable[None]]) -> None:
+def run_with_cache(test: Callable[[ResponseCache[int], Counter], Awaitable[None]]) -> None:
     async def run() -> None:
-        await test(Answers(), Counting())
+        await test(ResponseCache(), Counter())
 
     asyncio.run(run())
 
 
-def test_two_at_once_get_one_answer():
-    async def test(answers: Answers[int], make: Counting) -> None:
-        asked = [asyncio.create_task(answers.once("key", "request", make)) for _ in range(2)]
+def test_two_requests_at_once_get_one_response():
+    async def test(cache: ResponseCache[int], create: Counter) -> None:
+        both = [asyncio.create_task(cache.get_or_create("key", "request", create)) for _ in range(2)]
         await asyncio.sleep(0)
-        with pytest.raises(KeyReused):
-            await answers.once("key", "another request", make)
-        make.may.set()
-        assert await asyncio.gather(*asked) == [1, 1]
-        assert await answers.once("key", "request", make) == 1
+        with pytest.raises(IdempotencyKeyReused):
+            await cache.get_or_create("key", "another request", create)
+        create.may_end.set()
+        assert await asyncio.gather(*both) == [1, 1]
+        assert await cache.get_or_create("key", "request", create) == 1
 
-    with_answers(test)
+    run_with_cache(test)
 
 
-def test_an_answer_is_made_to_the_end_when_whoever_asked_is_gone():
-    async def test(answers: Answers[int], make: Counting) -> None:
-        ASKING.set("a request")  # as Ray Serve does, which ends with it what it calls
-        asked = asyncio.create_task(answers.once("key", "request", make))
+def test_a_response_is_created_completely_although_its_request_is_cancelled():
+    async def test(cache: ResponseCache[int], create: Counter) -> None:
+        REQUEST.set("a request")  # Ray Serve keeps the request in the context, and cancels the calls made in it
+        task = asyncio.create_task(cache.get_or_create("key", "request", create))
         await asyncio.sleep(0.01)
-        asked.cancel()
+        task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asked
-        make.may.set()
-        assert await answers.once("key", "request", make) == 1
-        assert make.seen == "nobody"
+            await task
+        create.may_end.set()
+        assert await cache.get_or_create("key", "request", create) == 1
+        assert create.request == "none"
 
-    with_answers(test)
+    run_with_cache(test)
 
 
 def test_failures_are_not_kept():
     async def fail() -> int:
         raise ValueError("no answer")
 
-    async def test(answers: Answers[int], make: Counting) -> None:
+    async def test(cache: ResponseCache[int], create: Counter) -> None:
         with pytest.raises(ValueError, match="no answer"):
-            await answers.once("key", "request", fail)
-        make.may.set()
-        assert await answers.once("key", "another request", make) == 1
+            await cache.get_or_create("key", "request", fail)
+        create.may_end.set()
+        assert await cache.get_or_create("key", "another request", create) == 1
 
-    with_answers(test)
+    run_with_cache(test)
 
 
-def test_answers_are_kept_for_a_while_and_not_too_many(monkeypatch):
-    async def test(answers: Answers[int], make: Counting) -> None:
-        make.may.set()
-        for number in range(MOST):
-            await answers.once(f"key {number}", "request", make)
-        assert await answers.once("key 0", "request", make) == 1
-        assert await answers.once("one more", "request", make) == MOST + 1
-        assert await answers.once("key 1", "request", make) == 2
-        assert await answers.once("key 0", "request", make) == MOST + 2  # the oldest made room
-        monkeypatch.setattr(serve.http.idempotency, "KEPT_S", 0.0)
-        assert await answers.once("key 2", "request", make) == MOST + 3
-        assert len(answers._kept) == 1
+def test_responses_are_limited_in_number_and_time(monkeypatch):
+    async def test(cache: ResponseCache[int], create: Counter) -> None:
+        create.may_end.set()
+        for number in range(MAX_RESPONSES):
+            await cache.get_or_create(f"key {number}", "request", create)
+        assert await cache.get_or_create("key 0", "request", create) == 1
+        assert await cache.get_or_create("one more", "request", create) == MAX_RESPONSES + 1
+        assert await cache.get_or_create("key 1", "request", create) == 2
+        assert await cache.get_or_create("key 0", "request", create) == MAX_RESPONSES + 2  # the oldest was removed
+        monkeypatch.setattr(serve.http.idempotency, "KEEP_S", 0.0)
+        assert await cache.get_or_create("key 2", "request", create) == MAX_RESPONSES + 3
+        assert len(cache._entries) == 1
 
-    with_answers(test)
+    run_with_cache(test)

@@ -1,4 +1,4 @@
-"""Whatever fits the described API, or does not, gets an answer that the description foresees."""
+"""Generated requests, valid and invalid by the description in /openapi.json, get only responses that it describes."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
-from tests.support import media, tiny_models
-from tests.support.http_service import decoder, listener, served
+from serve.backends.local import LocalBackend
+from serve.decode.decoder import Decoder
+from tests.support import media
+from tests.support.http_service import serve_api
 
 KEY = "sk-test-of-the-schema"
 CLIP = media.SHORTEST_FIRST[0].read_bytes()
@@ -18,16 +20,18 @@ OTHERS = [("/v1/models", "GET"), ("/v1/models/{model}", "GET"), ("/healthz", "GE
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory) -> Iterator[str]:
-    folder = tiny_models.save_tiny_graft(
-        tmp_path_factory.mktemp("schema") / "tiny-graft", trained_styles=["formatted"], trained_context=True
-    )
-    with decoder() as decoding, listener(folder) as hearing, served(decoding, hearing, keys=(KEY,)) as address:
+def url(decoder: Decoder, backend: LocalBackend) -> Iterator[str]:
+    with serve_api(decoder, backend, keys=(KEY,)) as address:
         yield address
 
 
-def hold(url: str, operation: tuple[str, str], mode: GenerationMode, count: int, *, real: bool = False) -> set[int]:
-    """Ask in so many ways; returns the statuses. With `real`, for what is there and with audio."""
+def send_generated(
+    url: str, operation: tuple[str, str], mode: GenerationMode, count: int, *, real: bool = False
+) -> set[int]:
+    """Send generated requests and check each response; with `real`, they name the served model and hold audio.
+
+    Returns the statuses of the responses.
+    """
     path, method = operation
     described = schemathesis.openapi.from_url(f"{url}/openapi.json")[path][method]
     statuses = set()
@@ -39,7 +43,7 @@ def hold(url: str, operation: tuple[str, str], mode: GenerationMode, count: int,
     def check(case: Case) -> None:
         if real and isinstance(case.body, dict):
             case.body |= {"file": CLIP, "model": "tiny-graft"}
-        # An upload of noise fits the description, and real audio in place of noise may mend what did not.
+        # An upload of noise fits the description and is refused; real audio may make an invalid request valid.
         excluded = [positive_data_acceptance, *([negative_data_rejection] if real else [])]
         headers = {"Authorization": f"Bearer {KEY}"}
         statuses.add(case.call_and_validate(url, headers=headers, excluded_checks=excluded).status_code)
@@ -51,13 +55,13 @@ def hold(url: str, operation: tuple[str, str], mode: GenerationMode, count: int,
 @pytest.mark.parametrize("mode", GenerationMode)
 @pytest.mark.parametrize("real", [False, True])
 def test_transcriptions_are_as_described(url, mode, real):
-    statuses = hold(url, TRANSCRIBE, mode, 20, real=real)
+    statuses = send_generated(url, TRANSCRIBE, mode, 20, real=real)
     assert (200 in statuses) or not real
 
 
 @pytest.mark.parametrize("operation", OTHERS, ids=lambda operation: operation[0])
-def test_the_rest_is_as_described(url, operation):
-    hold(url, operation, GenerationMode.POSITIVE, 5)
+def test_other_operations_are_as_described(url, operation):
+    send_generated(url, operation, GenerationMode.POSITIVE, 5)
 
 
 @pytest.mark.slow
@@ -65,4 +69,4 @@ def test_the_rest_is_as_described(url, operation):
 @pytest.mark.parametrize("mode", GenerationMode)
 @pytest.mark.parametrize("real", [False, True])
 def test_many_more_transcriptions_are_as_described(url, mode, real):
-    print(hold(url, TRANSCRIBE, mode, 500, real=real))
+    print(send_generated(url, TRANSCRIBE, mode, 500, real=real))

@@ -21,7 +21,7 @@ from graft.inference.transcriber import Transcriber, open_transcriber
 from graft.inference.transcript import Segment, Transcript, Word
 from serve.backends.local import LocalBackend
 from serve.config import ServeArgs
-from serve.http.schema import verbose
+from serve.http.schema import verbose_response
 from serve.service import TranscriptionOptions
 from tests.support import tiny_models
 from tests.support.speech_corpus import save_tiny_whisper
@@ -124,26 +124,24 @@ def test_words_are_there_when_asked_for(transcriber, folders):
 
 def test_the_service_times_words_with_its_aligner(folders):
     graft = str(folders["graft"])
-    listener = LocalBackend.open(ServeArgs(model=graft, aligner=str(folders["ctc"])), graft)
+    backend = LocalBackend.open(ServeArgs(model=graft, aligner=str(folders["ctc"])), graft)
 
-    async def hear(*, words: bool) -> Segment:
-        (segment,) = [
-            part
-            async for part in listener.hear(windows(noise(1.0))[0], TranscriptionOptions(words=words), stream=False)
-        ]
+    async def transcribe(*, words: bool) -> Segment:
+        chunk, options = windows(noise(1.0))[0], TranscriptionOptions(word_timestamps=words)
+        (segment,) = [part async for part in backend.transcribe_chunk(chunk, options, stream=False)]
         return segment
 
     async def ask() -> tuple[Segment, Segment]:
-        assert (await listener.about()).times_words
-        answers = await hear(words=True), await hear(words=False)
-        await listener.close()
+        assert (await backend.model_info()).supports_word_timestamps
+        answers = await transcribe(words=True), await transcribe(words=False)
+        await backend.close()
         return answers
 
     timed, plain = asyncio.run(ask())
     assert (plain.text, plain.words) == (timed.text, ())
     transcript = Transcript(timed.text, 1.0, (timed,), "m")
     assert words_are_in_order(transcript)
-    told = verbose(transcript, language="en", granularities=["word"])
+    told = verbose_response(transcript, language="en", granularities=["word"])
     assert [(word.word, word.start, word.end) for word in told.words] == [
         (word.text, word.start_s, word.end_s) for word in timed.words
     ]

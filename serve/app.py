@@ -147,11 +147,12 @@ def build(args: ServeArgs) -> Application:
     check_graft(args.model)
     ApiKeys.from_environment(args.key_file)
     # Paths become absolute, because replicas have another working directory.
-    args = args.model_copy(update={"model": from_anywhere(args.model)})
-    if args.key_file:
-        args = args.model_copy(update={"key_file": os.path.abspath(args.key_file)})
-    if args.aligner:
-        args = args.model_copy(update={"aligner": find_aligner(args.aligner)[0]})
+    absolute = {
+        "model": from_anywhere(args.model),
+        "key_file": args.key_file and os.path.abspath(args.key_file),
+        "aligner": args.aligner and find_aligner(args.aligner)[0],
+    }
+    args = args.model_copy(update=absolute)
     engine = serve.deployment(
         user_config={"model": args.model},
         max_ongoing_requests=args.max_ongoing_chunks,

@@ -60,23 +60,32 @@ class Decoder:
 
     def __init__(self, args: DecodeArgs) -> None:
         self._timeout_s = args.timeout_s
-        self._processes = [_DecoderProcess(args) for _ in range(args.processes)]
+        self._processes = [
+            ProcessWorker(
+                partial(_make_decode, args), timeout_s=args.timeout_s, max_calls=UPLOADS_PER_PROCESS, preload=PRELOAD
+            )
+            for _ in range(args.processes)
+        ]
+        self._waiting_bytes = [0] * args.processes  # size of the uploads that each process has to decode
 
     async def __call__(self, path: str) -> DecodedUpload:
         """Decode and cut an upload; cancelling this kills the process that decodes it.
 
         Raises AudioError for an upload that cannot be decoded or is too long.
         """
-        size = os.path.getsize(path)
-        candidates = (self._processes[1:] if size > SHORT_BYTES else []) or self._processes
-        process = min(candidates, key=lambda one: one.waiting_bytes)
+        size, count = os.path.getsize(path), len(self._processes)
+        first = 1 if size > SHORT_BYTES and count > 1 else 0
+        index = min(range(first, count), key=self._waiting_bytes.__getitem__)
+        self._waiting_bytes[index] += size
         try:
-            result = await process.decode(path, size)
+            result = await self._processes[index].call(path)
         except TimeoutError as error:
             raise AudioError(f"file: decoding took longer than {self._timeout_s:g} s; split it") from error
         except CallFailed as error:  # the process died, ran out of memory, or met an exception that is no AudioError
             LOG.warning("decoding an upload failed: %s", error)
             raise AudioError(UNDECODABLE) from error
+        finally:
+            self._waiting_bytes[index] -= size
         if isinstance(result, AudioError):
             raise result
         return result
@@ -85,23 +94,6 @@ class Decoder:
         """Kill the processes, even while they decode."""
         for process in self._processes:
             process.close()
-
-
-class _DecoderProcess(ProcessWorker["DecodedUpload | AudioError"]):
-    """A process that decodes, and the size of the uploads that wait for it."""
-
-    def __init__(self, args: DecodeArgs) -> None:
-        super().__init__(
-            partial(_make_decode, args), timeout_s=args.timeout_s, max_calls=UPLOADS_PER_PROCESS, preload=PRELOAD
-        )
-        self.waiting_bytes = 0
-
-    async def decode(self, path: str, size: int) -> DecodedUpload | AudioError:
-        self.waiting_bytes += size
-        try:
-            return await self.call(path)
-        finally:
-            self.waiting_bytes -= size
 
 
 def _make_decode(args: DecodeArgs) -> Callable[[str], DecodedUpload | AudioError]:

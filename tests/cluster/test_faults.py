@@ -1,6 +1,7 @@
-"""A cluster of several nodes: features on a CPU node, trainers on device nodes, and nodes that die and come. All of it costs time alone.
+"""Nodes of a cluster die and others join during training, transcription and service; only time is lost.
 
-A resource of the cluster's own stands for the device. What was injected, and what was lost, is printed as a table at the end.
+The cluster has a CPU node for features and device nodes for trainers; a custom resource stands for the device. A
+table of the faults and of what was lost is printed at the end.
 """
 
 import itertools
@@ -32,31 +33,30 @@ from tests.support.faults import (
     resumption,
     until,
 )
-from tests.support.ray_service import APP, PATIENCE_S, spoken
+from tests.support.ray_service import APP, REQUEST_TIMEOUT_S, speech_flac
 from tests.support.speech_corpus import corpus, row
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 CLIPS, RECORDINGS, REQUESTS = 33, 60, 40
 
-
 Faults = list[tuple[str, str, str]]
-"""What was injected, under what, and what it cost."""
+"""Each fault, the job during which it happened, and what was lost."""
 
 
 @pytest.fixture(scope="module")
 def faults(pytestconfig: pytest.Config) -> Iterator[Faults]:
-    told: Faults = []
-    yield told
+    injected: Faults = []
+    yield injected
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print()
-        for fault, under, lost in [("fault", "under", "lost"), *told]:
+        for fault, under, lost in [("fault", "under", "lost"), *injected]:
             print(f"{fault:48}{under:16}{lost}")
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """A node for features, and two with a device each, of which one can be exchanged."""
+    """A cluster with a node for features and two nodes with one device each."""
 
     machines: Machines
     features: Any
@@ -64,14 +64,14 @@ class Nodes:
     def add_device(self) -> Any:
         return self.machines.add(cpus=1, device=1)
 
-    def of(self, title: str) -> list[Any]:
-        """The nodes on which processes with a title run."""
+    def running(self, title: str) -> list[Any]:
+        """Return the nodes on which processes with a title run."""
         return [self.machines.node_of(process) for process in processes(title)]
 
-    def exchange(self, title: str) -> None:
+    def replace(self, title: str) -> None:
         """Kill the node of a process, and add another."""
         until(lambda: bool(processes(title)))
-        self.machines.kill(self.of(title)[0])
+        self.machines.kill(self.running(title)[0])
         self.add_device()
 
 
@@ -120,33 +120,33 @@ def test_a_device_node_dies_while_training_and_another_takes_over(
 ) -> None:
     verb, kind, more = STAGES[stage]
     verb.run(recipe(kind, home, f"{stage} whole", **more))
-    places: list[list[Any]] = []
+    used_nodes: list[list[Any]] = []
 
-    def look_and_kill() -> None:
-        places.append([nodes.of(TRAINING), nodes.of(LOADING)])
-        nodes.exchange(TRAINING)
+    def note_and_kill() -> None:
+        used_nodes.append([nodes.running(TRAINING), nodes.running(LOADING)])
+        nodes.replace(TRAINING)
 
     folder, whole = Folder(home / stage), Folder(home / f"{stage} whole")
     with (
-        meanwhile(lambda: folder.progress.step >= 4 and bool(processes(LOADING)), look_and_kill),
+        meanwhile(lambda: folder.progress.step >= 4 and bool(processes(LOADING)), note_and_kill),
         meanwhile(
             lambda: "going on" in log_of(folder) and len(processes(TRAINING)) == 2,
-            lambda: places.append([nodes.of(TRAINING)]),
+            lambda: used_nodes.append([nodes.running(TRAINING)]),
         ),
     ):
         verb.run(recipe(kind, home, stage, **more))
-    (trainers, loaders), (later,) = places
+    (trainers, loaders), (later,) = used_nodes
     assert set(loaders) == {nodes.features}
     assert nodes.features not in trainers
     assert len({id(node) for node in trainers}) == 2
     assert nodes.machines.nodes[-1] in later  # the node that was added
     is_as(folder, whole)
-    done_over = resumption(folder).step
+    resumed_at = resumption(folder).step
     faults.append(
         (
             "a device node killed, another added",
             stage,
-            f"nothing; went on from step {done_over} of {whole.result['steps']}",
+            f"nothing; resumed at step {resumed_at} of {whole.result['steps']}",
         )
     )
 
@@ -177,17 +177,17 @@ def test_a_node_dies_while_an_archive_is_transcribed(nodes: Nodes, home: Path, f
 
     def some_are_done() -> bool:
         return len(list((home / "disturbed" / "work" / "done").glob("*.parquet"))) >= 3 and bool(
-            processes("ItemListener")
+            processes("ItemTranscriber")
         )
 
-    with meanwhile(some_are_done, lambda: nodes.exchange("ItemListener")):
+    with meanwhile(some_are_done, lambda: nodes.replace("ItemTranscriber")):
         rows = run("disturbed")
-    said = [[(row["id"], row["text"], row["error"]) for row in result] for result in (whole, rows)]
-    assert said[0] == said[1]
+    results = [[(row["id"], row["text"], row["error"]) for row in result] for result in (whole, rows)]
+    assert results[0] == results[1]
     assert len(rows) == RECORDINGS
     faults.append(
         (
-            "a node with a listener killed, another added",
+            "a node with a transcriber killed, another added",
             "transcription",
             f"nothing; {RECORDINGS} recordings, each once, same texts",
         )
@@ -202,10 +202,10 @@ def test_a_node_dies_while_the_service_answers(nodes: Nodes, home: Path, faults:
 
     connect()
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": PATIENCE_S})
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": REQUEST_TIMEOUT_S})
     serve.run(build(ServeArgs(model=str(home / "graft"), name="tiny-graft")), name=APP)
     try:
-        audio = [spoken(3, first=number) for number in range(4)]
+        audio = [speech_flac(3, first=number) for number in range(4)]
         expected = [ask(port, one)[0] for one in audio]
 
         def client(number: int) -> int:
@@ -214,24 +214,24 @@ def test_a_node_dies_while_the_service_answers(nodes: Nodes, home: Path, faults:
             return tries
 
         with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(client, number) for number in range(REQUESTS)]
-            until(lambda: sum(one.done() for one in asked) >= 4)
-            nodes.exchange(f"ServeReplica:{APP}:Engine")
-            tries = [one.result() for one in asked]
+            sent = [pool.submit(client, number) for number in range(REQUESTS)]
+            until(lambda: sum(one.done() for one in sent) >= 4)
+            nodes.replace(f"ServeReplica:{APP}:Engine")
+            tries = [one.result() for one in sent]
     finally:
         serve.shutdown()
-    lost = f"nothing; {REQUESTS} answers as before, {sum(tries) - REQUESTS} asked again"
+    lost = f"nothing; {REQUESTS} responses as before, {sum(tries) - REQUESTS} sent again"
     faults.append(("the engine's node killed, another added", "service", lost))
 
 
 def ask(port: int, audio: bytes) -> tuple[str, int]:
-    """The text of an upload, and how often it had to be asked for: a client that is told to come back does."""
-    deadline = time.monotonic() + 2 * PATIENCE_S
+    """Return the text of an upload and the number of attempts: an upload that gets an error is sent again."""
+    deadline = time.monotonic() + 2 * REQUEST_TIMEOUT_S
     for tries in itertools.count(1):
         try:
             url = f"http://127.0.0.1:{port}/v1/audio/transcriptions"
             answer = requests.post(
-                url, files={"file": ("a.flac", audio)}, data={"model": "tiny-graft"}, timeout=PATIENCE_S
+                url, files={"file": ("a.flac", audio)}, data={"model": "tiny-graft"}, timeout=REQUEST_TIMEOUT_S
             )
             if answer.status_code == 200:
                 return answer.json()["text"], tries

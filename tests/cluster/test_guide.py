@@ -1,4 +1,4 @@
-"""The operating guide's numbers: its sizing table is what --plan says."""
+"""The sizing table in cluster/README.md holds the numbers that --plan prints."""
 
 import re
 from typing import Any
@@ -11,7 +11,8 @@ from tests.support.paths import ROOT
 
 GUIDE = (ROOT / "cluster" / "README.md").read_text()
 ROW = re.compile(
-    r"^\| (?P<recipe>[\w-]+), stage (?P<stage>\d)(?P<nf4> \(NF4\))?(?:, `(?P<key>[\w=]+)`)? \| (?P<workers>\d+) (?:RTX )?(?P<device>\w+) "
+    r"^\| (?P<recipe>[\w-]+), stage (?P<stage>\d)(?P<nf4> \(NF4\))?(?:, `(?P<key>[\w=]+)`)? "
+    r"\| (?P<workers>\d+) (?:RTX )?(?P<device>\w+) "
     r"\| (?P<gb>\d+) \| (?P<samples_per_s>[\d,]+) \| (?P<hours>[\d.]+) \| (?P<device_hours>[\d.]+) \|$",
     re.MULTILINE,
 )
@@ -19,13 +20,13 @@ ROWS = list(ROW.finditer(GUIDE))
 JOBS: dict[str, tuple[Any, Any]] = {"1": (stage1, stage1.Stage1Recipe), "2": (stage2, stage2.Stage2Recipe)}
 
 
-def test_the_table_is_read_whole() -> None:
+def test_every_row_of_the_table_is_read() -> None:
     (block,) = re.findall(r"^\| recipe \| devices \|.*\n\|[-|]+\n((?:\|.*\n)+)", GUIDE, re.MULTILINE)
     assert len(ROWS) == block.count("\n") >= 6
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[" ".join(row.group("recipe", "stage", "workers", "device")) for row in ROWS])
-def test_the_sizing_table_is_the_plans(row: re.Match[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_of_the_sizing_table_is_what_plan_prints(row: re.Match[str], capsys: pytest.CaptureFixture[str]) -> None:
     job, recipe_class = JOBS[row["stage"]]
     recipe = ROOT / "jobs" / "recipes" / f"{row['recipe']}-stage{row['stage']}.yaml"
     argv = [
@@ -37,9 +38,9 @@ def test_the_sizing_table_is_the_plans(row: re.Match[str], capsys: pytest.Captur
     ]
     plan = ["--plan", "--device", row["device"].lower(), "--hours", "2500"]
     assert run_job(recipe_class, job.main, summary="", argv=[*argv, *plan], plan=job.plan) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     found = [
-        re.search(pattern, told, re.MULTILINE)
+        re.search(pattern, output, re.MULTILINE)
         for pattern in (
             r"^speed +([\d,.]+) samples/s",
             r"^time +([\d.,]+) h, ([\d.,]+) device",
@@ -53,6 +54,6 @@ def test_the_sizing_table_is_the_plans(row: re.Match[str], capsys: pytest.Captur
     assert float(row["hours"]) == pytest.approx(hours, abs=0.051)
     assert float(row["device_hours"]) == pytest.approx(device_hours, abs=0.051)
     assert float(row["gb"]) == pytest.approx(memory, abs=0.5)
-    assert (", NF4" in told) == bool(row["nf4"])
-    assert "1 (assumed: 10 s a clip" in told
-    assert "at 45% of" in told
+    assert (", NF4" in output) == bool(row["nf4"])
+    assert "1 (assumed: 10 s a clip" in output
+    assert "at 45% of" in output

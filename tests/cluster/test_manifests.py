@@ -1,4 +1,4 @@
-"""cluster/ against the schemas of Kubernetes, KubeRay and Ray, and with pyproject.toml and the jobs. Nothing here builds the image."""
+"""The files in cluster/ fit the schemas of Kubernetes, KubeRay and Ray, pyproject.toml and the jobs."""
 
 import importlib
 import platform
@@ -55,7 +55,7 @@ def cluster(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", KUBERNETES)
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_manifests_are_as_kubernetes_and_kuberay_take_them(name: str, version: str) -> None:
+def test_manifests_fit_the_schemas_of_kubernetes_and_kuberay(name: str, version: str) -> None:
     for resource in resources(name):
         if model := KINDS.get(resource["kind"]):
             model.model_validate(resource)
@@ -71,7 +71,7 @@ def test_manifests_are_as_kubernetes_and_kuberay_take_them(name: str, version: s
             kubernetes_validate.validate(resource, version, strict=True)
 
 
-def test_what_no_schema_knows_is_refused() -> None:
+def test_unknown_fields_are_refused() -> None:
     job, template = (
         resources("rayjob-train.yaml")[0],
         {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}},
@@ -92,12 +92,12 @@ def test_rays_autoscaler_reads_the_groups(cluster: dict[str, Any]) -> None:
         {"metadata": {"name": "graft", "namespace": "default"}, "spec": cluster}
     )
     nodes = {name: node["resources"] for name, node in config["available_node_types"].items()}
-    assert nodes.pop(config["head_node_type"])["CPU"] == 0  # nothing but drivers and Serve's controller sits there
+    assert nodes.pop(config["head_node_type"])["CPU"] == 0  # only drivers and Serve's controller run there
     assert sum("GPU" in node for node in nodes.values()) == sum("GPU" not in node for node in nodes.values()) == 1
     assert all(node["CPU"] == 8 for node in nodes.values())
 
 
-def test_clusters_are_autoscaled_and_guarded(cluster: dict[str, Any]) -> None:
+def test_clusters_are_autoscaled_and_need_a_token(cluster: dict[str, Any]) -> None:
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["autoscalerOptions"]["version"] == "v2"
     assert cluster["authOptions"]["mode"] == "token"
@@ -105,7 +105,7 @@ def test_clusters_are_autoscaled_and_guarded(cluster: dict[str, Any]) -> None:
         assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
-def test_pods_get_what_they_ask_for_are_probed_and_share_the_outputs(cluster: dict[str, Any]) -> None:
+def test_pods_have_limits_probes_and_the_shared_volume(cluster: dict[str, Any]) -> None:
     (claim,) = resources("outputs.yaml")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     for group in groups(cluster):
@@ -121,7 +121,7 @@ def test_pods_get_what_they_ask_for_are_probed_and_share_the_outputs(cluster: di
             assert "local_raylet_healthz" in inside[probe]["exec"]["command"][-1]
 
 
-def test_gpu_pods_have_the_cuda_image_and_workers_may_sit_on_spot_nodes(cluster: dict[str, Any]) -> None:
+def test_gpu_pods_have_the_cuda_image_and_workers_tolerate_spot_nodes(cluster: dict[str, Any]) -> None:
     head, *workers = groups(cluster)
     assert "tolerations" not in head["template"]["spec"]
     for group in workers:
@@ -132,7 +132,7 @@ def test_gpu_pods_have_the_cuda_image_and_workers_may_sit_on_spot_nodes(cluster:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_jobs_clean_up_and_their_entrypoints_are_whole_recipes(name: str) -> None:
+def test_jobs_clean_up_and_their_entrypoints_are_valid_recipes(name: str) -> None:
     from graft.config import models_in, read_recipe
     from jobs.common.cli import PlanOptions
 
@@ -142,7 +142,9 @@ def test_jobs_clean_up_and_their_entrypoints_are_whole_recipes(name: str) -> Non
     assert (python, m) == ("python", "-m")
     path = arguments.pop(arguments.index("--recipe") + 1) if "--recipe" in arguments else None
     overrides = [argument for argument in arguments if argument != "--recipe"]
-    assert all(re.fullmatch(r"[\w.]+=[\w/.:,\[\]-]+", override) for override in overrides)  # no quoting on the way
+    assert all(
+        re.fullmatch(r"[\w.]+=[\w/.:,\[\]-]+", override) for override in overrides
+    )  # values that need no quoting
     verb = importlib.import_module(module)
     (recipe_class,) = {one for one in models_in(verb.main.__annotations__["recipe"]) if one is not PlanOptions}
     recipe = read_recipe(recipe_class, str(ROOT / path) if path else None, overrides)
@@ -156,7 +158,7 @@ def test_jobs_clean_up_and_their_entrypoints_are_whole_recipes(name: str) -> Non
     assert all(given[key].startswith(mounts) for key in ("model", "data", "audio", "out") if key in given)
 
 
-def test_the_service_is_one_that_serve_and_the_application_take() -> None:
+def test_the_service_fits_ray_serves_schema_and_the_application() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     from serve.app import Engine
@@ -175,7 +177,7 @@ def test_the_service_is_one_that_serve_and_the_application_take() -> None:
     _, ingress, gpu = groups(ray_cluster("rayservice.yaml"))
     assert gpu["minReplicas"] >= args.min_replicas
     assert args.max_replicas <= gpu["maxReplicas"]
-    for group in (ingress, gpu):  # requests come to pods whose proxy answers
+    for group in (ingress, gpu):  # a pod receives requests when its proxy answers
         assert (
             f"localhost:{config.http_options.port}/-/healthz"
             in container(group)["readinessProbe"]["exec"]["command"][-1]
@@ -189,18 +191,18 @@ def test_the_service_is_one_that_serve_and_the_application_take() -> None:
     assert all(isinstance(budget["spec"]["minAvailable"], int) for budget in budgets)
     for group, budget in zip(
         (ingress, gpu), budgets[1:], strict=True
-    ):  # or no node that holds one could ever be drained
+    ):  # else no node that runs such a pod could be drained
         assert group["minReplicas"] > budget["spec"]["minAvailable"]
 
 
-def test_ray_up_takes_the_machines() -> None:
+def test_ray_up_accepts_the_configuration() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
     from ray.scripts.scripts import cli
 
     config = prepare_config(yaml.safe_load((CLUSTER / "ray-up.yaml").read_text()))
     validate_config(config)
     assert config["available_node_types"]["local.cluster.node"]["max_workers"] == len(config["provider"]["worker_ips"])
-    assert config["auth"]["ssh_private_key"]  # of which Ray makes the head's way to the workers
+    assert config["auth"]["ssh_private_key"]  # Ray copies it to the head, which reaches the workers with it
     assert {"openssh-client", "rsync"} <= set(DOCKERFILE.split())
     assert {"--env=RAY_AUTH_MODE=token", "--env=NVIDIA_VISIBLE_DEVICES=all"} <= set(config["docker"]["run_options"])
     (path,) = re.findall("--env=RAY_AUTH_TOKEN_PATH=(.+)", "\n".join(config["docker"]["run_options"]))
@@ -213,10 +215,10 @@ def test_ray_up_takes_the_machines() -> None:
     for line in starts:
         ray, command, *options = shlex.split(line)
         assert ray == "ray"
-        cli.commands[command].make_context(command, options)  # parses, and raises what it does not know
+        cli.commands[command].make_context(command, options)  # raises for unknown options
 
 
-def test_ray_and_graft_are_one_version_everywhere() -> None:
+def test_ray_and_graft_have_the_same_version_everywhere() -> None:
     pinned = dict(
         line.split("==") for line in (CLUSTER / "constraints.txt").read_text().splitlines() if not line.startswith("#")
     )
@@ -227,31 +229,32 @@ def test_ray_and_graft_are_one_version_everywhere() -> None:
     assert {ray_cluster(name)["rayVersion"] for name in (*JOBS, "rayservice.yaml")} == {pinned["ray"]}
     assert set(re.findall(r"graft:[\w.-]+", DOCKERFILE)) == {f"{tag}-cpu", f"{tag}-cuda"}
 
-    asked = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in image_extras())]
-    for requirement in map(Requirement, (line for lines in asked for line in lines)):
+    requested = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in image_extras())]
+    for requirement in map(Requirement, (line for lines in requested for line in lines)):
         if requirement.name != "graft":
             assert requirement.specifier.contains(pinned[requirement.name.lower()]), requirement
 
 
-def test_all_that_the_image_brings_is_pinned_to_what_fits() -> None:
-    """Also what graft's packages ask for, and theirs, as far as they are installed here as they are pinned."""
+def test_all_packages_of_the_image_are_pinned_to_matching_versions() -> None:
+    """Dependencies of dependencies are followed as far as the pinned versions are installed here."""
     if sys.platform != "linux" or sys.version_info[:2] != (3, 11):
         pytest.skip("the image has Python 3.11 on Linux, which asks for other packages")
     pinned = dict(
         line.split("==") for line in (CLUSTER / "constraints.txt").read_text().splitlines() if not line.startswith("#")
     )
-    for requirement in brought("graft", frozenset(image_extras()), pinned, set()):
+    for requirement in required("graft", frozenset(image_extras()), pinned, set()):
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{requirement} is not pinned"
         assert requirement.specifier.contains(pinned[name], prereleases=True), f"{requirement}, not {pinned[name]}"
 
 
-Asked = tuple[str, frozenset[str]]
-"""A package and extras of it."""
+PackageAndExtras = tuple[str, frozenset[str]]
 
 
-def brought(package: str, extras: frozenset[str], pinned: dict[str, str], seen: set[Asked]) -> Iterator[Requirement]:
-    """What a package asks for, here and with these extras, and what that asks for in turn; torch pins what it brings itself."""
+def required(
+    package: str, extras: frozenset[str], pinned: dict[str, str], seen: set[PackageAndExtras]
+) -> Iterator[Requirement]:
+    """Yield the requirements of a package with these extras, recursively; torch pins its own requirements itself."""
     if (package, extras) in seen or package == "torch" or version(package) != pinned.get(package, version(package)):
         return
     seen.add((package, extras))
@@ -259,11 +262,11 @@ def brought(package: str, extras: frozenset[str], pinned: dict[str, str], seen: 
         if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {""}):
             if requirement.name != "graft":
                 yield requirement
-            yield from brought(canonicalize_name(requirement.name), frozenset(requirement.extras), pinned, seen)
+            yield from required(canonicalize_name(requirement.name), frozenset(requirement.extras), pinned, seen)
 
 
 def image_extras() -> set[str]:
-    """The extras that the image installs, and those that they name."""
+    """Return the extras that the image installs, and those that these include."""
     (installed,) = set(re.findall(r'"\.\[([\w,]+)\]"', DOCKERFILE))
     extras = set(installed.split(","))
     assert extras == {"bundled", "train", "serve"}
@@ -277,7 +280,7 @@ def image_extras() -> set[str]:
     return extras
 
 
-def test_images_are_pinned_and_not_root_and_code_comes_last() -> None:
+def test_images_are_pinned_do_not_run_as_root_and_copy_code_last() -> None:
     stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)
     base, names = stages[1].splitlines()[0], re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)
     assert re.fullmatch(r"python:\$\{PYTHON\}-slim-\w+ AS system", base)
@@ -294,7 +297,7 @@ def test_images_are_pinned_and_not_root_and_code_comes_last() -> None:
     assert {".git", ".venv", "runs"} <= set((ROOT / ".dockerignore").read_text().split())
 
 
-def test_hadolint_finds_nothing() -> None:
+def test_hadolint_has_no_complaints() -> None:
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip("hadolint has no package for this machine")
     found = subprocess.run(

@@ -1,4 +1,4 @@
-"""Files that no recorder writes: crafted to break decoders, or real ones that were cut, flipped and spliced by a seed."""
+"""Make files that break decoders: crafted ones, and real ones that are cut, flipped and spliced at random."""
 
 import gzip
 import io
@@ -13,82 +13,87 @@ import soundfile
 from tests.support import media
 
 RATE = 16_000
-CODED = {"webm": ("libopus", "webm"), "m4a": ("aac", "ipod")}
-WRITTEN = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "mp3": ("MP3", None), "ogg": ("OGG", "VORBIS")}
+FFMPEG_FORMATS = {"webm": ("libopus", "webm"), "m4a": ("aac", "ipod")}
+SOUNDFILE_FORMATS = {
+    "wav": ("WAV", "PCM_16"),
+    "flac": ("FLAC", "PCM_16"),
+    "mp3": ("MP3", None),
+    "ogg": ("OGG", "VORBIS"),
+}
 
 
-def sound(samples: np.ndarray, rate: int = RATE, kind: str = "WAV", subtype: str | None = None) -> bytes:
+def encode_sound(samples: np.ndarray, rate: int = RATE, kind: str = "WAV", subtype: str | None = None) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format=kind, subtype=subtype)
     return file.getvalue()
 
 
-def seeds() -> dict[str, bytes]:
-    """Two seconds of real speech in each of six formats."""
+def real_files() -> dict[str, bytes]:
+    """Return two seconds of real speech in each of six formats."""
     samples = media.speech(RATE, seconds=2, channels=1).astype(np.float32)
-    files = {kind: media.write(samples, RATE, *form) for kind, form in WRITTEN.items()}
+    files = {kind: media.write(samples, RATE, *form) for kind, form in SOUNDFILE_FORMATS.items()}
     wide = media.speech(48_000, seconds=2, channels=1)
-    return files | {kind: media.encode(wide, 48_000, *form) for kind, form in CODED.items()}
+    return files | {kind: media.encode(wide, 48_000, *form) for kind, form in FFMPEG_FORMATS.items()}
 
 
 def mutated(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """Names and files; of a seed always the same."""
-    files, chance = seeds(), random.Random(seed)
+    """Yield names and contents of mutated files, always the same ones for a seed."""
+    files, rng = real_files(), random.Random(seed)
     for number in range(count):
         kind = list(files)[number % len(files)]
-        name, data = _mutation(bytearray(files[kind]), chance, list(files.values()))
+        name, data = _mutate(bytearray(files[kind]), rng, list(files.values()))
         yield f"{number} {kind} {name}", bytes(data)
 
 
-def _mutation(data: bytearray, chance: random.Random, others: list[bytes]) -> tuple[str, bytearray]:
+def _mutate(data: bytearray, rng: random.Random, others: list[bytes]) -> tuple[str, bytearray]:
     size = len(data)
-    start = chance.randrange(size)
-    length = chance.randrange(1, max(2, (size - start) // 2))
-    match chance.randrange(8):
+    start = rng.randrange(size)
+    length = rng.randrange(1, max(2, (size - start) // 2))
+    match rng.randrange(8):
         case 0:
             return "truncated", data[:start]
         case 1:
-            return "beheaded", data[chance.randrange(1, 200) :]
-        case 2:  # in the header, where sizes and counts stand
-            for _ in range(chance.randrange(1, 8)):
-                data[chance.randrange(min(size, 200))] = chance.choice([0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)])
+            return "beheaded", data[rng.randrange(1, 200) :]
+        case 2:  # bytes of the header, which holds sizes and counts
+            for _ in range(rng.randrange(1, 8)):
+                data[rng.randrange(min(size, 200))] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
             return "header", data
         case 3:
-            for _ in range(chance.randrange(1, 64)):
-                data[chance.randrange(size)] ^= 1 << chance.randrange(8)
+            for _ in range(rng.randrange(1, 64)):
+                data[rng.randrange(size)] ^= 1 << rng.randrange(8)
             return "flipped", data
         case 4:
-            data[start : start + length] = bytes([chance.choice([0, 0xFF])]) * length
+            data[start : start + length] = bytes([rng.choice([0, 0xFF])]) * length
             return "blanked", data
         case 5:
             return "repeated", data[: start + length] + data[start:]
         case 6:
-            place = chance.randrange(min(size, 400)) & ~3
+            place = rng.randrange(min(size, 400)) & ~3
             data[place : place + 4] = struct.pack(
-                chance.choice("<>") + "I", chance.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1])
+                rng.choice("<>") + "I", rng.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1])
             )
             return "number", data
         case _:
-            other = chance.choice(others)
-            return "spliced", data[:start] + other[chance.randrange(len(other)) :]
+            other = rng.choice(others)
+            return "spliced", data[:start] + other[rng.randrange(len(other)) :]
 
 
 def crafted() -> dict[str, bytes]:
-    """By name."""
+    """Return crafted files by name."""
     voice = media.speech(RATE, seconds=1, channels=1).astype(np.float32)
-    wav, tone = sound(voice), np.full((RATE, 1), 0.1, np.float32)
+    wav, tone = encode_sound(voice), np.full((RATE, 1), 0.1, np.float32)
     broken = {"NaN": np.nan, "infinite": np.inf, "loud": 3e38}
     tall = np.random.default_rng(0).standard_normal((192_000, 8)).astype(np.float32) * 0.1
     return {
         "zero length": b"",
         "one byte": b"R",
-        "one sample wav": sound(tone[:1]),
-        "one sample flac": sound(tone[:1], kind="FLAC"),
-        "no sample": sound(tone[:0]),
-        "192 kHz 8 channels wav": sound(tall, 192_000, subtype="FLOAT"),
-        "192 kHz 8 channels flac": sound(tall, 192_000, "FLAC"),
-        "64 channels": sound(np.repeat(tone[:1000], 64, axis=1)),
-        "1 Hz": sound(tone[:100], 1),
+        "one sample wav": encode_sound(tone[:1]),
+        "one sample flac": encode_sound(tone[:1], kind="FLAC"),
+        "no sample": encode_sound(tone[:0]),
+        "192 kHz 8 channels wav": encode_sound(tall, 192_000, subtype="FLOAT"),
+        "192 kHz 8 channels flac": encode_sound(tall, 192_000, "FLAC"),
+        "64 channels": encode_sound(np.repeat(tone[:1000], 64, axis=1)),
+        "1 Hz": encode_sound(tone[:100], 1),
         "film without sound": media.film(sound=None),
         "film with sound": media.film(sound=np.zeros(44_100, np.float32)),
         "ten hours of silence": silence(36_000),
@@ -103,7 +108,7 @@ def crafted() -> dict[str, bytes]:
         "list of files": b"ffconcat version 1.0\nfile /etc/passwd\n",
         "elf": b"\x7fELF" + bytes(1000),
         **{
-            f"{name} floats": sound(np.where(np.arange(RATE)[:, None] % 100, tone, value), subtype="FLOAT")
+            f"{name} floats": encode_sound(np.where(np.arange(RATE)[:, None] % 100, tone, value), subtype="FLOAT")
             for name, value in broken.items()
         },
         **_wavs(wav),
@@ -112,7 +117,7 @@ def crafted() -> dict[str, bytes]:
 
 
 def silence(seconds: int) -> bytes:
-    """A small FLAC file of many samples."""
+    """Return a small FLAC file of so many seconds."""
     file = io.BytesIO()
     with soundfile.SoundFile(file, "w", RATE, 1, format="FLAC") as out:
         for _ in range(seconds // 100):
@@ -121,9 +126,9 @@ def silence(seconds: int) -> bytes:
 
 
 def _wavs(wav: bytes) -> dict[str, bytes]:
-    """Headers of wav that state what isn't so."""
+    """Return WAV files with false values in their headers."""
 
-    def stating(place: int, kind: str, value: int) -> bytes:
+    def with_field(place: int, kind: str, value: int) -> bytes:
         return wav[:place] + struct.pack("<" + kind, value) + wav[place + struct.calcsize(kind) :]
 
     counts = {"B": 2**8, "H": 2**16, "I": 2**32}
@@ -136,8 +141,8 @@ def _wavs(wav: bytes) -> dict[str, bytes]:
         "bits": (34, "H"),
         "data": (40, "I"),
     }
-    stated = {
-        f"wav with {name} {value}": stating(place, kind, value)
+    falsified = {
+        f"wav with {name} {value}": with_field(place, kind, value)
         for name, (place, kind) in fields.items()
         for value in (0, 1, counts[kind] // 2, counts[kind] - 1)
     }
@@ -145,12 +150,15 @@ def _wavs(wav: bytes) -> dict[str, bytes]:
     with wave.open(nested, "wb") as file:
         file.setparams((1, 2, RATE, 0, "NONE", ""))
         file.writeframes(wav)
-    return stated | {"wav in wav": nested.getvalue(), "100,000 chunks": wav[:12] + b"junk\0\0\0\0" * 100_000 + wav[12:]}
+    return falsified | {
+        "wav in wav": nested.getvalue(),
+        "100,000 chunks": wav[:12] + b"junk\0\0\0\0" * 100_000 + wav[12:],
+    }
 
 
 def _bombs(wav: bytes) -> dict[str, bytes]:
-    """Headers that ask decoders for memory or time."""
-    flac = bytearray(sound(np.zeros((RATE, 1)), kind="FLAC"))
+    """Return files whose headers make decoders allocate much memory or loop for long."""
+    flac = bytearray(encode_sound(np.zeros((RATE, 1)), kind="FLAC"))
     flac[21:26] = b"\x0f" + b"\xff" * 4  # 2^36 - 1 samples
     id3 = b"ID3\x04\0\0\x7f\x7f\x7f\x7f" + b"\xff\xfb\x90\x00" + bytes(1000)
     box = struct.pack(">I4s", 8, b"moov")
@@ -165,7 +173,8 @@ def _bombs(wav: bytes) -> dict[str, bytes]:
         "mp4 of 2^63": head + struct.pack(">I4sQ", 1, b"moov", 2**63 - 1),
         "mp4 in depth": head + struct.pack(">I4s", 8 * 5_001, b"moov") + deep,
         "mp4 with a table of 2^32": head + struct.pack(">I4s", 8 + len(table), b"moov") + table,
-        "webm of unknown length": b"\x1a\x45\xdf\xa3\x9fB\x86\x81\x01B\xf7\x81\x01B\xf2\x81\x04B\xf3\x81\x08B\x82\x84webm\x18S\x80g\x01"
+        "webm of unknown length": b"\x1a\x45\xdf\xa3\x9fB\x86\x81\x01B\xf7\x81\x01B\xf2\x81\x04B\xf3\x81\x08"
+        + b"B\x82\x84webm\x18S\x80g\x01"
         + b"\xff" * 7,
         "ogg of empty pages": (b"OggS\0\x02" + bytes(20) + b"\x00") * 10_000,
         "au of 2^32": b".snd" + struct.pack(">5I", 24, 2**32 - 1, 3, RATE, 2**31) + bytes(100),

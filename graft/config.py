@@ -1,6 +1,8 @@
-"""Recipes: what a job is told. YAML file -> `key.sub=value` overrides -> one frozen, fully checked pydantic model.
+"""Read recipes, the settings of jobs.
 
-Nothing is guessed: an unknown key or a wrong value raises RecipeError, which names every fault at once, in one line.
+    YAML file -> `key.sub=value` overrides -> one frozen, fully checked pydantic model
+
+An unknown key or a wrong value raises RecipeError, which names every fault at once, in one line.
 """
 
 import difflib
@@ -17,7 +19,7 @@ from graft.errors import RecipeError
 
 
 class Recipe(BaseModel):
-    """The base of every job's recipe and of the groups inside it; a docstring under a field documents it."""
+    """The base class of every job's recipe and of the groups inside it; a docstring under a field documents it."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, protected_namespaces=()
@@ -28,11 +30,11 @@ R = TypeVar("R", bound=Recipe)
 
 
 def read_recipe(cls: type[R], path: str | None, overrides: Sequence[str] = ()) -> R:
-    """Read a recipe of class `cls` from a YAML file (None: defaults only), then apply `key.sub=value` overrides.
+    """Read a recipe from a YAML file, or with None its defaults, and apply `key.sub=value` overrides.
 
-    Override values are YAML: `lr=1e-3`, `sources=[a.jsonl, b.jsonl]`, `speaker=` (null). A list is replaced as a whole. A group that is
-    given in part keeps the other defaults of its place in the recipe. Raises RecipeError for a missing or malformed file, an override
-    without `=`, unknown keys and wrong values.
+    Override values are YAML: `lr=1e-3`, `sources=[a.jsonl, b.jsonl]`, `speaker=` (null). A list is replaced as a whole.
+    A group that is given in part keeps the other defaults of its place in the recipe. Raises RecipeError for a missing
+    or malformed file, an override without `=`, unknown keys and wrong values.
     """
     data = _read_yaml(path) if path is not None else {}
     for override in overrides:
@@ -44,18 +46,18 @@ def read_recipe(cls: type[R], path: str | None, overrides: Sequence[str] = ()) -
     try:
         return cls.model_validate(_with_defaults(cls, defaults, data))
     except ValidationError as error:
-        faults = dict.fromkeys(_fault(cls, detail) for detail in error.errors(include_url=False))
+        faults = dict.fromkeys(_describe_fault(cls, detail) for detail in error.errors(include_url=False))
         where = f"recipe {path}" if path is not None else "recipe"
         raise RecipeError(f"{where}: {'; '.join(faults)}") from error
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every field written, in the order of the class."""
+    """Write the resolved recipe as YAML, with every field, in the order of the class."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models inside an annotation: `Lora | None` -> [Lora], `dict[str, list[Source]]` -> [Source]."""
+    """List the pydantic models inside an annotation: `Lora | None` -> [Lora], `dict[str, list[Source]]` -> [Source]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in models_in(part)]
@@ -98,7 +100,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _with_defaults(cls: type[BaseModel], defaults: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete a partly given group from the default of its place in `cls`, which may differ from the group's own defaults."""
+    """Complete a partly given group from the default of its place in `cls`, which may differ from the group's own."""
     filled = dict(data)
     for name, given in data.items():
         default = defaults.get(name)
@@ -112,9 +114,9 @@ def _with_defaults(cls: type[BaseModel], defaults: Mapping[str, Any], data: Mapp
     return filled
 
 
-def _fault(cls: type[BaseModel], detail: ErrorDetails) -> str:
+def _describe_fault(cls: type[BaseModel], detail: ErrorDetails) -> str:
     key = ".".join(map(str, detail["loc"]))
-    value = f"{key}={_shown(detail['input'])}" if key else "values"
+    value = f"{key}={_abbreviate(detail['input'])}" if key else "values"
     if detail["type"] == "extra_forbidden":
         known = _known_keys(cls, detail["loc"][:-1])
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
@@ -124,28 +126,20 @@ def _fault(cls: type[BaseModel], detail: ErrorDetails) -> str:
         return f"key {key} is required"
     if detail["type"] == "value_error":
         return f"{value}: {detail['ctx']['error']}"
-    quote = (
-        " (put it in quotes)"
-        if detail["type"] == "string_type" and isinstance(detail["input"], bool | int | float)
-        else ""
-    )
-    return f"{value}: {detail['msg'][:1].lower()}{detail['msg'][1:]}{quote}"
+    is_unquoted = detail["type"] == "string_type" and isinstance(detail["input"], bool | int | float)
+    hint = " (put it in quotes)" if is_unquoted else ""
+    return f"{value}: {detail['msg'][:1].lower()}{detail['msg'][1:]}{hint}"
 
 
 def _known_keys(cls: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     models = [cls]
-    for step in loc:  # steps that name no field are list indices, dict keys and union tags
-        inner = [
-            m
-            for model in models
-            if step in model.model_fields
-            for m in models_in(model.model_fields[str(step)].annotation)
-        ]
-        models = inner or models
+    for step in loc:  # Steps that name no field are list indices, dict keys and union tags.
+        fields = [model.model_fields[str(step)] for model in models if step in model.model_fields]
+        models = [model for field in fields for model in models_in(field.annotation)] or models
     return sorted({name for model in models for name in model.model_fields})
 
 
-def _shown(value: object) -> str:
+def _abbreviate(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

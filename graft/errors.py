@@ -1,12 +1,12 @@
-r"""What graft raises on purpose: every message is one line that says what, where and the remedy.
+r"""Errors that a user can mend; every message is one line that says what is wrong, where, and the remedy.
 
 GraftError
  |- RecipeError    a recipe's key or value
- |- AudioError     a file or upload that is not usable speech audio
- |   \- AudioTooLong   it is usable, but longer than is taken
+ |- AudioError     a file or upload that is not usable audio
+ |   \- AudioTooLong   audio that is usable, but longer than the limit
  |- DataError      a manifest, a parquet file or a row
- |- ModelError     a checkpoint, its parts or its provenance
- |- OutputError    a folder that holds something else's results
+ |- ModelError     a checkpoint, its parts or its origin
+ |- OutputError    a folder that holds other results
  |- MissingExtra   a capability whose packages are not installed
 """
 
@@ -27,7 +27,7 @@ class AudioError(GraftError):
 
 
 class AudioTooLong(AudioError):
-    """Audio goes on beyond the limit that was given."""
+    """Audio is longer than the limit."""
 
 
 class DataError(GraftError):

@@ -1,7 +1,7 @@
-"""GraftProcessor: clips, images and words to the model's inputs. Training, bulk and online work all come through here."""
+"""Turn clips, images and texts into the model's inputs, for training, bulk transcription and serving alike."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,9 +34,10 @@ TOKENIZED_TOGETHER = 8192
 
 @dataclass(frozen=True)
 class Example:
-    """One clip ready for training: features, prompt ids with placeholders, and target ids (empty where the clip must not count).
+    """One clip ready for training: features, prompt ids with placeholders, and target ids.
 
-    `decoder_input_ids` are what the model reads in the place of its targets, one for one; null for the targets themselves.
+    Target ids are empty where the clip must not count. `decoder_input_ids`, one for each target, are what the model
+    reads in their place; None stands for the targets themselves.
     """
 
     features: Features
@@ -46,9 +47,9 @@ class Example:
 
 
 class GraftProcessor(ProcessorMixin):
-    """A Whisper feature extractor's settings, Qwen2-VL's image processor and a tokenizer that knows the audio tokens.
+    """Bundles Whisper's feature extractor, Qwen2-VL's image processor and a tokenizer with the audio tokens.
 
-    `audio_pool` and what follows it repeat the GraftConfig it was built with; the model checks the tokens.
+    `audio_pool` and the parameters after it repeat the GraftConfig that it was built with; the model checks the tokens.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class GraftProcessor(ProcessorMixin):
     def instruction(self, instruction: str | None = None, context: Sequence[str] | None = None) -> str:
         """Write the instruction of a request: a style's name or a trained phrasing, and words that may occur.
 
-        Raises ModelError, which names what the checkpoint can do, for what it was not trained to do.
+        Raises ModelError for a request that the checkpoint was not trained for, with those that it was.
         """
         return request_instruction(
             instruction,
@@ -104,53 +105,61 @@ class GraftProcessor(ProcessorMixin):
     def prompt_ids(self, frame_count: int, instruction: str = DEFAULT_INSTRUCTION) -> list[int]:
         """Tokenize the transcription prompt of a clip of `frame_count` mel frames, placeholders included.
 
-        The instruction is text: special tokens in it are taken apart. Raises ModelError for another than the default one where the prompt
-        is the reference's.
+        Special tokens in the instruction are tokenized as text. Where the prompt is the reference's, raises ModelError
+        for any instruction other than the default one.
         """
         before, after, end = self._prompt_parts
         placeholders = [self._audio_pad_id] * self.audio_token_count(frame_count)
         return before + placeholders + after + self._plain_ids([self._question(instruction)])[0] + end
 
     def prompt_lengths(self, instructions: Sequence[str]) -> np.ndarray:
-        """Count the tokens of prompts with these instructions, without their audio tokens; (instructions,) int64. Raises ModelError."""
-        places = {instruction: place for place, instruction in enumerate(dict.fromkeys(instructions))}
-        lengths = self._plain_lengths([self._question(instruction) for instruction in places]) + sum(
-            map(len, self._prompt_parts)
-        )
-        return lengths[[places[instruction] for instruction in instructions]] if places else lengths
+        """Count the tokens of prompts with these instructions, without audio tokens: int64 (instructions,).
+
+        Raises ModelError.
+        """
+        # Each distinct instruction is tokenized once.
+        indices = {instruction: index for index, instruction in enumerate(dict.fromkeys(instructions))}
+        lengths = self._plain_lengths(map(self._question, indices)) + sum(map(len, self._prompt_parts))
+        return lengths[[indices[instruction] for instruction in instructions]] if indices else lengths
 
     def prompt_end_ids(self) -> list[int]:
-        """The ids that end every prompt; what follows them is the answer."""
+        """Return the ids that end every prompt, which the answer follows."""
         return list(self._prompt_parts[2])
 
     def end_ids(self, generation_config: Any) -> set[int]:
-        """Ids that end an answer: the last of trained answers, and those of transformers' generation configuration."""
+        """Return the ids that end an answer: that of trained answers and those of the generation configuration."""
         ends = generation_config.eos_token_id or []
         return {self.target_ids("")[-1], *([ends] if isinstance(ends, int) else ends)}
 
     def target_ids(self, text: str, style: str | None = None) -> list[int]:
-        """Tokenize the answer to train for a transcript, in a text style or the graft's own; special tokens in it are taken apart."""
+        """Tokenize the answer to train for a transcript, in a text style or the graft's own.
+
+        Special tokens in the transcript are tokenized as text.
+        """
         return self._plain_ids([self._answer(text, style)])[0] + self._answer_end_ids
 
     def target_lengths(self, texts: Sequence[str], styles: Sequence[str | None] | None = None) -> np.ndarray:
-        """Count the ids of the answers to transcripts, each in its style (None: the graft's own); (texts,) int64."""
+        """Count the ids of transcripts' answers, each in its style or, with None, in the graft's: int64 (texts,)."""
         answers = map(self._answer, texts, styles if styles is not None else itertools.repeat(None))
         return self._plain_lengths(answers) + len(self._answer_end_ids)
 
     def example(self, clip: AudioClip, text: str, instruction: Instruction = PLAIN_INSTRUCTION) -> Example:
-        """Featurize a labelled clip for training. Raises AudioError for a clip over 30 s, ModelError as prompt_ids does."""
+        """Make the training example of a labelled clip.
+
+        Raises AudioError for a clip over 30 s, ModelError as prompt_ids does.
+        """
         return self.example_from_features(self.featurizer(clip), text, instruction)
 
     def example_from_features(
         self, features: Features, text: str, instruction: Instruction = PLAIN_INSTRUCTION
     ) -> Example:
-        """Put a clip's features, its prompt and its answer together. Raises ModelError as prompt_ids does."""
+        """Make the training example of a clip's features. Raises ModelError as prompt_ids does."""
         return Example(
             features, self.prompt_ids(features.frame_count, instruction.text), self.target_ids(text, instruction.style)
         )
 
     def training_batch(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        """Pad examples on the right: input_ids, attention_mask, labels (rows, length), input_features, audio_frame_counts."""
+        """Pad examples on the right: input_ids, attention_mask, labels (rows, length), and collate their features."""
         rows = [example.prompt_ids + (example.decoder_input_ids or example.target_ids) for example in examples]
         labels = [[IGNORED_LABEL] * len(example.prompt_ids) + example.target_ids for example in examples]
         return {
@@ -168,34 +177,28 @@ class GraftProcessor(ProcessorMixin):
         audio: AudioClip | Sequence[AudioClip] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepare prompts, clips and images for the model, rows padded on the left as generation wants them.
+        """Prepare prompts, clips and images for generation, with rows padded on the left.
 
-        Each `<|audio_pad|>` in a text stands for the next clip, each `<|image_pad|>` for the next image; without text every clip gets the
-        transcription prompt. Raises ValueError when placeholders and clips or images differ in number, and for videos.
+        Each `<|audio_pad|>` in a text stands for the next clip, each `<|image_pad|>` for the next image; without text
+        every clip gets the transcription prompt. Raises ValueError when placeholders and clips or images differ in
+        number, and for videos.
         """
         if videos is not None:
             raise ValueError("videos are not supported: pass their frames as images")
         clips = [audio] if isinstance(audio, AudioClip) else list(audio or [])
-        texts = (
-            [text]
-            if isinstance(text, str)
-            else list(text)
-            if text is not None
-            else [prompt_text(self.prompt_style)] * len(clips)
-        )
+        if text is None:
+            text = [prompt_text(self.prompt_style)] * len(clips)
+        texts = [text] if isinstance(text, str) else list(text)
         image_inputs = dict(self.image_processor(images=images, return_tensors="pt")) if images is not None else {}
-        grids = image_inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))
-        image_counts = (grids.prod(dim=1) // self.image_processor.merge_size**2).tolist() if images is not None else []
+        grids = image_inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))  # (images, time height width)
         features = [self.featurizer(clip) for clip in clips]
         _check_count("clips", len(clips), "".join(texts).count(AUDIO_PAD_TOKEN))
-        _check_count("images", len(image_counts), "".join(texts).count(IMAGE_TOKEN))
-        frames, counts = iter([f.frame_count for f in features]), iter(image_counts)
-        rows = []
-        for one in texts:
-            expanded = self._expand(
-                one, _take(frames, one.count(AUDIO_PAD_TOKEN)), _take(counts, one.count(IMAGE_TOKEN))
-            )
-            rows.append(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])
+        _check_count("images", len(grids), "".join(texts).count(IMAGE_TOKEN))
+        merged = self.image_processor.merge_size**2 if images is not None else 1  # patches of one image token
+        image_counts = iter((grids.prod(dim=1) // merged).tolist())
+        audio_counts = iter([self.audio_token_count(one.frame_count) for one in features])
+        expanded = [_expand(_expand(one, AUDIO_PAD_TOKEN, audio_counts), IMAGE_TOKEN, image_counts) for one in texts]
+        rows = [self.tokenizer(one, add_special_tokens=False)["input_ids"] for one in expanded]
         ids = torch.from_numpy(_pad(rows, self.tokenizer.pad_token_id, left=True))
         mask = torch.from_numpy(_pad([[1] * len(row) for row in rows], 0, left=True))
         types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int() if images is not None else None
@@ -208,7 +211,8 @@ class GraftProcessor(ProcessorMixin):
     def _question(self, instruction: str) -> str:
         if self.prompt_style == "reference" and instruction != DEFAULT_INSTRUCTION:
             raise ModelError(
-                "the reference's prompt is fixed: leave instructions and context out, or use a graft built with prompt_style=graft"
+                "the reference's prompt is fixed: leave instructions and context out, "
+                "or use a graft built with prompt_style=graft"
             )
         return TEMPLATES[self.prompt_style].question.format(instruction=instruction)
 
@@ -217,11 +221,10 @@ class GraftProcessor(ProcessorMixin):
 
     @cached_property
     def _prompt_parts(self) -> tuple[list[int], list[int], list[int]]:
-        """The ids before the placeholders, between them and the question, and after it."""
+        """Tokenize a prompt's text before the placeholders, between them and the question, and after the question."""
         template = TEMPLATES[self.prompt_style]
-        before, after, end = self.tokenizer([template.before, template.after, PROMPT_END], add_special_tokens=False)[
-            "input_ids"
-        ]
+        texts = [template.before, template.after, PROMPT_END]
+        before, after, end = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return before, after, end
 
     @cached_property
@@ -238,25 +241,16 @@ class GraftProcessor(ProcessorMixin):
         ]
 
     def _plain_lengths(self, texts: Iterable[str]) -> np.ndarray:
-        self._plain_ids([""])  # leaves the backend without padding and truncation, and special tokens taken apart
+        self._plain_ids([""])  # This sets the backend to no padding, no truncation and splitting of special tokens.
         encode, waiting = self.tokenizer.backend_tokenizer.encode_batch_fast, iter(texts)
         lengths: list[int] = []
         while block := list(itertools.islice(waiting, TOKENIZED_TOGETHER)):
             lengths += map(len, encode(block, add_special_tokens=False))
         return np.array(lengths, dtype=np.int64)
 
-    def _expand(self, text: str, frame_counts: Sequence[int], image_counts: Sequence[int]) -> str:
-        for token, counts in (
-            (AUDIO_PAD_TOKEN, [self.audio_token_count(n) for n in frame_counts]),
-            (IMAGE_TOKEN, image_counts),
-        ):
-            pieces = text.split(token)
-            text = pieces[0] + "".join(token * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
-        return text
-
 
 def collate_features(features: Sequence[Features]) -> dict[str, np.ndarray]:
-    """Pad clips' log-mels with zeros to input_features (clips, mels, frames) float32 and audio_frame_counts (clips,)."""
+    """Pad log-mels with zeros to input_features, float32 (clips, mels, frames), with audio_frame_counts (clips,)."""
     length = max(one.mel.shape[1] for one in features)
     batch = np.zeros((len(features), features[0].mel.shape[0], length), dtype=np.float32)
     for row, one in zip(batch, features, strict=True):
@@ -268,7 +262,7 @@ def collate_features(features: Sequence[Features]) -> dict[str, np.ndarray]:
 
 
 def pad_prompts(rows: Sequence[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pad prompts on the left to ids and attention mask, both (rows, length) int64."""
+    """Pad prompts on the left: ids and attention mask, both int64 (rows, length)."""
     return _pad(rows, pad_id, left=True), _pad([[1] * len(row) for row in rows], 0, left=True)
 
 
@@ -279,8 +273,10 @@ def _pad(rows: Sequence[list[int]], value: int, *, left: bool = False) -> np.nda
     return padded
 
 
-def _take(items: Any, count: int) -> list[int]:
-    return [next(items) for _ in range(count)]
+def _expand(text: str, token: str, counts: Iterator[int]) -> str:
+    """Repeat every placeholder in a text as often as the next count says."""
+    first, *others = text.split(token)
+    return first + "".join(token * next(counts) + piece for piece in others)
 
 
 def _check_count(what: str, given: int, placeholders: int) -> None:

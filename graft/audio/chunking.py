@@ -104,7 +104,6 @@ def quietest(energy: np.ndarray, width: int) -> int:
     """Find the middle of the `width` entries in a row with the least sum, the last of equal ones.
 
     With fewer entries it is their end.
-
     """
     if len(energy) < width:
         return len(energy)

@@ -87,7 +87,6 @@ def _pad(samples: np.ndarray, frame_count: int) -> torch.Tensor:
     """Pad a clip with silence to one STFT window past its last frame, but not past 30 s.
 
     At 30 s Whisper's STFT reflects the waveform.
-
     """
     padded = np.zeros(min(frame_count * HOP_LENGTH + N_FFT, WINDOW_FRAMES * HOP_LENGTH), np.float32)
     padded[: len(samples)] = samples

@@ -85,7 +85,6 @@ class _Network(nn.Module):
         """Score (N, 576) consecutive windows -> (N,) scores and the LSTM's state after them.
 
         `state` is the one after the windows before.
-
         """
         waves = self.spectrum(nn.functional.pad(windows, (0, CONTEXT), mode="reflect")[:, None])  # (N, 258, 4)
         magnitudes = waves[:, :129].square().add(waves[:, 129:].square()).sqrt()

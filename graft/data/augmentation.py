@@ -1,8 +1,9 @@
-"""Augmentation: what training makes of a clip so that it is never quite the same again; every choice follows from the sample's sample seed.
+"""Augment training clips, so that no two epochs meet the same clip; every choice follows from a sample's seed.
 
-In this order: speed (Ko et al. 2015, Audio augmentation for speech recognition), noise at a signal-to-noise ratio, gain, and, on the
-log-mels, masks over time and frequency (Park et al. 2019, SpecAugment). soxr changes the speed, as it resamples clips of other rates:
-torchaudio would do the same and is on few machines.
+    clip -> speed -> noise at a signal-to-noise ratio -> gain -> log-mels -> masks over time and frequency
+
+Sources: Ko et al. 2015, Audio augmentation for speech recognition; Park et al. 2019, SpecAugment. soxr changes the
+speed, as it also resamples clips of other rates, because torchaudio is installed on few machines.
 """
 
 from collections.abc import Sequence
@@ -19,23 +20,23 @@ from graft.data.settings import AugmentRecipe, SpecAugmentRecipe
 from graft.errors import AudioError, DataError
 
 SLOWED_LIMIT_S = 29.9
-"""No clip is slowed down past this: Whisper hears 30 s, and durations in corpora are rounded."""
+"""Longest clip in seconds after slowing down: Whisper takes 30 s, and durations in corpora are rounded."""
 NO_SPEECH_S = (0.5, 15.0)
 SILENCE_DBFS = -80.0
 NOISE_KINDS = ("white", "pink", "speech-shaped")
 
 
 def sample_speeds(factors: Sequence[float], durations_s: np.ndarray, sample_seeds: np.ndarray) -> np.ndarray:
-    """Draw the speed of each sample (samples,) from the factors with which it stays within SLOWED_LIMIT_S; without any it is 1."""
-    choices = np.sort(np.asarray(factors, np.float64))[::-1]
-    limit = np.maximum(durations_s / SLOWED_LIMIT_S, 0)
-    fitting = (choices >= np.minimum(limit, 1)[:, None]).sum(axis=1)  # the fastest come first
+    """Draw each sample's speed (samples,) from the factors that keep it within SLOWED_LIMIT_S; 1 where none does."""
+    choices = np.sort(np.asarray(factors, np.float64))[::-1]  # the fastest first
+    slowest = np.clip(durations_s / SLOWED_LIMIT_S, 0, 1)  # (samples,)
+    fitting = (choices >= slowest[:, None]).sum(axis=1)  # (samples, factors) -> number of the first ones that fit
     chosen = np.floor(uniform(sample_seeds, "speed") * fitting).astype(int)
     return np.where(fitting > 0, choices[np.minimum(chosen, len(choices) - 1)], 1.0)
 
 
 def change_speed(clip: AudioClip, factor: float) -> AudioClip:
-    """Play a clip `factor` times as fast: round(samples / factor) samples, pitch and all."""
+    """Play a clip `factor` times as fast, which raises its pitch: round(samples / factor) samples."""
     if factor == 1:
         return clip
     count = max(1, round(len(clip.samples) / factor))
@@ -44,14 +45,17 @@ def change_speed(clip: AudioClip, factor: float) -> AudioClip:
 
 
 class NoiseCorpus:
-    """Noise clips of a corpus, read when they are drawn: any at any time, so small row groups are best. Holds the eight read last."""
+    """Reads noise clips of a corpus at random, so small row groups are best; keeps the eight groups read last."""
 
     def __init__(self, rows: RowTable) -> None:
         self.rows = rows
         self._reader = RowReader(rows.files, cache_row_groups=8)
 
     def samples(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Draw a clip and a place in it: float32 (count,), begun again where the clip is shorter. Raises DataError naming the clip."""
+        """Draw a part of a noise clip, float32 (count,), which repeats where the clip is shorter.
+
+        Raises DataError naming the clip.
+        """
         row = int(rng.integers(len(self.rows)))
         try:
             wav, name = self._reader.wav(self.rows.file[row], self.rows.row_group[row], self.rows.row[row])
@@ -63,18 +67,18 @@ class NoiseCorpus:
 
 
 class Augmenter:
-    """Augments clips and their features by the recipe; equal sample seeds give equal bits."""
+    """Augments clips and their features by a recipe; equal sample seeds give equal bits."""
 
     def __init__(self, recipe: AugmentRecipe, noise: NoiseCorpus | None = None) -> None:
         self.recipe, self.noise = recipe, noise
 
     def clip(self, clip: AudioClip, sample_seed: int, *, duration_s: float) -> AudioClip:
-        """Change speed, add noise and amplify; `duration_s` is what the plan took for the clip's length when it drew the speed."""
+        """Change speed, add noise and amplify; `duration_s` is the clip's length by which the plan drew the speed."""
         speed = float(sample_speeds(self.recipe.speed, np.array([duration_s]), np.array([sample_seed]))[0])
-        return self._amplified(self._noisy(change_speed(clip, speed), sample_seed), sample_seed)
+        return self._amplify(self._add_noise(change_speed(clip, speed), sample_seed), sample_seed)
 
     def features(self, features: Features, sample_seed: int) -> Features:
-        """Mask the log-mels of a clip's own frames."""
+        """Mask the log-mels of a clip's own frames, without those of the padding after it."""
         if self.recipe.specaugment is None:
             return features
         mel = features.mel.copy()
@@ -82,21 +86,20 @@ class Augmenter:
         own[_mask(own.shape, self.recipe.specaugment, generator(sample_seed, "specaugment"))] = own.mean()
         return replace(features, mel=mel)
 
-    def _noisy(self, clip: AudioClip, sample_seed: int) -> AudioClip:
+    def _add_noise(self, clip: AudioClip, sample_seed: int) -> AudioClip:
         noise = self.recipe.noise
         if noise is None or uniform(sample_seed, "noise share") >= noise.share:
             return clip
         rng = generator(sample_seed, "noise")
-        added = (
-            self.noise.samples(len(clip.samples), rng)
-            if self.noise
-            else generate_noise(str(rng.choice(NOISE_KINDS)), clip.samples, rng)
-        )
+        if self.noise:
+            added = self.noise.samples(len(clip.samples), rng)
+        else:
+            added = generate_noise(str(rng.choice(NOISE_KINDS)), clip.samples, rng)
         wanted = _power(clip.samples) / 10 ** (rng.uniform(*noise.snr_db) / 10)
         power = _power(added)
         return AudioClip(clip.samples + added * np.float32(np.sqrt(wanted / power))) if power > 0 else clip
 
-    def _amplified(self, clip: AudioClip, sample_seed: int) -> AudioClip:
+    def _amplify(self, clip: AudioClip, sample_seed: int) -> AudioClip:
         if self.recipe.gain_db is None:
             return clip
         lowest, highest = self.recipe.gain_db
@@ -108,24 +111,24 @@ class Augmenter:
 def generate_noise(kind: str, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Make noise as long as the samples, float32: `white`, `pink` (power falls with frequency) or `speech-shaped`.
 
-    Speech-shaped noise has the samples' own long-term spectrum and random phases: a steady murmur, no words.
+    Speech-shaped noise has the samples' own long-term spectrum and random phases, which sounds like a steady murmur.
     """
     if kind == "white":
         return rng.standard_normal(len(samples), dtype=np.float32)
-    length = 1 << (len(samples) - 1).bit_length()  # ten times as fast as most others
+    length = 1 << (len(samples) - 1).bit_length()  # FFTs of powers of two are ten times as fast as most others.
     spectrum = np.fft.rfft(rng.standard_normal(length, dtype=np.float32))
     shape = np.maximum(np.arange(len(spectrum)), 1) ** -0.5 if kind == "pink" else np.abs(np.fft.rfft(samples, length))
     return np.fft.irfft(spectrum * shape.astype(np.float32), length)[: len(samples)].astype(np.float32)
 
 
 def no_speech_durations(count: int, seed: int) -> np.ndarray:
-    """The seconds of `count` samples without speech, in whole mel frames: evenly from half a second to fifteen."""
+    """Draw the durations of `count` samples without speech, in whole mel frames: uniform from 0.5 to 15 s."""
     shortest, longest = NO_SPEECH_S
     return np.round(shortest + (longest - shortest) * uniform(np.arange(count), f"no speech {seed}"), 2)
 
 
 def no_speech_clip(duration_s: float, sample_seed: int, noise: NoiseCorpus | None = None) -> AudioClip:
-    """Make a clip in which nobody speaks: digital silence, or noise of -80 to -20 dBFS, from the corpus or, without one, made."""
+    """Make a clip without speech: digital silence, or noise of -80 to -20 dBFS, from the corpus if there is one."""
     rng, count = generator(sample_seed, "no speech"), round(duration_s * SAMPLE_RATE)
     silence = np.zeros(count, np.float32)
     if rng.random() < 1 / 4:
@@ -136,7 +139,7 @@ def no_speech_clip(duration_s: float, sample_seed: int, noise: NoiseCorpus | Non
 
 
 def _mask(shape: tuple[int, ...], recipe: SpecAugmentRecipe, rng: np.random.Generator) -> np.ndarray:
-    """Where features (mels, frames) are masked."""
+    """Draw a mask of features, True where they are masked: bool (mels, frames)."""
     mels, frames = shape
     mask = np.zeros(shape, bool)
     for _ in range(recipe.time_masks):

@@ -1,4 +1,4 @@
-"""The columns of one parquet file of speech: whatever they are called there -> ids, texts, durations, and a row group's audio."""
+"""Read the columns of a parquet file of speech, whatever their names: ids, texts, durations and audio."""
 
 import hashlib
 import io
@@ -20,11 +20,12 @@ from graft.errors import DataError
 from graft.storage.atomic import atomic_file
 
 _BINARY = (pa.binary(), pa.large_binary())
+_GROUP_SIZES = b"group_sizes"
 
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """The rows of one file without their audio, and how many each row group holds."""
+    """The rows of one file without their audio, and the number of rows in each row group."""
 
     ids: pa.ChunkedArray  # large_string
     texts: pa.ChunkedArray  # large_string, "" for null
@@ -32,26 +33,40 @@ class Metadata:
     group_sizes: list[int]
 
 
+def cached_metadata(folder: Path, key: str, read: Callable[[], Metadata]) -> Metadata:
+    """Return what `read` last returned under this key; it is called anew for a cache file that is not whole."""
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.arrow"
+    try:
+        table = feather.read_table(path, memory_map=False)
+        sizes = json.loads(table.schema.metadata[_GROUP_SIZES])
+        return Metadata(table["ids"], table["texts"], table["duration_s"].to_numpy(), sizes)
+    except (OSError, pa.ArrowInvalid):
+        metadata = read()
+    columns = {"ids": metadata.ids, "texts": metadata.texts, "duration_s": pa.array(metadata.duration_s)}
+    table = pa.table(columns).replace_schema_metadata({_GROUP_SIZES: json.dumps(metadata.group_sizes)})
+    with atomic_file(path, sync=False) as temporary:
+        feather.write_feather(table, temporary, compression="zstd")
+    return metadata
+
+
 def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> Metadata:
-    """Read a file's metadata columns; `name` is what ids and messages call it.
+    """Read a file's metadata columns; `name` is what ids and messages call the file.
 
     Raises DataError for a column that is missing or of another type, and for rows without an id.
     """
-    table = _read_columns(parquet, [columns.id, columns.duration, columns.text], name, also=[columns.audio])
-    _audio_leaves(parquet, columns.audio, name)
-    ids = _numbered(len(table), name) if columns.id is None else _strings(table, columns.id, name)
+    table = _read_columns(parquet, [columns.id, columns.duration, columns.text], name, required=[columns.audio])
+    _audio_leaves(parquet, columns.audio, name)  # for its errors
+    count = len(table)
+    ids = _number_rows(count, name) if columns.id is None else _strings(table, columns.id, name)
     if ids.null_count:
-        raise DataError(f"corpus {name}: {ids.null_count} of {len(table)} rows have no {columns.id}")
+        raise DataError(f"corpus {name}: {ids.null_count} of {count} rows have no {columns.id}")
     if columns.duration is None:
-        duration_s = _measured_s(parquet, columns.audio, name)
+        duration_s = _measure_durations(parquet, columns.audio, name)
     else:
         duration_s = _cast(table, columns.duration, pa.float64(), name).fill_null(np.nan).to_numpy()
+    no_texts = pa.chunked_array([pa.nulls(count, pa.large_string())])
+    texts = no_texts if columns.text is None else _strings(table, columns.text, name)
     sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-    texts = (
-        _strings(table, columns.text, name)
-        if columns.text
-        else pa.chunked_array([pa.nulls(len(ids), pa.large_string())])
-    )
     return Metadata(ids, texts.fill_null(""), duration_s, sizes)
 
 
@@ -64,7 +79,7 @@ def read_texts(parquet: pq.ParquetFile, *, name: str) -> tuple[pa.ChunkedArray, 
 def read_audio_column(
     parquet: pq.ParquetFile, audio: str, row_group: int
 ) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
-    """A row group's audio files and, where the file has them, their names."""
+    """Read a row group's audio files and, where the column has them, their names."""
     leaves = _audio_leaves(parquet, audio, "")
     table = parquet.read_row_group(row_group, columns=leaves)
     contents, *names = [_pick(table, leaf) for leaf in leaves]
@@ -72,11 +87,14 @@ def read_audio_column(
 
 
 def _read_columns(
-    parquet: pq.ParquetFile, columns: Sequence[str | None], name: str, *, also: Sequence[str] = ()
+    parquet: pq.ParquetFile, columns: Sequence[str | None], name: str, *, required: Sequence[str] = ()
 ) -> pa.Table:
-    """Those of the columns that have a name; it and `also` must be there."""
+    """Read the columns that are not None.
+
+    Raises DataError unless they and the `required` ones, which are not read, exist.
+    """
     wanted = [column for column in columns if column is not None]
-    missing = [column for column in [*wanted, *also] if _type_of(parquet.schema_arrow, column) is None]
+    missing = [column for column in [*wanted, *required] if _type_of(parquet.schema_arrow, column) is None]
     if missing:
         found = ", ".join(parquet.schema_arrow.names)
         raise DataError(
@@ -97,13 +115,16 @@ def _cast(table: pa.Table, column: str, kind: pa.DataType, name: str) -> pa.Chun
 
 
 def _type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
-    """The type of a column, or of the part of a struct that a dotted name reaches."""
+    """Return the type of a column, or of the part of a struct that a dotted name reaches; None where there is none."""
     name, *inner = [column] if column in schema.names else column.split(".")
     found: Any = schema.field(name).type if name in schema.names else None
     for part in inner:
-        fields = {field.name: field.type for field in found} if pa.types.is_struct(found or pa.null()) else {}
-        found = fields.get(part)
+        found = _struct_fields(found).get(part)
     return found
+
+
+def _struct_fields(kind: pa.DataType | None) -> dict[str, pa.DataType]:
+    return {field.name: field.type for field in kind} if kind is not None and pa.types.is_struct(kind) else {}
 
 
 def _pick(table: pa.Table, column: str) -> pa.ChunkedArray:
@@ -112,56 +133,34 @@ def _pick(table: pa.Table, column: str) -> pa.ChunkedArray:
 
 
 def _audio_leaves(parquet: pq.ParquetFile, audio: str, name: str) -> list[str]:
-    """The columns to read for the audio: its bytes and, after them, its path."""
-    kind = _type_of(parquet.schema_arrow, audio) or pa.null()
+    """Name the columns to read for the audio: its bytes and, after them, its path where there is one."""
+    kind = _type_of(parquet.schema_arrow, audio)
     if kind in _BINARY:
         return [audio]
-    fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
-    if fields.get("bytes", pa.null()) not in _BINARY:
+    fields = _struct_fields(kind)
+    if fields.get("bytes") not in _BINARY:
         raise DataError(f"corpus {name}: column {audio} is {kind}, wants binary or struct<bytes: binary, path: string>")
     return [f"{audio}.bytes", *([f"{audio}.path"] if "path" in fields else [])]
 
 
-def _numbered(count: int, name: str) -> pa.ChunkedArray:
+def _number_rows(count: int, name: str) -> pa.ChunkedArray:
     stem = name.rpartition("/")[2].removesuffix(".parquet")
-    numbers = pc.cast(pa.array(np.arange(count)), pa.large_string())
-    return pa.chunked_array(
-        [pc.binary_join_element_wise(pa.scalar(stem, pa.large_string()), numbers, pa.scalar(":", pa.large_string()))]
-    )
+    return pa.chunked_array([pa.array([f"{stem}:{row}" for row in range(count)], pa.large_string())])
 
 
-def _measured_s(parquet: pq.ParquetFile, audio: str, name: str) -> np.ndarray:
-    """Seconds of each row's audio by its header, NaN where it has none."""
+def _measure_durations(parquet: pq.ParquetFile, audio: str, name: str) -> np.ndarray:
+    """Read the seconds of each row's audio from its header, NaN where it has none."""
     logging.getLogger(__name__).warning(
         "corpus %s: no duration column is named: reading all of its audio to measure it", name
     )
     groups = (read_audio_column(parquet, audio, group)[0] for group in range(parquet.num_row_groups))
-    return np.array([_header_s(content.as_py()) for contents in groups for content in contents], np.float64)
+    return np.array([_header_duration(content.as_py()) for contents in groups for content in contents], np.float64)
 
 
-def _header_s(content: bytes | None) -> float:
+def _header_duration(content: bytes | None) -> float:
     import soundfile
 
     try:
         return float(soundfile.info(io.BytesIO(content or b"")).duration)
     except soundfile.LibsndfileError:
         return float("nan")
-
-
-_GROUP_SIZES = b"group_sizes"
-
-
-def cached_metadata(folder: Path, key: str, read: Callable[[], Metadata]) -> Metadata:
-    """What `read` returned when it was last asked under this key; a file that is not whole counts as none."""
-    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.arrow"
-    try:
-        table = feather.read_table(path, memory_map=False)
-        sizes = json.loads(table.schema.metadata[_GROUP_SIZES])
-        return Metadata(table["ids"], table["texts"], table["duration_s"].to_numpy(), sizes)
-    except (OSError, pa.ArrowInvalid):
-        metadata = read()
-    columns = {"ids": metadata.ids, "texts": metadata.texts, "duration_s": pa.array(metadata.duration_s)}
-    table = pa.table(columns).replace_schema_metadata({_GROUP_SIZES: json.dumps(metadata.group_sizes)})
-    with atomic_file(path, sync=False) as temporary:
-        feather.write_feather(table, temporary, compression="zstd")
-    return metadata

@@ -1,8 +1,8 @@
-"""Speech corpora: parquet files of whole, undecoded audio files with their transcripts, read straight from where they lie.
+"""Read and write speech corpora: parquet files of whole, undecoded audio files with their transcripts.
 
-Planning reads the metadata columns of all files (RowTable); training and evaluation fetch the audio of single rows (RowReader). Files are
-written, and by default read, in SpeechBrain's LargeScaleASR schema.
-Source: https://huggingface.co/datasets/speechbrain/LoquaciousSet
+Planning reads the metadata columns of all files (RowTable); training and evaluation fetch the audio of single rows
+(RowReader). Files are read where they are stored, by default in SpeechBrain's LargeScaleASR schema, in which they are
+also written. Source: https://huggingface.co/datasets/speechbrain/LoquaciousSet
 """
 
 import functools
@@ -40,7 +40,8 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
     ]
 )
-PLANNING_THREADS = 32  # they wait for answers
+PLANNING_THREADS = 32  # The threads mostly wait for a network.
+_NUMBERS = ("duration_s", "source", "file", "row_group", "row")
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class CorpusFile:
 
 @dataclass(frozen=True, eq=False)
 class RowTable:
-    """Every row of a corpus without its audio: columns of equal length (rows,), in the order of the sources and of their files.
+    """The rows of a corpus without their audio, in the order of the sources and of their files: columns (rows,).
 
-    Nothing in it is a Python object for each row: pickled with protocol 5, it is read from shared memory without a copy.
+    No row has a Python object of its own: pickled with protocol 5, the table is read from shared memory without a copy.
     """
 
     ids: pa.LargeStringArray
@@ -72,48 +73,50 @@ class RowTable:
         return len(self.ids)
 
     def id(self, row: int) -> str:
-        """The name of a row."""
+        """Return the name of a row."""
         return str(self.ids[int(row)])
 
     def text(self, row: int) -> str:
-        """The transcript of a row, "" where it has none."""
+        """Return the transcript of a row, "" where it has none."""
         return str(self.texts[int(row)])
 
     def select(self, rows: np.ndarray) -> "RowTable":
-        """The rows at these indices, in their order, or those where a mask is true."""
+        """Take the rows at these indices, in their order, or those where a mask is true."""
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
         strings = {name: getattr(self, name).take(pa.array(rows)) for name in ("ids", "texts")}
         return replace(self, **strings, **{name: getattr(self, name)[rows] for name in _NUMBERS})
 
 
-_NUMBERS = ("duration_s", "source", "file", "row_group", "row")
-
-
 def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) -> RowTable:
-    """Read the metadata columns of a corpus; its paths without a Source of their own make up one together.
+    """Read the metadata columns of a corpus; plain paths among the sources make up one source together.
 
-    The files of a source are sorted by URI. In the folder `cache`, what was read of a file is kept for as long as the file stays the same.
-    Raises DataError when nothing is found, a file is not parquet, lacks a column or stands in two sources, all files are empty, or a row
-    has no ID. A row without text or with an odd duration is kept.
+    The files of a source are sorted by URI. In the folder `cache`, the metadata of a file is kept for as long as the
+    file stays the same. Raises DataError when nothing is found, a file is not parquet, lacks a column or stands in two
+    sources, all files are empty, or a row has no ID. A row without text or with an odd duration is kept.
     """
-    kinds = _as_sources(sources)
-    listed = [(index, uri) for index, source in enumerate(kinds) for uri in list_parquet_files(_as_list(source.files))]
+    kinds = _long_form(sources)
+    listed = [(index, uri) for index, source in enumerate(kinds) for uri in _files_of(source)]
     if twice := [uri for uri, count in Counter(uri for _, uri in listed).items() if count > 1]:
         raise DataError(
             f"corpus {redact_uri(twice[0])}: stands in two sources: give it once, with the weight that it should have"
         )
-    parts = _all(listed, lambda entry: _read_part(entry[1], kinds[entry[0]].columns, Path(cache) if cache else None))
+    folder = Path(cache) if cache else None
+    parts = _map_in_threads(lambda entry: _read_metadata(entry[1], kinds[entry[0]].columns, folder), listed)
     sizes = [len(part.ids) for part in parts]
     if not any(sizes):
         raise DataError(f"corpus {redact_uri(listed[0][1])}: no rows in {len(listed)} files")
     groups = [(file, group, size) for file, part in enumerate(parts) for group, size in enumerate(part.group_sizes)]
     repeats = [size for _, _, size in groups]
     source = np.repeat([index for index, _ in listed], sizes).astype(np.int16)
-    ids = _joined([part.ids for part in parts])
+    ids = _concatenate([part.ids for part in parts])
+    texts = _concatenate([part.texts for part in parts])
+    for index, kind in enumerate(kinds):
+        if kind.texts is not None:
+            texts = _replace_texts(texts, ids, source == index, kind.texts)
     return RowTable(
         ids=ids,
-        texts=_own_or_given(ids, _joined([part.texts for part in parts]), source, [kind.texts for kind in kinds]),
+        texts=texts,
         duration_s=np.concatenate([part.duration_s for part in parts]),
         source=source,
         file=np.repeat([file for file, _, _ in groups], repeats).astype(np.int32),
@@ -125,7 +128,10 @@ def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) 
 
 
 class RowReader:
-    """Fetches the audio of single rows by RowTable's (file, row_group, row); keeps the row groups read last. One for each process."""
+    """Fetches the audio of single rows by RowTable's (file, row_group, row); keeps the row groups read last.
+
+    Use one for each process.
+    """
 
     def __init__(self, files: Sequence[CorpusFile], cache_row_groups: int = 4) -> None:
         self.files = list(files)
@@ -133,7 +139,10 @@ class RowReader:
         self._footers = functools.lru_cache(maxsize=4 * cache_row_groups)(self._read_footer)
 
     def wav(self, file: int, row_group: int, row: int) -> tuple[bytes, str]:
-        """The audio file's bytes and its name. Raises DataError when the file is gone or the row holds no audio."""
+        """Return the bytes of an audio file, and its name.
+
+        Raises DataError when the file is gone or the row holds no audio.
+        """
         contents, names = self._audio(int(file), int(row_group))
         content = contents[int(row)].as_py()
         if content is None:
@@ -143,26 +152,23 @@ class RowReader:
         return content, (names[int(row)].as_py() or "") if names is not None else ""
 
     def _read_audio(self, file: int, row_group: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
-        place, footer = self.files[file], self._footers(file)
-
-        def read() -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
-            with open_parquet(place.uri, footer) as parquet:
-                return read_audio_column(parquet, place.audio, row_group)
-
-        return retry_read(place.uri, read)
+        opened, footer = self.files[file], self._footers(file)
+        return _read_parquet(
+            opened.uri, lambda parquet: read_audio_column(parquet, opened.audio, row_group), footer=footer
+        )
 
     def _read_footer(self, file: int) -> pq.FileMetaData:
-        return _read_file(self.files[file].uri, lambda parquet: parquet.metadata)
+        return _read_parquet(self.files[file].uri, lambda parquet: parquet.metadata)
 
 
 def write_corpus(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str], *, rows_per_group: int = 100) -> int:
-    """Write rows (dicts with exactly SCHEMA's keys) as one local parquet file, whole or not at all; returns how many.
+    """Write rows (dicts with exactly SCHEMA's keys) as one whole local parquet file; returns their number.
 
-    Same rows, same bytes. Raises DataError for no rows, other keys or values of another type.
+    Equal rows give equal bytes. Raises DataError for no rows, other keys or values of another type.
     """
     count, waiting = 0, iter(rows)
     with atomic_file(path) as temporary:
-        # Audio is compressed already and never repeats: no dictionary for it.
+        # Audio is compressed already and never repeats, so it gets no dictionary.
         with pq.ParquetWriter(
             temporary, SCHEMA, use_dictionary=["spk_id", "sex"], write_statistics=["duration"]
         ) as writer:
@@ -175,7 +181,7 @@ def write_corpus(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]
 
 
 def clip_row(name: str, clip: AudioClip, text: str) -> dict[str, Any]:
-    """Make a row for write_corpus of a clip that stands in no file."""
+    """Make a row for write_corpus of a clip that was not read from a file."""
     wav = {"bytes": encode_flac(clip), "path": f"{name}.flac"}
     return {"ID": name, "duration": clip.duration_s, "wav": wav, "spk_id": "", "sex": "", "text": text}
 
@@ -190,62 +196,57 @@ def _group_table(group: list[Mapping[str, Any]]) -> pa.Table:
         raise DataError(f"corpus rows {group[0]['ID']!r} to {group[-1]['ID']!r}: {error}") from error
 
 
-def _as_list(files: str | Sequence[str]) -> list[str]:
-    return [files] if isinstance(files, str) else list(files)
-
-
-def _as_sources(sources: Sources) -> list[Source]:
-    """Every source in the long form; the plain paths are one, where the first of them stands."""
+def _long_form(sources: Sources) -> list[Source]:
+    """Write every source in the long form; the plain paths become one source, at the position of the first of them."""
     given = [sources] if isinstance(sources, str | Source) else list(sources)
     paths = [source for source in given if isinstance(source, str)]
-    first = next((index for index, source in enumerate(given) if isinstance(source, str)), None)
     if not given:
         raise DataError("corpus: no source is given: name parquet files, folders or globs")
-    return [
-        Source(files=paths) if isinstance(source, str) else source
-        for index, source in enumerate(given)
-        if index == first or isinstance(source, Source)
-    ]
+    found: dict[int | None, Source] = {}  # by index; all paths share the key None
+    for index, source in enumerate(given):
+        found |= {index: source} if isinstance(source, Source) else {None: Source(files=paths)}
+    return list(found.values())
 
 
-def _all(inputs: Sequence[S], read: Callable[[S], T]) -> list[T]:
+def _files_of(source: Source) -> list[str]:
+    return list_parquet_files([source.files] if isinstance(source.files, str) else source.files)
+
+
+def _map_in_threads(read: Callable[[S], T], inputs: Sequence[S]) -> list[T]:
     with ThreadPoolExecutor(max_workers=PLANNING_THREADS) as pool:
         return list(pool.map(read, inputs))
 
 
-def _read_part(uri: str, columns: Columns, cache: Path | None) -> Metadata:
-    read = functools.partial(_read_file, uri, lambda parquet: read_metadata(parquet, columns, name=redact_uri(uri)))
+def _read_metadata(uri: str, columns: Columns, cache: Path | None) -> Metadata:
+    def read() -> Metadata:
+        return _read_parquet(uri, lambda parquet: read_metadata(parquet, columns, name=redact_uri(uri)))
+
     version = retry_read(uri, lambda: file_version(uri)) if cache else None
     return cached_metadata(cache, f"{version} {columns.model_dump_json()}", read) if cache and version else read()
 
 
-def _read_file(uri: str, read: Callable[[pq.ParquetFile], T]) -> T:
+def _read_parquet(uri: str, read: Callable[[pq.ParquetFile], T], *, footer: pq.FileMetaData | None = None) -> T:
     def attempt() -> T:
-        with open_parquet(uri) as parquet:
+        with open_parquet(uri, footer) as parquet:
             return read(parquet)
 
     return retry_read(uri, attempt)
 
 
-def _joined(columns: Sequence[pa.ChunkedArray]) -> pa.LargeStringArray:
-    return pa.chunked_array(
-        [chunk for column in columns for chunk in column.chunks], pa.large_string()
-    ).combine_chunks()
+def _concatenate(columns: Iterable[pa.ChunkedArray]) -> pa.LargeStringArray:
+    chunks = [chunk for column in columns for chunk in column.chunks]
+    return pa.chunked_array(chunks, pa.large_string()).combine_chunks()
 
 
-def _own_or_given(ids: pa.Array, own: pa.Array, source: np.ndarray, given: Sequence[str | None]) -> pa.LargeStringArray:
-    """The rows' texts, those of sources that name a parquet of texts from there, found by ID."""
-    for index, place in enumerate(given):
-        if place is None:
-            continue
-        parts = _all(
-            list_parquet_files([place]),
-            lambda uri: _read_file(uri, functools.partial(read_texts, name=redact_uri(uri))),
-        )
-        keys, texts = _joined([keys for keys, _ in parts]), _joined([texts for _, texts in parts])
-        mine = pa.array(source == index)
-        found = pc.if_else(mine, pc.index_in(ids, keys), None)
-        if found.null_count == len(ids):
-            raise DataError(f"texts {redact_uri(place)}: holds none of the corpus's IDs")
-        own = pc.if_else(mine, texts.take(found).fill_null(""), own)
-    return own
+def _replace_texts(texts: pa.Array, ids: pa.Array, rows: np.ndarray, location: str) -> pa.LargeStringArray:
+    """Replace the texts of rows, given as a mask, by a parquet file's texts of their ids, "" where it has none."""
+    parts = _map_in_threads(
+        lambda uri: _read_parquet(uri, lambda parquet: read_texts(parquet, name=redact_uri(uri))),
+        list_parquet_files([location]),
+    )
+    keys, values = (_concatenate(columns) for columns in zip(*parts, strict=True))
+    mask = pa.array(rows)
+    found = pc.if_else(mask, pc.index_in(ids, keys), None)
+    if found.null_count == len(ids):
+        raise DataError(f"texts {redact_uri(location)}: holds none of the corpus's IDs")
+    return pc.if_else(mask, values.take(found).fill_null(""), texts)

@@ -1,4 +1,4 @@
-"""Sounds without speech, made by seeded code: what a model writes there, it made up."""
+"""Generate sounds without speech from a seed: any text that a model writes for them is invented."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from graft.data.augmentation import NOISE_KINDS, generate_noise
 from graft.data.sample_seeds import generator
 
 LENGTHS_S = ((2.0, 6.0), (8.0, 30.0), (30.5, 40.0))
-"""Each sound is made once of a length between each of these pairs; the last is over Whisper's window."""
+"""Shortest and longest seconds of a sound, which is made once for each pair; the last is over Whisper's window."""
 NOISE_DBFS = (-40.0, -20.0)
 TONES_DBFS = -20.0
 NEARLY_SILENT_DBFS = -60.0
@@ -23,20 +23,21 @@ MELODIES: dict[str, Sequence[Sequence[int]]] = {
     "scale": [(step,) for step in (*_SCALE, 12, *reversed(_SCALE))],
     "arpeggio": [(root + step,) for root in _ROOTS for step in (0, 4, 7, 12)],
 }
-"""What is played together, one after the other, in semitones above the key."""
+"""Name of a melody -> its chords, in semitones above the key."""
 RINGS = {
     "ringback": ((440.0, 480.0), (2.0, 4.0)),
     "double": ((400.0, 450.0), (0.4, 0.2, 0.4, 2.0)),
     "trill": ((1319.0, 1568.0), (*(0.04,) * 23, 1.0)),
 }
-"""Hertz that sound together, and for how many seconds they do and do not, in turns."""
+"""Name of a ringing -> the frequencies in Hz that sound together, and the seconds of sound and of silence in turns."""
 
 Maker = Callable[[int, np.random.Generator], np.ndarray]
+"""(count, random generator) -> samples (count,)."""
 
 
 @dataclass(frozen=True)
 class Sound:
-    """A clip in which nobody speaks, what kind it is of, and its own name."""
+    """A clip without speech, its kind and its own name."""
 
     kind: str
     name: str
@@ -44,7 +45,10 @@ class Sound:
 
 
 def generate_sounds(kind: str, seed: int = 0) -> Iterator[Sound]:
-    """Make the sounds of a kind, one of SOUNDS, 2 to 40 s long: a few dozen of all kinds together. Equal seeds give equal bits."""
+    """Generate the sounds of a kind in SOUNDS, 2 to 40 s long; all kinds together have a few dozen.
+
+    Equal seeds give equal bits.
+    """
     for name, make in SOUNDS[kind].items():
         for number, (shortest, longest) in enumerate(LENGTHS_S, start=1):
             rng = generator(seed, f"{kind} {name} {number}")
@@ -57,52 +61,53 @@ def _silence(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _hum(count: int, rng: np.random.Generator) -> np.ndarray:
-    """The mains at 50 or 60 Hz, with its harmonics."""
+    """Make the hum of mains at 50 or 60 Hz, with its harmonics."""
     mains = float(rng.choice([50.0, 60.0]))
-    return _at(NEARLY_SILENT_DBFS, _sines([mains * harmonic for harmonic in (1, 2, 3, 5)], count))
+    return _scale_to(NEARLY_SILENT_DBFS, _sines([mains * harmonic for harmonic in (1, 2, 3, 5)], count))
 
 
 def _noise(count: int, rng: np.random.Generator, *, kind: str, dbfs: float) -> np.ndarray:
-    return _at(dbfs, generate_noise(kind, _speech_like(count), rng))
+    return _scale_to(dbfs, generate_noise(kind, _speech_like(count), rng))
 
 
 def _speech_like(count: int) -> np.ndarray:
-    """A click with the long-term spectrum of speech: even from 100 to 500 Hz, 9 dB an octave less above (Byrne et al. 1994, roughly)."""
+    """Make a click with the long-term spectrum of speech: even from 100 to 500 Hz, 9 dB an octave less above.
+
+    This follows Byrne et al. 1994 roughly.
+    """
     hertz = np.fft.rfftfreq(count, 1 / SAMPLE_RATE)
     shape = np.where(hertz < 100, 0, np.maximum(hertz / 500, 1) ** -1.5)
     return np.fft.fftshift(np.fft.irfft(shape, count))
 
 
 def _music(count: int, rng: np.random.Generator, *, melody: Sequence[Sequence[int]]) -> np.ndarray:
-    """A melody in any key at any speed, over and over."""
+    """Repeat a melody in a random key at a random speed."""
     key_hertz, note_s = 110 * 2 ** (rng.integers(12) / 12), rng.uniform(0.2, 0.8)
     chords = [sum(_note(key_hertz * 2 ** (step / 12), note_s) for step in chord) for chord in melody]
-    return _at(TONES_DBFS, np.resize(np.concatenate(chords), count))
+    return _scale_to(TONES_DBFS, np.resize(np.concatenate(chords), count))
 
 
 def _note(hertz: float, seconds: float) -> np.ndarray:
-    """A string that is struck: harmonics that are weaker, and die away sooner, the higher they are."""
+    """Make the sound of a struck string: higher harmonics are weaker and decay sooner."""
     times = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-    harmonics = (
-        np.exp(-2 * number * times) * np.sin(2 * np.pi * number * hertz * times) / number for number in range(1, 7)
-    )
-    return np.minimum(times / 0.01, 1) * sum(harmonics)
+    number = np.arange(1, 7)[:, None]
+    harmonics = np.exp(-2 * number * times) * np.sin(2 * np.pi * number * hertz * times) / number  # (6, samples)
+    return np.minimum(times / 0.01, 1) * harmonics.sum(axis=0)  # an attack of 10 ms
 
 
 def _ring(count: int, rng: np.random.Generator, *, hertz: Sequence[float], cadence_s: Sequence[float]) -> np.ndarray:
-    sounding = np.concatenate(
-        [np.full(round(seconds * SAMPLE_RATE), place % 2 == 0) for place, seconds in enumerate(cadence_s)]
-    )
-    return _at(TONES_DBFS, np.resize(sounding, count) * _sines(hertz, count))
+    counts = [round(seconds * SAMPLE_RATE) for seconds in cadence_s]
+    sounding = np.repeat(np.arange(len(counts)) % 2 == 0, counts)  # sound and silence in turns
+    return _scale_to(TONES_DBFS, np.resize(sounding, count) * _sines(hertz, count))
 
 
 def _sines(hertz: Sequence[float], count: int) -> np.ndarray:
     times = np.arange(count) / SAMPLE_RATE
-    return np.sum([np.sin(2 * np.pi * one * times) for one in hertz], axis=0)
+    return np.sin(2 * np.pi * np.asarray(hertz)[:, None] * times).sum(axis=0)  # (frequencies, samples) -> (samples,)
 
 
-def _at(dbfs: float, samples: np.ndarray) -> np.ndarray:
-    """Samples with this root mean square."""
+def _scale_to(dbfs: float, samples: np.ndarray) -> np.ndarray:
+    """Scale samples to this root mean square."""
     return samples * (10 ** (dbfs / 20) / np.sqrt(np.mean(np.square(samples))))
 
 
@@ -114,4 +119,4 @@ SOUNDS: dict[str, dict[str, Maker]] = {
     "tones": {name: partial(_music, melody=melody) for name, melody in MELODIES.items()},
     "ringing": {name: partial(_ring, hertz=hertz, cadence_s=cadence_s) for name, (hertz, cadence_s) in RINGS.items()},
 }
-"""Kind -> name -> what makes so many samples of it."""
+"""Kind -> name of a sound -> function that makes samples of it."""

@@ -1,7 +1,7 @@
-"""Draws: 63-bit integers from which everything that varies about a training sample follows.
+"""Make sample seeds: 63-bit integers from which everything random about a training sample follows.
 
-A sample seed is a hash of (seed, epoch, row, occurrence), so that the plan, a million samples at a time, and a loader in another process, one by
-one, decide alike. Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+A sample seed is a hash of (seed, epoch, row, occurrence). So the plan, for a million samples at a time, and a loader in
+another process, for one, draw the same numbers. Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
 """
 
 import zlib
@@ -11,17 +11,17 @@ import numpy as np
 
 
 def make_sample_seeds(seed: int, epoch: int, rows: np.ndarray, occurrences: np.ndarray) -> np.ndarray:
-    """Draw int64 numbers (samples,) of 63 bits for the `occurrences`-th standing of `rows` in an epoch."""
+    """Make the seeds of rows that occur in an epoch for the `occurrences`-th time: int64 (samples,), of 63 bits."""
     return (_mix(seed, epoch, rows, occurrences) >> np.uint64(1)).astype(np.int64)
 
 
 def uniform(sample_seeds: np.ndarray | int, purpose: str) -> np.ndarray:
-    """Make of each sample seed a float64 in [0, 1), another one for every purpose."""
+    """Draw a float64 in [0, 1) from each sample seed, another one for every purpose."""
     return (_mix(sample_seeds, zlib.crc32(purpose.encode())) >> np.uint64(11)) * 2.0**-53
 
 
 def generator(sample_seed: int, purpose: str) -> np.random.Generator:
-    """Make of a sample seed a stream of random numbers, another one for every purpose."""
+    """Make a random generator from a sample seed, another one for every purpose."""
     return np.random.default_rng([int(sample_seed), zlib.crc32(purpose.encode())])
 
 

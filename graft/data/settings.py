@@ -14,64 +14,71 @@ Range = tuple[float, float]
 
 
 class Columns(Recipe):
-    """What the columns of a parquet file are called; dots reach into structs (`audio.bytes`)."""
+    """Names of a parquet file's columns; dots reach into structs (`audio.bytes`)."""
 
     id: str | None = "ID"
-    """null: the file's stem and the row's number in it, `train-00003:17`."""
+    """Column of the rows' names. null names a row by its file and its number in it, `train-00003:17`."""
     duration: str | None = "duration"
-    """In seconds. null: measured, for which the audio is read once while planning."""
+    """Column of durations in seconds. null measures them, for which all audio is read once while planning."""
     text: str | None = "text"
-    """null: nobody wrote down what is said; jobs.label does."""
+    """Column of transcripts. null is for audio without transcripts, for which jobs.label writes texts."""
     audio: str = "wav"
-    """Whole audio files: bytes, or a struct of `bytes` and, where it has one, `path`."""
+    """Column of whole audio files: bytes, or a struct of `bytes` and, optionally, `path`."""
 
 
 class Source(Recipe):
     """Parquet files of one kind."""
 
     files: str | Annotated[list[str], Field(min_length=1)]
-    """Files, folders or globs: local, hf://datasets/OWNER/NAME@REVISION/FOLDER, s3://BUCKET/KEY, or single files at http(s)://."""
+    """Files, folders or globs: local, hf://datasets/OWNER/NAME@REVISION/FOLDER, s3://BUCKET/KEY, or files at
+    http(s)://."""
     weight: float = Field(default=1.0, gt=0)
-    """How often a row stands in an epoch: 2 is twice, 0.5 every other epoch."""
+    """Times that a row occurs in an epoch: 2 is twice, 0.5 is in every other epoch."""
     columns: Columns = Columns()
+    """Names of the files' columns."""
     texts: str | None = None
-    """Parquet with ID and text: these texts take the place of the corpus's own; a row that it lacks has none."""
+    """Parquet files with the columns ID and text, which replace the corpus's texts; a row that they lack has no
+    text."""
 
 
 Sources = str | Source | Sequence[str | Source]
 
 
 class NoiseRecipe(Recipe):
-    """Noise under part of the samples."""
+    """Noise that is added to part of the samples."""
 
     share: float = Field(default=0.3, ge=0, le=1)
     """Share of the samples that get noise."""
     snr_db: Range = (5.0, 25.0)
-    """Least and greatest ratio of the clip's power to the noise's."""
+    """Least and greatest signal-to-noise ratio in dB."""
     data: Sources | None = None
-    """A corpus of noise clips in which nobody speaks; null: white, pink or speech-shaped noise is made."""
+    """Corpus of noise clips without speech. null generates white, pink or speech-shaped noise."""
 
 
 class SpecAugmentRecipe(Recipe):
-    """Masks on the log-mels, filled with the clip's mean; each one's width is drawn, from nothing to the greatest."""
+    """Masks on the log-mels, filled with the clip's mean; each width is drawn between zero and the greatest."""
 
     time_masks: int = Field(default=2, ge=0)
+    """Number of time masks."""
     time_s: float = Field(default=0.5, ge=0)
-    """Greatest length of a time mask; also never over a fifth of the clip."""
+    """Greatest length of a time mask in seconds; it is also never over a fifth of the clip."""
     freq_masks: int = Field(default=2, ge=0)
+    """Number of frequency masks."""
     freq_bins: int = Field(default=15, ge=0)
-    """Greatest height of a frequency mask, of 80 or 128 mel bins."""
+    """Greatest height of a frequency mask, in mel bins, of which there are 80 or 128."""
 
 
 class AugmentRecipe(Recipe):
-    """What is done to clips in training; nothing by default."""
+    """Augmentation of clips in training; none by default."""
 
     speed: list[Annotated[float, Field(ge=0.5, le=2)]] = Field(default=[1.0], min_length=1)
-    """Factors, one of which is drawn: 1.1 is faster and higher."""
+    """Speed factors, one of which is drawn for each sample: 1.1 is faster and higher."""
     gain_db: Range | None = None
-    """Least and greatest amplification; none lifts a clip past full scale."""
+    """Least and greatest amplification in dB, which never lifts a clip past full scale. null leaves the level."""
     noise: NoiseRecipe | None = None
+    """Noise added to part of the samples; null adds none."""
     specaugment: SpecAugmentRecipe | None = None
+    """Masks on the log-mels (SpecAugment); null makes none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

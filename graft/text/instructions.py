@@ -1,7 +1,10 @@
-"""How training samples are asked for: a sample's text and its sample seed -> an instruction, now and then with a list of words, and a style.
+"""Sample the instructions of training samples.
 
-Source of the word lists: Le et al., Contextualized Streaming End-to-End Speech Recognition with Trie-Based Deep Biasing and Shallow Fusion,
-Interspeech 2021: rare words are those outside the most frequent ones that make up 90 % of a corpus.
+    text and seed of a sample -> instruction, for some with a list of words that may occur -> style of the answer
+
+Source of the word lists: Le et al., Contextualized Streaming End-to-End Speech Recognition with Trie-Based Deep Biasing
+and Shallow Fusion, Interspeech 2021. Rare words are those outside the most frequent ones, which make up 90 % of a
+corpus.
 """
 
 import bisect
@@ -22,8 +25,9 @@ from graft.text.context_words import MAX_CONTEXT_WORDS
 from graft.text.prompts import INSTRUCTIONS, PLAIN_INSTRUCTION, Instruction, is_formatted, with_context
 
 COMMON_SHARE = 0.9
-MOST_RARE_WORDS = 200_000
-_BLOCK = 100_000
+"""Share of all words in a corpus that its common words make up."""
+MAX_RARE_WORDS = 200_000
+_BLOCK = 100_000  # texts that are counted at a time
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _EDGES = re.compile(r"^[\W_]+|[\W_]+$")
 
@@ -31,14 +35,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class InstructionRecipe(Recipe):
-    """What samples are asked for besides the plain transcript; all of it off by default."""
+    """Instructions of training samples besides the default one, which all samples have by default."""
 
     styles: dict[Literal["raw", "lower", "formatted"], Share] = Field(default={})
-    """Text style -> share of the samples that ask for it in words; the others keep the default instruction."""
+    """Share of the samples that ask for each text style in words; the others keep the default instruction."""
     context: Share = 0.0
-    """Share of the samples that are given a list of words which may occur."""
+    """Share of the samples that have a list of words which may occur."""
     context_words: int = Field(default=20, ge=1, le=MAX_CONTEXT_WORDS)
-    """Most words of a list."""
+    """Largest number of words in a list."""
     context_empty: Share = 0.1
     """Share of the lists that are empty."""
     context_absent: Share = 0.3
@@ -48,7 +52,8 @@ class InstructionRecipe(Recipe):
     def _check_shares(self) -> "InstructionRecipe":
         if sum(self.styles.values()) > 1 - 1e-9:
             raise ValueError(
-                f"the shares of styles add up to {sum(self.styles.values()):g}: leave some samples the default instruction"
+                f"the shares of styles add up to {sum(self.styles.values()):g}: "
+                "leave some samples the default instruction"
             )
         if self.context_empty + self.context_absent > 1:
             raise ValueError("context_empty and context_absent add up to more than 1")
@@ -56,13 +61,16 @@ class InstructionRecipe(Recipe):
 
     @property
     def is_default(self) -> bool:
-        """Whether nothing but the default instruction is asked for."""
+        """Whether all samples have the default instruction."""
         return not self.context and not any(self.styles.values())
 
 
 @dataclass(frozen=True, eq=False)
 class InstructionSampler:
-    """Draws the wording of a sample; a pure function of the sample's text and sample seed. `default_style` is the graft's own text style."""
+    """Draws the instruction of a sample, a pure function of its text and seed.
+
+    `default_style` is the text style of the graft, and `rare_words` are the candidates of word lists.
+    """
 
     settings: InstructionRecipe
     default_style: str = "lower"
@@ -70,53 +78,57 @@ class InstructionSampler:
 
     @cached_property
     def is_default(self) -> bool:
-        """Whether every sample has the default wording."""
+        """Whether every sample has the default instruction."""
         return self.settings.is_default and self.default_style != "formatted"
 
     def sample(self, text: str, sample_seed: int) -> Instruction:
-        """Word a sample. A label that is not formatted is never the answer to a formatted one's question: it is asked for in lower case."""
+        """Draw the instruction of a sample.
+
+        The answer `formatted` is never asked for where the label is not formatted itself.
+        """
         if self.is_default:
             return PLAIN_INSTRUCTION
         chance = random.Random(int(sample_seed)).random
-        style = self._style(chance())
+        style = self._sample_style(chance())
         if (style or self.default_style) == "formatted" and text.strip() and not is_formatted(text):
             style = "lower" if self.default_style == "formatted" else None
         phrasing, listed = chance(), chance()
-        instruction = _INSTRUCTIONS[style][int(phrasing * len(_INSTRUCTIONS[style]))]
+        choices = _INSTRUCTIONS[style]
+        instruction = choices[int(phrasing * len(choices))]
         if listed >= self.settings.context:
             return instruction
         formatted = (style or self.default_style) == "formatted"
-        return Instruction(with_context(instruction.text, self._list(text, chance, formatted=formatted)), style)
+        return Instruction(with_context(instruction.text, self._sample_list(text, chance, formatted=formatted)), style)
 
-    def _style(self, chance: float) -> str | None:
+    def _sample_style(self, chance: float) -> str | None:
         for style, share in sorted(self.settings.styles.items()):
             chance -= share
             if chance < 0:
                 return style
         return None
 
-    def _list(self, text: str, chance: Any, *, formatted: bool) -> list[str]:
-        """Rare words of the text among others, in one manner of writing and any order, so that nothing tells which are which."""
+    def _sample_list(self, text: str, chance: Any, *, formatted: bool) -> list[str]:
+        """Draw a list of words: rare ones of the text and others, shuffled and in one case, which hides the text's."""
         kind, length = chance(), 1 + int(chance() * self.settings.context_words)
         if kind < self.settings.context_empty:
             return []
         own = {key: word for word in text.split() if (key := _key(word)) and key in self._rare_keys}
-        others = self._others(text, chance)
+        others = self._sample_others(text, chance)
         words: list[str] = []
         if own and kind >= self.settings.context_empty + self.settings.context_absent:
             count = 1 + int(chance() * min(len(own), length))
             words = [_EDGES.sub("", own[key]) for key in _shuffled(sorted(own), chance)[:count]]
         words += itertools.islice(others, length - len(words))
-        manner = 0.0 if formatted else chance()
-        return _shuffled([_written(word, text, manner) for word in words], chance)
+        case = 0.0 if formatted else chance()
+        return _shuffled([_apply_case(word, text, case) for word in words], chance)
 
-    def _others(self, text: str, chance: Any) -> Iterator[str]:
-        """Rare words of the corpus that are none of the text's, each once; fewer than wanted where there are hardly any."""
-        met = set(map(_key, text.split()))
+    def _sample_others(self, text: str, chance: Any) -> Iterator[str]:
+        """Draw rare words of the corpus that the text lacks, each once; there may be fewer than wanted."""
+        seen = set(map(_key, text.split()))
         for _ in range(4 * self.settings.context_words if self.rare_words else 0):
             word = self.rare_words[int(chance() * len(self.rare_words))]
-            if (key := _key(word)) not in met:
-                met.add(key)
+            if (key := _key(word)) not in seen:
+                seen.add(key)
                 yield word
 
     @cached_property
@@ -127,22 +139,24 @@ class InstructionSampler:
 def make_instruction_sampler(
     settings: InstructionRecipe, texts: Sequence[str], *, prompt_style: str, text_style: str
 ) -> InstructionSampler:
-    """Make what words the samples of a corpus, for a graft of these styles.
+    """Make the sampler of a corpus's instructions, for a graft of these styles.
 
-    Raises RecipeError where the graft's prompt is the reference's, which is fixed, and DataError where texts lack what is to be trained.
+    Raises RecipeError where the graft's prompt is the reference's, which is fixed, and DataError where texts lack what
+    is to be trained.
     """
     if prompt_style == "reference":
         if not settings.is_default:
             raise RecipeError(
-                "words: the graft's prompt is the reference's, which is fixed: leave words out, or build with prompt_style=graft"
+                "words: the graft's prompt is the reference's, which is fixed: "
+                "leave words out, or build with prompt_style=graft"
             )
-        return InstructionSampler(
-            settings, "raw"
-        )  # which writes texts as `formatted` does, and never asks for anything else
+        # `raw` writes texts as `formatted` does, and never asks for another style.
+        return InstructionSampler(settings, "raw")
     formatted = text_style == "formatted" or settings.styles.get("formatted")
     if formatted and not any(is_formatted(str(text)) for text in texts):
         raise DataError(
-            f"none of {len(texts)} texts is formatted: make them with python -m jobs.format, and name its output in data's texts"
+            f"none of {len(texts)} texts is formatted: "
+            "make them with python -m jobs.format, and name its output in data's texts"
         )
     words = rare_words(texts) if settings.context else []
     if settings.context and not words:
@@ -153,19 +167,20 @@ def make_instruction_sampler(
 
 
 def trained_instructions(settings: InstructionRecipe) -> dict[str, Any]:
-    """What a checkpoint trained with these settings can be asked for, as stage.json keeps it."""
+    """Summarise for stage.json which instructions a checkpoint trained with these settings understands."""
     return {
         "styles": sorted(style for style, share in settings.styles.items() if share),
         "context": settings.context > 0,
     }
 
 
-def rare_words(texts: Sequence[str], *, most: int = MOST_RARE_WORDS) -> list[str]:
-    """List a corpus' words outside the most frequent 90 % of all, in alphabetical order, as they are most often written.
+def rare_words(texts: Sequence[str], *, most: int = MAX_RARE_WORDS) -> list[str]:
+    """List the rare words of a corpus in alphabetical order, as they are most often written.
 
-    `texts` may be an Arrow array. Words have three letters or more and no digits; of more than `most` the rarest are left out.
+    They are those outside the most frequent ones, which make up COMMON_SHARE of all. They have three letters or more
+    and no digits; of more than `most` the rarest are left out. `texts` may be an Arrow array.
     """
-    forms: dict[str, Counter[str]] = defaultdict(Counter)
+    forms: dict[str, Counter[str]] = defaultdict(Counter)  # key of a word -> counts of its written forms
     for form, count in _count_forms(texts).items():
         if key := _key(form):
             forms[key][_EDGES.sub("", form)] += count
@@ -192,15 +207,15 @@ def _count_forms(texts: Any) -> Counter[str]:
 
 
 def _key(word: str) -> str:
-    """A word whatever its case and the punctuation around it; "" for what is no word."""
+    """Reduce a word to a key without its case and the punctuation around it; "" for what is no word."""
     core = _EDGES.sub("", word)
     return core.casefold().replace("’", "'") if _WORD.fullmatch(core) else ""
 
 
-def _written(word: str, text: str, manner: float) -> str:
-    """Write a word of a list as the text is written, or, at the upper half of `manner`, in lower case or with a capital."""
-    if manner >= 0.5:
-        return word.lower() if manner < 0.75 else word.capitalize()
+def _apply_case(word: str, text: str, case: float) -> str:
+    """Write a word in the case of the text or, for a `case` from 0.5 to 1, in lower case or with a capital."""
+    if case >= 0.5:
+        return word.lower() if case < 0.75 else word.capitalize()
     if text.isupper():
         return word.upper()
     if text.islower():

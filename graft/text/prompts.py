@@ -1,4 +1,4 @@
-"""The words around the audio: prompt templates, instructions and word lists, and how transcripts are written."""
+"""Write prompts and answers: the templates around the audio, instructions, lists of words, and text styles."""
 
 import re
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ INSTRUCTIONS = {
         "Give a punctuated and capitalised transcript of this audio.",
     ),
 }
-"""How a text style is asked for; a checkpoint trained for a style knows all of its phrasings."""
+"""Text style -> instructions that ask for it; a checkpoint trained for a style knows all of its phrasings."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a prompt asks for, and the text style of its answer; None is the graft's own style."""
+    """The text that a prompt asks with, and the text style of its answer; None is the graft's own style."""
 
     text: str = DEFAULT_INSTRUCTION
     style: str | None = None
@@ -42,7 +42,10 @@ PLAIN_INSTRUCTION = Instruction()
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The text around a clip's placeholders. The question and the answer are plain text: nothing in them becomes a special token."""
+    """The text around a clip's placeholders.
+
+    The question and the answer are plain text: nothing in them becomes a special token.
+    """
 
     before: str
     after: str
@@ -51,7 +54,7 @@ class PromptTemplate:
 
 
 PROMPT_END = "<|im_end|>\n<|im_start|>assistant\n"
-"""How every prompt ends: what follows is the answer."""
+"""The end of every prompt, which the answer follows."""
 ANSWER_END = "<|im_end|>"
 
 TEMPLATES = {
@@ -61,7 +64,7 @@ TEMPLATES = {
         question="\n{instruction}",
         answer="{text}",
     ),
-    # The released reference weights were trained with two literals that never became tokens; they need the same ids again.
+    # The released reference weights were trained with two literals that never became tokens, and need the same ids.
     "reference": PromptTemplate(
         before="<|im_start|>user\n<|audio_bos|>", after="", question="<|audio_eos|>\n{instruction}", answer=" {text}"
     ),
@@ -71,13 +74,8 @@ TEMPLATES = {
 def prompt_text(style: str, instruction: str = DEFAULT_INSTRUCTION) -> str:
     """Write a prompt around one placeholder. Raises KeyError for an unknown style."""
     template = TEMPLATES[style]
-    return (
-        template.before
-        + AUDIO_PAD_TOKEN
-        + template.after
-        + template.question.format(instruction=instruction)
-        + PROMPT_END
-    )
+    question = template.question.format(instruction=instruction)
+    return f"{template.before}{AUDIO_PAD_TOKEN}{template.after}{question}{PROMPT_END}"
 
 
 def target_text(style: str, text: str) -> str:
@@ -86,14 +84,17 @@ def target_text(style: str, text: str) -> str:
 
 
 def with_context(instruction: str, words: Sequence[str]) -> str:
-    """Add a list of words that may occur to an instruction; an empty list is told too."""
+    """Add a list of words that may occur to an instruction; it mentions an empty list, too."""
     return (
         f"{instruction} These words may occur: {', '.join(words)}." if words else f"{instruction} No words are given."
     )
 
 
 def style_text(text: str, style: str) -> str:
-    """Write a transcript in a text style: `raw` and `formatted` as it is, `lower` in lower case without punctuation but apostrophes."""
+    """Write a transcript in a text style.
+
+    `raw` and `formatted` leave it as it is; `lower` is lower case without punctuation other than apostrophes.
+    """
     text = " ".join(text.split())
     if style != "lower":
         return text
@@ -102,7 +103,7 @@ def style_text(text: str, style: str) -> str:
 
 
 def is_formatted(text: str) -> bool:
-    """Tell whether a text is written in sentences: lower-case letters, and capitals or punctuation beside them."""
+    """Whether a text is written in sentences: with lower-case letters, and capitals or punctuation beside them."""
     return any(map(str.islower, text)) and (any(map(str.isupper, text)) or re.search(r"[.,;:!?]", text) is not None)
 
 
@@ -116,7 +117,8 @@ def request_instruction(
 ) -> str:
     """Write the instruction of a request: a style's name or a trained phrasing, and words that may occur.
 
-    Raises ModelError, which names what the checkpoint can do, for what it was not trained to do, and for words that are no list of words.
+    Raises ModelError for a request that the checkpoint was not trained for, with those that it was, and for an unusable
+    list of words.
     """
     asked = instruction or DEFAULT_INSTRUCTION
     if asked == text_style:
@@ -133,6 +135,7 @@ def request_instruction(
         return asked
     if not trained_context:
         raise ModelError(
-            "context: this checkpoint was not trained for lists of words: leave it out, or train stage 2 with words.context"
+            "context: this checkpoint was not trained for lists of words: "
+            "leave it out, or train stage 2 with words.context"
         )
     return with_context(asked, check_context_words(context))

@@ -1,7 +1,9 @@
-"""Word and character error rates of transcripts: counts per clip -> sums over the corpus -> rates with a bootstrap interval.
+"""Score transcripts by word and character error rates.
 
-A rate is errors / max(1, reference words) over the whole corpus, never a mean of the clips' rates: a clip with an empty reference adds its
-invented words as insertions, and no rate is infinite.
+    counts of each clip -> sums over the corpus -> rates with a bootstrap interval
+
+A rate is errors / max(1, reference words) over the whole corpus, never a mean of the clips' rates: a clip with an empty
+reference adds its invented words as insertions, and no rate is infinite.
 """
 
 import functools
@@ -15,7 +17,7 @@ from graft.errors import DataError, require
 
 @dataclass(frozen=True)
 class WordErrors:
-    """How a hypothesis differs from its reference, counted in words or in characters; counts of clips add up with `+` and sum()."""
+    """Errors of a hypothesis, counted in words or in characters; counts of clips add up with `+` and sum()."""
 
     substitutions: int = 0
     deletions: int = 0
@@ -45,7 +47,10 @@ class WordErrors:
 
 @dataclass(frozen=True)
 class Score:
-    """Error rates of a corpus as fractions: wer, its 95 % interval and cer after Whisper's English normaliser, *_raw as written."""
+    """Error rates of a corpus as fractions.
+
+    wer, its 95 % interval and cer count after Whisper's English normaliser, wer_raw and cer_raw on texts as written.
+    """
 
     wer: float
     wer_low: float
@@ -61,7 +66,7 @@ class Score:
 
 
 def score(references: Sequence[str], hypotheses: Sequence[str], *, seed: int = 0) -> Score:
-    """Score hypotheses against the references at the same places. Raises DataError for no clips or unequal lengths, MissingExtra."""
+    """Score hypotheses against their references. Raises DataError for no clips or unequal lengths, MissingExtra."""
     if len(references) != len(hypotheses) or not references:
         raise DataError(
             f"{len(references)} references and {len(hypotheses)} hypotheses: wants as many of both, and at least one"
@@ -84,7 +89,7 @@ def score(references: Sequence[str], hypotheses: Sequence[str], *, seed: int = 0
 
 
 def word_errors(reference: str, hypothesis: str) -> WordErrors:
-    """Align by words, split at white space, case and punctuation as they are (jiwer). Raises MissingExtra."""
+    """Align by words, which are split at white space and otherwise kept as they are (jiwer). Raises MissingExtra."""
     return _count("process_words", reference, hypothesis)
 
 
@@ -94,10 +99,10 @@ def character_errors(reference: str, hypothesis: str) -> WordErrors:
 
 
 def normalize_english(text: str) -> str:
-    """Whisper's English normaliser: lower case, no punctuation, digits, American spelling, contractions written out.
+    """Normalise a text as Whisper does: lower case, no punctuation, digits, American spelling, full contractions.
 
-    Package whisper-normalizer; beyond OpenAI's rules it also writes out kinda, sorta and dunno and reads "cause" as "because".
-    Raises MissingExtra.
+    The package whisper-normalizer also writes out kinda, sorta and dunno, and reads "cause" as "because", unlike
+    OpenAI's own rules. Raises MissingExtra.
     """
     return _english_normalizer()(text)
 
@@ -105,9 +110,10 @@ def normalize_english(text: str) -> str:
 def bootstrap_interval(
     counts: Sequence[WordErrors], *, seed: int = 0, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """The percentile interval of the corpus rate over resampled clips; counts (clips,) -> (low, high). Raises DataError for no clips.
+    """Estimate the percentile interval of the corpus rate over resampled clips: counts (clips,) -> (low, high).
 
-    Source: Bisani & Ney, Bootstrap estimates for confidence intervals in ASR performance evaluation, ICASSP 2004.
+    Raises DataError for no clips. Source: Bisani & Ney, Bootstrap estimates for confidence intervals in ASR performance
+    evaluation, ICASSP 2004.
     """
     if not counts:
         raise DataError("no clips to estimate an interval from")
@@ -115,9 +121,9 @@ def bootstrap_interval(
     words = np.array([count.reference_count for count in counts])
     random = np.random.default_rng(seed)
     rates = np.empty(resamples)
-    block = max(1, 4_000_000 // len(counts))  # resamples at once: memory stays at tens of MB
+    block = max(1, 4_000_000 // len(counts))  # resamples at a time, so that memory stays at tens of MB
     for start in range(0, resamples, block):
-        drawn = random.integers(len(counts), size=(min(block, resamples - start), len(counts)))
+        drawn = random.integers(len(counts), size=(min(block, resamples - start), len(counts)))  # (resamples, clips)
         rates[start : start + block] = errors[drawn].sum(axis=1) / np.maximum(1, words[drawn].sum(axis=1))
     low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -125,7 +131,7 @@ def bootstrap_interval(
 
 def _count(process: str, reference: str, hypothesis: str) -> WordErrors:
     jiwer = require("jiwer", extra="score")
-    # jiwer splits at spaces only: tabs and line breaks would glue words together.
+    # jiwer splits at spaces only, so that tabs and line breaks would join words.
     result = getattr(jiwer, process)(" ".join(reference.split()), " ".join(hypothesis.split()))
     return WordErrors(result.substitutions, result.deletions, result.insertions, result.hits)
 

@@ -1,3 +1,5 @@
+"""Recipes come from a file and overrides, complete and checked, and every fault is named in one line."""
+
 from typing import Literal
 
 import pytest
@@ -19,7 +21,7 @@ class Optimizer(Recipe):
 
 class Training(Recipe):
     out: str
-    """Where to."""
+    """Folder of the results."""
     precision: Literal["fp32", "bf16"] = "fp32"
     optimizer: Optimizer = Optimizer(schedule=Schedule(lr=5e-5, warmup_steps=7))
     sources: list[str] = Field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Clips, images and words to inputs: what the processor writes is what the model takes."""
+"""The processor turns clips, images and texts into inputs that the model takes."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_the_model_takes_what_the_processor_writes(tmp_path, context, pool):
     processor = AutoProcessor.from_pretrained(folder)
     model = GraftForConditionalGeneration.from_pretrained(folder)
     with torch.no_grad():
-        logits = model(**processor(audio=[clip(1.23), clip(0.01)])).logits  # raises unless the counts agree
+        logits = model(**processor(audio=[clip(1.23), clip(0.01)])).logits  # This raises unless the counts agree.
     assert logits.shape[0] == 2
 
 
@@ -90,7 +90,8 @@ def test_every_prompt_ends_where_the_answer_begins(style):
 
 def test_the_reference_prompt_keeps_its_literals():
     assert prompt_text("reference") == (
-        "<|im_start|>user\n<|audio_bos|><|audio_pad|><|audio_eos|>\nTranscribe this audio.<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\n<|audio_bos|><|audio_pad|><|audio_eos|>\nTranscribe this audio.<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     assert target_text("reference", "A") == " A<|im_end|>"
 

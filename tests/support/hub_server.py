@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on a loopback port: the endpoints by which HfFileSystem lists a dataset and reads ranges of its files."""
+"""Run a small Hugging Face hub on a loopback port, with the endpoints that HfFileSystem lists and reads datasets by."""
 
 import json
 import re
@@ -13,18 +13,18 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Hub:
-    """Serves folder/OWNER/NAME/COMMIT/... as datasets; remembers what it sent, and fails as it is told."""
+    """Serves folder/OWNER/NAME/COMMIT/... as datasets, records what it sent, and fails as `faults` says."""
 
     folder: Path
     url: str = ""
     branches: dict[str, str] = field(default_factory=dict)
-    """Branch -> commit. Only who asks what a branch stands for hears of it: listing and reading want the commit."""
+    """Branch -> commit. Only the request for a revision resolves branches; listing and reading want the commit."""
     faults: dict[str, list[str]] = field(default_factory=dict)
-    """Kind of request (info, list, data) -> what goes wrong with its next requests: a status, "drop", "cut" or "short"."""
+    """Kind of request (info, list, data) -> the faults of its next requests: a status, "drop", "cut" or "short"."""
     kinds: list[str] = field(default_factory=list)
-    """Of every request, in order."""
+    """Kind of every request, in order."""
     sent: list[tuple[str, int, int]] = field(default_factory=list)
-    """File, first byte and end of every range that was sent."""
+    """File, first byte and end of every range that was sent, in order."""
 
     def bytes_sent(self) -> int:
         return sum(end - start for _, start, end in self.sent)
@@ -56,7 +56,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        pass  # a client may hang up
+        pass  # A client may hang up.
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer("info", lambda: self._info(api[1], api[3]))
         elif api:
             self._answer("list", lambda: self._list(api[1], api[3], api[4] or ""))
-        elif resolve:  # as the real one does, by way of another address
+        elif resolve:  # The real hub redirects, too.
             self._redirect(f"/files/{resolve[1]}/{resolve[2]}/{resolve[3]}")
         elif path.startswith("/files/"):
             self._answer("data", lambda: self._file(path.removeprefix("/files/")))
@@ -120,12 +120,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = path.read_bytes()
         start, end, status = 0, len(data), 200
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", "")):
-            start, end, status = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data)), 206
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", "")):
+            start, end, status = int(wanted[1]), min(int(wanted[2] or len(data)) + 1, len(data)), 206
         if self.command == "GET":
             self.hub.sent.append((path.name, start, end))
         if self.fault == "short" and status == 206:
-            end = (start + end) // 2  # fewer bytes than asked for, in all politeness
+            end = (start + end) // 2  # This is a well-formed answer with fewer bytes than were asked for.
         headers = (
             {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}", "Accept-Ranges": "bytes"} if status == 206 else {}
         )

@@ -1,4 +1,4 @@
-"""Recordings for tests: real speech joined, and whatever FFmpeg can write."""
+"""Make recordings for tests: joined real speech, in all formats that libsndfile and FFmpeg write."""
 
 import functools
 import io
@@ -19,7 +19,7 @@ SHORTEST_FIRST = sorted(PROMPTS, key=lambda path: path.stat().st_size)
 
 @functools.cache
 def speech(rate: int, *, seconds: float = 46.3, channels: int = 2) -> np.ndarray:
-    """Prompts spoken without a pause between them, float32 (frames, channels); every further channel is late, and half as loud."""
+    """Join spoken prompts: float32 (frames, channels); every further channel is late and half as loud."""
     joined, count = [], 0
     for path in PROMPTS:
         if count < seconds * 16_000:
@@ -30,7 +30,7 @@ def speech(rate: int, *, seconds: float = 46.3, channels: int = 2) -> np.ndarray
 
 
 def write(samples: np.ndarray, rate: int, kind: str, subtype: str | None = None) -> bytes:
-    """By libsndfile, in pieces: a long ogg in one makes it crash."""
+    """Encode by libsndfile, in pieces, because a long ogg in one piece makes it crash."""
     file = io.BytesIO()
     with soundfile.SoundFile(file, "w", rate, samples.shape[1], format=kind, subtype=subtype) as sound:
         for start in range(0, len(samples), 10_000):
@@ -39,7 +39,7 @@ def write(samples: np.ndarray, rate: int, kind: str, subtype: str | None = None)
 
 
 def encode(samples: np.ndarray, rate: int, codec: str, kind: str, *, seekable: bool = True, **settings: str) -> bytes:
-    """By FFmpeg; into what can't be sought, it writes no duration. `settings` are the container's."""
+    """Encode by FFmpeg, which writes no duration into a file that is not seekable. `settings` are the container's."""
     quality = {"flags": "+qscale", "global_quality": "472"} if codec == "libmp3lame" else {}
     with (
         tempfile.NamedTemporaryFile() as file,
@@ -62,7 +62,7 @@ def encode(samples: np.ndarray, rate: int, codec: str, kind: str, *, seekable: b
 
 
 def film(*, sound: np.ndarray | None) -> bytes:
-    """Two seconds of grey pictures in mp4, with or without 44.1 kHz mono sound."""
+    """Make an mp4 of two seconds of grey pictures, with or without 44.1 kHz mono sound."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         pictures = container.add_stream("mpeg4", rate=25, width=64, height=64, pix_fmt="yuv420p")

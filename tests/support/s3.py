@@ -1,4 +1,4 @@
-"""An S3 server on a loopback port."""
+"""Run an S3 server on a loopback port."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ import pytest
 def serve(folder: Path, to: str) -> Iterator[str]:
     """Run a server that holds a folder's files at `to` (BUCKET/FOLDER) until the block ends; yields its address.
 
-    The environment then holds keys to it.
+    Inside the block, the environment holds its keys.
     """
     from moto.server import ThreadedMotoServer
 

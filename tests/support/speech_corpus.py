@@ -1,4 +1,4 @@
-"""Small corpora of shaped noise, and a tiny Whisper to hear them, for what needs rows rather than speech."""
+"""Write small corpora of shaped noise and a tiny Whisper, for tests that need rows rather than speech."""
 
 import io
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 
 def flac(seconds: float, seed: int = 0) -> bytes:
-    """Bursts of noise of changing loudness."""
+    """Encode bursts of noise of changing loudness."""
     generator = np.random.default_rng(seed)
     count = int(seconds * SAMPLE_RATE)
     loudness = np.repeat(generator.uniform(0.01, 0.3, count // 800 + 1), 800)[:count]
@@ -28,7 +28,7 @@ def flac(seconds: float, seed: int = 0) -> bytes:
 
 
 def row(name: str, seed: int, **changed: Any) -> dict[str, Any]:
-    """A labelled clip of about a second and two to four words, of which anything can be changed."""
+    """Make a labelled clip of about a second with two to four words; `changed` replaces any of its values."""
     generator = np.random.default_rng(seed)
     seconds = round(float(generator.uniform(0.6, 1.4)), 2)
     text = " ".join(generator.choice(WORDS, size=int(generator.integers(2, 5))))
@@ -37,6 +37,7 @@ def row(name: str, seed: int, **changed: Any) -> dict[str, Any]:
 
 
 def corpus(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    """Write rows as a parquet file; returns its path."""
     write_corpus(rows, path, rows_per_group=8)
     return str(path)
 
@@ -45,7 +46,7 @@ BROKEN = {"wav": {"bytes": b"no audio at all", "path": "broken.flac"}}
 
 
 def save_tiny_whisper(folder: Path) -> str:
-    """Write a whole tiny Whisper, which answers with bytes at random."""
+    """Write a whole tiny Whisper, which answers with random bytes."""
     words = tiny_models.tokenizer()
     config = tiny_models.whisper_config()
     config.vocab_size = len(words)

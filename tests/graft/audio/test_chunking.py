@@ -1,4 +1,4 @@
-"""windows: every sample once, in order, none too long, cut where it is quiet. Chunks: the same for the samples of speech."""
+"""Windows and chunks hold every sample, or every sample of speech, once and in order, and are cut where it is quiet."""
 
 from itertools import pairwise
 
@@ -83,7 +83,7 @@ def spans_at(*seconds: tuple[float, float]) -> list[tuple[int, int]]:
 def bounds(
     spans: list[tuple[int, int]], *, seconds: float = 120, scores: np.ndarray | None = None, **changed: float
 ) -> list[tuple[float, float]]:
-    """The chunks in seconds."""
+    """Return the chunks' bounds in seconds."""
     count = round(seconds * SAMPLE_RATE)
     scores = np.ones(-(-count // FRAME)) if scores is None else scores
     return [
@@ -94,7 +94,7 @@ def bounds(
 
 @st.composite
 def spoken(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int]:
-    """Spans of speech of any lengths, the samples of the clip, and a seed for its scores."""
+    """Generate spans of speech of any lengths, the number of samples of the clip, and a seed for its scores."""
     lengths = st.integers(1, 20_000) | st.integers(1, 900_000)
     places = np.cumsum(draw(st.lists(st.tuples(lengths, lengths), max_size=20)), dtype=int).tolist()
     spans = list(zip(places[::2], places[1::2], strict=True))

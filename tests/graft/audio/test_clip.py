@@ -1,4 +1,4 @@
-"""read_audio: what it decodes, that every kind of source decodes alike, and what it says of files it can't use."""
+"""read_audio decodes all formats and all kinds of sources alike, and says in one line why a file is unusable."""
 
 import functools
 import io
@@ -73,9 +73,8 @@ def test_what_libsndfile_cannot_read_is_read_by_ffmpeg(kind: str, channels: int)
     samples = np.stack([tone(48_000)] * channels, axis=1)
     clip = read_audio(media.encode(samples, 48_000, *CODED[kind]))
     assert clip.samples.dtype == np.float32
-    assert clip.duration_s == pytest.approx(
-        2.0, abs=0.08
-    )  # aac in adts and wma don't say how much of the first and last packet is padding
+    # aac in adts and wma do not state how much of the first and last packet is padding.
+    assert clip.duration_s == pytest.approx(2.0, abs=0.08)
     middle = clip.samples[SAMPLE_RATE // 2 : 3 * SAMPLE_RATE // 2]
     assert np.argmax(np.abs(np.fft.rfft(middle))) == 440
     assert np.std(middle) == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
@@ -106,7 +105,7 @@ def test_ffmpeg_reads_any_number_of_channels_and_titles_in_any_encoding() -> Non
 
 @functools.cache
 def unstated() -> dict[str, tuple[bytes, float]]:
-    """Files whose header says less than they hold, which libsndfile would end early, and how many seconds they hold."""
+    """Make files whose headers state less than they hold, which libsndfile would end early, with their true seconds."""
     sound, other = (media.speech(44_100, seconds=seconds) for seconds in (8.0, 3.0))
     wav, flac = encode(tone(), kind="wav"), bytearray(encode(tone()))
     flac[21] &= 0xF0  # the 36-bit count of samples in FLAC's STREAMINFO: 0 is unknown
@@ -294,7 +293,7 @@ def test_more_than_was_allowed_is_refused(kind: str) -> None:
 
 
 class Stream(io.BytesIO):
-    """What comes through a pipe."""
+    """A stream that cannot be sought, as from a pipe."""
 
     def seekable(self) -> bool:
         return False
@@ -320,7 +319,7 @@ def test_a_stream_is_read_through_and_an_endless_one_given_up(monkeypatch: pytes
 
 
 class Failing(io.BytesIO):
-    """A disk or server that fails after some bytes."""
+    """A file on a disk or server that fails after some bytes."""
 
     def read(self, size: int | None = -1) -> bytes:
         if self.tell() > 30_000:

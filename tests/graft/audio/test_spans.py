@@ -1,4 +1,4 @@
-"""read_span: spans of a recording are its samples, neighbours meet without a gap, in bounded memory and from any kind of place."""
+"""Spans of a recording are its very samples, meet without a gap, and are read in bounded memory from any location."""
 
 import functools
 import io
@@ -46,14 +46,14 @@ def recording(kind: str) -> bytes:
 
 
 def joined(blocks: list[Block]) -> np.ndarray:
-    """The samples of blocks that follow each other."""
+    """Join the samples of blocks, which must follow each other."""
     for one, other in pairwise(blocks):
         assert other.start == one.start + len(one.samples)
     return np.concatenate([block.samples for block in blocks])
 
 
 def frames(source: AudioSource, start: int = 0, end: int | None = None, **how: str) -> np.ndarray:
-    """Source frames, (frames, channels)."""
+    """Read a span at the source's own rate, (frames, channels)."""
     return joined(list(read_span(source, start, end, rate=None, channels="split", **how)))
 
 
@@ -164,7 +164,8 @@ def test_a_border_is_in_the_middle_of_the_pause_that_both_neighbours_find() -> N
     for pause_s in (16.2, 24.75):
         samples[round(pause_s * 16_000) : round((pause_s + 0.2) * 16_000)] = 0
     data = media.write(samples, 16_000, "WAV", "PCM_16")
-    assert len(frames(data, 0, 20 * 16_000, borders="quiet")) == round(24.85 * 16_000)  # of equally quiet ones the last
+    # Both pauses are in reach and equally quiet: the last one wins.
+    assert len(frames(data, 0, 20 * 16_000, borders="quiet")) == round(24.85 * 16_000)
     assert next(read_span(data, 20 * 16_000, borders="quiet")).start == round(24.85 * 16_000)
     assert len(frames(data, 0, 15 * 16_000, borders="quiet")) == round(16.3 * 16_000)
 
@@ -229,7 +230,7 @@ def test_memory_is_bounded_however_long_the_recording(kind: str, tmp_path: Path)
 def test_of_a_wav_a_span_is_fetched_and_no_more() -> None:
     file = Counted(recording("wav"))
     assert len(frames(file, 40 * 44_100, 41 * 44_100)) == 44_100
-    assert file.count <= 3 * 2**20  # of 8 MB: the header, which libsndfile comes back to, and the span
+    assert file.count <= 3 * 2**20  # Of 8 MB, it reads the header, which libsndfile comes back to, and the span.
 
 
 def test_places_and_open_files_of_other_libraries_are_read_alike(tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_places_and_open_files_of_other_libraries_are_read_alike(tmp_path: Path)
     ):
         for source in (arrow, memory, plain, path, str(path), path.as_uri()):
             np.testing.assert_array_equal(read_audio(source).samples, expected)
-        plain.read(100)  # a file is read from its start, wherever it stands
+        plain.read(100)  # An open file is read from its start, whatever its position is.
         np.testing.assert_array_equal(joined(list(read_span(plain))), expected)
 
 

@@ -1,4 +1,4 @@
-"""Speech detection: Silero's own scores, nothing without speech, all of the speech, and the same however the samples come."""
+"""Speech detection gives Silero's own scores, finds all speech and nothing else, in clips and in streams alike."""
 
 import importlib.util
 import sys
@@ -20,7 +20,7 @@ from graft.errors import MissingExtra
 from tests.support.paths import ROOT
 
 PROMPTS = sorted((ROOT / "jobs" / "data" / "prompts" / "audio").glob("*.flac"))[::4]
-"""A minute of speech."""
+"""Files with a minute of speech in all."""
 
 DETECTORS = ("silero", "energy")
 
@@ -36,7 +36,7 @@ def silero() -> SpeechDetector:
 
 
 def loud(samples: np.ndarray) -> np.ndarray:
-    """Which samples are in 10 ms that are within 35 dB of the loudest."""
+    """Mark the samples in those 10 ms that are within 35 dB of the loudest."""
     whole = len(samples) // 160 * 160
     level = 10 * np.log10(np.square(samples[:whole].reshape(-1, 160)).mean(axis=1) + 1e-12)
     return np.pad(np.repeat(level > level.max() - 35, 160), (0, len(samples) - whole))
@@ -45,7 +45,7 @@ def loud(samples: np.ndarray) -> np.ndarray:
 def recording(
     *, pause_s: tuple[float, float] = (0.3, 6.0), noise_dbfs: float = -90.0, gain_db: float = 0.0
 ) -> tuple[AudioClip, np.ndarray]:
-    """Prompts with pauses between, in noise, and which of its samples are speech."""
+    """Join prompts with pauses in noise; returns the clip and a mask of its samples with speech."""
     rng = np.random.default_rng(7)
     samples, spoken = [], []
     for path in PROMPTS:
@@ -53,13 +53,12 @@ def recording(
         samples += [prompt * 10 ** (gain_db / 20), np.zeros(pause)]
         spoken += [loud(prompt), np.zeros(pause, bool)]
     joined = np.concatenate(samples)
-    return AudioClip((joined + rng.normal(0, 10 ** (noise_dbfs / 20), len(joined))).astype(np.float32)), np.concatenate(
-        spoken
-    )
+    noisy = joined + rng.normal(0, 10 ** (noise_dbfs / 20), len(joined))
+    return AudioClip(noisy.astype(np.float32)), np.concatenate(spoken)
 
 
-def passed_on(clip: AudioClip, detector: SpeechDetector) -> np.ndarray:
-    """Which samples are in chunks."""
+def chunk_mask(clip: AudioClip, detector: SpeechDetector) -> np.ndarray:
+    """Mark the samples that are in chunks."""
     mask = np.zeros(len(clip.samples), bool)
     for chunk in speech_chunks(clip, detector.find(clip), ChunkSettings(max_pause_s=0.5)):
         start = round(chunk.start_s * SAMPLE_RATE)
@@ -72,7 +71,7 @@ def passed_on(clip: AudioClip, detector: SpeechDetector) -> np.ndarray:
 
 def test_scores_are_those_of_sileros_own_model(silero: SpeechDetector) -> None:
     clip, _ = recording(pause_s=(0.1, 0.2))
-    samples = clip.samples[: 20 * SAMPLE_RATE + 100]  # over a block, and not of whole frames
+    samples = clip.samples[: 20 * SAMPLE_RATE + 100]  # This is longer than a block, and no whole number of frames.
     package = importlib.util.find_spec("silero_vad")
     assert package is not None
     assert package.origin is not None
@@ -108,7 +107,7 @@ def test_without_the_package_the_message_says_how_to_install_it(monkeypatch: pyt
 @pytest.mark.parametrize("changed", [{}, {"noise_dbfs": -50.0}, {"gain_db": -20.0}], ids=str)
 def test_all_speech_is_passed_on_and_pauses_are_not(detector: SpeechDetector, changed: dict[str, float]) -> None:
     clip, spoken = recording(**changed)  # type: ignore[arg-type]
-    found = passed_on(clip, detector)
+    found = chunk_mask(clip, detector)
     assert found[spoken].mean() > 0.998
     count, places = np.concatenate([[0], np.cumsum(spoken)]), np.arange(len(spoken))
     near = count[np.minimum(places + SAMPLE_RATE // 2, len(spoken))] > count[np.maximum(places - SAMPLE_RATE // 2, 0)]
@@ -119,7 +118,7 @@ def test_all_speech_is_passed_on_and_pauses_are_not(detector: SpeechDetector, ch
 def test_silero_hears_speech_in_loud_noise_and_far_away(silero: SpeechDetector) -> None:
     for changed in ({"noise_dbfs": -30.0}, {"gain_db": -35.0}):
         clip, spoken = recording(**changed)  # type: ignore[arg-type]
-        found = passed_on(clip, silero)
+        found = chunk_mask(clip, silero)
         assert found[spoken].mean() > 0.99, changed
         assert found[~spoken].mean() < 0.4, changed
 
@@ -138,7 +137,7 @@ def test_energy_finds_none_in_silence_little_in_noise_and_says_its_name(monkeypa
     energy = SpeechDetector(SpeechSettings(detector="energy"))
     assert all(energy.find(sound.clip).spans == () for sound in generate_sounds("silence"))
     noises = [sound.clip for sound in generate_sounds("noise")]
-    assert np.mean([passed_on(clip, energy).mean() for clip in noises]) < 0.1
+    assert np.mean([chunk_mask(clip, energy).mean() for clip in noises]) < 0.1
     assert energy.find(noises[0]).detector == "energy"
 
 

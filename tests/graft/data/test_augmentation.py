@@ -1,4 +1,4 @@
-"""Augmentation: equal sample seeds give equal bits, other sample seeds other clips, and nothing outgrows what the plan and Whisper allow."""
+"""Augmentation follows from sample seeds alone, and keeps clips within the limits of the plan and of Whisper."""
 
 import hashlib
 import subprocess
@@ -45,15 +45,15 @@ def loudest_hertz(samples: np.ndarray) -> float:
 
 
 def digest(sample_seed: int) -> str:
-    """All of a clip after everything, features too."""
+    """Digest a clip and its features after all augmentations."""
     augmenter = Augmenter(AugmentRecipe(**EVERYTHING))
     clip = augmenter.clip(read_audio(flac(2.0, 1)), sample_seed, duration_s=2.0)
     features = augmenter.features(Featurizer()(clip), sample_seed)
     return hashlib.sha256(clip.samples.tobytes() + features.mel.tobytes()).hexdigest()
 
 
-def test_equal_draws_give_equal_bits_in_another_process_too():
-    code = "import sys; from tests.graft.data.test_augmentation import digest; print(*[digest(sample_seed) for sample_seed in range(8)])"
+def test_equal_seeds_give_equal_bits_in_another_process_too():
+    code = "from tests.graft.data.test_augmentation import digest; print(*[digest(seed) for seed in range(8)])"
     here = [digest(sample_seed) for sample_seed in range(8)]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == here
@@ -82,7 +82,7 @@ def test_speed_changes_length_and_pitch(factor):
     st.floats(0.08, 30.0),
     st.integers(0, 2**63 - 1),
 )
-def test_no_clip_is_slowed_down_past_what_whisper_hears(factors, duration_s, sample_seed):
+def test_no_clip_is_slowed_down_past_whispers_window(factors, duration_s, sample_seed):
     speed = sample_speeds(factors, np.array([duration_s]), np.array([sample_seed]))[0]
     assert duration_s / speed <= max(29.9, duration_s) + 1e-9
     assert speed in [*factors, 1.0]
@@ -101,7 +101,7 @@ def test_every_factor_that_fits_is_drawn_as_often():
 def test_noise_stands_at_the_ratio_that_was_asked_for():
     clip = read_audio(flac(2.0, 3))
     augmenter = Augmenter(AugmentRecipe(noise={"share": 1.0, "snr_db": (10, 10)}))
-    for sample_seed in range(12):  # of all kinds
+    for sample_seed in range(12):  # These cover all kinds of noise.
         added = augmenter.clip(clip, sample_seed, duration_s=2.0).samples - clip.samples
         assert 10 * np.log10(np.mean(clip.samples**2) / np.mean(added**2)) == pytest.approx(10, abs=0.05)
 
@@ -166,13 +166,13 @@ def test_masks_stay_in_the_clip_and_hold_its_mean():
         masked = augmenter.features(Features(mel, 400), sample_seed)
         changed = masked.mel != before
         assert masked.frame_count == 400
-        assert not changed[:, 400:].any()  # the tail is what follows the clip
+        assert not changed[:, 400:].any()  # The tail after the clip stays.
         assert (masked.mel[changed] == before[:, :400].mean()).all()
         widths.append(int(changed.all(axis=0).sum()))
         heights.append(int(changed[:, :400].all(axis=1).sum()))
     assert np.array_equal(mel, before)
     assert 0 <= min(widths) < 10
-    assert 70 < max(widths) <= 80  # a fifth of the clip
+    assert 70 < max(widths) <= 80  # This is a fifth of the clip.
     assert (min(heights), max(heights)) == (0, 10)
 
 

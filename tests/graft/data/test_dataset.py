@@ -1,3 +1,5 @@
+"""Corpora are read row by row from any parquet files, and written whole."""
+
 import hashlib
 import pickle
 from pathlib import Path
@@ -107,14 +109,14 @@ def test_a_pickled_table_is_buffers_and_a_list_of_files(corpus):
     table = read_rows(str(corpus))
     inline = pickle.dumps(table, protocol=5, buffer_callback=buffers.append)
     assert len(inline) < 2000 + sum(len(file.uri) for file in table.files)
-    again = pickle.loads(inline, buffers=buffers)
-    assert again.ids.equals(table.ids)
-    assert again.ids.buffers()[2].address == table.ids.buffers()[2].address  # no copy
-    assert np.shares_memory(again.row, table.row)
+    copy = pickle.loads(inline, buffers=buffers)
+    assert copy.ids.equals(table.ids)
+    assert copy.ids.buffers()[2].address == table.ids.buffers()[2].address  # no copy
+    assert np.shares_memory(copy.row, table.row)
 
 
 def other_table(count: int = 5, name: str = "o") -> pa.Table:
-    """Rows as another corpus might name them, without ids."""
+    """Make rows with the columns of another corpus, without ids."""
     audio = [
         {"bytes": flac(0.5 + index / 10, index), "path": f"{name}{index}.flac", "rate": 16_000}
         for index in range(count)
@@ -192,15 +194,15 @@ def test_sources_keep_their_order_weights_and_columns(tmp_path):
 
 def test_metadata_is_kept_until_a_file_or_its_columns_change(tmp_path):
     write_corpus(rows(250), tmp_path / "a.parquet")
-    cache = tmp_path / "kept" / "rows"
+    cache = tmp_path / "cache" / "rows"
     first = read_rows(str(tmp_path), cache=cache)
     (file,) = cache.iterdir()
     before = file.stat().st_mtime_ns
-    again = read_rows(str(tmp_path), cache=cache)
+    second = read_rows(str(tmp_path), cache=cache)
     assert file.stat().st_mtime_ns == before
-    assert (again.ids, again.texts) == (first.ids, first.texts)
+    assert (second.ids, second.texts) == (first.ids, first.texts)
     for name in ("duration_s", "file", "row_group", "row"):
-        assert np.array_equal(getattr(again, name), getattr(first, name))
+        assert np.array_equal(getattr(second, name), getattr(first, name))
     assert read_rows(Source(files=str(tmp_path), columns=Columns(text="ID")), cache=cache).text(3) == "r0003"
     assert read_rows(str(tmp_path), cache=cache).text(3) == "TEXT 3"
     file.write_bytes(file.read_bytes()[:100])  # cut off

@@ -1,4 +1,4 @@
-"""Sounds without speech: the same for a seed, within the limits, and of the loudness that their names say."""
+"""Sounds without speech follow from their seed, and have the lengths, loudness and frequencies that they should."""
 
 from collections import Counter
 
@@ -15,29 +15,29 @@ def all_sounds(seed: int = 0) -> list[Sound]:
 
 
 @pytest.fixture(scope="module")
-def made() -> list[Sound]:
+def sounds() -> list[Sound]:
     return all_sounds()
 
 
 def loudness(sound: Sound) -> float:
-    """Root mean square in dBFS."""
+    """Measure the root mean square in dBFS."""
     return float(10 * np.log10(np.mean(np.square(sound.clip.samples, dtype=np.float64))))
 
 
-def test_a_few_dozen_sounds_of_each_kind_and_length(made: list[Sound]) -> None:
-    assert 24 <= len(made) == len({sound.name for sound in made}) <= 60
-    assert Counter(sound.kind for sound in made) == {
+def test_a_few_dozen_sounds_of_each_kind_and_length(sounds: list[Sound]) -> None:
+    assert 24 <= len(sounds) == len({sound.name for sound in sounds}) <= 60
+    assert Counter(sound.kind for sound in sounds) == {
         kind: len(makers) * len(LENGTHS_S) for kind, makers in SOUNDS.items()
     }
     for kind in SOUNDS:
-        lengths = [sound.clip.duration_s for sound in made if sound.kind == kind]
+        lengths = [sound.clip.duration_s for sound in sounds if sound.kind == kind]
         assert min(lengths) >= 2
         assert 0 < sum(length > 30 for length in lengths) < len(lengths)
         assert max(lengths) <= 40
 
 
-def test_loudness_is_as_named_and_nothing_clips(made: list[Sound]) -> None:
-    for sound in made:
+def test_loudness_is_as_named_and_nothing_clips(sounds: list[Sound]) -> None:
+    for sound in sounds:
         assert sound.clip.samples.dtype == np.float32
         if "digital" in sound.name:
             assert not sound.clip.samples.any()
@@ -52,13 +52,13 @@ def share_below(sound: Sound, hertz: float) -> float:
     return float(power[: round(hertz * len(sound.clip.samples) / SAMPLE_RATE)].sum() / power.sum())
 
 
-def test_sounds_are_where_their_names_say(made: list[Sound]) -> None:
-    shares = {sound.name: share_below(sound, 1000) for sound in made if sound.clip.samples.any()}
+def test_sounds_are_where_their_names_say(sounds: list[Sound]) -> None:
+    shares = {sound.name: share_below(sound, 1000) for sound in sounds if sound.clip.samples.any()}
     assert shares["noise-white-20dBFS-1"] == pytest.approx(1 / 8, abs=0.02)
     assert 0.5 < shares["noise-pink-20dBFS-1"] < 0.9 < shares["noise-speech-shaped-20dBFS-1"] < 0.99
     assert shares["silence-hum-1"] > 0.999
     assert shares["ringing-trill-1"] < 0.01 < 0.99 < shares["ringing-ringback-1"]
-    pauses = {name: np.mean(sound.clip.samples == 0) for sound in made if (name := sound.name).startswith("ringing")}
+    pauses = {name: np.mean(sound.clip.samples == 0) for sound in sounds if (name := sound.name).startswith("ringing")}
     assert all(0.2 < share < 0.8 for share in pauses.values()), pauses
 
 

@@ -1,4 +1,4 @@
-"""Draws: one number decides all that varies about a sample, alike in any process and for one sample or many."""
+"""One seed decides all that varies about a sample, in any process, for one sample or for many."""
 
 import subprocess
 import sys
@@ -8,13 +8,13 @@ import numpy as np
 from graft.data.sample_seeds import generator, make_sample_seeds, uniform
 
 
-def test_draws_differ_by_seed_epoch_row_and_occurrence():
+def test_seeds_differ_by_seed_epoch_row_and_occurrence():
     rows = np.arange(1000, dtype=np.int32)
     many = [
-        make_sample_seeds(seed, epoch, rows, np.full(1000, again))
+        make_sample_seeds(seed, epoch, rows, np.full(1000, occurrence))
         for seed in (0, 1)
         for epoch in (0, 1)
-        for again in (0, 1)
+        for occurrence in (0, 1)
     ]
     sample_seeds = np.concatenate(many)
     assert sample_seeds.dtype == np.int64
@@ -37,10 +37,10 @@ def test_one_sample_in_another_process_gets_what_many_get_here():
         "import sys; from graft.data.sample_seeds import *; sample_seed = int(sys.argv[1]); "
         "print(float(uniform(sample_seed, 'speed')), generator(sample_seed, 'noise').random())"
     )
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", code, str(sample_seeds[4])], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert [float(number) for number in told] == [
+    assert [float(number) for number in printed] == [
         uniform(sample_seeds, "speed")[4],
         generator(sample_seeds[4], "noise").random(),
     ]

@@ -1,4 +1,4 @@
-"""Corpora at their real places: a hub, an S3 server and a web server on loopback ports, with what goes wrong on a network."""
+"""Read corpora from a hub, an S3 server and a web server on loopback ports, with the faults of a network."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from tests.support import hub_server, s3
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = ("train-0.parquet", "train-1 of 2.parquet")
 
-# The hub's client reads its settings where it is imported, and the tests run with HF_HUB_OFFLINE=1: hence a process of its own.
+# This runs in its own process, because the hub's client reads its settings on import, and tests set HF_HUB_OFFLINE=1.
 READ = """
 import hashlib, json, sys
 from graft.data.dataset import RowReader, read_rows
@@ -33,9 +33,10 @@ for place in sys.argv[3:]:
         rows = read_rows(place, cache=sys.argv[2])
         reader = RowReader(rows.files)
         chosen = range(len(rows)) if sys.argv[1] == "all" else json.loads(sys.argv[1])
-        heard = [reader.wav(rows.file[row], rows.row_group[row], rows.row[row]) for row in chosen]
-        audio = [[hashlib.sha256(content).hexdigest(), name] for content, name in heard]
-        answers.append([[file.uri for file in rows.files], rows.ids.to_pylist(), rows.texts.to_pylist(), rows.duration_s.tolist(), audio])
+        files = [reader.wav(rows.file[row], rows.row_group[row], rows.row[row]) for row in chosen]
+        audio = [[hashlib.sha256(content).hexdigest(), name] for content, name in files]
+        columns = [rows.ids.to_pylist(), rows.texts.to_pylist(), rows.duration_s.tolist()]
+        answers.append([[file.uri for file in rows.files], *columns, audio])
     except DataError as error:
         answers.append(str(error))
 print(json.dumps(answers))
@@ -44,7 +45,7 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two files of 600 kB of audio in three row groups each."""
+    """Write two files with 600 kB of audio in three row groups each."""
     folder = tmp_path_factory.mktemp("hub") / "speech" / "clips" / COMMIT / "large"
     folder.mkdir(parents=True)
     noise = np.random.default_rng(0)
@@ -73,11 +74,11 @@ def hub(folder) -> Iterator[hub_server.Hub]:
 
 
 def content(place: str | list[str]) -> list:
-    """Everything that a corpus says, as READ prints it, but for where its files lie."""
+    """Read everything in a corpus as READ prints it, without the URIs of its files."""
     rows = read_rows(place)
     reader = RowReader(rows.files)
-    heard = [reader.wav(rows.file[row], rows.row_group[row], rows.row[row]) for row in range(len(rows))]
-    audio = [[hashlib.sha256(data).hexdigest(), name] for data, name in heard]
+    files = [reader.wav(rows.file[row], rows.row_group[row], rows.row[row]) for row in range(len(rows))]
+    audio = [[hashlib.sha256(data).hexdigest(), name] for data, name in files]
     return [rows.ids.to_pylist(), rows.texts.to_pylist(), rows.duration_s.tolist(), audio]
 
 
@@ -96,7 +97,7 @@ def from_hub(hub: hub_server.Hub, *places: str, chosen: str = "all", cache: obje
 
 
 def audio_ranges(folder: Path) -> dict[str, list[tuple[int, int]]]:
-    """Where the audio of each row group lies in each file."""
+    """Find the byte range of each row group's audio in each file."""
     ranges: dict[str, list[tuple[int, int]]] = {}
     for name in FILES:
         footer = pq.read_metadata(folder / name)
@@ -116,9 +117,8 @@ def test_the_hub_gives_the_same_rows_through_faults_that_pass(folder, hub):
     hub.faults.update(info=["503"], list=["503", "drop"], data=["503", "drop", "cut", "short"])
     ((files, *rows),) = from_hub(hub, "hf://datasets/speech/clips@v1/large")
     assert rows == content(str(folder))
-    assert files == [
-        f"hf://datasets/speech/clips@{COMMIT}/large/{name}" for name in FILES
-    ]  # what was planned, wherever v1 goes
+    # The URIs hold the commit, so they stay the same when v1 moves.
+    assert files == [f"hf://datasets/speech/clips@{COMMIT}/large/{name}" for name in FILES]
     assert not any(hub.faults.values())
 
 
@@ -135,13 +135,15 @@ def test_planning_reads_no_audio_and_reading_one_row_only_its_row_group(folder, 
     from_hub(hub, "hf://datasets/speech/clips@v1/*/train-?*.parquet", chosen="[]")
     tails = [sent for sent in hub.sent if sent[2] == (folder / sent[0]).stat().st_size]
     assert sorted({name for name, _, _ in tails}) == sorted(FILES)
-    assert sum(end - start for _, start, end in tails) <= 2 * 65_536  # parquet's own guess of a footer's size
+    assert sum(end - start for _, start, end in tails) <= 2 * 65_536  # Arrow first reads this much for a footer.
     others = [sent for sent in hub.sent if sent not in tails]
     assert others
     assert not any(overlap(sent, *audio) for sent in others for audio in ranges[sent[0]])
     assert sum(end - start for _, start, end in others) < 10_000
     planned = len(hub.sent)
-    from_hub(hub, "hf://datasets/speech/clips@v1/large", chosen="[25, 39]")  # both in the first file's second row group
+    from_hub(
+        hub, "hf://datasets/speech/clips@v1/large", chosen="[25, 39]"
+    )  # Both are in the first file's second row group.
     read = [sent for sent in hub.sent[2 * planned :] if sent not in tails]
     assert [sum(overlap(sent, *audio) for sent in read if sent[0] == FILES[0]) for audio in ranges[FILES[0]]][::2] == [
         0,
@@ -174,7 +176,7 @@ def test_a_file_of_a_web_server_gives_the_same_rows(folder, hub):
 
 
 def test_arrow_reads_python_files_in_the_callers_thread_alone(folder, hub, monkeypatch):
-    """Its own threads drop a Python object when they come to it; at the interpreter's end that aborts the process, now and then."""
+    """Arrow's own threads would drop the Python object late, which may abort the process at the interpreter's end."""
     threads = []
     read = locations._RangeReader.read
     monkeypatch.setattr(
@@ -206,7 +208,7 @@ def test_planning_and_reading_are_tried_again_but_not_for_ever(folder, hub, monk
 
 @pytest.fixture
 def bucket(folder) -> Iterator[str]:
-    """The address of an S3 server that holds the corpus."""
+    """Serve the corpus by an S3 server; yields its address."""
     with s3.serve(folder, "clips/large") as address:
         yield address
 

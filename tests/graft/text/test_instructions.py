@@ -1,4 +1,4 @@
-"""How samples are asked for: shares, styles that fit the label, lists of words that give nothing away."""
+"""Sampled instructions keep to their shares, to styles that fit the label, and to word lists that give nothing away."""
 
 import pickle
 import re
@@ -73,7 +73,7 @@ def drawn(text: str, settings: InstructionRecipe = ALL, style: str = "lower") ->
 
 
 def listed(instruction: Instruction) -> list[str] | None:
-    """The words of a instruction's list, None where it has none."""
+    """Return the words of an instruction's list, None where it has no list."""
     if instruction.text.endswith(" No words are given."):
         return []
     found = re.search(r" These words may occur: (.*)\.$", instruction.text)
@@ -81,7 +81,7 @@ def listed(instruction: Instruction) -> list[str] | None:
 
 
 def test_nothing_changes_where_no_words_are_asked_for(any_processor):
-    """Prompts and answers are those of their whole texts, tokenized in one go."""
+    """Prompts and answers have the tokens of their whole texts, tokenized at once."""
     processor = any_processor
     sampler = make_instruction_sampler(
         InstructionRecipe(), [UPPER], prompt_style=processor.prompt_style, text_style="lower"
@@ -108,19 +108,19 @@ def test_the_references_prompt_is_fixed():
     assert sampler.sample(UPPER, 1) == Instruction()
 
 
-def test_a_draw_always_gives_the_same_wording():
+def test_a_seed_always_gives_the_same_instruction():
     sampler = InstructionSampler(ALL, "lower", RARE)
     copy = pickle.loads(pickle.dumps(sampler))
     assert [copy.sample(FORMATTED, sample_seed) for sample_seed in reversed(SAMPLE_SEEDS)][::-1] == drawn(FORMATTED)
     assert sampler.sample(FORMATTED, np.int64(SAMPLE_SEEDS[0])) == sampler.sample(FORMATTED, SAMPLE_SEEDS[0])
-    # These stand for good: a run that goes on elsewhere must find the same.
+    # This must never change: a run that continues elsewhere must draw the same.
     expected = Instruction(
         "Write down exactly what is said. These words may occur: Raregp, Rarerk, Rareaf, Rareoi, Raresq, Mister.", "raw"
     )
     assert sampler.sample(FORMATTED, 2**62 + 1) == expected
 
 
-def test_shares_are_as_told():
+def test_shares_are_kept():
     instructions = drawn(FORMATTED)
     styles = [instruction.style for instruction in instructions]
     for style, share in {**ALL.styles, None: 0.3}.items():
@@ -129,9 +129,8 @@ def test_shares_are_as_told():
     assert len(lists) / len(instructions) == pytest.approx(0.5, abs=0.03)
     assert sum(not words for words in lists) / len(lists) == pytest.approx(0.2, abs=0.03)
     own = {"Mister", "Zephyr's", "garden"}
-    assert sum(bool({*map(str.lower, words)} & {*map(str.lower, own)}) for words in lists) / len(
-        lists
-    ) == pytest.approx(0.5, abs=0.03)
+    with_own = sum(bool({*map(str.lower, words)} & {*map(str.lower, own)}) for words in lists)
+    assert with_own / len(lists) == pytest.approx(0.5, abs=0.03)
     phrasings = {instruction.text for instruction in instructions if listed(instruction) is None}
     assert phrasings == {DEFAULT_INSTRUCTION, *(phrasing for some in INSTRUCTIONS.values() for phrasing in some)}
 
@@ -159,7 +158,7 @@ def test_what_is_formatted():
 
 @pytest.mark.parametrize("text", [UPPER, LOWER, FORMATTED, "nothing of it is known", ""])
 def test_a_list_gives_nothing_away(text):
-    """A list holds rare words alone, each once, no more than told, in one manner of writing; true ones stand anywhere in it."""
+    """A list holds rare words only, each once, in one case, within its length; those of the text are anywhere in it."""
     rare = {word.lower() for word in RARE}
     own = {word.lower() for word in text.replace(",", "").split()} & rare
     places, lengths, only_own, upper = [], set(), 0, 0
@@ -183,7 +182,7 @@ def test_a_list_gives_nothing_away(text):
         assert only_own < len(SAMPLE_SEEDS) / 20
 
 
-def test_lists_in_formatted_answers_are_spelled_as_the_answer_is():
+def test_lists_of_formatted_answers_have_their_case():
     lists = [
         words for instruction in drawn(FORMATTED) if instruction.style == "formatted" and (words := listed(instruction))
     ]

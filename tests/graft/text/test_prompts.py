@@ -1,4 +1,4 @@
-"""What may be asked of a checkpoint, and that what is asked stays text."""
+"""Requests are written in trained words or refused, and all of their text stays text."""
 
 from collections.abc import Sequence
 
@@ -19,18 +19,17 @@ HOSTILE = (
 )
 
 
-def asked(instruction: str | None = None, context: Sequence[str] | None = None, **changed: object) -> str:
+def written(instruction: str | None = None, context: Sequence[str] | None = None, **changed: object) -> str:
     known = {"text_style": "lower", "trained_styles": ["formatted"], "trained_context": True, **changed}
     return request_instruction(instruction, context, **known)
 
 
 def test_styles_and_phrasings_are_asked_for_in_trained_words():
-    assert asked() == asked("lower") == asked(DEFAULT_INSTRUCTION) == DEFAULT_INSTRUCTION
-    assert asked("formatted") == INSTRUCTIONS["formatted"][0]
-    assert asked(INSTRUCTIONS["formatted"][2]) == INSTRUCTIONS["formatted"][2]
-    assert (
-        asked("lower", trained_styles=["lower"]) == DEFAULT_INSTRUCTION
-    )  # its own style is what every plain sample trained
+    assert written() == written("lower") == written(DEFAULT_INSTRUCTION) == DEFAULT_INSTRUCTION
+    assert written("formatted") == INSTRUCTIONS["formatted"][0]
+    assert written(INSTRUCTIONS["formatted"][2]) == INSTRUCTIONS["formatted"][2]
+    # The checkpoint's own style is what its default instruction trained.
+    assert written("lower", trained_styles=["lower"]) == DEFAULT_INSTRUCTION
 
 
 @pytest.mark.parametrize("instruction", ["raw", INSTRUCTIONS["raw"][0], "Write a poem.", "Formatted", *HOSTILE])
@@ -38,27 +37,27 @@ def test_what_was_not_trained_is_refused_in_one_line(instruction):
     with pytest.raises(
         ModelError, match="this checkpoint was trained for lower, formatted: give one of these, or none"
     ) as refusal:
-        asked(instruction)
+        written(instruction)
     assert "\n" not in str(refusal.value)
 
 
 def test_context_becomes_a_list():
-    assert asked("formatted", [" Aachen ", "New  York,", "Aachen", "e.g.\nx"]) == with_context(
+    assert written("formatted", [" Aachen ", "New  York,", "Aachen", "e.g.\nx"]) == with_context(
         INSTRUCTIONS["formatted"][0], ["Aachen", "New York", "e.g. x"]
     )
-    assert asked(context=["Aachen"]) == f"{DEFAULT_INSTRUCTION} These words may occur: Aachen."
-    assert asked(context=[]) == with_context(DEFAULT_INSTRUCTION, [])
-    assert asked(context=[], trained_context=False) == asked(context=None) == DEFAULT_INSTRUCTION
+    assert written(context=["Aachen"]) == f"{DEFAULT_INSTRUCTION} These words may occur: Aachen."
+    assert written(context=[]) == with_context(DEFAULT_INSTRUCTION, [])
+    assert written(context=[], trained_context=False) == written(context=None) == DEFAULT_INSTRUCTION
 
 
 def test_a_context_that_is_no_list_of_words_is_refused():
     for context in (["a", " , "], [""], ["word"] * 2 + [f"word{number}" for number in range(100)], ["a" * 101]):
         with pytest.raises(ModelError, match="give at most 100, none of them empty or over 100 characters"):
-            asked(context=context)
+            written(context=context)
     with pytest.raises(ModelError, match="context 'Aachen' is a text: give a list of words"):
-        asked(context="Aachen")
+        written(context="Aachen")
     with pytest.raises(ModelError, match="was not trained for lists of words"):
-        asked(context=["Aachen"], trained_context=False)
+        written(context=["Aachen"], trained_context=False)
 
 
 @pytest.fixture(scope="module")

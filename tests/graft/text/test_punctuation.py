@@ -1,4 +1,4 @@
-"""Labels take case and punctuation from transcripts, never words."""
+"""Labels take case and punctuation from transcripts, but never words."""
 
 import pytest
 from hypothesis import example, given

@@ -1,3 +1,5 @@
+"""Error rates count what jiwer aligns, after Whisper's normaliser, and their interval is a bootstrap over clips."""
+
 import sys
 
 import numpy as np
@@ -25,6 +27,7 @@ TRICKY = [
     "½ cup, x², 二〇, ٣",
     "one billion billion. point five. 3 million point 2",
 ]
+NUMBER_PARTS = "and a half point double triple hundred million . % $ £ -3 +4 0.5 '"
 
 
 def test_the_normaliser_is_whispers():
@@ -32,7 +35,7 @@ def test_the_normaliser_is_whispers():
     whisper = EnglishTextNormalizer(spelling)
     for text in TRICKY:
         assert normalize_english(text) == whisper(text), text
-    # Where whisper-normalizer goes beyond OpenAI's rules.
+    # Here whisper-normalizer goes beyond OpenAI's rules.
     assert whisper("kinda sorta dunno cause") == "kinda sorta dunno cause"
     assert normalize_english("kinda sorta dunno cause") == "kind of sort of do not know because"
 
@@ -41,24 +44,7 @@ def test_the_normaliser_takes_whatever_a_model_says():
     random = np.random.default_rng(0)
     words = [
         *" ".join(TRICKY).split(),
-        *[
-            "and",
-            "a",
-            "half",
-            "point",
-            "double",
-            "triple",
-            "hundred",
-            "million",
-            ".",
-            "%",
-            "$",
-            "£",
-            "-3",
-            "+4",
-            "0.5",
-            "'",
-        ],
+        *NUMBER_PARTS.split(),
         "²",
         "\u0301",
         "1/2",
@@ -93,11 +79,11 @@ def test_counts_add_up_to_the_corpus_rate():
     assert total == WordErrors(1, 2, 5, 14)
     assert (total.errors, total.reference_count, total.rate) == (8, 17, 8 / 17)
     assert WordErrors().rate == 0.0
-    assert WordErrors(insertions=3).rate == 3.0  # finite by definition: errors / max(1, words)
+    assert WordErrors(insertions=3).rate == 3.0  # It is finite by definition: errors / max(1, words).
 
 
 def test_the_interval_agrees_with_the_normal_approximation():
-    # 1,000 clips of 10 words, all or nothing: the rate's standard error is sqrt(p (1 - p) / clips).
+    # Each of 1,000 clips of 10 words is all wrong or all right: the rate's standard error is sqrt(p (1 - p) / clips).
     clips, p = 1000, 0.2
     counts = [WordErrors(substitutions=10)] * int(clips * p) + [WordErrors(hits=10)] * int(clips * (1 - p))
     low, high = bootstrap_interval(counts, resamples=4000)
@@ -122,7 +108,7 @@ def test_the_interval_is_seeded_and_weighs_clips_by_their_words():
 
 
 def test_many_clips_take_the_same_draws_in_blocks():
-    counts = [WordErrors(substitutions=index % 3, hits=5) for index in range(5000)]  # 5 million draws: two blocks
+    counts = [WordErrors(substitutions=index % 3, hits=5) for index in range(5000)]  # 5 million draws are two blocks.
     low, high = bootstrap_interval(counts)
     assert low < sum(counts, WordErrors()).rate < high
     assert high - low < 0.01
@@ -151,6 +137,6 @@ def test_unequal_or_no_clips_are_data_errors():
 
 
 def test_without_jiwer_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jiwer", None)  # Python's own way to hide a package
+    monkeypatch.setitem(sys.modules, "jiwer", None)  # This is Python's own way to hide a package.
     with pytest.raises(MissingExtra, match=r"jiwer is not installed: pip install 'graft\[score\]'"):
         word_errors("a", "a")

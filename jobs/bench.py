@@ -1,15 +1,6 @@
 """Measure a part of graft: features, training, the service, bulk transcription, scaling or a GPU.
 
-`python -m jobs.bench NAME [--json FILE]` prints what it measures and writes the numbers as JSON.
-
-features    FLAC -> log-mel on one core, beside soundfile + transformers' extractor
-train       training steps beside the reference system's and AudioFlamingo3's, Ray's feeding, two workers
-bulk        Ray's transcription beside a bare loop, graft beside other transcribers, memory, batches in bf16
-serve       the service beside its engine offline, under load, beside another server, with engines that come and go
-scale       one run's batches split over 64 stand-ins for workers, and stage 1 with up to four workers
-gpu         training steps on this machine's GPU with random weights
-engine      the transformers engine on this machine's GPU with random weights
-"""
+`python -m jobs.bench NAME [--json FILE]` prints what it measures and writes the numbers as JSON."""
 
 import argparse
 import contextlib
@@ -58,26 +49,27 @@ RANDOM: Options = {
 }
 BENCHMARKS = {
     "features": Benchmark(
-        "FLAC to log-mel on one core",
+        "FLAC to log-mel on one core, beside soundfile and transformers' extractor",
         {"features": "features"},
         {"seconds": dict(type=float, default=600.0, help="seconds of audio to decode")},
     ),
     "train": Benchmark(
-        "training steps, feeding and workers (10 minutes on 2 idle cores)",
-        {"step": "training_step", "gains": "training_step", "ingest": "scale", "workers": "training_step"},
+        "training steps beside others', Ray's feeding, two workers (10 minutes on 2 idle cores)",
+        {"step": "training_step", "gains": "training_step", "ingest": "scale", "workers": "scale"},
         MODEL
         | {
             "clips": dict(type=int, default=16, help="clips in a turn of steps"),
             "repetitions": dict(type=int, default=3, help="turns of steps"),
+            "workers": dict(type=int, nargs="+", default=[1, 2], help="workers of stage 1"),
         },
     ),
     "bulk": Benchmark(
-        "bulk transcription (10 minutes on 2 idle cores)",
+        "Ray's transcription beside a bare loop, its memory, other transcribers (10 minutes on 2 idle cores)",
         {"pipeline": "bulk", "peers": "peers", "memory": "bulk", "bf16": "peers"},
         MODEL | PEERS | {"seconds": dict(type=float, default=30.0, help="duration of each turn of a pipeline")},
     ),
     "serve": Benchmark(
-        "the service (15 minutes on 2 idle cores)",
+        "the service beside its engine and beside another server, engines come and go (15 minutes on 2 idle cores)",
         dict.fromkeys(("saturation", "servers", "replicas"), "service"),
         MODEL
         | PEERS
@@ -87,8 +79,8 @@ BENCHMARKS = {
         },
     ),
     "scale": Benchmark(
-        "more and more training workers (10 minutes on 2 idle cores)",
-        dict.fromkeys(("split", "real", "train"), "scale"),
+        "a run's batches split over 64 stand-ins, and stage 1 with up to four workers (10 minutes on 2 idle cores)",
+        dict.fromkeys(("split", "real", "workers"), "scale"),
         MODEL
         | {
             "consumers": dict(type=int, nargs="+", default=[1, 8, 64], help="stand-ins for workers"),
@@ -97,7 +89,7 @@ BENCHMARKS = {
         },
     ),
     "gpu": Benchmark(
-        "training steps on this machine's GPU",
+        "training steps on this machine's GPU with random weights",
         {"gpu": "gpu"},
         RANDOM
         | {
@@ -105,13 +97,10 @@ BENCHMARKS = {
             "seconds": dict(type=float, default=10.0, help="duration of each measurement"),
             "budgets": dict(type=int, nargs="+", help="padded tokens of a batch; by default four that suit the shape"),
             "clip_s": dict(type=float, default=10.0, help="seconds of a clip"),
-            "attention": dict(choices=("sdpa", "flash_attention_2", "eager"), default="sdpa", help="kind of attention"),
-            "gradient_checkpointing": dict(action="store_true", help="compute layers again instead of keeping states"),
-            "compile": dict(action="store_true", help="compile the layers; the first steps then take minutes"),
         },
     ),
     "engine": Benchmark(
-        "the transformers engine on this machine's GPU",
+        "the transformers engine on this machine's GPU with random weights",
         {"engine": "gpu"},
         RANDOM
         | {
@@ -166,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(benchmark: Benchmark, options: dict[str, Any]) -> dict[str, Any]:
-    """Run the parts that are asked for, each in a process of its own if there are several; returns the numbers by part."""
+    """Run parts, each in a process of its own where a benchmark has several; returns the numbers by part."""
     with _graft_or_built(options["model"]) if "model" in options else contextlib.nullcontext() as graft:
         options = options | {"graft": graft}
         if len(benchmark.parts) == 1:

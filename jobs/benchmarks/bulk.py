@@ -39,16 +39,11 @@ from ..transcription.work_items import at_attempts, durations, plan_items
 from .measuring import Numbers, in_turns, report, watch
 from .speech import DISTINCT, MEAN_S, WORDS, link_files, write_archive, write_long_recording
 
-Opener = Callable[[], Transcriber]
-
 MEL_COUNT = 128
 """Mel bands that the encoder of a 7B graft takes."""
 H200_RATE = 765.0
-"""Seconds of audio that one H200, at half its peak, transcribes in a second with a 7B graft at 25 Hz, 96 clips at a time.
-
-A clip of 10 s takes 0.68 TFLOP to encode and 3.67 TFLOP to read, at 790 TFLOP/s, and 30 steps, each of which reads
-14.1 GB of weights, and 17 MB of cache for each clip, at 4.8 TB/s.
-"""
+"""Seconds of audio that one H200, at half its peak, transcribes in a second with a 7B graft, 96 clips at a time: 10 s
+take 0.68 TFLOP to encode and 3.67 to read, at 790 TFLOP/s, and 30 steps that read 14.1 GB of weights at 4.8 TB/s."""
 TOKENS_PER_S = 3.0
 """Tokens of an answer for a second of speech in lower case."""
 ITEMS_PER_BATCH = 32
@@ -61,9 +56,8 @@ STARTING = 4
 READING = Reading(SpeechSettings(), ChunkSettings())
 WORKERS = Workers(readers=1, listeners=1, cpus_per_listener=1, gpus_per_listener=0, items_per_batch=ITEMS_PER_BATCH)
 ITEM_S = 1800.0
-FEW, MANY, SHORT_S = 100, 10_000, 0.3
-LONG_HOURS = 10.0
-PLANNED = 1_000_000
+FEW, MANY, PLANNED = 100, 10_000, 1_000_000
+SHORT_S, LONG_HOURS = 0.3, 10.0
 
 ABOUT_PIPELINE = f"""\
 clips of 2 to 20 s, 10 on average, FLAC; {ITEMS_PER_BATCH} to a batch, {CALLS} batches are transcribed at a time
@@ -140,14 +134,14 @@ def bench_pipeline(graft: str, seconds: float) -> Numbers:
     return report(ABOUT_PIPELINE, numbers)
 
 
-def transcribe_on_ray(plan: pa.Table, opener: Opener, home: Path) -> None:
+def transcribe_on_ray(plan: pa.Table, opener: Callable[[], Transcriber], home: Path) -> None:
     """Transcribe a plan's items as jobs.transcribe does."""
     connect()
     pq.write_table(plan, home / "plan.parquet")
     transcribe_items(home / "plan.parquet", home, READING, opener, {}, WORKERS)
 
 
-def transcribe_bare(plan: pa.Table, opener: Opener, home: Path) -> None:
+def transcribe_bare(plan: pa.Table, opener: Callable[[], Transcriber], home: Path) -> None:
     """Transcribe a plan's items in this process, as many batches at a time as on Ray."""
     transcriber = opener()
     reader, item_transcriber = ItemReader(READING), ItemTranscriber(lambda: transcriber, {})
@@ -201,24 +195,15 @@ def bench_memory(graft: str) -> Numbers:
         write_archive(folder / "many", MANY, seconds=SHORT_S)
         (folder / "long").mkdir()
         write_long_recording(folder / "long" / "long.wav", LONG_HOURS)
-        few, many, long = (watch(_transcribe, graft, folder / name) for name in ("few", "many", "long"))
         (folder / "planned").mkdir()
         link_files(folder / "planned", files, range(PLANNED))
-        planned = watch(_plan, folder / "planned")
-    numbers = {
-        "few_recordings": FEW,
-        "few_driver_mb": few.peak_mb("driver"),
-        "many_recordings": MANY,
-        "many_driver_mb": many.peak_mb("driver"),
-        "many_more_mb": many.peak_mb("driver") - few.peak_mb("driver"),
-        "many_s": many.result,
-        "long_hours": LONG_HOURS,
-        **{f"long_{kind}_mb": long.peak_mb(kind) for kind in ("reader", "transcriber", "driver")},
-        "long_s": long.result,
-        "plan_rows": PLANNED,
-        "plan_mb": planned.peak_mb("driver"),
-        "plan_s": planned.result,
-    }
+        watched = {name: watch(_transcribe, graft, folder / name) for name in ("few", "many", "long")}
+        watched["plan"] = watch(_plan, folder / "planned")
+    numbers: Numbers = {"few_recordings": FEW, "many_recordings": MANY, "long_hours": LONG_HOURS, "plan_rows": PLANNED}
+    for name, one in watched.items():
+        numbers |= {f"{name}_driver_mb": one.peak_mb(), f"{name}_s": one.result}
+    workers = {"reader": ItemReader, "transcriber": ItemTranscriber}
+    numbers |= {f"long_{name}_mb": watched["long"].peak_mb(worker.__name__) for name, worker in workers.items()}
     return report(ABOUT_MEMORY, numbers)
 
 

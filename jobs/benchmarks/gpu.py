@@ -39,7 +39,6 @@ SHAPES = {
     "tiny": ("bundled", "bundled"),
 }
 BUDGETS = {"7b": [2048, 4096, 8192, 16384], "2b": [4096, 8192, 16384, 32768], "tiny": [512, 1024]}
-TINY_LAYERS = 2
 FRAMES_PER_S = 100
 PROMPT_TOKENS = 16
 LABELS_PER_S = 3.0
@@ -51,81 +50,63 @@ CEILINGS = {
     ("h200",): {10.0: 1629.0, 30.0: 1660.0},
     ("a100", "40gb"): {10.0: 483.0, 30.0: 497.0},
 }
-"""Seconds of audio a second that are possible with the 7b shape, 256 clips at a time, by words of a GPU's name and by the
-clips' seconds: 2.27 TFLOP to encode 30 s and 0.68 to encode 10 s, 10.3 and 3.67 to read the prompt, and steps that read
-14.1 GB of weights; 790 TFLOP/s and 4.8 TB/s on an H200, 312 and 1.555 on an A100 of 40 GB."""
+"""Seconds of audio a second that are possible with the 7b shape, 256 clips at a time, by words of a GPU's name and
+seconds of a clip: 2.27 TFLOP to encode 30 s and 0.68 to encode 10 s, 10.3 and 3.67 to read the prompt, and steps that
+read 14.1 GB of weights; 790 TFLOP/s and 4.8 TB/s on an H200, 312 and 1.555 on an A100 of 40 GB."""
 
-ABOUT_GPU = "{shape}, {device}, torch {torch}, {date}, clips of {clip_s:g} s, {dtype}, {attention}"
+ABOUT_GPU = "{shape}, {device}, torch {torch}, {date}, clips of {clip_s:g} s, {dtype}"
 ABOUT_ENGINE = """\
 {shape}, {device}, torch {torch}, {date}, {dtype}
-ceiling: seconds of audio a second that are possible; rows: answers that share a step; busy: while the engine computes"""
+ceiling: seconds of audio a second that are possible; rows: answers that share a step; busy: the engine computes"""
 
 
 def bench_gpu(
-    shape: str,
-    stage: Sequence[int],
-    seconds: float,
-    budgets: Sequence[int] | None,
-    clip_s: float,
-    dtype: Any,
-    attention: str,
-    gradient_checkpointing: bool,
-    compile: bool,
+    shape: str, stage: Sequence[int], seconds: float, budgets: Sequence[int] | None, clip_s: float, dtype: Any
 ) -> Numbers:
     """Measure steps of each stage and token budget; MFU is left out where the device's peak is unknown."""
-    compute = ComputeSettings(dtype, "torch", 2, attention, gradient_checkpointing, compile)
-    config, machine = bench_config(shape), _machine(shape)
+    config, compute, machine = bench_config(shape), ComputeSettings(dtype), _machine(shape)
     peak_flops = device_peak_flops(machine["device"])
 
     def rows() -> Iterator[Row]:
         for number in stage:
             lora = LoraSettings() if number == 2 else None
-            model = prepared(_random_model(config, dtype, attention), Stage(number, lora=lora), compute)
+            model = prepared(_random_model(config, dtype), Stage(number, lora=lora), compute)
             backend = make_backend(model, compute, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
             for budget in budgets or BUDGETS[shape]:
+                inputs, label_count, flops = synthetic_batch(config, budget, clip_s, lora.rank if lora else None)
                 try:
-                    step_s, clips, tokens, flops = _train(backend, config, budget, clip_s, seconds, lora, compute)
+                    step_s = _step_s(backend, inputs, label_count, seconds)
                 except torch.OutOfMemoryError:
                     print(f"stage{number} {budget}: the device's memory ran out", flush=True)
                     break
-                counts = {"samples/s": clips / step_s, "clips": clips, "tokens": tokens, "ms/step": 1000 * step_s}
+                clips, length = inputs["input_ids"].shape
+                sizes = {"samples/s": clips / step_s, "clips": clips, "tokens": clips * length}
                 mfu = 100 * flops / step_s / peak_flops if peak_flops else None
-                speed = {"TFLOP/s": flops / step_s / 1e12, "MFU %": mfu, "GB": _peak_gb()}
-                yield f"stage{number} {budget}", counts | speed
-            del model, backend
+                speed = {"ms/step": 1000 * step_s, "TFLOP/s": flops / step_s / 1e12, "MFU %": mfu}
+                memory = {"GB": torch.cuda.max_memory_allocated() / 1e9 or None}
+                yield f"stage{number} {budget}", sizes | speed | memory
+            del model, backend, inputs
             gc.collect()
             torch.cuda.empty_cache()
 
-    about = ABOUT_GPU.format(clip_s=clip_s, dtype=dtype, attention=attention, **machine)
-    return machine | report_table(about, rows())
+    return machine | report_table(ABOUT_GPU.format(clip_s=clip_s, dtype=dtype, **machine), rows())
 
 
-def _train(
-    backend: Backend,
-    config: GraftConfig,
-    budget: int,
-    clip_s: float,
-    seconds: float,
-    lora: LoraSettings | None,
-    compute: ComputeSettings,
-) -> tuple[float, int, int, float]:
-    """Train on a batch again and again; returns the seconds of a step, and the clips, tokens and FLOPs in it."""
+def _step_s(backend: Backend, inputs: dict[str, Tensor], label_count: int, seconds: float) -> float:
+    """Train on a batch again and again, after a warm-up; returns the mean seconds of a step."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    inputs, label_count, flops = synthetic_batch(config, budget, clip_s, lora=lora, compute=compute)
     start, count = 0.0, -WARMUP_STEPS
     while count <= 0 or time.perf_counter() - start < seconds:
-        if count == 0:
-            start = time.perf_counter()
+        start = time.perf_counter() if count == 0 else start
         backend.backward(inputs, label_count=label_count, is_last=True)
         backend.step(1e-4)  # returns the gradient's norm, for which the device's work has to end
         count += 1
-    clips, length = inputs["input_ids"].shape
-    return (time.perf_counter() - start) / count, clips, clips * length, flops
+    return (time.perf_counter() - start) / count
 
 
 def synthetic_batch(
-    config: GraftConfig, budget: int, clip_s: float, *, lora: LoraSettings | None, compute: ComputeSettings
+    config: GraftConfig, budget: int, clip_s: float, lora_rank: int | None
 ) -> tuple[dict[str, Tensor], int, float]:
     """Make as many clips as the budget holds, at least one; returns them, the number of labels and a step's FLOPs."""
     frames, labels = round(clip_s * FRAMES_PER_S), round(clip_s * LABELS_PER_S)
@@ -143,15 +124,8 @@ def synthetic_batch(
             "input_features": torch.rand(mel_shape) - 0.5,
             "audio_frame_counts": torch.full((clips,), frames),
         }
-    flops = batch_flops(
-        config,
-        token_counts=[tokens] * clips,
-        label_count=labels * clips,
-        frame_counts=[frames] * clips,
-        lora_rank=lora.rank if lora else None,
-        gradient_checkpointing=compute.gradient_checkpointing,
-    )
-    return inputs, labels * clips, flops
+    counts: Any = {"token_counts": [tokens] * clips, "label_count": labels * clips, "frame_counts": [frames] * clips}
+    return inputs, labels * clips, batch_flops(config, **counts, lora_rank=lora_rank, gradient_checkpointing=False)
 
 
 def bench_engine(shape: str, clip_s: Sequence[float], rounds: float, batch_clips: int, dtype: str) -> Numbers:
@@ -160,7 +134,7 @@ def bench_engine(shape: str, clip_s: Sequence[float], rounds: float, batch_clips
     count = max(1, round(rounds * batch_clips))
 
     def rows() -> Iterator[Row]:
-        model = _random_model(config, dtype, "sdpa").eval()
+        model = _random_model(config, dtype).eval()
         for each_s in clip_s:
             request = _request(config, each_s)
             tokens = batch_clips * whole_columns(len(request.prompt_ids) + request.max_new_tokens)
@@ -176,8 +150,8 @@ def bench_engine(shape: str, clip_s: Sequence[float], rounds: float, batch_clips
             rtfx, most = count * each_s / seconds, ceiling(shape, machine["device"], each_s)
             speed = {"RTFx": rtfx, "ceiling": most, "share %": 100 * rtfx / most if most else None}
             tokens_per_step = (after.tokens - before.tokens) / max(1, after.steps - before.steps)
-            busy = 100 * (after.busy_s - before.busy_s) / seconds
-            yield f"{each_s:g} s", sizes | speed | {"rows": tokens_per_step, "busy %": busy, "GB": _peak_gb()}
+            busy, memory = 100 * (after.busy_s - before.busy_s) / seconds, torch.cuda.max_memory_allocated() / 1e9
+            yield f"{each_s:g} s", sizes | speed | {"rows": tokens_per_step, "busy %": busy, "GB": memory or None}
 
     try:
         return machine | report_table(ABOUT_ENGINE.format(dtype=dtype, **machine), rows())
@@ -219,16 +193,16 @@ def bench_config(shape: str) -> GraftConfig:
     audio, text = dict(AUDIO_BASES[audio_base]), dict(TEXT_BASES[text_base])
     ids = {}
     if shape == "tiny":
-        audio["encoder_layers"] = TINY_LAYERS
-        text["text_config"] = text["text_config"] | {"num_hidden_layers": TINY_LAYERS}
+        audio["encoder_layers"] = 2
+        text["text_config"] = text["text_config"] | {"num_hidden_layers": 2}
         first = text["text_config"]["vocab_size"] - 3
         ids = {"audio_token_id": first, "audio_start_token_id": first + 1, "audio_end_token_id": first + 2}
     return GraftConfig(audio_config=audio, **text, **ids)
 
 
-def _random_model(config: GraftConfig, dtype: str, attention: str) -> GraftForConditionalGeneration:
+def _random_model(config: GraftConfig, dtype: str) -> GraftForConditionalGeneration:
     with _device():
-        return GraftForConditionalGeneration._from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
+        return GraftForConditionalGeneration._from_config(config, dtype=DTYPES[dtype])
 
 
 def _device() -> torch.device:
@@ -240,8 +214,3 @@ def _machine(shape: str) -> Numbers:
     """Say what is measured, where and when."""
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     return {"shape": shape, "device": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-
-
-def _peak_gb() -> float | None:
-    """Return the most memory that PyTorch has held on the GPU, in GB of 10^9 bytes; None without one."""
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -19,24 +18,15 @@ Numbers = dict[str, Any]
 Row = tuple[str, Numbers]
 """A line of a table: its name and its numbers."""
 
+DRIVER = "the process that was watched"
+"""Its title among the processes below it."""
 LOOK_S = 0.5
 """Seconds between two looks at the processes of some work."""
-KINDS = {
-    "SplitCoordinator": "coordinator",
-    "LoadBatches": "loaders",
-    "MadeBatches": "loaders",
-    "RayTrainWorker": "workers",
-    "Consumer": "workers",
-    "TrainController": "controller",
-    "ItemReader": "reader",
-    "ItemTranscriber": "transcriber",
-}
-"""Part of a process's title -> its kind. The process that does the work is the "driver", any other one is "other"."""
 NAME_WIDTH, COLUMN_WIDTH = 26, 10
 
 
 def seconds_of(work: Callable[[], object]) -> tuple[float, float]:
-    """Return the wall seconds of work, and this process's CPU seconds, which do not grow while others hold the cores."""
+    """Return the wall seconds of work and this process's CPU seconds, which do not grow while others hold the cores."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -55,9 +45,9 @@ def alone(work: Callable[..., T], *arguments: object) -> T:
 
 
 class Process(NamedTuple):
-    """What a process has used: CPU seconds, and the most memory, shared memory included, in MB (2^20 bytes)."""
+    """A process's title, CPU seconds, and the most memory that it held, shared included, in MB (2^20 bytes)."""
 
-    kind: str
+    title: str
     cpu_s: float
     peak_mb: float
 
@@ -68,10 +58,10 @@ class Watched(NamedTuple, Generic[T]):
     result: T
     looks: list[tuple[float, dict[int, Process]]]
 
-    def peak_mb(self, kind: str) -> float:
-        """Return the most memory that one process of a kind held; 0 where there was none."""
+    def peak_mb(self, title: str = DRIVER) -> float:
+        """Return the most memory that one process with this in its title held; 0 where there was none."""
         processes = [process for _, look in self.looks for process in look.values()]
-        return max((process.peak_mb for process in processes if process.kind == kind), default=0.0)
+        return max((process.peak_mb for process in processes if title in process.title), default=0.0)
 
 
 def watch(work: Callable[..., T], *arguments: object) -> Watched[T]:
@@ -96,20 +86,22 @@ def look_at(root: int) -> dict[int, Process]:
         for process in [psutil.Process(root), *psutil.Process(root).children(recursive=True)]:
             with contextlib.suppress(psutil.Error, OSError):  # the process has ended meanwhile
                 title, times = " ".join(process.cmdline()), process.cpu_times()
-                kind = next((KINDS[part] for part in KINDS if part in title), "other")
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 if peak_kb := re.search(r"VmHWM:\s+(\d+)", status):  # a zombie has none
                     used = times.user + times.system, int(peak_kb[1]) / 1024
-                    processes[process.pid] = Process("driver" if process.pid == root else kind, *used)
+                    processes[process.pid] = Process(DRIVER if process.pid == root else title, *used)
     return processes
 
 
-def cpu_s(before: Mapping[int, Process], after: Mapping[int, Process]) -> dict[str, float]:
-    """Return the CPU seconds between two looks by kind; processes that ended meanwhile are left out."""
-    spent: dict[str, float] = defaultdict(float)
-    for pid, process in after.items():
-        spent[process.kind] += process.cpu_s - (before[pid].cpu_s if pid in before else 0.0)
-    return spent
+def cpu_s(before: Mapping[int, Process], after: Mapping[int, Process], title: str) -> float:
+    """Return the CPU seconds between two looks of processes with this in their title that have not ended meanwhile."""
+    mine = {pid: process.cpu_s for pid, process in after.items() if title in process.title}
+    return sum(seconds - (before[pid].cpu_s if pid in before else 0.0) for pid, seconds in mine.items())
+
+
+def shown(value: float | None) -> str:
+    """Write a number for a table; a missing one is a dash."""
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
 def report(about: str, numbers: Numbers) -> Numbers:
@@ -118,7 +110,7 @@ def report(about: str, numbers: Numbers) -> Numbers:
         print(about)
     width = max(map(len, numbers))
     for name, value in numbers.items():
-        print(f"{name:<{width}}  {_cell(value):>12}", flush=True)
+        print(f"{name:<{width}}  {shown(value):>12}", flush=True)
     return numbers
 
 
@@ -130,10 +122,6 @@ def report_table(about: str, rows: Iterable[Row]) -> Numbers:
         widths = [max(COLUMN_WIDTH, len(title) + 2) for title in numbers]
         if not reported:
             print(" " * NAME_WIDTH + "".join(map(str.rjust, numbers, widths)))
-        print(name.ljust(NAME_WIDTH) + "".join(map(str.rjust, map(_cell, numbers.values()), widths)), flush=True)
+        print(name.ljust(NAME_WIDTH) + "".join(map(str.rjust, map(shown, numbers.values()), widths)), flush=True)
         reported |= {f"{name} {title}": value for title, value in numbers.items()}
     return reported
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"

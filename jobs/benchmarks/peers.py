@@ -54,7 +54,7 @@ def bench_peers(model: str | None, speech: Sequence[str] | None, threads: int) -
         def rows() -> Iterator[Row]:
             for name, opener in openers.items():
                 watched = watch(_transcribe_all, opener, speech, threads)
-                yield name, watched.result | {"MB": watched.peak_mb("driver")}
+                yield name, watched.result | {"MB": watched.peak_mb()}
 
         numbers = report_table(ABOUT_PEERS, rows())
     print("" if model else NO_GRAFT, "" if has_whisper else NO_FASTER_WHISPER, sep="\n")

@@ -22,11 +22,10 @@ from graft.errors import GraftError
 from ..common.cluster import connect
 from ..training.ray_dataset import iter_blocks, planned_dataset
 from ..training.ray_entry import ordered_data_config
-from .measuring import Numbers, Row, Watched, cpu_s, report, report_table, watch
+from .measuring import DRIVER, Numbers, Row, Watched, cpu_s, report, report_table, watch
 
-Block = dict[str, np.ndarray]
 Taken = np.ndarray
-"""A row for each batch that a worker took: when it came (time.monotonic), how long it waited, position, seconds of audio."""
+"""A row for each batch: when it came to its worker (time.monotonic), how long it was waited for, position, audio s."""
 
 MEL_COUNT = 128
 """Mel bands that the encoder of a 7B graft takes."""
@@ -35,34 +34,33 @@ H200_RATE = 370.0
 DATA_WORKERS = 2
 FEWEST_BATCHES = 4
 """The fewest batches that a worker takes: at the first and the last one nothing is measured."""
-CLIPS, FED_CLIPS = 100, 1000
-STEPS = 20
+CLIPS, FED_CLIPS, STEPS = 100, 1000, 24
 QUICK_BATCHES_PER_S = 200
 """About as many batches as a split passes on in a second, to make a stream that lasts as long as asked."""
 REAL_BUDGET = 1024
 REAL_RATE = 1200.0
 """Seconds of audio a second that all stand-ins take together of real batches: two loaders can feed them."""
-KINDS = ("coordinator", "loaders", "workers", "other")
+KINDS = {"coordinator": "SplitCoordinator", "loaders": "MapBatches", "workers": "Consumer"}
+"""A kind of process -> what stands in its title."""
 
 ABOUT_INGEST = f"""\
 A worker is fed FLAC in parquet by {DATA_WORKERS} Ray Data loaders; its step sleeps as long as an H200
-takes in stage 1 of a 7B graft, {H200_RATE:.0f} s of audio a second. fed_percent: the share of this speed that is left."""
+takes in stage 1 of a 7B graft, {H200_RATE:.0f} s of audio a second. fed_percent: the share of this speed left."""
 ABOUT_KINDS = """\
-ms: CPU time of all processes of a kind for each batch; other: Ray's own processes. wait %: share of the workers' time.
+ms: CPU time of all processes of a kind for each batch. wait %: share of the workers' time.
 MB: the most memory that a process held, shared memory included."""
 ABOUT_SPLIT = f"""\
 One batch of 8192 tokens, made beforehand, without its features, goes again and again from {DATA_WORKERS} loaders by
 Ray Data's streaming_split, as in Ray Train, to processes that take each batch at once: the cost of the split itself.
 {ABOUT_KINDS}"""
-ABOUT_LIMITS = """\
-An H200 takes a batch every step_s. The coordinator is one process; its CPU time is the limit. A node has 8 H200s."""
+ABOUT_LIMITS = "An H200 takes a batch every step_s; the coordinator's CPU time is the limit; a node has 8 H200s."
 ABOUT_REAL = f"""\
 FLAC in parquet goes through the plan and the loaders (batches of {REAL_BUDGET} tokens) to the same stand-ins, which
 sleep so long for each that all together take {REAL_RATE:.0f} s of audio a second, however many they are.
 {ABOUT_KINDS}"""
-ABOUT_TRAIN = f"""\
-jobs.stage1 (DDP over gloo, a thread for each worker), batches of {REAL_BUDGET} tokens.
-MB: the most memory that a process held, shared memory included."""
+ABOUT_WORKERS = f"""\
+jobs.stage1 (DDP over gloo, a thread for each worker), batches of {REAL_BUDGET} tokens, the last {STEPS // 2} steps
+x: times as fast as the first number of workers; MB: the most memory that a process held, shared memory included."""
 
 
 class Consumer:
@@ -86,7 +84,7 @@ class MadeBatches:
     def __init__(self, delivery: Any, first: int):
         import ray
 
-        self.block: Block = ray.get(delivery)
+        self.block = ray.get(delivery)
         self.first = first
 
     def __call__(self, block: dict[str, Any]) -> Any:
@@ -208,33 +206,38 @@ def measured(watched: Watched[list[Taken]]) -> Numbers:
     if not len(batches):
         raise GraftError(f"{len(taken)} workers: too few batches to measure: give more --seconds")
     waited_s = np.minimum(batches[:, 1], batches[:, 0] - begin).sum()  # part of the first waits lies before the begin
-    spent = cpu_s(before, after)
     return {
         "batches/s": len(batches) / (end - begin),
         "audio s/batch": float(batches[:, 3].mean()),
         "wait %": 100 * float(waited_s) / (end - begin) / len(taken),
-        **{f"{kind} ms": 1000 * spent[kind] / len(batches) for kind in KINDS},
-        **{f"{kind} MB": watched.peak_mb(kind) for kind in ("coordinator", "driver")},
+        **{f"{kind} ms": 1000 * cpu_s(before, after, title) / len(batches) for kind, title in KINDS.items()},
+        "coordinator MB": watched.peak_mb(KINDS["coordinator"]),
+        "driver MB": watched.peak_mb(),
     }
 
 
-def bench_train(graft: str, workers: Sequence[int]) -> Numbers:
+def bench_workers(graft: str, workers: Sequence[int]) -> Numbers:
     """Measure runs of stage 1 with more and more workers."""
     from graft.training.tracking import METRICS_FILE
 
     from .speech import write_speech_corpus
 
+    titles = {"coordinator": KINDS["coordinator"], "controller": "TrainController", "driver": DRIVER}
+
     def rows() -> Iterator[Row]:
+        first = None
         for count in workers:
             out = Path(folder, str(count))
             watched = watch(_run_stage1, {"model": graft, "data": data, "out": str(out), "workers": count})
-            held = {f"{kind} MB": watched.peak_mb(kind) for kind in ("coordinator", "controller", "driver")}
             line = json.loads((out / METRICS_FILE).read_text().splitlines()[-1])
-            yield f"train {count}", {"audio s/s": line["audio_s_per_s"], "wait %": 100 * line["data_wait"]} | held
+            first = first or line["audio_s_per_s"]
+            speed = {"audio s/s": line["audio_s_per_s"], "x": line["audio_s_per_s"] / first}
+            held = {f"{kind} MB": watched.peak_mb(title) for kind, title in titles.items()}
+            yield f"workers {count}", speed | {"wait %": 100 * line["data_wait"]} | held
 
     with tempfile.TemporaryDirectory() as folder:
         data = write_speech_corpus(Path(folder, "speech.parquet"), CLIPS)
-        return report_table(ABOUT_TRAIN, rows())
+        return report_table(ABOUT_WORKERS, rows())
 
 
 def _run_stage1(settings: dict[str, Any]) -> None:
@@ -242,6 +245,6 @@ def _run_stage1(settings: dict[str, Any]) -> None:
     from ..common.console import quiet_libraries
 
     quiet_libraries()
-    settings |= {"token_budget": REAL_BUDGET, "epochs": 1000, "max_steps": STEPS, "log_every": 4}
+    settings |= {"token_budget": REAL_BUDGET, "epochs": 1000, "max_steps": STEPS, "log_every": STEPS // 2}
     with contextlib.redirect_stdout(io.StringIO()):
-        stage1.run(stage1.Stage1Recipe.model_validate(settings | {"backend": "torch", "dtype": "fp32"}))
+        stage1.run(stage1.Stage1Recipe.model_validate(settings | {"backend": "torch"}))

@@ -36,18 +36,12 @@ APP = "bench"
 LIMITS = {"request_timeout_s": 600, "max_ongoing_requests": 10_000}
 """Arguments of the service: here clients wait and are not refused."""
 SCALING = {"max_replicas": 2, "max_ongoing_chunks": 8, "upscale_delay_s": 2, "downscale_delay_s": 10}
-CLIP_S = 5.0
-CLIPS = 32
-LOAD = 0.7
-STARTING = 0.2
-"""The share of a load's time that is left out."""
+CLIP_S, CLIPS = 5.0, 32
+LOAD, STARTING = 0.7, 0.2
+"""The share of the saturated rate that is a lasting load, and the share of a load's time that is left out."""
 LOOK_S = 0.25
-THREADS = 256
-"""The most uploads under way at a time where they are sent at a fixed rate."""
 CLIENTS = (1, 4, 16)
-KIND = "int8"
-FEW, MANY = 1, 16
-PATIENCE_S = 300.0
+FEW, MANY, PATIENCE_S = 1, 16, 300.0
 
 ABOUT_SATURATION = f"""\
 clips of {CLIP_S:g} s, FLAC; rtfx: seconds of audio a second
@@ -55,21 +49,15 @@ offline    the engine in a process of its own, with as many clips at a time as t
 saturated  the service by `serve run`: one ingress, one engine, and clients that ask again as soon as they are answered
 unloaded   the same with one client
 loaded     the same with {LOAD:.0%} of the saturated rate, at random times
-busy: the share of the time in which the engine computes; clients_cpu: the share of a core that the clients take.
-Engine, ingress, proxy and clients share this machine's cores."""
-ABOUT_SERVERS = f"""\
+busy: the share of the time in which the engine computes; clients_cpu: the share of a core that the clients take."""
+ABOUT_SERVERS = """\
 graft           its service by `serve run`, one engine
-faster-whisper  Whisper base converted for CTranslate2, {KIND}, greedy, behind a plain FastAPI server
-Each clip once, by so many clients that ask again as soon as they are answered; clients_cpu: the share of a core that the
-clients take. Servers and clients share this machine's cores."""
+faster-whisper  Whisper base converted for CTranslate2, int8, greedy, behind a plain FastAPI server
+Each clip once, by so many clients that ask one after the other; clients_cpu: the share of a core that they take."""
 ABOUT_REPLICAS = f"""\
 clips of {CLIP_S:g} s; {FEW} client, then {MANY}, then {FEW} again; an engine for each 4 chunks in hand, at most two;
 upscale_delay_s 2, downscale_delay_s 10; seconds from the change of load to the change of engines"""
-UNTRAINED = "graft is not trained (--model names one that is): its answers have neither words nor an end"
-NO_SPEACHES = "speaches is left out: no package of that name is on PyPI, and its models come from a hub"
-
-Look = tuple[float, EngineCounts]
-"""A time (time.time), and what an engine had done by then."""
+UNTRAINED = "graft: --model names a trained one; an untrained one's answers have neither words nor an end"
 
 
 class Answer(NamedTuple):
@@ -119,7 +107,7 @@ def _ask(url: str, uploads: list[bytes], clients: int, seconds: float, per_s: fl
                 break
             send(number)
 
-    with ThreadPoolExecutor(THREADS if per_s else clients) as pool:
+    with ThreadPoolExecutor(256 if per_s else clients) as pool:
         if not per_s:
             sending = [pool.submit(send_in_turn) for _ in range(clients)]
         else:
@@ -178,8 +166,10 @@ def bench_saturation(graft: str, threads: int, clients: int, seconds: float) -> 
     return report(ABOUT_SATURATION, numbers)
 
 
-def _engine_rates(name: str, first: Look, last: Look, tokens_per_clip: float) -> Numbers:
-    """Return an engine's rates between two looks; clips that are not done count by their tokens."""
+def _engine_rates(
+    name: str, first: tuple[float, EngineCounts], last: tuple[float, EngineCounts], tokens_per_clip: float
+) -> Numbers:
+    """Return an engine's rates between two looks (time.time, counts); clips that are not done count by their tokens."""
     (first_s, before), (last_s, after) = first, last
     audio_s = CLIP_S * (after.tokens - before.tokens) / tokens_per_clip
     seconds = last_s - first_s
@@ -187,7 +177,7 @@ def _engine_rates(name: str, first: Look, last: Look, tokens_per_clip: float) ->
 
 
 def _offline(graft: str, threads: int, clients: int, seconds: float) -> tuple[float, Numbers]:
-    """Have the same engine transcribe the same clips without a service; returns its tokens for a clip, and its rates."""
+    """Have the same engine transcribe the same clips without a service; returns tokens for a clip, and rates."""
     transcriber = open_transcriber(graft, device="cpu", chunker=windows, threads=threads)
     clips, end = itertools.cycle([clip for clip, _ in spoken_clips(CLIPS, seconds=CLIP_S)]), time.time() + seconds
 
@@ -231,18 +221,18 @@ def bench_servers(graft: str, model: str | None, speech: Sequence[str] | None, t
                 return
             port = free_port()
             url = f"http://127.0.0.1:{port}"
-            command = [sys.executable, "-m", peers.__name__, folder, KIND, str(threads), str(port)]
+            command = [sys.executable, "-m", peers.__name__, folder, "int8", str(threads), str(port)]
             with running(command, f"{url}/v1/models", Path(folder, "peer.log")):
                 yield from measure("faster-whisper", url, trained=True)
 
     numbers = report_table(ABOUT_SERVERS, rows())
     has_whisper = "faster-whisper 1 answers" in numbers
-    print("" if model else UNTRAINED, NO_SPEACHES, "" if has_whisper else peers.NO_FASTER_WHISPER, sep="\n")
+    print("" if model else UNTRAINED, "" if has_whisper else peers.NO_FASTER_WHISPER, sep="\n")
     return numbers
 
 
 def bench_replicas(graft: str, threads: int, seconds: float) -> Numbers:
-    """Measure how long a second engine takes to come and to go as the load rises and falls, and that no request fails."""
+    """Measure how long a second engine takes to come and to go as load rises and falls, and that no request fails."""
     uploads = [encode_flac(clip) for clip, _ in spoken_clips(CLIPS, seconds=CLIP_S)]
     numbers: Numbers = {"answers": 0, "failed": 0}
     with service(graft, threads=threads, **SCALING) as (url, serve):

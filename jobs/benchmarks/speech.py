@@ -22,8 +22,7 @@ WORDS_PER_S = 2.5
 SHORTEST_S, LONGEST_S, MEAN_S = 2.0, 20.0, 10.0
 DISTINCT = 100
 """The number of files in an archive, or of clips in a corpus, that differ."""
-TELEPHONE_RATE = 8_000
-LONGEST_LABELLED_S = 30.0
+TELEPHONE_RATE, LONGEST_LABELLED_S = 8_000, 30.0
 
 LabelledClip = tuple[AudioClip, str]
 """A clip and the words that are said in it."""

@@ -1,19 +1,16 @@
-"""Measure stage 1's training step on one core, beside the reference system's and AudioFlamingo3's, and in two workers.
+"""Measure stage 1's training step on one core, beside the reference system's and AudioFlamingo3's.
 
 All take the same clips, prepared beforehand, and train a projector alone between frozen bf16 weights of the same shape.
 """
 
 import functools
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
 
 from graft.model.configuration import WINDOW_FRAMES, GraftConfig
@@ -24,12 +21,11 @@ from graft.training.backends import trained_parameters
 from graft.training.plan import Plan, PlanColumns, PlanSettings
 from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model
 
-from .measuring import Numbers, in_turns, report, report_table, seconds_of
+from .measuring import Numbers, in_turns, report_table
 from .speech import spoken_clips
 
 Inputs = Mapping[str, Tensor]
-Step = Callable[..., object]
-"""Trains on a batch of inputs."""
+Step = Callable[[Inputs], object]
 Way = tuple[Step, list[Inputs], int]
 """A way to train: its step, its batches, and the number of clips in them."""
 
@@ -43,18 +39,14 @@ graft           25 Hz on the clip's own frames, token-budget batches, logits at 
 seed-style      1500 tokens from the padded 30 s window, arrival order, all logits, gradient checkpointing
 AudioFlamingo3  transformers' own, random weights: 25 Hz from a masked 30 s window, grouped by length, all logits"""
 ABOUT_GAINS = "graft's step with one gain off at a time; x is how many times as long a clip takes without it"
-ABOUT_WORKERS = "steps of two batches, by one worker that takes both and by two that take one each (DDP over gloo)"
 
 
 def bench_step(graft: str, clips: int, repetitions: int) -> Numbers:
     """Measure graft's step beside AudioFlamingo3's and the reference system's, for which all clips cost the same."""
-    seed_step = functools.partial(plain_step, loss=seed_loss)
-    seed_audio = {"audio_pool": 1, "audio_context": "full"}
+    seed: Any = {"step": functools.partial(plain_step, loss=seed_loss), "convert": seed_inputs, "checkpointing": True}
     ways = {
         "graft": way(graft, clips),
-        "seed-style": way(
-            graft, BATCH_CLIPS, in_arrival_order, seed_step, seed_inputs, checkpointing=True, **seed_audio
-        ),
+        "seed-style": way(graft, BATCH_CLIPS, in_arrival_order, **seed, audio_pool=1, audio_context="full"),
         "AudioFlamingo3": way(graft, clips, length_grouped, flamingo_step, flamingo_inputs),
     }
     return _compare(ABOUT_STEPS, ways, repetitions)
@@ -114,13 +106,12 @@ def _lengths(examples: Sequence[Example]) -> np.ndarray:
 
 
 def own_step(model: GraftForConditionalGeneration) -> Step:
-    """Make graft's step, which takes any number of batches."""
+    """Make graft's step."""
     backend = make_backend(model, COMPUTE, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
 
-    def step(*batches: Inputs) -> None:
-        label_count = sum(int((inputs["labels"] != IGNORED_LABEL).sum()) for inputs in batches)
-        for inputs in batches:
-            backend.backward(inputs, label_count=label_count, is_last=inputs is batches[-1])
+    def step(inputs: Inputs) -> None:
+        label_count = int((inputs["labels"] != IGNORED_LABEL).sum())
+        backend.backward(inputs, label_count=label_count, is_last=True)
         backend.step(LEARNING_RATE)
 
     return step
@@ -224,39 +215,3 @@ def flamingo_model(config: GraftConfig) -> AudioFlamingo3ForConditionalGeneratio
     model = AudioFlamingo3ForConditionalGeneration(settings).bfloat16().train().requires_grad_(False)
     model.model.multi_modal_projector.float().requires_grad_(True)
     return model
-
-
-def bench_workers(graft: str, clips: int, repetitions: int) -> Numbers:
-    """Measure two workers' steps beside one worker's."""
-    spent: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
-    for _ in range(repetitions):
-        for count, turns in spent.items():
-            pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
-            with tempfile.TemporaryDirectory() as folder, pool:
-                work = functools.partial(_train_share, count, graft, 2 * clips, f"file://{folder}/rendezvous")
-                shares = np.array(list(pool.map(work, range(count))))  # (workers, 3): wall and CPU seconds, clips
-            turns.append((shares[:, 0].max(), shares[:, 1].sum()))
-            trained = int(shares[:, 2].sum())
-    one, two = (np.array(turns) for turns in spent.values())
-    (ratio, _), (_, cpu_ratio) = np.median([one / two, two / one], axis=1).tolist()
-    rates = {f"{name}_samples_per_s": trained / np.median(turns[:, 0]) for name, turns in (("one", one), ("two", two))}
-    return report(ABOUT_WORKERS, {"clips": trained} | rates | {"two_to_one": ratio, "cpu_two_to_one": cpu_ratio})
-
-
-def _train_share(count: int, graft: str, clips: int, rendezvous: str, rank: int) -> tuple[float, float, int]:
-    """Train on a worker's share of the steps; returns the seconds of all but the first step, and their clips."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=count)
-
-    def work() -> tuple[float, float, int]:
-        step, batches, _ = way(graft, clips)
-        pairs = zip(batches[::2], batches[1::2], strict=False)  # a step has two batches
-        first, *shares = [pair if count == 1 else pair[rank : rank + 1] for pair in pairs]
-        step(*first)
-        distributed.barrier()
-        spent = seconds_of(lambda: [step(*share) for share in shares])
-        return *spent, sum(len(inputs["labels"]) for share in shares for inputs in share)
-
-    spent = work()  # DDP must not outlive the group, whose end waits for the GIL
-    distributed.destroy_process_group()
-    return spent

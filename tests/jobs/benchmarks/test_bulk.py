@@ -93,8 +93,8 @@ def hold_memory(own_mb: int, child: str = "") -> str:
 
 def test_the_memory_of_a_process_and_of_those_below_it_is_seen() -> None:
     seen = watch(exec, hold_memory(100, hold_memory(300)))
-    assert 100 < seen.peak_mb("driver") < 300
-    assert 300 < seen.peak_mb("other") < 500
+    assert 100 < seen.peak_mb() < 300
+    assert 300 < seen.peak_mb("python") < 500
     assert seen.peak_mb("no such process") == 0
     assert watch(divmod, 7, 2).result == (3, 1)
     with pytest.raises(ZeroDivisionError):
@@ -156,9 +156,9 @@ def test_memory_does_not_grow_with_the_archive(graft: str, tmp_path: Path) -> No
     assert bench(["bulk", "--only", "memory", "--model", graft, "--json", str(file)]) == 0
     numbers = json.loads(file.read_text())["memory"]
     assert (numbers["few_recordings"], numbers["many_recordings"], numbers["long_hours"]) == (100, 10_000, 10)
-    assert numbers["many_more_mb"] < 200
+    assert numbers["many_driver_mb"] - numbers["few_driver_mb"] < 200
     assert min(numbers["long_reader_mb"], numbers["long_transcriber_mb"]) > 0
     assert max(numbers["long_reader_mb"], numbers["long_transcriber_mb"]) < 2048
     assert numbers["plan_rows"] == 1_000_000
     assert numbers["plan_s"] < 120
-    assert numbers["plan_mb"] < 1024
+    assert numbers["plan_driver_mb"] < 1024

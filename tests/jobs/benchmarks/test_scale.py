@@ -1,4 +1,4 @@
-"""The benchmark of growth: workers get their own batches in order, their processes are accounted for, on a tiny graft."""
+"""The benchmark of growth: workers get their own batches in order, and their processes are accounted for."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import pytest
 
 from graft.errors import GraftError
 from jobs.bench import main as bench
-from jobs.benchmarks.measuring import Watched, cpu_s, look_at, watch
+from jobs.benchmarks.measuring import DRIVER, Watched, cpu_s, look_at, watch
 from jobs.benchmarks.scale import KINDS, measured, pass_through
 from tests.support import tiny_models
 
@@ -28,11 +28,12 @@ def test_the_time_and_memory_of_processes_are_told_by_kind() -> None:
         child.stdout.readline()
         after = look_at(os.getpid())
         child.communicate(b"\n")
-    assert (after[os.getpid()].kind, after[child.pid].kind) == ("driver", "coordinator")
-    assert cpu_s(before, after)["coordinator"] >= 0.3
+    assert after[os.getpid()].title == DRIVER
+    assert "SplitCoordinator" in after[child.pid].title
+    assert cpu_s(before, after, "SplitCoordinator") >= 0.3
     seen = Watched(None, [(0.0, before), (1.0, after)])
-    assert seen.peak_mb("coordinator") >= 64
-    assert seen.peak_mb("loaders") == 0
+    assert seen.peak_mb("SplitCoordinator") >= 64
+    assert seen.peak_mb("LoadBatches") == 0
 
 
 def test_every_worker_gets_its_own_batches_at_its_own_pace() -> None:
@@ -62,13 +63,13 @@ def test_all_parts_are_printed_and_written(tmp_path: Path, capfd: pytest.Capture
     few = ["--consumers", "1", "2", "--workers", "1", "2", "--seconds", "4"]
     assert bench(["scale", "--model", str(graft), *few, "--json", str(file)]) == 0
     numbers, printed = json.loads(file.read_text()), capfd.readouterr().out
-    assert list(numbers) == ["split", "real", "train"]
+    assert list(numbers) == ["split", "real", "workers"]
     for part in ("split", "real"):
         for count in (1, 2):
             assert numbers[part][f"{part} {count} batches/s"] > 0
             assert numbers[part][f"{part} {count} coordinator ms"] > 0
     assert numbers["split"]["extrapolated_h200s"] > 1
     assert not math.isnan(numbers["real"]["extrapolated_cores_per_h200"])
-    assert all(numbers["train"][f"train {count} {name}"] > 0 for count in (1, 2) for name in ("audio s/s", "driver MB"))
+    assert all(numbers["workers"][f"workers {count} {name}"] > 0 for count in (1, 2) for name in ("x", "driver MB"))
     assert printed.count("extrapolated") == 4
     assert "controller MB" in printed

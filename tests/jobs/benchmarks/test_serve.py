@@ -1,4 +1,4 @@
-"""The benchmark of the service, small: clients that report what a real server answers, and all its parts on a tiny graft."""
+"""The benchmark of the service, small: clients that report what a real server answers, and all of its parts."""
 
 import json
 from collections.abc import Iterator
@@ -66,4 +66,4 @@ def test_all_parts_are_printed_and_written(graft: str, tmp_path: Path, capfd: py
     assert {f"graft {clients} {key}" for clients in (1, 4, 16) for key in keys} <= set(numbers["servers"])
     assert numbers["replicas"]["up_s"] > 0
     assert numbers["replicas"]["down_s"] > 0
-    assert "speaches is left out" in capfd.readouterr().out
+    assert "faster-whisper" in capfd.readouterr().out

@@ -16,7 +16,6 @@ from jobs.benchmarks.speech import durations, spoken_clips
 from jobs.benchmarks.training_step import (
     BATCH_CLIPS,
     all_logits_loss,
-    bench_workers,
     flamingo_inputs,
     flamingo_model,
     in_arrival_order,
@@ -114,13 +113,6 @@ def test_every_way_to_batch_takes_every_clip_once(graft: str) -> None:
     lengths = [len(examples[place].target_ids) for batch in groups[1] for place in batch]
     assert lengths[0] == max(lengths)
     assert lengths[-1] == min(lengths)
-
-
-@pytest.mark.slow
-def test_two_workers_train_the_same_clips_as_one(graft: str) -> None:
-    numbers = bench_workers(graft, clips=8, repetitions=1)
-    assert numbers["clips"] > BATCH_CLIPS
-    assert numbers["two_to_one"] > 0
 
 
 @pytest.mark.slow

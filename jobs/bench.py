@@ -21,8 +21,8 @@ from graft.storage.atomic import write_atomic
 from .benchmarks.measuring import alone
 from .common.console import quiet_libraries
 
+# Options by name, as argparse takes them.
 Options = dict[str, dict[str, Any]]
-"""Options by name, as argparse takes them."""
 
 
 class Benchmark(NamedTuple):

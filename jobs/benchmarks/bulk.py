@@ -39,20 +39,20 @@ from ..transcription.work_items import at_attempts, durations, plan_items
 from .measuring import Numbers, in_turns, report, watch
 from .speech import DISTINCT, MEAN_S, WORDS, link_files, write_archive, write_long_recording
 
+# Mel bands that the encoder of a 7B graft takes.
 MEL_COUNT = 128
-"""Mel bands that the encoder of a 7B graft takes."""
+# Seconds of audio that one H200, at half its peak, transcribes in a second with a 7B graft, 96 clips at a time: 10 s
+# take 0.68 TFLOP to encode and 3.67 to read, at 790 TFLOP/s, and 30 steps that read 14.1 GB of weights at 4.8 TB/s.
 H200_RATE = 765.0
-"""Seconds of audio that one H200, at half its peak, transcribes in a second with a 7B graft, 96 clips at a time: 10 s
-take 0.68 TFLOP to encode and 3.67 to read, at 790 TFLOP/s, and 30 steps that read 14.1 GB of weights at 4.8 TB/s."""
+# Tokens of an answer for a second of speech in lower case.
 TOKENS_PER_S = 3.0
-"""Tokens of an answer for a second of speech in lower case."""
 ITEMS_PER_BATCH = 32
+# How many times as fast as the slowed device one core reads.
 HEADROOM = 4.0
-"""How many times as fast as the slowed device one core reads."""
+# Batches that the bare loop reads ahead.
 AHEAD = 4
-"""Batches that the bare loop reads ahead."""
+# Batches that are left out: while Ray's transcriber still opens, its reader is ahead.
 STARTING = 4
-"""Batches that are left out: while Ray's transcriber still opens, its reader is ahead."""
 READING = Reading(SpeechSettings(), ChunkSettings())
 WORKERS = Workers(readers=1, listeners=1, cpus_per_listener=1, gpus_per_listener=0, items_per_batch=ITEMS_PER_BATCH)
 ITEM_S = 1800.0

@@ -41,18 +41,18 @@ SHAPES = {
 BUDGETS = {"7b": [2048, 4096, 8192, 16384], "2b": [4096, 8192, 16384, 32768], "tiny": [512, 1024]}
 FRAMES_PER_S = 100
 PROMPT_TOKENS = 16
+# Tokens of an answer for a second of speech in lower case.
 LABELS_PER_S = 3.0
-"""Tokens of an answer for a second of speech in lower case."""
 WARMUP_STEPS = 3
+# Tokens of prompts that are read between two steps.
 PREFILL_TOKENS = 8_192
-"""Tokens of prompts that are read between two steps."""
+# Seconds of audio a second that are possible with the 7b shape, 256 clips at a time, by words of a GPU's name and
+# seconds of a clip: 2.27 TFLOP to encode 30 s and 0.68 to encode 10 s, 10.3 and 3.67 to read the prompt, and steps that
+# read 14.1 GB of weights; 790 TFLOP/s and 4.8 TB/s on an H200, 312 and 1.555 on an A100 of 40 GB.
 CEILINGS = {
     ("h200",): {10.0: 1629.0, 30.0: 1660.0},
     ("a100", "40gb"): {10.0: 483.0, 30.0: 497.0},
 }
-"""Seconds of audio a second that are possible with the 7b shape, 256 clips at a time, by words of a GPU's name and
-seconds of a clip: 2.27 TFLOP to encode 30 s and 0.68 to encode 10 s, 10.3 and 3.67 to read the prompt, and steps that
-read 14.1 GB of weights; 790 TFLOP/s and 4.8 TB/s on an H200, 312 and 1.555 on an A100 of 40 GB."""
 
 ABOUT_GPU = "{shape}, {device}, torch {torch}, {date}, clips of {clip_s:g} s, {dtype}"
 ABOUT_ENGINE = """\

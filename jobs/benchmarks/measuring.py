@@ -13,15 +13,15 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 T = TypeVar("T")
+# Measured values by name, as `--json` writes them.
 Numbers = dict[str, Any]
-"""Measured values by name, as `--json` writes them."""
+# A line of a table: its name and its numbers.
 Row = tuple[str, Numbers]
-"""A line of a table: its name and its numbers."""
 
+# Its title among the processes below it.
 DRIVER = "the process that was watched"
-"""Its title among the processes below it."""
+# Seconds between two looks at the processes of some work.
 LOOK_S = 0.5
-"""Seconds between two looks at the processes of some work."""
 NAME_WIDTH, COLUMN_WIDTH = 26, 10
 
 

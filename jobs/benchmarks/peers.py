@@ -25,10 +25,10 @@ from .speech import labelled_speech
 
 Transcribe = Callable[[Sequence[AudioClip]], list[str]]
 
+# Clips of a batch in transformers' pipeline.
 BATCH_CLIPS = 8
-"""Clips of a batch in transformers' pipeline."""
+# Arithmetic of faster-whisper.
 KINDS = ("float32", "int8")
-"""Arithmetic of faster-whisper."""
 
 ABOUT_PEERS = f"""\
 graft           its Transcriber, all clips at once

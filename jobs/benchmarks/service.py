@@ -33,12 +33,12 @@ from .measuring import Numbers, Row, alone, report, report_table
 from .speech import labelled_speech, spoken_clips
 
 APP = "bench"
+# Arguments of the service: here clients wait and are not refused.
 LIMITS = {"request_timeout_s": 600, "max_ongoing_requests": 10_000}
-"""Arguments of the service: here clients wait and are not refused."""
 SCALING = {"max_replicas": 2, "max_ongoing_chunks": 8, "upscale_delay_s": 2, "downscale_delay_s": 10}
 CLIP_S, CLIPS = 5.0, 32
+# The share of the saturated rate that is a lasting load, and the share of a load's time that is left out.
 LOAD, STARTING = 0.7, 0.2
-"""The share of the saturated rate that is a lasting load, and the share of a load's time that is left out."""
 LOOK_S = 0.25
 CLIENTS = (1, 4, 16)
 FEW, MANY, PATIENCE_S = 1, 16, 300.0

@@ -20,12 +20,12 @@ MANIFESTS = tuple(str(PROMPTS / name) for name in ("train.jsonl", "unseen.jsonl"
 WORDS = ["the", "of", "and", "to", "that", "is", "was", "he", "for", "with", "as", "his", "on", "be", "at", "by", "had"]
 WORDS_PER_S = 2.5
 SHORTEST_S, LONGEST_S, MEAN_S = 2.0, 20.0, 10.0
+# The number of files in an archive, or of clips in a corpus, that differ.
 DISTINCT = 100
-"""The number of files in an archive, or of clips in a corpus, that differ."""
 TELEPHONE_RATE, LONGEST_LABELLED_S = 8_000, 30.0
 
+# A clip and the words that are said in it.
 LabelledClip = tuple[AudioClip, str]
-"""A clip and the words that are said in it."""
 
 
 def labelled_speech(manifests: Sequence[str] | None) -> list[LabelledClip]:

@@ -26,12 +26,12 @@ from .speech import spoken_clips
 
 Inputs = Mapping[str, Tensor]
 Step = Callable[[Inputs], object]
+# A way to train: its step, its batches, and the number of clips in them.
 Way = tuple[Step, list[Inputs], int]
-"""A way to train: its step, its batches, and the number of clips in them."""
 
 COMPUTE = ComputeSettings(dtype="bf16", backend="torch")
+# Clips of a batch where their number is fixed; a token budget holds so many clips of average length.
 BATCH_CLIPS = 4
-"""Clips of a batch where their number is fixed; a token budget holds so many clips of average length."""
 LEARNING_RATE = 1e-3
 
 ABOUT_STEPS = """\

@@ -13,7 +13,7 @@ TEXT_STYLES = ("raw", "lower", "formatted")
 WINDOW_FRAMES = 3000
 """Mel frames in Whisper's 30 s window, 100 per second."""
 TAIL_FRAMES = 2
-"""Mel frames after a clip's last one that still contain its sound, because an STFT window of 400 samples reaches into them."""
+"""Mel frames after a clip's last one that still contain its sound: half an STFT window of 400 samples."""
 
 
 @strict
@@ -80,8 +80,8 @@ class GraftConfig(Qwen2VLConfig):
 def audio_token_count(frame_count: int, *, pool: int, context: str) -> int:
     """Count the audio tokens of a clip of `frame_count` mel frames (100 per second).
 
-    Whisper's second convolution halves the frames, rounding up, and pooling drops a remainder, as in AudioFlamingo3 and Qwen2Audio.
-    Raises ValueError for fewer than 2 * pool frames and for more than WINDOW_FRAMES.
+    Whisper's second convolution halves the frames, rounding up, and pooling drops a remainder, as in AudioFlamingo3 and
+    Qwen2Audio. Raises ValueError for fewer than 2 * pool frames and for more than WINDOW_FRAMES.
     """
     if not 2 * pool <= frame_count <= WINDOW_FRAMES:
         raise ValueError(

@@ -1,8 +1,9 @@
 """CTC pre-alignment, a quick first training of the projector that needs the language model's text embeddings only.
 
-A CTC loss (Graves et al., 2006) pulls each projected audio token towards the text embedding of the letter that is spoken there, or of a
-line break as the blank, so that the language model later starts from inputs close to those it knows. Aligning speech to text embeddings by
-CTC before the language model takes part follows Soundwave (Zhang et al., 2025).
+A CTC loss (Graves et al., 2006) pulls each projected audio token towards the text embedding of the letter that is
+spoken there, or of a line break as the blank, so that the language model later starts from inputs close to those it
+knows. Aligning speech to text embeddings by CTC before the language model takes part follows Soundwave (Zhang et al.,
+2025).
 """
 
 import re
@@ -30,7 +31,8 @@ class CtcOutput:
 class CtcPrealignment(nn.Module):
     """A graft's encoder and projector with the text embeddings of CTC's symbols as a fixed classifier.
 
-    The symbols are the blank (index 0), the space and `letters`, each one token of `tokenizer`. Raises ValueError for a letter that is not.
+    The symbols are the blank (index 0), the space and `letters`, each one token of `tokenizer`. Raises ValueError for a
+    letter that is not.
     """
 
     def __init__(self, model: GraftForConditionalGeneration, tokenizer: Any, letters: str = LETTERS):
@@ -58,8 +60,8 @@ class CtcPrealignment(nn.Module):
     ) -> CtcOutput:
         """Compute CTC's loss, summed over the clips that have labels and divided by `label_count`.
 
-        The inputs are those of GraftForConditionalGeneration.forward, one clip for each row of labels (clips, length). The target is the
-        labels' text after `normalize`. A clip with more symbols than audio tokens adds zero.
+        The inputs are those of GraftForConditionalGeneration.forward, one clip for each row of labels (clips, length).
+        The target is the labels' text after `normalize`. A clip with more symbols than audio tokens adds zero.
         """
         logits, counts = self._symbol_logits(audio_frame_counts, input_features, audio_states)
         log_probs = logits.log_softmax(-1).transpose(0, 1)  # (clips, tokens, symbols) -> (tokens, clips, symbols)
@@ -97,7 +99,7 @@ class CtcPrealignment(nn.Module):
     def _symbol_logits(
         self, frame_counts: Tensor, features: Tensor | None, states: Tensor | None
     ) -> tuple[Tensor, list[int]]:
-        """Score every audio token against the symbols; returns logits (clips, tokens, symbols), padded, and each clip's tokens."""
+        """Score the audio tokens; returns logits (clips, tokens, symbols), padded, and each clip's number of tokens."""
         if states is None:
             if features is None:
                 raise ValueError("neither input_features nor audio_states are given")

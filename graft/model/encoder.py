@@ -1,7 +1,7 @@
 """Encode log-mels with a frozen Whisper encoder, on the 30 s window or on a clip's own frames only.
 
-WhisperEncoder.forward takes 30 s windows only, and pooling belongs before its final LayerNorm, as in Qwen2Audio's and AudioFlamingo3's
-encoders. Therefore this module calls the encoder's layers one by one.
+WhisperEncoder.forward takes 30 s windows only, and pooling belongs before its final LayerNorm, as in Qwen2Audio's and
+AudioFlamingo3's encoders. Therefore this module calls the encoder's layers one by one.
 """
 
 import torch
@@ -19,11 +19,13 @@ def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Te
 
     Args:
         tower: the encoder, whose weights may have any dtype.
-        input_features: log-mels (clips, mels, frames), float32. Frames after a clip's own and its tail are replaced by silence.
+        input_features: log-mels (clips, mels, frames), float32. Frames after a clip's own and its tail are replaced by
+            silence.
         frame_counts: number of mel frames of each clip (clips,).
         config: pooling and context.
 
-    Returns the states (audio tokens of all clips, d_model), one clip after the other. Raises ValueError as audio_token_count does.
+    Returns the states (audio tokens of all clips, d_model), one clip after the other. Raises ValueError as
+    audio_token_count does.
     """
     own_token_counts = torch.tensor(token_counts(frame_counts, config), device=input_features.device)  # (clips,)
     state_counts = (frame_counts + 1) // 2  # (clips,): the second convolution has stride 2
@@ -46,7 +48,7 @@ def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Te
 
 
 def token_counts(frame_counts: Tensor, config: GraftConfig) -> list[int]:
-    """Count the audio tokens of each clip, given its mel frames (clips,). Raises ValueError as audio_token_count does."""
+    """Count the audio tokens of clips with so many mel frames (clips,). Raises ValueError as audio_token_count does."""
     return [
         audio_token_count(count, pool=config.audio_pool, context=config.audio_context)
         for count in frame_counts.tolist()
@@ -54,9 +56,11 @@ def token_counts(frame_counts: Tensor, config: GraftConfig) -> list[int]:
 
 
 def pad_with_silence(input_features: Tensor, frame_counts: Tensor, length: int) -> Tensor:
-    """Pad or cut log-mels (clips, mels, frames) to (clips, mels, length), with silence after each clip's own frames and its tail.
+    """Pad or cut log-mels (clips, mels, frames) to (clips, mels, length).
 
-    Silence is the value to which Whisper normalises digital silence: (max(-10, 4 * max - 12) + 4) / 4, with max over the clip's frames.
+    Everything after a clip's own frames and its tail becomes silence,
+    the value to which Whisper normalises digital silence: (max(-10, 4 * max - 12) + 4) / 4, with max over
+    the clip's frames.
     """
     missing = max(0, length - input_features.shape[-1])
     features = nn.functional.pad(input_features, (0, missing))[..., :length]

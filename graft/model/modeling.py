@@ -1,4 +1,4 @@
-"""GraftForConditionalGeneration: Qwen2-VL with audio input. Projected audio states replace the embeddings of audio placeholders."""
+"""GraftForConditionalGeneration: Qwen2-VL whose audio placeholders are replaced by projected Whisper states."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from .projector import AudioProjector
 
 
 class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
-    """Qwen2-VL with a Whisper encoder (`audio_tower`) and a projector (`audio_projector`) from its states to text embeddings."""
+    """Qwen2-VL with a Whisper encoder (`audio_tower`) and a projector of its states (`audio_projector`)."""
 
     config: GraftConfig
     config_class = GraftConfig
@@ -39,7 +39,10 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a graft. Raises ValueError for a checkpoint without the graft's tensors, which transformers would initialise at random."""
+        """Load a graft.
+
+        Raises ValueError for a checkpoint that lacks tensors, which transformers would initialise at random.
+        """
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("config") is None:
             found, _ = GraftConfig.get_config_dict(pretrained_model_name_or_path)
@@ -75,8 +78,8 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
     ) -> Tensor:
         """Embed input_ids (rows, length) and replace the audio placeholders' embeddings by audio embeddings, in order.
 
-        The audio is given as for `forward`. Returns (rows, length, hidden_size). Raises ValueError when the numbers of placeholders and
-        of audio tokens differ.
+        The audio is given as for `forward`. Returns (rows, length, hidden_size). Raises ValueError when the numbers of
+        placeholders and of audio tokens differ.
         """
         inputs_embeds = self.get_input_embeddings()(input_ids)  # (rows, length) -> (rows, length, hidden_size)
         is_audio = input_ids == self.config.audio_token_id  # (rows, length)

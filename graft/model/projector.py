@@ -1,4 +1,4 @@
-"""AudioProjector: the module between audio encoder and language model, and the only one that is trained from scratch."""
+"""AudioProjector: the module between audio encoder and language model, the only one trained from scratch."""
 
 from torch import Tensor, nn
 
@@ -6,8 +6,9 @@ from torch import Tensor, nn
 class AudioProjector(nn.Module):
     """Project audio states (tokens, d_model) to text embeddings (tokens, hidden_size).
 
-    `linear` is one matrix without bias, as in the reference system; Qwen2Audio has the same with a bias. `mlp` is linear, GELU, linear
-    with the language model's width in between, as in AudioFlamingo3. States are cast to the projector's dtype, which is float32 in training.
+    `linear` is one matrix without bias, as in the reference system; Qwen2Audio has the same with a bias. `mlp` is
+    linear, GELU, linear with the language model's width in between, as in AudioFlamingo3. States are cast to the
+    projector's dtype, which is float32 in training.
     """
 
     def __init__(self, kind: str, *, audio_width: int, text_width: int):

@@ -19,9 +19,10 @@ from .test_sets import as_rows, labelled
 
 
 def score_ctc(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float]]:
-    """Score the CTC transcripts of recipe.model, a stage 1; returns graft.text.wer.Score's rates by test set, as an earlier run left them.
+    """Score the CTC transcripts of recipe.model, a stage 1; returns graft.text.wer.Score's rates by test set.
 
-    Clips that cannot be read are left out. Raises DataError for rows without text, and ModelError.
+    An earlier run's report is returned as it is. Clips that cannot be read are left out. Raises DataError for rows
+    without text, and ModelError.
     """
     report = claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS) / REPORT_FILE
     if not report.exists():

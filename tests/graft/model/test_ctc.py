@@ -1,4 +1,4 @@
-"""Test CTC pre-alignment on a tiny graft: its symbols, its loss against all alignments, what it trains, and its scores."""
+"""Test CTC pre-alignment on a tiny graft: symbols, the loss against all alignments, training and scores."""
 
 import itertools
 import math

@@ -16,7 +16,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from graft.audio.chunking import Chunk
-from graft.checkpoints.names import from_anywhere
+from graft.checkpoints.names import absolute_checkpoint
 from graft.errors import GraftError
 from graft.inference.engines.protocol import EngineCounts
 from graft.inference.transcript import Segment
@@ -148,7 +148,7 @@ def build(args: ServeArgs) -> Application:
     ApiKeys.from_environment(args.key_file)
     # Paths become absolute, because replicas have another working directory.
     absolute = {
-        "model": from_anywhere(args.model),
+        "model": absolute_checkpoint(args.model),
         "key_file": args.key_file and os.path.abspath(args.key_file),
         "aligner": args.aligner and find_aligner(args.aligner)[0],
     }

@@ -1,4 +1,4 @@
-"""Graft two checkpoints: the encoder of any Whisper onto any Qwen2-VL, with a fresh projector between them."""
+"""Join the encoder of a Whisper checkpoint to a Qwen2-VL checkpoint, with an untrained projector between them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -30,9 +30,13 @@ def build_graft(
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
     """Join a Whisper and a Qwen2-VL checkpoint (hub ids or folders) into a graft and its processor.
 
-    `settings` are GraftConfig's (audio_pool, audio_context, ...). The frozen parts keep the text base's dtype unless `dtype` is given. The
-    audio tokens take spare rows of the embedding table, which grows only where there are none. Raises ModelError for a base of another
-    kind, and for wrong settings.
+    Args:
+        dtype: of all weights; by default the text base's.
+        seed: of the projector's initial weights and of embedding rows that are added.
+        settings: GraftConfig's audio_pool, audio_context and so on.
+
+    The audio tokens take spare rows of the embedding table, which grows only where it has too few. Raises ModelError
+    for a base of another kind and for wrong settings.
     """
     check_kind(audio_base, "whisper")
     check_kind(text_base, "qwen2_vl")
@@ -45,15 +49,15 @@ def build_graft(
     with reading(audio_base):
         feature_extractor = WhisperFeatureExtractor.from_pretrained(audio_base)
     ids = add_audio_tokens(tokenizer)
-    _make_room(text, len(tokenizer), seed)
-    config = _config(text, encoder, {**ids, **settings}, digests)
-    model = _join(config, text, encoder, dtype=dtype, seed=seed)
+    _grow_embeddings(text, len(tokenizer), seed)
+    config = _graft_config(text, encoder, {**ids, **settings}, digests)
+    model = _join_parts(config, text, encoder, dtype=dtype, seed=seed)
     parts = {"feature_extractor": feature_extractor, "image_processor": image_processor, "tokenizer": tokenizer}
     return model, GraftProcessor.for_config(config, **parts)
 
 
 def check_kind(checkpoint: str, kind: str) -> None:
-    """Raise ModelError unless a checkpoint's config.json says it is of that model_type."""
+    """Raise ModelError unless a checkpoint's config.json names `kind` as its model_type."""
     folder = Path(checkpoint)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ModelError(f"{checkpoint} has no config.json: give the folder of a {kind} checkpoint")
@@ -70,7 +74,7 @@ def check_kind(checkpoint: str, kind: str) -> None:
 
 @contextlib.contextmanager
 def reading(checkpoint: str) -> Iterator[None]:
-    """Raise ModelError where transformers finds a checkpoint's files missing or broken."""
+    """Turn the errors with which transformers reports missing or broken files of a checkpoint into ModelError."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
@@ -84,26 +88,26 @@ def _first_line(error: Exception) -> str:
 def _load(model_class: Any, checkpoint: str) -> Any:
     with reading(checkpoint):
         model, found = model_class.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):  # transformers made them up
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
         raise ModelError(f"{checkpoint} lacks {len(missing)} tensors, {missing[0]} first: copy or fetch it again")
     return model
 
 
 def add_audio_tokens(tokenizer: Any) -> dict[str, Any]:
-    """Teach a tokenizer the audio tokens; returns their ids as GraftConfig names them."""
+    """Add the audio tokens to a tokenizer; returns their ids by the names of GraftConfig's fields."""
     tokenizer.add_special_tokens({"additional_special_tokens": list(AUDIO_TOKENS)}, replace_extra_special_tokens=False)
     names = ("audio_token_id", "audio_start_token_id", "audio_end_token_id")
     return dict(zip(names, tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS)), strict=True))
 
 
-def _make_room(text: Qwen2VLForConditionalGeneration, token_count: int, seed: int) -> None:
+def _grow_embeddings(text: Qwen2VLForConditionalGeneration, token_count: int, seed: int) -> None:
     embeddings: Any = text.get_input_embeddings()
     if token_count > embeddings.num_embeddings:
         torch.manual_seed(seed)
         text.resize_token_embeddings(token_count, mean_resizing=True)
 
 
-def _config(
+def _graft_config(
     text: Qwen2VLForConditionalGeneration, encoder: Any, settings: dict[str, Any], digests: dict[str, str]
 ) -> GraftConfig:
     base = {key: value for key, value in text.config.to_dict().items() if key not in ("model_type", "architectures")}
@@ -113,44 +117,37 @@ def _config(
         raise ModelError(str(error)) from error
 
 
-def _join(
+def _join_parts(
     config: GraftConfig, text: Qwen2VLForConditionalGeneration, encoder: Any, *, dtype: torch.dtype, seed: int
 ) -> GraftForConditionalGeneration:
     with no_init_weights():
         model = GraftForConditionalGeneration(config)
-    for parameter in model.parameters():  # but not the buffers: rotary frequencies stay float32
+    for parameter in model.parameters():  # buffers are left out: rotary frequencies stay float32
         parameter.data = parameter.data.to(dtype)
     model.tie_weights()
     state = {**text.state_dict(), **{f"audio_tower.{name}": tensor for name, tensor in encoder.state_dict().items()}}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    left = [name for name in missing if not name.startswith("audio_projector.")] + unexpected
-    if left:
+    if unmatched := [name for name in missing if not name.startswith("audio_projector.")] + unexpected:
         raise ModelError(
-            f"the bases do not fit a graft: {len(left)} tensors are left over, {left[0]} first: use Whisper and Qwen2-VL"
+            f"the bases do not fit a graft: {len(unmatched)} tensors have no match, {unmatched[0]} first: "
+            "use Whisper and Qwen2-VL"
         )
     torch.manual_seed(seed)
     model._init_weights(model.audio_projector)
-    generate_words_only(model, text.generation_config)
+    set_generation_config(model, text.generation_config)
     return model.eval()
 
 
-def generate_words_only(model: GraftForConditionalGeneration, settings: Any) -> None:
-    """Give a graft a base's generation settings, and never a placeholder as an answer."""
-    config = model.config
+def set_generation_config(model: GraftForConditionalGeneration, settings: Any) -> None:
+    """Give a graft its base's generation settings, and forbid it to generate placeholder tokens."""
+    names = ("audio", "audio_start", "audio_end", "image", "video", "vision_start", "vision_end")
+    settings.suppress_tokens = sorted(getattr(model.config, f"{name}_token_id") for name in names)
     model.generation_config = settings
-    placeholders = [
-        config.audio_token_id,
-        config.audio_start_token_id,
-        config.audio_end_token_id,
-        config.image_token_id,
-    ]
-    placeholders += [config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
-    model.generation_config.suppress_tokens = sorted(placeholders)
 
 
 def read_image_processor(text_base: str) -> Any:
-    """Read a Qwen2-VL checkpoint's image processor, or make the published one."""
+    """Read a Qwen2-VL checkpoint's image processor, or make one of Qwen2-VL's published values where it has none."""
     try:
         return Qwen2VLImageProcessorPil.from_pretrained(text_base)
-    except OSError:  # a text base without preprocessor_config.json: Qwen2-VL's published values
+    except OSError:
         return Qwen2VLImageProcessorPil()

@@ -1,7 +1,8 @@
-"""Import of the reference system's published checkpoints: the weights of github.com/kulsoom-abdullah/Qwen2-VL-Audio-Graft as a graft.
+"""Import the reference system's published checkpoints: the weights of github.com/kulsoom-abdullah/Qwen2-VL-Audio-Graft.
 
-They are Qwen2-VL checkpoints with flat names and an `audio_encoder` and `audio_projector` beside; the projector may stand in a file of its
-own, and matrices may be packed to 4 bits by bitsandbytes, which is undone here. Stock transformers loads them with the audio path left out.
+They are Qwen2-VL checkpoints with flat tensor names, and with `audio_encoder` and `audio_projector` besides. The
+projector may be in a file of its own, and bitsandbytes may have packed matrices to 4 bits, which are dequantized here.
+transformers alone loads such a checkpoint without its audio path.
 """
 
 import json
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, Qwen2VLConfig, WhisperConfig, WhisperFeatureExtractor
 from transformers.initialization import no_init_weights
 
-from graft.checkpoints.build import add_audio_tokens, generate_words_only, read_image_processor, reading
+from graft.checkpoints.build import add_audio_tokens, read_image_processor, reading, set_generation_config
 from graft.checkpoints.projector_file import check_projector, state_digest
 from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
@@ -30,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "prompt_style": "reference",
     "text_style": "raw",
 }
-"""How the published weights were trained to hear and to answer."""
+"""GraftConfig's values with which the published weights were trained."""
 PROJECTOR_FILE = "audio_projector.pt"
 PREFIXES = {
     "model.": "model.language_model.",
@@ -39,11 +40,11 @@ PREFIXES = {
     "audio_encoder.": "audio_tower.",
     "audio_projector.": "audio_projector.linear.",
 }
-"""Theirs -> a graft's."""
+"""Published prefix of a tensor's name -> a graft's prefix."""
 HEAD_WIDTH = 64
-"""Of every Whisper; no tensor tells it."""
+"""Width of an attention head in every Whisper; it cannot be told from the tensors' shapes."""
 _PACKED = ".quant_state.bitsandbytes__"
-_KEPT = (
+_BASE_KEYS = (
     "text_config",
     "vision_config",
     "image_token_id",
@@ -58,29 +59,36 @@ def import_reference(
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
     """Turn a published checkpoint (folder or hub id) into a graft and its processor.
 
-    Its tokenizer is that of `tokenizer_base` where it has none. The weights keep the embedding table's dtype unless `dtype` is given.
-    Raises ModelError where anything is missing, left over or of another shape, naming it: nothing is made up.
+    Args:
+        tokenizer_base: checkpoint whose tokenizer is used where the published one has none.
+        dtype: of all weights; by default the embedding table's.
+
+    Raises ModelError that names the tensor or file where anything is missing, unknown or of another shape.
     """
-    folder = _folder(checkpoint)
-    state = _renamed(_unpacked(_read_tensors(folder), source=checkpoint), source=checkpoint)
-    words = str(folder) if (folder / "tokenizer_config.json").is_file() else tokenizer_base
-    if words is None:
+    folder = _local_folder(checkpoint)
+    tensors = _dequantize_all(_read_tensors(folder), source=checkpoint)
+    state = _rename_tensors(tensors, source=checkpoint)
+    tokenizer_source = str(folder) if (folder / "tokenizer_config.json").is_file() else tokenizer_base
+    if tokenizer_source is None:
         raise ModelError(
-            f"{checkpoint} has no tokenizer: give text_base=Qwen/Qwen2-VL-7B-Instruct, or the Qwen2-VL that it was made of"
+            f"{checkpoint} has no tokenizer: give text_base=Qwen/Qwen2-VL-7B-Instruct, "
+            "or the Qwen2-VL that it was made of"
         )
-    with reading(words):
-        tokenizer, image_processor = AutoTokenizer.from_pretrained(words), read_image_processor(words)
-    config = _config(folder, state, tokenizer, source=checkpoint)
+    with reading(tokenizer_source):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
+        image_processor = read_image_processor(tokenizer_source)
+    config = _graft_config(folder, state, tokenizer, source=checkpoint)
     table = state["model.language_model.embed_tokens.weight"]
-    model = _model(config, {name: tensor.to(dtype or table.dtype) for name, tensor in state.items()}, source=checkpoint)
-    generate_words_only(model, _generation(folder, tokenizer))
+    state = {name: tensor.to(dtype or table.dtype) for name, tensor in state.items()}
+    model = _load_model(config, state, source=checkpoint)
+    set_generation_config(model, _read_generation_config(folder, tokenizer))
     check_projector(model, source=checkpoint)
     extractor = WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins)
     parts = {"feature_extractor": extractor, "image_processor": image_processor, "tokenizer": tokenizer}
     return model, GraftProcessor.for_config(config, **parts)
 
 
-def _folder(checkpoint: str) -> Path:
+def _local_folder(checkpoint: str) -> Path:
     if Path(checkpoint).exists():
         return Path(checkpoint)
     try:
@@ -92,7 +100,7 @@ def _folder(checkpoint: str) -> Path:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's files; the projector may stand in two of them, but not with two contents."""
+    """Read the tensors of all files; a projector that is in two files must have the same values in both."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     with reading(str(folder)):
@@ -107,7 +115,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             there = tensors.setdefault(name, tensor)
             if there.shape != tensor.shape or not torch.equal(there, tensor.to(there.dtype)):
                 raise ModelError(
-                    f"{folder}: {PROJECTOR_FILE} and the safetensors differ in {name}: remove the one that is not wanted"
+                    f"{folder}: {PROJECTOR_FILE} and the safetensors differ in {name}: "
+                    "remove the one that is not wanted"
                 )
     if not tensors:
         raise ModelError(f"{folder} holds no *.safetensors: give the folder of a published checkpoint")
@@ -118,18 +127,18 @@ def _read_projector(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {f"audio_projector.{name}": tensor for name, tensor in state.items()}
-    except Exception as error:  # whatever broken bytes lead the unpickler to
+    except Exception as error:  # the unpickler may raise anything on broken bytes
         reason = str(error).partition("\n")[0]
         raise ModelError(f"{path} can't be read ({reason}): copy or fetch it again") from error
 
 
-def _unpacked(tensors: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """Undo bitsandbytes' 4-bit packing: a weight of bytes and its statistics become one matrix."""
+def _dequantize_all(tensors: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """Replace each 4-bit weight of bitsandbytes and its statistics by one matrix."""
     tensors = dict(tensors)
     for key in [name for name in tensors if _PACKED in name]:
         name = key.partition(_PACKED)[0]
         try:
-            tensors[name] = _unpack(tensors, name, json.loads(bytes(tensors.pop(key).tolist())))
+            tensors[name] = _dequantize(tensors, name, json.loads(bytes(tensors.pop(key).tolist())))
         except (KeyError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"{source}: the 4-bit {name} can't be unpacked ({error}): copy or fetch it again"
@@ -137,25 +146,27 @@ def _unpacked(tensors: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpack(tensors: dict[str, Tensor], name: str, state: dict[str, Any]) -> Tensor:
-    """Look up each half byte, the higher first, and scale it by its block's absolute maximum, itself looked up where it is packed too.
+def _dequantize(tensors: dict[str, Tensor], name: str, state: dict[str, Any]) -> Tensor:
+    """Dequantize a 4-bit matrix.
 
-    Source: Dettmers et al., QLoRA, 2023; the layout is bitsandbytes'.
+    Each half byte, the higher first, is an index into a table of values, which its block's absolute maximum scales.
+    With double quantization the maxima are 8-bit themselves. Source: Dettmers et al., QLoRA, 2023; the layout is
+    bitsandbytes'.
     """
-    scales = tensors.pop(f"{name}.absmax")
+    scales = tensors.pop(f"{name}.absmax")  # (blocks,)
     if "nested_blocksize" in state:
         nested = tensors.pop(f"{name}.nested_quant_map")[scales.int()]
         block_scales = tensors.pop(f"{name}.nested_absmax").repeat_interleave(state["nested_blocksize"])[: len(scales)]
         scales = nested * block_scales + state["nested_offset"]
-    packed = tensors[name].view(torch.uint8).reshape(-1)
-    halves = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)
+    packed = tensors[name].view(torch.uint8).reshape(-1)  # (bytes,)
+    halves = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)  # (2 * bytes,)
     values = tensors.pop(f"{name}.quant_map")[halves.int()]
     count = torch.Size(state["shape"]).numel()
     values = values[:count] * scales.repeat_interleave(state["blocksize"])[:count]
     return values.to(getattr(torch, state["dtype"])).reshape(state["shape"])
 
 
-def _renamed(tensors: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
+def _rename_tensors(tensors: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
     state = {}
     for name, tensor in tensors.items():
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
@@ -165,11 +176,13 @@ def _renamed(tensors: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
     return state
 
 
-def _theirs(name: str) -> str:
-    return next((theirs + name.removeprefix(ours) for theirs, ours in PREFIXES.items() if name.startswith(ours)), name)
+def _published_name(name: str) -> str:
+    return next(
+        (published + name.removeprefix(ours) for published, ours in PREFIXES.items() if name.startswith(ours)), name
+    )
 
 
-def _config(folder: Path, state: dict[str, Tensor], tokenizer: Any, *, source: str) -> GraftConfig:
+def _graft_config(folder: Path, state: dict[str, Tensor], tokenizer: Any, *, source: str) -> GraftConfig:
     with reading(source):
         found = json.loads((folder / "config.json").read_text())
         base = Qwen2VLConfig.from_dict({key: value for key, value in found.items() if key != "quantization_config"})
@@ -177,24 +190,23 @@ def _config(folder: Path, state: dict[str, Tensor], tokenizer: Any, *, source: s
         audio = _audio_config(state)
         table = state["model.language_model.embed_tokens.weight"]
     except KeyError as error:
-        raise ModelError(f"{source} lacks {_theirs(error.args[0])}: is it one of the published checkpoints?") from error
+        raise ModelError(
+            f"{source} lacks {_published_name(error.args[0])}: is it one of the published checkpoints?"
+        ) from error
     ids = add_audio_tokens(tokenizer)
     if len(tokenizer) > len(table) or found.get("audio_token_id", ids["audio_token_id"]) != ids["audio_token_id"]:
-        place = (
-            f"audio_token_id {found.get('audio_token_id')} and {len(table)} rows, the tokenizer {ids['audio_token_id']}"
+        published = f"audio_token_id {found.get('audio_token_id')} and {len(table)} rows"
+        raise ModelError(
+            f"{source} has {published}, the tokenizer {ids['audio_token_id']}: give the text_base= that it was made of"
         )
-        raise ModelError(f"{source} has {place}: give the text_base= that it was made of")
+    tower = "audio_tower."
     parts = {
-        "audio": {
-            name.removeprefix("audio_tower."): tensor
-            for name, tensor in state.items()
-            if name.startswith("audio_tower.")
-        },
+        "audio": {name.removeprefix(tower): tensor for name, tensor in state.items() if name.startswith(tower)},
         "text": {name: tensor for name, tensor in state.items() if not name.startswith("audio_")},
     }
-    kept: dict[str, Any] = {key: value for key, value in base.to_dict().items() if key in _KEPT}
+    shared: dict[str, Any] = {key: value for key, value in base.to_dict().items() if key in _BASE_KEYS}
     return GraftConfig(
-        **{**kept, **ids, **SETTINGS},
+        **{**shared, **ids, **SETTINGS},
         tie_word_embeddings="lm_head.weight" not in state,
         audio_config=audio.to_dict(),
         base_digests={part: state_digest(tensors) for part, tensors in parts.items()},
@@ -202,7 +214,7 @@ def _config(folder: Path, state: dict[str, Tensor], tokenizer: Any, *, source: s
 
 
 def _audio_config(state: dict[str, Tensor]) -> WhisperConfig:
-    """The encoder's shape, told by its tensors."""
+    """Read the encoder's configuration off its tensors' shapes."""
     width, mel_count, _ = state["audio_tower.conv1.weight"].shape
     layers = {name.split(".")[2] for name in state if name.startswith("audio_tower.layers.")}
     return WhisperConfig(
@@ -215,16 +227,16 @@ def _audio_config(state: dict[str, Tensor]) -> WhisperConfig:
     )
 
 
-def _model(config: GraftConfig, state: dict[str, Tensor], *, source: str) -> GraftForConditionalGeneration:
+def _load_model(config: GraftConfig, state: dict[str, Tensor], *, source: str) -> GraftForConditionalGeneration:
     with no_init_weights():
         model = GraftForConditionalGeneration(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
-    faults = [f"lacks {_theirs(name)}" for name in expected if name not in state]
-    faults += [f"has {_theirs(name)}, which a graft has not" for name in state if name not in expected]
+    faults = [f"lacks {_published_name(name)}" for name in expected if name not in state]
+    faults += [f"has {_published_name(name)}, which a graft does not have" for name in state if name not in expected]
     faults += [
-        f"has {_theirs(name)} of shape {tuple(state[name].shape)}, not {tuple(shape)}"
+        f"has {_published_name(name)} of shape {tuple(state[name].shape)}, not {tuple(shape)}"
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     ]
@@ -236,7 +248,7 @@ def _model(config: GraftConfig, state: dict[str, Tensor], *, source: str) -> Gra
     return model.eval()
 
 
-def _generation(folder: Path, tokenizer: Any) -> GenerationConfig:
+def _read_generation_config(folder: Path, tokenizer: Any) -> GenerationConfig:
     if (folder / "generation_config.json").is_file():
         with reading(str(folder)):
             return GenerationConfig.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The shapes of the bases that graft's recipes join, by the names that they go by: a configuration without any download."""
+"""Describe the base checkpoints of graft's recipes by their shapes, so that nothing has to be downloaded."""
 
 from typing import Any
 
@@ -77,5 +77,8 @@ AUDIO_BASES: dict[str, dict[str, Any]] = {
 
 
 def known_config(audio_base: str, text_base: str, **settings: Any) -> GraftConfig:
-    """Describe the graft of two known bases; `settings` are GraftConfig's. Raises KeyError for a base that is not known by shape."""
+    """Make the configuration of a graft of two known bases; `settings` are GraftConfig's.
+
+    Raises KeyError for a base that is not in AUDIO_BASES or TEXT_BASES.
+    """
     return GraftConfig(audio_config=dict(AUDIO_BASES[audio_base]), **TEXT_BASES[text_base], **settings)

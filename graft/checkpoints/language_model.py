@@ -1,9 +1,10 @@
-"""A graft in two parts, for engines that run the language model by themselves.
+"""Split a graft into two models, for engines that run the language model themselves.
 
-    encoder, projector, table of embeddings -> a graft that turns clips and prompts into embeddings, and does no more
-    language model                          -> its tensors renamed, shard by shard -> a plain Qwen2ForCausalLM in the cache
+    encoder, projector, embedding table -> a graft that turns clips and prompts into embeddings, and no more
+    language model                      -> its tensors renamed, shard by shard -> a plain Qwen2ForCausalLM in the cache
 
-Where a token's positions in time, height and width are equal, as those of audio and words are, Qwen2-VL's language model is Qwen2's.
+Qwen2-VL's language model equals Qwen2's where a token's positions in time, height and width are equal, as they are for
+audio and text.
 """
 
 import hashlib
@@ -29,19 +30,20 @@ from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
 from graft.storage.atomic import atomic_folder
 
-CONVERSION = 1  # raise it when the conversion writes other files: old cache folders are then left alone
+CONVERSION = 1  # version of the files that the conversion writes; a new one leaves old cache folders unused
 LANGUAGE_MODEL = "model.language_model."
 HEAD = "lm_head.weight"
-HEARING = ("audio_tower.", "audio_projector.", f"{LANGUAGE_MODEL}embed_tokens.")
+ENCODER_MODEL = ("audio_tower.", "audio_projector.", f"{LANGUAGE_MODEL}embed_tokens.")
 INDEX_FILE = "model.safetensors.index.json"
 
 
 def open_encoder_model(
     path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
-    """Load what open_graft opens, but of the language model only the embeddings: `embed` works, generation does not.
+    """Load what open_graft opens without the language model's layers, so that `embed` works and generation does not.
 
-    `dtype` defaults to the checkpoint's own. Raises ModelError as open_graft does, and for a stage's output with adapters.
+    `dtype` defaults to the checkpoint's own. Raises ModelError as open_graft does, and for a stage's output with
+    adapters, which would have to be merged into the layers first.
     """
     check_graft(path)
     if has_adapters(path):
@@ -55,8 +57,10 @@ def open_encoder_model(
     with reading(graft):
         model.generation_config = GenerationConfig.from_pretrained(graft)
         for file in weight_files(graft):
-            _load(model, file, dtype=dtype or config.dtype or torch.float32, device=device)
-    if missing := [name for name, tensor in model.named_parameters() if name.startswith(HEARING) and tensor.is_meta]:
+            _load_encoder_tensors(model, file, dtype=dtype or config.dtype or torch.float32, device=device)
+    if missing := [
+        name for name, tensor in model.named_parameters() if name.startswith(ENCODER_MODEL) and tensor.is_meta
+    ]:
         raise ModelError(f"{graft} lacks {len(missing)} tensors of a graft, {missing[0]} first: build it again")
     if read_stage(path):
         load_projector(model, path)
@@ -65,13 +69,14 @@ def open_encoder_model(
 
 
 def language_model_folder(path: str | Path, cache: Path | None = None) -> Path:
-    """The language model of a graft, or of the graft behind a stage's output, as a Qwen2ForCausalLM folder without a tokenizer.
+    """Write the language model of a graft, or of a stage's graft, as a Qwen2ForCausalLM folder without a tokenizer.
 
-    It is written once, under the digest of the graft's weights, into `cache`, by default $GRAFT_CACHE, then ~/.cache/graft; it needs as
-    much room there as the language model has, and one shard's in memory. Raises ModelError when it can't be written.
+    The folder is written once, under the digest of the graft's weights, into `cache`, by default $GRAFT_CACHE or
+    ~/.cache/graft. It takes as much disk space as the language model, and as much memory as one shard. Raises
+    ModelError when it cannot be written.
     """
     graft = base_graft(path)
-    config = _plain_config(GraftConfig.from_pretrained(graft))
+    config = _qwen2_config(GraftConfig.from_pretrained(graft))
     files = weight_files(graft)
     root = (cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()) / "language_models"
     folder = root / f"qwen2-{_digest(config, files)}-{CONVERSION}"
@@ -79,7 +84,7 @@ def language_model_folder(path: str | Path, cache: Path | None = None) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                _write_whole(config, files, folder)
+                _write_language_model(config, files, folder)
     except OSError as error:
         size = sum(file.stat().st_size for file in files) / 1e9
         raise ModelError(
@@ -88,24 +93,22 @@ def language_model_folder(path: str | Path, cache: Path | None = None) -> Path:
     return folder
 
 
-def _load(model: GraftForConditionalGeneration, path: Path, *, dtype: torch.dtype, device: str | torch.device) -> None:
+def _load_encoder_tensors(
+    model: GraftForConditionalGeneration, path: Path, *, dtype: torch.dtype, device: str | torch.device
+) -> None:
     with safe_open(path, framework="pt") as file:
-        names = [name for name in list(file.keys()) if name.startswith(HEARING)]
+        names = [name for name in list(file.keys()) if name.startswith(ENCODER_MODEL)]
         state = {name: file.get_tensor(name).to(device, dtype) for name in names}
     model.load_state_dict(state, strict=False, assign=True)
 
 
-def _plain_config(config: GraftConfig) -> Qwen2Config:
+def _qwen2_config(config: GraftConfig) -> Qwen2Config:
     text = config.get_text_config().to_dict()
-    shared = (Qwen2Config().to_dict().keys() & text.keys()) - {
-        "model_type",
-        "architectures",
-        "transformers_version",
-        "_name_or_path",
-    }
+    own = {"model_type", "architectures", "transformers_version", "_name_or_path"}
+    own |= {"rope_parameters", "dtype", "tie_word_embeddings"}
     rope = {key: value for key, value in text["rope_parameters"].items() if key != "mrope_section"}
     return Qwen2Config(
-        **{key: text[key] for key in shared - {"rope_parameters", "dtype", "tie_word_embeddings"}},
+        **{key: text[key] for key in (Qwen2Config().to_dict().keys() & text.keys()) - own},
         rope_parameters=rope,
         tie_word_embeddings=config.tie_word_embeddings,
         dtype=config.dtype,
@@ -121,18 +124,18 @@ def _digest(config: Qwen2Config, files: Sequence[Path]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _write_whole(config: Qwen2Config, files: Sequence[Path], folder: Path) -> None:
+def _write_language_model(config: Qwen2Config, files: Sequence[Path], folder: Path) -> None:
     with atomic_folder(folder) as building:
         config.save_pretrained(building)
-        places = {name: path.name for path in files for name in _write_shard(path, building / path.name)}
-        (building / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}) + "\n")
+        weight_map = {name: path.name for path in files for name in _write_shard(path, building / path.name)}
+        (building / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}) + "\n")
 
 
 def _write_shard(source: Path, target: Path) -> list[str]:
-    """Write a shard's tensors that are the language model's, under Qwen2's names; returns the names."""
+    """Write the language model's tensors of a shard under Qwen2's names; returns the names."""
     with safe_open(source, framework="pt") as file:
         names = {
-            name: _plain_name(name) for name in list(file.keys()) if name.startswith(LANGUAGE_MODEL) or name == HEAD
+            name: _qwen2_name(name) for name in list(file.keys()) if name.startswith(LANGUAGE_MODEL) or name == HEAD
         }
         state = {plain: file.get_tensor(name) for name, plain in names.items()}
     if state:
@@ -140,5 +143,5 @@ def _write_shard(source: Path, target: Path) -> list[str]:
     return list(state)
 
 
-def _plain_name(name: str) -> str:
+def _qwen2_name(name: str) -> str:
     return name if name == HEAD else f"model.{name.removeprefix(LANGUAGE_MODEL)}"

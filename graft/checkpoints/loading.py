@@ -1,4 +1,4 @@
-"""Open what graft's jobs wrote: a whole graft, or a stage's output on top of the graft it was trained on."""
+"""Open what graft's jobs write: a whole graft, or a stage's output together with the graft it was trained on."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def computes_bf16(device: torch.device | str) -> bool:
-    """Whether PyTorch multiplies bf16 matrices on a device as fast as others: on CPUs oneDNN has to, with AVX-512, AMX or Arm's BF16."""
+    """Tell whether a device multiplies bf16 matrices at full speed; on CPUs this takes AVX-512, AMX or Arm's BF16."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # what torch.compile asks as well
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # torch.compile uses this check too
 
 
 def open_graft(
@@ -39,22 +39,25 @@ def open_graft(
     attention: str = "sdpa",
     rounded_to_nf4: bool = False,
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
-    """Load a model and its processor from a graft's folder, a stage's output folder, a hub id or the name of a graft that comes along.
+    """Load a model and its processor.
 
-    `dtype` defaults to the checkpoint's own. With `nf4` the language model is quantized (QLoRA); with `rounded_to_nf4` its
-    weights are those that quantization leaves, in `dtype` again. `attention` is transformers' name of an implementation. A stage's
-    projector, and its adapters unmerged, are put onto the graft that the stage was trained on; the words that it was trained for stand in
-    configuration and processor.
-    Raises ModelError for anything else, and for a deaf projector.
+    Args:
+        path: a graft's folder, a stage's output folder, a hub id, or the name of a graft in the package.
+        dtype: of the weights; by default the checkpoint's own.
+        nf4: quantize the language model to NF4, as QLoRA does.
+        attention: transformers' name of an attention implementation.
+        rounded_to_nf4: round the language model's weights to NF4's values, but keep them in `dtype`.
+
+    A stage's projector and its unmerged adapters are loaded into the graft that the stage was trained on; configuration
+    and processor say which instructions it was trained for. Raises ModelError for anything else, and for a projector of
+    zeros.
     """
     model = _load_model(base_graft(path), dtype=dtype, device=device, nf4=nf4, attention=attention)
     if rounded_to_nf4:
         round_to_nf4(model)
     processor = open_processor(path)
-    model.config.trained_styles, model.config.trained_context = (
-        list(processor.trained_styles),
-        processor.trained_context,
-    )
+    model.config.trained_styles = list(processor.trained_styles)
+    model.config.trained_context = processor.trained_context
     if read_stage(path):
         load_projector(model, path)
         if has_adapters(path):
@@ -64,7 +67,7 @@ def open_graft(
 
 
 def model_digest(path: str | Path) -> str:
-    """SHA-256 over the files that make up what open_graft opens: weights and configuration, of a stage also of its graft."""
+    """Compute the SHA-256 of the weights and configurations that open_graft reads; a stage's includes its graft's."""
     digest = hashlib.sha256()
     for part in [*([path] if read_stage(path) else []), base_graft(path)]:
         weights = weight_files(part)
@@ -76,7 +79,7 @@ def model_digest(path: str | Path) -> str:
 
 
 def open_processor(path: str | Path) -> GraftProcessor:
-    """Load the processor of what open_graft opens, without the model. Raises ModelError for anything else."""
+    """Load the processor that open_graft returns, without the model. Raises ModelError as open_graft does."""
     graft = base_graft(path)
     check_kind(graft, "graft")
     with reading(graft):
@@ -87,7 +90,10 @@ def open_processor(path: str | Path) -> GraftProcessor:
 
 
 def check_graft(path: str | Path) -> None:
-    """Raise ModelError unless a path is a graft, or a stage's output with a projector for its graft; reads no other weights."""
+    """Raise ModelError unless a path is a graft, or a stage's output whose projector fits its graft.
+
+    No other weights are read.
+    """
     graft = base_graft(path)
     check_kind(graft, "graft")
     if read_stage(path):
@@ -97,11 +103,12 @@ def check_graft(path: str | Path) -> None:
 def write_stage(folder: str | Path, *, stage: int, graft: str | Path, words: Mapping[str, Any] | None = None) -> None:
     """Record in a stage's output folder which graft it belongs to, by a path relative to that folder.
 
-    `words` is what it can be asked for now (graft.text.instructions.trained_instructions); None leaves it at what the graft could be asked for.
+    `words` are the instructions that the stage was trained for (graft.text.instructions.trained_instructions); None
+    keeps the graft's.
     """
     relative = os.path.relpath(Path(graft).resolve(), Path(folder).resolve())
-    kept = {"stage": stage, "graft": relative, **({"words": dict(words)} if words is not None else {})}
-    Path(folder, STAGE_FILE).write_text(json.dumps(kept) + "\n")
+    record = {"stage": stage, "graft": relative, **({"words": dict(words)} if words is not None else {})}
+    Path(folder, STAGE_FILE).write_text(json.dumps(record) + "\n")
 
 
 def read_stage(folder: str | Path) -> dict[str, Any] | None:
@@ -111,9 +118,10 @@ def read_stage(folder: str | Path) -> dict[str, Any] | None:
 
 
 def base_graft(path: str | Path) -> str:
-    """Name the whole graft behind a path: itself, or the one that a stage's output was trained on; an absolute path, or a hub id.
+    """Return the whole graft behind a path, as an absolute path or a hub id.
 
-    A name that comes with the package, where no such folder is, stands for that graft, which is built at its first use.
+    It is the path itself, or the graft that a stage's output was trained on. The name of a graft in the package, where
+    no folder has that name, stands for that graft, which is built at its first use.
     """
     stage = read_stage(path)
     folder = Path(path, stage["graft"]) if stage else Path(path)

@@ -1,4 +1,4 @@
-"""LoRA and NF4: adapters on the language model alone, in PEFT's format, cut to a smaller rank, merged into full-precision weights."""
+"""LoRA adapters in PEFT's format and the NF4 base: inject, save, load, truncate and merge adapters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,19 +14,19 @@ from graft.errors import ModelError, require
 from graft.model.modeling import GraftForConditionalGeneration
 
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-"""Anchored: a bare `q_proj` would also hit every attention of the Whisper encoder."""
+"""The pattern names the language model in full: a bare `q_proj` would also match the Whisper encoder."""
 ENCODER_TARGETS = r"audio_tower\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|fc1|fc2)"
 
-KEPT_FROM_QUANTIZATION = ["audio_tower", "audio_projector", "lm_head", "model.visual"]
+NOT_QUANTIZED = ["audio_tower", "audio_projector", "lm_head", "model.visual"]
 PEFT_PREFIX = "base_model.model."
-"""PEFT's files name tensors below the wrapper that its own loader puts around a model."""
+"""Prefix of tensor names in PEFT's files, from the wrapper that its own loader puts around a model."""
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Rank, scale and dropout of the adapters; with `encoder` the Whisper encoder gets some too."""
+    """Rank, scale and dropout of the adapters; with `encoder` the Whisper encoder has adapters too."""
 
     rank: int = 64
     alpha: int = 16
@@ -35,7 +35,7 @@ class LoraSettings:
 
 
 def nf4_config(compute_dtype: torch.dtype) -> Any:
-    """Describe QLoRA's base: NF4 with double quantization, everything but the language model's layers left as it is."""
+    """Make transformers' configuration of QLoRA's base: NF4 with double quantization of the language model's layers."""
     require("bitsandbytes", extra="train")
     from transformers import BitsAndBytesConfig
 
@@ -44,12 +44,12 @@ def nf4_config(compute_dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=KEPT_FROM_QUANTIZATION,
+        llm_int8_skip_modules=NOT_QUANTIZED,
     )
 
 
 def round_to_nf4(model: GraftForConditionalGeneration) -> None:
-    """Leave the language model's matrices with the values that QLoRA's quantization gives them, unquantized."""
+    """Round the language model's matrices to the values of QLoRA's quantization; their dtype stays."""
     functional = require("bitsandbytes", extra="train").functional
     for module in model.model.language_model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -58,12 +58,12 @@ def round_to_nf4(model: GraftForConditionalGeneration) -> None:
 
 
 def add_adapters(model: GraftForConditionalGeneration, settings: LoraSettings) -> None:
-    """Inject fresh LoRA layers (float32, B zero) and leave only them trainable."""
+    """Inject fresh LoRA layers (float32, B zero) and make them the only trainable weights."""
     _inject(model, lora_config(settings))
 
 
 def lora_config(settings: LoraSettings) -> Any:
-    """Describe adapters to PEFT."""
+    """Make PEFT's configuration of the adapters."""
     peft = require("peft", extra="train")
     targets = f"{LORA_TARGETS}|{ENCODER_TARGETS}" if settings.encoder else LORA_TARGETS
     return peft.LoraConfig(
@@ -81,7 +81,7 @@ def _inject(model: GraftForConditionalGeneration, config: Any) -> None:
 
 
 def save_adapters(state: Mapping[str, Tensor], settings: LoraSettings, folder: str | Path) -> None:
-    """Write the adapters among a model's tensors, by parameter name, as PEFT does: adapter_config.json and adapter_model.safetensors."""
+    """Write the adapters among a model's tensors, given by parameter name, as PEFT's two files (ADAPTER_FILES)."""
     tensors = {
         PEFT_PREFIX + name.replace(".default.", "."): tensor.detach().float().cpu().contiguous()
         for name, tensor in state.items()
@@ -97,13 +97,11 @@ def has_adapters(folder: str | Path) -> bool:
     return all((Path(folder) / name).is_file() for name in ADAPTER_FILES)
 
 
-def attach_adapters(model: GraftForConditionalGeneration, folder: str | Path) -> None:
-    """Inject saved adapters into a graft, unmerged. Raises ModelError when the files are missing or do not fit."""
-    put_adapters(model, *read_adapters(folder), source=str(folder))
-
-
 def read_adapters(folder: str | Path) -> tuple[dict[str, Tensor], Any]:
-    """Read saved adapters: tensors by the graft's names, and PEFT's configuration. Raises ModelError when they are missing or broken."""
+    """Read saved adapters: tensors by the graft's parameter names, and PEFT's configuration.
+
+    Raises ModelError when they are missing or broken.
+    """
     if not has_adapters(folder):
         raise ModelError(f"{folder} holds no adapters ({', '.join(ADAPTER_FILES)}): give the output folder of stage 2")
     peft = require("peft", extra="train")
@@ -120,21 +118,27 @@ def read_adapters(folder: str | Path) -> tuple[dict[str, Tensor], Any]:
     return state, config
 
 
-def put_adapters(
+def attach_adapters(model: GraftForConditionalGeneration, folder: str | Path) -> None:
+    """Inject saved adapters into a graft, unmerged. Raises ModelError when the files are missing or do not fit."""
+    inject_adapters(model, *read_adapters(folder), source=str(folder))
+
+
+def inject_adapters(
     model: GraftForConditionalGeneration, state: Mapping[str, Tensor], config: Any, *, source: str
 ) -> None:
     """Inject adapters into a graft, unmerged. Raises ModelError when they do not fit it."""
     _inject(model, config)
-    fill_adapters(model, state, source=source)
+    load_adapters(model, state, source=source)
 
 
-def fill_adapters(model: GraftForConditionalGeneration, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Give adapters that are injected already the weights of others. Raises ModelError when they do not fit."""
+def load_adapters(model: GraftForConditionalGeneration, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load weights into adapters that are injected already. Raises ModelError when they do not fit."""
     peft = require("peft", extra="train")
-    expected = {name for name in peft.get_peft_model_state_dict(model)}
+    expected = peft.get_peft_model_state_dict(model).keys()
     if state.keys() != expected:
         raise ModelError(
-            f"the adapters in {source} do not fit this graft: {len(state.keys() ^ expected)} tensors differ, train them on it"
+            f"the adapters in {source} do not fit this graft: {len(state.keys() ^ expected)} tensors differ, "
+            "train them on it"
         )
     try:
         peft.set_peft_model_state_dict(model, dict(state))
@@ -147,9 +151,10 @@ def fill_adapters(model: GraftForConditionalGeneration, state: Mapping[str, Tens
 def truncate_adapters(
     state: Mapping[str, Tensor], settings: LoraSettings, rank: int
 ) -> tuple[dict[str, Tensor], LoraSettings, dict[str, float]]:
-    """Cut each adapter's change of its matrix to the best approximation of `rank`, or of the adapters' own where that is smaller.
+    """Approximate each adapter's update B A by the best one of a lower `rank`, in least squares.
 
-    Returns float32 tensors by the same names, the settings that go with them, and by matrix the share of the change's squares that is kept.
+    Returns float32 tensors by the same names, their settings, and for each matrix the share of the update's squared
+    norm that is kept.
     """
     rank = min(rank, settings.rank)
     cut: dict[str, Tensor] = {}
@@ -157,26 +162,34 @@ def truncate_adapters(
     for matrix in sorted(name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")):
         names = (f"{matrix}.lora_A.weight", f"{matrix}.lora_B.weight")
         a, b = (state[name].double() for name in names)
-        *factors, kept[matrix] = _truncated(a, settings.alpha / settings.rank * b, rank)
+        *factors, kept[matrix] = _truncate(a, settings.alpha / settings.rank * b, rank)
         cut |= {name: factor.float().contiguous() for name, factor in zip(names, factors, strict=True)}
     return cut, replace(settings, rank=rank, alpha=rank), kept
 
 
-def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best factors of `rank` for B A, with equal weight in both, and the share of its squares that they keep."""
+def _truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Factor B A into its best approximation of `rank`, by SVD; returns A, B and the share of the squared norm kept.
+
+    a is (r, in), b (out, r). Both new factors carry the square roots of the singular values.
+    """
     basis_a, core_a = torch.linalg.qr(a.T)  # (in, r), (r, r)
     basis_b, core_b = torch.linalg.qr(b)  # (out, r), (r, r)
-    left, values, right = torch.linalg.svd(core_b @ core_a.T, full_matrices=False)
+    # B A = basis_b (core_b core_a^T) basis_a^T, so the SVD of an (r, r) matrix is enough.
+    left, values, right = torch.linalg.svd(core_b @ core_a.T, full_matrices=False)  # (r, r), (r,), (r, r)
     roots = values[:rank].sqrt()
     energy = values.square()
     share = float(energy[:rank].sum() / energy.sum()) if energy.any() else 1.0
-    new_a, new_b = roots[:, None] * (right[:rank] @ basis_a.T), basis_b @ left[:, :rank] * roots
-    missing = rank - len(roots)  # where a matrix is smaller than the rank
+    new_a = roots[:, None] * (right[:rank] @ basis_a.T)  # (rank, in)
+    new_b = basis_b @ left[:, :rank] * roots  # (out, rank)
+    missing = rank - len(roots)  # rows to pad where the matrix itself has a smaller rank
     return torch.nn.functional.pad(new_a, (0, 0, 0, missing)), torch.nn.functional.pad(new_b, (0, missing)), share
 
 
 def merge_adapters(model: GraftForConditionalGeneration) -> None:
-    """Fold attached adapters into the full-precision weights they sit on. Raises ModelError on a quantized base: that loses precision."""
+    """Merge attached adapters into the weights that they adapt.
+
+    Raises ModelError for a quantized base, where merging would lose precision.
+    """
     if getattr(model, "quantization_method", None) is not None:
         raise ModelError(
             "adapters are merged into full-precision weights, not into 4-bit ones: load the graft without quantization"

@@ -1,14 +1,14 @@
-"""Checkpoints as recipes name them: folders, and ids of a hub."""
+"""Name checkpoints, which are folders or hub ids, for people and for processes in other working folders."""
 
 import os
 from pathlib import Path
 
 
 def checkpoint_name(checkpoint: str | os.PathLike[str]) -> str:
-    """What people call it: a folder's own name, or the hub id."""
+    """Return the name that people use: the folder's own name, or the hub id."""
     return Path(checkpoint).resolve().name if Path(checkpoint).exists() else os.fspath(checkpoint)
 
 
-def from_anywhere(checkpoint: str) -> str:
-    """Name it to processes with another working folder: by a folder's absolute path, or the hub id."""
+def absolute_checkpoint(checkpoint: str) -> str:
+    """Return a name that is valid in any working folder: the folder's absolute path, or the hub id."""
     return os.path.abspath(checkpoint) if os.path.exists(checkpoint) else checkpoint

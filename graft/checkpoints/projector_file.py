@@ -1,4 +1,4 @@
-"""The trained join as a file of its own: the projector's tensors with the digests of the bases they were trained on."""
+"""Read and write projector.safetensors: a trained projector with the digests of the bases it was trained on."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ PROJECTOR_FILE = "projector.safetensors"
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """Digest tensors by name, dtype, shape and bytes, whatever files they stand in."""
+    """Compute the SHA-256 of tensors from their names, dtypes, shapes and bytes, independent of how files hold them."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().contiguous().cpu()
@@ -28,7 +28,7 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def encoder_digest(graft: str | Path) -> str:
-    """Digest the encoder's tensors in a graft's folder or hub id, without its other weights."""
+    """Compute state_digest of the encoder in a graft's folder or hub id; no other weights are read."""
     tensors: dict[str, Tensor] = {}
     for path in weight_files(graft):
         with safe_open(path, framework="pt") as file:
@@ -38,7 +38,7 @@ def encoder_digest(graft: str | Path) -> str:
 
 
 def weight_files(graft: str | Path) -> list[Path]:
-    """List the safetensors of a graft's folder or hub id."""
+    """List the safetensors files of a graft's folder or hub id; those of a hub id are downloaded."""
     from huggingface_hub import snapshot_download
 
     folder = (
@@ -47,26 +47,22 @@ def weight_files(graft: str | Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def save_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:
-    """Write a model's projector in float32 with the bases' digests and its kind."""
-    write_projector(model.audio_projector.state_dict(), model.config, folder)
-
-
 def write_projector(state: Mapping[str, Tensor], config: GraftConfig, folder: str | Path) -> None:
-    """Write a projector's tensors in float32 with the digests of the bases they belong to, and its kind."""
+    """Write a projector's tensors in float32, with its kind and the digests of the bases that it belongs to."""
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, Path(folder) / PROJECTOR_FILE, metadata={"graft": json.dumps(_identity(config))})
 
 
 def load_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:
-    """Put a trained projector into a graft. Raises ModelError as read_projector does."""
+    """Load a trained projector into a graft. Raises ModelError as read_projector does."""
     model.audio_projector.load_state_dict(read_projector(folder, model.config))
 
 
 def read_projector(folder: str | Path, config: GraftConfig) -> dict[str, Tensor]:
     """Read a trained projector for a graft of this configuration.
 
-    Raises ModelError when the file is missing or not readable, was trained on other bases or another kind of join, or holds only zeros.
+    Raises ModelError when the file is missing or broken, when the projector is of another kind or was trained on other
+    bases, and when it holds only zeros.
     """
     path = Path(folder) / PROJECTOR_FILE
     if not path.is_file():
@@ -87,7 +83,7 @@ def read_projector(folder: str | Path, config: GraftConfig) -> dict[str, Tensor]
 
 
 def check_projector(model: GraftForConditionalGeneration, *, source: str) -> None:
-    """Raise ModelError when the projector holds a matrix of zeros or a value that is not finite: the model would not hear."""
+    """Raise ModelError when a matrix of the projector is all zeros or holds a value that is not finite."""
     _check_state(model.audio_projector.state_dict(), source=source)
 
 
@@ -99,7 +95,8 @@ def _check_state(state: Mapping[str, Tensor], *, source: str) -> None:
             )
         if tensor.ndim > 1 and not tensor.any():
             raise ModelError(
-                f"{source}: audio_projector.{name} is all zeros, so the model is deaf: train stage 1 or build it again"
+                f"{source}: audio_projector.{name} is all zeros, so audio has no effect: "
+                "train stage 1 or build it again"
             )
 
 

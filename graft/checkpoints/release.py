@@ -1,10 +1,10 @@
-"""The trained part of a graft without its bases: what jobs.export writes and jobs.build puts back onto the same two bases.
+"""Read and write the trained part of a graft without its bases, which jobs.export writes and jobs.build loads.
 
-    pretrained.json                         what the bases are, how the graft hears and answers, what it was trained for
-    adapter*.safetensors                    projector, adapters and the audio tokens' embeddings, in one file or in shards with an index
-    README.md, recipes/, recipe.yaml        for people
+    pretrained.json                   the bases, the graft's settings, and what it was trained for
+    adapter*.safetensors              projector, adapters and audio tokens' embeddings, in one file or in shards
+    README.md, recipes/, recipe.yaml  for people
 
-Folders below graft/pretrained/ come with the package and are known by their names, which stand for whole grafts on the bundled pair.
+Each folder of graft/pretrained/ comes with the package; its name stands for a whole graft of the bundled bases.
 """
 
 import functools
@@ -31,9 +31,9 @@ from graft.checkpoints.bundled.cache import (
 )
 from graft.checkpoints.lora import (
     LoraSettings,
+    inject_adapters,
     lora_config,
     merge_adapters,
-    put_adapters,
     round_to_nf4,
     save_adapters,
 )
@@ -44,45 +44,48 @@ from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
 
 FOLDER = Path(__file__).parents[1] / "pretrained"
-FORMAT = 1  # raise it when a graft that reads the old files would read the new ones wrongly
+FORMAT = 1  # version of the files; a new one keeps older code from misreading them
 SETTINGS_FILE = "pretrained.json"
 WEIGHTS = "adapter{suffix}.safetensors"
 PROJECTOR = "audio_projector."
 AUDIO_TOKENS = "audio_tokens.weight"
-"""Rows of the embedding table, in the order of the ids; where the text base had no spare rows, joining drew them."""
+"""Name of the audio tokens' embedding rows, which are random where the text base had no spare rows."""
 HEADER_BYTES = 320
-"""Of a tensor in a safetensors file, at most: its name, type, shape and place."""
+"""Upper limit for the header bytes of one tensor in a safetensors file: its name, dtype, shape and offsets."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What pretrained.json holds besides the format."""
+    """The content of pretrained.json besides the format's version."""
 
     audio_base: str
-    """Name of the Whisper checkpoint that it belongs on, as jobs.build takes it."""
+    """Whisper checkpoint that it was trained on, as jobs.build takes it."""
     text_base: str
-    """Name of the Qwen2-VL checkpoint."""
+    """Qwen2-VL checkpoint that it was trained on."""
     base_digests: dict[str, str]
     settings: dict[str, Any]
-    """How audio becomes tokens, prompt and text style, and the seed of the join: build_graft's."""
+    """Arguments of build_graft: audio, prompt and text settings, and the seed."""
     trained_styles: list[str]
     trained_context: bool
     adapters: LoraSettings | None
     onto: str
-    """full: the adapters belong onto the text base as it is; nf4: as NF4 rounds it."""
+    """`full`: the adapters were trained on the text base's own weights; `nf4`: on weights rounded to NF4."""
     dtype: str
-    """Of the tensors."""
+    """Dtype of the tensors in the files."""
     digest: str
-    """Of the tensors."""
+    """state_digest of those tensors."""
 
 
 def known_names() -> list[str]:
-    """Names of what comes with the package."""
+    """List the names of the pretrained grafts in the package."""
     return sorted(path.parent.name for path in FOLDER.glob(f"*/{SETTINGS_FILE}"))
 
 
 def pretrained_folder(source: str) -> Path:
-    """Find the trained part of a graft by its name in the package, or by its folder. Raises ModelError where there is none."""
+    """Find the folder of a pretrained graft, given its name in the package or the folder itself.
+
+    Raises ModelError where there is none.
+    """
     for folder in (FOLDER / source, Path(source)):
         if (folder / SETTINGS_FILE).is_file():
             return folder
@@ -92,10 +95,11 @@ def pretrained_folder(source: str) -> Path:
 
 @functools.cache
 def installed_graft(name: str, cache: Path | None = None) -> Path:
-    """Find the graft that comes with the package by that name, on the bundled pair, float32; built into the cache at its first use.
+    """Return the folder of a pretrained graft of the package, joined to the bundled bases, in float32.
 
-    A process checks its files once.
-    `cache` defaults to $GRAFT_CACHE, then ~/.cache/graft. Raises MissingExtra without the bundled weights, ModelError as pretrained_graft.
+    It is built in the cache at its first use; each process checks its files once. `cache` defaults to $GRAFT_CACHE or
+    ~/.cache/graft. Raises MissingExtra where the bundled weights are not installed, and ModelError as pretrained_graft
+    does.
     """
     folder = FOLDER / name
     digest = read_pretrained(folder).digest
@@ -112,13 +116,13 @@ def installed_graft(name: str, cache: Path | None = None) -> Path:
 
 
 def read_pretrained(folder: Path) -> Pretrained:
-    """Read pretrained.json. Raises ModelError where it is broken or of another format."""
+    """Read pretrained.json. Raises ModelError where it is broken or of another format's version."""
     path = folder / SETTINGS_FILE
     try:
         found = json.loads(path.read_text())
         if (version := found.pop("format")) != FORMAT:
             raise ModelError(
-                f"{path} is of format {version}, this graft reads {FORMAT}: upgrade graft, or export it again"
+                f"{path} has format {version}, this graft reads {FORMAT}: upgrade graft, or export it again"
             )
         adapters = found.pop("adapters")
         return Pretrained(**found, adapters=adapters and LoraSettings(**adapters))
@@ -127,7 +131,7 @@ def read_pretrained(folder: Path) -> Pretrained:
 
 
 def read_tensors(folder: Path, pretrained: Pretrained) -> dict[str, Tensor]:
-    """Read all shards, in float32. Raises ModelError unless they hold what was exported."""
+    """Read all shards' tensors in float32. Raises ModelError where their digest is not pretrained.json's."""
     state: dict[str, Tensor] = {}
     try:
         for path in sorted(folder.glob(WEIGHTS.format(suffix="*"))):
@@ -140,7 +144,10 @@ def read_tensors(folder: Path, pretrained: Pretrained) -> dict[str, Tensor]:
 
 
 def write_pretrained(folder: Path, pretrained: Pretrained, state: Mapping[str, Tensor], *, shard_bytes: int) -> None:
-    """Write pretrained.json and the tensors, in files of `shard_bytes` at most. Raises ModelError where a tensor is larger than that."""
+    """Write pretrained.json and the tensors, in files of at most `shard_bytes` bytes.
+
+    Raises ModelError where a tensor is larger than that.
+    """
     room = shard_bytes - HEADER_BYTES * len(state)
     largest = max(state, key=lambda name: state[name].nbytes)
     if state[largest].nbytes > room:
@@ -153,7 +160,7 @@ def write_pretrained(folder: Path, pretrained: Pretrained, state: Mapping[str, T
 
 
 def audio_token_rows(graft: str, config: GraftConfig) -> Tensor:
-    """Read the embeddings of a graft's audio tokens, (3, text width), without its other weights."""
+    """Read the embeddings of a graft's audio tokens (3, hidden_size); no other weights are read."""
     for path in weight_files(graft):
         with safe_open(path, framework="pt") as file:
             for name in list(file.keys()):
@@ -166,9 +173,10 @@ def audio_token_rows(graft: str, config: GraftConfig) -> Tensor:
 def pretrained_graft(
     folder: Path, *, audio_base: str, text_base: str, dtype: torch.dtype | None = None
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
-    """Join two bases and put a trained part onto them, its adapters merged in float32; the result has the text base's dtype or `dtype`.
+    """Join two bases, load the trained part in `folder` and merge its adapters in float32.
 
-    Raises ModelError where the bases are not those that it was trained on.
+    The result has `dtype`, by default the text base's. Raises ModelError where the bases are not those that the part
+    was trained on.
     """
     pretrained = read_pretrained(folder)
     state = read_tensors(folder, pretrained)
@@ -176,8 +184,8 @@ def pretrained_graft(
     _check_bases(pretrained, model.config, {"audio": audio_base, "text": text_base}, source=str(folder))
     dtype = dtype or model.dtype
     model.float()
-    _put(model, pretrained, state, source=str(folder))
-    for parameter in model.parameters():  # but not the buffers: rotary frequencies stay float32
+    _load_trained_part(model, pretrained, state, source=str(folder))
+    for parameter in model.parameters():  # buffers are left out: rotary frequencies stay float32
         parameter.data = parameter.data.to(dtype)
     for one in (model.config, processor):
         one.trained_styles, one.trained_context = list(pretrained.trained_styles), pretrained.trained_context
@@ -185,10 +193,10 @@ def pretrained_graft(
 
 
 def save_trained_parts(source: Path, config: GraftConfig, folder: Path) -> None:
-    """Write a trained part as a stage leaves it: projector.safetensors and, where there are adapters, PEFT's files."""
+    """Write a trained part in the files of a stage's output: projector.safetensors and PEFT's files of adapters."""
     pretrained = read_pretrained(source)
     state = read_tensors(source, pretrained)
-    write_projector(_projector(state), config, folder)
+    write_projector(_projector_state(state), config, folder)
     if pretrained.adapters:
         save_adapters(state, pretrained.adapters, folder)
 
@@ -204,11 +212,11 @@ def _check_bases(pretrained: Pretrained, config: GraftConfig, bases: Mapping[str
             )
 
 
-def _put(
+def _load_trained_part(
     model: GraftForConditionalGeneration, pretrained: Pretrained, state: Mapping[str, Tensor], *, source: str
 ) -> None:
     try:
-        model.audio_projector.load_state_dict(_projector(state))
+        model.audio_projector.load_state_dict(_projector_state(state))
         embeddings: Any = model.get_input_embeddings()
         embeddings.weight.data[_audio_ids(model.config)] = state[AUDIO_TOKENS]
     except (KeyError, RuntimeError) as error:
@@ -220,11 +228,11 @@ def _put(
         round_to_nf4(model)
     if pretrained.adapters:
         adapters = {name: tensor for name, tensor in state.items() if ".lora_" in name}
-        put_adapters(model, adapters, lora_config(pretrained.adapters), source=source)
+        inject_adapters(model, adapters, lora_config(pretrained.adapters), source=source)
         merge_adapters(model)
 
 
-def _projector(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _projector_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(PROJECTOR): tensor for name, tensor in state.items() if name.startswith(PROJECTOR)}
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from graft.checkpoints.loading import DTYPES, open_graft
-from graft.checkpoints.lora import LoraSettings, add_adapters, fill_adapters, read_adapters
+from graft.checkpoints.lora import LoraSettings, add_adapters, load_adapters, read_adapters
 from graft.checkpoints.projector_file import load_projector
 from graft.errors import ModelError, require
 from graft.model.ctc import CtcPrealignment
@@ -87,7 +87,7 @@ def prepared(
         torch.manual_seed(seed)
         add_adapters(model, stage.lora)
         if stage.adapters:
-            fill_adapters(model, read_adapters(stage.adapters)[0], source=stage.adapters)
+            load_adapters(model, read_adapters(stage.adapters)[0], source=stage.adapters)
     model.audio_projector.requires_grad_(True)
     if computing.gradient_checkpointing:
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})

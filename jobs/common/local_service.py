@@ -14,7 +14,7 @@ from typing import Any
 import requests
 import yaml
 
-from graft.checkpoints.names import from_anywhere
+from graft.checkpoints.names import absolute_checkpoint
 from graft.errors import GraftError
 
 CONFIG_FILE, LOG_FILE = "serve.yaml", "serve.log"
@@ -47,7 +47,7 @@ def serving(
                 "name": app,
                 "route_prefix": "/",
                 "import_path": "serve.app:build",
-                "args": {"model": from_anywhere(model)} | settings,
+                "args": {"model": absolute_checkpoint(model)} | settings,
             }
         ],
     }

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from graft.audio.clip import AudioClip, read_audio
-from graft.checkpoints.names import from_anywhere
+from graft.checkpoints.names import absolute_checkpoint
 from graft.data.dataset import RowReader, RowTable
 from graft.errors import AudioError, DataError, GraftError, ModelError
 
@@ -58,7 +58,7 @@ def transcribe_rows(
     """Transcribe batches of row numbers, in the order in which they are ready. Raises ModelError for a model that can't be opened."""
     import ray
 
-    path = from_anywhere(listener.path)
+    path = absolute_checkpoint(listener.path)
     blocks = ray.data.range(len(batches), override_num_blocks=len(batches)).map_batches(
         AsrWorker,
         batch_size=1,

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from graft.audio.chunking import windows
-from graft.checkpoints.names import checkpoint_name, from_anywhere
+from graft.checkpoints.names import absolute_checkpoint, checkpoint_name
 from graft.errors import OutputError, RecipeError, require
 from graft.inference.aligners.loading import find_aligner
 from graft.inference.transcriber import Transcriber, open_transcriber
@@ -133,7 +133,7 @@ def _reading(recipe: TranscribeRecipe) -> Reading:
 def _opener(recipe: TranscribeRecipe, aligner: str | None) -> functools.partial[Transcriber]:
     return functools.partial(
         open_transcriber,
-        from_anywhere(recipe.model),
+        absolute_checkpoint(recipe.model),
         chunker=windows,  # the readers cut the audio; workers get chunks
         threads=recipe.threads,
         device="cuda" if recipe.gpus_per_worker else "cpu",

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from graft.checkpoints.loading import open_graft, write_stage
-from graft.checkpoints.projector_file import PROJECTOR_FILE, save_projector
+from graft.checkpoints.projector_file import PROJECTOR_FILE
 from graft.config import Recipe, recipe_yaml
 from jobs import check, evaluate, merge, stage1, stage2
 from jobs.common.cli import run_job
 from tests.support import tiny_models
+from tests.support.adapters import save_projector
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, row
 
@@ -106,7 +107,7 @@ FAULTS = {
         "stage2", f"{STAGE2} projector={{other_bases}}", ("was trained with base_digests", "sha256:c")
     ),
     "projector of zeros to check": Fault(
-        "check", "model={zeros} data=[{good.parquet}]", ("all zeros, so the model is deaf",)
+        "check", "model={zeros} data=[{good.parquet}]", ("all zeros, so audio has no effect",)
     ),
     "unreadable clip to check": Fault(
         "check", "model={graft} data=[{broken.parquet}]", ("broken.flac: not readable as audio",)
@@ -125,7 +126,7 @@ FAULTS = {
         "evaluate", f"{SCORE} audio_check=tset", ("audio_check=tset is no set of data (test)",)
     ),
     "model to score missing": Fault("evaluate", f"{SCORE} model={{nothing}}", ("can't be read as a graft checkpoint",)),
-    "model to score deaf": Fault("evaluate", f"{SCORE} model={{zeros}}", ("all zeros, so the model is deaf",)),
+    "model to score deaf": Fault("evaluate", f"{SCORE} model={{zeros}}", ("all zeros, so audio has no effect",)),
     "baseline is no Whisper": Fault(
         "evaluate", f"{SCORE} baseline={{qwen2vl}}", ("is a qwen2_vl checkpoint, not whisper",)
     ),

@@ -16,7 +16,6 @@ from graft.audio.chunking import windows
 from graft.audio.clip import AudioClip
 from graft.checkpoints import release
 from graft.checkpoints.loading import open_graft, write_stage
-from graft.checkpoints.projector_file import save_projector
 from graft.config import recipe_yaml
 from graft.errors import ModelError
 from graft.inference.transcriber import open_transcriber
@@ -24,7 +23,7 @@ from graft.training.stages import ComputeSettings, Stage, stage_model
 from jobs import build, export, merge, stage1, stage2
 from jobs.common.cli import run_job
 from tests.support import tiny_models
-from tests.support.adapters import SETTINGS, adapt, further, logits, saved
+from tests.support.adapters import SETTINGS, adapt, largest_difference, logits, save_projector, save_tiny_adapters
 
 WORDS = {"styles": ["formatted", "raw"], "context": True}
 SHARD_MB = 0.015
@@ -55,7 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir()
         save_projector(model, folder)
         if number == 2:
-            saved(adapt(model), folder)
+            save_tiny_adapters(adapt(model), folder)
         write_stage(folder, stage=number, graft=home / "graft", words=WORDS)
         (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
     return home
@@ -88,8 +87,8 @@ def test_built_from_an_export_equals_the_merged_graft(home, tmp_path, built, sta
     (model, processor), (merged, expected) = (
         open_graft(path) for path in (built(tmp_path / "exported"), tmp_path / "merged")
     )
-    assert further(logits(model), logits(merged)) < 1e-5
-    assert further(logits(model), logits(open_graft(home / "graft")[0])) > 1e-3
+    assert largest_difference(logits(model), logits(merged)) < 1e-5
+    assert largest_difference(logits(model), logits(open_graft(home / "graft")[0])) > 1e-3
     configs = [{**one.config.to_dict(), "_name_or_path": None} for one in (model, merged)]
     assert configs[0] == configs[1]
     assert processor.prompt_ids(40) == expected.prompt_ids(40)
@@ -169,7 +168,7 @@ def test_bfloat16_halves_the_files_and_is_nearly_the_same(home, exported, tmp_pa
     near = logits(open_graft(built(tmp_path / "half"))[0])
     shutil.rmtree(tmp_path / "built")
     exact = logits(open_graft(built(exported, "dtype=fp32"))[0])
-    assert 0 < further(near, exact) < 0.05 * float(exact.abs().max())
+    assert 0 < largest_difference(near, exact) < 0.05 * float(exact.abs().max())
 
 
 def test_audio_tokens_keep_the_embeddings_that_they_were_trained_with(home, exported, tmp_path, built):
@@ -192,7 +191,7 @@ def test_a_built_graft_transcribes_and_trains_on(exported, built):
     for stage in (Stage(1), Stage(2, lora=SETTINGS)):
         begun, _ = stage_model(stage, str(folder), ComputeSettings("fp32", "torch"))
         assert torch.equal(begun.audio_projector.linear.weight, model.audio_projector.linear.weight)
-        assert further(logits(begun.eval()), logits(model)) < 1e-5
+        assert largest_difference(logits(begun.eval()), logits(model)) < 1e-5
 
 
 def test_a_name_stands_for_a_folder_of_the_package(exported, built, tmp_path, monkeypatch, capsys):
@@ -255,7 +254,7 @@ def damaged(exported: Path, to: Path, name: str, content: bytes | None) -> str:
         (
             "pretrained.json",
             b'{"format": 2}',
-            "pretrained.json is of format 2, this graft reads 1: upgrade graft, or export it again",
+            "pretrained.json has format 2, this graft reads 1: upgrade graft, or export it again",
         ),
     ],
 )

@@ -407,7 +407,7 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
     weights = load_file(deaf / "model.safetensors")
     weights["audio_projector.linear.weight"].zero_()
     save_file(weights, deaf / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"deaf: audio_projector\.linear\.weight is all zeros, so the model is deaf"):
+    with pytest.raises(ModelError, match=r"deaf: audio_projector\.linear\.weight is all zeros, so audio has no effect"):
         scoring.run(recipe.model_copy(update={"model": str(deaf), "out": home.out("nowhere"), "limit": 1}))
     assert not list(home.folder.glob("*nowhere*"))
     for again in (recipe, recipe.model_copy(update={"limit": 2})):

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from graft.checkpoints.loading import open_graft, write_stage
-from graft.checkpoints.projector_file import save_projector
 from jobs import build, export
 from tests.support import s3, tiny_models
+from tests.support.adapters import save_projector
 from tests.support.cluster import ROOT, Checkout, Cluster, head
 from tests.support.media import PROMPTS
 from tests.support.speech_corpus import corpus, flac, row, save_tiny_whisper

@@ -1,10 +1,11 @@
-"""Adapters that do something on a tiny graft, and logits that show it."""
+"""Give a tiny graft adapters with an effect, save adapters and projectors, and compute logits to compare."""
 
 from pathlib import Path
 
 import torch
 
 from graft.checkpoints.lora import LoraSettings, add_adapters, save_adapters
+from graft.checkpoints.projector_file import write_projector
 from graft.model.configuration import audio_token_count
 from graft.model.modeling import GraftForConditionalGeneration
 from tests.support import tiny_models
@@ -12,12 +13,16 @@ from tests.support import tiny_models
 SETTINGS = LoraSettings(rank=4, alpha=8)
 
 
-def saved(model: GraftForConditionalGeneration, folder: Path) -> None:
+def save_projector(model: GraftForConditionalGeneration, folder: Path) -> None:
+    write_projector(model.audio_projector.state_dict(), model.config, folder)
+
+
+def save_tiny_adapters(model: GraftForConditionalGeneration, folder: Path) -> None:
     save_adapters(dict(model.named_parameters()), SETTINGS, folder)
 
 
 def adapt(model: GraftForConditionalGeneration, settings: LoraSettings = SETTINGS) -> GraftForConditionalGeneration:
-    """Adapters that do something: neither A nor B is zero."""
+    """Add random adapters that change the logits: neither A nor B is zero."""
     add_adapters(model, settings)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -36,5 +41,5 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=ids, attention_mask=mask, input_features=features, audio_frame_counts=counts).logits
 
 
-def further(one: torch.Tensor, other: torch.Tensor) -> float:
+def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())

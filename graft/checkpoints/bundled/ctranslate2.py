@@ -1,4 +1,4 @@
-"""Whisper base from CTranslate2's model.bin into the transformers class: model.bin -> variables -> state dict -> checkpoint folder."""
+"""Convert CTranslate2's Whisper base for transformers: model.bin -> variables -> state dict -> checkpoint folder."""
 
 import re
 from pathlib import Path
@@ -36,8 +36,11 @@ CTRANSLATE2_MODULES: dict[str, tuple[str, ...]] = {  # fused projections are sta
 def write_whisper(data: bytes, decoding: dict[str, Any], tokenizer_path: Path, folder: Path) -> None:
     """Write CTranslate2's Whisper base as a WhisperForConditionalGeneration folder in float32.
 
-    data: model.bin; decoding: the config.json beside it (suppressed tokens, languages, alignment heads). Raises ModelError for another
-    version of the format.
+    Args:
+        data: the content of model.bin.
+        decoding: the config.json beside it: suppressed tokens, languages, alignment heads.
+
+    Raises ModelError for another version of the format.
     """
     state = whisper_state(read_ctranslate2(data))
     vocab_size, width = state["model.decoder.embed_tokens.weight"].shape
@@ -66,7 +69,7 @@ def write_whisper(data: bytes, decoding: dict[str, Any], tokenizer_path: Path, f
         begin_suppress_tokens=decoding["suppress_ids_begin"],
         lang_to_id={tokenizer.convert_ids_to_tokens(i): i for i in decoding["lang_ids"]},
         task_to_id={task: tokenizer.convert_tokens_to_ids(f"<|{task}|>") for task in ("transcribe", "translate")},
-        task="transcribe",  # without it and without a language, generate() names no task and the model rambles
+        task="transcribe",  # generate() gives the model no task without it, unless a language is given
         is_multilingual=True,
         no_timestamps_token_id=tokenizer.convert_tokens_to_ids("<|notimestamps|>"),
         prev_sot_token_id=tokenizer.convert_tokens_to_ids("<|startofprev|>"),
@@ -84,10 +87,11 @@ def write_whisper(data: bytes, decoding: dict[str, Any], tokenizer_path: Path, f
 
 
 def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
-    """Read the variables of a CTranslate2 model.bin of binary version 6 (little-endian; see model_spec.py in OpenNMT/CTranslate2).
+    """Read the variables of a CTranslate2 model.bin of binary version 6.
 
-    u32 version, string spec, u32 revision, u32 count; each variable: string name, u8 rank, u32 dims, u8 type, u32 byte count, bytes;
-    then aliases, which name no new data. A string is a u16 length and that many bytes, the last one NUL.
+    The format is little-endian, see model_spec.py in OpenNMT/CTranslate2: u32 version, string spec, u32 revision, u32
+    count; for each variable string name, u8 rank, u32 dimensions, u8 type, u32 byte count, bytes; then aliases, which
+    are ignored. A string is a u16 length and that many bytes, the last one NUL.
     """
     types = [np.float32, np.int8, np.int16, np.int32, np.float16]
     position = 0
@@ -118,7 +122,10 @@ def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
 
 
 def whisper_state(variables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Name CTranslate2's Whisper variables as WhisperForConditionalGeneration does, in float32; its scalar flags are left out."""
+    """Rename CTranslate2's Whisper variables to a WhisperForConditionalGeneration state dict in float32.
+
+    Scalar flags are left out.
+    """
     leaves = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
     state = {}
     for name, value in variables.items():
@@ -130,14 +137,14 @@ def whisper_state(variables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         targets = CTRANSLATE2_MODULES.get(module, (module,))
         for target, part in zip(targets, np.split(value, len(targets)), strict=True):
             if target.endswith("k_proj") and leaf == "bias":
-                continue  # Whisper's keys have none; the fused bias holds zeros there
+                continue  # Whisper's key projection has no bias; the fused bias is zero there
             state[f"{prefix}{target}.{leaves.get(leaf, leaf)}"] = torch.from_numpy(part.astype(np.float32))
     state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
     return state
 
 
 def _whisper_tokenizer(path: Path) -> WhisperTokenizer:
-    """The package's tokenizer; the time stamps, which it lacks, are added, so that its size is the embedding table's."""
+    """Read the package's tokenizer and add the missing timestamps, so that its size equals the embedding table's."""
     backend = Tokenizer.from_file(str(path))
     special = [token.content for _, token in sorted(backend.get_added_tokens_decoder().items())]
     tokenizer = WhisperTokenizer(

@@ -1,4 +1,4 @@
-"""A Llama in the Qwen2-VL class: GGUF -> LlamaForCausalLM -> Qwen2VLForConditionalGeneration folder, text logits unchanged."""
+"""Convert a Llama to the Qwen2-VL class with equal text logits: GGUF -> LlamaForCausalLM -> checkpoint folder."""
 
 import json
 from pathlib import Path
@@ -68,10 +68,10 @@ GGUF_MODULES = {
 
 
 def read_llama_gguf(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Read a Llama with tied embeddings and its byte-level tokenizer from a GGUF file, dequantised to float32.
+    """Read a Llama with tied embeddings and its byte-level tokenizer from a GGUF file, dequantized to float32.
 
-    transformers reads it too, but takes three times as long and forgets that SmolLM2's tokenizer splits digits off first. Raises
-    MissingExtra when gguf is not installed.
+    transformers' own reader takes three times as long, and its tokenizer does not split numbers into digits as
+    SmolLM2's does. Raises MissingExtra where gguf is not installed.
     """
     gguf = require("gguf", extra="bundled")
     reader = gguf.GGUFReader(path)
@@ -97,6 +97,7 @@ def read_llama_gguf(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFa
         *layer, module, _ = tensor.name.split(".")  # blk.N.MODULE.weight or MODULE.weight
         value = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         if module in heads:  # GGUF interleaves the two halves of each head's rotary dimensions
+            # (heads * width, hidden) -> (heads, width / 2, 2, hidden) -> (heads, 2, width / 2, hidden) -> as before
             value = value.reshape(heads[module], -1, 2, config.hidden_size).swapaxes(1, 2).reshape(value.shape)
         name = ".".join(["model", *(["layers", layer[1]] if layer else []), GGUF_MODULES[module], "weight"])
         state[name] = torch.from_numpy(np.ascontiguousarray(value))
@@ -130,10 +131,11 @@ def _gguf_tokenizer(fields: dict[str, Any], *, max_length: int) -> PreTrainedTok
 
 
 def llama_as_qwen2vl(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save a Llama with tied embeddings as a Qwen2VLForConditionalGeneration folder whose text logits equal the Llama's.
+    """Save a Llama with tied embeddings as a Qwen2VLForConditionalGeneration folder with equal text logits.
 
-    Adds Qwen2-VL's vision tokens (five rows near the embedding table's mean) and a tiny random vision tower. Both are drawn by numpy,
-    not torch: the same bytes on every machine, so that a graft's digest of its base agrees. Raises ModelError where logits would differ.
+    Qwen2-VL's five vision tokens get embedding rows near the table's mean, and the vision tower is tiny and random.
+    numpy draws both, because its random numbers are equal on every machine, and with them a graft's digest of its base.
+    Raises ModelError for a Llama whose logits would change.
     """
     ids = {token: llama.config.vocab_size + i for i, token in enumerate(VISION_TOKENS)}
     tokenizer.add_special_tokens({"extra_special_tokens": list(VISION_TOKENS)}, replace_extra_special_tokens=False)
@@ -172,11 +174,11 @@ def _qwen2vl_config(llama: LlamaConfig, ids: dict[str, int]) -> Qwen2VLConfig:
     rope = dict(llama.rope_parameters or {})
     if not llama.tie_word_embeddings or rope["rope_type"] != "default":
         raise ModelError(
-            "the Llama has untied embeddings or scaled rotary positions, so its logits would change: give SmolLM2 or its like"
+            "the Llama has untied embeddings or scaled rotary positions, so its logits would change: "
+            "give SmolLM2 or a Llama with tied embeddings and default rotary positions"
         )
-    quarter = (
-        llama.hidden_size // llama.num_attention_heads // 8
-    )  # half a head in sections of time, height, width 2:1:1
+    # Half a head's width is divided 2:1:1 between the positions in time, height and width.
+    quarter = llama.hidden_size // llama.num_attention_heads // 8
     text = {key: getattr(llama, key) for key in SHARED_SETTINGS}
     text |= {
         "vocab_size": llama.vocab_size + len(ids),

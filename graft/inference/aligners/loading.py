@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graft.checkpoints.names import checkpoint_name, from_anywhere
+from graft.checkpoints.names import absolute_checkpoint, checkpoint_name
 from graft.errors import ModelError
 from graft.inference.aligners.protocol import Aligner
 
@@ -29,7 +29,7 @@ def find_aligner(model: str) -> tuple[str, str]:
 
     Reads no weights, but for the bundled ones. Raises as `open_aligner`, but for weights that can't be read.
     """
-    return BUNDLED if model == BUNDLED else from_anywhere(model), _found(model)[1]
+    return BUNDLED if model == BUNDLED else absolute_checkpoint(model), _found(model)[1]
 
 
 def _found(model: str) -> tuple[str, str, bool]:

@@ -1,4 +1,4 @@
-"""Grafting two tiny checkpoints: every base tensor bit for bit, audio tokens in spare rows, and wrong bases refused in one line."""
+"""Test joining two tiny checkpoints: equal base tensors, audio tokens in spare rows, errors for wrong bases."""
 
 import json
 import shutil
@@ -120,15 +120,13 @@ print(AutoProcessor.from_pretrained({str(tmp_path / "graft")!r}).prompt_ids(100)
     found = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120
     ).stdout.splitlines()
-    assert (
-        found[0]
-        == f"{state_digest(model.state_dict())} {model.config.base_digests['audio']} {model.generation_config.suppress_tokens}"
-    )
+    digests = f"{state_digest(model.state_dict())} {model.config.base_digests['audio']}"
+    assert found[0] == f"{digests} {model.generation_config.suppress_tokens}"
     assert found[1] == str(processor.prompt_ids(100))
 
 
 def broken(folder: str, to: Path, name: str, content: bytes | None) -> str:
-    """A copy of a checkpoint with one file damaged or removed."""
+    """Copy a checkpoint and damage or remove one file of the copy."""
     shutil.copytree(folder, to)
     (to / name).unlink()
     if content is not None:
@@ -200,6 +198,6 @@ def test_a_damaged_graft_is_refused_in_one_line(bases, tmp_path):
             open_graft(folder)
 
 
-def test_the_recipes_defaults_are_the_configurations() -> None:
+def test_the_recipe_and_the_configuration_have_equal_defaults() -> None:
     recipe = graft_settings(BuildRecipe(out="o"))
     assert recipe == {name: getattr(GraftConfig(), name) for name in recipe}

@@ -1,4 +1,4 @@
-"""Import of the reference system's checkpoints, made here in their names and formats: equal logits, nothing left over or made up."""
+"""Test the import of the reference system's checkpoints, made here in their format: equal logits, no tensor ignored."""
 
 import json
 from pathlib import Path
@@ -25,11 +25,11 @@ NAMES = {
     "audio_tower.": "audio_encoder.",
     "audio_projector.linear.": "audio_projector.",
 }
-SKIPPED_BY_THEM = ("audio_encoder.", "audio_projector.")
+NOT_QUANTIZED = ("audio_encoder.", "audio_projector.")
 
 
 def source(mel_count: int = 80) -> tuple[GraftForConditionalGeneration, Any]:
-    """A graft as the reference system makes them, and its tokenizer."""
+    """Make a graft like the reference system's, and its tokenizer."""
     words = tiny_models.tokenizer()
     base = tiny_models.qwen2vl_config().to_dict()
     base.pop("model_type")
@@ -41,10 +41,8 @@ def source(mel_count: int = 80) -> tuple[GraftForConditionalGeneration, Any]:
     ids = dict(
         zip((*vision, *audio), words.convert_tokens_to_ids([*tiny_models.VISION_TOKENS, *AUDIO_TOKENS]), strict=True)
     )
-    whisper = tiny_models.whisper_config(mel_count).to_dict() | {
-        "d_model": 128,
-        "encoder_ffn_dim": 64,
-    }  # two heads of 64
+    shape = {"d_model": 128, "encoder_ffn_dim": 64}  # two heads of 64
+    whisper = tiny_models.whisper_config(mel_count).to_dict() | shape
     torch.manual_seed(0)
     model = GraftForConditionalGeneration(GraftConfig(**{**base, **ids, **SETTINGS, "audio_config": whisper}))
     for parameter in model.audio_tower.parameters():
@@ -53,7 +51,7 @@ def source(mel_count: int = 80) -> tuple[GraftForConditionalGeneration, Any]:
 
 
 def flat_config(config: GraftConfig) -> dict[str, Any]:
-    """config.json of transformers 4.47: the text's keys beside the vision's group, and theirs."""
+    """Write the configuration as the reference system did with transformers 4.47: text keys at the top level."""
     text = config.text_config
     names = (
         "hidden_size",
@@ -100,7 +98,7 @@ def flat_state(model: GraftForConditionalGeneration) -> dict[str, Tensor]:
 
 
 def save(folder: Path, model: GraftForConditionalGeneration, words: Any, state: dict[str, Tensor] | None = None) -> str:
-    """Write a checkpoint in two shards, as the hub holds it."""
+    """Write a checkpoint in two shards, as it is published."""
     folder.mkdir()
     state = flat_state(model) if state is None else state
     shards = {f"model-0000{number}-of-00002.safetensors": sorted(state)[number - 1 :: 2] for number in (1, 2)}
@@ -120,17 +118,15 @@ def logits(model: GraftForConditionalGeneration) -> Tensor:
     return model(input_ids=ids, input_features=features, audio_frame_counts=counts).logits
 
 
-def packed(state: dict[str, Tensor], *, nested: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state whose matrices bitsandbytes has packed as the reference did, head and vision included; and the same state unpacked by it."""
+def quantized(state: dict[str, Tensor], *, nested: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Quantize a state's matrices with bitsandbytes, head and vision tower included.
+
+    Returns the quantized state and the same state as bitsandbytes dequantizes it.
+    """
     bitsandbytes = pytest.importorskip("bitsandbytes")
     stored, exact = dict(state), dict(state)
     for name, tensor in state.items():
-        if (
-            not name.endswith(".weight")
-            or tensor.ndim != 2
-            or "embed_tokens" in name
-            or name.startswith(SKIPPED_BY_THEM)
-        ):
+        if not name.endswith(".weight") or tensor.ndim != 2 or "embed_tokens" in name or name.startswith(NOT_QUANTIZED):
             continue
         layer = bitsandbytes.nn.Linear4bit(*tensor.shape[::-1], bias=False)
         layer.weight = bitsandbytes.nn.Params4bit(
@@ -143,7 +139,7 @@ def packed(state: dict[str, Tensor], *, nested: bool) -> tuple[dict[str, Tensor]
 
 
 def loaded(model: GraftForConditionalGeneration, state: dict[str, Tensor]) -> GraftForConditionalGeneration:
-    names = {theirs: ours for ours, theirs in NAMES.items()}
+    names = {published: own for own, published in NAMES.items()}
     mine = {}
     for name, tensor in state.items():
         prefix = next((prefix for prefix in names if name.startswith(prefix)), "")
@@ -170,13 +166,12 @@ def test_a_published_checkpoint_has_the_logits_of_its_source(tmp_path):
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_matrices_packed_by_bitsandbytes_are_unpacked(tmp_path, nested):
+def test_matrices_quantized_by_bitsandbytes_are_dequantized(tmp_path, nested):
     model, words = source()
-    stored, exact = packed(flat_state(model), nested=nested)
+    stored, exact = quantized(flat_state(model), nested=nested)
     assert stored["lm_head.weight"].dtype == torch.uint8
-    assert (
-        len([name for name in stored if ".quant_state." in name]) == 2 * 7 + 1 + 6
-    )  # two layers, the head, the vision tower
+    # Seven matrices in each of two layers, the head, and six in the vision tower.
+    assert len([name for name in stored if ".quant_state." in name]) == 2 * 7 + 1 + 6
     plain = logits(model)
     imported, _ = import_reference(save(tmp_path / "published", model, words, stored))
     expected = logits(loaded(model, exact))
@@ -184,7 +179,7 @@ def test_matrices_packed_by_bitsandbytes_are_unpacked(tmp_path, nested):
     assert not torch.allclose(plain, expected, atol=1e-3)
 
 
-def test_the_projector_may_stand_in_a_file_of_its_own(tmp_path):
+def test_the_projector_may_be_in_a_file_of_its_own(tmp_path):
     model, words = source()
     state = flat_state(model)
     weight = state.pop("audio_projector.weight")
@@ -201,7 +196,7 @@ def test_the_projector_may_stand_in_a_file_of_its_own(tmp_path):
         import_reference(twice)
 
 
-def test_the_features_are_the_encoders(tmp_path):
+def test_the_features_have_as_many_mels_as_the_encoder_takes(tmp_path):
     model, processor = import_reference(save(tmp_path / "published", *source(mel_count=128)))
     assert processor.feature_extractor.feature_size == model.config.audio_config.num_mel_bins == 128
 
@@ -218,7 +213,7 @@ def changed(state: dict[str, Tensor], name: str, tensor: Tensor | None) -> dict[
         ("visual.merger.mlp.0.weight", None, r"lacks visual\.merger\.mlp\.0\.weight"),
         ("model.embed_tokens.weight", None, r"lacks model\.embed_tokens\.weight"),
         ("audio_encoder.conv1.weight", None, r"lacks audio_encoder\.conv1\.weight"),
-        ("audio_projector.bias", torch.zeros(64), r"has audio_projector\.bias, which a graft has not"),
+        ("audio_projector.bias", torch.zeros(64), r"has audio_projector\.bias, which a graft does not have"),
         ("decoder.weight", torch.zeros(2), r"decoder\.weight belongs to no part"),
         ("model.norm.weight", torch.ones(63), r"has model\.norm\.weight of shape \(63,\), not \(64,\)"),
         ("audio_projector.weight", torch.zeros(64, 128), r"audio_projector\.linear\.weight is all zeros"),

@@ -1,4 +1,4 @@
-"""A graft in two parts on tiny random weights: its language model as a plain Qwen2, and what turns clips and prompts into embeddings."""
+"""Test the split of a tiny graft: its language model as a plain Qwen2, and the rest, which makes embeddings."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from graft.checkpoints.language_model import language_model_folder, open_encoder_model
 from graft.checkpoints.loading import open_graft, write_stage
-from graft.checkpoints.projector_file import save_projector
 from graft.errors import MissingExtra, ModelError
 from tests.support import tiny_models
+from tests.support.adapters import save_projector
 
 FRAME_COUNTS = [60, 37]
 
@@ -44,11 +44,11 @@ def test_the_language_model_is_a_plain_qwen2_with_the_same_logits(tmp_path: Path
     ids = torch.tensor([[5, 200, 17, 42, 42]])
     with torch.inference_mode():
         assert torch.equal(plain(input_ids=ids).logits, graft(input_ids=ids).logits)
-        heard = inputs_for(graft)
-        assert torch.equal(plain(inputs_embeds=graft.embed(**heard)).logits, graft(**heard).logits)
+        inputs = inputs_for(graft)
+        assert torch.equal(plain(inputs_embeds=graft.embed(**inputs)).logits, graft(**inputs).logits)
 
 
-def test_it_is_written_once_and_again_for_other_weights(tmp_path: Path, folder: Path) -> None:
+def test_the_language_model_is_written_once_for_each_graft(tmp_path: Path, folder: Path) -> None:
     cache = tmp_path / "cache"
     written = language_model_folder(folder, cache)
     first = (written / "config.json").stat().st_mtime_ns
@@ -67,14 +67,16 @@ def test_it_is_written_once_and_again_for_other_weights(tmp_path: Path, folder: 
     }
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, folder: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_an_error_with_its_remedy(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ModelError, match=r"can't be written .*set GRAFT_CACHE to a folder with 0\.0 GB free"):
         language_model_folder(folder, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_the_hearing_part_embeds_as_the_graft_does_and_holds_no_layers(folder: Path, dtype: torch.dtype | None) -> None:
+def test_the_encoder_model_embeds_as_the_graft_does_and_holds_no_layers(
+    folder: Path, dtype: torch.dtype | None
+) -> None:
     graft, _ = open_graft(folder, dtype=dtype)
     encoder_model, processor = open_encoder_model(folder, dtype=dtype)
     assert torch.equal(encoder_model.embed(**inputs_for(encoder_model)), graft.embed(**inputs_for(graft)))
@@ -83,7 +85,7 @@ def test_the_hearing_part_embeds_as_the_graft_does_and_holds_no_layers(folder: P
     assert processor.tokenizer.eos_token == "<|im_end|>"
 
 
-def test_a_stages_projector_is_put_onto_its_graft(tmp_path: Path, folder: Path) -> None:
+def test_a_stages_projector_is_loaded_into_its_graft(tmp_path: Path, folder: Path) -> None:
     graft, _ = open_graft(folder)
     torch.nn.init.normal_(graft.audio_projector.linear.weight)
     (tmp_path / "stage1").mkdir()
@@ -100,7 +102,7 @@ def test_a_stages_projector_is_put_onto_its_graft(tmp_path: Path, folder: Path) 
         open_encoder_model(tmp_path / "stage1")
 
 
-def test_what_is_no_graft_is_refused(tmp_path: Path) -> None:
+def test_another_kind_of_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="qwen2_vl"):
         open_encoder_model(tiny_models.save_text_base(tmp_path / "text"))
 

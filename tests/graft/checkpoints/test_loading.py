@@ -1,4 +1,4 @@
-"""What a stage was trained to be asked for travels: stage.json -> open_graft -> a merged graft -> what opens that."""
+"""Test opening stages and grafts: the trained instructions in stage.json reach model, processor and merged graft."""
 
 import json
 import platform
@@ -15,12 +15,12 @@ from graft.checkpoints.loading import (
     read_stage,
     write_stage,
 )
-from graft.checkpoints.projector_file import save_projector
 from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
 from graft.processor import GraftProcessor
 from jobs.merge import MergeRecipe, run
 from tests.support import tiny_models
+from tests.support.adapters import save_projector
 
 WORDS = {"styles": ["formatted", "raw"], "context": True}
 
@@ -38,8 +38,8 @@ def stage_on(graft, folder, words):
     return folder
 
 
-def known(path) -> tuple[list[str], bool]:
-    """What a path can be asked for, as its model, its processor and its processor alone have it."""
+def trained_for(path) -> tuple[list[str], bool]:
+    """Return the trained styles and whether context was trained; model, processor and processor alone must agree."""
     model, processor = open_graft(path)
     alone = open_processor(path)
     found = [(list(one.trained_styles), one.trained_context) for one in (model.config, processor, alone)]
@@ -47,29 +47,32 @@ def known(path) -> tuple[list[str], bool]:
     return found[0]
 
 
-def test_a_new_graft_was_trained_for_nothing(graft):
-    assert known(graft) == ([], False)
+def test_a_new_graft_has_no_trained_instructions(graft):
+    assert trained_for(graft) == ([], False)
     assert GraftConfig().trained_styles == []
 
 
 def test_a_stages_words_reach_the_merged_graft(graft, tmp_path):
     stage = stage_on(graft, tmp_path / "stage", WORDS)
     assert read_stage(stage) == {"stage": 1, "graft": "../graft", "words": WORDS}
-    assert known(stage) == (["formatted", "raw"], True)
+    assert trained_for(stage) == (["formatted", "raw"], True)
     run(MergeRecipe(model=str(stage), out=str(tmp_path / "merged")))
     shutil.rmtree(graft)
-    assert known(tmp_path / "merged") == (["formatted", "raw"], True)
+    assert trained_for(tmp_path / "merged") == (["formatted", "raw"], True)
     assert GraftProcessor.from_pretrained(tmp_path / "merged").trained_styles == ["formatted", "raw"]
 
-    # A stage on top of it says anew what it was trained for, or nothing of it.
-    assert known(stage_on(tmp_path / "merged", tmp_path / "same", None)) == (["formatted", "raw"], True)
-    assert known(stage_on(tmp_path / "merged", tmp_path / "none", {"styles": [], "context": False})) == ([], False)
+    # A stage on top of it may record its own instructions, or keep those of its graft.
+    assert trained_for(stage_on(tmp_path / "merged", tmp_path / "same", None)) == (["formatted", "raw"], True)
+    assert trained_for(stage_on(tmp_path / "merged", tmp_path / "none", {"styles": [], "context": False})) == (
+        [],
+        False,
+    )
 
 
-def test_a_stage_file_without_words_is_read_as_ever(graft, tmp_path):
+def test_a_stage_file_without_instructions_keeps_the_grafts(graft, tmp_path):
     stage = stage_on(graft, tmp_path / "stage", None)
     assert json.loads((stage / STAGE_FILE).read_text()) == {"stage": 1, "graft": "../graft"}
-    assert known(stage) == ([], False)
+    assert trained_for(stage) == ([], False)
 
 
 def test_an_unknown_style_and_a_folder_that_is_no_graft_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Adapters: PEFT's own format, refused where they do not belong, and merged without a change of the logits."""
+"""Test adapters: PEFT's format, errors for another graft's adapters, truncation, and merging with equal logits."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,12 @@ from graft.checkpoints.lora import (
     save_adapters,
     truncate_adapters,
 )
-from graft.checkpoints.projector_file import save_projector
 from graft.errors import ModelError
 from graft.training.backends import eval_mode
 from jobs.common.cli import run_job
 from jobs.merge import ADAPTER_FOLDER, MergeRecipe, main
 from tests.support import tiny_models
-from tests.support.adapters import SETTINGS, adapt, further, logits, saved
+from tests.support.adapters import SETTINGS, adapt, largest_difference, logits, save_projector, save_tiny_adapters
 from tests.support.speech_corpus import corpus, row
 
 
@@ -30,21 +29,21 @@ def test_merged_equals_attached():
     plain = logits(tiny_models.graft_model())
     model = adapt(tiny_models.graft_model())
     attached = logits(model)
-    assert further(attached, plain) > 1e-2
+    assert largest_difference(attached, plain) > 1e-2
     merge_adapters(model)
-    assert further(logits(model), attached) < 1e-5
+    assert largest_difference(logits(model), attached) < 1e-5
     assert model.state_dict().keys() == tiny_models.graft_model().state_dict().keys()
 
 
 def test_saved_and_attached_again_is_exact(tmp_path):
     model = adapt(tiny_models.graft_model())
-    saved(model, tmp_path)
+    save_tiny_adapters(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ADAPTER_FILES)
-    again = tiny_models.graft_model()
-    attach_adapters(again, tmp_path)
-    assert torch.equal(logits(again.eval()), logits(model))
-    assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == {
-        name for name, _ in again.named_parameters() if "lora_" in name
+    other = tiny_models.graft_model()
+    attach_adapters(other, tmp_path)
+    assert torch.equal(logits(other.eval()), logits(model))
+    assert {name for name, parameter in other.named_parameters() if parameter.requires_grad} == {
+        name for name, _ in other.named_parameters() if "lora_" in name
     }
 
 
@@ -52,14 +51,14 @@ def test_peft_loads_the_files(tmp_path):
     from peft import PeftModel
 
     model = adapt(tiny_models.graft_model())
-    saved(model, tmp_path)
+    save_tiny_adapters(model, tmp_path)
     loaded = PeftModel.from_pretrained(tiny_models.graft_model(), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 3}, {"intermediate_size": 96}], ids=["deeper", "wider"])
 def test_adapters_of_another_graft_are_refused(tmp_path, change):
-    saved(adapt(tiny_models.graft_model()), tmp_path)
+    save_tiny_adapters(adapt(tiny_models.graft_model()), tmp_path)
     text = tiny_models.qwen2vl_config().to_dict()["text_config"] | change
     if "num_hidden_layers" in change:
         text.pop("layer_types", None)
@@ -70,7 +69,7 @@ def test_adapters_of_another_graft_are_refused(tmp_path, change):
 
 @pytest.mark.parametrize(("name", "content"), [("adapter_model.safetensors", b"\x10"), ("adapter_config.json", b"{")])
 def test_cut_off_files_are_refused(tmp_path, name, content):
-    saved(adapt(tiny_models.graft_model()), tmp_path)
+    save_tiny_adapters(adapt(tiny_models.graft_model()), tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match="can't be read") as caught:
         attach_adapters(tiny_models.graft_model(), tmp_path)
@@ -83,7 +82,7 @@ def test_missing_adapters_are_named(tmp_path):
 
 
 def deltas(state: dict[str, torch.Tensor], settings: LoraSettings) -> dict[str, torch.Tensor]:
-    """What adapters add to their matrices."""
+    """Compute the updates that adapters add to their matrices."""
     matrices = {name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")}
     scale = settings.alpha / settings.rank
     return {name: scale * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"] for name in matrices}
@@ -104,29 +103,29 @@ def test_truncated_adapters_are_the_best_of_their_rank(tmp_path, rank, encoder):
     for name, delta in whole.items():
         left, values, right = torch.linalg.svd(delta, full_matrices=False)
         best = left[:, :rank] * values[:rank] @ right[:rank]
-        assert further(found[name], best) < 1e-5
-        assert further(found[name], delta) < 1e-5 or rank < 4
+        assert largest_difference(found[name], best) < 1e-5
+        assert largest_difference(found[name], delta) < 1e-5 or rank < 4
         assert kept[name] == pytest.approx(float(best.square().sum() / delta.square().sum()), abs=1e-5)
         a, b = (after[f"{name}.lora_{part}.weight"] for part in "AB")
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
 
 
-def test_truncated_adapters_are_attached_as_any_others(tmp_path):
+def test_truncated_adapters_can_be_attached(tmp_path):
     model = adapt(tiny_models.graft_model())
     state, settings, _ = truncate_adapters(
         {name.replace(".default.", "."): one for name, one in lora(model).items()}, SETTINGS, 4
     )
     save_adapters(state, settings, tmp_path)
-    again = tiny_models.graft_model()
-    attach_adapters(again, tmp_path)
-    assert further(logits(again.eval()), logits(model)) < 1e-5
+    other = tiny_models.graft_model()
+    attach_adapters(other, tmp_path)
+    assert largest_difference(logits(other.eval()), logits(model)) < 1e-5
 
 
 def lora(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
 
 
-def test_adapters_never_trained_or_wider_than_their_matrix_are_cut_too():
+def test_untrained_adapters_and_those_wider_than_their_matrix_are_truncated():
     a, zero = torch.randn(6, 8), torch.zeros(3, 6)
     names = ("m.lora_A.weight", "m.lora_B.weight")
     for b in (zero, torch.randn(3, 6)):
@@ -134,11 +133,11 @@ def test_adapters_never_trained_or_wider_than_their_matrix_are_cut_too():
         settings = LoraSettings(rank=6, alpha=6)
         after, cut, kept = truncate_adapters(state, settings, 5)
         assert [tuple(after[name].shape) for name in names] == [(5, 8), (3, 5)]
-        assert further(deltas(after, cut)["m"], b @ a) < 1e-5
+        assert largest_difference(deltas(after, cut)["m"], b @ a) < 1e-5
         assert kept == {"m": pytest.approx(1.0)}
 
 
-def test_rounding_gives_what_quantization_leaves(stage):
+def test_rounding_to_nf4_equals_quantizing_and_dequantizing(stage):
     pytest.importorskip("bitsandbytes")
     quantized, _ = open_graft(stage.parent / "graft", dtype=torch.float32, nf4=True)
     rounded, _ = open_graft(stage.parent / "graft", dtype=torch.float32, rounded_to_nf4=True)
@@ -150,13 +149,13 @@ def test_rounding_gives_what_quantization_leaves(stage):
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory) -> Path:
-    """The output folder of a stage 2, beside its graft."""
+    """Make the output folder of a stage 2, next to its graft."""
     folder = tmp_path_factory.mktemp("adapters")
     model, _ = open_graft(tiny_models.save_tiny_graft(folder / "graft", width=64))
     stage = folder / "stage2"
     stage.mkdir()
     model.audio_projector.linear.weight.data.mul_(2)
-    saved(adapt(model), stage)
+    save_tiny_adapters(adapt(model), stage)
     save_projector(model, stage)
     write_stage(stage, stage=2, graft=folder / "graft")
     return stage
@@ -185,7 +184,7 @@ def test_the_merge_job_writes_a_whole_graft_and_keeps_the_adapters(stage, tmp_pa
     out = tmp_path / "merged"
     assert merge(f"model={stage}", f"out={out}") == 0
     model, processor = open_graft(out)
-    assert further(logits(model), logits(open_graft(stage)[0])) < 1e-5
+    assert largest_difference(logits(model), logits(open_graft(stage)[0])) < 1e-5
     assert processor.tokenizer.convert_tokens_to_ids("<|audio_pad|>") == model.config.audio_token_id
     assert sorted(path.name for path in (out / ADAPTER_FOLDER).iterdir()) == sorted(
         [*ADAPTER_FILES, "projector.safetensors"]
@@ -196,7 +195,7 @@ def test_the_merge_job_writes_a_whole_graft_and_keeps_the_adapters(stage, tmp_pa
     assert not list(tmp_path.glob("*no*"))
 
 
-def test_merged_onto_what_nf4_leaves_equals_the_adapters_on_nf4(stage, tmp_path):
+def test_merging_onto_rounded_weights_equals_the_adapters_on_nf4(stage, tmp_path):
     pytest.importorskip("bitsandbytes")
     assert (
         run_job(
@@ -213,10 +212,10 @@ def test_merged_onto_what_nf4_leaves_equals_the_adapters_on_nf4(stage, tmp_path)
     quantized, _ = open_graft(stage, dtype=torch.float32, nf4=True)
     rounded, full = (logits(open_graft(tmp_path / name)[0]) for name in ("rounded", "full"))
     with eval_mode(quantized.train()):
-        assert further(logits(quantized), rounded) < 1e-5
-    assert further(full, rounded) > 1e-2
+        assert largest_difference(logits(quantized), rounded) < 1e-5
+    assert largest_difference(full, rounded) > 1e-2
     plain, _ = open_graft(stage, dtype=torch.float32)
-    assert further(logits(plain), full) < 1e-5
+    assert largest_difference(logits(plain), full) < 1e-5
 
 
 def test_all_ways_to_use_adapters_are_compared(stage, tmp_path, capsys):

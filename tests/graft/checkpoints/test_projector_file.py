@@ -1,4 +1,4 @@
-"""The projector's own file, and digests that know a base by its tensors."""
+"""Test projector.safetensors, and the digests that identify a base by its tensors."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from graft.checkpoints.projector_file import PROJECTOR_FILE, load_projector, save_projector, state_digest
+from graft.checkpoints.projector_file import PROJECTOR_FILE, load_projector, state_digest
 from graft.errors import ModelError
 from tests.support import tiny_models
+from tests.support.adapters import save_projector
 
 DIGESTS = {"audio": "sha256:aaa", "text": "sha256:bbb"}
 
@@ -18,13 +19,13 @@ def graft(seed: int = 0, **audio: object):
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
+def projector_folder(tmp_path: Path) -> Path:
     save_projector(graft(), tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_a_projector_comes_back_exactly(tmp_path, kind):
+def test_a_saved_projector_is_loaded_exactly(tmp_path, kind):
     model, other = graft(audio_projector=kind), graft(1, audio_projector=kind)
     save_projector(model, tmp_path)
     load_projector(other, tmp_path)
@@ -43,12 +44,14 @@ def test_a_projector_comes_back_exactly(tmp_path, kind):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_projector_trained_elsewhere_is_refused_with_both_values(saved, change, words):
+def test_a_projector_trained_elsewhere_is_refused_with_both_values(projector_folder, change, words):
     model = graft(1, **change)
     before = {name: tensor.clone() for name, tensor in model.audio_projector.state_dict().items()}
     with pytest.raises(ModelError) as caught:
-        load_projector(model, saved)
-    assert all(word in str(caught.value) for word in [str(saved / PROJECTOR_FILE), *words, "train it on this graft"])
+        load_projector(model, projector_folder)
+    assert all(
+        word in str(caught.value) for word in [str(projector_folder / PROJECTOR_FILE), *words, "train it on this graft"]
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.audio_projector.state_dict().items())
 
 
@@ -62,13 +65,13 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         load_projector(graft(), tmp_path)
 
 
-def test_a_digest_is_of_names_types_shapes_and_bits():
+def test_a_digest_depends_on_names_dtypes_shapes_and_bits():
     state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.tensor(3)}
     digest = state_digest(state)
     assert digest.startswith("sha256:")
     assert state_digest(dict(reversed(state.items()))) == digest
     assert state_digest({name: tensor.clone() for name, tensor in state.items()}) == digest
-    assert state_digest({**state, "a": state["a"].T.contiguous().T}) == digest  # as it reads, not as it lies in memory
+    assert state_digest({**state, "a": state["a"].T.contiguous().T}) == digest  # the memory layout does not matter
     flipped = state["a"].clone()
     flipped.view(torch.int32)[1, 2] ^= 1
     others = [

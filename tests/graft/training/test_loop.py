@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from graft.checkpoints.lora import LORA_TARGETS, LoraSettings
-from graft.checkpoints.projector_file import save_projector
 from graft.errors import ModelError
 from graft.training.backends import TorchBackend
 from graft.training.checkpoint import CheckpointWriter, load_checkpoint, write_checkpoint
@@ -18,6 +17,7 @@ from graft.training.meter import Meter
 from graft.training.progress import Progress, best_checkpoint, latest_checkpoint
 from graft.training.stages import ComputeSettings, Stage, stage_model
 from tests.support import tiny_models, workers
+from tests.support.adapters import save_projector
 from tests.support.training import Recorder, clip_steps, example, filler, furthest, run_steps, step_batches, weights
 
 STAGE_1 = Stage(1)

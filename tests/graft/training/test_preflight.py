@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft.checkpoints.loading import open_graft, write_stage
-from graft.checkpoints.projector_file import check_projector, load_projector, save_projector
+from graft.checkpoints.projector_file import check_projector, load_projector
 from graft.errors import DataError, ModelError
 from graft.training.preflight import check_labels, preflight, swap_audio
 from jobs.check import CheckRecipe, main
 from jobs.common.cli import run_job
 from tests.support import tiny_models
+from tests.support.adapters import save_projector
 from tests.support.speech_corpus import corpus, row
 from tests.support.training import example, filler, step_batches
 
@@ -59,12 +60,12 @@ def test_a_deaf_model_is_refused_everywhere(opened, folder, deaf, tmp_path):
     model.audio_projector.linear.weight.data.zero_()
     with pytest.raises(ModelError, match=r"the audio path is dead: other audio changes the logits by 0\.0e\+00"):
         preflight(model, batch_of(processor, 1, 2), processor.prompt_end_ids())
-    with pytest.raises(ModelError, match=r"here: audio_projector\.linear\.weight is all zeros, so the model is deaf"):
+    with pytest.raises(ModelError, match=r"here: audio_projector\.linear\.weight is all zeros, so audio has no effect"):
         check_projector(model, source="here")
     save_projector(model, tmp_path)
     write_stage(tmp_path, stage=1, graft=folder)
     for refuse in (lambda: load_projector(model, tmp_path), lambda: open_graft(tmp_path), lambda: open_graft(deaf)):
-        with pytest.raises(ModelError, match="all zeros, so the model is deaf"):
+        with pytest.raises(ModelError, match="all zeros, so audio has no effect"):
             refuse()
 
 
@@ -126,7 +127,7 @@ def test_the_check_job_on_good_and_bad(folder, deaf, tmp_path, capsys):
     assert "hears: other audio changes the answer's logits" in capsys.readouterr().out
     unlabelled = corpus(tmp_path / "unlabelled.parquet", [row("clip0", 0, text=" ")])
     for model, source, words in [
-        (deaf, data, "the model is deaf"),
+        (deaf, data, "audio has no effect"),
         (folder, unlabelled, "none of 1 rows can be trained on (1 no words)"),
     ]:
         assert check(f"model={model}", f"data=[{source}]") == 2

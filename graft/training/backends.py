@@ -1,7 +1,8 @@
-"""How gradients and optimizer states are shared between workers: plain torch here (one process or DDP), DeepSpeed ZeRO in its own file.
+"""Training backends: the plain torch backend, for one process or DDP; DeepSpeed ZeRO's is in zero.py.
 
-Both divide by nothing: the loop's loss is already divided by the whole step's label count, so gradients are summed over all workers.
-Their states are told by parameter name, in float32, whole: they do not depend on the number of workers or on the backend.
+Backends sum gradients over all workers, because the loop divides each loss by the whole step's label count. They give
+their states by parameter name, in float32 and unsharded, so that a checkpoint depends neither on the number of workers
+nor on the backend.
 """
 
 import contextlib
@@ -21,22 +22,25 @@ class Backend(Protocol):
     """A model with its optimizer."""
 
     model: nn.Module
-    """The model itself, however it is wrapped."""
+    """The model itself, without wrappers such as DDP."""
 
     def backward(self, inputs: Mapping[str, Tensor], *, label_count: int, is_last: bool) -> Tensor:
-        """Add the gradients of a batch, which may be the last of its step; returns its loss, the sum over its labels by `label_count`."""
+        """Add a batch's gradients; returns its loss, summed over its labels and divided by `label_count`.
+
+        `is_last` marks the last batch of a step, after which workers exchange gradients.
+        """
         ...
 
     def step(self, learning_rate: float) -> float:
-        """Update the weights; returns the gradient's norm before clipping."""
+        """Update the weights; returns the gradients' norm before clipping."""
         ...
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
-        """Within it `model` is in eval mode, computes as in training and keeps no gradients; every worker enters it."""
+        """Put `model` into eval mode without gradients, in the arithmetic of training; every worker must enter it."""
         ...
 
     def state(self) -> State:
-        """Copy weights and optimizer states; every worker must call it."""
+        """Copy weights and optimizer states to the CPU; every worker must call it."""
         ...
 
     def load_state(self, state: State, *, step: int) -> None:
@@ -47,19 +51,19 @@ class Backend(Protocol):
 class TorchBackend:
     """AdamW on the trainable parameters, which stay in float32; DDP where there is more than one process.
 
-    With `bf16` the trained weights are rounded to it wherever they meet a bf16 model's states (autocast).
+    With `bf16` autocast rounds the trained weights to bf16 in matrix products.
     """
 
     def __init__(self, model: nn.Module, *, weight_decay: float, max_grad_norm: float, bf16: bool = False):
         self.model = model
-        self.trained = trained_parameters(model)
+        self.trained = trainable_parameters(model)
         self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self.optimizer = torch.optim.AdamW(self.trained.values(), weight_decay=weight_decay, betas=BETAS, fused=True)
         self.max_grad_norm = max_grad_norm
         device = next(iter(self.trained.values())).device
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         if bf16:
-            _leave_casting_to_autocast(model)
+            _disable_peft_casting(model)
         self._wrapped: Any = model
         if self.world_size > 1:
             self._wrapped = nn.parallel.DistributedDataParallel(
@@ -68,10 +72,10 @@ class TorchBackend:
 
     def backward(self, inputs: Mapping[str, Tensor], *, label_count: int, is_last: bool) -> Tensor:
         if self.world_size > 1:
-            self._wrapped.require_backward_grad_sync = is_last  # DDP's forward reads it
+            self._wrapped.require_backward_grad_sync = is_last  # DDP's forward pass reads it
         with self._autocast:
             loss = self._wrapped(**inputs, label_count=label_count).loss
-        (loss * self.world_size).backward()  # DDP averages
+        (loss * self.world_size).backward()  # DDP averages over workers
         return loss.detach()
 
     def step(self, learning_rate: float) -> float:
@@ -90,7 +94,10 @@ class TorchBackend:
     def state(self) -> State:
         states = self.optimizer.state
         return {
-            name: {"weight": copied(p), **{key: copied(states[p][key]) for key in STATE_KEYS if key in states[p]}}
+            name: {
+                "weight": float32_copy(p),
+                **{key: float32_copy(states[p][key]) for key in STATE_KEYS if key in states[p]},
+            }
             for name, p in self.trained.items()
         }
 
@@ -106,15 +113,16 @@ class TorchBackend:
                 }
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients, then set every module back to its mode.
+    """Put a model into eval mode without gradients; at the end every module returns to its own mode.
 
-    NF4 matrices stay in train mode: on some CPUs bitsandbytes packs them for inference, for good, at their first use in eval mode.
+    NF4 matrices stay in train mode: on some CPUs bitsandbytes repacks them for inference at their first use in eval
+    mode, which cannot be undone.
     """
     modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -125,23 +133,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        _set_modes(modes)
+        for module, was_training in modes:
+            module.training = was_training  # train() would set the modules inside it, too
 
 
-def _set_modes(modes: Iterable[tuple[Any, bool]]) -> None:
-    """One module at a time: train() would set what is inside it too."""
-    for module, is_training in modes:
-        module.training = is_training
-
-
-def _leave_casting_to_autocast(model: nn.Module) -> None:
-    """PEFT would compute float32 adapters on bf16 states in float32, which takes about twice as long."""
+def _disable_peft_casting(model: nn.Module) -> None:
+    """Leave casting to autocast: PEFT would compute float32 adapters in float32, which takes twice as long."""
     modules: Iterable[Any] = model.modules()
     for module in modules:
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
 
 
-def copied(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the CPU in float32, also where it lies there already: training goes on while the copy is written."""
+def float32_copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU in float32, even from there: training goes on while the copy is written to disk."""
     return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -1,4 +1,4 @@
-"""A batch as the training loop takes it, whoever made it."""
+"""TrainingBatch, the training loop's input."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,23 +8,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """A batch on its device: the model's inputs with labels, what the plan says of it, and the clips and seconds in it that count."""
+    """A batch on its device; clips that could not be decoded are masked and not counted."""
 
     inputs: Mapping[str, Tensor]
+    """The model's inputs, labels included."""
     position: int
+    """Number of real batches of the run up to and including this one, as in PlannedBatch."""
     step_position: int
     step_label_count: int
     ids: tuple[str, ...]
-    """Of the clips that count."""
+    """Ids of the clips."""
     clip_count: int
     token_count: int
-    """Without padding."""
+    """Number of tokens, padding excluded."""
     audio_s: float
     flops: float = 0.0
-    """What the model must compute for it, forward and backward."""
+    """FLOPs of its forward and backward pass."""
     encode: Callable[[], Tensor] | None = None
-    """Makes the clips' audio_states, where they stand in place of input_features."""
+    """Computes the clips' audio_states, which then replace input_features."""
 
     def model_inputs(self) -> Mapping[str, Tensor]:
-        """All that the model takes; encodes what is not encoded yet."""
+        """Return the model's inputs, with audio_states computed where `encode` is given."""
         return self.inputs if self.encode is None else {**self.inputs, "audio_states": self.encode()}

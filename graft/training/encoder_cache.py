@@ -1,7 +1,7 @@
-"""Encoder outputs kept on disk, so that a frozen encoder hears each clip once however many epochs follow.
+"""Cache a frozen encoder's outputs on disk, so that each clip is encoded once for any number of epochs.
 
-An entry's name is a digest of the audio file's bytes; its folder's is one of all that turns those bytes into states: the encoder's weights
-and precision, how many of its states make a token, and the features. A change of any of them begins another folder.
+An entry is named by the digest of the audio file's bytes. Its folder is named by the digest of all that turns those
+bytes into states: the encoder's weights and precision, its pooling and context, and the features.
 """
 
 import hashlib
@@ -15,16 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graft.model.configuration import GraftConfig, audio_token_count
+from graft.model.configuration import GraftConfig
 from graft.model.ctc import CtcPrealignment
-from graft.model.encoder import encode_audio
+from graft.model.encoder import encode_audio, token_counts
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.storage.atomic import atomic_file
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    """A clip as the encoder left it: states (tokens, d_model) in the encoder's precision, and the mel frames that were heard."""
+class EncodedClip:
+    """A clip's encoder states (tokens, d_model) in the encoder's precision, and its number of mel frames."""
 
     states: Tensor
     frame_count: int
@@ -32,25 +32,25 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncoderCache:
-    """A folder of encoded clips, one file each; any number of processes may read and write it at once."""
+    """A folder with one file per encoded clip; any number of processes may read and write it at once."""
 
     folder: Path
 
     @staticmethod
     def key(audio: bytes) -> str:
-        """Name an audio file's entry."""
+        """Compute the key of an audio file's entry."""
         return hashlib.sha256(audio).hexdigest()
 
-    def get(self, key: str) -> Encoded | None:
-        """Read an entry; None where it is missing or not readable."""
+    def get(self, key: str) -> EncodedClip | None:
+        """Read an entry; return None where it is missing or broken."""
         try:
             with safe_open(self._path(key), framework="pt") as file:
-                return Encoded(file.get_tensor("states"), int(file.metadata()["frame_count"]))
+                return EncodedClip(file.get_tensor("states"), int(file.metadata()["frame_count"]))
         except (OSError, SafetensorError, KeyError):
             return None
 
-    def put(self, key: str, encoded: Encoded) -> None:
-        """Write an entry, whole or not at all; one that is there already stays."""
+    def put(self, key: str, encoded: EncodedClip) -> None:
+        """Write an entry atomically; an existing entry is kept."""
         path = self._path(key)
         if path.exists():
             return
@@ -66,54 +66,52 @@ class EncoderCache:
 
 
 def open_cache(folder: str | Path, config: GraftConfig, *, encoder: str, features: str, dtype: str) -> EncoderCache:
-    """Open the part of a folder that belongs to a graft's encoder and features, both given by their digests, and a precision."""
+    """Open the subfolder that belongs to an encoder and features, given by their digests, and a precision."""
     parts = (encoder, features, dtype, str(config.audio_pool), config.audio_context, str(config.audio_margin_s))
     return EncoderCache(Path(folder).resolve() / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16])
 
 
 class CachingEncoder:
-    """Gives a batch's clips their states: those that were found in the cache, and for the others what the encoder makes of them."""
+    """Encodes the clips of a batch that were not found in the cache, and adds them to it."""
 
     def __init__(self, model: GraftForConditionalGeneration | CtcPrealignment, cache: EncoderCache):
         self.model, self.cache = model, cache
-        self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-encoder-cache")
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-encoder-cache")
         self._writes: list[Future[None]] = []
 
     @torch.no_grad()
     def __call__(
         self, input_features: Tensor | None, frame_counts: Tensor, keys: Sequence[str], found: Mapping[int, Tensor]
     ) -> Tensor:
-        """Encode the clips whose places are not in `found` and write them down under their keys ("" has none).
+        """Return the states of all clips (tokens of all clips, d_model).
 
-        input_features (missing clips, mels, frames); frame_counts (clips,); returns (tokens of all clips, d_model). Waits for what the
-        batch before left to write, and raises OSError where that went wrong.
+        Args:
+            input_features: log-mels of the clips that were not found (missing clips, mels, frames).
+            frame_counts: number of mel frames of every clip (clips,).
+            keys: cache key of every clip; an empty one keeps the clip out of the cache.
+            found: cached states (tokens, d_model) by the clip's index.
+
+        Waits until the batch before is written, and raises OSError where that failed.
         """
-        self._settle()
-        missing = [place for place in range(len(keys)) if place not in found]
+        self._finish_writes()
+        missing = [index for index in range(len(keys)) if index not in found]
         states = dict(found)
         if missing and input_features is not None:
-            encoded = encode_audio(self.model.audio_tower, input_features, frame_counts[missing], self.model.config)
-            for place, one in zip(missing, encoded.split(self._token_counts(frame_counts[missing])), strict=True):
-                states[place] = one
-                if keys[place]:
-                    self._writes.append(
-                        self._writing.submit(self.cache.put, keys[place], Encoded(one, int(frame_counts[place])))
-                    )
-        return torch.cat([states[place] for place in range(len(keys))])
+            missing_counts, config = frame_counts[missing], self.model.config
+            encoded = encode_audio(self.model.audio_tower, input_features, missing_counts, config)
+            for index, one in zip(missing, encoded.split(token_counts(missing_counts, config)), strict=True):
+                states[index] = one  # (tokens, d_model)
+                if keys[index]:
+                    entry = EncodedClip(one, int(frame_counts[index]))
+                    self._writes.append(self._pool.submit(self.cache.put, keys[index], entry))
+        return torch.cat([states[index] for index in range(len(keys))])
 
     def close(self) -> None:
-        """Return when all is written. Raises OSError where that went wrong."""
-        self._writing.shutdown()
-        self._settle()
+        """Wait until all entries are written. Raises OSError where that failed."""
+        self._pool.shutdown()
+        self._finish_writes()
 
-    def _settle(self) -> None:
+    def _finish_writes(self) -> None:
         for write in self._writes:
             write.result()
         self._writes.clear()
-
-    def _token_counts(self, frame_counts: Tensor) -> list[int]:
-        config = self.model.config
-        return [
-            audio_token_count(count, pool=config.audio_pool, context=config.audio_context)
-            for count in frame_counts.tolist()
-        ]

@@ -1,7 +1,7 @@
-"""What training costs, by arithmetic alone: parameters and FLOPs from a GraftConfig; no weights are read and nothing runs.
+"""Estimate parameters, FLOPs and device memory of training from a GraftConfig; no weights are read and nothing runs.
 
-A FLOP is one multiplication or one addition of a matrix product. The frozen parts have no weight gradients: the encoder runs forward only,
-the language model forward and backward to its activations, which is two forwards and not three.
+A FLOP is one multiplication or one addition of a matrix product. Frozen weights have no weight gradients: a frozen
+encoder only runs forward, and the backward pass of a frozen language model costs one more forward pass instead of two.
 """
 
 import re
@@ -16,8 +16,10 @@ from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_co
 from graft.model.encoder import ENCODER_FRAMES_PER_S
 from graft.model.modeling import GraftForConditionalGeneration
 
-# Dense bf16 with float32 sums, TFLOP/s: an H200 as measured in large matrix products, the others as their makers state them. All words of a
-# key must stand in the device's name; the first key that fits counts.
+Counts = Sequence[int] | np.ndarray
+
+# Dense bf16 with float32 sums, in TFLOP/s: the H200's as measured in large matrix products, the others' as their makers
+# state them. A key matches a device whose name contains all of its words; the first match counts.
 PEAKS: dict[tuple[str, ...], float | None] = {
     ("mig",): None,
     ("laptop",): None,
@@ -42,22 +44,22 @@ PEAKS: dict[tuple[str, ...], float | None] = {
     ("3090",): 71,
 }
 
+Layout = Literal["ddp", "zero 1", "zero 2", "zero 3"]
+LAYOUTS: tuple[Layout, ...] = ("ddp", "zero 1", "zero 2", "zero 3")
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in NF4: 4 bits, an 8-bit scale for every 64 weights, a float32 for every 256 scales."""
+LOGIT_BYTES = 10
+"""Bytes of a logit in training: bf16, float32, and the float32 gradient."""
+SAVED_BYTES = {False: 4.0e6 / (28 * 3584), True: 5.7e6 / (28 * 3584)}
+"""Bytes kept for the backward pass, per token, layer and unit of width, without and with LoRA.
 
-def device_peak_flops(name: str) -> float | None:
-    """The bf16 FLOP/s of a GPU by what torch.cuda.get_device_name calls it, or by a word such as `h200`; None where unknown."""
-    words = name_words(name)
-    peak = next((peak for key, peak in PEAKS.items() if words.issuperset(key)), None)
-    return None if peak is None else peak * 1e12
-
-
-def name_words(name: str) -> frozenset[str]:
-    """The words of a GPU's name, in lower case."""
-    return frozenset(re.split(r"[^a-z0-9]+", name.lower()))
+4.0 and 5.7 MB per token were measured at 7B (28 layers, width 3584); other shapes are scaled from there.
+"""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of a graft by part; `text` is the language model without its head, which has none of its own where it is tied."""
+    """Number of parameters of each part; `text` is the language model without `lm_head`, which counts 0 if tied."""
 
     audio_tower: int
     projector: int
@@ -68,7 +70,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All but the adapters."""
+        """All parameters except the adapters'."""
         return self.audio_tower + self.projector + self.text + self.lm_head + self.vision
 
     @property
@@ -77,109 +79,65 @@ class Parameters:
 
 
 def count_parameters(config: GraftConfig, *, lora_rank: int | None = None, lora_encoder: bool = False) -> Parameters:
-    """Count a graft's parameters on torch's meta device; the adapters are those of stage 2 at a rank."""
+    """Count a graft's parameters on torch's meta device; `lora_rank` and `lora_encoder` describe stage 2's adapters."""
     with torch.device("meta"):
         model = GraftForConditionalGeneration(config)
+    inner: Any = model.model
+    parts = {
+        "audio_tower": model.audio_tower,
+        "projector": model.audio_projector,
+        "text": inner.language_model,
+        "vision": inner.visual,
+    }
+    counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+    lora = lora_parameters(config, lora_rank) + (encoder_lora_parameters(config, lora_rank) if lora_encoder else 0)
     lm_head = 0 if config.tie_word_embeddings else model.lm_head.weight.numel()
-    language_model: Any = model.model.language_model
-    return Parameters(
-        audio_tower=_count(model.audio_tower),
-        projector=_count(model.audio_projector),
-        text=_count(language_model),
-        lm_head=lm_head,
-        vision=_count(model.model.visual),
-        lora=lora_parameters(config, lora_rank) + (encoder_lora_parameters(config, lora_rank) if lora_encoder else 0),
-    )
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def layer_matrices(config: GraftConfig) -> list[tuple[int, int]]:
-    """Inputs and outputs of the seven matrices in one layer of the language model: those that LoRA adapts and NF4 quantizes."""
-    text = _text(config)
-    width, inner = text.hidden_size, text.intermediate_size
-    heads = text.num_attention_heads * _head_width(config)
-    keys = text.num_key_value_heads * _head_width(config)
-    return [
-        (width, heads),
-        (width, keys),
-        (width, keys),
-        (heads, width),
-        (width, inner),
-        (width, inner),
-        (inner, width),
-    ]
-
-
-def encoder_matrices(config: GraftConfig) -> list[tuple[int, int]]:
-    """Inputs and outputs of the six matrices in one layer of the Whisper encoder."""
-    width, inner = config.audio_config.d_model, config.audio_config.encoder_ffn_dim
-    return [*[(width, width)] * 4, (width, inner), (inner, width)]
-
-
-def matrix_parameters(config: GraftConfig) -> int:
-    """Weights in the matrices of all layers of the language model."""
-    return _text(config).num_hidden_layers * _weights(layer_matrices(config))
-
-
-def lora_parameters(config: GraftConfig, rank: int | None) -> int:
-    """Weights of adapters on all those matrices."""
-    return (rank or 0) * _text(config).num_hidden_layers * sum(map(sum, layer_matrices(config)))
-
-
-def encoder_lora_parameters(config: GraftConfig, rank: int | None) -> int:
-    """Weights of adapters on the Whisper encoder."""
-    return (rank or 0) * config.audio_config.encoder_layers * sum(map(sum, encoder_matrices(config)))
-
-
-def _weights(matrices: list[tuple[int, int]]) -> int:
-    return sum(inputs * outputs for inputs, outputs in matrices)
+    return Parameters(**counts, lm_head=lm_head, lora=lora)
 
 
 def batch_flops(
     config: GraftConfig,
     *,
-    token_counts: Sequence[int] | np.ndarray,
+    token_counts: Counts,
     label_count: int,
-    frame_counts: Sequence[int] | np.ndarray,
+    frame_counts: Counts,
     lora_rank: int | None,
     gradient_checkpointing: bool,
     lora_encoder: bool = False,
 ) -> float:
-    """FLOPs of training on a batch of clips, padding excluded.
+    """Count the FLOPs of training on a batch of clips, padding excluded.
 
-    token_counts: prompt, audio and answer of each clip; label_count: label tokens of all clips; frame_counts: each clip's mel frames, 100 a
-    second; lora_encoder: the encoder has adapters too. What gradient checkpointing computes again is counted again, whole layers at a time.
+    Args:
+        token_counts: number of tokens of each clip: prompt, audio and answer.
+        label_count: number of label tokens of all clips.
+        frame_counts: number of mel frames of each clip, 100 per second.
+        lora_rank: rank of the adapters on the language model; None for none.
+        gradient_checkpointing: count the forward pass that is repeated, too.
+        lora_encoder: whether the encoder has adapters of that rank, too.
     """
-    audio = encoder_flops(config, frame_counts, lora_rank=lora_rank if lora_encoder else None)
-    audio += projector_flops(config, frame_counts, to_encoder=lora_encoder)
     return (
-        audio
-        + text_flops(config, token_counts, lora_rank=lora_rank, again=gradient_checkpointing)
+        encoder_flops(config, frame_counts, lora_rank=lora_rank if lora_encoder else None)
+        + projector_flops(config, frame_counts, to_encoder=lora_encoder)
+        + text_flops(config, token_counts, lora_rank=lora_rank, repeats_forward=gradient_checkpointing)
         + head_flops(config, label_count)
     )
 
 
-def encoder_flops(
-    config: GraftConfig, frame_counts: Sequence[int] | np.ndarray, *, lora_rank: int | None = None
-) -> float:
-    """FLOPs of the Whisper encoder over what `audio_context` has it encode: forward, and with adapters of a rank backward too."""
+def encoder_flops(config: GraftConfig, frame_counts: Counts, *, lora_rank: int | None = None) -> float:
+    """Count the encoder's FLOPs on the frames that it encodes; with adapters the backward pass, too."""
     audio = config.audio_config
-    frames = encoded_frames(config, frame_counts)
-    convolutions = (
-        2 * 3 * audio.d_model * (2 * audio.num_mel_bins + audio.d_model) * frames.sum()
-    )  # two mel frames to an encoder frame
-    matrices = 2 * audio.encoder_layers * _weights(encoder_matrices(config)) * frames.sum()
+    frames = encoded_frames(config, frame_counts)  # (clips,)
+    # Kernels of 3; the first convolution runs on mel frames, of which there are two to an encoder frame.
+    convolutions = 2 * 3 * audio.d_model * (2 * audio.num_mel_bins + audio.d_model) * frames.sum()
+    matrices = 2 * audio.encoder_layers * _weight_count(encoder_matrices(config)) * frames.sum()
     attention = 4 * audio.encoder_layers * audio.d_model * (frames**2).sum()
     adapters = 2 * encoder_lora_parameters(config, lora_rank) * frames.sum()
     backward = matrices + 2 * attention + 2 * adapters if lora_rank else 0.0
     return float(convolutions + matrices + attention + adapters + backward)
 
 
-def encoded_frames(config: GraftConfig, frame_counts: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Encoder frames, 50 a second, that each clip has encoded."""
+def encoded_frames(config: GraftConfig, frame_counts: Counts) -> np.ndarray:
+    """Count the encoder frames (50 per second) that each clip is encoded with, as float64 (clips,)."""
     window = WINDOW_FRAMES // 2
     if config.audio_context != "valid":
         return np.full(len(frame_counts), window, dtype=np.float64)
@@ -187,55 +145,50 @@ def encoded_frames(config: GraftConfig, frame_counts: Sequence[int] | np.ndarray
     return np.minimum(own + round(config.audio_margin_s * ENCODER_FRAMES_PER_S), window)
 
 
-def projector_flops(
-    config: GraftConfig, frame_counts: Sequence[int] | np.ndarray, *, to_encoder: bool = False
-) -> float:
-    """FLOPs of the projector, forward and backward; where the encoder is frozen nothing flows back into it."""
-    kinds, clips = np.unique(np.asarray(frame_counts), return_counts=True)
-    counts = [audio_token_count(int(kind), pool=config.audio_pool, context=config.audio_context) for kind in kinds]
-    tokens = sum(int(number) * count for number, count in zip(clips, counts, strict=True))
+def projector_flops(config: GraftConfig, frame_counts: Counts, *, to_encoder: bool = False) -> float:
+    """Count the projector's FLOPs, forward and backward; `to_encoder` adds the gradient of its input."""
+    lengths, clips = np.unique(np.asarray(frame_counts), return_counts=True)
+    counts = [audio_token_count(int(one), pool=config.audio_pool, context=config.audio_context) for one in lengths]
+    tokens = int(np.dot(clips, counts))
     first = config.audio_config.d_model * _text(config).hidden_size
     second = _text(config).hidden_size ** 2 if config.audio_projector == "mlp" else 0
     return float(tokens * ((6 if to_encoder else 4) * first + 6 * second))
 
 
-def text_flops(
-    config: GraftConfig, token_counts: Sequence[int] | np.ndarray, *, lora_rank: int | None, again: bool
-) -> float:
-    """FLOPs of the language model's layers, forward and backward; `again` adds the forward pass that gradient checkpointing repeats."""
+def text_flops(config: GraftConfig, token_counts: Counts, *, lora_rank: int | None, repeats_forward: bool) -> float:
+    """Count the FLOPs of the language model's layers, forward and backward.
+
+    `repeats_forward` adds the forward pass that gradient checkpointing repeats.
+    """
     lengths = np.asarray(token_counts, dtype=np.float64)
     text = _text(config)
     matrices = 2 * matrix_parameters(config) * lengths.sum()
     adapters = 2 * lora_parameters(config, lora_rank) * lengths.sum()
-    # Scores and values, of which a causal token sees half.
+    # Scores and weighted values cost 4 FLOPs per pair of tokens and unit of width; causal attention has half the pairs.
     attention = 2 * text.num_hidden_layers * text.num_attention_heads * _head_width(config) * (lengths**2).sum()
     forward = matrices + attention + adapters
     backward = matrices + 2 * attention + 2 * adapters
-    return float(forward * (2 if again else 1) + backward)
+    return float(forward * (2 if repeats_forward else 1) + backward)
 
 
 def head_flops(config: GraftConfig, label_count: int) -> float:
-    """FLOPs of the logits at label positions, forward and backward."""
+    """Count the FLOPs of the logits at label positions, forward and backward."""
     return 4.0 * _text(config).vocab_size * _text(config).hidden_size * label_count
 
 
-def _head_width(config: GraftConfig) -> int:
-    return _text(config).hidden_size // _text(config).num_attention_heads
+def device_peak_flops(name: str) -> float | None:
+    """Look up the peak bf16 FLOP/s of a GPU by torch.cuda.get_device_name's answer or a word such as `h200`.
+
+    Returns None where it is not known.
+    """
+    words = name_words(name)
+    peak = next((peak for key, peak in PEAKS.items() if words.issuperset(key)), None)
+    return None if peak is None else peak * 1e12
 
 
-def _text(config: GraftConfig) -> Any:
-    return config.text_config
-
-
-Layout = Literal["ddp", "zero 1", "zero 2", "zero 3"]
-LAYOUTS: tuple[Layout, ...] = ("ddp", "zero 1", "zero 2", "zero 3")
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Of a weight: 4 bits, an 8-bit scale for every 64 of them, a float32 for every 256 scales."""
-LOGIT_BYTES = 10
-"""Of a logit: bf16, float32, and the float32 gradient."""
-SAVED_BYTES = {False: 4.0e6 / (28 * 3584), True: 5.7e6 / (28 * 3584)}
-"""Activations kept for the backward pass, of a token in one layer and one unit of width, without and with LoRA: 4.0 and 5.7 MB a token
-were measured at 7B (28 layers, width 3584); other shapes are scaled from there."""
+def name_words(name: str) -> frozenset[str]:
+    """Split a GPU's name into words, in lower case."""
+    return frozenset(re.split(r"[^a-z0-9]+", name.lower()))
 
 
 @dataclass(frozen=True)
@@ -265,14 +218,20 @@ def device_memory(
     dtype_bytes: int = 2,
     gradient_checkpointing: bool = False,
 ) -> Memory:
-    """Estimate what training takes on each device, for a batch of `token_count` padded tokens with `label_count` labels.
+    """Estimate the memory that training takes on each device.
 
-    trained_frame_count: frames that go through the encoder where it has adapters, 0 where it is frozen and keeps nothing.
-    Frozen weights take `dtype_bytes`, trained ones are float32 with AdamW's two moments. ZeRO 1 shares out the moments, 2 the gradients
-    too, 3 all weights, of which the largest matrix then stands gathered. The allocator's and the libraries' own memory is not counted.
+    Args:
+        layout: plain DDP, or the ZeRO stage. ZeRO 1 shards the optimizer's moments over the workers, 2 the gradients
+            too, 3 all weights too, with the largest matrix gathered on each device.
+        token_count: number of tokens in a batch, padding included.
+        label_count: number of label tokens in a batch.
+        trained_frame_count: number of encoder frames in a batch where the encoder has adapters; 0 where it is frozen.
+        nf4: whether the language model's layers are quantized to NF4.
+        dtype_bytes: bytes of a frozen weight. Trained weights are float32 with AdamW's two moments.
+
+    The memory of CUDA's libraries and of the allocator's gaps is not included.
     """
-    text: Any = config.text_config
-    audio = config.audio_config
+    text, audio = _text(config), config.audio_config
     stage = LAYOUTS.index(layout)
     moments, gradients, weights = (1 / workers if stage > kind else 1.0 for kind in range(3))
     frozen = float((parameters.total - parameters.projector) * dtype_bytes)
@@ -290,9 +249,55 @@ def device_memory(
 
 
 def activation_bytes(config: GraftConfig, token_count: int, *, lora: bool, checkpointing: bool) -> float:
-    """Bytes that the language model keeps for the backward pass; with checkpointing each layer's input and one layer's activations."""
-    text: Any = config.text_config
+    """Estimate the bytes that the language model keeps for the backward pass.
+
+    With gradient checkpointing these are each layer's input and one layer's activations.
+    """
+    text = _text(config)
     layer = SAVED_BYTES[lora] * text.hidden_size * token_count
     if not checkpointing:
         return layer * text.num_hidden_layers
     return layer + 2 * text.hidden_size * token_count * text.num_hidden_layers
+
+
+def layer_matrices(config: GraftConfig) -> list[tuple[int, int]]:
+    """List inputs and outputs of the seven matrices of a language model layer, which LoRA adapts and NF4 quantizes."""
+    text = _text(config)
+    width, inner = text.hidden_size, text.intermediate_size
+    heads = text.num_attention_heads * _head_width(config)
+    keys = text.num_key_value_heads * _head_width(config)
+    attention = [(width, heads), (width, keys), (width, keys), (heads, width)]
+    return [*attention, (width, inner), (width, inner), (inner, width)]
+
+
+def encoder_matrices(config: GraftConfig) -> list[tuple[int, int]]:
+    """List inputs and outputs of the six matrices of a Whisper encoder layer."""
+    width, inner = config.audio_config.d_model, config.audio_config.encoder_ffn_dim
+    return [*[(width, width)] * 4, (width, inner), (inner, width)]
+
+
+def matrix_parameters(config: GraftConfig) -> int:
+    """Count the weights in the matrices of all layers of the language model."""
+    return _text(config).num_hidden_layers * _weight_count(layer_matrices(config))
+
+
+def lora_parameters(config: GraftConfig, rank: int | None) -> int:
+    """Count the weights of adapters of this rank on all layers of the language model; None counts 0."""
+    return (rank or 0) * _text(config).num_hidden_layers * sum(map(sum, layer_matrices(config)))
+
+
+def encoder_lora_parameters(config: GraftConfig, rank: int | None) -> int:
+    """Count the weights of adapters of this rank on all layers of the encoder; None counts 0."""
+    return (rank or 0) * config.audio_config.encoder_layers * sum(map(sum, encoder_matrices(config)))
+
+
+def _weight_count(matrices: list[tuple[int, int]]) -> int:
+    return sum(inputs * outputs for inputs, outputs in matrices)
+
+
+def _head_width(config: GraftConfig) -> int:
+    return _text(config).hidden_size // _text(config).num_attention_heads
+
+
+def _text(config: GraftConfig) -> Any:
+    return config.text_config

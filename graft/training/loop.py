@@ -1,4 +1,4 @@
-"""The training loop of both stages, on one worker of any number: batches in, losses, validations and checkpoints out."""
+"""The training loop of both stages, which each worker runs over its own share of the batches."""
 
 import math
 import time
@@ -19,44 +19,44 @@ from graft.training.progress import Progress
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What a step does."""
+    """Optimization, and how often the loop logs, validates and saves."""
 
     learning_rate: float
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 0
     accumulation: int = 1
-    """Batches that each worker takes to a step."""
+    """Batches of each worker per step."""
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
     validate_every: int | None = None
     patience: int | None = None
-    """Validations in a row without a better loss that end the run."""
+    """End the run after this many validations in a row without a better loss; None for no limit."""
     max_loss: float = 24.0
-    """A step's loss above this, in nats per label token, has exploded: guessing among 150,000 tokens costs 12."""
+    """A step's loss above this is an error, in nats per label token; guessing among 150,000 tokens costs 12."""
     peak_flops: float | None = None
-    """Of one worker's device, a second; without it no utilisation is told."""
+    """Peak FLOP/s of one worker's device; None logs no utilisation."""
 
 
 class Observer:
-    """What a run does when something happens; every worker calls it at the same steps. By default nothing."""
+    """Receives the events of a run; every worker calls it at the same steps. These defaults do nothing."""
 
     def log(self, log: StepLog) -> None:
-        """Take note of the steps since the last log."""
+        """Record the means over the steps since the last log."""
 
     def validate(self, step: int) -> float:
-        """Measure the model's loss on other data, over all workers."""
+        """Return the model's validation loss over all workers."""
         raise NotImplementedError
 
     def checkpoint(self, progress: Progress) -> None:
-        """Keep what was trained; its step is `progress.best_step` after the best validation so far."""
+        """Save the trained weights; `progress.best_step` is this step after the best validation so far."""
 
     def wants_stop(self) -> bool:
-        """Whether this worker was asked to end the run early."""
+        """Tell whether this worker was asked to end the run early."""
         return False
 
     def fault(self, batches: Sequence[TrainingBatch], reason: str) -> None:
-        """Keep this worker's share of a step that went wrong."""
+        """Save this worker's batches of a step that failed."""
 
 
 def train(
@@ -68,12 +68,12 @@ def train(
     total_steps: int,
     observer: Observer,
 ) -> Progress:
-    """Train from `progress` until the batches, `total_steps` or the patience end, or a worker wants to stop; returns where that is.
+    """Train from `progress` until the batches, the steps or the patience end, or a worker wants to stop.
 
-    Every worker takes `accumulation` batches a step. Raises ModelError when the loss or its gradient is no longer finite, explodes or
-    diverges; an unfit loss leaves the weights as they were before its step.
+    Every worker takes `accumulation` batches per step. Returns the progress at the end. Raises ModelError when the loss
+    or its gradient is not finite, explodes or diverges; the weights then are those before the step.
     """
-    waiting = Stopwatch(batches)
+    waiting = Stopwatch(batches)  # measures how long the loop waits for data
     meter = Meter(progress, total_steps=total_steps, max_loss=settings.max_loss, peak_flops=settings.peak_flops)
     stops = False
     while (
@@ -83,16 +83,16 @@ def train(
     ):
         learning_rate = learning_rate_at(progress.step, settings, total_steps)
         loss, stops = meter.add(_accumulate(step, backend, settings), step, wants_stop=observer.wants_stop())
-        _refuse(meter.what_is_wrong(loss), progress.step + 1, step, observer)
+        _raise_fault(meter.find_fault(loss), progress.step + 1, step, observer)
         grad_norm = backend.step(learning_rate)
         if not math.isfinite(grad_norm):
-            _refuse(f"the gradient's norm is {grad_norm}", progress.step + 1, step, observer)
+            _raise_fault(f"the gradient's norm is {grad_norm}", progress.step + 1, step, observer)
         progress = meter.advance(progress, loss, step[-1].step_position)
         ends = stops or progress.step == total_steps
         is_best = False
         if settings.validate_every and (ends or progress.step % settings.validate_every == 0) and not stops:
             started = time.perf_counter()
-            progress, is_best = _judged(progress, observer.validate(progress.step))
+            progress, is_best = _record_validation(progress, observer.validate(progress.step))
             meter.exclude(time.perf_counter() - started)
             ends = ends or is_finished(progress, settings, total_steps)
         if ends or progress.step == 1 or progress.step % settings.log_every == 0:
@@ -103,14 +103,14 @@ def train(
 
 
 def is_finished(progress: Progress, settings: LoopSettings, total_steps: int) -> bool:
-    """Whether a run has done all its steps or run out of patience."""
+    """Tell whether a run has done all its steps or exhausted its patience."""
     return progress.step >= total_steps or (
         settings.patience is not None and progress.stale_validations >= settings.patience
     )
 
 
 def learning_rate_at(step: int, settings: LoopSettings, total_steps: int) -> float:
-    """The learning rate of the update after `step` others: linear warm-up, then constant, or linear or cosine to zero."""
+    """Compute the learning rate of update `step` + 1: linear warm-up, then constant, linear or cosine decay to zero."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
@@ -119,24 +119,24 @@ def learning_rate_at(step: int, settings: LoopSettings, total_steps: int) -> flo
 
 
 def _accumulate(step: Sequence[TrainingBatch], backend: Backend, settings: LoopSettings) -> Tensor:
-    """Add up the gradients of a step's batches; returns this worker's part of its loss."""
+    """Accumulate the gradients of a step's batches; returns this worker's part of the step's loss."""
     losses = []
     for index, batch in enumerate(step):
-        torch.manual_seed(settings.seed * 1_000_003 + batch.position)  # dropout depends on the batch, not on the worker
+        torch.manual_seed(settings.seed * 1_000_003 + batch.position)  # dropout follows the batch
         is_last = index == len(step) - 1
         losses.append(backend.backward(batch.model_inputs(), label_count=batch.step_label_count, is_last=is_last))
     return torch.stack(losses).sum().double()
 
 
-def _judged(progress: Progress, loss: float) -> tuple[Progress, bool]:
-    """Enter a validation's loss; tells whether it is the best so far."""
+def _record_validation(progress: Progress, loss: float) -> tuple[Progress, bool]:
+    """Record a validation's loss; returns the new progress and whether the loss is the best so far."""
     if progress.best_loss is None or loss < progress.best_loss:
         return replace(progress, best_loss=loss, best_step=progress.step, stale_validations=0), True
     return replace(progress, stale_validations=progress.stale_validations + 1), False
 
 
-def _refuse(fault: str | None, number: int, step: Sequence[TrainingBatch], observer: Observer) -> None:
+def _raise_fault(fault: str | None, number: int, step: Sequence[TrainingBatch], observer: Observer) -> None:
     if fault:
         reason = f"{fault} at step {number}"
         observer.fault(step, reason)
-        raise ModelError(f"{reason}: look at the batch that was kept, lower learning_rate, or train in bf16 or fp32")
+        raise ModelError(f"{reason}: look at the saved batch, lower learning_rate, or train in bf16 or fp32")

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: speeds, shares and the loss over all workers, and when that loss is past repair."""
+"""Measure speed, data wait, memory and loss over all workers, and detect a loss that diverges."""
 
 import math
 import resource
@@ -13,16 +13,17 @@ from graft.training.batch import TrainingBatch
 from graft.training.progress import Progress
 
 DIVERGED_NATS = 1.0
-"""A smoothed loss this far above twice its best has diverged."""
+"""A running mean of the loss above twice its minimum plus this many nats counts as diverged."""
 SMOOTHING_STEPS = 20
 
 
 @dataclass(frozen=True)
 class StepLog:
-    """Means since the last log, over all workers.
+    """Means over all workers since the last log.
 
-    `data_wait` is the share of time that the worker which waited longest spent waiting for batches, `mfu` the share of the devices' peak,
-    `memory_gb` the most that a worker's device (on a CPU its process) held.
+    `data_wait` is the share of time that the slowest-fed worker waited for batches, `mfu` the share of the devices'
+    peak FLOP/s that was used, `memory_gb` the peak memory of a worker's device (on a CPU of its process), and `left_s`
+    the estimated seconds until the last step.
     """
 
     step: int
@@ -42,14 +43,15 @@ class StepLog:
         minutes, seconds = divmod(round(self.left_s), 60)
         utilisation = "" if self.mfu is None else f"mfu {self.mfu:.0%}  "
         return (
-            f"step {self.step}/{self.total_steps}  loss {self.loss:.4f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}  "
-            f"{self.samples_per_s:.1f} samples/s  {self.audio_s_per_s:.0f} audio-s/s  {self.tokens_per_s:.0f} tokens/s  {utilisation}"
-            f"data wait {self.data_wait:.1%}  {self.memory_gb:.1f} GB  left {minutes}:{seconds:02d}"
+            f"step {self.step}/{self.total_steps}  loss {self.loss:.4f}  lr {self.learning_rate:.2e}  "
+            f"grad {self.grad_norm:.2f}  {self.samples_per_s:.1f} samples/s  {self.audio_s_per_s:.0f} audio-s/s  "
+            f"{self.tokens_per_s:.0f} tokens/s  {utilisation}data wait {self.data_wait:.1%}  {self.memory_gb:.1f} GB  "
+            f"left {minutes}:{seconds:02d}"
         )
 
 
 class Stopwatch:
-    """Iterates over batches and sums the seconds spent waiting for them."""
+    """An iterator over batches that adds up the seconds spent waiting for them."""
 
     def __init__(self, batches: Iterable[TrainingBatch]):
         self.batches = iter(batches)
@@ -67,7 +69,7 @@ class Stopwatch:
 
 
 class Meter:
-    """Sums over all workers since the last log, and what the loss does over the whole run."""
+    """Adds up counts over all workers since the last log, and follows the loss over the whole run."""
 
     def __init__(self, progress: Progress, *, total_steps: int, max_loss: float, peak_flops: float | None):
         self.total_steps, self.max_loss, self.peak_flops = total_steps, max_loss, peak_flops
@@ -82,10 +84,10 @@ class Meter:
         self.loss = self.clips = self.audio_s = self.tokens = self.flops = 0.0
 
     def add(self, loss: Tensor, step: Sequence[TrainingBatch], *, wants_stop: bool) -> tuple[float, bool]:
-        """Add up what all workers have of a step; returns its loss, and whether any of them wants to stop.
+        """Add up a step's counts over all workers; returns its loss, and whether any worker wants to stop.
 
-        The step's gradients are divided by the labels that were planned; its loss is told by those that there are, since clips that
-        can't be decoded have none.
+        Gradients are divided by the planned number of labels, the returned loss by the actual one: clips that could not
+        be decoded have no labels.
         """
         own = [(one.clip_count, one.audio_s, one.token_count, one.flops) for one in step]
         counts = torch.tensor(
@@ -101,7 +103,8 @@ class Meter:
         self.clips, self.audio_s = self.clips + self.step_clips, self.audio_s + self.step_audio_s
         return total, stops > 0
 
-    def what_is_wrong(self, loss: float) -> str | None:
+    def find_fault(self, loss: float) -> str | None:
+        """Say why a step's loss must end the run: it is not finite, too large or diverging; otherwise None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if loss > self.max_loss:
@@ -123,11 +126,11 @@ class Meter:
         )
 
     def read(self, step: int, learning_rate: float, grad_norm: float, waiting: Stopwatch) -> StepLog:
-        """Tell the means since the last log, and start anew."""
+        """Return the means since the last log, and start the next interval."""
         now = time.perf_counter()
         elapsed_s = now - self.since
         workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        data_wait, memory_gb = self._largest(waiting.waited_s / elapsed_s, _memory_gb(self.device))
+        data_wait, memory_gb = self._max_over_workers(waiting.waited_s / elapsed_s, _memory_gb(self.device))
         log = StepLog(
             step=step,
             total_steps=self.total_steps,
@@ -147,11 +150,11 @@ class Meter:
         return log
 
     def exclude(self, seconds: float) -> None:
-        """Leave out time that was not spent on training."""
+        """Exclude time that was not spent on training."""
         self.since += seconds
 
-    def _largest(self, *values: float) -> list[float]:
-        """The largest of each value over all workers."""
+    def _max_over_workers(self, *values: float) -> list[float]:
+        """Return each value's maximum over all workers."""
         largest = torch.tensor(values, dtype=torch.float64, device=self.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)

@@ -1,8 +1,8 @@
-"""The epoch is a plan: which clips stand together in which batch, in which order, as a pure function of a seed and a few columns.
+"""Plan the batches of a run before it starts, as a pure function of a seed and a few columns of the data.
 
-Row groups are shuffled and read a window at a time; within a window clips of like length share batches of at most `token_budget` padded
-tokens, and the batches are shuffled; the first epoch may go from short clips to long ones instead. The number of workers changes neither
-the batches nor their order, only where a step is filled up.
+Row groups are shuffled and read in windows of several. Within a window, clips of similar length share batches of at
+most `token_budget` padded tokens, and the batches are shuffled; the first epoch may go from short clips to long ones
+instead. The number of workers changes neither the batches nor their order, only the fillers that complete a step.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,43 +16,44 @@ from graft.data.sample_seeds import make_sample_seeds
 from graft.errors import DataError
 
 Counts = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Of samples, given as their rows and sample seeds: tokens and label tokens."""
+"""Maps samples, given by rows and sample seeds, to their numbers of tokens and of label tokens."""
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What the order depends on, besides the columns."""
+    """Settings of the plan; the training recipe's fields of the same names explain them."""
 
     seed: int = 0
     epochs: int = 1
     token_budget: int = 8192
-    """Tokens of a batch, padding included: its clips times its longest."""
+    """Most tokens of a batch, padding included: number of clips times tokens of the longest."""
     max_batch_clips: int = 64
     window_row_groups: int = 16
     short_first: bool = False
-    """The first epoch's batches go from the shortest clips to the longest, whatever row groups they stand in."""
+    """The first epoch goes from the shortest clips to the longest, regardless of row groups."""
 
 
 @dataclass(frozen=True, eq=False)
 class PlanColumns:
-    """What is known of each row before it is read, in file order: its tokens, its label tokens, its row group and its source.
+    """What the plan needs to know of each row, in file order (rows,).
 
-    A row of row group -1 needs no reading and goes into any window. A row stands in every epoch as often as the weight of its source says;
-    of a weight's fraction its rows take turns, row group by row group, so that no more is read than is trained.
+    Every epoch contains a row as often as its source's weight says. Where a weight has a fraction, the source's rows
+    take turns over the epochs, by row groups, so that an epoch reads no more than it trains.
     """
 
     token_counts: np.ndarray
     label_counts: np.ndarray
     row_groups: np.ndarray
+    """Row group of each row; -1 for generated samples, which are not read and go into any window."""
     sources: np.ndarray | None = None
-    """Index into `weights`; None: all of the first."""
+    """Source of each row, an index into `weights`; None for a single source."""
     weights: Sequence[float] = (1.0,)
 
     def __len__(self) -> int:
         return len(self.token_counts)
 
     def counts(self, rows: np.ndarray, sample_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens and label tokens of samples that do not vary."""
+        """Look up the tokens and label tokens of samples that do not vary."""
         return self.token_counts[rows], self.label_counts[rows]
 
 
@@ -63,11 +64,11 @@ class PlannedBatch:
     rows: tuple[int, ...]
     sample_seeds: tuple[int, ...]
     position: int
-    """The real batches of the run up to and with this one."""
+    """Number of real batches of the run up to and including this one."""
     step_position: int
-    """The real batches of the run that are done once this one's step is."""
+    """Number of real batches of the run that are done after this one's step."""
     step_label_count: int
-    """Label tokens of the whole step, by which its loss is divided."""
+    """Number of label tokens of the whole step, by which its loss is divided."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class Batches(Sequence[PlannedBatch]):
     def __getitem__(self, index: slice) -> "Batches": ...
     def __getitem__(self, index: int | slice) -> "PlannedBatch | Batches":
         if isinstance(index, slice):
-            return self._part(*index.indices(len(self)))
+            return self._slice(*index.indices(len(self)))
         number = range(len(self))[index]
         samples = slice(self.offsets[number], self.offsets[number + 1])
         rows, sample_seeds = self.rows[samples].tolist(), self.sample_seeds[samples].tolist()
@@ -98,12 +99,12 @@ class Batches(Sequence[PlannedBatch]):
         return PlannedBatch(tuple(rows), tuple(sample_seeds), *numbers)
 
     def after(self, position: int) -> "Batches":
-        """What is still to be delivered once `position` real batches, at the end of a step, are done."""
+        """Return the batches that remain after `position` real ones, which must end a step."""
         return self[int(np.searchsorted(self.step_positions, position, side="right")) :]
 
-    def _part(self, start: int, stop: int, stride: int) -> "Batches":
+    def _slice(self, start: int, stop: int, stride: int) -> "Batches":
         if stride != 1:
-            raise ValueError(f"batches are cut in one piece, not with a stride of {stride}")
+            raise ValueError(f"batches are sliced without a stride, not with a stride of {stride}")
         stop = max(start, stop)
         samples, batches = slice(self.offsets[start], self.offsets[stop]), slice(start, stop)
         offsets = self.offsets[start : stop + 1] - self.offsets[start]
@@ -115,7 +116,7 @@ class Batches(Sequence[PlannedBatch]):
 
 @dataclass(frozen=True, eq=False)
 class Epoch:
-    """The real batches of one epoch, in order: samples, where each batch ends among them, and its label tokens."""
+    """The real batches of one epoch, in order: their samples, the batches' offsets into them, and label counts."""
 
     rows: np.ndarray
     sample_seeds: np.ndarray
@@ -130,7 +131,7 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All batches of a run; `counts` replaces the columns' own token counts where samples of a row vary."""
+    """All batches of a run; `counts` replaces the columns' token counts where a row's samples vary."""
 
     columns: PlanColumns
     settings: PlanSettings
@@ -138,40 +139,41 @@ class Plan:
 
     @cached_property
     def epochs(self) -> list[Epoch]:
-        """Each epoch's batches. Raises DataError when there is nothing to plan, or a sample exceeds the budget."""
-        return [_epoch(self, number) for number in range(self.settings.epochs)]
+        """The batches of each epoch. Raises DataError when there are no clips or one exceeds the token budget."""
+        return [_plan_epoch(self, number) for number in range(self.settings.epochs)]
 
-    def delivery(self, *, position: int, step_batches: int, slots: int | None = None) -> Batches:
-        """List what is delivered after `position` real batches: in order, `slots` to a step, of which at most `step_batches` are real.
+    def batches(self, *, position: int, step_batches: int, slots: int | None = None) -> Batches:
+        """List the batches after `position` real ones, in order, with fillers.
 
-        A step never reaches into the next epoch; fillers complete it.
+        A step has `slots` batches (by default `step_batches`), of which at most `step_batches` are real. A step ends
+        with its epoch; fillers complete it.
         """
         slots = step_batches if slots is None else slots
         if slots < step_batches:
             raise ValueError(f"{step_batches} batches do not fit the {slots} slots of a step")
         first, parts = 0, []
         for epoch in self.epochs:
-            parts.append(_delivered(epoch, first, max(0, position - first), step_batches, slots))
+            parts.append(_epoch_batches(epoch, first, max(0, position - first), step_batches, slots))
             first += len(epoch)
-        return _joined(parts)
+        return _concatenate(parts)
 
     def step_count(self, step_batches: int) -> int:
         return sum(-(-len(epoch) // step_batches) for epoch in self.epochs)
 
     def padding_waste(self) -> float:
-        """The share of the run's padded tokens that are padding."""
+        """Compute the share of padding in the run's padded tokens."""
         return 1 - sum(epoch.token_count for epoch in self.epochs) / sum(
             epoch.padded_token_count for epoch in self.epochs
         )
 
 
-def _delivered(epoch: Epoch, first: int, start: int, step_batches: int, slots: int) -> Batches:
-    """The epoch's batches from `start` on, with fillers; `first` real batches of the run lie before the epoch."""
+def _epoch_batches(epoch: Epoch, first: int, start: int, step_batches: int, slots: int) -> Batches:
+    """Lay out an epoch's batches from `start` on in steps, with fillers; `first` real batches precede the epoch."""
     count = len(epoch)
-    starts = np.arange(start, count, step_batches)
+    starts = np.arange(start, count, step_batches)  # (steps,)
     ends = np.minimum(starts + step_batches, count)
     numbers = starts[:, None] + np.arange(slots)  # (steps, slots)
-    real = numbers < ends[:, None]
+    real = numbers < ends[:, None]  # (steps, slots); the others are fillers
     sizes = np.where(real, np.diff(epoch.offsets)[np.minimum(numbers, count - 1)], 0).ravel()
     labels = np.add.reduceat(epoch.label_counts, starts) if len(starts) else epoch.label_counts[:0]
     samples = slice(epoch.offsets[min(start, count)], None)
@@ -185,18 +187,18 @@ def _delivered(epoch: Epoch, first: int, start: int, step_batches: int, slots: i
     )
 
 
-def _joined(parts: list[Batches]) -> Batches:
+def _concatenate(parts: list[Batches]) -> Batches:
     names = [field.name for field in fields(Batches)]
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names if name != "offsets"}
     sizes = np.concatenate([np.diff(part.offsets) for part in parts])
     return Batches(**columns, offsets=np.concatenate([[0], sizes.cumsum()]))
 
 
-def _epoch(plan: Plan, number: int) -> Epoch:
+def _plan_epoch(plan: Plan, number: int) -> Epoch:
     columns, settings = plan.columns, plan.settings
     if not len(columns):
         raise DataError("the plan has no clips: check the data and its filters")
-    times = _times(columns, settings.seed, number)
+    times = _repetitions(columns, settings.seed, number)
     rows = np.repeat(np.arange(len(columns), dtype=np.int32), times)
     if not len(rows):
         raise DataError(f"epoch {number} has no clips: raise the weights of the sources")
@@ -207,13 +209,14 @@ def _epoch(plan: Plan, number: int) -> Epoch:
     longest = int(token_counts.max())
     if longest > settings.token_budget:
         raise DataError(
-            f"a clip makes {longest} tokens, more than token_budget={settings.token_budget}: raise it or shorten the clips"
+            f"a clip makes {longest} tokens, more than token_budget={settings.token_budget}: "
+            "raise it or shorten the clips"
         )
     rng = np.random.default_rng([settings.seed, number])
     if settings.short_first and number == 0:
         batches = _pack(rng.permutation(len(rows)), token_counts, settings)[::-1]
     else:
-        batches = _batches(columns.row_groups[rows], token_counts, settings, rng)
+        batches = _shuffled_batches(columns.row_groups[rows], token_counts, settings, rng)
     order = np.concatenate(batches)
     offsets = np.concatenate([[0], np.cumsum([len(batch) for batch in batches])])
     padded = np.maximum.reduceat(token_counts[order], offsets[:-1]) * np.diff(offsets)
@@ -221,10 +224,11 @@ def _epoch(plan: Plan, number: int) -> Epoch:
     return Epoch(rows[order], sample_seeds[order], offsets, label_counts, int(token_counts.sum()), int(padded.sum()))
 
 
-def _times(columns: PlanColumns, seed: int, number: int) -> np.ndarray:
-    """How often each row stands in an epoch.
+def _repetitions(columns: PlanColumns, seed: int, number: int) -> np.ndarray:
+    """Compute how often an epoch contains each row (rows,).
 
-    A source's row groups, shuffled once, lie along a circle; of a weight's fraction, every epoch takes the arc after the one before.
+    A source's row groups are shuffled once and laid along a circle; with a weight's fraction, each epoch takes the arc
+    that follows the last epoch's.
     """
     times = np.zeros(len(columns), np.int64)
     sources = np.zeros(len(columns), np.int16) if columns.sources is None else columns.sources
@@ -241,10 +245,10 @@ def _times(columns: PlanColumns, seed: int, number: int) -> np.ndarray:
     return times
 
 
-def _batches(
+def _shuffled_batches(
     groups: np.ndarray, token_counts: np.ndarray, settings: PlanSettings, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Batches of samples, whose row groups are given, in order."""
+    """Pack samples into batches window by window, in random order; `groups` are the samples' row groups."""
     windows = _windows(groups, settings.window_row_groups, rng)
     order = np.argsort(windows, kind="stable")
     batches: list[np.ndarray] = []
@@ -255,7 +259,7 @@ def _batches(
 
 
 def _windows(groups: np.ndarray, window_row_groups: int, rng: np.random.Generator) -> np.ndarray:
-    """The window of each sample; those that need no reading are spread evenly among the others."""
+    """Assign a window to each sample; generated samples are spread evenly over the windows."""
     read = groups >= 0
     present, index = np.unique(groups[read], return_inverse=True)
     windows = np.zeros(len(groups), np.int64)
@@ -269,7 +273,7 @@ def _windows(groups: np.ndarray, window_row_groups: int, rng: np.random.Generato
 
 
 def _pack(samples: np.ndarray, token_counts: np.ndarray, settings: PlanSettings) -> list[np.ndarray]:
-    """Cut samples, longest first and equal lengths in the order given, into batches within the budget."""
+    """Cut samples into batches within the budget, longest first; equal lengths keep their order."""
     samples = samples[np.argsort(-token_counts[samples], kind="stable")]
     lengths = token_counts[samples].tolist()
     batches, start = [], 0

@@ -1,4 +1,4 @@
-"""Before a stage spends hours: does the model hear, and is nothing but the answer trained?"""
+"""Check before training that audio changes the logits, and that only answer tokens are labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from graft.errors import DataError, ModelError
 
 LEAST_CHANGE = 1e-6
-"""Logits of a deaf model differ by rounding at most, which is none at all: the inputs are the same."""
+"""Least mean change of the logits; without a working audio path equal inputs give exactly equal logits."""
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """The mean absolute change of the answer's logits when every clip hears another one, and the number of labels looked at."""
+    """The mean absolute change of the answers' logits with another clip's audio, and the number of labels checked."""
 
     logit_change: float
     label_count: int
@@ -24,29 +24,32 @@ class Preflight:
 def preflight(
     model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequence[int], *, token_noise: bool = False
 ) -> Preflight:
-    """Check a training batch of at least one clip; the rest of what it takes is check_labels'.
+    """Check a training batch of at least one clip; the other arguments are check_labels'.
 
-    The model stays in its mode: on a CPU, bitsandbytes packs NF4 weights for good, and only for inference, at their first use in eval mode.
-    Raises ModelError when other audio does not change the logits, DataError when a label stands anywhere but in the answer.
+    The model's mode is not changed: on a CPU, bitsandbytes repacks NF4 weights for inference at their first use in eval
+    mode, which cannot be undone. Raises ModelError when other audio does not change the logits, and DataError when a
+    label is not in the answer.
     """
     label_count = check_labels(inputs["input_ids"], inputs["labels"], prompt_end, token_noise=token_noise)
     if "audio_states" in inputs:  # already encoded
-        heard, other = ({"audio_states": states} for states in (inputs["audio_states"], inputs["audio_states"].flip(0)))
+        own, other = ({"audio_states": states} for states in (inputs["audio_states"], inputs["audio_states"].flip(0)))
     else:
         swapped = swap_audio(inputs["input_features"], inputs["audio_frame_counts"])
-        heard, other = ({"input_features": features} for features in (inputs["input_features"], swapped))
-    change = float((_answer_logits(model, inputs, heard) - _answer_logits(model, inputs, other)).abs().mean())
+        own, other = ({"input_features": features} for features in (inputs["input_features"], swapped))
+    change = float((_answer_logits(model, inputs, own) - _answer_logits(model, inputs, other)).abs().mean())
     if not change > LEAST_CHANGE:
         raise ModelError(
-            f"the audio path is dead: other audio changes the logits by {change:.1e}: check the projector and the audio tower"
+            f"the audio path is dead: other audio changes the logits by {change:.1e}: "
+            "check the projector and the audio tower"
         )
     return Preflight(change, label_count)
 
 
 def check_labels(input_ids: Tensor, labels: Tensor, prompt_end: Sequence[int], *, token_noise: bool = False) -> int:
-    """Count the labels of right-padded rows; `prompt_end` are the ids that end every prompt.
+    """Count the labels of right-padded rows (rows, length); `prompt_end` are the ids that end every prompt.
 
-    Raises DataError unless each row's are its own last ids, right after the prompt's end; with text noise only the very last is compared.
+    Raises DataError unless each row's labels are its last ids, right after the prompt's end. With `token_noise` the
+    decoder's inputs differ from the labels, so that only the last id is compared.
     """
     end = torch.tensor(prompt_end, device=input_ids.device)
     for row, (ids, row_labels) in enumerate(zip(input_ids, labels, strict=True)):
@@ -67,7 +70,7 @@ def check_labels(input_ids: Tensor, labels: Tensor, prompt_end: Sequence[int], *
 
 
 def swap_audio(input_features: Tensor, frame_counts: Tensor) -> Tensor:
-    """Give every clip the frames of the next one (the only one: its own, backwards), repeated or cut to its own length."""
+    """Replace each clip's frames by the next clip's, repeated or cut to its length; a single clip's are reversed."""
     swapped = torch.zeros_like(input_features)
     clips = len(frame_counts)
     for index, count in enumerate(frame_counts.tolist()):
@@ -82,7 +85,6 @@ def swap_audio(input_features: Tensor, frame_counts: Tensor) -> Tensor:
 def _answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], audio: Mapping[str, Tensor]) -> Tensor:
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "audio_frame_counts")}
     torch.manual_seed(0)  # the same dropout, if any, for both
-    logits = model(
-        **given, **audio, use_cache=False
-    ).logits  # a compiled layer is compiled again for each layer's place in a cache
+    # A cache would make torch.compile compile a layer again for each layer's index in it.
+    logits = model(**given, **audio, use_cache=False).logits  # (rows, length, vocabulary)
     return logits[:, :-1][inputs["labels"][:, 1:] != -100].float()

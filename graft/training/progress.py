@@ -1,4 +1,4 @@
-"""Where a run stands, as its checkpoints tell it by their names and one line of JSON; reads no tensors and needs no torch."""
+"""Read a run's progress from its checkpoints' names and progress.json, without torch."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ PROGRESS_FILE = "progress.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: updates done, the real batches of the plan behind it, and how its validations went."""
+    """The progress of a run: updates done, real batches of the plan done, and the results of validations."""
 
     step: int = 0
     position: int = 0
@@ -19,25 +19,25 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     stale_validations: int = 0
-    """Validations since the best one."""
+    """Number of validations since the best one."""
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """Find the newest checkpoint in a folder; None where there is none."""
+    """Find the newest checkpoint in a folder; return None where there is none."""
     return max(Path(folder).glob("step-*"), default=None)
 
 
 def best_checkpoint(folder: str | Path) -> Path | None:
-    """Find the checkpoint with the best validation, without validations the newest; None where there is none."""
+    """Find the checkpoint of the best validation, or the newest one where there was no validation."""
     latest = latest_checkpoint(folder)
     best_step = read_progress(latest).best_step if latest else None
-    return Path(folder) / checkpoint_name(best_step) if best_step is not None else latest
+    return Path(folder) / step_folder(best_step) if best_step is not None else latest
 
 
 def read_progress(path: str | Path | None) -> Progress:
-    """Read where a checkpoint stands; None is the start of a run."""
+    """Read a checkpoint's progress; None stands for the start of a run."""
     return Progress(**json.loads(Path(path, PROGRESS_FILE).read_text())) if path else Progress()
 
 
-def checkpoint_name(step: int) -> str:
+def step_folder(step: int) -> str:
     return f"step-{step:08d}"

@@ -1,7 +1,7 @@
-"""The two stages: what each trains of a graft, opened and frozen accordingly, on the backend that shares it between workers.
+"""The two training stages: open a graft, freeze what a stage does not train, and choose the backend.
 
-Stage 1 trains the projector between a frozen encoder and a frozen language model, or by CTC against its letters; stage 2 LoRA adapters as
-well, on an NF4 base (QLoRA) or a plain one.
+Stage 1 trains the projector between a frozen encoder and a frozen language model, or by CTC pre-alignment. Stage 2
+trains LoRA adapters as well, on an NF4 base (QLoRA) or a full-precision one.
 """
 
 import contextlib
@@ -24,24 +24,26 @@ from graft.training.zero import ZeroBackend, gathered_state, sharded_loading
 
 @dataclass(frozen=True)
 class Stage:
-    """What sets a stage apart: adapters or none, a quantized base or not, and the projector it starts from."""
+    """What a stage trains and what it starts from: paths are folders of earlier stages' outputs."""
 
     number: int
     lora: LoraSettings | None = None
+    """The adapters; None trains the projector alone."""
     nf4: bool = False
     projector: str | None = None
+    """Projector to start from; None for the graft's own."""
     adapters: str | None = None
-    """Folder of those to start from; None for fresh ones."""
+    """Adapters to start from; None for fresh ones."""
     letters: str | None = None
-    """What the projector learns to spell by CTC; None for transcripts by the language model."""
+    """Symbols of CTC pre-alignment; None trains by the language model's loss on transcripts."""
 
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """How a stage computes, which changes its results by rounding at most."""
+    """How a stage computes; its results change by rounding only."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of the frozen weights and of the arithmetic; trained weights are kept in float32."""
+    """Dtype of the frozen weights and of the arithmetic; trained weights are float32."""
     backend: Literal["deepspeed", "torch"] = "torch"
     zero_stage: Literal[1, 2, 3] = 2
     attention: str = "sdpa"
@@ -50,16 +52,16 @@ class ComputeSettings:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the frozen weights too are shared out between the workers."""
+        """Whether the frozen weights are sharded over the workers, too."""
         return self.backend == "deepspeed" and self.zero_stage == 3
 
 
-def stage_model(
+def open_for_stage(
     stage: Stage, graft: str, computing: ComputeSettings, *, device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
-    """Open the graft for a stage: its projector in place, everything frozen but what the stage trains, which is in float32.
+    """Open a graft for a stage: the projector is loaded, and all is frozen except the trained weights, in float32.
 
-    Raises ModelError for an NF4 base that is to be sharded, MissingExtra for FlashAttention where it is not installed.
+    Raises ModelError for an NF4 base that would be sharded, and MissingExtra where FlashAttention is not installed.
     """
     if computing.is_sharded and stage.nf4:
         raise ModelError("ZeRO-3 can't shard an NF4 base: use quantize=none, or zero_stage 1 or 2")
@@ -72,14 +74,14 @@ def stage_model(
         )
     if computing.is_sharded:
         model.audio_projector = _whole_projector(model).to(device)
-    return prepared(model, stage, computing, seed=seed), processor
+    return prepare_for_stage(model, stage, computing, seed=seed), processor
 
 
-def prepared(
+def prepare_for_stage(
     model: GraftForConditionalGeneration, stage: Stage, computing: ComputeSettings, *, seed: int = 0
 ) -> GraftForConditionalGeneration:
-    """Make an open graft ready for a stage, in train mode."""
-    model.audio_projector.float()  # before it is loaded, lest `dtype` round it
+    """Load an open graft's projector and adapters, freeze the other weights, and set it to train mode."""
+    model.audio_projector.float()  # before loading, which would round it to `dtype`
     if stage.projector:
         load_projector(model, stage.projector)
     model.requires_grad_(False)
@@ -105,7 +107,7 @@ def make_backend(
     weight_decay: float,
     max_grad_norm: float,
 ) -> Backend:
-    """Put a stage's model under its backend."""
+    """Make the backend that trains a stage's model."""
     bf16 = computing.dtype == "bf16"
     if computing.backend == "torch":
         return TorchBackend(model, weight_decay=weight_decay, max_grad_norm=max_grad_norm, bf16=bf16)
@@ -122,10 +124,10 @@ def make_backend(
 def trainable_module(
     model: GraftForConditionalGeneration, stage: Stage, computing: ComputeSettings, processor: GraftProcessor
 ) -> GraftForConditionalGeneration | CtcPrealignment:
-    """What learns of a graft that is prepared for a stage: itself, or, where it is to spell, what is left of it without its language model.
+    """Return the module that a stage trains: the graft itself, or CtcPrealignment on its encoder and projector.
 
-    A projector that is given none to start from spells from silence on: nothing of a random one remains in what the language model reads.
-    Raises ModelError for letters that are not one token each, and where weights are sharded.
+    Pre-alignment without a projector to start from begins at zero, so that no part of a random projection remains in
+    the audio embeddings. Raises ModelError for letters that are not one token each, and for sharded weights.
     """
     if not stage.letters:
         return model
@@ -144,7 +146,7 @@ def trainable_module(
 
 
 def _whole_projector(model: GraftForConditionalGeneration) -> AudioProjector:
-    """What is trained is small, and is loaded, checked and counted whole."""
+    """Make an unsharded copy of a sharded projector: it is small, and is loaded and checked whole."""
     config = model.config
     whole = AudioProjector(
         config.audio_projector, audio_width=config.audio_config.d_model, text_width=model.lm_head.in_features

@@ -1,6 +1,7 @@
-"""What a run leaves to look at: metrics as JSON lines, sample transcripts, curves as a picture, and all of it on Weights & Biases if asked.
+"""Record a run's metrics and sample transcripts as JSON lines, draw its curves, and log to Weights & Biases if asked.
 
-metrics.jsonl holds what StepLog tells, a line each log, and {step, validation_loss} for each validation.
+metrics.jsonl has one line of StepLog's fields for each log, and one of {step, validation_loss, ...} for each
+validation.
 """
 
 import json
@@ -20,19 +21,21 @@ WANDB_ID_FILE = "wandb-id.txt"
 
 
 class WandbRecipe(Recipe):
-    """Where a run is shown on Weights & Biases."""
+    """Log the run to Weights & Biases."""
 
     project: str = "graft"
+    """Name of the W&B project."""
     name: str | None = None
-    """By default the output folder's name."""
+    """Name of the W&B run; by default the name of the output folder."""
     mode: Literal["online", "offline"] = "online"
-    """offline writes into the output folder what `wandb sync` sends later."""
+    """`online` sends metrics at once; `offline` writes them into the output folder for a later `wandb sync`."""
 
 
 class Tracker:
-    """Appends metrics and transcripts to files, and sends them to W&B where the recipe names it.
+    """Appends metrics and transcripts to files, and logs them to W&B where the recipe has a `wandb` group.
 
-    On resuming, lines from after the checkpoint's step are dropped. Raises MissingExtra where W&B is asked for and not installed.
+    Lines after step `from_step` are removed first, because a resumed run writes them again. Raises MissingExtra where
+    W&B is not installed.
     """
 
     def __init__(self, folder: str | Path, recipe: Mapping[str, Any], *, from_step: int):
@@ -46,7 +49,7 @@ class Tracker:
         self._run = _wandb_run(self.folder, recipe) if recipe.get("wandb") else None
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Add what was measured at `values["step"]`."""
+        """Append the metrics of step `values["step"]`."""
         _append(self.folder / METRICS_FILE, [values])
         if self._run:
             self._run.log(
@@ -55,7 +58,7 @@ class Tracker:
             )
 
     def write_transcripts(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
-        """Add what the model made of some clips: their id, text, and what was heard."""
+        """Append the transcripts of some clips: id, reference text, and the model's transcript."""
         _append(self.folder / TRANSCRIPTS_FILE, [{"step": step, **sample} for sample in samples])
         if self._run and samples:
             wandb = require("wandb", extra="wandb")
@@ -66,7 +69,7 @@ class Tracker:
             )
 
     def close(self) -> None:
-        """Return when all is sent."""
+        """Wait until W&B has received everything."""
         if self._run:
             self._run.finish()
 
@@ -77,7 +80,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(folder: str | Path, *, title: str) -> list[dict[str, Any]]:
-    """Draw a run's metrics to a PNG beside them: loss, learning rate and gradient, speed, and what limits it; returns the metrics."""
+    """Draw a run's metrics to curves.png: loss, learning rate, gradient, speed and data wait; returns the metrics."""
     require("matplotlib", extra="train")
     from matplotlib.figure import Figure
 
@@ -133,7 +136,7 @@ def _plot(
 
 
 def _wandb_run(folder: Path, recipe: Mapping[str, Any]) -> Any:
-    """Begin a W&B run, or go on with the one that this folder began."""
+    """Start a W&B run, or resume the one that this folder started."""
     wandb, settings = require("wandb", extra="wandb"), recipe["wandb"]
     path = folder / WANDB_ID_FILE
     run_id = path.read_text().strip() if path.is_file() else uuid.uuid4().hex[:12]

@@ -1,6 +1,6 @@
-"""The backend that shards: AdamW under DeepSpeed ZeRO, whose JSON is generated here.
+"""The sharding backend: AdamW under DeepSpeed ZeRO, whose configuration is generated here.
 
-ZeRO 1 shards the optimizer's states over the workers, 2 the gradients too, 3 all weights, the frozen ones above all.
+ZeRO 1 shards the optimizer's states over the workers, 2 the gradients too, 3 all weights, frozen ones included.
 """
 
 import contextlib
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import require
-from graft.training.backends import BETAS, STATE_KEYS, copied, eval_mode, trained_parameters
+from graft.training.backends import BETAS, STATE_KEYS, eval_mode, float32_copy, trainable_parameters
 from graft.training.checkpoint import State
 
 
 class ZeroBackend:
-    """AdamW under DeepSpeed ZeRO, for a process group that exists; master weights are float32 whatever the model computes in."""
+    """AdamW under DeepSpeed ZeRO in an existing process group; master weights are float32 in any arithmetic."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class ZeroBackend:
     ):
         deepspeed = require("deepspeed", extra="train")
         self.model = model
-        self.trained = trained_parameters(model)
+        self.trained = trainable_parameters(model)
         self.zero_stage = zero_stage
         self.world_size = torch.distributed.get_world_size()
         optimizer = torch.optim.AdamW(self.trained.values(), weight_decay=weight_decay, betas=BETAS, fused=True)
@@ -41,7 +41,7 @@ class ZeroBackend:
 
     def backward(self, inputs: Mapping[str, Tensor], *, label_count: int, is_last: bool) -> Tensor:
         loss = self.engine(**inputs, label_count=label_count).loss
-        # ZeRO averages over workers; the loss is divided by the step's label count, so nothing is left to divide.
+        # ZeRO averages gradients over workers; they must be summed, because the loss is divided by the step's labels.
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         if not is_last:
             self.engine.step()
@@ -61,8 +61,8 @@ class ZeroBackend:
 
         return {
             name: {
-                "weight": copied(safe_get_full_fp32_param(p)).view(_shape(p)),
-                **{key: copied(safe_get_full_optimizer_state(p, key)).view(_shape(p)) for key in STATE_KEYS},
+                "weight": float32_copy(safe_get_full_fp32_param(p)).view(_shape(p)),
+                **{key: float32_copy(safe_get_full_optimizer_state(p, key)).view(_shape(p)) for key in STATE_KEYS},
             }
             for name, p in self.trained.items()
         }
@@ -76,7 +76,7 @@ class ZeroBackend:
             load(parameter, state[name], STATE_KEYS if step else ())
 
     def _make_moments(self, step: int) -> None:
-        """AdamW makes its moments in the first step; ZeRO finds a parameter's place in them once they are there."""
+        """Create AdamW's moments, as its first step would; only then can ZeRO set a parameter's moments."""
         flats = self.optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else self._flats()
         for flat in flats:
             moments = {key: torch.zeros_like(flat) for key in STATE_KEYS}
@@ -96,22 +96,23 @@ class ZeroBackend:
             safe_set_full_optimizer_state(parameter, entry[key], key)
 
     def _load_sharded(self, parameter: Any, entry: Mapping[str, Tensor], keys: tuple[str, ...]) -> None:
-        """DeepSpeed's own setter refuses sizes that the workers do not divide."""
+        """Set this worker's part of a parameter; DeepSpeed's setter refuses sizes that workers do not divide evenly."""
         group, offset, count = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
 
-        def own(value: Tensor) -> Tensor:
+        def local_part(value: Tensor) -> Tensor:
+            # (parameter's shape) -> (count * workers,), zeros at the end -> (count,)
             padded = nn.functional.pad(value.flatten(), (0, count * self.world_size - value.numel()))
             return padded.narrow(0, count * torch.distributed.get_rank(), count)
 
-        flat.narrow(0, offset, count).copy_(own(entry["weight"]))
-        parameter.ds_tensor.data.copy_(own(entry["weight"]))
+        flat.narrow(0, offset, count).copy_(local_part(entry["weight"]))
+        parameter.ds_tensor.data.copy_(local_part(entry["weight"]))
         for key in keys:
-            self.optimizer.optimizer.state[flat][key].narrow(0, offset, count).copy_(own(entry[key]))
+            self.optimizer.optimizer.state[flat][key].narrow(0, offset, count).copy_(local_part(entry[key]))
 
 
 def zero_config(zero_stage: int, *, accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str, Any]:
-    """Write DeepSpeed's configuration."""
+    """Make DeepSpeed's configuration."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
@@ -125,11 +126,11 @@ def zero_config(zero_stage: int, *, accumulation: int, max_grad_norm: float, bf1
 
 @contextlib.contextmanager
 def sharded_loading(*, bf16: bool) -> Iterator[None]:
-    """Within it transformers gives each worker its share of every weight that it makes or reads, and nothing more (ZeRO-3)."""
+    """Make transformers shard every weight that it creates or loads over the workers (ZeRO-3)."""
     require("deepspeed", extra="train")
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    # transformers asks, as long as this object lives, whether weights are sharded.
+    # transformers shards weights as long as this object exists.
     config = HfDeepSpeedConfig(zero_config(3, accumulation=1, max_grad_norm=0.0, bf16=bf16))
     try:
         yield
@@ -143,7 +144,7 @@ def _shape(parameter: Any) -> torch.Size:
 
 
 def gathered_state(module: nn.Module) -> dict[str, Tensor]:
-    """Copy a sharded module's tensors, whole; every worker must call it."""
+    """Gather and copy a sharded module's tensors; every worker must call it."""
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(list(module.parameters())):

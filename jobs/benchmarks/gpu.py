@@ -29,7 +29,7 @@ from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import IGNORED_LABEL
 from graft.training.backends import Backend
 from graft.training.estimate import batch_flops, device_peak_flops, name_words
-from graft.training.stages import ComputeSettings, Stage, make_backend, prepared
+from graft.training.stages import ComputeSettings, Stage, make_backend, prepare_for_stage
 
 from .measuring import Numbers, Row, report_table
 
@@ -70,7 +70,7 @@ def bench_gpu(
     def rows() -> Iterator[Row]:
         for number in stage:
             lora = LoraSettings() if number == 2 else None
-            model = prepared(_random_model(config, dtype), Stage(number, lora=lora), compute)
+            model = prepare_for_stage(_random_model(config, dtype), Stage(number, lora=lora), compute)
             backend = make_backend(model, compute, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
             for budget in budgets or BUDGETS[shape]:
                 inputs, label_count, flops = synthetic_batch(config, budget, clip_s, lora.rank if lora else None)

@@ -167,7 +167,7 @@ def _deliver(graft: str, folder: str, *, clips: int = CLIPS, step_batches: int =
     processor.feature_extractor = WhisperFeatureExtractor(feature_size=MEL_COUNT)
     processor.save_pretrained(folder)
     rows = read_rows(write_speech_corpus(Path(folder, "speech.parquet"), clips))
-    batches = plan_training(rows, processor, PlanSettings(**plan)).delivery(position=0, step_batches=step_batches)
+    batches = plan_training(rows, processor, PlanSettings(**plan)).batches(position=0, step_batches=step_batches)
     return Delivery(rows, batches, folder)
 
 

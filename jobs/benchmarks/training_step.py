@@ -17,9 +17,9 @@ from graft.model.configuration import WINDOW_FRAMES, GraftConfig
 from graft.model.encoder import pad_with_silence
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import IGNORED_LABEL, Example
-from graft.training.backends import trained_parameters
+from graft.training.backends import trainable_parameters
 from graft.training.plan import Plan, PlanColumns, PlanSettings
-from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model
+from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage
 
 from .measuring import Numbers, in_turns, report_table
 from .speech import spoken_clips
@@ -87,7 +87,7 @@ def planned(examples: Sequence[Example]) -> list[Sequence[int]]:
     lengths, labels = _lengths(examples), np.array([len(example.target_ids) for example in examples])
     settings = PlanSettings(token_budget=int(max(lengths.max(), BATCH_CLIPS * lengths.mean())))
     plan = Plan(PlanColumns(lengths, labels, np.zeros(len(lengths), int)), settings)
-    return [batch.rows for batch in plan.delivery(position=0, step_batches=1)]
+    return [batch.rows for batch in plan.batches(position=0, step_batches=1)]
 
 
 def length_grouped(examples: Sequence[Example]) -> list[Sequence[int]]:
@@ -119,7 +119,7 @@ def own_step(model: GraftForConditionalGeneration) -> Step:
 
 def plain_step(model: Any, loss: Callable[..., Tensor]) -> Step:
     """Make a step as others write it: autocast to bf16, backward, clipping, fused AdamW."""
-    trained = list(trained_parameters(model).values())
+    trained = list(trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def step(inputs: Inputs) -> None:
@@ -149,7 +149,7 @@ def way(
     **audio: Any,
 ) -> Way:
     """Prepare a way to train, by default graft's own; `audio` holds settings of GraftConfig."""
-    model, processor = stage_model(Stage(1), graft, replace(COMPUTE, gradient_checkpointing=checkpointing))
+    model, processor = open_for_stage(Stage(1), graft, replace(COMPUTE, gradient_checkpointing=checkpointing))
     for name, value in audio.items():
         setattr(model.config, name, value)
         setattr(processor, name, value)

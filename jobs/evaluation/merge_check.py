@@ -57,7 +57,7 @@ def _variants(
 
 def _loss(model: GraftForConditionalGeneration, processor: GraftProcessor, rows: RowTable, graft: Path) -> float:
     variation = as_they_are(rows, processor)
-    batches = plan_training(rows, processor, PlanSettings(token_budget=TOKEN_BUDGET), variation).delivery(
+    batches = plan_training(rows, processor, PlanSettings(token_budget=TOKEN_BUDGET), variation).batches(
         position=0, step_batches=1
     )
     loader = BatchLoader(Delivery(rows, batches, str(graft), variation))

@@ -44,7 +44,7 @@ def remaining_batches(plan: Plan, progress: Progress, recipe: TrainRecipe) -> tu
     """List what is still to be delivered, and count the updates at its end."""
     step_batches = recipe.step_batches or recipe.workers
     slots = recipe.workers * recipe.accumulation
-    batches = plan.delivery(position=progress.position, step_batches=step_batches, slots=slots)
+    batches = plan.batches(position=progress.position, step_batches=step_batches, slots=slots)
     steps = len(batches) // slots
     if recipe.max_steps is not None:
         steps = min(steps, max(0, recipe.max_steps - progress.step))
@@ -62,7 +62,7 @@ def validation_delivery(recipe: TrainRecipe, graft: str, processor: GraftProcess
         )
     settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_row_groups)
     variation = as_they_are(rows, processor)
-    batches = plan_training(rows, processor, settings, variation).delivery(position=0, step_batches=recipe.workers)
+    batches = plan_training(rows, processor, settings, variation).batches(position=0, step_batches=recipe.workers)
     return Delivery(rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups)
 
 

@@ -31,7 +31,7 @@ from graft.training.estimate import batch_flops, device_peak_flops
 from graft.training.loop import LoopSettings, is_finished, train
 from graft.training.preflight import check_labels, preflight
 from graft.training.progress import latest_checkpoint, read_progress
-from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model, trainable_module
+from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage, trainable_module
 
 from .loader import Delivery, prefetch, training_batches
 from .observer import CHECKPOINTS, RunObserver
@@ -72,7 +72,7 @@ def work(run: Run) -> None:
         return  # a fault that would come again, or workers that were started anew after their work was done
     torch.set_num_threads(run.recipe["threads_per_worker"])
     with _told(out):
-        graft, processor = stage_model(run.stage, run.graft, run.computing, device=device, seed=run.recipe["seed"])
+        graft, processor = open_for_stage(run.stage, run.graft, run.computing, device=device, seed=run.recipe["seed"])
         model = trainable_module(graft, run.stage, run.computing, processor)
         del graft  # a language model that does not take part leaves the device
         limits = {name: run.recipe[name] for name in ("weight_decay", "max_grad_norm")}

@@ -19,7 +19,7 @@ from graft.checkpoints.loading import open_graft, write_stage
 from graft.config import recipe_yaml
 from graft.errors import ModelError
 from graft.inference.transcriber import open_transcriber
-from graft.training.stages import ComputeSettings, Stage, stage_model
+from graft.training.stages import ComputeSettings, Stage, open_for_stage
 from jobs import build, export, merge, stage1, stage2
 from jobs.common.cli import run_job
 from tests.support import tiny_models
@@ -189,7 +189,7 @@ def test_a_built_graft_transcribes_and_trains_on(exported, built):
     transcriber.close()
     model, _ = open_graft(folder)
     for stage in (Stage(1), Stage(2, lora=SETTINGS)):
-        begun, _ = stage_model(stage, str(folder), ComputeSettings("fp32", "torch"))
+        begun, _ = open_for_stage(stage, str(folder), ComputeSettings("fp32", "torch"))
         assert torch.equal(begun.audio_projector.linear.weight, model.audio_projector.linear.weight)
         assert largest_difference(logits(begun.eval()), logits(model)) < 1e-5
 
@@ -343,7 +343,7 @@ def test_stage_2_trains_on_with_adapters(home, tmp_path):
     folder = stage2._adapters(recipe)
     assert folder == stage2._projector(recipe) == str(home / "stage2")
     stage = Stage(2, lora=SETTINGS, projector=folder, adapters=folder)
-    model, _ = stage_model(stage, recipe.model, ComputeSettings(dtype="fp32"))
+    model, _ = open_for_stage(stage, recipe.model, ComputeSettings(dtype="fp32"))
     assert {name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" in name}
     assert torch.equal(logits(model.eval()), logits(open_graft(home / "stage2")[0]))
     with pytest.raises(ModelError, match=f"have lora.rank={SETTINGS.rank} lora.alpha={SETTINGS.alpha}: give these"):

@@ -20,7 +20,7 @@ from graft.training.batch import TrainingBatch
 from graft.training.loop import LoopSettings, Observer, train
 from graft.training.meter import StepLog
 from graft.training.progress import Progress
-from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model
+from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage
 from tests.support import tiny_models
 
 WIDTH = 128
@@ -78,7 +78,7 @@ def opened(
     for package in NEEDED[name]:
         pytest.importorskip(package)
     chosen = ComputeSettings(dtype, "torch", **computing)
-    model, processor = stage_model(STAGES[name], str(folder), chosen, device=device)
+    model, processor = open_for_stage(STAGES[name], str(folder), chosen, device=device)
     backend = make_backend(model, chosen, accumulation=1, weight_decay=0.01, max_grad_norm=1.0)
     assert isinstance(backend, TorchBackend)
     return model, processor, backend

@@ -14,7 +14,7 @@ from graft.processor import GraftProcessor
 from graft.training.batch import TrainingBatch
 from graft.training.checkpoint import State
 from graft.training.progress import Progress
-from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model
+from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage
 from tests.support.training import example, filler, run_steps, step_batches, weights
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
@@ -50,7 +50,7 @@ def train_share(case: Case, *, rank: int = 0, world_size: int = 1) -> dict[str, 
             if name == "torch"
             else ComputeSettings(case.dtype, "deepspeed", int(name[-1]))
         )
-        model, processor = stage_model(STAGES[case.stage], case.folder, computing)
+        model, processor = open_for_stage(STAGES[case.stage], case.folder, computing)
         resident = resident_bytes(model)
         trainer = make_backend(model, computing, accumulation=accumulation, weight_decay=0.01, max_grad_norm=1.0)
         if state:

@@ -14,7 +14,7 @@ from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.tokens import LETTERS
 from graft.processor import GraftProcessor
 from graft.text.wer import score
-from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model, trainable_module
+from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage, trainable_module
 from jobs.evaluate import EvaluateRecipe
 from jobs.evaluation.ctc import score_ctc
 from tests.support import tiny_models
@@ -88,7 +88,7 @@ def test_a_clip_with_more_letters_than_audio_tokens_adds_nothing(graft: str) -> 
 def test_a_projector_learns_its_clips(tmp_path: Path, audio_projector: str, dtype: str) -> None:
     graft = str(tiny_models.save_tiny_graft(tmp_path / "graft", audio_projector=audio_projector))
     computing, stage = ComputeSettings(dtype=dtype), Stage(1, letters=LETTERS)
-    model, processor = stage_model(stage, graft, computing)
+    model, processor = open_for_stage(stage, graft, computing)
     prealignment = trainable_module(model, stage, computing, processor)
     assert isinstance(prealignment, CtcPrealignment)
     assert (
@@ -112,7 +112,7 @@ def test_unusable_letters_and_sharding_are_refused(graft: str) -> None:
         ("abc", ComputeSettings(backend="deepspeed", zero_stage=3), "ZeRO-3 has nothing to shard"),
     ):
         stage = Stage(1, letters=letters)
-        model, processor = stage_model(stage, graft, ComputeSettings())
+        model, processor = open_for_stage(stage, graft, ComputeSettings())
         with pytest.raises(ModelError, match=message):
             trainable_module(model, stage, computing, processor)
 

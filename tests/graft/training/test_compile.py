@@ -10,7 +10,7 @@ from graft.data.dataset import read_rows
 from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
 from graft.training.preflight import preflight
-from graft.training.stages import ComputeSettings, Stage, make_backend, stage_model
+from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage
 from jobs.training.loader import BatchLoader, Delivery, training_batches
 from jobs.training.samples import plan_training
 from jobs.training.validation import Validation
@@ -29,10 +29,10 @@ def test_preflight_and_validation_leave_layers_compiled(tmp_path: Path) -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     computing = ComputeSettings(dtype="fp32", attention="eager", compile=True)
-    model, processor = stage_model(Stage(2, lora=LoraSettings(rank=4, alpha=4, dropout=0.0)), graft, computing)
+    model, processor = open_for_stage(Stage(2, lora=LoraSettings(rank=4, alpha=4, dropout=0.0)), graft, computing)
     backend = make_backend(model, computing, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
     plan = plan_training(rows, GraftProcessor.from_pretrained(graft), PlanSettings(token_budget=400, max_batch_clips=3))
-    delivery = Delivery(rows, plan.delivery(position=0, step_batches=1), graft)
+    delivery = Delivery(rows, plan.batches(position=0, step_batches=1), graft)
     loader = BatchLoader(delivery)
     validation = Validation(delivery, backend, processor, samples=2, is_sharded=False)
     batches = list(

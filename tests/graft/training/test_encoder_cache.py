@@ -13,10 +13,10 @@ from graft.checkpoints.projector_file import encoder_digest
 from graft.data.dataset import read_rows
 from graft.processor import GraftProcessor
 from graft.training.batch import TrainingBatch
-from graft.training.encoder_cache import CachingEncoder, Encoded, EncoderCache, open_cache
+from graft.training.encoder_cache import CachingEncoder, EncodedClip, EncoderCache, open_cache
 from graft.training.plan import PlannedBatch
 from graft.training.preflight import preflight
-from graft.training.stages import ComputeSettings, Stage, stage_model
+from graft.training.stages import ComputeSettings, Stage, open_for_stage
 from jobs.training.loader import BatchLoader, Delivery, training_batches
 from jobs.training.samples import vary
 from tests.support import tiny_models
@@ -54,7 +54,7 @@ def batches(
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_cached_or_not_the_loss_is_the_same_bit_for_bit(folder: str, data: str, tmp_path: Path, dtype: str) -> None:
     """With a clip that can't be decoded, and one in which nobody speaks, neither of which is ever kept."""
-    model, processor = stage_model(Stage(1), folder, ComputeSettings(dtype, "torch"))
+    model, processor = open_for_stage(Stage(1), folder, ComputeSettings(dtype, "torch"))
     cache = EncoderCache(tmp_path)
     losses = []
     everything = range(ROWS + 1)
@@ -73,7 +73,7 @@ def test_cached_or_not_the_loss_is_the_same_bit_for_bit(folder: str, data: str, 
 
 
 def test_what_is_kept_is_not_decoded_again(folder: str, data: str, tmp_path: Path) -> None:
-    model, _ = stage_model(Stage(1), folder, ComputeSettings("fp32", "torch"))
+    model, _ = open_for_stage(Stage(1), folder, ComputeSettings("fp32", "torch"))
     cache, encoder = EncoderCache(tmp_path), None
     for rows in ([0, 1], [1, 0, 2]):
         encoder = CachingEncoder(model, cache)
@@ -90,7 +90,7 @@ def test_what_is_kept_is_not_decoded_again(folder: str, data: str, tmp_path: Pat
 
 
 def test_blocks_of_any_mixture_pass_through_ray(folder: str, data: str, tmp_path: Path) -> None:
-    model, _ = stage_model(Stage(1), folder, ComputeSettings("bf16", "torch"))
+    model, _ = open_for_stage(Stage(1), folder, ComputeSettings("bf16", "torch"))
     cache = EncoderCache(tmp_path)
     encoder = CachingEncoder(model, cache)
     for batch in batches(folder, data, cache, [0, 1], encoder):
@@ -143,7 +143,7 @@ def test_features_have_a_fingerprint(folder: str) -> None:
 def test_an_entry_that_is_cut_off_is_none(tmp_path: Path) -> None:
     cache, key = EncoderCache(tmp_path), EncoderCache.key(b"a clip")
     assert cache.get(key) is None
-    cache.put(key, Encoded(torch.ones(3, 4, dtype=torch.bfloat16), 12))
+    cache.put(key, EncodedClip(torch.ones(3, 4, dtype=torch.bfloat16), 12))
     found = cache.get(key)
     assert found is not None
     assert (found.frame_count, found.states.dtype, float(found.states.sum())) == (12, torch.bfloat16, 12)
@@ -153,7 +153,7 @@ def test_an_entry_that_is_cut_off_is_none(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_told(folder: str, data: str, tmp_path: Path) -> None:
-    model, _ = stage_model(Stage(1), folder, ComputeSettings("fp32", "torch"))
+    model, _ = open_for_stage(Stage(1), folder, ComputeSettings("fp32", "torch"))
     (tmp_path / "file").write_text("")
     encoder = CachingEncoder(model, EncoderCache(tmp_path / "file"))
     (batch,) = batches(folder, data, encoder.cache, [0, 1], encoder)

@@ -71,7 +71,7 @@ def test_the_encoder_costs_what_it_encodes():
 @pytest.mark.parametrize(("tokens", "tera"), [(1530, 20.4), (780, 10.3), (405, 5.3), (280, 3.67)])
 def test_a_forward_pass_of_7b(tokens, tera):
     config = seven()
-    twice, once = (text_flops(config, [tokens], lora_rank=None, again=again) for again in (True, False))
+    twice, once = (text_flops(config, [tokens], lora_rank=None, repeats_forward=repeats) for repeats in (True, False))
     assert (twice - once) / 1e12 == pytest.approx(tera, rel=5e-3)
 
 

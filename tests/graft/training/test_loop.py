@@ -15,7 +15,7 @@ from graft.training.checkpoint import CheckpointWriter, load_checkpoint, write_c
 from graft.training.loop import LoopSettings, learning_rate_at
 from graft.training.meter import Meter
 from graft.training.progress import Progress, best_checkpoint, latest_checkpoint
-from graft.training.stages import ComputeSettings, Stage, stage_model
+from graft.training.stages import ComputeSettings, Stage, open_for_stage
 from tests.support import tiny_models, workers
 from tests.support.adapters import save_projector
 from tests.support.training import Recorder, clip_steps, example, filler, furthest, run_steps, step_batches, weights
@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
 
 def opened(folder: Path, stage: Stage = STAGE_1):
     """The model of a stage in training mode, its processor and a backend."""
-    model, processor = stage_model(stage, str(folder), FP32)
+    model, processor = open_for_stage(stage, str(folder), FP32)
     return model, processor, TorchBackend(model, weight_decay=0.01, max_grad_norm=1.0)
 
 
@@ -82,7 +82,7 @@ def test_a_stage_begins_with_the_projector_of_the_one_before(folder, tmp_path):
     run_steps(clip_steps(processor, steps=2), backend)
     save_projector(model, tmp_path)
     stage = dataclasses.replace(STAGE_2, projector=str(tmp_path))
-    begun, _ = stage_model(stage, str(folder), ComputeSettings("bf16"))
+    begun, _ = open_for_stage(stage, str(folder), ComputeSettings("bf16"))
     assert torch.equal(begun.audio_projector.linear.weight, model.audio_projector.linear.weight)
     assert begun.lm_head.weight.dtype == torch.bfloat16
 
@@ -179,8 +179,8 @@ def test_a_loss_that_explodes_or_diverges_ends_the_run(folder):
         run_steps([batch], backend, max_loss=4.0)
     meter = Meter(Progress(), total_steps=1000, max_loss=24.0, peak_flops=None)
     noisy = [5.0, 3.0, 1.0, 0.5, 0.2, 2.5, 0.1] * 20
-    assert [meter.what_is_wrong(loss) for loss in noisy] == [None] * len(noisy)
-    told = next(told for told in map(meter.what_is_wrong, [9.0] * 30) if told)
+    assert [meter.find_fault(loss) for loss in noisy] == [None] * len(noisy)
+    told = next(told for told in map(meter.find_fault, [9.0] * 30) if told)
     assert re.fullmatch(r"the loss diverged: its running mean rose from [12]\.\d+ to [3-6]\.\d+", told)
 
 

@@ -62,7 +62,7 @@ def test_short_clips_may_come_first():
     assert longest[0] == sorted(longest[0])
     assert longest[1] != sorted(longest[1])
     shuffled = Plan(plan.columns, replace(plan.settings, short_first=False))
-    later = [real(one.delivery(position=len(one.epochs[0]), step_batches=1)) for one in (plan, shuffled)]
+    later = [real(one.batches(position=len(one.epochs[0]), step_batches=1)) for one in (plan, shuffled)]
     assert later[0] == later[1]
 
 
@@ -81,8 +81,8 @@ def test_reading_stays_within_a_window_of_row_groups(plan):
 @given(plans(), st.integers(1, 7), st.integers(0, 3))
 def test_any_number_of_workers_gets_the_same_batches_in_the_same_order(plan, step_batches, spare):
     slots = step_batches + spare
-    delivered = plan.delivery(position=0, step_batches=step_batches, slots=slots)
-    assert real(delivered) == real(plan.delivery(position=0, step_batches=1))
+    delivered = plan.batches(position=0, step_batches=step_batches, slots=slots)
+    assert real(delivered) == real(plan.batches(position=0, step_batches=1))
     assert [batch.position for batch in delivered if batch.rows] == list(range(1, len(real(delivered)) + 1))
     assert len(delivered) == plan.step_count(step_batches) * slots
     labels = plan.columns.label_counts
@@ -102,25 +102,25 @@ def test_any_number_of_workers_gets_the_same_batches_in_the_same_order(plan, ste
 @settings(deadline=None, max_examples=50)
 @given(plans(), st.integers(1, 5), st.integers(1, 5))
 def test_a_run_goes_on_from_any_step_with_any_number_of_workers(plan, step_batches, other):
-    whole = plan.delivery(position=0, step_batches=step_batches, slots=step_batches + 1)
+    whole = plan.batches(position=0, step_batches=step_batches, slots=step_batches + 1)
     for start in range(0, len(whole) + 1, step_batches + 1):
         position = whole[start - 1].step_position if start else 0
         rest = list(whole[start:])
-        assert list(plan.delivery(position=position, step_batches=step_batches, slots=step_batches + 1)) == rest
+        assert list(plan.batches(position=position, step_batches=step_batches, slots=step_batches + 1)) == rest
         assert list(whole.after(position)) == rest
-        assert real(plan.delivery(position=position, step_batches=other)) == real(whole[start:])
+        assert real(plan.batches(position=position, step_batches=other)) == real(whole[start:])
 
 
 def test_fillers_complete_every_step():
     plan = Plan(columns(10), PlanSettings(epochs=2, max_batch_clips=2))
-    filled = [not batch.rows for batch in plan.delivery(position=0, step_batches=4, slots=6)]
+    filled = [not batch.rows for batch in plan.batches(position=0, step_batches=4, slots=6)]
     assert filled == 2 * ([False] * 4 + [True] * 2 + [False] + [True] * 5)
     with pytest.raises(ValueError, match="4 batches do not fit the 3 slots"):
-        plan.delivery(position=0, step_batches=4, slots=3)
+        plan.batches(position=0, step_batches=4, slots=3)
 
 
 def test_batches_are_a_sequence_that_is_cut_and_pickled_small():
-    whole = Plan(columns(60), PlanSettings(max_batch_clips=3)).delivery(position=0, step_batches=7)
+    whole = Plan(columns(60), PlanSettings(max_batch_clips=3)).batches(position=0, step_batches=7)
     assert whole[-1] == PlannedBatch((), (), 20, 20, whole[-1].step_label_count)
     assert list(whole[3:9]) == [whole[index] for index in range(3, 9)]
     assert list(whole[5:2]) == []
@@ -135,7 +135,7 @@ def test_seed_and_epoch_change_order_and_draws_and_nothing_else_does():
     def order(seed: int, epoch: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         plan = Plan(columns(60), PlanSettings(seed=seed, epochs=2, token_budget=800, window_row_groups=3))
         first = len(plan.epochs[0]) * epoch
-        return real(plan.delivery(position=0, step_batches=1)[first : first + len(plan.epochs[epoch])])
+        return real(plan.batches(position=0, step_batches=1)[first : first + len(plan.epochs[epoch])])
 
     assert order(0, 0) == order(0, 0)
     orders = [order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
@@ -188,7 +188,7 @@ def test_samples_that_vary_are_planned_by_their_own_counts():
         return plain.token_counts[rows] + sample_seeds % 7, plain.label_counts[rows] + sample_seeds % 5
 
     plan = Plan(plain, PlanSettings(token_budget=800, epochs=2), longer)
-    for batch in plan.delivery(position=0, step_batches=1):
+    for batch in plan.batches(position=0, step_batches=1):
         rows, sample_seeds = np.array(batch.rows), np.array(batch.sample_seeds)
         assert batch.step_label_count == longer(rows, sample_seeds)[1].sum()
         assert longer(rows, sample_seeds)[0].max() * len(rows) <= 800
@@ -217,7 +217,7 @@ def test_a_million_rows_take_a_few_bytes_each():
         PlanColumns(rng.integers(60, 500, 1_000_000), rng.integers(5, 60, 1_000_000), np.arange(1_000_000) // 100),
         PlanSettings(),
     )
-    batches = plan.delivery(position=0, step_batches=16)
+    batches = plan.batches(position=0, step_batches=16)
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(batches, protocol=5, buffer_callback=buffers.append)
     assert len(head) < 2000
@@ -227,9 +227,9 @@ def test_a_million_rows_take_a_few_bytes_each():
 
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(DataError, match="a clip makes 199 tokens, more than token_budget=100: raise it"):
-        Plan(columns(200), PlanSettings(token_budget=100)).delivery(position=0, step_batches=1)
+        Plan(columns(200), PlanSettings(token_budget=100)).batches(position=0, step_batches=1)
     empty = np.zeros(0, int)
     with pytest.raises(DataError, match="the plan has no clips"):
-        Plan(PlanColumns(empty, empty, empty), PlanSettings()).delivery(position=0, step_batches=1)
+        Plan(PlanColumns(empty, empty, empty), PlanSettings()).batches(position=0, step_batches=1)
     with pytest.raises(DataError, match="epoch 0 has no clips: raise the weights"):
         Plan(PlanColumns(*[np.ones(1, int)] * 3, None, (0.1,)), PlanSettings()).step_count(1)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from graft.processor import Example
-from graft.training.backends import trained_parameters
-from graft.training.stages import ComputeSettings, Stage, stage_model
+from graft.training.backends import trainable_parameters
+from graft.training.stages import ComputeSettings, Stage, open_for_stage
 from jobs.bench import main as bench
 from jobs.benchmarks.scale import bench_ingest
 from jobs.benchmarks.speech import durations, spoken_clips
@@ -82,7 +82,7 @@ def test_clips_last_10_s_on_average(count: int) -> None:
 
 
 def test_the_seeds_step_and_logits_everywhere_come_to_grafts_own_loss(graft: str) -> None:
-    model, processor = stage_model(Stage(1), graft, ComputeSettings("fp32"))
+    model, processor = open_for_stage(Stage(1), graft, ComputeSettings("fp32"))
     for settings in (model.config, processor):
         settings.audio_pool, settings.audio_context = 1, "full"
     arrays = processor.training_batch([processor.example(clip, text) for clip, text in spoken_clips(2)])
@@ -94,10 +94,10 @@ def test_the_seeds_step_and_logits_everywhere_come_to_grafts_own_loss(graft: str
 
 def test_flamingo_takes_grafts_tokens_and_trains_its_projector_alone(graft: str) -> None:
     _, (inputs,), _ = way(graft, 2, in_arrival_order, convert=flamingo_inputs)
-    peer = flamingo_model(stage_model(Stage(1), graft, ComputeSettings("bf16"))[0].config)
+    peer = flamingo_model(open_for_stage(Stage(1), graft, ComputeSettings("bf16"))[0].config)
     with torch.autocast("cpu", torch.bfloat16):
         peer(**inputs, use_cache=False).loss.backward()
-    trained = trained_parameters(peer)
+    trained = trainable_parameters(peer)
     assert all(
         "multi_modal_projector" in name and parameter.grad.abs().sum() > 0 for name, parameter in trained.items()
     )
@@ -105,7 +105,7 @@ def test_flamingo_takes_grafts_tokens_and_trains_its_projector_alone(graft: str)
 
 
 def test_every_way_to_batch_takes_every_clip_once(graft: str) -> None:
-    _, processor = stage_model(Stage(1), graft, ComputeSettings("fp32"))
+    _, processor = open_for_stage(Stage(1), graft, ComputeSettings("fp32"))
     examples: list[Example] = [processor.example(clip, text) for clip, text in spoken_clips(10)]
     groups = [planned(examples), length_grouped(examples), in_arrival_order(examples)]
     assert [sorted(place for batch in group for place in batch) for group in groups] == [list(range(10))] * 3

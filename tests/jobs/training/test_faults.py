@@ -274,10 +274,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_its_batches_are_kept(
     assert run_job(stage1.Stage1Recipe, stage1.main, summary="", argv=home.command(recipe)[3:]) == 2
     reason = f"the loss is nan at step {number}"
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("graft: ")]
-    assert (
-        error
-        == f"graft: error: {reason}: look at the batch that was kept, lower learning_rate, or train in bf16 or fp32"
-    )
+    assert error == f"graft: error: {reason}: look at the saved batch, lower learning_rate, or train in bf16 or fp32"
     assert folder.log.count("preflight: ") == 1  # nobody tried again
     assert "going on" not in folder.log
     assert [line["step"] for line in folder.metrics] == list(range(1, number))

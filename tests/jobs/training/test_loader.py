@@ -112,7 +112,7 @@ def test_a_noise_clip_that_cannot_be_read_masks_its_sample_and_is_named(folder, 
 def test_delivered_blocks_become_training_batches(folder, processor, tmp_path):
     data = clips(tmp_path / "a.parquet", wav={6: BROKEN["wav"]})
     plan = Plan(plan_columns(read_rows(str(data)), processor), PlanSettings(max_batch_clips=3))
-    delivered = plan.delivery(position=0, step_batches=2, slots=3)
+    delivered = plan.batches(position=0, step_batches=2, slots=3)
     loader = loader_of(data, folder, delivered)
     skipped: list[dict[str, str]] = []
     batches = list(training_batches(map(loader.block, range(len(delivered))), torch.device("cpu"), skipped))
@@ -150,7 +150,7 @@ def test_a_batch_is_the_same_in_another_process(folder, processor, tmp_path):
         words=InstructionRecipe(styles={"raw": 0.5}, context=0.5),
         token_noise=0.3,
     )
-    batches = plan_training(rows, processor, PlanSettings(max_batch_clips=3), variation).delivery(
+    batches = plan_training(rows, processor, PlanSettings(max_batch_clips=3), variation).batches(
         position=0, step_batches=1
     )
     delivery = Delivery(rows, batches, str(folder), variation)
@@ -202,7 +202,7 @@ def test_a_loader_reads_each_row_group_once_whatever_share_of_the_batches_it_get
         clips(tmp_path / f"{name}.parquet")
     rows = read_rows(str(tmp_path))
     settings = PlanSettings(max_batch_clips=4, window_row_groups=3)
-    batches = Plan(plan_columns(rows, processor), settings).delivery(position=0, step_batches=1)
+    batches = Plan(plan_columns(rows, processor), settings).batches(position=0, step_batches=1)
     for share in (1, 2):
         loader = BatchLoader(Delivery(rows, batches, str(folder), cache_row_groups=settings.window_row_groups))
         for number in range(0, len(batches), share):

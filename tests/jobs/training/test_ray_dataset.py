@@ -28,7 +28,7 @@ def delivery(tmp_path_factory) -> Delivery:
     plan = plan_training(
         rows, GraftProcessor.from_pretrained(graft), PlanSettings(max_batch_clips=2, window_row_groups=2)
     )
-    return Delivery(rows, plan.delivery(position=0, step_batches=2), str(graft))
+    return Delivery(rows, plan.batches(position=0, step_batches=2), str(graft))
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_the_plan_knows_each_samples_tokens_before_it_is_read(folder, processor,
     rows, _ = trainable(read_rows(str(tmp_path)))
     variation = vary(rows, processor, seed=3, **settings)
     plan = plan_training(rows, processor, PlanSettings(seed=3, epochs=2, max_batch_clips=3), variation)
-    batches = plan.delivery(position=0, step_batches=1)
+    batches = plan.batches(position=0, step_batches=1)
     loader = BatchLoader(Delivery(rows, batches, str(folder), variation))
     planned = dict.fromkeys(range(2), 0)
     heard = dict.fromkeys(range(2), 0)
@@ -115,7 +115,7 @@ def test_samples_without_speech_carry_the_end_of_the_answer_alone(folder, proces
     rows, _ = trainable(read_rows(clips(tmp_path / "a.parquet")))
     variation = vary(rows, processor, no_speech=0.6)
     plan = plan_training(rows, processor, PlanSettings(epochs=2), variation)
-    batches = plan.delivery(position=0, step_batches=1)
+    batches = plan.batches(position=0, step_batches=1)
     loader = BatchLoader(Delivery(rows, batches, str(folder), variation))
     for epoch in plan.epochs:
         assert sorted(epoch.rows.tolist()) == list(range(7 + 4))

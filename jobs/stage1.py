@@ -1,6 +1,6 @@
 """Train the projector of a graft, with its encoder and language model frozen.
 
-The projector learns from transcripts, by the language model's loss, or from letters by CTC.
+The projector learns from transcripts, by the language model's loss or by CTC pre-alignment.
 """
 
 import os
@@ -17,20 +17,23 @@ from .training.recipe import TrainRecipe
 
 
 class Stage1Recipe(TrainRecipe):
-    """Stage 1: the projector, by default under DeepSpeed ZeRO-2."""
+    """Settings of stage 1, which trains the projector, by default under DeepSpeed ZeRO-2."""
 
     objective: Literal["transcript", "ctc"] = "transcript"
-    """Transcripts by the language model, or, without it, spelling by CTC against its embeddings of `letters`: minutes that spare either
-    stage hours."""
+    """Loss to train with: `transcript` is the language model's loss on the transcript; `ctc` is CTC pre-alignment
+    against the text embeddings of `letters`, without the language model. Minutes of ctc save hours of either stage."""
     letters: str = Field(default=LETTERS, min_length=1)
-    """What is spelled, besides the space, in lower case and without accents."""
+    """Characters of CTC's targets besides the space, in lower case and without accents; all others count as spaces."""
     projector: str | None = None
-    """Output folder of an earlier stage 1 to start from; null for the graft's own projector, or for CTC none."""
+    """Output folder of an earlier stage 1 to start from. null starts from the graft's own projector, or with ctc from
+    zero."""
 
     @model_validator(mode="after")
-    def _check_text_noise(self) -> Self:
+    def _check_token_noise(self) -> Self:
         if self.objective == "ctc" and self.token_noise:
-            raise ValueError("token_noise changes what is read of an answer, and spelling reads none: leave it out")
+            raise ValueError(
+                "token_noise changes the language model's inputs, and objective=ctc does not use it: leave it out"
+            )
         return self
 
 
@@ -45,10 +48,15 @@ def run(recipe: Stage1Recipe) -> dict[str, Any]:
 
 
 def plan(recipe: Stage1Recipe, options: PlanOptions) -> None:
-    """Print what a run takes."""
-    from .training.estimate import Trained, print_plan
+    """Print the memory, time and cost that a run is estimated to take."""
+    from .training.estimate import TrainedParts, print_plan
 
-    print_plan(recipe, options, *planned_graft(recipe.model), trained=Trained(reads=recipe.objective == "transcript"))
+    print_plan(
+        recipe,
+        options,
+        *planned_graft(recipe.model),
+        trained=TrainedParts(language_model=recipe.objective == "transcript"),
+    )
 
 
 def main(recipe: Stage1Recipe) -> None:

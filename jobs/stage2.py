@@ -18,28 +18,34 @@ from .training.recipe import TrainRecipe
 
 
 class LoraRecipe(Recipe):
-    """The adapters."""
+    """The LoRA adapters."""
 
     rank: int = Field(default=64, ge=1)
+    """Rank of each adapter."""
     alpha: int = Field(default=16, ge=1)
+    """Scale of each adapter: its update is multiplied by alpha / rank."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Dropout on the adapters' inputs."""
     encoder: bool = False
-    """Adapters on the Whisper encoder too."""
+    """Put adapters on the Whisper encoder, too."""
 
 
 class Stage2Recipe(TrainRecipe):
-    """Stage 2: adapters and projector."""
+    """Settings of stage 2, which trains adapters and projector."""
 
     projector: str | None = None
-    """Output folder of stage 1; null for that of `adapters` or the graft's own, where it is trained: a pretrained or merged graft's."""
+    """Output folder of stage 1, whose projector is trained on. null takes that of `adapters`, or the graft's own where
+    it is trained, as a pretrained or merged graft's is."""
     adapters: str | None = None
-    """Output folder of an earlier stage 2 on the same graft, to train on with its adapters; null for fresh ones."""
+    """Output folder of an earlier stage 2 on the same graft, whose adapters are trained on. null makes fresh ones."""
     quantize: Literal["nf4", "none"] = "nf4"
-    """NF4 makes it QLoRA; none leaves the base in `dtype`."""
+    """Quantization of the language model: nf4 is QLoRA, none keeps it in `dtype`."""
     lora: LoraRecipe = LoraRecipe()
+    """Shape of the adapters."""
     backend: Literal["deepspeed", "torch"] = "torch"
-    """Plain torch (DDP where there are several workers), or DeepSpeed ZeRO."""
+    """Training backend: plain torch, with DDP where there are several workers, or DeepSpeed ZeRO."""
     learning_rate: float = Field(default=2e-4, gt=0)
+    """Learning rate after the warm-up."""
 
 
 def run(recipe: Stage2Recipe) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def run(recipe: Stage2Recipe) -> dict[str, Any]:
 
 
 def _adapters(recipe: Stage2Recipe) -> str | None:
-    """The folder of the adapters to start from. Raises ModelError for others than the recipe's `lora` makes."""
+    """Check the folder of the adapters to start from. Raises ModelError for another rank or alpha than the recipe's."""
     from graft.checkpoints.lora import read_adapters
 
     if recipe.adapters is None:
@@ -71,7 +77,10 @@ def _adapters(recipe: Stage2Recipe) -> str | None:
 
 
 def _projector(recipe: Stage2Recipe) -> str | None:
-    """The folder of the projector to start from; None for the graft's own. Raises ModelError for one that was never trained."""
+    """Choose the folder of the projector to start from; None for the graft's own.
+
+    Raises ModelError for a projector that was never trained.
+    """
     from graft.checkpoints.loading import read_stage
     from graft.checkpoints.lora import has_adapters
 
@@ -91,10 +100,10 @@ def _projector(recipe: Stage2Recipe) -> str | None:
 
 
 def plan(recipe: Stage2Recipe, options: PlanOptions) -> None:
-    """Print what a run takes."""
-    from .training.estimate import Trained, print_plan
+    """Print the memory, time and cost that a run is estimated to take."""
+    from .training.estimate import TrainedParts, print_plan
 
-    trained = Trained(lora_rank=recipe.lora.rank, lora_encoder=recipe.lora.encoder, nf4=recipe.quantize == "nf4")
+    trained = TrainedParts(lora_rank=recipe.lora.rank, lora_encoder=recipe.lora.encoder, nf4=recipe.quantize == "nf4")
     print_plan(recipe, options, *planned_graft(recipe.model), trained=trained)
 
 

@@ -79,12 +79,12 @@ class Consumer:
 
 
 class MadeBatches:
-    """A loader that makes nothing: `delivery` refers to a block, which it sends with each number as its position."""
+    """A loader that makes nothing: `spec` refers to a block, which it sends with each number as its position."""
 
-    def __init__(self, delivery: Any, first: int):
+    def __init__(self, spec: Any, first: int):
         import ray
 
-        self.block = ray.get(delivery)
+        self.block = ray.get(spec)
         self.first = first
 
     def __call__(self, block: dict[str, Any]) -> Any:
@@ -95,11 +95,11 @@ class MadeBatches:
 def bench_ingest(graft: str) -> Numbers:
     """Measure whether Ray keeps an H200 busy."""
     with tempfile.TemporaryDirectory() as folder:
-        delivery = _deliver(graft, folder, clips=FED_CLIPS)
-        positions = [batch.position for batch in delivery.batches]
-        numbers = measured(watch(pass_through, 1, positions, delivery, H200_RATE))
+        spec = _deliver(graft, folder, clips=FED_CLIPS)
+        positions = [batch.position for batch in spec.batches]
+        numbers = measured(watch(pass_through, 1, positions, spec, H200_RATE))
     waited = numbers["wait %"]
-    return report(ABOUT_INGEST, {"steps": len(delivery.batches), "fed_percent": 100 - waited, "wait_percent": waited})
+    return report(ABOUT_INGEST, {"steps": len(spec.batches), "fed_percent": 100 - waited, "wait_percent": waited})
 
 
 def bench_split(graft: str, consumers: Sequence[int], seconds: float) -> Numbers:
@@ -107,8 +107,8 @@ def bench_split(graft: str, consumers: Sequence[int], seconds: float) -> Numbers
     from ..training.loader import BatchLoader
 
     with tempfile.TemporaryDirectory() as folder:
-        delivery = _deliver(graft, folder)
-        block = BatchLoader(delivery).block(len(delivery.batches) // 2)
+        spec = _deliver(graft, folder)
+        block = BatchLoader(spec).block(len(spec.batches) // 2)
     light = block | {"input_features": block["input_features"][..., :0]}
 
     def rows() -> Iterator[Row]:
@@ -140,9 +140,9 @@ def bench_real(graft: str, consumers: Sequence[int], seconds: float) -> Numbers:
             audio_s = max(REAL_RATE * seconds, FEWEST_BATCHES * count * REAL_BUDGET / 25)
             plan = {"epochs": math.ceil(audio_s / (10 * CLIPS)), "token_budget": REAL_BUDGET}
             with tempfile.TemporaryDirectory() as folder:
-                delivery = _deliver(graft, folder, step_batches=count, **plan)
-                positions = [batch.position for batch in delivery.batches]
-                yield f"real {count}", measured(watch(pass_through, count, positions, delivery, REAL_RATE / count))
+                spec = _deliver(graft, folder, step_batches=count, **plan)
+                positions = [batch.position for batch in spec.batches]
+                yield f"real {count}", measured(watch(pass_through, count, positions, spec, REAL_RATE / count))
 
     numbers = report_table(ABOUT_REAL, rows())
     loader_ms, audio_s = (numbers[f"real {consumers[-1]} {name}"] for name in ("loaders ms", "audio s/batch"))
@@ -159,7 +159,7 @@ def _deliver(graft: str, folder: str, *, clips: int = CLIPS, step_batches: int =
     from graft.processor import GraftProcessor
     from graft.training.plan import PlanSettings
 
-    from ..training.loader import Delivery
+    from ..training.loader import LoaderSpec
     from ..training.samples import plan_training
     from .speech import write_speech_corpus
 
@@ -168,19 +168,19 @@ def _deliver(graft: str, folder: str, *, clips: int = CLIPS, step_batches: int =
     processor.save_pretrained(folder)
     rows = read_rows(write_speech_corpus(Path(folder, "speech.parquet"), clips))
     batches = plan_training(rows, processor, PlanSettings(**plan)).batches(position=0, step_batches=step_batches)
-    return Delivery(rows, batches, folder)
+    return LoaderSpec(rows, batches, folder)
 
 
-def pass_through(count: int, positions: Sequence[int], delivery: Any, rate: float) -> list[Taken]:
+def pass_through(count: int, positions: Sequence[int], spec: Any, rate: float) -> list[Taken]:
     """Pass batches on to `count` workers, each of which takes `rate` seconds of audio a second, on a Ray of their own.
 
-    `delivery` is a Delivery, or the block that MadeBatches sends. Raises RuntimeError if a worker gets others' batches.
+    `spec` is a LoaderSpec, or the block that MadeBatches sends. Raises RuntimeError if a worker gets others' batches.
     """
     import ray
 
     connect(cpus=DATA_WORKERS)
-    loader = MadeBatches if isinstance(delivery, dict) else None
-    dataset = planned_dataset(ray.put(delivery), 0, len(positions), data_workers=DATA_WORKERS, loader=loader)
+    loader = MadeBatches if isinstance(spec, dict) else None
+    dataset = planned_dataset(ray.put(spec), 0, len(positions), data_workers=DATA_WORKERS, loader=loader)
     nodes = [ray.get_runtime_context().get_node_id()] * count
     shards = ordered_data_config().configure(
         {"train": dataset}, world_size=count, worker_handles=None, worker_node_ids=nodes

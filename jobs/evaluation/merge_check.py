@@ -1,6 +1,7 @@
 """One stage 2 in all the ways in which it can be used: adapters on the NF4 base, adapters on the full-precision base, and merged.
 
-Adapters that were trained on NF4 know its rounding, and the full-precision base has none of it: how much that matters is for measurement.
+Adapters that were trained on NF4 know its rounding, and the full-precision base has none of it: how much that matters
+is for measurement.
 """
 
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from graft.processor import GraftProcessor
 from graft.text.wer import Score, score
 from graft.training.plan import PlanSettings
 
-from ..training.loader import BatchLoader, Delivery
-from ..training.samples import as_they_are, plan_training, trainable
+from ..training.loader import BatchLoader, LoaderSpec
+from ..training.samples import plain_variation, plan_training, trainable
 from ..training.validation import summed_loss
 
 TOKEN_BUDGET = 4096
@@ -56,11 +57,11 @@ def _variants(
 
 
 def _loss(model: GraftForConditionalGeneration, processor: GraftProcessor, rows: RowTable, graft: Path) -> float:
-    variation = as_they_are(rows, processor)
+    variation = plain_variation(rows, processor)
     batches = plan_training(rows, processor, PlanSettings(token_budget=TOKEN_BUDGET), variation).batches(
         position=0, step_batches=1
     )
-    loader = BatchLoader(Delivery(rows, batches, str(graft), variation))
+    loader = BatchLoader(LoaderSpec(rows, batches, str(graft), variation))
     with torch.no_grad():
         total, count = summed_loss(model, [loader.load(batch) for batch in batches]).tolist()
     return total / count

@@ -1,4 +1,4 @@
-"""From a recipe to the batches of its run: data read without their audio, the plan, what is left of it, and the validation's batches."""
+"""Plan a run's batches from its recipe: read the data without its audio, plan, and list the remaining batches."""
 
 import contextlib
 import hashlib
@@ -17,9 +17,9 @@ from graft.storage.atomic import write_atomic
 from graft.training.plan import Batches, Plan, PlanSettings
 from graft.training.progress import Progress
 
-from .loader import Delivery
+from .loader import LoaderSpec
 from .recipe import TrainRecipe
-from .samples import Variation, as_they_are, plan_training, trainable, vary
+from .samples import Variation, plain_variation, plan_training, trainable, vary
 
 PLAN_FILE = "plan.sha256"
 ROWS = "rows"
@@ -28,11 +28,12 @@ ROWS = "rows"
 def plan_run(
     recipe: TrainRecipe, processor: GraftProcessor, *, cache: Path | None = None
 ) -> tuple[RowTable, Variation, Plan]:
-    """Read the recipe's data, without its audio, and plan the run; `cache` is a folder that makes reading again quick.
+    """Read the recipe's data without its audio, and plan the run.
 
-    Prints what is left out. Raises DataError, RecipeError.
+    `cache` is a folder that keeps the data's columns for a second reading. The numbers of clips that are left out are
+    printed. Raises DataError and RecipeError.
     """
-    rows = _trainable(recipe.data, cache)
+    rows = _read_trainable(recipe.data, cache)
     names = ("seed", "epochs", "token_budget", "max_batch_clips", "window_row_groups", "short_first")
     settings = PlanSettings(**{name: getattr(recipe, name) for name in names})
     varied = ("seed", "no_speech", "augment", "words", "token_noise")
@@ -41,7 +42,7 @@ def plan_run(
 
 
 def remaining_batches(plan: Plan, progress: Progress, recipe: TrainRecipe) -> tuple[Batches, int]:
-    """List what is still to be delivered, and count the updates at its end."""
+    """List the batches that remain to be trained, and count the run's updates at their end."""
     step_batches = recipe.step_batches or recipe.workers
     slots = recipe.workers * recipe.accumulation
     batches = plan.batches(position=progress.position, step_batches=step_batches, slots=slots)
@@ -51,26 +52,26 @@ def remaining_batches(plan: Plan, progress: Progress, recipe: TrainRecipe) -> tu
     return batches[: steps * slots], progress.step + steps
 
 
-def validation_delivery(recipe: TrainRecipe, graft: str, processor: GraftProcessor) -> Delivery | None:
-    """Batches of the validation's clips, one after the other for each worker, fillers at the end."""
+def validation_spec(recipe: TrainRecipe, graft: str, processor: GraftProcessor) -> LoaderSpec | None:
+    """Plan the validation's batches; worker r of n takes the batches r, r + n and so on. None without validation."""
     if recipe.validation is None:
         return None
-    rows = _trainable(recipe.validation.data)
+    rows = _read_trainable(recipe.validation.data)
     if len(rows) > recipe.validation.clips:
         rows = rows.select(
             np.sort(np.random.default_rng(recipe.seed).permutation(len(rows))[: recipe.validation.clips])
         )
     settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_row_groups)
-    variation = as_they_are(rows, processor)
+    variation = plain_variation(rows, processor)
     batches = plan_training(rows, processor, settings, variation).batches(position=0, step_batches=recipe.workers)
-    return Delivery(rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups)
+    return LoaderSpec(rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups)
 
 
 @contextlib.contextmanager
-def kept_rows(out: Path) -> Iterator[Path]:
-    """A folder for what is read of the data's files, so that a run which goes on does not ask a hub for thousands of them again.
+def cached_rows(out: Path) -> Iterator[Path]:
+    """Yield a folder that caches the data's columns: a resumed run need not read thousands of remote files again.
 
-    It gets its place only when the block ends well: what is refused leaves nothing.
+    A new folder is temporary, and moves into the output folder when the block ends without an error.
     """
     if (out / ROWS).is_dir():
         yield out / ROWS
@@ -81,7 +82,7 @@ def kept_rows(out: Path) -> Iterator[Path]:
 
 
 def check_plan(out: Path, plan: Plan) -> None:
-    """Raise DataError when a run would go on with other rows than those it began with."""
+    """Raise DataError when a resumed run has other rows than it started with."""
     columns = plan.columns
     digest = hashlib.sha256(
         b"".join(array.tobytes() for array in (columns.token_counts, columns.label_counts, columns.row_groups))
@@ -91,11 +92,12 @@ def check_plan(out: Path, plan: Plan) -> None:
         write_atomic(path, digest.hexdigest() + "\n")
     elif path.read_text().strip() != digest.hexdigest():
         raise DataError(
-            f"the data are not those that {out} began with: train anew in another out=, or put them back (hub: name a revision)"
+            f"the data differs from that which {out} started with: train in another out=, or restore the data "
+            "(on a hub: name a revision)"
         )
 
 
-def _trainable(data: Sources, cache: Path | None = None) -> RowTable:
+def _read_trainable(data: Sources, cache: Path | None = None) -> RowTable:
     rows, left_out = trainable(read_rows(data, cache=cache))
     if left_out:
         reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())

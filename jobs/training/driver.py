@@ -1,7 +1,8 @@
-"""What both stages share: recipe -> plan -> Ray Data and a TorchTrainer -> an output folder. The verbs are jobs.stage1 and jobs.stage2.
+"""Run a training stage: recipe -> plan -> Ray Data and a TorchTrainer -> an output folder.
 
-While it trains, an output folder holds recipe.yaml, log.txt, metrics.jsonl, checkpoints/ and, where clips were masked, skipped.jsonl; once
-it is done also projector.safetensors (stage 2: the adapters too), curves.png, stage.json and, last of all, result.json.
+While it trains, an output folder holds recipe.yaml, log.txt, metrics.jsonl, checkpoints/ and, where clips were masked,
+skipped.jsonl; once it is done also projector.safetensors (stage 2: the adapters too), curves.png, stage.json and, last
+of all, result.json.
 """
 
 import contextlib
@@ -35,8 +36,8 @@ from ..common.cli import STOPPED
 from ..common.cluster import connect
 from ..common.console import follow
 from ..common.outputs import claim_output, holds_results
-from .batches import ROWS, check_plan, kept_rows, plan_run, remaining_batches, validation_delivery
-from .loader import Delivery
+from .batches import ROWS, cached_rows, check_plan, plan_run, remaining_batches, validation_spec
+from .loader import LoaderSpec
 from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
 from .ray_dataset import RemainingBatches
 from .ray_entry import make_trainer, run_worker
@@ -48,9 +49,9 @@ RESULT_FILE = "result.json"
 
 
 def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
-    """Train a stage, or go on with it; returns what stands in result.json.
+    """Train a stage, or resume it; returns the content of result.json.
 
-    Raises GraftError for what a user can mend, SystemExit(143) after a SIGTERM, once all is saved.
+    Raises GraftError for what a user can correct, and SystemExit(143) after a SIGTERM, when everything is saved.
     """
     out = Path(recipe.out).resolve()
     if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and (out / RESULT_FILE).is_file():
@@ -64,31 +65,37 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     if stage.projector:
         read_projector(stage.projector, config)
     processor = GraftProcessor.from_pretrained(graft)
-    with kept_rows(out) as kept:
-        rows, variation, plan = plan_run(recipe, processor, cache=kept)
+    with cached_rows(out) as cache_folder:
+        rows, variation, plan = plan_run(recipe, processor, cache=cache_folder)
         if stage.letters:
             check_ctc_lengths(rows, processor)
         progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
         batches, total_steps = remaining_batches(plan, progress, recipe)
-        validation = validation_delivery(recipe, graft, processor)
+        validation = validation_spec(recipe, graft, processor)
         cache = _encoder_cache(recipe, stage, config, graft, processor)
-        claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)  # now that nothing in it can be wrong
+        claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)  # only now: a wrong recipe leaves no folder
     check_plan(out, plan)
     hours = rows.duration_s.sum() / 3600
-    print(
-        f"stage {stage.number}: {len(rows)} clips, {hours:.2f} h, {total_steps} steps, padding {plan.padding_waste():.1%}",
-        flush=True,
-    )
+    totals = f"{len(rows)} clips, {hours:.2f} h, {total_steps} steps, padding {plan.padding_waste():.1%}"
+    print(f"stage {stage.number}: {totals}", flush=True)
     settings = loop_settings(recipe, stage)
     if not is_finished(progress, settings, total_steps):
         connect(cpus=recipe.workers + recipe.data_workers)
-        delivery = Delivery(
+        spec = LoaderSpec(
             rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups, encoder_cache=cache
         )
         run = Run(
-            recipe.model_dump(), stage, computing(recipe), settings, graft, str(out), total_steps, validation, cache
+            recipe.model_dump(),
+            stage,
+            compute_settings(recipe),
+            settings,
+            graft,
+            str(out),
+            total_steps,
+            validation,
+            cache,
         )
-        _train(recipe, run, delivery)
+        _train(recipe, run, spec)
         progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
     if not is_finished(progress, settings, total_steps):
         print(
@@ -101,51 +108,50 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
 
 
 def loop_settings(recipe: TrainRecipe, stage: Stage) -> LoopSettings:
-    """Take from a recipe what a step does."""
+    """Select the training loop's settings from a recipe."""
     names = ("learning_rate", "schedule", "warmup_steps", "accumulation", "seed", "log_every", "checkpoint_every")
     validation = recipe.validation
     return LoopSettings(
         **{name: getattr(recipe, name) for name in names},
-        max_loss=math.inf
-        if stage.letters
-        else recipe.max_loss,  # a nat for each audio token, of which many make a label
+        # CTC's loss grows with the audio tokens, of which there are many per label.
+        max_loss=math.inf if stage.letters else recipe.max_loss,
         validate_every=validation.every if validation else None,
         patience=validation.patience if validation else None,
     )
 
 
-def computing(recipe: TrainRecipe) -> ComputeSettings:
-    """Take from a recipe how its arithmetic is done."""
+def compute_settings(recipe: TrainRecipe) -> ComputeSettings:
+    """Select the settings of the arithmetic from a recipe."""
     return ComputeSettings(**{name: getattr(recipe, name) for name in ComputeSettings.__dataclass_fields__})
 
 
 def _encoder_cache(
     recipe: TrainRecipe, stage: Stage, config: GraftConfig, graft: str, processor: GraftProcessor
 ) -> EncoderCache | None:
-    """Open the cache that a recipe names. Raises RecipeError where its entries would not be what the encoder makes of a clip."""
+    """Open the recipe's encoder cache. Raises RecipeError where cached outputs would differ from the encoder's."""
     if recipe.encoder_cache is None:
         return None
     if recipe.augment is not None:
-        raise RecipeError("encoder_cache keeps clips as they are: leave out augment, or encoder_cache")
+        raise RecipeError("encoder_cache needs unchanged clips: leave out augment, or encoder_cache")
     if stage.lora and stage.lora.encoder:
+        raise RecipeError("encoder_cache needs a frozen encoder: leave out lora.encoder, or encoder_cache")
+    if compute_settings(recipe).is_sharded:
         raise RecipeError(
-            "encoder_cache keeps what a frozen encoder makes of a clip: leave out lora.encoder, or encoder_cache"
+            "encoder_cache needs an unsharded encoder on each worker: use zero_stage 1 or 2, or leave it out"
         )
-    if computing(recipe).is_sharded:
-        raise RecipeError("encoder_cache wants a whole encoder on each worker: use zero_stage 1 or 2, or leave it out")
     digests = {"encoder": encoder_digest(graft), "features": processor.featurizer.fingerprint()}
     return open_cache(recipe.encoder_cache, config, **digests, dtype=recipe.dtype)
 
 
-def _train(recipe: TrainRecipe, run: Run, delivery: Delivery) -> None:
+def _train(recipe: TrainRecipe, run: Run, spec: LoaderSpec) -> None:
     import ray
 
     out = Path(run.out)
-    for left in (STOP_FILE, FAULT_FILE):
-        (out / left).unlink(missing_ok=True)
+    for stale in (STOP_FILE, FAULT_FILE):
+        (out / stale).unlink(missing_ok=True)
     remaining = RemainingBatches(
-        ray.put(delivery),
-        delivery.batches.step_positions,
+        ray.put(spec),
+        spec.batches.step_positions,
         str(out / CHECKPOINTS),
         recipe.data_workers,
         recipe.data_resource,
@@ -163,7 +169,11 @@ def _train(recipe: TrainRecipe, run: Run, delivery: Delivery) -> None:
         storage=str(out / "ray"),
         resource=recipe.device_resource,
     )
-    with follow(out / LOG_FILE), _on_sigterm((out / STOP_FILE).touch), _deaths_told(out, retries=recipe.retries):
+    with (
+        follow(out / LOG_FILE),
+        _on_sigterm((out / STOP_FILE).touch),
+        _report_dead_workers(out, retries=recipe.retries),
+    ):
         workers.fit()
     if (out / FAULT_FILE).is_file():
         fault = json.loads((out / FAULT_FILE).read_text())
@@ -176,8 +186,8 @@ def _train(recipe: TrainRecipe, run: Run, delivery: Delivery) -> None:
 
 
 @contextlib.contextmanager
-def _deaths_told(out: Path, *, retries: int) -> Iterator[None]:
-    """Tell in one line that workers died once too often; what else goes wrong in them passes."""
+def _report_dead_workers(out: Path, *, retries: int) -> Iterator[None]:
+    """Raise GraftError when workers died more than `retries` times; other errors pass unchanged."""
     import ray.train
     from ray.exceptions import RayActorError
 
@@ -195,7 +205,7 @@ def _deaths_told(out: Path, *, retries: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_sigterm(act: Callable[[], Any]) -> Iterator[None]:
-    """Act on the first SIGTERM; a second one ends the process as ever."""
+    """Call `act` at the first SIGTERM; a second one ends the process as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -215,10 +225,10 @@ def _on_sigterm(act: Callable[[], Any]) -> Iterator[None]:
 def _finish(
     out: Path, config: GraftConfig, stage: Stage, *, graft: str, words: dict[str, Any] | None, seconds: float
 ) -> dict[str, Any]:
-    """Write what was trained, from the best checkpoint or the last; result.json comes last and says that all is there."""
+    """Write the trained weights of the best or last checkpoint; result.json is written last and marks completion."""
     checkpoint = best_checkpoint(out / CHECKPOINTS)
     if checkpoint is None:
-        raise GraftError(f"{out} holds no checkpoint, though its steps are done: remove it and train again")
+        raise GraftError(f"{out} has no checkpoint, although all its steps are done: remove it and train again")
     progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
     weights = {name: entry["weight"] for name, entry in load_checkpoint(checkpoint)[0].items()}
     prefix = "audio_projector."
@@ -242,8 +252,6 @@ def _finish(
     write_atomic(out / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     for folder in (CHECKPOINTS, ROWS):
         shutil.rmtree(out / folder, ignore_errors=True)
-    print(
-        f"stage {stage.number}: loss {result['loss_first']:.3f} -> {result['loss_last']:.3f} in {seconds:.0f} s, see {out}",
-        flush=True,
-    )
+    losses = f"loss {result['loss_first']:.3f} -> {result['loss_last']:.3f}"
+    print(f"stage {stage.number}: {losses} in {seconds:.0f} s, see {out}", flush=True)
     return result

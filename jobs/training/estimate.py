@@ -1,7 +1,7 @@
-"""What --plan prints of a training recipe: parameters, memory on each device, steps, tokens, speed, hours and cost. Nothing starts.
+"""Estimate what a training run takes, for --plan: parameters, memory, steps, tokens, speed, hours and cost.
 
-A graft's folder or hub id is read for its configuration alone. In its place a recipe of jobs.build will do, by its file or, for those that
-ship, by its name (fast-7b): the bases that it names are known by shape.
+Nothing is started. A graft is read for its configuration only, and need not be built yet: the recipe of jobs.build that
+will build it is enough.
 """
 
 from collections.abc import Iterator
@@ -31,43 +31,44 @@ from .recipe import TrainRecipe
 
 FRAMES_PER_S = WINDOW_FRAMES // 30
 PROMPT_TOKENS = {"graft": 16, "reference": 27}
-"""Of a prompt without its audio, by prompt style."""
+"""Number of tokens of a prompt without its audio, by prompt style."""
 LABELS_PER_S = {"raw": 4.0, "lower": 3.0, "formatted": 3.2}
-"""Label tokens to a second of speech by text style: 2.7 words of English, which make 1.45, 1.09 and 1.16 tokens each in Qwen2's tokenizer
-(raw: in capitals)."""
+"""Label tokens per second of speech, by text style: 2.7 words of English, of 1.45 (raw is in capitals), 1.09 and 1.16
+tokens each in Qwen2's tokenizer."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a stage trains besides the projector, and on what base."""
+class TrainedParts:
+    """What a stage trains besides the projector, and the base that it trains on."""
 
     lora_rank: int | None = None
     lora_encoder: bool = False
     nf4: bool = False
-    reads: bool = True
-    """Whether the language model takes part, which it does not where the projector learns to spell."""
+    language_model: bool = True
+    """Whether the language model is used; CTC pre-alignment does not use it."""
 
 
-PROJECTOR_ALONE = Trained()
+PROJECTOR_ALONE = TrainedParts()
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run trains on, all epochs together."""
+    """Totals of a run over all epochs."""
 
     clips: int
     audio_s: float
     token_count: int
     label_count: int
     longest: int
-    """Tokens of the longest clip."""
+    """Number of tokens of the longest clip."""
     frame_count: int
-    """Encoder frames, 50 a second."""
+    """Number of encoder frames, 50 per second."""
     steps: int
     padding: float
     flops: float
     encoder_flops: float
     source: str
+    """How the numbers were found."""
 
 
 def print_plan(
@@ -76,11 +77,12 @@ def print_plan(
     config: GraftConfig,
     is_built: bool,
     *,
-    trained: Trained = PROJECTOR_ALONE,
+    trained: TrainedParts = PROJECTOR_ALONE,
 ) -> None:
-    """Print what a run of this recipe on a graft of this configuration takes; the data of a graft that is not yet built is not read.
+    """Print what a run of this recipe takes on a graft of this configuration.
 
-    Raises ModelError, DataError and RecipeError for what is not known or cannot be read.
+    The data is read only where the graft `is_built`, because its tokenizer is needed. Raises ModelError, DataError and
+    RecipeError for inputs that are unknown or cannot be read.
     """
     parameters = count_parameters(config, lora_rank=trained.lora_rank, lora_encoder=trained.lora_encoder)
     work = (
@@ -96,8 +98,8 @@ def print_plan(
     print("\n".join(lines), flush=True)
 
 
-def _read_work(recipe: TrainRecipe, config: GraftConfig, trained: Trained) -> Work:
-    """Plan the run as it would be trained."""
+def _read_work(recipe: TrainRecipe, config: GraftConfig, trained: TrainedParts) -> Work:
+    """Read the data and plan the run, as training does."""
     rows, variation, plan = plan_run(recipe, GraftProcessor.from_pretrained(base_graft(recipe.model)))
     samples = np.concatenate([epoch.rows for epoch in plan.epochs])
     seconds = np.concatenate([rows.duration_s, variation.no_speech_s])[samples]
@@ -114,8 +116,10 @@ def _read_work(recipe: TrainRecipe, config: GraftConfig, trained: Trained) -> Wo
     )
 
 
-def _assumed_work(recipe: TrainRecipe, config: GraftConfig, trained: Trained, *, hours: float, clip_s: float) -> Work:
-    """Plan for clips of one length, which leave no padding."""
+def _assumed_work(
+    recipe: TrainRecipe, config: GraftConfig, trained: TrainedParts, *, hours: float, clip_s: float
+) -> Work:
+    """Assume `hours` of clips that all last `clip_s`, which need no padding."""
     clips = max(1, round(hours * 3600 / clip_s))
     frames = max(8, round(clip_s * FRAMES_PER_S))
     labels = round(clip_s * LABELS_PER_S[config.text_style]) + 1
@@ -145,7 +149,7 @@ def _assumed_work(recipe: TrainRecipe, config: GraftConfig, trained: Trained, *,
 def _work(
     recipe: TrainRecipe,
     config: GraftConfig,
-    trained: Trained,
+    trained: TrainedParts,
     *,
     token_counts: np.ndarray,
     frame_counts: np.ndarray,
@@ -154,21 +158,20 @@ def _work(
     padding: float,
     source: str,
 ) -> Work:
-    """Add up the clips of all epochs; a run that stops at max_steps takes the same share of each sum."""
+    """Add up the clips of all epochs. A run that stops at max_steps takes the same share of each sum."""
     share = min(1.0, recipe.max_steps / steps) if recipe.max_steps else 1.0
     flops = batch_flops(
         config,
-        token_counts=token_counts if trained.reads else [],
-        label_count=label_count if trained.reads else 0,
+        token_counts=token_counts if trained.language_model else [],
+        label_count=label_count if trained.language_model else 0,
         frame_counts=frame_counts,
         lora_rank=trained.lora_rank,
         lora_encoder=trained.lora_encoder,
         gradient_checkpointing=recipe.gradient_checkpointing,
     )
     encoder = encoder_flops(config, frame_counts, lora_rank=trained.lora_rank if trained.lora_encoder else None)
-    from_cache = (
-        encoder * (1 - 1 / recipe.epochs) if recipe.encoder_cache else 0.0
-    )  # later epochs read what the first has encoded
+    # With a cache only the first epoch runs the encoder.
+    from_cache = encoder * (1 - 1 / recipe.epochs) if recipe.encoder_cache else 0.0
     return Work(
         clips=max(1, round(len(token_counts) * share)),
         audio_s=float(frame_counts.sum()) / FRAMES_PER_S * share,
@@ -192,7 +195,7 @@ def _work_lines(recipe: TrainRecipe, options: PlanOptions, parameters: Parameter
         known = ", ".join(" ".join(words) for words, flops in PEAKS.items() if flops)
         raise RecipeError(f"--device {options.device} is not known: give one of {known}")
     step_batches = recipe.step_batches or recipe.workers
-    busy = step_batches / recipe.accumulation  # devices, of those that a step's batches are shared out to
+    busy = step_batches / recipe.accumulation  # number of devices that have work, on average
     rate = busy * peak * options.share / (work.flops / work.clips)
     hours = work.clips / rate / 3600
     yield "parameters  " + ", ".join(f"{name} {_millions(count)}" for name, count in counts.items())
@@ -202,11 +205,13 @@ def _work_lines(recipe: TrainRecipe, options: PlanOptions, parameters: Parameter
     yield f"tokens      {tokens}, padding {work.padding:.1%}"
     batch = f"a batch: up to {recipe.token_budget:,} tokens and {recipe.max_batch_clips} clips"
     yield f"steps       {work.steps:,}, batches a step: {step_batches}, {batch}"
-    yield f"work        {work.flops / 1e12 / work.clips:.3g} TFLOP a clip, {work.encoder_flops / work.flops:.0%} of it the encoder's"
-    per_clip_s, per_clip_tokens = work.audio_s / work.clips, work.token_count / work.clips
-    yield f"speed       {rate:,.1f} samples/s, {rate * per_clip_s:,.0f} audio-s/s, {rate * per_clip_tokens:,.0f} tokens/s"
+    encoder_share = work.encoder_flops / work.flops
+    yield f"work        {work.flops / 1e12 / work.clips:.3g} TFLOP a clip, {encoder_share:.0%} of it the encoder's"
+    audio_rate, token_rate = rate * work.audio_s / work.clips, rate * work.token_count / work.clips
+    yield f"speed       {rate:,.1f} samples/s, {audio_rate:,.0f} audio-s/s, {token_rate:,.0f} tokens/s"
     idle = "" if busy == recipe.workers else f", of which {busy:.1f} at work: make step_batches a multiple of workers"
-    yield f"            expected of {recipe.workers} x {options.device} at {options.share:.0%} of {peak / 1e12:.0f} TFLOP/s{idle}"
+    devices = f"{recipe.workers} x {options.device} at {options.share:.0%} of {peak / 1e12:.0f} TFLOP/s"
+    yield f"            expected of {devices}{idle}"
     cost = (
         "" if options.price is None else f", {hours * recipe.workers * options.price:,.2f} at {options.price:g} an hour"
     )
@@ -214,16 +219,17 @@ def _work_lines(recipe: TrainRecipe, options: PlanOptions, parameters: Parameter
 
 
 def _memory_lines(
-    recipe: TrainRecipe, config: GraftConfig, parameters: Parameters, work: Work, trained: Trained
+    recipe: TrainRecipe, config: GraftConfig, parameters: Parameters, work: Work, trained: TrainedParts
 ) -> Iterator[str]:
-    """A table of what each layout takes; the recipe's own is marked."""
+    """Tabulate the memory of each layout, and mark the recipe's own."""
     tokens = min(recipe.token_budget, recipe.max_batch_clips * work.longest)
     own = f"zero {recipe.zero_stage}" if recipe.backend == "deepspeed" else "ddp"
-    shards = trained.reads and not trained.nf4  # 4-bit weights cannot be sharded
+    shards = trained.language_model and not trained.nf4  # ZeRO-3 cannot shard 4-bit weights
     layouts = [layout for layout in LAYOUTS if shards or layout != "zero 3"]
-    if not trained.reads:
+    if not trained.language_model:
         parameters, tokens = replace(parameters, text=0, lm_head=0, vision=0), 0
-    yield f"memory      GB a device, {recipe.workers} workers, for {tokens:,} tokens, {'NF4' if trained.nf4 else recipe.dtype}"
+    precision = "NF4" if trained.nf4 else recipe.dtype
+    yield f"memory      GB a device, {recipe.workers} workers, for {tokens:,} tokens, {precision}"
     yield f"            {'':<8}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'total':>9}"
     for layout in layouts:
         memory = device_memory(
@@ -247,7 +253,7 @@ def _memory_lines(
         )
         sizes = "".join(f"{size / 1e9:>{width}.2f}" for size, width in columns)
         yield f"            {layout:<8}{sizes}{'  <- this recipe' if layout == own else ''}"
-    yield "            activations as measured at 7B, scaled by width and layers; the allocator's own memory comes on top"
+    yield "            activations as measured at 7B, scaled by width and layers; the allocator takes more memory"
 
 
 def _millions(count: int) -> str:

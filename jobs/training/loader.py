@@ -1,4 +1,4 @@
-"""Planned batches become blocks of arrays in Ray Data's loader actors, and blocks become batches on a training worker's device."""
+"""Load planned batches as blocks of arrays in Ray Data's actors, and turn blocks into batches on a worker's device."""
 
 import functools
 import json
@@ -30,82 +30,83 @@ _TENSORS = ("input_ids", "attention_mask", "labels", "input_features", "audio_fr
 
 
 @dataclass(frozen=True, eq=False)
-class Delivery:
-    """What the loaders need besides a batch's number: the corpus, what is delivered, the processor's folder, and how samples vary."""
+class LoaderSpec:
+    """All that a loader needs to load a batch by its number."""
 
     rows: RowTable
     batches: Batches
     processor: str
+    """Folder or hub id of the processor."""
     variation: Variation = NO_VARIATION
     cache_row_groups: int = 16
-    """Row groups whose audio a loader holds; with as many as a plan's window it reads each once a window."""
+    """Number of row groups whose audio a loader holds; the plan's window lets it read each once per window."""
     encoder_cache: EncoderCache | None = None
-    """Where clips are looked up before they are decoded."""
+    """Cache in which clips are looked up before they are decoded."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An example, and what is told of it; `fault` is why its clip does not count.
-
-    `key` names its entry in the encoder cache; `states` are what was found there, and its features are empty then.
-    """
+    """An example of a batch, with its clip's id and length."""
 
     example: Example
     id: str
     duration_s: float = 0.0
     fault: str | None = None
+    """Reason why the clip is masked; None for a clip that counts."""
     key: str = ""
+    """Key of the clip in the encoder cache."""
     states: Tensor | None = None
+    """Encoder states (tokens, d_model) from the cache; the example's features are empty then."""
 
 
 class BatchLoader:
-    """Reads, decodes, augments, featurizes and packs planned batches; Ray Data's actors and tests call it alike."""
+    """Reads, decodes, augments, featurizes and pads the clips of planned batches; it does not depend on Ray."""
 
-    def __init__(self, delivery: Delivery):
-        self.delivery = delivery
-        self.processor = GraftProcessor.from_pretrained(delivery.processor)
-        self.reader = RowReader(delivery.rows.files, cache_row_groups=delivery.cache_row_groups)
-        self.noise = NoiseCorpus(delivery.variation.noise) if delivery.variation.noise else None
-        self.augmenter = Augmenter(delivery.variation.augment or AugmentRecipe(), self.noise)
-        self.cache = delivery.encoder_cache
-        self.nothing = np.zeros((self.processor.featurizer.mel_count, 0), np.float32)
+    def __init__(self, spec: LoaderSpec):
+        self.spec = spec
+        self.processor = GraftProcessor.from_pretrained(spec.processor)
+        self.reader = RowReader(spec.rows.files, cache_row_groups=spec.cache_row_groups)
+        self.noise = NoiseCorpus(spec.variation.noise) if spec.variation.noise else None
+        self.augmenter = Augmenter(spec.variation.augment or AugmentRecipe(), self.noise)
+        self.cache = spec.encoder_cache
+        self.no_mel = np.zeros((self.processor.featurizer.mel_count, 0), np.float32)
 
     def block(self, number: int) -> dict[str, np.ndarray]:
-        """Load a batch of the delivery as a block of one row."""
-        return {name: value[None] for name, value in self.load(self.delivery.batches[number]).items()}
+        """Load a batch by its number, as a block of one row."""
+        return {name: value[None] for name, value in self.load(self.spec.batches[number]).items()}
 
     def load(self, planned: PlannedBatch) -> dict[str, np.ndarray]:
-        """Load one batch: the model's inputs and the plan's numbers as arrays, and as JSON the clips that count and those that do not."""
+        """Load a batch: the model's inputs and the plan's numbers as arrays, ids and masked clips as JSON."""
         drawn = zip(planned.rows, planned.sample_seeds, strict=True)
         samples = [
             self._noise_decoder_inputs(self._sample(row, sample_seed), sample_seed) for row, sample_seed in drawn
         ] or [self._masked("")]
-        heard = [sample for sample in samples if sample.example.target_ids]
+        counted = [sample for sample in samples if sample.example.target_ids]
         inputs = self.processor.training_batch([sample.example for sample in samples])
         return {
             **(inputs if self.cache is None else _with_states(inputs, samples)),
             "position": np.array(planned.position),
             "step_position": np.array(planned.step_position),
             "step_label_count": np.array(planned.step_label_count),
-            "ids": np.array(json.dumps([sample.id for sample in heard])),
+            "ids": np.array(json.dumps([sample.id for sample in counted])),
             "token_count": np.array(
-                sum(len(sample.example.prompt_ids + sample.example.target_ids) for sample in heard)
+                sum(len(sample.example.prompt_ids + sample.example.target_ids) for sample in counted)
             ),
-            "audio_s": np.array(sum(sample.duration_s for sample in heard)),
+            "audio_s": np.array(sum(sample.duration_s for sample in counted)),
             "skipped": np.array(
                 json.dumps([{"id": sample.id, "reason": sample.fault} for sample in samples if sample.fault])
             ),
         }
 
     def _sample(self, row: int, sample_seed: int) -> Sample:
-        rows = self.delivery.rows
+        rows = self.spec.rows
         speaks = row < len(rows)
         name, text = (rows.id(row), rows.text(row)) if speaks else (NO_SPEECH_ID, "")
         try:
             if self.cache and speaks:
                 return self._cached(self.cache, row, name, text, sample_seed)
             clip = self._clip(row, sample_seed) if speaks else self._clip_without_speech(row - len(rows), sample_seed)
-            example = self.processor.example(clip, text, self.delivery.variation.instruction(text, sample_seed))
+            example = self.processor.example(clip, text, self.spec.variation.instruction(text, sample_seed))
         except (AudioError, DataError) as error:
             return self._masked(name, str(error))
         example = replace(example, features=self.augmenter.features(example.features, sample_seed))
@@ -114,33 +115,33 @@ class BatchLoader:
     def _clip(self, row: int, sample_seed: int) -> AudioClip:
         wav, path = self._file(row)
         clip = read_audio(wav, name=path)
-        return self.augmenter.clip(clip, sample_seed, duration_s=float(self.delivery.rows.duration_s[row]))
+        return self.augmenter.clip(clip, sample_seed, duration_s=float(self.spec.rows.duration_s[row]))
 
     def _file(self, row: int) -> tuple[bytes, str]:
-        """A row's audio file and its name."""
-        rows = self.delivery.rows
+        """Read a row's audio file; returns its bytes and its name."""
+        rows = self.spec.rows
         wav, path = self.reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
         return wav, path or rows.id(row)
 
     def _cached(self, cache: EncoderCache, row: int, name: str, text: str, sample_seed: int) -> Sample:
-        """The sample of an unchanged clip, which is decoded only where the cache does not have it."""
+        """Make the sample of an unaugmented clip, which is decoded only where the cache does not have it."""
         wav, path = self._file(row)
         key = cache.key(wav)
         encoded = cache.get(key)
         features = (
-            Features(self.nothing, encoded.frame_count)
+            Features(self.no_mel, encoded.frame_count)
             if encoded
             else self.processor.featurizer(read_audio(wav, name=path))
         )
         example = self.processor.example_from_features(
-            features, text, self.delivery.variation.instruction(text, sample_seed)
+            features, text, self.spec.variation.instruction(text, sample_seed)
         )
         states = encoded.states if encoded else None
         return Sample(example, name, features.frame_count / FRAMES_PER_S, key=key, states=states)
 
     def _noise_decoder_inputs(self, sample: Sample, sample_seed: int) -> Sample:
-        """Let the model read a share of an answer's tokens as another clip's; its end stays."""
-        rows, share, target_ids = self.delivery.rows, self.delivery.variation.token_noise, sample.example.target_ids
+        """Replace a share of the answer's input tokens by tokens of another clip's answer; the last token stays."""
+        rows, share, target_ids = self.spec.rows, self.spec.variation.token_noise, sample.example.target_ids
         if not share or not target_ids:
             return sample
         rng = generator(sample_seed, "text noise")
@@ -150,25 +151,28 @@ class BatchLoader:
         return replace(sample, example=replace(sample.example, decoder_input_ids=decoder_input_ids))
 
     def _clip_without_speech(self, number: int, sample_seed: int) -> AudioClip:
-        return no_speech_clip(float(self.delivery.variation.no_speech_s[number]), sample_seed, self.noise)
+        return no_speech_clip(float(self.spec.variation.no_speech_s[number]), sample_seed, self.noise)
 
     def _masked(self, name: str, fault: str | None = None) -> Sample:
-        """The shortest silence, without an answer: in the place of a clip that cannot be read, and as a filler."""
+        """Make the shortest silence without an answer, which replaces an unreadable clip and fills up steps."""
         features = self.processor.featurizer(AudioClip(np.zeros(MIN_FRAMES * HOP_LENGTH, np.float32)))
         return Sample(Example(features, self.processor.prompt_ids(features.frame_count), []), name, fault=fault)
 
 
 def _with_states(inputs: dict[str, np.ndarray], samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    """Add what the cache had: states laid end to end as 16 or 32 bit integers (numpy knows no bfloat16), features for the other clips."""
-    missing = [place for place, sample in enumerate(samples) if sample.states is None]
+    """Add cached states to a batch, end to end, and keep the features of the other clips only.
+
+    The states are viewed as 16 or 32 bit integers, because numpy has no bfloat16.
+    """
+    missing = [index for index, sample in enumerate(samples) if sample.states is None]
     states = [sample.states for sample in samples if sample.states is not None]
-    found = torch.cat(states) if states else torch.zeros(0, 1)
-    places = [len(sample.states) if sample.states is not None else None for sample in samples]
+    found = torch.cat(states) if states else torch.zeros(0, 1)  # (cached tokens, d_model)
+    token_counts = [len(sample.states) if sample.states is not None else None for sample in samples]
     return {
         **inputs,
         "input_features": inputs["input_features"][missing],
-        "found_states": found.view(torch.int16 if found.dtype == torch.bfloat16 else torch.int32).numpy(),
-        "found_places": np.array(json.dumps(places)),
+        "cached_states": found.view(torch.int16 if found.dtype == torch.bfloat16 else torch.int32).numpy(),
+        "cached_token_counts": np.array(json.dumps(token_counts)),
         "cache_keys": np.array(json.dumps([sample.key for sample in samples])),
     }
 
@@ -181,9 +185,9 @@ def training_batches(
     encoder: CachingEncoder | None = None,
     cost: Callable[[Mapping[str, np.ndarray]], float] | None = None,
 ) -> Iterator[TrainingBatch]:
-    """Turn delivered blocks into batches on a device; clips that were masked are added to `skipped`.
+    """Turn blocks into batches on a device; masked clips are appended to `skipped`.
 
-    `encoder` encodes the clips that its cache did not have; `cost` tells a block's FLOPs.
+    `encoder` encodes the clips that its cache did not have; `cost` computes a block's FLOPs.
     """
     for block in blocks:
         skipped += json.loads(str(block["skipped"][0]))
@@ -196,7 +200,7 @@ def training_batches(
                 inputs["audio_frame_counts"],
                 json.loads(str(block["cache_keys"][0])),
             )
-            encode = functools.partial(encoder, features, counts, keys, _found(block, device))
+            encode = functools.partial(encoder, features, counts, keys, _cached_states(block, device))
         yield TrainingBatch(
             inputs=inputs,
             position=int(block["position"][0]),
@@ -212,7 +216,7 @@ def training_batches(
 
 
 def prefetch(batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
-    """Make the next batch in a thread while the last one is trained on: copying it to its device takes a few percent of a step."""
+    """Make the next batch in a thread during a step; copying it to the device takes a few percent of a step."""
     thread, end = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-ahead"), None
     try:
         coming = thread.submit(next, batches, end)
@@ -223,11 +227,10 @@ def prefetch(batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
         thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _found(block: Mapping[str, np.ndarray], device: torch.device) -> dict[int, Tensor]:
-    """Undo _with_states: the states that were found, by the clip's place."""
-    array = block["found_states"][0]
+def _cached_states(block: Mapping[str, np.ndarray], device: torch.device) -> dict[int, Tensor]:
+    """Undo _with_states: return the cached states (tokens, d_model) by the clip's index."""
+    array = block["cached_states"][0]
     states = torch.tensor(array, device=device).view(torch.bfloat16 if array.dtype == np.int16 else torch.float32)
-    lengths = {
-        place: length for place, length in enumerate(json.loads(str(block["found_places"][0]))) if length is not None
-    }
+    token_counts = enumerate(json.loads(str(block["cached_token_counts"][0])))  # null for a clip that was not found
+    lengths = {index: count for index, count in token_counts if count is not None}
     return dict(zip(lengths, states.split(list(lengths.values())), strict=True)) if lengths else {}

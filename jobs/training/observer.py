@@ -1,4 +1,4 @@
-"""What a training run leaves while it runs: log, metrics, checkpoints, validations, and the batch at which it went wrong."""
+"""Write a training run's files: log, metrics, checkpoints, validations, skipped clips, and a failed step's batches."""
 
 import json
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ FAULT_FOLDER = "fault"
 
 
 class RunObserver(Observer):
-    """Writes for all workers what the first one is told; the fault's batch and skipped clips each worker writes for itself."""
+    """Writes the run's files on the first worker; skipped clips and failed batches are written by each worker."""
 
     def __init__(
         self, recipe: dict[str, Any], out: Path, backend: Backend, *, from_step: int, validation: Validation | None
     ):
         self.out, self.backend, self.validation = out, backend, validation
         self.rank, _ = rank_and_world_size()
-        self.shown: dict[str, int] = recipe["validation"] or {}
+        self.sample_counts: dict[str, int] = recipe["validation"] or {}
         self.skipped: list[dict[str, str]] = []
         self.tracker = Tracker(out, recipe, from_step=from_step) if self.rank == 0 else None
         self.writer = CheckpointWriter(out / CHECKPOINTS, keep=recipe["keep_checkpoints"]) if self.rank == 0 else None
 
     def say(self, line: str) -> None:
-        """Add a line to the run's log, which the driver prints as it grows."""
+        """Append a line to the run's log, which the driver prints as it grows."""
         if self.rank == 0:
             _append(self.out / LOG_FILE, [line])
 
@@ -53,13 +53,13 @@ class RunObserver(Observer):
     def validate(self, step: int) -> float:
         if self.validation is None:
             return super().validate(step)
-        loss, heard = self.validation.loss(), self.validation.transcripts()
+        loss, transcripts = self.validation.loss(), self.validation.transcripts()
         found, line = {"validation_loss": loss}, f"step {step}  validation loss {loss:.4f}"
-        if scored := heard[: self.shown["wer_clips"]]:
+        if scored := transcripts[: self.sample_counts["wer_clips"]]:
             errors = score([sample["text"] for sample in scored], [sample["heard"] for sample in scored])
             found["validation_wer"] = errors.wer
             line += f"  WER {errors.wer:.1%} [{errors.wer_low:.1%}, {errors.wer_high:.1%}] of {errors.clips} clips"
-        shown = heard[: self.shown["transcripts"]]
+        shown = transcripts[: self.sample_counts["transcripts"]]
         if self.tracker:
             self.tracker.write({"step": step, **found})
             self.tracker.write_transcripts(step, shown)
@@ -85,26 +85,26 @@ class RunObserver(Observer):
             for name, tensor in batch.inputs.items()
         }
         save_file(tensors, folder / f"worker-{self.rank}.safetensors")
-        told = {"reason": reason, "batches": [{"position": batch.position, "ids": batch.ids} for batch in batches]}
-        (folder / f"worker-{self.rank}.json").write_text(json.dumps(told, indent=2) + "\n")
+        report = {"reason": reason, "batches": [{"position": batch.position, "ids": batch.ids} for batch in batches]}
+        (folder / f"worker-{self.rank}.json").write_text(json.dumps(report, indent=2) + "\n")
 
     def close(self) -> None:
-        """Return when all is written."""
+        """Wait until everything is written."""
         if self.writer:
             self.writer.wait()
         if self.tracker:
             self.tracker.close()
 
     def _list_skipped(self) -> None:
-        """List clips that were masked, each once however many epochs and resumptions meet it, and forget them."""
+        """Append newly masked clips to skipped.jsonl, each once over all epochs and resumptions."""
         skipped = self.skipped[:]
-        del self.skipped[: len(skipped)]  # a thread adds to it meanwhile
+        del self.skipped[: len(skipped)]  # a thread may append meanwhile
         path = self.out / SKIPPED_FILE
         listed = set(path.read_text().splitlines()) if path.is_file() else set()
         if new := [line for line in dict.fromkeys(map(json.dumps, skipped)) if line not in listed]:
             _append(path, new)
             _append(
-                self.out / LOG_FILE, [f"{len(new)} clips could not be decoded and do not count, see {SKIPPED_FILE}"]
+                self.out / LOG_FILE, [f"{len(new)} clips could not be decoded and are left out, see {SKIPPED_FILE}"]
             )
 
 

@@ -1,7 +1,7 @@
-"""Stream planned batches through Ray Data: a dataset with one batch per block, in order, and the actors that load the batches.
+"""Stream planned batches through Ray Data: an ordered dataset with one batch per block, and the loading actors.
 
-Ray Train's controller and Ray Data's coordinators import this module to unpickle its classes, so it imports neither torch nor
-transformers: that saves each of those processes several hundred MB of memory and seconds of start-up.
+Ray Train's controller and Ray Data's coordinators import this module to unpickle its classes, so it imports neither
+torch nor transformers: that saves each of those processes several hundred MB of memory and seconds of start-up.
 """
 
 import time
@@ -24,9 +24,9 @@ def iter_blocks(shard: Any) -> Any:
 
 @dataclass(frozen=True)
 class RemainingBatches:
-    """A function that makes the dataset of the batches after the newest checkpoint; Ray Train calls it at every start of the workers."""
+    """Makes the dataset of the batches after the newest checkpoint; Ray Train calls it whenever it starts workers."""
 
-    delivery: Any
+    spec: Any
     step_positions: np.ndarray
     checkpoints: str
     data_workers: int
@@ -37,11 +37,11 @@ class RemainingBatches:
         first = int(np.searchsorted(self.step_positions, position, side="right"))
         # Ray refuses an empty dataset; workers whose run is finished read none of the one batch that is left.
         count = max(1, len(self.step_positions) - first)
-        return planned_dataset(self.delivery, first, count, data_workers=self.data_workers, resource=self.data_resource)
+        return planned_dataset(self.spec, first, count, data_workers=self.data_workers, resource=self.data_resource)
 
 
 def planned_dataset(
-    delivery: Any,
+    spec: Any,
     first: int,
     count: int,
     *,
@@ -50,11 +50,12 @@ def planned_dataset(
     resource: str | None = None,
     loader: Any = None,
 ) -> Any:
-    """Make the Ray dataset of `count` planned batches from number `first` on, in order, each batch one row and one block.
+    """Make the Ray dataset of `count` planned batches from number `first` on, in order, one batch per row and block.
 
-    `delivery` is a reference to a jobs.training.loader.Delivery, or to the argument of another `loader` than LoadBatches. With
-    ExecutionOptions(preserve_order=True), block i reaches worker i modulo the number of workers. The range has at most `most_tasks`
-    tasks: with one task for each batch, Ray would spend a millisecond on every batch of a large run before it loads the first.
+    `spec` is a reference to a jobs.training.loader.LoaderSpec, or to the argument of another `loader` than
+    LoadBatches. With ExecutionOptions(preserve_order=True), block i reaches worker i modulo the number of workers. The
+    range has at most `most_tasks` tasks: with one task for each batch, Ray would spend a millisecond on every batch of
+    a large run before it loads the first.
     """
     import ray
 
@@ -68,14 +69,15 @@ def planned_dataset(
         compute=ray.data.ActorPoolStrategy(size=data_workers),
         num_cpus=1,
         resources={resource: 1.0} if resource else None,
-        fn_constructor_args=(delivery, first),
+        fn_constructor_args=(spec, first),
     )
 
 
 class SchedulerThrottle:
     """A callback that limits Ray Data's scheduling loop to one turn every SCHEDULING_S seconds.
 
-    While loaded batches wait for a slower training step, the loop would otherwise spin and take half a CPU from the loaders.
+    While loaded batches wait for a slower training step, the loop would otherwise spin and take half a CPU from the
+    loaders.
     """
 
     def __init__(self) -> None:
@@ -93,9 +95,9 @@ class SchedulerThrottle:
 
 
 class LoadBatches:
-    """A Ray Data actor around BatchLoader; `delivery` refers to its Delivery, and row 0 of the dataset is batch number `first`."""
+    """A Ray Data actor around BatchLoader; row 0 of the dataset is batch number `first`."""
 
-    def __init__(self, delivery: Any, first: int):
+    def __init__(self, spec: Any, first: int):
         import ray
         import torch
 
@@ -103,7 +105,7 @@ class LoadBatches:
 
         torch.set_num_threads(1)  # the actor reserves one core
         self.first = first
-        self.loader = BatchLoader(ray.get(delivery))
+        self.loader = BatchLoader(ray.get(spec))
 
     def __call__(self, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for number in block["id"]:

@@ -1,7 +1,7 @@
 """Start training workers with Ray Train: the function that each worker runs, and the TorchTrainer that starts it.
 
-Ray Train's controller imports this module to unpickle the function, so it imports neither torch nor transformers: that saves the controller
-several hundred MB of memory and seconds of start-up.
+Ray Train's controller imports this module to unpickle the function, so it imports neither torch nor transformers: that
+saves the controller several hundred MB of memory and seconds of start-up.
 """
 
 import pickle
@@ -29,8 +29,8 @@ def make_trainer(
 ) -> Any:
     """Make a TorchTrainer whose workers receive a dataset's blocks in order.
 
-    `dataset` is a Ray dataset, or a function without arguments that makes one; Ray Train calls it whenever it starts the workers.
-    `resource` names a custom resource of the cluster of which each worker takes one.
+    `dataset` is a Ray dataset, or a function without arguments that makes one; Ray Train calls it whenever it starts
+    the workers. `resource` names a custom resource of the cluster of which each worker takes one.
     """
     import ray.train
     from ray.train.torch import TorchTrainer

@@ -1,4 +1,4 @@
-"""What both training stages are told."""
+"""The recipe keys that both training stages share."""
 
 from typing import Literal
 
@@ -11,113 +11,129 @@ from graft.training.tracking import WandbRecipe
 
 EXECUTION_KEYS = frozenset(
     {
-        *(
-            "workers",
-            "threads_per_worker",
-            "data_workers",
-            "gpu",
-            "retries",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ),
-        *("device_resource", "data_resource"),
+        *("workers", "threads_per_worker", "data_workers", "gpu", "device_resource", "data_resource", "retries"),
+        *("log_every", "checkpoint_every", "keep_checkpoints"),
         *("backend", "zero_stage", "attention", "gradient_checkpointing", "compile", "encoder_cache"),
         *("wandb", "wandb.project", "wandb.name", "wandb.mode"),
     }
 )
-"""Keys that may differ when a run is taken up again: how it runs. `workers` reaches the result where step_batches is not given."""
+"""Keys that say how a run is executed; they may differ when it is resumed.
+
+`workers` changes the result where step_batches is not given.
+"""
 
 
 class ValidationRecipe(Recipe):
-    """What the model is measured on while it trains."""
+    """Measure loss and word error rate on other clips during training."""
 
     data: Sources
-    """As the recipe's own data."""
+    """Labelled clips for validation, given like the recipe's `data`."""
     every: int = Field(default=500, ge=1)
-    """Steps between two validations; there is one at the end too."""
+    """Steps between two validations. The last step is always followed by one."""
     clips: int = Field(default=256, ge=1)
-    """How many clips, drawn by the seed where there are more."""
+    """Number of clips of which the loss is measured. The seed chooses them where the data has more."""
     transcripts: int = Field(default=4, ge=0)
-    """Of how many clips the transcripts are shown."""
+    """Number of clips whose transcripts are logged at every validation."""
     wer_clips: int = Field(default=0, ge=0)
-    """From how many clips' transcripts the word error rate is told; all of them are written at every validation."""
+    """Number of clips that are transcribed at every validation for the word error rate. 0 measures none."""
     patience: int | None = Field(default=None, ge=1)
-    """End the run after so many validations in a row without a better loss."""
+    """End the run after this many validations in a row without a better loss. null never ends it early."""
 
 
 class TrainRecipe(Recipe):
-    """What both stages are told."""
+    """Settings of a training stage."""
 
     model: str
-    """The graft to train: a folder written by jobs.build, or a hub id."""
+    """Graft to train: a folder written by jobs.build, or a hub id."""
     data: Sources
-    """Parquet in SpeechBrain's LargeScaleASR schema: files, folders, globs, local, hf:// or s3://; or groups of files, weight, columns."""
+    """Parquet files with labelled clips in the schema of SpeechBrain's LargeScaleASR, local, hf:// or s3://: files,
+    folders or globs, or groups with the keys files, weight and columns."""
     out: str
-    """Folder for the results; a run that was cut off goes on from its last checkpoint."""
+    """Folder for the results. The same command resumes an interrupted run from its newest checkpoint there."""
     validation: ValidationRecipe | None = None
-    """Measure the loss on other clips as well; the best weights are then the result."""
+    """Validation on other clips; the result then has the weights with the best validation loss. null trains without."""
     seed: int = 0
+    """Seed of the batches' order, of augmentation, and of fresh adapters."""
     epochs: int = Field(default=1, ge=1)
+    """Number of passes over the data."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after so many updates."""
+    """Stop after this many updates of the weights. null trains all epochs."""
     token_budget: int = Field(default=8192, ge=1)
-    """Tokens of one worker's batch, padding included."""
+    """Most tokens in a batch of one worker: number of clips times the tokens of the longest, audio tokens included."""
     max_batch_clips: int = Field(default=64, ge=1)
+    """Most clips in one batch."""
     window_row_groups: int = Field(default=16, ge=1)
-    """Row groups that are read and shuffled together."""
+    """Number of Parquet row groups that are read and shuffled together. More shuffles better and takes more memory."""
     short_first: bool = False
-    """Take the first epoch from the shortest clips to the longest; window_row_groups of all the data keep what is read in memory."""
+    """Order the first epoch from the shortest to the longest clips. It reads all row groups at once, so set
+    window_row_groups to their number where memory allows, or each is read many times."""
     step_batches: int | None = Field(default=None, ge=1)
-    """Batches to one update, shared out over the workers; given, their number does not change the result. By default one for each."""
+    """Number of batches in one update, divided among the workers. Where it is given, the number of workers does not
+    change the result. null gives each worker one."""
     no_speech: float = Field(default=0.0, ge=0)
-    """Samples without speech to add, as a share of the others: their answer is empty."""
+    """Generated clips without speech and with an empty transcript to add, as a share of the number of other clips."""
     augment: AugmentRecipe | None = None
-    """How clips vary from epoch to epoch."""
+    """Random changes of the audio in every epoch. null trains on the clips as they are."""
     token_noise: float = Field(default=0.0, ge=0, le=0.9)
-    """Share of an answer's tokens in whose place the model reads those of other clips: it then has to listen, where it could guess the
-    next word from the words before (Xie et al. 2017, Data noising as smoothing in neural network language models)."""
+    """Share of the answer's input tokens that are replaced by tokens of another clip's answer, so that the model must
+    use the audio instead of guessing from the words before (Xie et al. 2017, Data noising as smoothing in neural
+    network language models)."""
     words: InstructionRecipe = InstructionRecipe()
     """Instructions and word lists to train besides the default instruction."""
     learning_rate: float = Field(default=1e-3, gt=0)
+    """Learning rate after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up: constant, or a linear or cosine decay to zero at the last step."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Number of first steps in which the learning rate rises linearly from zero."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Norm to which larger gradients are clipped."""
     max_loss: float = Field(default=24.0, gt=0)
-    """Stop when a step's loss exceeds it (nats per label token); not in spelling."""
+    """End the run with an error when a step's loss exceeds this, in nats per label token. CTC has no such limit."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of the frozen weights and of the arithmetic; trained weights are kept in float32."""
+    """Precision of the frozen weights and of the arithmetic. Trained weights are always float32."""
     backend: Literal["deepspeed", "torch"] = "deepspeed"
-    """DeepSpeed ZeRO, or plain torch: DDP where there are several workers."""
+    """Training backend: DeepSpeed ZeRO, or plain torch with DDP where there are several workers."""
     zero_stage: Literal[1, 2, 3] = 2
-    """3 shares out the frozen weights too: for devices that cannot hold them."""
+    """ZeRO stage of the deepspeed backend: 1 shards the optimizer's states over the workers, 2 the gradients too, 3 all
+    weights too, for devices that cannot hold the frozen ones."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """Attention implementation of transformers. flash_attention_2 needs the package flash_attn."""
     gradient_checkpointing: bool = False
-    """Compute the language model's states again on the way back instead of keeping them: less memory, a third more time."""
+    """Recompute the language model's activations in the backward pass instead of keeping them: less memory, a third
+    more time."""
     compile: bool = False
-    """Compile the layers with torch.compile; the first steps take minutes."""
+    """Compile the layers with torch.compile; the first steps then take minutes."""
     encoder_cache: str | None = None
-    """Folder for the encoder's outputs, for three epochs and more without augmentation: then each clip is encoded once."""
+    """Folder that keeps the encoder's outputs, so that each clip is encoded once. It pays from three epochs on, and
+    excludes augment. null encodes each clip in every epoch."""
     workers: int = Field(default=1, ge=1)
+    """Number of training workers, one process each."""
     threads_per_worker: int = Field(default=1, ge=1)
+    """Number of CPU threads of each training worker."""
     data_workers: int = Field(default=2, ge=1)
-    """CPU workers that decode and featurize."""
+    """Number of processes that decode audio and compute features, on one CPU each."""
     gpu: bool = False
-    """One GPU for each worker."""
+    """Give each training worker a GPU."""
     device_resource: str | None = None
-    """A resource of the cluster's own, of which each worker takes one: workers then sit on the nodes that have it."""
+    """Custom resource of the Ray cluster of which each training worker takes one, which puts workers on nodes that have
+    it. null needs none."""
     data_resource: str | None = None
-    """The same for data workers."""
+    """Custom resource of the Ray cluster of which each data worker takes one. null needs none."""
     retries: int = Field(default=3, ge=0)
-    """How often workers are started anew after one of them or its node died."""
+    """Number of times that the workers are restarted from the newest checkpoint after one of them or its node died."""
     log_every: int = Field(default=10, ge=1)
+    """Steps between two lines of the log."""
     checkpoint_every: int = Field(default=500, ge=1)
+    """Steps between two checkpoints. The last step and the best validation are always saved."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """Number of newest checkpoints to keep, besides that of the best validation."""
     wandb: WandbRecipe | None = None
-    """Show the run on Weights & Biases too."""
+    """Log the run to Weights & Biases, too. null does not."""
 
     @property
     def accumulation(self) -> int:
-        """Batches of each worker to one update."""
+        """Number of batches of each worker in one update."""
         return -(-(self.step_batches or self.workers) // self.workers)

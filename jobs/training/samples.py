@@ -1,6 +1,6 @@
-"""Training samples: a row of the corpus and a sample seed, from which follows all that varies about it, from its speed to its instruction.
+"""Training samples: a row of the data and a sample seed, which decides all that varies, from speed to instruction.
 
-The plan knows a sample's tokens before a loader in another process makes the sample, because both ask a Variation.
+The plan counts a sample's tokens before a loader in another process makes the sample; both ask the same Variation.
 """
 
 from collections.abc import Iterator
@@ -28,25 +28,25 @@ _BLOCK = 65_536
 
 @dataclass(frozen=True, eq=False)
 class Variation:
-    """How samples differ from their rows; by default they do not."""
+    """How a run's samples vary; NO_VARIATION leaves every clip as it is."""
 
     no_speech_s: np.ndarray
-    """Seconds of each sample in which nobody speaks: the rows of an epoch after the table's last."""
+    """Seconds of each generated sample without speech; these follow the table's last row."""
     augment: AugmentRecipe | None = None
     noise: RowTable | None = None
-    """The corpus that augment.noise.data names."""
+    """Noise recordings of augment.noise.data."""
     instruction_sampler: InstructionSampler | None = None
     token_noise: float = 0.0
-    """Share of the answers' tokens that are read as other ones."""
+    """Share of the answers' input tokens that are replaced by tokens of other answers."""
 
     @property
     def changes_lengths(self) -> bool:
-        """Whether the tokens of a sample depend on its sample seed."""
+        """Whether a sample's number of tokens depends on its sample seed."""
         varies_prompt = self.instruction_sampler is not None and not self.instruction_sampler.is_default
         return varies_prompt or (self.augment is not None and set(self.augment.speed) != {1.0})
 
     def instruction(self, text: str, sample_seed: int) -> Instruction:
-        """How a sample is asked for."""
+        """Choose the instruction of a sample."""
         return self.instruction_sampler.sample(text, sample_seed) if self.instruction_sampler else PLAIN_INSTRUCTION
 
 
@@ -54,7 +54,10 @@ NO_VARIATION = Variation(np.zeros(0))
 
 
 def trainable(rows: RowTable) -> tuple[RowTable, dict[str, int]]:
-    """Leave out the rows that cannot be trained on, and count them by the first reason that holds. Raises DataError when none is left."""
+    """Select the rows that can be trained on; returns them and the numbers of others by the first reason that applies.
+
+    Raises DataError when none is left.
+    """
     lengths = rows.duration_s
     faults = {
         "no words": ~pc.match_substring_regex(rows.texts, r"[\pL\pN]").to_numpy(zero_copy_only=False),
@@ -62,25 +65,25 @@ def trainable(rows: RowTable) -> tuple[RowTable, dict[str, int]]:
         f"over {MAX_DURATION_S:.0f} s": lengths > MAX_DURATION_S,
         f"under {MIN_DURATION_S} s": lengths < MIN_DURATION_S,
     }
-    kept, counts = np.ones(len(rows), bool), {}
+    kept, counts = np.ones(len(rows), bool), {}  # (rows,)
     for reason, faulty in faults.items():
         if count := int((kept & faulty).sum()):
             counts[reason] = count
         kept &= ~faulty
     if not kept.any():
-        told = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         raise DataError(
-            f"none of {len(rows)} rows can be trained on ({told}): check the data and which of its columns are named"
+            f"none of {len(rows)} rows can be trained on ({reasons}): check the data and which of its columns are named"
         )
     return (rows if kept.all() else rows.select(kept)), counts
 
 
 def check_ctc_lengths(rows: RowTable, processor: GraftProcessor) -> None:
-    """Raise DataError where CTC can't spell most clips: it writes one letter an audio token at most."""
+    """Raise DataError where CTC cannot align most clips, because they have more letters than audio tokens."""
     letters = pc.utf8_length(pc.replace_substring_regex(rows.texts, r"[^\pL' ]", "")).to_numpy()
     if (count := int((letters > audio_counts(processor, rows.duration_s)).sum())) > len(rows) / 2:
         raise DataError(
-            f"{count} of {len(rows)} clips have more letters than audio tokens, and can't be spelled: "
+            f"{count} of {len(rows)} clips have more letters than audio tokens, so CTC cannot align them: "
             "build the graft with a smaller audio_pool, or give objective=transcript"
         )
 
@@ -95,9 +98,9 @@ def vary(
     words: InstructionRecipe | None = None,
     token_noise: float = 0.0,
 ) -> Variation:
-    """Make of a recipe's settings how a run's samples vary; `no_speech` is a share of an epoch's other samples.
+    """Make a run's Variation from a recipe's settings; `no_speech` is a share of an epoch's other samples.
 
-    Raises DataError for a noise corpus that cannot be read, and what make_wordings raises.
+    Raises DataError for a noise corpus that cannot be read, and what make_instruction_sampler raises.
     """
     count = round(no_speech * float(np.asarray(rows.weights)[rows.source].sum()))
     noise = augment.noise.data if augment and augment.noise else None
@@ -111,15 +114,15 @@ def vary(
     )
 
 
-def as_they_are(rows: RowTable, processor: GraftProcessor) -> Variation:
-    """How samples differ where nothing is varied: a label that is not formatted is asked for in lower case, as in training."""
+def plain_variation(rows: RowTable, processor: GraftProcessor) -> Variation:
+    """Make the Variation of unchanged clips; an unformatted label keeps its lower-case instruction."""
     return vary(rows, processor, words=InstructionRecipe())
 
 
 def plan_training(
     rows: RowTable, processor: GraftProcessor, settings: PlanSettings, variation: Variation = NO_VARIATION
 ) -> Plan:
-    """Plan a run over trainable rows."""
+    """Plan a run over rows that can be trained on."""
     columns = plan_columns(rows, processor, variation)
     return Plan(
         columns, settings, _SampleCounts(rows, processor, variation, columns) if variation.changes_lengths else None
@@ -127,7 +130,7 @@ def plan_training(
 
 
 def plan_columns(rows: RowTable, processor: GraftProcessor, variation: Variation = NO_VARIATION) -> PlanColumns:
-    """Count the tokens of trainable rows, and after them of samples without speech, unchanged and in the default instruction."""
+    """Count the tokens of rows and then of generated samples, unchanged and with the default instruction."""
     free = len(variation.no_speech_s)
     answers = [processor.target_lengths(rows.texts[start:stop].to_pylist()) for start, stop in _blocks(len(rows))]
     label_counts = np.concatenate([*answers, np.repeat(processor.target_lengths([""]), free)])
@@ -144,7 +147,7 @@ def plan_columns(rows: RowTable, processor: GraftProcessor, variation: Variation
 
 @dataclass(frozen=True, eq=False)
 class _SampleCounts:
-    """The tokens and label tokens of samples whose speed or instruction is drawn; `columns` hold those of the default instruction."""
+    """Counts tokens and label tokens where speed or instruction vary; `columns` has the default instruction's."""
 
     rows: RowTable
     processor: GraftProcessor
@@ -156,10 +159,8 @@ class _SampleCounts:
         if self.variation.augment:
             speeds = sample_speeds(self.variation.augment.speed, durations_s, sample_seeds)
             durations_s = np.where(rows < len(self.rows), durations_s / speeds, durations_s)
-        prompt_counts, label_counts = (
-            self.processor.prompt_lengths([DEFAULT_INSTRUCTION])[0],
-            self.columns.label_counts[rows],
-        )
+        prompt_counts = self.processor.prompt_lengths([DEFAULT_INSTRUCTION])[0]
+        label_counts = self.columns.label_counts[rows]
         if self.variation.instruction_sampler and not self.variation.instruction_sampler.is_default:
             blocks = [
                 self._count_with_instructions(rows[start:stop], sample_seeds[start:stop])
@@ -169,7 +170,7 @@ class _SampleCounts:
         return prompt_counts + audio_counts(self.processor, durations_s) + label_counts, label_counts
 
     def _count_with_instructions(self, rows: np.ndarray, sample_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The prompt's tokens without those of the audio, and the answer's."""
+        """Count the prompts' tokens without the audio, and the answers' tokens, each (samples,)."""
         texts = np.full(len(rows), "", object)
         speaks = rows < len(self.rows)
         texts[speaks] = self.rows.texts.take(rows[speaks]).to_pylist()
@@ -179,15 +180,14 @@ class _SampleCounts:
         ]
         prompt_counts = self.processor.prompt_lengths([instruction.text for instruction in instructions])
         label_counts = self.columns.label_counts[rows]
-        styled = [place for place, instruction in enumerate(instructions) if instruction.style]
-        label_counts[styled] = self.processor.target_lengths(
-            texts[styled].tolist(), [instructions[place].style for place in styled]
-        )
+        styled = [index for index, instruction in enumerate(instructions) if instruction.style]
+        styles = [instructions[index].style for index in styled]
+        label_counts[styled] = self.processor.target_lengths(texts[styled].tolist(), styles)
         return prompt_counts, label_counts
 
 
 def audio_counts(processor: GraftProcessor, durations_s: np.ndarray) -> np.ndarray:
-    """The audio tokens of clips of these lengths."""
+    """Count the audio tokens of clips of these lengths in seconds (clips,)."""
     frames = np.ceil(np.round(durations_s * SAMPLE_RATE) / HOP_LENGTH).clip(MIN_FRAMES, WINDOW_FRAMES).astype(int)
     counts = np.array([processor.audio_token_count(count) for count in range(MIN_FRAMES, WINDOW_FRAMES + 1)])
     return counts[frames - MIN_FRAMES]

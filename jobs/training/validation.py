@@ -1,4 +1,4 @@
-"""What a model makes of clips that it is not trained on: loss and transcripts, on one worker or shared out over many."""
+"""Validate a model during training: its loss and transcripts on other clips, divided among the workers."""
 
 import contextlib
 import itertools
@@ -17,30 +17,30 @@ from graft.model.ctc import CtcPrealignment
 from graft.processor import GraftProcessor
 from graft.training.backends import Backend
 
-from .loader import BatchLoader, Delivery, training_batches
+from .loader import BatchLoader, LoaderSpec, training_batches
 
 
 class Validation:
-    """Measures the loss on this worker's share of other clips, and what the model makes of the first `samples` of all.
+    """Measures the loss on this worker's share of the validation clips, and transcribes the first `samples` of all.
 
-    Where weights are shared out among the workers (`is_sharded`) they write all transcripts together, otherwise each its share.
+    With sharded weights (`is_sharded`) all workers generate every transcript together, otherwise each its share.
     """
 
     def __init__(
-        self, delivery: Delivery, backend: Backend, processor: GraftProcessor, *, samples: int, is_sharded: bool
+        self, spec: LoaderSpec, backend: Backend, processor: GraftProcessor, *, samples: int, is_sharded: bool
     ):
         self.backend, self.processor = backend, processor
         self.model: Any = backend.model
         self.device = next(backend.model.parameters()).device
         self.is_sharded = is_sharded
         rank, workers = rank_and_world_size()
-        loader = BatchLoader(delivery)
-        self.batches = [loader.load(delivery.batches[number]) for number in range(rank, len(delivery.batches), workers)]
-        of_all = itertools.islice(readable(delivery.rows, loader.reader), samples)
+        loader = BatchLoader(spec)
+        self.batches = [loader.load(spec.batches[number]) for number in range(rank, len(spec.batches), workers)]
+        of_all = itertools.islice(readable(spec.rows, loader.reader), samples)
         self.samples = list(of_all if is_sharded else itertools.islice(of_all, rank, None, workers))
 
     def loss(self) -> float:
-        """The loss per label token over all workers' clips."""
+        """Compute the loss per label token over all workers' clips."""
         with self.backend.evaluating():
             sums = summed_loss(self.model, self.batches)
         if torch.distributed.is_initialized():
@@ -48,37 +48,36 @@ class Validation:
         return float(sums[0] / sums[1])
 
     def transcripts(self) -> list[dict[str, str]]:
-        """Transcribe the samples greedily, or spell them; every worker gets those of all."""
-        hear = self._spell if isinstance(self.model, CtcPrealignment) else self._transcribe
-        heard = []
+        """Transcribe the samples greedily, by the language model or by CTC; every worker returns all transcripts."""
+        decode = self._ctc_transcript if isinstance(self.model, CtcPrealignment) else self._transcript
+        samples = []
         for name, text, clip in self.samples:
             inputs = self.processor(audio=clip).to(self.device)
             with self.backend.evaluating():
-                heard.append({"id": name, "text": text, "heard": hear(inputs, clip.duration_s)})
-        return heard if self.is_sharded else _in_turns(heard)
+                samples.append({"id": name, "text": text, "heard": decode(inputs, clip.duration_s)})
+        return samples if self.is_sharded else _gather_in_turns(samples)
 
-    def _transcribe(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
+    def _transcript(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
         limits = {"max_new_tokens": max_new_tokens(duration_s), "synced_gpus": self.is_sharded}
-        with torch.compiler.set_stance(
-            "force_eager"
-        ):  # compiled for each layer's place in the cache, layers soon exceed what is compiled
+        # torch.compile would compile a layer again for each layer's index in the cache, and soon reach its limit.
+        with torch.compiler.set_stance("force_eager"):
             ids = self.model.generate(**inputs, do_sample=False, **limits)
         return self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
-    def _spell(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
+    def _ctc_transcript(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
         return self.model.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"])[0]
 
 
 def readable(rows: RowTable, reader: RowReader) -> Iterator[tuple[str, str, AudioClip]]:
-    """Id, text and audio of the clips that can be read; the others are masked in the loss too."""
+    """Yield id, text and audio of the clips that can be read; the loss masks the others, too."""
     for row in range(len(rows)):
         with contextlib.suppress(AudioError, DataError):
             wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
             yield rows.id(row), rows.text(row), read_audio(wav, name=path or rows.id(row))
 
 
-def _in_turns(share: list[dict[str, str]]) -> list[dict[str, str]]:
-    """What all workers have, one of each in turn, as it was dealt out."""
+def _gather_in_turns(share: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Gather all workers' samples, one of each worker in turn, which restores their order."""
     shares: list[Any] = [share] * rank_and_world_size()[1]
     if torch.distributed.is_initialized():
         torch.distributed.all_gather_object(shares, share)
@@ -86,7 +85,7 @@ def _in_turns(share: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def summed_loss(model: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> Tensor:
-    """Add up over loaded batches: the loss of all labels, and the number of labels; float64 (2,)."""
+    """Sum over loaded batches the loss of all labels, and the number of labels; returns float64 (2,)."""
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     blocks = ({name: value[None] for name, value in batch.items()} for batch in batches)
@@ -97,7 +96,7 @@ def summed_loss(model: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> Tens
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This worker's number, and how many there are."""
+    """Return this worker's rank, and the number of workers."""
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

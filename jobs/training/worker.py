@@ -1,6 +1,6 @@
-"""What every training worker of both stages runs inside Ray's TorchTrainer: model, backend, preflight, loop.
+"""Run a training worker of either stage inside Ray's TorchTrainer: model, backend, preflight, training loop.
 
-Ray starts the workers anew when one of them or its node dies; they go on from the newest checkpoint then.
+Ray restarts all workers when one of them or its node dies; they resume from the newest checkpoint.
 """
 
 import contextlib
@@ -33,21 +33,22 @@ from graft.training.preflight import check_labels, preflight
 from graft.training.progress import latest_checkpoint, read_progress
 from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage, trainable_module
 
-from .loader import Delivery, prefetch, training_batches
+from .loader import LoaderSpec, prefetch, training_batches
 from .observer import CHECKPOINTS, RunObserver
 from .ray_dataset import iter_blocks
 from .validation import Validation
 
 FAULT_FILE = "fault.json"
-_DEATH_OF_ANOTHER = re.compile(
-    r"\b(gloo|nccl|peer|connection|socket|timed? ?out|store|ray\w*error|actor\w*error|does not follow the checkpoint)\b",
+_OTHER_WORKER_DIED = re.compile(
+    r"\b(gloo|nccl|peer|connection|socket|timed? ?out|store|ray\w*error|actor\w*error|"
+    r"does not follow the checkpoint)\b",
     re.IGNORECASE,
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that a worker needs to know; `recipe` is a resolved TrainRecipe as plain values."""
+    """All that a worker needs to know. `recipe` is a resolved TrainRecipe as plain values."""
 
     recipe: dict[str, Any]
     stage: Stage
@@ -56,36 +57,37 @@ class Run:
     graft: str
     out: str
     total_steps: int
-    validation: Delivery | None = None
+    validation: LoaderSpec | None = None
     encoder_cache: EncoderCache | None = None
 
 
 def work(run: Run) -> None:
-    """Train on this worker's share of the plan; every worker calls it once."""
+    """Train on this worker's share of the batches; every worker calls it once."""
     import ray.train
     from ray.train.torch import get_device
 
     out, device = Path(run.out), get_device()
-    checkpoint, settings = _agreed(latest_checkpoint(out / CHECKPOINTS)), _with_peak(run.settings, device)
+    checkpoint = _same_on_all_workers(latest_checkpoint(out / CHECKPOINTS))
+    settings = _with_peak_flops(run.settings, device)
     progress = read_progress(checkpoint)
     if (out / FAULT_FILE).is_file() or is_finished(progress, settings, run.total_steps):
-        return  # a fault that would come again, or workers that were started anew after their work was done
+        return  # the fault would happen again, or Ray restarted workers that were finished
     torch.set_num_threads(run.recipe["threads_per_worker"])
-    with _told(out):
+    with _record_faults(out):
         graft, processor = open_for_stage(run.stage, run.graft, run.computing, device=device, seed=run.recipe["seed"])
         model = trainable_module(graft, run.stage, run.computing, processor)
-        del graft  # a language model that does not take part leaves the device
+        del graft  # frees the language model where CTC pre-alignment does not use it
         limits = {name: run.recipe[name] for name in ("weight_decay", "max_grad_norm")}
         backend = make_backend(model, run.computing, accumulation=settings.accumulation, **limits)
         validation = _validation(run, backend, processor)
         observer = RunObserver(run.recipe, out, backend, from_step=progress.step, validation=validation)
         if run.computing.dtype == "bf16" and not computes_bf16(device):
-            observer.say("this processor has no fast bf16: dtype=fp32 would take a fraction of the time")
+            observer.say("this processor has no fast bf16: dtype=fp32 takes a fraction of the time")
         if checkpoint:
             backend.load_state(load_checkpoint(checkpoint)[0], step=progress.step)
             observer.say(f"going on at step {progress.step}, batch {progress.position} of the plan")
         encoder = CachingEncoder(model, run.encoder_cache) if run.encoder_cache else None
-        cost = _cost(run, model.config)
+        cost = _make_flop_counter(run, model.config)
         batches = prefetch(
             training_batches(
                 iter_blocks(ray.train.get_dataset_shard("train")), device, observer.skipped, encoder=encoder, cost=cost
@@ -94,8 +96,8 @@ def work(run: Run) -> None:
         first = next(batches)
         if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
             raise RuntimeError(f"batch {first.position} does not follow the checkpoint at {progress.position}")
-        if progress.step == 0 and first.ids:  # not a filler, nor clips that were all masked
-            observer.say(_checked(model, backend, first, processor, token_noise=run.recipe["token_noise"] > 0))
+        if progress.step == 0 and first.ids:  # neither a filler nor a batch of masked clips
+            observer.say(_preflight_line(model, backend, first, processor, token_noise=run.recipe["token_noise"] > 0))
         train(
             itertools.chain([first], batches),
             backend,
@@ -116,7 +118,7 @@ def _validation(run: Run, backend: Backend, processor: GraftProcessor) -> Valida
     return Validation(run.validation, backend, processor, samples=samples, is_sharded=run.computing.is_sharded)
 
 
-def _checked(
+def _preflight_line(
     model: GraftForConditionalGeneration | CtcPrealignment,
     backend: Backend,
     batch: TrainingBatch,
@@ -124,7 +126,7 @@ def _checked(
     *,
     token_noise: bool,
 ) -> str:
-    """Look at the first batch before hours are spent on it; a projector that is to learn to spell says nothing yet."""
+    """Check the first batch; returns the line to log. CTC pre-alignment starts at zero: only labels are checked."""
     end = processor.prompt_end_ids()
     if isinstance(model, CtcPrealignment):
         return (
@@ -132,23 +134,24 @@ def _checked(
         )
     with backend.evaluating():
         found = preflight(model, batch.model_inputs(), end, token_noise=token_noise)
-    return f"preflight: other audio changes the logits by {found.logit_change:.2g}; {found.label_count} labels, all in answers"
+    change = f"other audio changes the logits by {found.logit_change:.2g}"
+    return f"preflight: {change}; {found.label_count} labels, all in answers"
 
 
-def _cost(run: Run, config: GraftConfig) -> Callable[[Mapping[str, np.ndarray]], float]:
-    """Make what tells the FLOPs of a delivered block, so that the log can tell how well the device is used."""
+def _make_flop_counter(run: Run, config: GraftConfig) -> Callable[[Mapping[str, np.ndarray]], float]:
+    """Make the function that computes a block's FLOPs, from which the log computes the device's utilisation."""
     lora = run.stage.lora
-    spells = run.stage.letters is not None
+    is_ctc = run.stage.letters is not None
 
     def cost(block: Mapping[str, np.ndarray]) -> float:
         frame_counts = block["audio_frame_counts"][0]
-        if "found_places" in block:
-            found = json.loads(str(block["found_places"][0]))
+        if "cached_token_counts" in block:
+            found = json.loads(str(block["cached_token_counts"][0]))
             frame_counts = [count for count, tokens in zip(frame_counts, found, strict=True) if tokens is None]
         return batch_flops(
             config,
-            token_counts=[] if spells else block["attention_mask"][0].sum(axis=1),
-            label_count=0 if spells else int((block["labels"][0] != -100).sum()),
+            token_counts=[] if is_ctc else block["attention_mask"][0].sum(axis=1),
+            label_count=0 if is_ctc else int((block["labels"][0] != -100).sum()),
             frame_counts=frame_counts,
             lora_rank=lora.rank if lora else None,
             lora_encoder=bool(lora and lora.encoder),
@@ -158,24 +161,24 @@ def _cost(run: Run, config: GraftConfig) -> Callable[[Mapping[str, np.ndarray]],
     return cost
 
 
-def _with_peak(settings: LoopSettings, device: torch.device) -> LoopSettings:
+def _with_peak_flops(settings: LoopSettings, device: torch.device) -> LoopSettings:
     return replace(
         settings, peak_flops=device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     )
 
 
-def _agreed(path: Path | None) -> Path | None:
-    """The first worker's answer, lest a shared file system show another worker an older one."""
+def _same_on_all_workers(path: Path | None) -> Path | None:
+    """Return the first worker's path on all workers: a shared file system may show others an older state."""
     answers = [path]
     torch.distributed.broadcast_object_list(answers, src=0)
     return answers[0]
 
 
 @contextlib.contextmanager
-def _told(out: Path) -> Iterator[None]:
-    """Leave what would come again, a bug or what a user can mend, where the driver and the workers that Ray starts anew find it.
+def _record_faults(out: Path) -> Iterator[None]:
+    """Write a fault that would happen again to FAULT_FILE, for the driver and for restarted workers.
 
-    What happens to a worker because another one died is not of that kind.
+    These are bugs and errors that a user can correct, but not what happens to a worker because another one died.
     """
     try:
         yield
@@ -187,6 +190,6 @@ def _told(out: Path) -> Iterator[None]:
         write_atomic(out / FAULT_FILE, json.dumps({"error": str(error)}) + "\n")
         raise
     except Exception as error:
-        if not _DEATH_OF_ANOTHER.search(f"{type(error).__name__} {error}"):
+        if not _OTHER_WORKER_DIED.search(f"{type(error).__name__} {error}"):
             write_atomic(out / FAULT_FILE, json.dumps({"bug": traceback.format_exc()}) + "\n")
         raise

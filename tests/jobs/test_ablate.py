@@ -193,5 +193,5 @@ def test_what_can_not_be_compared_is_refused_at_once(
         assert words in errors
         assert errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
-    with pytest.raises(RecipeError, match="encoder_cache keeps clips as they are"):
+    with pytest.raises(RecipeError, match="encoder_cache needs unchanged clips"):
         run(read_recipe(AblateRecipe, str(recipe), [f"out={tmp_path / 'out'}", "base.stage1.augment.speed=[1.1]"]))

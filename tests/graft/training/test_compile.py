@@ -11,7 +11,7 @@ from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
 from graft.training.preflight import preflight
 from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage
-from jobs.training.loader import BatchLoader, Delivery, training_batches
+from jobs.training.loader import BatchLoader, LoaderSpec, training_batches
 from jobs.training.samples import plan_training
 from jobs.training.validation import Validation
 from tests.support import tiny_models
@@ -32,11 +32,11 @@ def test_preflight_and_validation_leave_layers_compiled(tmp_path: Path) -> None:
     model, processor = open_for_stage(Stage(2, lora=LoraSettings(rank=4, alpha=4, dropout=0.0)), graft, computing)
     backend = make_backend(model, computing, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
     plan = plan_training(rows, GraftProcessor.from_pretrained(graft), PlanSettings(token_budget=400, max_batch_clips=3))
-    delivery = Delivery(rows, plan.batches(position=0, step_batches=1), graft)
-    loader = BatchLoader(delivery)
-    validation = Validation(delivery, backend, processor, samples=2, is_sharded=False)
+    spec = LoaderSpec(rows, plan.batches(position=0, step_batches=1), graft)
+    loader = BatchLoader(spec)
+    validation = Validation(spec, backend, processor, samples=2, is_sharded=False)
     batches = list(
-        training_batches((loader.block(number) for number in range(len(delivery.batches))), torch.device("cpu"), [])
+        training_batches((loader.block(number) for number in range(len(spec.batches))), torch.device("cpu"), [])
     )
     with backend.evaluating():
         preflight(model, batches[0].inputs, processor.prompt_end_ids())

@@ -17,7 +17,7 @@ from graft.training.encoder_cache import CachingEncoder, EncodedClip, EncoderCac
 from graft.training.plan import PlannedBatch
 from graft.training.preflight import preflight
 from graft.training.stages import ComputeSettings, Stage, open_for_stage
-from jobs.training.loader import BatchLoader, Delivery, training_batches
+from jobs.training.loader import BatchLoader, LoaderSpec, training_batches
 from jobs.training.samples import vary
 from tests.support import tiny_models
 from tests.support.speech_corpus import BROKEN, corpus, row
@@ -40,7 +40,7 @@ def data(tmp_path_factory) -> str:
 def loader(folder: str, data: str, cache: EncoderCache | None) -> BatchLoader:
     rows = read_rows(data)
     variation = vary(rows, GraftProcessor.from_pretrained(folder), no_speech=0.4, token_noise=0.3)
-    return BatchLoader(Delivery(rows, (), folder, variation, encoder_cache=cache))
+    return BatchLoader(LoaderSpec(rows, (), folder, variation, encoder_cache=cache))
 
 
 def batches(
@@ -82,10 +82,10 @@ def test_what_is_kept_is_not_decoded_again(folder: str, data: str, tmp_path: Pat
         encoder.close()
     block = loader(folder, data, cache).load(PlannedBatch((2, 0), (0, 0), 1, 1, 50))
     assert block["input_features"].size == 0
-    assert block["found_states"].shape[1] == model.config.audio_config.d_model
+    assert block["cached_states"].shape[1] == model.config.audio_config.d_model
     changed = corpus(tmp_path / "changed.parquet", [row("c0", 77)])
     block = loader(folder, changed, cache).load(PlannedBatch((0,), (0,), 1, 1, 50))
-    assert block["found_states"].size == 0
+    assert block["cached_states"].size == 0
     assert len(block["input_features"]) == 1
 
 

@@ -161,7 +161,7 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(folder):
     (batch,) = clip_steps(processor, steps=1)
     model.lm_head.weight.data[5, 5] = math.nan
     before, kept = weights(model), Recorder()
-    with pytest.raises(ModelError, match=r"the loss is nan at step 1: look at the batch .* lower learning_rate"):
+    with pytest.raises(ModelError, match=r"the loss is nan at step 1: look at the saved batch.* lower learning_rate"):
         run_steps([batch] * 3, backend, observer=kept)
     assert kept.faults == [([1], "the loss is nan at step 1")]
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items() if "projector" in name)

@@ -7,7 +7,7 @@ import pytest
 from graft.errors import DataError
 from graft.processor import GraftProcessor
 from graft.training.plan import Plan
-from jobs.training.batches import ROWS, check_plan, kept_rows, plan_run, validation_delivery
+from jobs.training.batches import ROWS, cached_rows, check_plan, plan_run, validation_spec
 from jobs.training.recipe import TrainRecipe
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, row
@@ -32,13 +32,13 @@ def test_a_run_does_not_go_on_with_other_data(folder: str, tmp_path: Path) -> No
     check_plan(tmp_path, plan_of(folder, data))
     check_plan(tmp_path, plan_of(folder, data))
     corpus(tmp_path / "clips.parquet", [*rows[:3], row("c3", 9)])
-    with pytest.raises(DataError, match="the data are not those that"):
+    with pytest.raises(DataError, match="the data differs from that which"):
         check_plan(tmp_path, plan_of(folder, data))
 
 
 def test_what_was_read_is_kept_only_when_all_goes_well(tmp_path: Path) -> None:
     def fill() -> None:
-        with kept_rows(tmp_path) as folder:
+        with cached_rows(tmp_path) as folder:
             (folder / "one").write_text("1")
             (tmp_path / "claimed").touch()
             if refused:
@@ -51,7 +51,7 @@ def test_what_was_read_is_kept_only_when_all_goes_well(tmp_path: Path) -> None:
     refused = False
     fill()
     assert (tmp_path / ROWS / "one").read_text() == "1"
-    with kept_rows(tmp_path) as folder:
+    with cached_rows(tmp_path) as folder:
         assert folder == tmp_path / ROWS
 
 
@@ -61,9 +61,9 @@ def test_validation_clips_are_drawn_and_shared_out_evenly(
     rows = [*(row(f"c{seed}", seed) for seed in range(12)), row("mute", 12, text=" ")]
     validation = {"data": corpus(tmp_path / "clips.parquet", rows), "clips": 7}
     training = recipe(folder, validation["data"], workers=3, validation=validation)
-    delivery = validation_delivery(training, folder, GraftProcessor.from_pretrained(folder))
-    assert delivery is not None
-    assert len(delivery.batches) % 3 == 0
-    assert sorted(place for batch in delivery.batches for place in batch.rows) == list(range(7))
-    assert len({delivery.rows.id(place) for place in range(7)}) == 7
+    spec = validation_spec(training, folder, GraftProcessor.from_pretrained(folder))
+    assert spec is not None
+    assert len(spec.batches) % 3 == 0
+    assert sorted(place for batch in spec.batches for place in batch.rows) == list(range(7))
+    assert len({spec.rows.id(place) for place in range(7)}) == 7
     assert "left out: 1 with no words; 12 clips remain" in capsys.readouterr().out

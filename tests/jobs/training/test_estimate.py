@@ -91,7 +91,7 @@ def test_every_worker_and_no_more_is_counted(capsys):
     assert rate("epochs=10", "encoder_cache=c") > rate("epochs=2", "encoder_cache=c") > one
 
 
-def test_spelling_needs_no_language_model(capsys):
+def test_ctc_prealignment_needs_no_language_model(capsys):
     recipe = str(RECIPES / "fast-7b-stage1.yaml")
     assert plan_of("--recipe", recipe, "model=fast-7b", "objective=ctc") == 0
     text = capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_spelling_needs_no_language_model(capsys):
     assert "99% of it the encoder's" in text or "100% of it the encoder's" in text
     assert "zero 3" not in text
     assert plan_of("--recipe", recipe, "model=fast-7b", "objective=ctc", "token_noise=0.2") == 2
-    assert "spelling reads none" in capsys.readouterr().err
+    assert "objective=ctc does not use it" in capsys.readouterr().err
 
 
 def test_stage_2_counts_its_adapters(capsys):

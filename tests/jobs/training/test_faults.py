@@ -293,7 +293,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_its_batches_are_kept(
 def test_a_loss_that_explodes_stops_the_run(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, folder = home.recipe("exploding", max_loss=5.0, workers=1, retries=0), Folder(home.folder / "exploding")
     assert run_job(stage1.Stage1Recipe, stage1.main, summary="", argv=home.command(recipe)[3:]) == 2
-    assert "graft: error: the loss exploded to 5.6 at step 1: look at the batch" in capsys.readouterr().err
+    assert "graft: error: the loss exploded to 5.6 at step 1: look at the saved batch" in capsys.readouterr().err
     assert len(json.loads((folder.path / "fault" / "worker-0.json").read_text())["batches"]) == recipe.step_batches
     assert not (folder.path / "checkpoints").exists()
 

@@ -21,7 +21,7 @@ from graft.inference.transcriber import Transcriber
 from graft.processor import GraftProcessor
 from graft.text.instructions import InstructionRecipe
 from graft.training.plan import Plan, PlannedBatch, PlanSettings
-from jobs.training.loader import BatchLoader, Delivery, prefetch, training_batches
+from jobs.training.loader import BatchLoader, LoaderSpec, prefetch, training_batches
 from jobs.training.samples import Variation, plan_columns, plan_training, trainable, vary
 from tests.support import tiny_models
 from tests.support.speech_corpus import BROKEN, WORDS, corpus, flac, row
@@ -51,7 +51,7 @@ def processor(folder) -> GraftProcessor:
 
 
 def loader_of(data: Path, folder: Path, batches: Sequence[PlannedBatch] = (), **more: Any) -> BatchLoader:
-    return BatchLoader(Delivery(read_rows(str(data)), batches, str(folder), **more))
+    return BatchLoader(LoaderSpec(read_rows(str(data)), batches, str(folder), **more))
 
 
 def planned(*rows: int, **numbers: int) -> PlannedBatch:
@@ -60,7 +60,7 @@ def planned(*rows: int, **numbers: int) -> PlannedBatch:
 
 def test_a_batch_is_what_the_processor_makes_of_its_rows(folder, processor, tmp_path):
     loader = loader_of(clips(tmp_path / "a.parquet"), folder)
-    rows = loader.delivery.rows
+    rows = loader.spec.rows
     reader = RowReader(rows.files)
     chosen = (7, 0, 4)
     heard = [read_audio(reader.wav(rows.file[place], rows.row_group[place], rows.row[place])[0]) for place in chosen]
@@ -153,16 +153,16 @@ def test_a_batch_is_the_same_in_another_process(folder, processor, tmp_path):
     batches = plan_training(rows, processor, PlanSettings(max_batch_clips=3), variation).batches(
         position=0, step_batches=1
     )
-    delivery = Delivery(rows, batches, str(folder), variation)
-    (tmp_path / "delivery.pickle").write_bytes(pickle.dumps(delivery, protocol=5))
+    spec = LoaderSpec(rows, batches, str(folder), variation)
+    (tmp_path / "spec.pickle").write_bytes(pickle.dumps(spec, protocol=5))
     code = (
         "import pickle, sys; from jobs.training.loader import BatchLoader; "
-        "delivery = pickle.load(open(sys.argv[1], 'rb')); loader = BatchLoader(delivery); "
-        "pickle.dump([loader.block(number) for number in reversed(range(len(delivery.batches)))], open(sys.argv[2], 'wb'))"
+        "spec = pickle.load(open(sys.argv[1], 'rb')); loader = BatchLoader(spec); "
+        "pickle.dump([loader.block(number) for number in reversed(range(len(spec.batches)))], open(sys.argv[2], 'wb'))"
     )
     told = tmp_path / "blocks.pickle"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "delivery.pickle"), str(told)], check=True)
-    loader = BatchLoader(delivery)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "spec.pickle"), str(told)], check=True)
+    loader = BatchLoader(spec)
     for number, other in zip(reversed(range(len(batches))), pickle.loads(told.read_bytes()), strict=True):
         one = loader.block(number)
         assert one.keys() == other.keys()
@@ -204,7 +204,7 @@ def test_a_loader_reads_each_row_group_once_whatever_share_of_the_batches_it_get
     settings = PlanSettings(max_batch_clips=4, window_row_groups=3)
     batches = Plan(plan_columns(rows, processor), settings).batches(position=0, step_batches=1)
     for share in (1, 2):
-        loader = BatchLoader(Delivery(rows, batches, str(folder), cache_row_groups=settings.window_row_groups))
+        loader = BatchLoader(LoaderSpec(rows, batches, str(folder), cache_row_groups=settings.window_row_groups))
         for number in range(0, len(batches), share):
             loader.block(number)
         assert loader.reader._audio.cache_info().misses == 6
@@ -228,7 +228,7 @@ class Listening:
 
 def test_training_features_equal_serving_features_bit_for_bit(folder, processor, tmp_path):
     loader = loader_of(clips(tmp_path / "a.parquet"), folder)
-    rows = loader.delivery.rows
+    rows = loader.spec.rows
     reader, engine = RowReader(rows.files), Listening()
     transcriber = Transcriber(engine, processor, "listening")
     for place in range(len(SECONDS)):

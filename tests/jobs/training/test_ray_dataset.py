@@ -11,7 +11,7 @@ from graft.data.dataset import read_rows
 from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
 from jobs.common.cluster import SERVE_VARIABLES, WORKER_VARIABLES
-from jobs.training.loader import BatchLoader, Delivery
+from jobs.training.loader import BatchLoader, LoaderSpec
 from jobs.training.ray_dataset import SCHEDULING_S, SchedulerThrottle, planned_dataset
 from jobs.training.samples import plan_training
 from tests.support import tiny_models
@@ -21,24 +21,24 @@ pytestmark = pytest.mark.usefixtures("ray_started")
 
 
 @pytest.fixture(scope="module")
-def delivery(tmp_path_factory) -> Delivery:
+def spec(tmp_path_factory) -> LoaderSpec:
     folder = tmp_path_factory.mktemp("remote")
     graft = tiny_models.save_tiny_graft(folder / "graft")
     rows = read_rows(corpus(folder / "a.parquet", [row(f"clip{index}", index) for index in range(24)]))
     plan = plan_training(
         rows, GraftProcessor.from_pretrained(graft), PlanSettings(max_batch_clips=2, window_row_groups=2)
     )
-    return Delivery(rows, plan.batches(position=0, step_batches=2), str(graft))
+    return LoaderSpec(rows, plan.batches(position=0, step_batches=2), str(graft))
 
 
 @pytest.mark.parametrize(
     ("first", "most_tasks"), [(0, 3), (6, 100)], ids=["many batches a task", "one, from the middle"]
 )
-def test_each_worker_gets_its_own_batches_in_order(delivery, first, most_tasks):
+def test_each_worker_gets_its_own_batches_in_order(spec, first, most_tasks):
     import ray
 
-    count = len(delivery.batches) - first
-    dataset = planned_dataset(ray.put(delivery), first, count, data_workers=2, most_tasks=most_tasks)
+    count = len(spec.batches) - first
+    dataset = planned_dataset(ray.put(spec), first, count, data_workers=2, most_tasks=most_tasks)
     dataset.context.execution_options.preserve_order = True
 
     def blocks(shard: Any) -> list[dict[str, np.ndarray]]:
@@ -46,7 +46,7 @@ def test_each_worker_gets_its_own_batches_in_order(delivery, first, most_tasks):
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         shares = list(pool.map(blocks, dataset.streaming_split(2, equal=True)))
-    loader = BatchLoader(delivery)
+    loader = BatchLoader(spec)
     for rank, share in enumerate(shares):
         assert len(share) == count // 2
         for index, block in enumerate(share):
@@ -55,10 +55,10 @@ def test_each_worker_gets_its_own_batches_in_order(delivery, first, most_tasks):
             assert all(np.array_equal(block[name], expected[name]) for name in block)
 
 
-def test_loaders_share_the_delivery_instead_of_copying_it(delivery):
+def test_loaders_share_the_delivery_instead_of_copying_it(spec):
     import ray
 
-    shared = ray.get(ray.put(delivery))
+    shared = ray.get(ray.put(spec))
     columns = (
         shared.batches.rows,
         shared.batches.sample_seeds,
@@ -67,7 +67,7 @@ def test_loaders_share_the_delivery_instead_of_copying_it(delivery):
         shared.rows.row,
     )
     assert all(not column.flags.owndata and not column.flags.writeable for column in columns)
-    assert (shared.rows.id(5), shared.batches[3]) == (delivery.rows.id(5), delivery.batches[3])
+    assert (shared.rows.id(5), shared.batches[3]) == (spec.rows.id(5), spec.batches[3])
 
 
 def test_workers_are_told_how_to_compute():
@@ -80,10 +80,10 @@ def test_workers_are_told_how_to_compute():
     assert environment.items() >= WORKER_VARIABLES.items() | SERVE_VARIABLES.items()
 
 
-def test_scheduling_takes_its_time(delivery):
+def test_scheduling_takes_its_time(spec):
     import ray
 
-    dataset = planned_dataset(ray.put(delivery), 0, len(delivery.batches), data_workers=1)
+    dataset = planned_dataset(ray.put(spec), 0, len(spec.batches), data_workers=1)
     assert SchedulerThrottle in dataset.context.execution_callback_classes
     callback, start = SchedulerThrottle(), time.monotonic()
     for _ in range(5):

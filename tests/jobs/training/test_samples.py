@@ -12,7 +12,7 @@ from graft.errors import DataError, RecipeError
 from graft.processor import GraftProcessor
 from graft.text.instructions import InstructionRecipe
 from graft.training.plan import PlanSettings
-from jobs.training.loader import BatchLoader, Delivery
+from jobs.training.loader import BatchLoader, LoaderSpec
 from jobs.training.samples import Variation, check_ctc_lengths, plan_columns, plan_training, trainable, vary
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, flac, row
@@ -92,7 +92,7 @@ def test_the_plan_knows_each_samples_tokens_before_it_is_read(folder, processor,
     variation = vary(rows, processor, seed=3, **settings)
     plan = plan_training(rows, processor, PlanSettings(seed=3, epochs=2, max_batch_clips=3), variation)
     batches = plan.batches(position=0, step_batches=1)
-    loader = BatchLoader(Delivery(rows, batches, str(folder), variation))
+    loader = BatchLoader(LoaderSpec(rows, batches, str(folder), variation))
     planned = dict.fromkeys(range(2), 0)
     heard = dict.fromkeys(range(2), 0)
     for batch in batches:
@@ -116,7 +116,7 @@ def test_samples_without_speech_carry_the_end_of_the_answer_alone(folder, proces
     variation = vary(rows, processor, no_speech=0.6)
     plan = plan_training(rows, processor, PlanSettings(epochs=2), variation)
     batches = plan.batches(position=0, step_batches=1)
-    loader = BatchLoader(Delivery(rows, batches, str(folder), variation))
+    loader = BatchLoader(LoaderSpec(rows, batches, str(folder), variation))
     for epoch in plan.epochs:
         assert sorted(epoch.rows.tolist()) == list(range(7 + 4))
     assert (plan.columns.row_groups[7:] == -1).all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graft.errors import DataError, ModelError
-from jobs.training.worker import FAULT_FILE, _told
+from jobs.training.worker import FAULT_FILE, _record_faults
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from jobs.training.worker import FAULT_FILE, _told
     ids=["user", "bug", "death", "stale checkpoint"],
 )
 def test_only_what_would_come_again_is_kept(tmp_path: Path, error: Exception, kept: object) -> None:
-    with pytest.raises(type(error), match=re.escape(str(error))), _told(tmp_path):
+    with pytest.raises(type(error), match=re.escape(str(error))), _record_faults(tmp_path):
         raise error
     found = json.loads((tmp_path / FAULT_FILE).read_text()) if (tmp_path / FAULT_FILE).exists() else None
     if isinstance(kept, set):
@@ -34,6 +34,6 @@ def test_only_what_would_come_again_is_kept(tmp_path: Path, error: Exception, ke
 
 
 def test_memory_that_runs_out_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="lower token_budget"), _told(tmp_path):
+    with pytest.raises(ModelError, match="lower token_budget"), _record_faults(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert "lower token_budget" in json.loads((tmp_path / FAULT_FILE).read_text())["error"]

@@ -1,6 +1,6 @@
-"""What the tests for a GPU share: the device, exact float32, and a graft that training opens.
+"""Fixtures of the GPU tests: the device, exact float32, and a graft on disk.
 
-Nothing here or in what these tests import needs more than torch, transformers, numpy and pytest; what else a test needs it skips by name.
+The GPU tests need only torch, transformers, numpy and pytest; a test that needs more is skipped with the package's name.
 """
 
 import gc
@@ -19,7 +19,7 @@ sys.path.append(str(ROOT))  # the tiny models, which are found by themselves onl
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The first GPU, or what GRAFT_TEST_DEVICE names: `cpu` runs what a CPU can."""
+    """Return the first GPU, or the device that GRAFT_TEST_DEVICE names: `cpu` runs what a CPU can."""
     if name := os.environ.get("GRAFT_TEST_DEVICE"):
         return torch.device(name)
     if not torch.cuda.is_available():
@@ -29,7 +29,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def cuda(device: torch.device) -> torch.device:
-    """The device where it is a GPU, for what a CPU cannot show."""
+    """Return the device if it is a GPU; other tests are skipped."""
     if device.type != "cuda":
         pytest.skip("no CUDA device")
     return device
@@ -37,7 +37,7 @@ def cuda(device: torch.device) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def exact_float32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Convolutions round float32 to TF32 unless told otherwise; afterwards a test's memory goes back."""
+    """Disable TF32, to which convolutions round float32 by default; free a test's memory afterwards."""
     if device.type == "cuda":
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     yield
@@ -48,7 +48,7 @@ def exact_float32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture(scope="session")
 def folder(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole graft on disk."""
+    """Write a whole graft."""
     from tests.support import wide_models
 
     return wide_models.save_wide_graft(tmp_path_factory.mktemp("gpu") / "graft")

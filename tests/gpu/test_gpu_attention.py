@@ -1,4 +1,4 @@
-"""SDPA, eager attention and FlashAttention 2 compute the same, in the language model and in the encoder, forward and backward."""
+"""Test that SDPA, eager attention and FlashAttention 2 agree in language model and encoder, forward and backward."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The engine on the device: steps with CUDA graphs and without give generate's tokens, whoever shares the batch."""
+"""Test the engine on the device: with and without CUDA graphs its tokens equal generate's in any batch."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What training takes of a GPU's memory: no logits but those of labels, nothing that grows, nothing that stays."""
+"""Test GPU memory in training: logits of labels only, no growth over steps, nothing left at the end."""
 
 import gc
 from collections.abc import Callable
@@ -15,7 +15,7 @@ VOCABULARY, ROWS, LENGTH, LABELS = 50_000, 8, 512, 4
 
 
 def peak_bytes(device: torch.device, compute: Callable[[], object]) -> int:
-    """The most that was allocated beyond what there was before."""
+    """Return the peak of allocated memory above its level at the start."""
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -38,7 +38,7 @@ def all_logits_loss(model: GraftForConditionalGeneration, ids: torch.Tensor, lab
 
 
 def test_logits_of_labels_alone_are_kept(cuda: torch.device) -> None:
-    """The difference is at least the float32 logits of all positions and their gradient."""
+    """Logits of all positions would take at least their float32 values and gradients more."""
     parts = wide_models.wide_parts(vocab_size=VOCABULARY)
     model = wide_models.wide_model(cuda, **parts).requires_grad_(False)
     model.model.language_model.layers[0].input_layernorm.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""The model on the device: rows and batches, cache and none, audio and text, float32 and bfloat16."""
+"""Test the model on the device: rows and batches, caching, audio and text, float32 and bfloat16."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.support import tiny_models, wide_models
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
-"""Of the size of what is compared: sums in another order, and eight bits of mantissa through four layers."""
+"""Tolerances relative to the size of the values: float32 sums in another order, and bfloat16 through four layers."""
 VARIANTS = [
     {"audio_pool": 1, "audio_context": "full"},
     {"audio_pool": 2, "audio_context": "trim", "audio_projector": "mlp"},
@@ -32,7 +32,7 @@ def inputs_for(model: GraftForConditionalGeneration, *, left: bool) -> dict[str,
 
 
 def labelled(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Labels on the last two ids of each right-padded row, and their number."""
+    """Label the last two ids of each right-padded row; returns the labels and their number."""
     ends = inputs["attention_mask"].sum(dim=1, keepdim=True)
     places = torch.arange(inputs["input_ids"].shape[1], device=ends.device)
     is_label = (places >= ends - 2) & (places < ends)
@@ -58,7 +58,7 @@ def test_a_batch_equals_its_rows(device: torch.device, dtype: torch.dtype, varia
 @pytest.mark.parametrize("variant", VARIANTS, ids=CONTEXTS)
 @torch.no_grad()
 def test_bfloat16_is_close_to_float32(device: torch.device, variant: dict[str, Any]) -> None:
-    """And what is heard moves the logits by more than that."""
+    """The difference is also smaller than that of other audio."""
     exact, rounded = (wide_models.wide_model(device, dtype=dtype, **variant) for dtype in DTYPES)
     inputs = inputs_for(exact, left=True)
     expected = exact(**inputs).logits[:, -1]

@@ -1,4 +1,4 @@
-"""Both stages on the device, under the torch backend: what learns, what stays, and what may change nothing but speed and memory."""
+"""Test both stages on the device with plain torch: what they train, and which settings change speed and memory only."""
 
 import re
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_stage_learns_and_changes_only_what_it_trains(
 def test_a_resumed_run_equals_an_uninterrupted_one(
     folder: Path, device: torch.device, tmp_path: Path, name: str, dtype: str
 ) -> None:
-    """Bit for bit with eager attention; the backward pass of the others may add up in another order every time."""
+    """Runs are equal bit for bit with eager attention; the other backward passes may add in any order."""
     settings = {"schedule": "cosine", "warmup_steps": 2, "total_steps": 6}
     whole, processor, backend = wide_models.opened(folder, device, name, dtype, attention="eager")
     batches = [
@@ -110,7 +110,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_layers_give_the_same_gradients(folder: Path, device: torch.device, dtype: str) -> None:
-    """Without dropout, for which compiled code draws other numbers."""
+    """Compare without dropout, which draws other random numbers in compiled code."""
     results = []
     for compiled in (False, True):
         _, processor, backend = wide_models.opened(folder, device, "no-dropout", dtype, compile=compiled)
@@ -156,7 +156,7 @@ def test_nf4_quantizes_the_language_models_layers_and_nothing_else(folder: Path,
 def test_states_from_the_cache_equal_those_of_the_encoder(
     folder: Path, device: torch.device, tmp_path: Path, dtype: str
 ) -> None:
-    """Bit for bit, whether all are read from disk or some are made; and the loss is that of the batch with its features."""
+    """States are equal bit for bit, whether all or only some are cached, and so is the loss."""
     model, processor, backend = wide_models.opened(folder, device, "stage1", dtype)
     inputs = dict(wide_models.training_batch(processor, device, range(3)).inputs)
     with backend.evaluating():

@@ -1,4 +1,4 @@
-"""The tests for a GPU keep running: here on the CPU, in a process that lacks every package which a bare PyTorch machine may lack."""
+"""Test that the GPU tests run on a CPU, in a process without the packages that a bare PyTorch machine may lack."""
 
 import datetime
 import json
@@ -28,7 +28,7 @@ SHARE = (
 
 
 def lacking(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code where importing any of LACKING raises ModuleNotFoundError, as where it is not installed, and pytest has no plugins."""
+    """Run code where importing any of LACKING raises ModuleNotFoundError, and where pytest has no plugins."""
     block = f"import sys; sys.modules.update(dict.fromkeys({LACKING!r})); "
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     command = [sys.executable, "-c", block + code]
@@ -60,7 +60,7 @@ def test_training_needs_none_of_what_a_bare_machine_lacks() -> None:
 
 
 def run_benchmark(tmp_path: Path, name: str, *options: str) -> tuple[list[list[str]], dict]:
-    """Run a benchmark where everything else is lacking; returns the rows that it printed, and what it wrote."""
+    """Run a benchmark without all other packages; returns the rows that it printed, and its output."""
     file = tmp_path / "found.json"
     arguments = [name, "--shape", "tiny", "--dtype", "fp32", *options, "--json", str(file)]
     done = lacking(f"from jobs.bench import main; sys.exit(main({arguments!r}))")

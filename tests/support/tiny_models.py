@@ -91,7 +91,10 @@ def graft_model(seed: int = 0, **audio: object) -> GraftForConditionalGeneration
 
 
 def pay_attention(model: GraftForConditionalGeneration) -> GraftForConditionalGeneration:
-    """Give a language model random weights with which all that it reads counts: of std 0.02, hardly more than the last token does."""
+    """Give a language model random weights so large that every input token changes its output.
+
+    With a standard deviation of 0.02 hardly more than the last token would.
+    """
     for parameter in model.model.language_model.parameters():
         if parameter.ndim > 1:
             parameter.data = torch.randn(parameter.shape) / parameter.shape[1] ** 0.5
@@ -112,7 +115,7 @@ def whisper_model(seed: int = 0) -> WhisperModel:
 
 
 def log_mels(frame_counts: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random features (clips, 80, longest + 2) with zeros past each clip's tail, and their frame counts."""
+    """Make random features (clips, 80, longest + 2) with zeros after each clip's tail, and their frame counts."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.zeros(len(frame_counts), 80, max(frame_counts) + 2)
     for clip, count in enumerate(frame_counts):
@@ -138,7 +141,7 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 
 
 def tokenizer(*, audio: bool = True) -> PreTrainedTokenizerFast:
-    """Every byte is a token, then come the special tokens: any text goes in and comes back."""
+    """Make a tokenizer in which every byte is a token, followed by the special tokens: it round-trips any text."""
     alphabet = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(alphabet, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -192,7 +195,7 @@ def save_tiny_graft(folder: str | Path, *, seed: int = 0, width: int = 32, **aud
 
 
 def save_text_base(folder: Path, *, spare_rows: int = 8, tied: bool = False, seed: int = 3, width: int = 32) -> str:
-    """`width` as in save_tiny_graft."""
+    """Make the text base; `width` is as in save_tiny_graft."""
     words = tokenizer(audio=False)
     config: dict[str, Any] = qwen2vl_config().to_dict()
     config["text_config"] |= {

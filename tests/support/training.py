@@ -1,4 +1,4 @@
-"""The batches of training steps on tiny models, without a plan or Ray."""
+"""Make the batches of training steps on tiny models, without a plan or Ray."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def filler(processor: GraftProcessor) -> list[Example]:
 
 
 def step_batches(processor: GraftProcessor, *batches: Sequence[Example], first: int = 0) -> list[TrainingBatch]:
-    """One step of the plan; a batch without targets is a filler. `first` real batches lie behind it."""
+    """Make one step of the plan, after `first` real batches; a batch without targets is a filler."""
     label_count = sum(len(one.target_ids) for batch in batches for one in batch)
     end = first + sum(any(one.target_ids for one in batch) for batch in batches)
     return [
@@ -46,13 +46,16 @@ def step_batches(processor: GraftProcessor, *batches: Sequence[Example], first: 
 
 
 def clip_steps(processor: GraftProcessor, *, steps: int, size: int = 2) -> list[TrainingBatch]:
-    """Steps of one batch each, of other clips every time."""
+    """Make steps of one batch each, with other clips in every step."""
     clips = [[example(processor, step * size + index) for index in range(size)] for step in range(steps)]
     return [batch for step, one in enumerate(clips) for batch in step_batches(processor, one, first=step)]
 
 
 class Recorder(Observer):
-    """Keeps what a run tells; `losses` are what its validations find, in order, and `stop_after` a step after which it wants to stop."""
+    """Records a run's events.
+
+    `losses` are the results of its validations, in order; the run wants to stop after `stop_after` steps.
+    """
 
     def __init__(self, losses: Sequence[float] = (), stop_after: int | None = None) -> None:
         self.logs: list[StepLog] = []
@@ -100,6 +103,6 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest difference between two sets of weights."""
+    """Return the largest absolute difference between two sets of weights."""
     assert one.keys() == other.keys()
     return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)

@@ -1,6 +1,6 @@
-"""Small grafts whose attention heads are 64 wide, as a GPU's kernels want them, and the batches of their training.
+"""Make small grafts with attention heads of 64, which a GPU's kernels need, and batches to train them.
 
-Clips are made of numbers, so that nothing has to decode audio files.
+Clips are arrays, so that no audio file has to be decoded.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ NEEDED = {"stage1": (), "stage2": ("peft",), "no-dropout": ("peft",), "qlora": (
 
 
 def wide_parts(**text: Any) -> dict[str, dict[str, Any]]:
-    """The parts of a configuration; `text` changes the language model's."""
+    """Return the parts of a configuration; `text` changes the language model's."""
     base = tiny_models.qwen2vl_config().to_dict()
     heads = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 2, "num_key_value_heads": 1}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 8, 8]}
@@ -47,12 +47,12 @@ def wide_parts(**text: Any) -> dict[str, dict[str, Any]]:
 def wide_model(
     device: torch.device, *, dtype: torch.dtype = torch.float32, **audio: Any
 ) -> GraftForConditionalGeneration:
-    """A graft on a device, the same at every call but for its dtype."""
+    """Make a graft on a device, with the same weights at every call except for their dtype."""
     return lively(tiny_models.graft_model(**{**wide_parts(), **audio})).to(device, dtype)
 
 
 def lively(model: Any) -> Any:
-    """Weights with which every part of a graft, or of a Whisper, makes a difference that can be measured, and bf16 rounds little."""
+    """Draw weights for a graft or a Whisper with which every part has a measurable effect, and bf16 rounds little."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         parameter.data = (
@@ -74,7 +74,10 @@ def save_wide_graft(folder: Path) -> Path:
 def opened(
     folder: Path, device: torch.device, name: str = "stage1", dtype: str = "fp32", **computing: Any
 ) -> tuple[GraftForConditionalGeneration, GraftProcessor, TorchBackend]:
-    """A stage's model in training mode, its processor and the torch backend; skips the test where the stage's packages are missing."""
+    """Return a stage's model in training mode, its processor and the torch backend.
+
+    The test is skipped where the stage's packages are missing.
+    """
     for package in NEEDED[name]:
         pytest.importorskip(package)
     chosen = ComputeSettings(dtype, "torch", **computing)
@@ -85,7 +88,7 @@ def opened(
 
 
 def clip(seed: int) -> AudioClip:
-    """Noise of 0.2 to 0.5 seconds."""
+    """Make clips of noise of 0.2 to 0.5 seconds."""
     generator = np.random.default_rng(seed)
     return AudioClip(generator.normal(0, 0.1, round((0.2 + 0.05 * (seed % 7)) * SAMPLE_RATE)).astype(np.float32))
 
@@ -93,7 +96,7 @@ def clip(seed: int) -> AudioClip:
 def training_batch(
     processor: GraftProcessor, device: torch.device, seeds: Sequence[int], *, position: int = 1
 ) -> TrainingBatch:
-    """A step of one batch of clips of different lengths."""
+    """Make a step of one batch of clips of different lengths."""
     examples = [processor.example(clip(seed), TEXTS[seed % len(TEXTS)]) for seed in seeds]
     return TrainingBatch(
         inputs={name: torch.from_numpy(value).to(device) for name, value in processor.training_batch(examples).items()},
@@ -108,7 +111,7 @@ def training_batch(
 
 
 class Logs(Observer):
-    """Keeps what a run logs."""
+    """Records what a run logs."""
 
     def __init__(self) -> None:
         self.logs: list[StepLog] = []
@@ -120,7 +123,7 @@ class Logs(Observer):
 def run_steps(
     batches: Sequence[TrainingBatch], backend: TorchBackend, *, step: int = 0, total_steps: int, **settings: Any
 ) -> list[StepLog]:
-    """Train on batches, one a step, from `step` on; every step is logged."""
+    """Train on batches, one per step, from `step` on, and log every step."""
     observer = Logs()
     chosen = LoopSettings(**{"learning_rate": 1e-3, "log_every": 1, **settings})
     train(
@@ -135,7 +138,7 @@ def run_steps(
 
 
 def backward(batch: TrainingBatch, backend: TorchBackend) -> tuple[float, dict[str, torch.Tensor]]:
-    """A batch's loss and its gradients, which are taken away from the backend."""
+    """Compute a batch's loss and gradients, and clear the backend's."""
     torch.manual_seed(0)
     loss = backend.backward(batch.inputs, label_count=batch.step_label_count, is_last=True)
     gradients = {name: parameter.grad.clone() for name, parameter in backend.trained.items()}
@@ -148,6 +151,6 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The size of the difference as a share of the size of `other`."""
+    """Return the norm of the difference relative to the norm of `other`."""
     one, other = one.detach().double().cpu(), other.detach().double().cpu()
     return float((one - other).norm() / other.norm())

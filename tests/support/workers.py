@@ -1,4 +1,4 @@
-"""Training on a tiny graft in one process or several, each of which takes its share of the same steps."""
+"""Train a tiny graft in one process or several, each of which takes its share of the same steps."""
 
 import os
 from collections.abc import Sequence
@@ -24,9 +24,10 @@ STEPS, STEP_BATCHES = 3, 4
 
 @dataclass(frozen=True)
 class Case:
-    """A stage trained for steps `first` to `end`: by one backend, or by one for each, which takes over the state of the one before.
+    """A stage trained for steps `first` to `end`, by one backend, or by several in turn, each resuming the one before.
 
-    Backends are `torch`, `zero1`, `zero2` and `zero3`; of the four batches of a step each process takes its share, padded with fillers.
+    Backends are `torch`, `zero1`, `zero2` and `zero3`. Each process takes its share of a step's four batches, padded
+    with fillers.
     """
 
     folder: str
@@ -36,7 +37,7 @@ class Case:
     first: int = 0
     end: int = STEPS
     begin: State | None = None
-    """Of the steps before `first`."""
+    """State after the steps before `first`."""
 
 
 def train_share(case: Case, *, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def train_share(case: Case, *, rank: int = 0, world_size: int = 1) -> dict[str, 
 
 
 def resident_bytes(model: torch.nn.Module) -> int:
-    """What this process holds of the frozen weights."""
+    """Count the bytes of the frozen weights that this process holds."""
     held = [
         getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters() if not parameter.requires_grad
     ]
@@ -72,7 +73,10 @@ def resident_bytes(model: torch.nn.Module) -> int:
 
 
 def step_share(processor: GraftProcessor, steps: Sequence[int], rank: int, world_size: int) -> list[TrainingBatch]:
-    """Every world_size-th batch of steps of four batches of one to three clips; a filler ends the last step, and what four do not fill."""
+    """Select every world_size-th batch of steps of four batches of one to three clips.
+
+    The last step ends with a filler, and so does a step that four batches do not fill.
+    """
     batches: list[TrainingBatch] = []
     for step in steps:
         clips = [[example(processor, 10 * step + index) for index in range(size)] for size in (2, 1, 3, 2)]
@@ -83,7 +87,10 @@ def step_share(processor: GraftProcessor, steps: Sequence[int], rank: int, world
 
 
 def in_processes(count: int, cases: Sequence[Case], scratch: Path) -> list[list[dict[str, Any]]]:
-    """Train the cases one after the other in `count` processes joined by gloo; returns, for each case, what each process has at the end."""
+    """Train the cases one after the other in `count` processes joined by gloo.
+
+    Returns for each case the results of each process.
+    """
     torch.multiprocessing.spawn(_join, args=(count, cases, str(scratch)), nprocs=count)
     return [[torch.load(scratch / f"{rank}-{index}.pt") for rank in range(count)] for index in range(len(cases))]
 

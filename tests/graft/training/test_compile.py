@@ -1,4 +1,4 @@
-"""Compiled layers stay compiled through a run: what is not training neither compiles them anew nor drives them back to eager code."""
+"""Test that compiled layers stay compiled: preflight and validation neither recompile them nor run them eagerly."""
 
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from tests.support.speech_corpus import corpus, row
 
 pytestmark = pytest.mark.slow
 MOST_GRAPHS = 9
-"""Of a layer of the language model: for validation, for batches and for single clips; of the encoder's each of these with and without a
-mask. torch falls back to eager code after 8 of one kind."""
+"""Most compiled graphs of a layer.
+
+The language model's layers have one each for validation, batches and single clips; the encoder's have each of these
+with and without a mask. torch falls back to eager code after 8 of one kind.
+"""
 
 
 def test_preflight_and_validation_leave_layers_compiled(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Encoder outputs on disk: exactly what the encoder makes of a clip, found again for this clip, encoder and features only."""
+"""Test the encoder cache: exact states, and separate entries for other clips, encoders and features."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +53,7 @@ def batches(
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_cached_or_not_the_loss_is_the_same_bit_for_bit(folder: str, data: str, tmp_path: Path, dtype: str) -> None:
-    """With a clip that can't be decoded, and one in which nobody speaks, neither of which is ever kept."""
+    """One clip cannot be decoded and one has no speech; neither is cached."""
     model, processor = open_for_stage(Stage(1), folder, ComputeSettings(dtype, "torch"))
     cache = EncoderCache(tmp_path)
     losses = []
@@ -72,7 +72,7 @@ def test_cached_or_not_the_loss_is_the_same_bit_for_bit(folder: str, data: str, 
     assert preflight(model, inputs, processor.prompt_end_ids(), token_noise=True).logit_change > 1e-6
 
 
-def test_what_is_kept_is_not_decoded_again(folder: str, data: str, tmp_path: Path) -> None:
+def test_cached_clips_are_not_decoded_again(folder: str, data: str, tmp_path: Path) -> None:
     model, _ = open_for_stage(Stage(1), folder, ComputeSettings("fp32", "torch"))
     cache, encoder = EncoderCache(tmp_path), None
     for rows in ([0, 1], [1, 0, 2]):
@@ -112,7 +112,7 @@ def test_blocks_of_any_mixture_pass_through_ray(folder: str, data: str, tmp_path
         )
 
 
-def test_any_change_of_encoder_features_or_precision_begins_anew(folder: str, tmp_path: Path) -> None:
+def test_another_encoder_features_or_precision_has_another_folder(folder: str, tmp_path: Path) -> None:
     config = tiny_models.graft_config()
     digests = {"encoder": "e", "features": "f", "dtype": "bf16"}
     first = open_cache(tmp_path, config, **digests).folder
@@ -140,7 +140,7 @@ def test_features_have_a_fingerprint(folder: str) -> None:
     assert featurizer.fingerprint() != before
 
 
-def test_an_entry_that_is_cut_off_is_none(tmp_path: Path) -> None:
+def test_a_truncated_entry_counts_as_missing(tmp_path: Path) -> None:
     cache, key = EncoderCache(tmp_path), EncoderCache.key(b"a clip")
     assert cache.get(key) is None
     cache.put(key, EncodedClip(torch.ones(3, 4, dtype=torch.bfloat16), 12))
@@ -152,7 +152,7 @@ def test_an_entry_that_is_cut_off_is_none(tmp_path: Path) -> None:
     assert cache.get(key) is None
 
 
-def test_what_cannot_be_written_is_told(folder: str, data: str, tmp_path: Path) -> None:
+def test_an_entry_that_cannot_be_written_is_an_error(folder: str, data: str, tmp_path: Path) -> None:
     model, _ = open_for_stage(Stage(1), folder, ComputeSettings("fp32", "torch"))
     (tmp_path / "file").write_text("")
     encoder = CachingEncoder(model, EncoderCache(tmp_path / "file"))

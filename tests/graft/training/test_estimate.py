@@ -1,4 +1,4 @@
-"""What training costs: the known figures of the known shapes, and torch's own count of the FLOPs of a tiny graft's training step."""
+"""Test the estimates: known figures of known shapes, and torch's own FLOP count of a tiny graft's training step."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_a_forward_pass_of_7b(tokens, tera):
     ],
 )
 def test_the_known_rates_of_stage_1(audio, checkpointing, a100, h200):
-    """Samples/s at 50 % of peak, clips of 10 s and 70 tokens of words; the first with logits everywhere."""
+    """Compare samples/s at 50 % of peak, for clips of 10 s with 70 text tokens; the first with logits everywhere."""
     config = seven(**audio)
     tokens = audio_token_count(1000, pool=config.audio_pool, context=config.audio_context) + 70
     settings = {"token_counts": [tokens], "frame_counts": [1000], "gradient_checkpointing": checkpointing}
@@ -97,7 +97,10 @@ def test_the_known_rates_of_stage_1(audio, checkpointing, a100, h200):
 
 
 def counted_config(**audio: object) -> GraftConfig:
-    """Wide enough that what is not counted (rotary positions, norms) does not matter, with eager attention so that torch can count it."""
+    """Make a graft wide enough that uncounted FLOPs (rotary positions, norms) do not matter.
+
+    Eager attention lets torch count it.
+    """
     base = tiny_models.graft_config(**audio).to_dict()
     text = base["text_config"] | {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 240}
     text["rope_parameters"] = text["rope_parameters"] | {"mrope_section": [8, 4, 4]}
@@ -137,9 +140,9 @@ def test_torch_counts_the_same_flops(audio, lora_rank, encoder, checkpointing):
     tokens = ids.shape[1]
     settings = {"lora_rank": lora_rank, "lora_encoder": encoder, "gradient_checkpointing": checkpointing}
     expected = batch_flops(config, token_counts=[tokens], label_count=10, frame_counts=[400], **settings)
-    # Eager attention computes the half that a causal token does not see as well.
+    # Eager attention also computes the half of the scores that the causal mask discards.
     unseen = 2 * 2 * 128 * tokens**2 * (4 if checkpointing else 3)
-    # torch ends a repeated layer where all it needs is there: with frozen weights that is before the last matrix.
+    # torch stops a repeated layer once it has all it needs, with frozen weights before the last matrix.
     left_out = 2 * tokens * 2 * 256 * 128 if checkpointing and not lora_rank else 0
     assert counter.get_total_flops() == pytest.approx(expected + unseen - left_out, rel=0.01)
 

@@ -1,4 +1,4 @@
-"""The loop on tiny grafts, without Ray: what learns, what stays as it was, and that stops, workers and fillers change nothing."""
+"""Test the loop on tiny grafts without Ray: what it trains, and that resuming, workers and fillers change nothing."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def opened(folder: Path, stage: Stage = STAGE_1):
-    """The model of a stage in training mode, its processor and a backend."""
+    """Return a stage's model in training mode, its processor and a backend."""
     model, processor = open_for_stage(stage, str(folder), FP32)
     return model, processor, TorchBackend(model, weight_decay=0.01, max_grad_norm=1.0)
 
@@ -77,7 +77,7 @@ def test_qlora_quantizes_the_language_models_layers_and_nothing_else(folder):
 
 
 def test_a_stage_begins_with_the_projector_of_the_one_before(folder, tmp_path):
-    """In full: a bf16 base must not round it."""
+    """The projector keeps float32 precision on a bf16 base."""
     model, processor, backend = opened(folder)
     run_steps(clip_steps(processor, steps=2), backend)
     save_projector(model, tmp_path)
@@ -135,7 +135,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, tmp_path,
 
 
 def test_two_and_four_processes_equal_one(folder, tmp_path):
-    """1 x 4 batches, 2 x 2 and 4 x 1, uneven and one of them empty, with dropout, on gloo."""
+    """Train 1 x 4 batches, 2 x 2 and 4 x 1, uneven and one of them empty, with dropout, on gloo."""
     cases = [workers.Case(str(folder), stage, ("torch",)) for stage in ("stage1", "stage2")]
     alone = [workers.train_share(case) for case in cases]
     for count in (2, 4):
@@ -180,8 +180,8 @@ def test_a_loss_that_explodes_or_diverges_ends_the_run(folder):
     meter = Meter(Progress(), total_steps=1000, max_loss=24.0, peak_flops=None)
     noisy = [5.0, 3.0, 1.0, 0.5, 0.2, 2.5, 0.1] * 20
     assert [meter.find_fault(loss) for loss in noisy] == [None] * len(noisy)
-    told = next(told for told in map(meter.find_fault, [9.0] * 30) if told)
-    assert re.fullmatch(r"the loss diverged: its running mean rose from [12]\.\d+ to [3-6]\.\d+", told)
+    fault = next(fault for fault in map(meter.find_fault, [9.0] * 30) if fault)
+    assert re.fullmatch(r"the loss diverged: its running mean rose from [12]\.\d+ to [3-6]\.\d+", fault)
 
 
 def test_validations_find_the_best_and_lack_of_progress_ends_the_run(folder):
@@ -195,7 +195,7 @@ def test_validations_find_the_best_and_lack_of_progress_ends_the_run(folder):
     assert (again, logs) == (done, [])
 
 
-def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(folder):
+def test_a_stopped_run_saves_and_can_be_resumed(folder):
     _, processor, backend = opened(folder)
     batches, kept = clip_steps(processor, steps=5), Recorder(stop_after=3)
     done, _ = run_steps(batches, backend, observer=kept, checkpoint_every=100, validate_every=100)
@@ -203,7 +203,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(folder):
     assert [progress for progress, _ in kept.checkpoints] == [done]
 
 
-def test_checkpoints_appear_whole_and_the_oldest_go(tmp_path):
+def test_checkpoints_are_written_atomically_and_the_oldest_removed(tmp_path):
     state = {"a.weight": {"weight": torch.ones(2), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}}
     assert latest_checkpoint(tmp_path) is None
     for step in (5, 10, 100):
@@ -222,7 +222,7 @@ def test_checkpoints_appear_whole_and_the_oldest_go(tmp_path):
     assert not half.exists()
 
 
-def test_the_best_checkpoint_outlives_newer_ones_and_writing_faults_are_told(tmp_path):
+def test_the_best_checkpoint_is_kept_and_write_errors_are_raised(tmp_path):
     state = {"a.weight": {"weight": torch.ones(2)}}
     writer = CheckpointWriter(tmp_path / "checkpoints", keep=1)
     for step, best in ((1, None), (2, 2), (3, 2), (4, 2)):

@@ -1,4 +1,4 @@
-"""What training takes on a device: shares by ZeRO stage, and the bytes of real quantized weights."""
+"""Test the memory estimate: shares by ZeRO stage, and the bytes of real quantized weights."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_memory_by_layout():
 
 
 def test_the_bytes_of_a_quantized_model(tmp_path):
-    """Half a byte for each weight of the matrices and for no other."""
+    """Only the weights of the matrices take half a byte each."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model, _ = open_graft(tiny_models.save_tiny_graft(tmp_path / "graft"), dtype=torch.bfloat16, nf4=True)
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]

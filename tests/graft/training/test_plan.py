@@ -1,4 +1,4 @@
-"""The epoch is a plan: every row once, the same order for any number of workers, and a position that is one integer."""
+"""Test the plan: every row once, an order that does not depend on workers, and a position that is one integer."""
 
 import pickle
 from collections import Counter
@@ -15,7 +15,7 @@ from graft.training.plan import Batches, Epoch, Plan, PlanColumns, PlannedBatch,
 
 
 def columns(rows: int, *, rows_per_group: int = 10, seed: int = 0, free: int = 0) -> PlanColumns:
-    """Clips of 20 to 200 tokens, up to 19 of them labels; the last `free` rows need no reading."""
+    """Make clips of 20 to 200 tokens, up to 19 of them labels; the last `free` rows need no reading."""
     rng = np.random.default_rng(seed)
     groups = np.where(np.arange(rows) < rows - free, np.arange(rows) // rows_per_group, -1)
     return PlanColumns(rng.integers(20, 200, rows), rng.integers(1, 20, rows), groups)
@@ -69,7 +69,7 @@ def test_short_clips_may_come_first():
 @settings(deadline=None, max_examples=50)
 @given(plans())
 def test_reading_stays_within_a_window_of_row_groups(plan):
-    """Between the first and the last batch with rows of a group, no more than a window of groups is read."""
+    """Between the first and the last batch with rows of a group, at most a window of groups is read."""
     groups = [set(plan.columns.row_groups[rows].tolist()) - {-1} for rows in batches_of(plan.epochs[-1])]
     assume(plan.settings.epochs > 1 or not plan.settings.short_first)
     for group in set.union(*groups):
@@ -101,7 +101,7 @@ def test_any_number_of_workers_gets_the_same_batches_in_the_same_order(plan, ste
 
 @settings(deadline=None, max_examples=50)
 @given(plans(), st.integers(1, 5), st.integers(1, 5))
-def test_a_run_goes_on_from_any_step_with_any_number_of_workers(plan, step_batches, other):
+def test_a_run_resumes_from_any_step_with_any_number_of_workers(plan, step_batches, other):
     whole = plan.batches(position=0, step_batches=step_batches, slots=step_batches + 1)
     for start in range(0, len(whole) + 1, step_batches + 1):
         position = whole[start - 1].step_position if start else 0
@@ -119,7 +119,7 @@ def test_fillers_complete_every_step():
         plan.batches(position=0, step_batches=4, slots=3)
 
 
-def test_batches_are_a_sequence_that_is_cut_and_pickled_small():
+def test_batches_can_be_sliced_and_pickle_to_few_bytes():
     whole = Plan(columns(60), PlanSettings(max_batch_clips=3)).batches(position=0, step_batches=7)
     assert whole[-1] == PlannedBatch((), (), 20, 20, whole[-1].step_label_count)
     assert list(whole[3:9]) == [whole[index] for index in range(3, 9)]
@@ -131,7 +131,7 @@ def test_batches_are_a_sequence_that_is_cut_and_pickled_small():
         whole[::2]
 
 
-def test_seed_and_epoch_change_order_and_draws_and_nothing_else_does():
+def test_seed_and_epoch_change_order_and_sample_seeds_and_nothing_else_does():
     def order(seed: int, epoch: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         plan = Plan(columns(60), PlanSettings(seed=seed, epochs=2, token_budget=800, window_row_groups=3))
         first = len(plan.epochs[0]) * epoch
@@ -146,7 +146,7 @@ def test_seed_and_epoch_change_order_and_draws_and_nothing_else_does():
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.5, 1.0, 2.0, 2.25])
-def test_rows_stand_as_often_as_their_source_weighs_and_take_turns(weight):
+def test_rows_occur_as_often_as_their_sources_weight_says(weight):
     rows, epochs = 400, 20
     sources = (np.arange(rows) % 100 < 40).astype(np.int16)  # 160 rows of the second source, in row groups of their own
     chosen = PlanColumns(*[np.full(rows, 30)] * 2, np.arange(rows) // 20, sources, (1.0, weight))
@@ -167,7 +167,7 @@ def test_rows_stand_as_often_as_their_source_weighs_and_take_turns(weight):
         assert abs(in_second - weight * 160) <= 1
 
 
-def test_an_epoch_reads_few_row_groups_for_rows_that_take_turns():
+def test_an_epoch_reads_few_row_groups_for_fractional_weights():
     chosen = PlanColumns(*[np.full(1000, 30)] * 2, np.arange(1000) // 20, None, (0.1,))
     for epoch in Plan(chosen, PlanSettings(epochs=10)).epochs:
         assert len(np.unique(chosen.row_groups[epoch.rows])) <= 6  # of 50, for 100 rows of 20 to a group
@@ -194,8 +194,11 @@ def test_samples_that_vary_are_planned_by_their_own_counts():
         assert longer(rows, sample_seeds)[0].max() * len(rows) <= 800
 
 
-def test_batches_of_like_lengths_waste_little():
-    """LibriSpeech's durations: most of 10 to 16 s, a tail down to 1.3 s; 12.5 tokens a second, 3 of text, 50 of prompt."""
+def test_batches_of_similar_lengths_need_little_padding():
+    """Imitate LibriSpeech's durations: most of 10 to 16 s, a tail down to 1.3 s.
+
+    A clip has 12.5 audio tokens and 3 text tokens per second, and 50 prompt tokens.
+    """
     rng = np.random.default_rng(0)
     seconds = np.where(rng.random(20_000) < 0.7, rng.normal(14, 1.4, 20_000), rng.uniform(1.3, 17, 20_000)).clip(
         1.3, 24
@@ -225,7 +228,7 @@ def test_a_million_rows_take_a_few_bytes_each():
     assert all(first <= second for first, second in pairwise(batches.step_positions[:100]))
 
 
-def test_what_cannot_be_planned_is_refused():
+def test_empty_data_and_oversized_clips_are_refused():
     with pytest.raises(DataError, match="a clip makes 199 tokens, more than token_budget=100: raise it"):
         Plan(columns(200), PlanSettings(token_budget=100)).batches(position=0, step_batches=1)
     empty = np.zeros(0, int)

@@ -1,4 +1,4 @@
-"""Before hours are spent: a model that does not hear and a batch that trains the prompt are refused, wherever they would come in."""
+"""Test the preflight: a model without a working audio path and a batch with prompt labels are refused."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def deaf(tmp_path_factory) -> Path:
-    """A graft whose projector is all zeros."""
+    """Make a graft whose projector is all zeros."""
     folder = tiny_models.save_tiny_graft(tmp_path_factory.mktemp("preflight") / "deaf")
     state = load_file(folder / "model.safetensors")
     state["audio_projector.linear.weight"].zero_()
@@ -47,7 +47,7 @@ def check(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize("seeds", [(1, 2, 3), (4,)], ids=["batch", "single"])
-def test_a_model_that_hears_and_labels_that_are_answers_pass(opened, seeds):
+def test_a_working_audio_path_and_answer_labels_pass(opened, seeds):
     model, processor = opened
     batch = batch_of(processor, *seeds)
     result = preflight(model, batch, processor.prompt_end_ids())
@@ -55,7 +55,7 @@ def test_a_model_that_hears_and_labels_that_are_answers_pass(opened, seeds):
     assert result.logit_change > 1e-4
 
 
-def test_a_deaf_model_is_refused_everywhere(opened, folder, deaf, tmp_path):
+def test_a_projector_of_zeros_is_refused_everywhere(opened, folder, deaf, tmp_path):
     model, processor = opened
     model.audio_projector.linear.weight.data.zero_()
     with pytest.raises(ModelError, match=r"the audio path is dead: other audio changes the logits by 0\.0e\+00"):
@@ -76,7 +76,7 @@ def test_a_projector_that_is_not_finite_is_refused(opened):
         check_projector(model, source="here")
 
 
-def test_a_deaf_tower_is_refused(opened):
+def test_an_encoder_of_zeros_is_refused(opened):
     model, processor = opened
     for parameter in model.audio_tower.parameters():
         parameter.data.zero_()
@@ -111,7 +111,7 @@ def test_labels_outside_the_answer_are_refused(opened):
     assert check_labels(masked.inputs["input_ids"], masked.inputs["labels"], end) == 0
 
 
-def test_swapped_audio_is_the_next_clips_at_the_own_length():
+def test_swapped_audio_has_the_next_clips_frames_and_the_own_length():
     features, counts = tiny_models.log_mels([10, 40])
     swapped = swap_audio(features, counts)
     assert torch.equal(swapped[0, :, :12], features[1, :, :12])

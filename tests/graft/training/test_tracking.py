@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics that go on from a checkpoint, curves, and a Weights & Biases run, read back from its own file."""
+"""Test tracking: metrics after resuming, curves, and a Weights & Biases run read back from its own file."""
 
 import json
 import struct
@@ -14,7 +14,7 @@ def line(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "loss": 3.0 / step, "learning_rate": 1e-3, "mfu": None, **more}
 
 
-def test_metrics_go_on_from_the_checkpoint_and_are_drawn(tmp_path: Path) -> None:
+def test_resumed_metrics_continue_from_the_checkpoint_and_are_drawn(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, {}, from_step=0)
     for step in (1, 2, 3):
         tracker.write(line(step))
@@ -34,7 +34,7 @@ def test_metrics_go_on_from_the_checkpoint_and_are_drawn(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_wandb_run_is_written_offline_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wandb_run_is_written_offline_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
@@ -70,7 +70,7 @@ BLOCK = 32_768
 
 
 def stored(path: Path) -> list[Any]:
-    """The records of an offline run's file: LevelDB's log format after seven bytes of W&B's own."""
+    """Read an offline run's file: LevelDB's log format after seven bytes of W&B's own."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, place, parts, records = path.read_bytes(), 7, b"", []

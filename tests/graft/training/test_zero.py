@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO trains to the same weights as plain torch, and its state goes on in another process or backend."""
+"""Test that DeepSpeed ZeRO trains to the same weights as plain torch, and that other backends resume its state."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict[str, dict]:
-    """What plain torch makes of each stage in one process."""
+    """Train each stage with plain torch in one process."""
     return {stage: train_share(Case(folder, stage, ("torch",))) for stage in ("stage1", "stage2", "qlora")}
 
 
@@ -33,7 +33,7 @@ def check_same(one: dict, other: dict, *, tolerance: float = 1e-5) -> None:
 
 
 def test_two_processes_of_zero_equal_torch(folder: str, alone: dict[str, dict], tmp_path: Path) -> None:
-    """Two batches accumulated on each, and a state that moves to a new model's ZeRO-2, ZeRO-3 and DDP."""
+    """Accumulate two batches on each process, and move the state to a new model's ZeRO-2, ZeRO-3 and DDP."""
     cases = [
         Case(folder, "stage1", ZERO2),
         Case(folder, "stage2", ZERO2),
@@ -50,7 +50,10 @@ def test_two_processes_of_zero_equal_torch(folder: str, alone: dict[str, dict], 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_three_processes_goes_on_in_two(folder: str, alone: dict[str, dict], tmp_path: Path) -> None:
-    """From ZeRO-3 on three, whose shares the sizes do not divide into, to ZeRO-3 and ZeRO-2 on two; four batches a step all along."""
+    """Resume ZeRO-3 of three processes as ZeRO-3 and ZeRO-2 of two, with four batches per step.
+
+    Three processes do not divide the sizes of the weights.
+    """
     (begun,) = in_processes(3, [Case(folder, "stage2", ZERO3, end=1)], tmp_path)
     assert all(
         furthest(begun[0]["state"][name], entry) == 0 for one in begun[1:] for name, entry in one["state"].items()

@@ -1,4 +1,4 @@
-"""A run is planned on its data, and goes on with those alone."""
+"""Test a run's plan: resuming with other data is refused, columns are cached, validation clips are shared evenly."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def plan_of(folder: str, data: str) -> Plan:
     return plan_run(recipe(folder, data), GraftProcessor.from_pretrained(folder))[2]
 
 
-def test_a_run_does_not_go_on_with_other_data(folder: str, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_other_data(folder: str, tmp_path: Path) -> None:
     rows = [row(f"c{seed}", seed) for seed in range(4)]
     data = corpus(tmp_path / "clips.parquet", rows)
     check_plan(tmp_path, plan_of(folder, data))
@@ -36,7 +36,7 @@ def test_a_run_does_not_go_on_with_other_data(folder: str, tmp_path: Path) -> No
         check_plan(tmp_path, plan_of(folder, data))
 
 
-def test_what_was_read_is_kept_only_when_all_goes_well(tmp_path: Path) -> None:
+def test_columns_are_cached_only_without_an_error(tmp_path: Path) -> None:
     def fill() -> None:
         with cached_rows(tmp_path) as folder:
             (folder / "one").write_text("1")
@@ -55,7 +55,7 @@ def test_what_was_read_is_kept_only_when_all_goes_well(tmp_path: Path) -> None:
         assert folder == tmp_path / ROWS
 
 
-def test_validation_clips_are_drawn_and_shared_out_evenly(
+def test_validation_clips_are_sampled_and_divided_evenly(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [*(row(f"c{seed}", seed) for seed in range(12)), row("mute", 12, text=" ")]

@@ -1,4 +1,4 @@
-"""--plan: what it prints is what the run would do, by shape or from real data, and nothing starts."""
+"""Test --plan: it prints what the run would do, from shapes or from real data, and starts nothing."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ def plan_of(*arguments: str, stage: int = 1) -> int:
 
 
 def number(text: str, pattern: str) -> float:
-    """The number that stands where a pattern has #."""
+    """Return the number in place of # in a pattern."""
     found = re.search(pattern.replace("#", r"([\d,.]*\d)"), text)
     assert found, f"{pattern} is not in\n{text}"
     return float(found[1].replace(",", ""))
@@ -54,7 +54,7 @@ def test_a_known_pair_is_planned_without_its_weights(capsys):
     assert number(text, r"projector # M") == 4.6
     assert number(text, r"# M without adapters") == 8932.9
     assert number(text, r"data +# clips") == 90_000
-    # 33 samples/s were reckoned with the encoder's whole window and 20 tokens of words more.
+    # 33 samples/s were computed with the encoder's whole window and 20 more text tokens.
     assert number(text, r"speed +# samples/s") == pytest.approx(41, rel=0.02)
     hours = 90_000 / number(text, r"speed +# samples/s") / 3600
     assert number(text, r"time +# h") == pytest.approx(hours, rel=0.01)
@@ -145,7 +145,7 @@ def test_data_is_planned_as_it_is_trained(graft, data, capsys, settings):
         (["data=d"], "key model is required"),
     ],
 )
-def test_what_is_wrong_ends_in_one_line(capsys, arguments, words):
+def test_wrong_arguments_end_in_one_line(capsys, arguments, words):
     assert plan_of(*arguments) == 2
     output = capsys.readouterr()
     assert words in output.err
@@ -153,6 +153,6 @@ def test_what_is_wrong_ends_in_one_line(capsys, arguments, words):
     assert output.out == ""
 
 
-def test_data_waits_for_its_graft(capsys):
+def test_data_is_not_read_before_the_graft_is_built(capsys):
     assert plan_of("--recipe", str(RECIPES / "quality-2b-stage1.yaml"), "model=quality-2b") == 0
     assert "assumed, as data is read once the graft is built" in capsys.readouterr().out

@@ -1,6 +1,6 @@
-"""Training survives what happens to machines: killed workers, loaders, drivers and nodes, SIGTERM; and it stops where it should.
+"""Test that training survives killed workers, loaders, drivers and nodes and SIGTERM, and stops where it should.
 
-Whatever happened, in the end there stands what the undisturbed run left.
+In every case the results equal those of an undisturbed run.
 """
 
 import json
@@ -52,7 +52,7 @@ EPOCHS, CLIPS = 12, 41
 
 @dataclass(frozen=True)
 class Home:
-    """A tiny graft, and its corpus of clips of which one can't be decoded, on a server that remembers what was read."""
+    """Make a tiny graft and a corpus with one undecodable clip, on a server that records what is read."""
 
     folder: Path
     graft: str
@@ -113,13 +113,13 @@ def undisturbed(home: Home) -> Folder:
 
 
 def in_mid_epoch(folder: Folder, plan_epoch: int, *, step: int = 1) -> Callable[[], bool]:
-    """Whether the newest checkpoint stands inside an epoch, at a step or later."""
+    """Tell whether the newest checkpoint is inside an epoch, at `step` or later."""
     return lambda: folder.progress.step >= step and folder.progress.position % plan_epoch != 0
 
 
 @pytest.fixture(scope="module")
 def epoch_batches(home: Home) -> int:
-    """The batches of each of the first epochs, which are of one size."""
+    """Count the batches of each of the first epochs, which are equal."""
     recipe = home.recipe("planned")
     _, _, plan = plan_run(recipe, GraftProcessor.from_pretrained(home.graft))
     assert len({len(epoch) for epoch in plan.epochs}) == 1
@@ -127,7 +127,7 @@ def epoch_batches(home: Home) -> int:
 
 
 def reads(home: Home, recipe: stage1.Stage1Recipe) -> list[int]:
-    """The row groups that a loader reads for a whole run, in order."""
+    """List the row groups that a loader reads for a whole run, in order."""
     rows, _, plan = plan_run(recipe, GraftProcessor.from_pretrained(home.graft))
     return groups_of(remaining_batches(plan, Progress(), recipe)[0], rows.row_group)
 
@@ -190,7 +190,7 @@ def test_a_driver_is_killed_and_its_run_goes_on_on_two_workers_and_on_three(
 def every_row_is_trained_once_an_epoch(
     home: Home, before: stage1.Stage1Recipe, after: stage1.Stage1Recipe, progress: Progress
 ) -> None:
-    """What was delivered up to `progress` and what is delivered after it, to another number of workers, add up to all epochs."""
+    """Check that the batches before and after `progress`, with other numbers of workers, add up to all epochs."""
     _, _, plan = plan_run(before, GraftProcessor.from_pretrained(home.graft))
     everything, _ = remaining_batches(plan, Progress(), before)
     left, _ = remaining_batches(plan, progress, after)
@@ -237,7 +237,8 @@ def test_workers_that_die_once_too_often_end_the_run(
     argv = home.command(recipe)[3:]
     with meanwhile(in_mid_epoch(folder, epoch_batches), lambda: processes(TRAINING)[0].kill()):
         assert run_job(stage1.Stage1Recipe, stage1.main, summary="", argv=argv) == 2
-    error = "graft: error: a training worker died (killed, out of memory or crashed) and retries=0 are used up: give the same command again"
+    error = "graft: error: a training worker died (killed, out of memory or crashed) and retries=0 are used up: "
+    error += "give the same command again"
     assert capsys.readouterr().err.splitlines()[-1].startswith(error)
     assert run_job(stage1.Stage1Recipe, stage1.main, summary="", argv=argv) == 0
     assert resumption(folder).step > 0
@@ -246,7 +247,7 @@ def test_workers_that_die_once_too_often_end_the_run(
 
 @pytest.fixture(scope="module")
 def poisoned(home: Home) -> str:
-    """A graft that can't bear a "z"."""
+    """Make a graft whose loss is not finite where a text has a "z"."""
     folder = Path(shutil.copytree(home.graft, home.folder / "poisoned"))
     weights = load_file(folder / "model.safetensors")
     (token,) = GraftProcessor.from_pretrained(folder).tokenizer.encode("z")

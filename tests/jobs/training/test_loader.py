@@ -1,4 +1,4 @@
-"""What reaches a training worker, without Ray: the planned batches, as the processor makes them, with bad clips masked and reported."""
+"""Test loading without Ray: planned batches with the processor's arrays, bad clips masked and reported."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ SECONDS = [0.5, 1.234, 0.05, 2.0, 0.333, 0.75, 1.0, 0.21]
 
 
 def clips(path: Path, **changes: dict[int, Any]) -> Path:
-    """A corpus of clips of SECONDS; `changes` are columns with other values at some rows."""
+    """Write a corpus of clips of SECONDS; `changes` replaces values of columns at some rows."""
     rows = []
     for index, seconds in enumerate(SECONDS):
         changed = {name: values[index] for name, values in changes.items() if index in values}
@@ -58,7 +58,7 @@ def planned(*rows: int, **numbers: int) -> PlannedBatch:
     return PlannedBatch(rows, rows, **{"position": 1, "step_position": 1, "step_label_count": 1, **numbers})
 
 
-def test_a_batch_is_what_the_processor_makes_of_its_rows(folder, processor, tmp_path):
+def test_a_batch_has_the_processors_arrays_of_its_rows(folder, processor, tmp_path):
     loader = loader_of(clips(tmp_path / "a.parquet"), folder)
     rows = loader.spec.rows
     reader = RowReader(rows.files)
@@ -109,21 +109,19 @@ def test_a_noise_clip_that_cannot_be_read_masks_its_sample_and_is_named(folder, 
     assert fault["reason"].startswith("noise clip hum: broken.flac: not readable")
 
 
-def test_delivered_blocks_become_training_batches(folder, processor, tmp_path):
+def test_blocks_become_training_batches(folder, processor, tmp_path):
     data = clips(tmp_path / "a.parquet", wav={6: BROKEN["wav"]})
     plan = Plan(plan_columns(read_rows(str(data)), processor), PlanSettings(max_batch_clips=3))
-    delivered = plan.batches(position=0, step_batches=2, slots=3)
-    loader = loader_of(data, folder, delivered)
+    planned = plan.batches(position=0, step_batches=2, slots=3)
+    loader = loader_of(data, folder, planned)
     skipped: list[dict[str, str]] = []
-    batches = list(training_batches(map(loader.block, range(len(delivered))), torch.device("cpu"), skipped))
-    assert [batch.clip_count for batch in batches] == [len(one.rows) - (6 in one.rows) for one in delivered]
-    assert [batch.ids for batch in batches] == [
-        tuple(f"clip{row}" for row in one.rows if row != 6) for one in delivered
-    ]
-    assert not delivered[-1].rows
-    assert [batch.inputs["input_ids"].shape[0] for batch in batches] == [len(one.rows) or 1 for one in delivered]
+    batches = list(training_batches(map(loader.block, range(len(planned))), torch.device("cpu"), skipped))
+    assert [batch.clip_count for batch in batches] == [len(one.rows) - (6 in one.rows) for one in planned]
+    assert [batch.ids for batch in batches] == [tuple(f"clip{row}" for row in one.rows if row != 6) for one in planned]
+    assert not planned[-1].rows
+    assert [batch.inputs["input_ids"].shape[0] for batch in batches] == [len(one.rows) or 1 for one in planned]
     assert [(one.position, one.step_position, one.step_label_count) for one in batches] == [
-        (one.position, one.step_position, one.step_label_count) for one in delivered
+        (one.position, one.step_position, one.step_label_count) for one in planned
     ]
     assert not (batches[-1].inputs["labels"] != -100).any()
     assert (batches[-1].audio_s, batches[-1].token_count, batches[-1].ids) == (0, 0, ())
@@ -137,7 +135,7 @@ VARIED = AugmentRecipe(speed=[0.9, 1.0, 1.1], gain_db=(-6, 6), noise={"share": 0
 
 
 def test_a_batch_is_the_same_in_another_process(folder, processor, tmp_path):
-    """All of it, to the bit: what is drawn depends on the sample, not on who loads it or what was loaded before."""
+    """Batches are equal bit for bit: variation depends on the sample, not on the loader or its earlier batches."""
     data = clips(
         tmp_path / "a.parquet", text={row: f"W{word}, Other {word * 2}!" for row, word in enumerate(WORDS[:8])}
     )
@@ -169,9 +167,7 @@ def test_a_batch_is_the_same_in_another_process(folder, processor, tmp_path):
         assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_a_share_of_an_answer_is_read_as_other_clips_words_and_all_of_it_is_still_to_be_written(
-    folder, processor, tmp_path
-):
+def test_token_noise_replaces_input_tokens_and_leaves_the_labels(folder, processor, tmp_path):
     texts = {row: " ".join([word] * 40) for row, word in enumerate(WORDS[:8])}
     data = clips(tmp_path / "a.parquet", text=texts)
     rows = read_rows(str(data))
@@ -190,8 +186,8 @@ def test_a_share_of_an_answer_is_read_as_other_clips_words_and_all_of_it_is_stil
     assert 0.2 < swapped[answers].mean() < 0.3  # some of what is read instead is what it was
 
 
-def test_a_loader_leaves_the_threads_of_its_process_as_they_are(folder, tmp_path, thread_count):
-    """A training worker makes its validation's batches itself, and trains on."""
+def test_a_loader_does_not_change_its_processs_thread_count(folder, tmp_path, thread_count):
+    """Validation batches are loaded in the training worker's process."""
     torch.set_num_threads(2)
     loader_of(corpus(tmp_path / "data.parquet", [row("hum", 0)]), folder)
     assert torch.get_num_threads() == 2
@@ -211,7 +207,7 @@ def test_a_loader_reads_each_row_group_once_whatever_share_of_the_batches_it_get
 
 
 class Listening:
-    """An engine that keeps what it is asked and answers nothing."""
+    """An engine that records its requests and returns no tokens."""
 
     def __init__(self) -> None:
         self.requests: list[EngineRequest] = []
@@ -242,7 +238,7 @@ def test_training_features_equal_serving_features_bit_for_bit(folder, processor,
         assert batch["input_ids"][0][is_prompt].tolist() == request.prompt_ids
 
 
-def test_batches_made_ahead_come_in_order_and_so_do_faults():
+def test_prefetched_batches_and_errors_keep_their_order():
     made: list[int] = []
 
     def batches(fault_at: int) -> Iterator[int]:

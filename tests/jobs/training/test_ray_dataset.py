@@ -1,4 +1,4 @@
-"""What Ray delivers to training workers: every batch once, in order, each worker its own, whichever loader made it."""
+"""Test streaming through Ray: every batch once, in order, and each worker receives its own."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +55,7 @@ def test_each_worker_gets_its_own_batches_in_order(spec, first, most_tasks):
             assert all(np.array_equal(block[name], expected[name]) for name in block)
 
 
-def test_loaders_share_the_delivery_instead_of_copying_it(spec):
+def test_loaders_share_the_spec_in_memory(spec):
     import ray
 
     shared = ray.get(ray.put(spec))
@@ -70,7 +70,7 @@ def test_loaders_share_the_delivery_instead_of_copying_it(spec):
     assert (shared.rows.id(5), shared.batches[3]) == (spec.rows.id(5), spec.batches[3])
 
 
-def test_workers_are_told_how_to_compute():
+def test_workers_have_the_clusters_environment():
     import os
 
     import ray
@@ -80,7 +80,7 @@ def test_workers_are_told_how_to_compute():
     assert environment.items() >= WORKER_VARIABLES.items() | SERVE_VARIABLES.items()
 
 
-def test_scheduling_takes_its_time(spec):
+def test_the_scheduling_loop_is_throttled(spec):
     import ray
 
     dataset = planned_dataset(ray.put(spec), 0, len(spec.batches), data_workers=1)

@@ -1,4 +1,4 @@
-"""Test that Ray's own processes stay light: what they import to start training workers and to stream batches is free of torch."""
+"""Test that the modules which Ray's own processes import do not import torch."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What the plan knows of samples before they are read: which rows can be trained on, and how many tokens each sample makes."""
+"""Test samples before they are read: which rows can be trained on, and the number of tokens of each sample."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ WORDS = InstructionRecipe(styles={"raw": 0.3, "formatted": 0.3}, context=0.5, co
 
 
 def clips(path: Path, **changes: dict[int, Any]) -> str:
-    """A corpus of clips of SECONDS and TEXTS; `changes` are columns with other values at some rows."""
+    """Write a corpus of clips of SECONDS and TEXTS; `changes` replaces values of columns at some rows."""
     rows = []
     for index, seconds in enumerate(SECONDS):
         changed = {name: values[index] for name, values in changes.items() if index in values}
@@ -63,7 +63,7 @@ def test_rows_that_cannot_be_trained_are_left_out_and_counted(tmp_path):
         trainable(read_rows(str(tmp_path / "odd.parquet")))
 
 
-def test_clips_with_more_letters_than_audio_tokens_can_not_be_spelled(processor, tmp_path):
+def test_ctc_needs_at_least_as_many_audio_tokens_as_letters(processor, tmp_path):
     quick = {
         "text": {index: "said " * round(2 + 6 * seconds) for index, seconds in enumerate(SECONDS[:4])}
     }  # over 25 letters a second
@@ -111,7 +111,7 @@ def test_the_plan_knows_each_samples_tokens_before_it_is_read(folder, processor,
         assert plan.columns.row_groups.tolist() == [0] * 7 + [1] * 7
 
 
-def test_samples_without_speech_carry_the_end_of_the_answer_alone(folder, processor, tmp_path):
+def test_samples_without_speech_have_an_empty_answer(folder, processor, tmp_path):
     rows, _ = trainable(read_rows(clips(tmp_path / "a.parquet")))
     variation = vary(rows, processor, no_speech=0.6)
     plan = plan_training(rows, processor, PlanSettings(epochs=2), variation)
@@ -153,7 +153,7 @@ def test_weights_and_the_share_without_speech_count_together(processor, tmp_path
     assert (sum(np.bincount(epoch.rows, minlength=26) for epoch in epochs)[7:14] == 2).all()
 
 
-def test_what_cannot_vary_is_refused(tmp_path):
+def test_impossible_variation_is_refused(tmp_path):
     reference = GraftProcessor.from_pretrained(
         tiny_models.save_tiny_graft(tmp_path / "graft", prompt_style="reference", text_style="raw")
     )

@@ -1,4 +1,4 @@
-"""What goes wrong in a training worker: kept for the driver where it would come again, left to Ray where another worker's death did it."""
+"""Test faults of a training worker: those that would recur are recorded, those of a dead peer are left to Ray."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from jobs.training.worker import FAULT_FILE, _record_faults
     ],
     ids=["user", "bug", "death", "stale checkpoint"],
 )
-def test_only_what_would_come_again_is_kept(tmp_path: Path, error: Exception, kept: object) -> None:
+def test_only_recurring_faults_are_recorded(tmp_path: Path, error: Exception, kept: object) -> None:
     with pytest.raises(type(error), match=re.escape(str(error))), _record_faults(tmp_path):
         raise error
     found = json.loads((tmp_path / FAULT_FILE).read_text()) if (tmp_path / FAULT_FILE).exists() else None
@@ -33,7 +33,7 @@ def test_only_what_would_come_again_is_kept(tmp_path: Path, error: Exception, ke
         assert found == kept
 
 
-def test_memory_that_runs_out_says_what_to_do(tmp_path: Path) -> None:
+def test_running_out_of_memory_names_the_remedies(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="lower token_budget"), _record_faults(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert "lower token_budget" in json.loads((tmp_path / FAULT_FILE).read_text())["error"]

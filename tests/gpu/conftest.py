@@ -1,6 +1,6 @@
 """Fixtures of the GPU tests: the device, exact float32, and a graft on disk.
 
-The GPU tests need only torch, transformers, numpy and pytest; a test that needs more is skipped with the package's name.
+The GPU tests need only torch, transformers, numpy and pytest; a test that needs more names it and is skipped.
 """
 
 import gc

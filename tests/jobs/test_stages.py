@@ -183,29 +183,29 @@ def test_stage1_leaves_what_it_promises(home: Home, first: Path) -> None:
     assert not torch.equal(trained, load_file(Path(home.graft, "model.safetensors"))["audio_projector.linear.weight"])
 
 
-def test_spelling_is_a_start_for_transcripts(home: Home) -> None:
+def test_ctc_prealignment_is_a_start_for_transcripts(home: Home) -> None:
     validation = {"data": [home.other], "every": 10, "transcripts": 1, "wer_clips": 3}
-    spelling = home.stage1_recipe("spelling", objective="ctc", backend="torch", max_steps=30, validation=validation)
-    stage1.run(spelling)
-    spelled = Path(spelling.out)
-    losses = [line["loss"] for line in lines(spelled / "metrics.jsonl") if "loss" in line]
+    recipe = home.stage1_recipe("ctc", objective="ctc", backend="torch", max_steps=30, validation=validation)
+    stage1.run(recipe)
+    prealigned = Path(recipe.out)
+    losses = [line["loss"] for line in lines(prealigned / "metrics.jsonl") if "loss" in line]
     assert sum(losses[-10:]) / 10 < 0.8 * losses[0]
-    assert (spelled / "log.txt").read_text().startswith("preflight: ")
+    assert (prealigned / "log.txt").read_text().startswith("preflight: ")
     told = re.findall(
         r"^step 30  validation loss (.*)  WER (.*)% .* of 3 clips\n(  .*\n)",
-        (spelled / "log.txt").read_text(),
+        (prealigned / "log.txt").read_text(),
         re.MULTILINE,
     )
-    validations = [line for line in lines(spelled / "metrics.jsonl") if "validation_wer" in line]
+    validations = [line for line in lines(prealigned / "metrics.jsonl") if "validation_wer" in line]
     assert [line["step"] for line in validations] == [10, 20, 30]
     assert float(told[0][1]) == pytest.approx(100 * validations[-1]["validation_wer"], abs=0.06)
     assert told[0][2].startswith("  u0: ")  # both workers write, and one clip is shown
-    after = home.stage1_recipe("after-spelling", projector=str(spelled), max_steps=1, learning_rate=1e-30)
+    after = home.stage1_recipe("after-ctc", projector=str(prealigned), max_steps=1, learning_rate=1e-30)
     stage1.run(after)
-    started, heard = (
-        load_file(Path(folder, "projector.safetensors"))["linear.weight"] for folder in (after.out, spelled)
+    started, expected = (
+        load_file(Path(folder, "projector.safetensors"))["linear.weight"] for folder in (after.out, prealigned)
     )
-    torch.testing.assert_close(started, heard)
+    torch.testing.assert_close(started, expected)
 
 
 def test_a_slow_dtype_is_told(home: Home) -> None:

@@ -85,7 +85,7 @@ def graft_config(**audio: object) -> GraftConfig:
 def graft_model(seed: int = 0, **audio: object) -> GraftForConditionalGeneration:
     torch.manual_seed(seed)
     model = GraftForConditionalGeneration(graft_config(**audio)).eval()
-    for parameter in model.audio_tower.parameters():  # lively: initial weights of std 0.02 hear next to nothing
+    for parameter in model.audio_tower.parameters():  # with initial weights of std 0.02 audio hardly has an effect
         parameter.data.normal_(std=0.2)
     return model
 

@@ -24,9 +24,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def deaf(tmp_path_factory) -> Path:
+def zeroed(tmp_path_factory) -> Path:
     """Make a graft whose projector is all zeros."""
-    folder = tiny_models.save_tiny_graft(tmp_path_factory.mktemp("preflight") / "deaf")
+    folder = tiny_models.save_tiny_graft(tmp_path_factory.mktemp("preflight") / "zeroed")
     state = load_file(folder / "model.safetensors")
     state["audio_projector.linear.weight"].zero_()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
@@ -55,7 +55,7 @@ def test_a_working_audio_path_and_answer_labels_pass(opened, seeds):
     assert result.logit_change > 1e-4
 
 
-def test_a_projector_of_zeros_is_refused_everywhere(opened, folder, deaf, tmp_path):
+def test_a_projector_of_zeros_is_refused_everywhere(opened, folder, zeroed, tmp_path):
     model, processor = opened
     model.audio_projector.linear.weight.data.zero_()
     with pytest.raises(ModelError, match=r"the audio path is dead: other audio changes the logits by 0\.0e\+00"):
@@ -64,7 +64,7 @@ def test_a_projector_of_zeros_is_refused_everywhere(opened, folder, deaf, tmp_pa
         check_projector(model, source="here")
     save_projector(model, tmp_path)
     write_stage(tmp_path, stage=1, graft=folder)
-    for refuse in (lambda: load_projector(model, tmp_path), lambda: open_graft(tmp_path), lambda: open_graft(deaf)):
+    for refuse in (lambda: load_projector(model, tmp_path), lambda: open_graft(tmp_path), lambda: open_graft(zeroed)):
         with pytest.raises(ModelError, match="all zeros, so audio has no effect"):
             refuse()
 
@@ -121,13 +121,13 @@ def test_swapped_audio_has_the_next_clips_frames_and_the_own_length():
     assert torch.equal(single[0, :, :10], features[0, :, :10].flip(-1))
 
 
-def test_the_check_job_on_good_and_bad(folder, deaf, tmp_path, capsys):
+def test_the_check_job_on_good_and_bad(folder, zeroed, tmp_path, capsys):
     data = corpus(tmp_path / "clips.parquet", [row(f"clip{seed}", seed) for seed in range(3)])
     assert check(f"model={folder}", f"data=[{data}]", "clips=2") == 0
     assert "hears: other audio changes the answer's logits" in capsys.readouterr().out
     unlabelled = corpus(tmp_path / "unlabelled.parquet", [row("clip0", 0, text=" ")])
     for model, source, words in [
-        (deaf, data, "audio has no effect"),
+        (zeroed, data, "audio has no effect"),
         (folder, unlabelled, "none of 1 rows can be trained on (1 no words)"),
     ]:
         assert check(f"model={model}", f"data=[{source}]") == 2

@@ -63,9 +63,11 @@ def test_a_batch_has_the_processors_arrays_of_its_rows(folder, processor, tmp_pa
     rows = loader.spec.rows
     reader = RowReader(rows.files)
     chosen = (7, 0, 4)
-    heard = [read_audio(reader.wav(rows.file[place], rows.row_group[place], rows.row[place])[0]) for place in chosen]
+    chosen_clips = [
+        read_audio(reader.wav(rows.file[place], rows.row_group[place], rows.row[place])[0]) for place in chosen
+    ]
     expected = processor.training_batch(
-        [processor.example(clip, rows.text(place)) for clip, place in zip(heard, chosen, strict=True)]
+        [processor.example(clip, rows.text(place)) for clip, place in zip(chosen_clips, chosen, strict=True)]
     )
     batch = loader.load(planned(*chosen, position=5, step_position=6, step_label_count=77))
     token_count = int(expected["attention_mask"].sum())

@@ -94,19 +94,19 @@ def test_the_plan_knows_each_samples_tokens_before_it_is_read(folder, processor,
     batches = plan.batches(position=0, step_batches=1)
     loader = BatchLoader(LoaderSpec(rows, batches, str(folder), variation))
     planned = dict.fromkeys(range(2), 0)
-    heard = dict.fromkeys(range(2), 0)
+    loaded_counts = dict.fromkeys(range(2), 0)
     for batch in batches:
         loaded = loader.load(batch)
         assert (loaded["labels"] != -100).sum() == batch.step_label_count
         assert loaded["input_ids"].size <= plan.settings.token_budget
         assert loaded["token_count"] == loaded["attention_mask"].sum()
         epoch = int(batch.position > len(plan.epochs[0]))
-        heard[epoch] += int(loaded["token_count"])
+        loaded_counts[epoch] += int(loaded["token_count"])
         planned[epoch] = plan.epochs[epoch].token_count
         counts = (plan.counts or plan.columns.counts)(np.array(batch.rows), np.array(batch.sample_seeds))
         assert (np.abs(loaded["attention_mask"].sum(axis=1) - counts[0]) <= 1).all()
         assert ((loaded["labels"] != -100).sum(axis=1) == counts[1]).all()
-    assert heard == pytest.approx(planned, abs=len(plan.epochs[0].rows))
+    assert loaded_counts == pytest.approx(planned, abs=len(plan.epochs[0].rows))
     if not settings:
         assert plan.columns.row_groups.tolist() == [0] * 7 + [1] * 7
 
@@ -121,7 +121,7 @@ def test_samples_without_speech_have_an_empty_answer(folder, processor, tmp_path
         assert sorted(epoch.rows.tolist()) == list(range(7 + 4))
     assert (plan.columns.row_groups[7:] == -1).all()
     end = processor.target_ids("")
-    heard: dict[int, list[bytes]] = {}
+    row_features: dict[int, list[bytes]] = {}
     for batch in batches:
         loaded = loader.load(batch)
         for place, number in enumerate(batch.rows):
@@ -130,13 +130,12 @@ def test_samples_without_speech_have_an_empty_answer(folder, processor, tmp_path
                 assert (labels != -100).sum() > len(end)
                 continue
             assert labels[labels != -100].tolist() == end
-            heard.setdefault(number, []).append(
+            row_features.setdefault(number, []).append(
                 loaded["input_features"][place, :, : loaded["audio_frame_counts"][place]].tobytes()
             )
-    assert all(len(epochs) == 2 for epochs in heard.values())
-    assert (
-        len({features for epochs in heard.values() for features in epochs}) > 4
-    )  # others in every epoch, but for plain silence
+    assert all(len(epochs) == 2 for epochs in row_features.values())
+    # Every epoch generates other clips, except for plain silence.
+    assert len({features for epochs in row_features.values() for features in epochs}) > 4
 
 
 def test_weights_and_the_share_without_speech_count_together(processor, tmp_path):

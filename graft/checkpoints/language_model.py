@@ -134,14 +134,9 @@ def _write_language_model(config: Qwen2Config, files: Sequence[Path], folder: Pa
 def _write_shard(source: Path, target: Path) -> list[str]:
     """Write the language model's tensors of a shard under Qwen2's names; returns the names."""
     with safe_open(source, framework="pt") as file:
-        names = {
-            name: _qwen2_name(name) for name in list(file.keys()) if name.startswith(LANGUAGE_MODEL) or name == HEAD
-        }
-        state = {plain: file.get_tensor(name) for name, plain in names.items()}
+        # model.language_model.layers.0... -> model.layers.0...; the head keeps its name
+        names = [name for name in list(file.keys()) if name.startswith(LANGUAGE_MODEL) or name == HEAD]
+        state = {name.replace(LANGUAGE_MODEL, "model.", 1): file.get_tensor(name) for name in names}
     if state:
         save_file(state, target, metadata={"format": "pt"})
     return list(state)
-
-
-def _qwen2_name(name: str) -> str:
-    return name if name == HEAD else f"model.{name.removeprefix(LANGUAGE_MODEL)}"

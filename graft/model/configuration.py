@@ -5,11 +5,14 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Qwen2VLConfig, WhisperConfig
 
-AUDIO_POOLS = (1, 2, 4)
-AUDIO_CONTEXTS = ("full", "trim", "valid")
-AUDIO_PROJECTORS = ("linear", "mlp")
-PROMPT_STYLES = ("graft", "reference")
 TEXT_STYLES = ("raw", "lower", "formatted")
+ALLOWED_VALUES: dict[str, tuple[int | str, ...]] = {
+    "audio_pool": (1, 2, 4),
+    "audio_context": ("full", "trim", "valid"),
+    "audio_projector": ("linear", "mlp"),
+    "prompt_style": ("graft", "reference"),
+    "text_style": TEXT_STYLES,
+}
 WINDOW_FRAMES = 3000
 """Mel frames in Whisper's 30 s window, 100 per second."""
 TAIL_FRAMES = 2
@@ -60,13 +63,7 @@ class GraftConfig(Qwen2VLConfig):
             self.audio_config = WhisperConfig()
         self.trained_styles = list(self.trained_styles or [])
         super().__post_init__(**kwargs)
-        for name, allowed in (
-            ("audio_pool", AUDIO_POOLS),
-            ("audio_context", AUDIO_CONTEXTS),
-            ("audio_projector", AUDIO_PROJECTORS),
-            ("prompt_style", PROMPT_STYLES),
-            ("text_style", TEXT_STYLES),
-        ):
+        for name, allowed in ALLOWED_VALUES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(map(str, allowed))}")
         if unknown := set(self.trained_styles) - set(TEXT_STYLES):

@@ -119,7 +119,7 @@ def batch_flops(
         encoder_flops(config, frame_counts, lora_rank=lora_rank if lora_encoder else None)
         + projector_flops(config, frame_counts, to_encoder=lora_encoder)
         + text_flops(config, token_counts, lora_rank=lora_rank, repeats_forward=gradient_checkpointing)
-        + head_flops(config, label_count)
+        + 4.0 * _text(config).vocab_size * _text(config).hidden_size * label_count  # logits, forward and backward
     )
 
 
@@ -169,11 +169,6 @@ def text_flops(config: GraftConfig, token_counts: Counts, *, lora_rank: int | No
     forward = matrices + attention + adapters
     backward = matrices + 2 * attention + 2 * adapters
     return float(forward * (2 if repeats_forward else 1) + backward)
-
-
-def head_flops(config: GraftConfig, label_count: int) -> float:
-    """Count the FLOPs of the logits at label positions, forward and backward."""
-    return 4.0 * _text(config).vocab_size * _text(config).hidden_size * label_count
 
 
 def device_peak_flops(name: str) -> float | None:

@@ -98,10 +98,6 @@ class Batches(Sequence[PlannedBatch]):
         numbers = (int(column[number]) for column in (self.positions, self.step_positions, self.step_label_counts))
         return PlannedBatch(tuple(rows), tuple(sample_seeds), *numbers)
 
-    def after(self, position: int) -> "Batches":
-        """Return the batches that remain after `position` real ones, which must end a step."""
-        return self[int(np.searchsorted(self.step_positions, position, side="right")) :]
-
     def _slice(self, start: int, stop: int, stride: int) -> "Batches":
         if stride != 1:
             raise ValueError(f"batches are sliced without a stride, not with a stride of {stride}")

@@ -74,17 +74,12 @@ class Tracker:
             self._run.finish()
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    path = Path(folder) / METRICS_FILE
-    return _read_lines(path) if path.is_file() else []
-
-
 def draw_curves(folder: str | Path, *, title: str) -> list[dict[str, Any]]:
     """Draw a run's metrics to curves.png: loss, learning rate, gradient, speed and data wait; returns the metrics."""
     require("matplotlib", extra="train")
     from matplotlib.figure import Figure
 
-    lines = read_metrics(folder)
+    lines = _read_lines(Path(folder) / METRICS_FILE)
     figure = Figure(figsize=(12, 7), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(2, 2, sharex=True)

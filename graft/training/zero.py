@@ -77,15 +77,12 @@ class ZeroBackend:
 
     def _make_moments(self, step: int) -> None:
         """Create AdamW's moments, as its first step would; only then can ZeRO set a parameter's moments."""
-        flats = self.optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else self._flats()
-        for flat in flats:
+        flats = [flat for group in self.optimizer.param_groups for flat in group["params"]]
+        for flat in self.optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else flats:
             moments = {key: torch.zeros_like(flat) for key in STATE_KEYS}
             self.optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step), device=flat.device), **moments}
         if self.zero_stage < 3:
             self.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _flats(self) -> list[Tensor]:
-        return [flat for group in self.optimizer.param_groups for flat in group["params"]]
 
     def _load_whole(self, parameter: nn.Parameter, entry: Mapping[str, Tensor], keys: tuple[str, ...]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state

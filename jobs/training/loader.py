@@ -105,7 +105,7 @@ class BatchLoader:
         try:
             if self.cache and speaks:
                 return self._cached(self.cache, row, name, text, sample_seed)
-            clip = self._clip(row, sample_seed) if speaks else self._clip_without_speech(row - len(rows), sample_seed)
+            clip = self._clip(row, sample_seed)
             example = self.processor.example(clip, text, self.spec.variation.instruction(text, sample_seed))
         except (AudioError, DataError) as error:
             return self._masked(name, str(error))
@@ -113,6 +113,10 @@ class BatchLoader:
         return Sample(example, name, clip.duration_s)
 
     def _clip(self, row: int, sample_seed: int) -> AudioClip:
+        """Decode and augment a row's clip, or generate one without speech for a row after the table's last."""
+        if row >= len(self.spec.rows):
+            seconds = self.spec.variation.no_speech_s[row - len(self.spec.rows)]
+            return no_speech_clip(float(seconds), sample_seed, self.noise)
         wav, path = self._file(row)
         clip = read_audio(wav, name=path)
         return self.augmenter.clip(clip, sample_seed, duration_s=float(self.spec.rows.duration_s[row]))
@@ -149,9 +153,6 @@ class BatchLoader:
         swapped = np.append(rng.random(len(target_ids) - 1) < share, False)
         decoder_input_ids = np.where(swapped, rng.choice(others, len(target_ids)), target_ids).tolist()
         return replace(sample, example=replace(sample.example, decoder_input_ids=decoder_input_ids))
-
-    def _clip_without_speech(self, number: int, sample_seed: int) -> AudioClip:
-        return no_speech_clip(float(self.spec.variation.no_speech_s[number]), sample_seed, self.noise)
 
     def _masked(self, name: str, fault: str | None = None) -> Sample:
         """Make the shortest silence without an answer, which replaces an unreadable clip and fills up steps."""

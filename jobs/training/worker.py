@@ -68,7 +68,8 @@ def work(run: Run) -> None:
 
     out, device = Path(run.out), get_device()
     checkpoint = _same_on_all_workers(latest_checkpoint(out / CHECKPOINTS))
-    settings = _with_peak_flops(run.settings, device)
+    peak_flops = device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    settings = replace(run.settings, peak_flops=peak_flops)
     progress = read_progress(checkpoint)
     if (out / FAULT_FILE).is_file() or is_finished(progress, settings, run.total_steps):
         return  # the fault would happen again, or Ray restarted workers that were finished
@@ -159,12 +160,6 @@ def _make_flop_counter(run: Run, config: GraftConfig) -> Callable[[Mapping[str, 
         )
 
     return cost
-
-
-def _with_peak_flops(settings: LoopSettings, device: torch.device) -> LoopSettings:
-    return replace(
-        settings, peak_flops=device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    )
 
 
 def _same_on_all_workers(path: Path | None) -> Path | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from graft.audio.clip import read_audio
@@ -11,6 +12,7 @@ from graft.training.backends import Backend
 from graft.training.batch import TrainingBatch
 from graft.training.loop import LoopSettings, Observer, train
 from graft.training.meter import StepLog
+from graft.training.plan import Batches
 from graft.training.progress import Progress
 from tests.support.speech_corpus import flac
 
@@ -43,6 +45,11 @@ def step_batches(processor: GraftProcessor, *batches: Sequence[Example], first: 
         )
         for index, batch in enumerate(batches)
     ]
+
+
+def batches_after(batches: Batches, position: int) -> Batches:
+    """Return the batches that remain after `position` real ones, which must end a step."""
+    return batches[int(np.searchsorted(batches.step_positions, position, side="right")) :]
 
 
 def clip_steps(processor: GraftProcessor, *, steps: int, size: int = 2) -> list[TrainingBatch]:

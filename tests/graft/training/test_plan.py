@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from graft.errors import DataError
 from graft.training.plan import Batches, Epoch, Plan, PlanColumns, PlannedBatch, PlanSettings
+from tests.support.training import batches_after
 
 
 def columns(rows: int, *, rows_per_group: int = 10, seed: int = 0, free: int = 0) -> PlanColumns:
@@ -107,7 +108,7 @@ def test_a_run_resumes_from_any_step_with_any_number_of_workers(plan, step_batch
         position = whole[start - 1].step_position if start else 0
         rest = list(whole[start:])
         assert list(plan.batches(position=position, step_batches=step_batches, slots=step_batches + 1)) == rest
-        assert list(whole.after(position)) == rest
+        assert list(batches_after(whole, position)) == rest
         assert real(plan.batches(position=position, step_batches=other)) == real(whole[start:])
 
 

@@ -44,6 +44,7 @@ from tests.support.faults import (
 )
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, row
+from tests.support.training import batches_after
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
@@ -195,7 +196,7 @@ def every_row_is_trained_once_an_epoch(
     everything, _ = remaining_batches(plan, Progress(), before)
     left, _ = remaining_batches(plan, progress, after)
     trained = np.concatenate(
-        [everything.rows[: len(everything.rows) - len(everything.after(progress.position).rows)], left.rows]
+        [everything.rows[: len(everything.rows) - len(batches_after(everything, progress.position).rows)], left.rows]
     )
     for epoch in trained.reshape(EPOCHS, CLIPS):
         assert sorted(epoch) == list(range(CLIPS))

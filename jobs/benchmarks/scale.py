@@ -95,7 +95,7 @@ class MadeBatches:
 def bench_ingest(graft: str) -> Numbers:
     """Measure whether Ray keeps an H200 busy."""
     with tempfile.TemporaryDirectory() as folder:
-        spec = _deliver(graft, folder, clips=FED_CLIPS)
+        spec = _loader_spec(graft, folder, clips=FED_CLIPS)
         positions = [batch.position for batch in spec.batches]
         numbers = measured(watch(pass_through, 1, positions, spec, H200_RATE))
     waited = numbers["wait %"]
@@ -107,7 +107,7 @@ def bench_split(graft: str, consumers: Sequence[int], seconds: float) -> Numbers
     from ..training.loader import BatchLoader
 
     with tempfile.TemporaryDirectory() as folder:
-        spec = _deliver(graft, folder)
+        spec = _loader_spec(graft, folder)
         block = BatchLoader(spec).block(len(spec.batches) // 2)
     light = block | {"input_features": block["input_features"][..., :0]}
 
@@ -140,7 +140,7 @@ def bench_real(graft: str, consumers: Sequence[int], seconds: float) -> Numbers:
             audio_s = max(REAL_RATE * seconds, FEWEST_BATCHES * count * REAL_BUDGET / 25)
             plan = {"epochs": math.ceil(audio_s / (10 * CLIPS)), "token_budget": REAL_BUDGET}
             with tempfile.TemporaryDirectory() as folder:
-                spec = _deliver(graft, folder, step_batches=count, **plan)
+                spec = _loader_spec(graft, folder, step_batches=count, **plan)
                 positions = [batch.position for batch in spec.batches]
                 yield f"real {count}", measured(watch(pass_through, count, positions, spec, REAL_RATE / count))
 
@@ -151,7 +151,7 @@ def bench_real(graft: str, consumers: Sequence[int], seconds: float) -> Numbers:
     return numbers | report("", extrapolated)
 
 
-def _deliver(graft: str, folder: str, *, clips: int = CLIPS, step_batches: int = 1, **plan: Any) -> Any:
+def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS, step_batches: int = 1, **plan: Any) -> Any:
     """Write a corpus and plan a run, with these PlanSettings and a 7B graft's mel bands."""
     from transformers import WhisperFeatureExtractor
 

@@ -1,9 +1,10 @@
 """Train variants of a recipe and compare their word error rates.
 
-For each variant and seed: build -> stage 1 -> stage 2, the WER after each stage (after CTC pre-alignment the CER too), all in
-out/VARIANT-SEED/; then ablation.json and ablation.md are written anew. What an earlier trial did with the same settings is not done
-again, and a run that was cut off goes on.
-All variants take equally many steps over the same clips when max_batch_clips bounds a batch, and token_budget never does.
+Each variant is a small change of the base recipe. For each variant and seed: build -> stage 1 -> stage 2, with the
+error rates after each stage (after CTC pre-alignment those of its letters), all in out/VARIANT-SEED/; then
+ablation.json and ablation.md are written anew. Steps that an earlier trial ran with the same settings are not repeated,
+and a run that was cut off continues. All variants take equally many steps over the same clips when max_batch_clips
+bounds a batch, and token_budget never does.
 """
 
 import json
@@ -33,35 +34,36 @@ if TYPE_CHECKING:
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
 BASE = "base"
 Settings = dict[Literal["build", "stage1", "stage2"], dict[str, Any]]
-"""Keys of three jobs' recipes; a variant names those alone that it changes."""
+"""Keys of the recipes of three commands; a variant gives only those that it changes."""
 
 
 class AblateRecipe(Recipe):
-    """What is compared, and on what."""
+    """The variants to compare, and the data to train and score them on."""
 
     data: Sources
-    """To train on, as in jobs.stage1."""
+    """Training data, as in jobs.stage1."""
     out: str
-    """Folder for everything; a run that was cut off goes on there, also with more variants and seeds."""
+    """Folder for everything; a run that was cut off continues there, also with more variants and seeds."""
     validation: Sources | None = None
-    """Measure the loss on these clips as well; the best weights are then the result of a stage."""
+    """Clips on which the loss is measured in training; the best weights are then the result of a stage."""
     evaluate: dict[str, Sources] = Field(default={})
-    """Name of a test set -> its data, as in jobs.evaluate; by default the validation's."""
+    """Test sets to score: names of your own and their data, as in jobs.evaluate; by default the validation clips."""
     scoring: dict[str, Any] = Field(default={})
-    """Other keys of jobs.evaluate, such as limit and batch_clips."""
+    """Further keys of jobs.evaluate, such as limit and batch_clips."""
     base: Settings = Field(default={})
-    """The recipe that the variants change; a stage's encoder_cache is OUT/encoded unless it is given."""
+    """The recipe that the variants change. The encoder_cache of a stage is OUT/encoded unless it is given here."""
     variants: dict[str, Settings] = Field(default={})
-    """Name, which its folder has too -> what is changed; groups such as lora are changed key by key."""
+    """Variants: a name, which is also that of its folder, and the keys that it changes; groups such as lora are changed
+    key by key."""
     last_stage: Literal[1, 2] = 2
-    """Last stage to train: 2 for both; 1 compares the projectors alone, which takes minutes with `stage1.objective: ctc`."""
+    """Last stage to train; 1 compares the joins alone, which takes minutes with objective=ctc."""
     seeds: list[int] | dict[str, list[int]] = Field(default=[0])
-    """Of every variant, or of those named, `base` among them; the others have seed 0."""
+    """Random seeds of every variant, or by variant, `base` among them; variants that are not named take seed 0."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A variant with a seed: the recipes of its jobs, of which an earlier trial may have done some; `scoring` lacks the model."""
+    """A variant with a seed: the recipes of its commands, of which an earlier trial may have run some."""
 
     variant: str
     seed: int
@@ -69,137 +71,135 @@ class Trial:
     stage1: stage1.Stage1Recipe
     stage2: stage2.Stage2Recipe
     scoring: EvaluateRecipe
+    """The recipe of jobs.evaluate, without its model and folder."""
 
 
 def run(recipe: AblateRecipe) -> None:
-    """Train and score all variants. Raises what the jobs raise, and RecipeError before the first of them."""
+    """Train and score all variants. Raises RecipeError before the first of them, and the errors of the commands."""
     from graft.data.dataset import read_rows
 
     from .training.samples import trainable
 
     planned = trials(recipe)
     rows, _ = trainable(read_rows(recipe.data))
-    out = claim_output(
-        recipe.out, recipe.model_copy(update={"variants": {}, "seeds": [0], "last_stage": 2})
-    )  # these may grow
+    # A later run may add variants, seeds and a stage.
+    out = claim_output(recipe.out, recipe.model_copy(update={"variants": {}, "seeds": [0], "last_stage": 2}))
     results: list[dict[str, Any]] = []
-    unchanged = _trial(recipe, BASE, {}, 0, {})
+    unchanged = _make_trial(recipe, BASE, {}, 0, {})
     for trial in planned:
         changes = recipe.variants.get(trial.variant, {})
-        change = ", ".join(_in_words(changes, {job: getattr(unchanged, job).model_dump() for job in changes})) or "-"
+        base = {command: getattr(unchanged, command).model_dump() for command in changes}
+        change = ", ".join(_describe_changes(changes, base)) or "-"
         print(f"\n== {trial.variant}-{trial.seed}, {len(results) + 1} of {len(planned)}: {change}", flush=True)
-        results.append(
-            {"variant": trial.variant, "seed": trial.seed, "change": change, **_result(trial, rows, recipe.last_stage)}
-        )
+        names = {"variant": trial.variant, "seed": trial.seed, "change": change}
+        results.append(names | _run_trial(trial, rows, recipe.last_stage))
         write_atomic(out / RESULT_FILE, json.dumps(results, indent=2) + "\n")
         write_atomic(out / TABLE_FILE, table(results))
     print(f"\n{table(results)}", end="", flush=True)
 
 
 def trials(recipe: AblateRecipe) -> list[Trial]:
-    """All that is to be done, the base first. Raises RecipeError for a wrong setting of any variant."""
+    """List all trials, the base first. Raises RecipeError for a wrong setting of any variant."""
     variants: dict[str, Settings] = {BASE: {}, **recipe.variants}
     if BASE in recipe.variants:
         raise RecipeError(f"variants.{BASE}: that name is the unchanged recipe's: give the variant another one")
     if not recipe.evaluate and recipe.validation is None:
         raise RecipeError("there is nothing to score: give evaluate.NAME=DATA, or validation=DATA")
-    given = recipe.seeds if isinstance(recipe.seeds, dict) else dict.fromkeys(variants, recipe.seeds)
-    if unknown := given.keys() - variants:
+    seeds = recipe.seeds if isinstance(recipe.seeds, dict) else dict.fromkeys(variants, recipe.seeds)
+    if unknown := seeds.keys() - variants:
         raise RecipeError(f"seeds.{min(unknown)}: there is no such variant: give {', '.join(variants)}")
-    homes: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     return [
-        _trial(recipe, name, change, seed, homes) for name, change in variants.items() for seed in given.get(name, [0])
+        _make_trial(recipe, name, changes, seed, folders)
+        for name, changes in variants.items()
+        for seed in seeds.get(name, [0])
     ]
 
 
-def _trial(recipe: AblateRecipe, name: str, change: Settings, seed: int, homes: dict[str, Path]) -> Trial:
-    """Put a trial's recipes together; `homes` are the folders of those who were the first with a build or a stage 1."""
-    home, given = Path(recipe.out, f"{name}-{seed}"), recipe.model_dump(mode="json")
-    settings = _changed({"build": {}, "stage1": {}, "stage2": {}} | given["base"], change)
-    built = homes.setdefault(json.dumps([seed, settings["build"]]), home)
-    trained = homes.setdefault(json.dumps([seed, settings["build"], settings["stage1"]]), home)
+def _make_trial(recipe: AblateRecipe, name: str, changes: Settings, seed: int, folders: dict[str, Path]) -> Trial:
+    """Make a trial's recipes; `folders` are those of the first trials with the same build, or build and stage 1."""
+    folder, given = Path(recipe.out, f"{name}-{seed}"), recipe.model_dump(mode="json")
+    settings = _merged({"build": {}, "stage1": {}, "stage2": {}} | given["base"], changes)
+    built = folders.setdefault(json.dumps([seed, settings["build"]]), folder)
+    trained = folders.setdefault(json.dumps([seed, settings["build"], settings["stage1"]]), folder)
     validation = {"data": given["validation"]} if recipe.validation else None
     shared = {"encoder_cache": str(Path(recipe.out, "encoded")), "validation": validation}
-    graft, first, second = str(built / "graft"), str(trained / "stage1"), str(home / "stage2")
+    keys1, keys2 = (_merged(shared, settings[stage]) for stage in ("stage1", "stage2"))
+    graft, first, second = str(built / "graft"), str(trained / "stage1"), str(folder / "stage2")
     training = {"model": graft, "data": given["data"], "seed": seed}
     sets = given["evaluate"] or {"validation": given["validation"]}
+    scoring = {"baseline": None, **recipe.scoring}
     return Trial(
         name,
         seed,
-        _read(build.BuildRecipe, f"{name}.build", settings["build"], out=graft, seed=seed),
-        _read(stage1.Stage1Recipe, f"{name}.stage1", _changed(shared, settings["stage1"]), out=first, **training),
-        _read(
-            stage2.Stage2Recipe,
-            f"{name}.stage2",
-            _changed(shared, settings["stage2"]),
-            out=second,
-            projector=first,
-            **training,
-        ),
-        _read(EvaluateRecipe, "scoring", {"baseline": None, **recipe.scoring}, model="", out="", data=sets),
+        _recipe(build.BuildRecipe, f"{name}.build", settings["build"], out=graft, seed=seed),
+        _recipe(stage1.Stage1Recipe, f"{name}.stage1", keys1, out=first, **training),
+        _recipe(stage2.Stage2Recipe, f"{name}.stage2", keys2, out=second, projector=first, **training),
+        _recipe(EvaluateRecipe, "scoring", scoring, model="", out="", data=sets),
     )
 
 
-def _changed(base: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[str, Any]:
-    """The base with the changes; a group is changed key by key."""
+def _merged(base: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[str, Any]:
+    """Merge changes into the base; groups are merged key by key."""
     groups = [key for key, value in changes.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
-    return {**base, **changes, **{key: _changed(base[key], changes[key]) for key in groups}}
+    return {**base, **changes, **{key: _merged(base[key], changes[key]) for key in groups}}
 
 
-def _read(recipe_class: type[R], where: str, settings: Mapping[str, Any], **given: Any) -> R:
-    """A job's recipe. Raises RecipeError that says where its settings stand."""
+def _recipe(recipe_class: type[R], where: str, settings: Mapping[str, Any], **given: Any) -> R:
+    """Make a command's recipe. Raises RecipeError that begins with `where` its settings are."""
     if taken := settings.keys() & given.keys():
         raise RecipeError(f"{where}.{min(taken)} is for jobs.ablate to give: leave it out")
+    overrides = [f"{key}={json.dumps(value)}" for key, value in {**settings, **given}.items()]
     try:
-        return read_recipe(
-            recipe_class, None, [f"{key}={json.dumps(value)}" for key, value in {**settings, **given}.items()]
-        )
+        return read_recipe(recipe_class, None, overrides)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def _in_words(changes: Mapping[Any, Any], was: Mapping[Any, Any] | None) -> Iterator[str]:
-    """Each change as `key new instead of old`; groups give those of their keys."""
+def _describe_changes(changes: Mapping[Any, Any], base: Mapping[Any, Any] | None) -> Iterator[str]:
+    """Yield each change as `key new instead of old`; groups yield the changes of their keys."""
     for key, value in changes.items():
-        old = (was or {}).get(key)
-        yield from _in_words(value, old) if isinstance(value, dict) else [f"{key} {value} instead of {old}"]
+        old = (base or {}).get(key)
+        yield from _describe_changes(value, old) if isinstance(value, dict) else [f"{key} {value} instead of {old}"]
 
 
-def _result(trial: Trial, rows: "RowTable", last_stage: int) -> dict[str, Any]:
+def _run_trial(trial: Trial, rows: "RowTable", last_stage: int) -> dict[str, Any]:
+    """Build, train and score, or read what an earlier run left; returns the results by stage."""
     from graft.checkpoints.loading import open_processor
 
+    from .evaluation.ctc import score_ctc
     from .training.samples import audio_counts
 
-    if not holds_results(trial.build.out, build.as_trained(trial.build)):
+    if not holds_results(trial.build.out, build.with_trained_settings(trial.build)):
         build.run(trial.build)
-    by_ctc = trial.stage1.objective == "ctc"
     counts = audio_counts(open_processor(trial.build.out), rows.duration_s)
-    results = {
+    results: dict[str, Any] = {
         "audio_tokens_per_s": float(counts.sum() / rows.duration_s.sum()),
-        "stage1": stage1.run(trial.stage1)
-        | (_ctc_scores(trial) if by_ctc else _scores(trial.stage1.out, trial.scoring)),
+        "stage1": stage1.run(trial.stage1),
     }
+    scoring = _scoring_of(trial, trial.stage1.out)
+    if trial.stage1.objective == "ctc":
+        results["stage1"]["spelled"] = score_ctc(scoring, trial.stage1.letters)
+    else:
+        results["stage1"]["scores"] = _score(scoring)
     if last_stage == 2:
-        results["stage2"] = stage2.run(trial.stage2) | _scores(trial.stage2.out, trial.scoring)
+        results["stage2"] = stage2.run(trial.stage2) | {"scores": _score(_scoring_of(trial, trial.stage2.out))}
     return results
 
 
-def _ctc_scores(trial: Trial) -> dict[str, dict[str, Any]]:
-    from .evaluation.ctc import score_ctc
-
-    recipe = trial.scoring.model_copy(update={"model": trial.stage1.out, "out": f"{trial.stage1.out}-scored"})
-    return {"spelled": score_ctc(recipe, trial.stage1.letters)}
+def _scoring_of(trial: Trial, stage: str) -> EvaluateRecipe:
+    return trial.scoring.model_copy(update={"model": stage, "out": f"{stage}-scored"})
 
 
-def _scores(stage: str, recipe: EvaluateRecipe) -> dict[str, dict[str, Any]]:
-    """Set -> what jobs.evaluate finds of a stage there, now or in an earlier run."""
-    from .evaluation.scoring import REPORT_FILE
-    from .evaluation.scoring import run as score
+def _score(recipe: EvaluateRecipe) -> dict[str, Any]:
+    """Return the graft's scores by test set, from an earlier run's report if it is there."""
+    from .evaluation import scoring
 
-    recipe = recipe.model_copy(update={"model": stage, "out": f"{stage}-scored"})
-    is_done = holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS)
-    report = json.loads(Path(recipe.out, REPORT_FILE).read_text()) if is_done else score(recipe)
-    return {"scores": {name: report["sets"][name]["graft"] for name in recipe.data}}
+    if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS):
+        report = json.loads(Path(recipe.out, scoring.REPORT_FILE).read_text())
+    else:
+        report = scoring.run(recipe)
+    return {name: report["sets"][name]["graft"] for name in recipe.data}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Check within a minute that a checkpoint hears audio and that only answers would be trained."""
+"""Check within a minute that a checkpoint hears audio and that only answers would be trained.
+
+first clips -> one training batch -> the answers' logits with the clips' own audio and with that of others, and the
+labels
+"""
 
 import sys
 from typing import TYPE_CHECKING, Literal
@@ -16,34 +20,36 @@ if TYPE_CHECKING:
 
 
 class CheckRecipe(Recipe):
-    """What to check, on what."""
+    """The checkpoint to check, and the clips to check it on."""
 
     model: str
     """A graft, or the output folder of a stage."""
     data: Sources
-    """Labelled clips: parquet files, folders or globs, or {files, columns}; the first `clips` of them are used."""
+    """Labelled clips: parquet files, folders or globs, or groups of {files, columns}."""
     clips: int = 4
+    """Number of clips to use, the first of `data`."""
     dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the weights and of the arithmetic."""
     gpu: bool = False
+    """Run on a GPU."""
 
 
 def run(recipe: CheckRecipe) -> "Preflight":
-    """Run the preflight of the stages on a few clips. Raises ModelError for a deaf model, DataError for wrong labels."""
+    """Run the stages' preflight on a few clips. Raises ModelError for a deaf model, DataError for wrong labels."""
     from graft.checkpoints.loading import DTYPES, open_graft
     from graft.training.preflight import preflight
 
     model, processor = open_graft(recipe.model, dtype=DTYPES[recipe.dtype], device="cuda" if recipe.gpu else "cpu")
-    batch = first_clips(recipe.data, processor, recipe.clips)
-    result = preflight(
-        model, {name: tensor.to(model.device) for name, tensor in batch.items()}, processor.prompt_end_ids()
-    )
+    batch = _first_batch(recipe, processor)
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    result = preflight(model, inputs, processor.prompt_end_ids())
     print(f"check: {recipe.model} hears: other audio changes the answer's logits by {result.logit_change:.2g}")
     print(f"check: {result.label_count} labels, all of them in answers")
     return result
 
 
-def first_clips(data: Sources, processor: "GraftProcessor", count: int) -> "dict[str, torch.Tensor]":
-    """Make one training batch of the first clips of a corpus, as the stages would."""
+def _first_batch(recipe: CheckRecipe, processor: "GraftProcessor") -> "dict[str, torch.Tensor]":
+    """Make one training batch of the first clips, as the stages would."""
     import torch
 
     from graft.audio.clip import read_audio
@@ -51,18 +57,14 @@ def first_clips(data: Sources, processor: "GraftProcessor", count: int) -> "dict
 
     from .training.samples import trainable
 
-    rows, _ = trainable(read_rows(data))
+    rows, _ = trainable(read_rows(recipe.data))
     reader = RowReader(rows.files)
     examples = []
-    for row in range(min(count, len(rows))):
+    for row in range(min(recipe.clips, len(rows))):
         wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
         examples.append(processor.example(read_audio(wav, name=path or rows.id(row)), rows.text(row)))
     return {name: torch.from_numpy(array) for name, array in processor.training_batch(examples).items()}
 
 
-def main(recipe: CheckRecipe) -> None:
-    run(recipe)
-
-
 if __name__ == "__main__":
-    sys.exit(run_job(CheckRecipe, main, summary=__doc__))
+    sys.exit(run_job(CheckRecipe, run, summary=__doc__))

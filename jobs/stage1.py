@@ -38,7 +38,7 @@ class Stage1Recipe(TrainRecipe):
 
 
 def run(recipe: Stage1Recipe) -> dict[str, Any]:
-    """Train the projector of a graft; returns losses, counts and seconds."""
+    """Train the projector of a graft; returns what result.json holds: losses, counts and seconds."""
     from graft.training.stages import Stage
 
     from .training.driver import fit
@@ -59,9 +59,5 @@ def plan(recipe: Stage1Recipe, options: PlanOptions) -> None:
     )
 
 
-def main(recipe: Stage1Recipe) -> None:
-    run(recipe)
-
-
 if __name__ == "__main__":
-    sys.exit(run_job(Stage1Recipe, main, summary=__doc__, plan=plan))
+    sys.exit(run_job(Stage1Recipe, run, summary=__doc__, plan=plan))

@@ -1,6 +1,6 @@
 """Train LoRA adapters on the language model of a graft together with its projector.
 
-The base is quantized to NF4 (QLoRA) or not (LoRA).
+The frozen weights of the language model are quantized to NF4 (QLoRA), or left in `dtype` (LoRA).
 """
 
 import os
@@ -49,20 +49,19 @@ class Stage2Recipe(TrainRecipe):
 
 
 def run(recipe: Stage2Recipe) -> dict[str, Any]:
-    """Train adapters and projector; returns losses, counts and seconds."""
+    """Train adapters and projector; returns what result.json holds: losses, counts and seconds."""
     from graft.checkpoints.lora import LoraSettings
     from graft.training.stages import Stage
 
     from .training.driver import fit
 
     lora = LoraSettings(**recipe.lora.model_dump())
-    adapters = _adapters(recipe)
-    return fit(
-        recipe, Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=_projector(recipe), adapters=adapters)
-    )
+    adapters, projector = _initial_adapters(recipe), _initial_projector(recipe)
+    stage = Stage(2, lora=lora, nf4=recipe.quantize == "nf4", projector=projector, adapters=adapters)
+    return fit(recipe, stage)
 
 
-def _adapters(recipe: Stage2Recipe) -> str | None:
+def _initial_adapters(recipe: Stage2Recipe) -> str | None:
     """Check the folder of the adapters to start from. Raises ModelError for another rank or alpha than the recipe's."""
     from graft.checkpoints.lora import read_adapters
 
@@ -76,7 +75,7 @@ def _adapters(recipe: Stage2Recipe) -> str | None:
     return os.path.abspath(recipe.adapters)
 
 
-def _projector(recipe: Stage2Recipe) -> str | None:
+def _initial_projector(recipe: Stage2Recipe) -> str | None:
     """Choose the folder of the projector to start from; None for the graft's own.
 
     Raises ModelError for a projector that was never trained.
@@ -107,9 +106,5 @@ def plan(recipe: Stage2Recipe, options: PlanOptions) -> None:
     print_plan(recipe, options, *planned_graft(recipe.model), trained=trained)
 
 
-def main(recipe: Stage2Recipe) -> None:
-    run(recipe)
-
-
 if __name__ == "__main__":
-    sys.exit(run_job(Stage2Recipe, main, summary=__doc__, plan=plan))
+    sys.exit(run_job(Stage2Recipe, run, summary=__doc__, plan=plan))

@@ -3,7 +3,6 @@
 import importlib
 import re
 import shlex
-import typing
 from collections.abc import Iterator
 
 import pytest
@@ -56,7 +55,9 @@ def check(words: list[str]) -> None:
             from jobs.submit import _parser
 
             options = _parser().parse_args(arguments)
-            check_job(options.verb, options.arguments)
+            check_job(options.command, options.arguments)
+        case ["python", "-m", "jobs"]:
+            return
         case ["python", "-m", module, *arguments] if module.startswith("jobs."):
             check_job(module.removeprefix("jobs."), arguments)
         case ["ray", *arguments]:
@@ -80,7 +81,8 @@ def check_job(verb: str, arguments: list[str]) -> None:
         return
     if verb == "demo" and not arguments:
         return
-    recipe_class = typing.get_type_hints(job.main)["recipe"]
+    command = getattr(job, "run", None) or job.main
+    recipe_class = command.__annotations__["recipe"]
     assert issubclass(recipe_class, Recipe)
     plans = hasattr(job, "plan")
     options, overrides = _read_arguments(recipe_class, "", arguments, plans=plans)

@@ -13,7 +13,7 @@ from graft.data.dataset import clip_row, write_corpus
 from graft.errors import AudioError, DataError
 from graft.text.wer import score
 
-from ..preparation.manifests import Dropped, Manifest, clip_of, read_manifests
+from ..preparation.manifests import DroppedLine, Manifest, read_manifests, row_audio
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts"
 MANIFESTS = tuple(str(PROMPTS / name) for name in ("train.jsonl", "unseen.jsonl"))
@@ -33,9 +33,9 @@ def labelled_speech(manifests: Sequence[str] | None) -> list[LabelledClip]:
     score(["a"], ["a"])  # packages that are missing for scoring are reported now, not after the transcription
     clips = []
     for row in read_manifests([Manifest(manifest=path) for path in manifests or MANIFESTS]):
-        if isinstance(row, Dropped):
+        if isinstance(row, DroppedLine):
             raise DataError(f"{row.source}: line {row.line}: {row.reason}: correct the line or remove it")
-        clip = read_audio(clip_of(row), name=str(row.audio))
+        clip = read_audio(row_audio(row), name=str(row.audio))
         if clip.duration_s > LONGEST_LABELLED_S:
             limit = f"not every peer takes more than {LONGEST_LABELLED_S:g} s at a time: remove the clip"
             raise AudioError(f"{row.audio}: {clip.duration_s:.1f} s: {limit}")

@@ -1,4 +1,4 @@
-"""Run a command: arguments -> recipe -> the command's main, or its plan -> exit code.
+"""Run a command: arguments -> recipe -> the command's `run`, or its `plan` -> exit code.
 
 Every command is called as `python -m jobs.COMMAND --recipe FILE key=value ... [--plan] [--debug]`. `--key=value` and
 `--key value` mean key=value, and `--some-key` means some_key=true where the key is a switch. An error that a user can
@@ -59,16 +59,16 @@ class PlanOptions(Recipe):
 
 def run_job(
     recipe_class: type[R],
-    main: Callable[[R], int | None],
+    run: Callable[[R], object],
     *,
     summary: str | None,
     argv: Sequence[str] | None = None,
     plan: Callable[[R, PlanOptions], None] | None = None,
 ) -> int:
-    """Run `main` on the recipe that the command line gives, or `plan` if --plan is given; returns the exit code.
+    """Run a command on the recipe that the command line gives, or `plan` if --plan is given; returns the exit code.
 
-    The code is 0 or what `main` returns, 2 after a GraftError, which is printed as one line, and 130 after Ctrl-C.
-    Other exceptions pass through. With --plan only `model` is required: other required keys default to None.
+    The code is 0 or the integer that `run` returns, 2 after a GraftError, which is printed as one line, and 130 after
+    Ctrl-C. Other exceptions pass through. With --plan only `model` is required: other required keys default to None.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -77,7 +77,8 @@ def run_job(
         if plan and (plan_options := _plan_options(options)):
             plan(read_recipe(_requiring_model_only(recipe_class), options.recipe, overrides), plan_options)
             return 0
-        return main(read_recipe(recipe_class, options.recipe, overrides)) or 0
+        result = run(read_recipe(recipe_class, options.recipe, overrides))
+        return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         print("graft: interrupted", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Join the cluster that runs this job, or start a Ray of its own on this machine."""
+"""Join the Ray cluster that runs this command, or start a local Ray on this machine."""
 
 import json
 import logging
@@ -13,18 +13,19 @@ WORKER_VARIABLES = {
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""What every worker process needs: one thread unless a job asks for more, a bound on what PyTorch's CPU kernels keep of each new shape
-(with oneDNN's own of 1024, a training worker grew by 30 MB a step), and one on waiting for a lost peer."""
+"""Environment of every worker process: one thread unless a command asks for more; a bound on the kernels that oneDNN
+caches for new shapes (with its default of 1024 a training worker grew by 30 MB a step); and one on the wait for a lost
+peer."""
 SERVE_VARIABLES = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
-"""What Ray Serve's controller needs where cores have more to do: after three times 5 s it kills a proxy that still starts, and who
-waits for that proxy hears of a dead actor."""
+"""Environment of Ray Serve's controller, which kills a proxy that is not ready after three checks of this length. The
+default of 5 s is too short on a busy machine; callers that wait for the proxy then see a dead actor."""
 
 
 def connect(*, cpus: int | None = None) -> None:
-    """Join the Ray cluster named by RAY_ADDRESS (as under `ray job submit`) or start a local one; do nothing where Ray already runs.
+    """Join the Ray cluster that RAY_ADDRESS names (as `ray job submit` sets it), else start a local Ray if none runs.
 
-    A local Ray counts at least four logical CPUs, and at least `cpus`, so that trainers and their feature workers also start on a machine
-    with two cores.
+    A local Ray counts at least four logical CPUs, and at least `cpus`, so that trainers and their data workers also
+    start on a machine with two cores.
     """
     import ray
     import ray.data
@@ -32,28 +33,27 @@ def connect(*, cpus: int | None = None) -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
-    # Jobs print their own progress; what Ray's processes print stays in Ray's log folder.
     is_joining = bool(os.environ.get("RAY_ADDRESS"))
-    variables = WORKER_VARIABLES | ({} if is_joining else _paths_of_this_machine())
-    variables = {name: value for name, value in variables.items() if name not in _submitted_variables()}
+    variables = WORKER_VARIABLES | ({} if is_joining else _local_paths())
+    # Ray refuses a variable that the runtime environment of `ray job submit` sets as well.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    submitted = job.get("runtime_env", {}).get("env_vars", {})
     settings: dict[str, Any] = {
-        "log_to_driver": False,
+        "log_to_driver": False,  # commands print their own progress; Ray's processes write to its log folder
         "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": variables},
+        "runtime_env": {"env_vars": {name: value for name, value in variables.items() if name not in submitted}},
     }
     if is_joining:
         ray.init(**settings)
     else:
         for name, value in SERVE_VARIABLES.items():
-            os.environ.setdefault(
-                name, value
-            )  # Ray's own processes have it from this one, so that it holds for `serve run` as well
+            os.environ.setdefault(name, value)  # inherited by Ray's own processes, also for `serve run`
         ray.init(
             address="local",
             num_cpus=max(4, os.cpu_count() or 1, cpus or 0),
             object_store_memory=512 * 2**20,
-            # Ray Train asks the dashboard whether its controller lives; without one of its own it would ask another Ray on this machine
-            # (port 8265), hear that it does not know the controller, and end the workers.
+            # Ray Train asks the dashboard whether its controller lives. Without one of its own it would ask another
+            # Ray on this machine (port 8265), which does not know the controller, and end the workers.
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             **settings,
@@ -63,15 +63,9 @@ def connect(*, cpus: int | None = None) -> None:
     data_context.print_on_execution_start = False
 
 
-def _paths_of_this_machine() -> dict[str, str]:
-    """Where a local Ray's workers find what this process finds; another machine's folders may be others."""
+def _local_paths() -> dict[str, str]:
+    """Return the variables that let a local Ray's workers find the caches and programs that this process finds."""
     names = ("HF_HUB_OFFLINE", "HF_HOME", "GRAFT_CACHE", "TORCH_EXTENSIONS_DIR")
-    # DeepSpeed compiles with ninja, which stands beside this interpreter.
+    # DeepSpeed compiles with ninja, which is installed beside this interpreter.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {"PATH": path, **{name: os.environ[name] for name in names if name in os.environ}}
-
-
-def _submitted_variables() -> set[str]:
-    """The env_vars of `ray job submit`'s runtime environment: they win, and Ray refuses to be told one twice."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    return set(job.get("runtime_env", {}).get("env_vars", {}))

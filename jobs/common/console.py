@@ -1,4 +1,4 @@
-"""What a job prints: its own lines, and those that its workers write to a file meanwhile."""
+"""Keep a command's output readable: quiet libraries, and the lines that its workers write to a file meanwhile."""
 
 import contextlib
 import logging
@@ -9,19 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 POLL_S = 0.5
+QUIET_VARIABLES = {
+    # Ray's C++ prints an error for every actor pool of Ray Data though nothing is wrong (ray-project/ray#53727).
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # the bars of transformers too
+}
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and hints of libraries out of a job's output; for a process's entry point, before they are imported."""
-    # Ray's C++ prints an error for every actor pool of Ray Data, about nothing that goes wrong (ray-project/ray#53727).
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
+    """Keep the progress bars and hints of libraries out of a command's output; call it before they are imported."""
+    for name, value in QUIET_VARIABLES.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
-    for name in (
-        "DeepSpeed",
-        "bitsandbytes.backends.cpu.ops",
-    ):  # they hint at import, and DeepSpeed sets its level anew then
+    # These two print hints at import. A filter holds, because DeepSpeed sets the level of its logger anew.
+    for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
 
@@ -41,14 +43,15 @@ def follow(path: Path) -> Iterator[None]:
 
 
 def _print_lines(path: Path, position: int, done: threading.Event) -> None:
+    """Print complete lines from a position of a file on until `done` is set, and those that are there then."""
     while True:
         is_last = done.wait(POLL_S)
         if path.is_file():
             with path.open() as file:
                 file.seek(position)
                 text = file.read()
-            whole = text[: text.rfind("\n") + 1]
-            position += len(whole.encode())
-            print(whole, end="", flush=True)
+            complete = text[: text.rfind("\n") + 1]
+            position += len(complete.encode())
+            print(complete, end="", flush=True)
         if is_last:
             return

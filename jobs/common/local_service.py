@@ -1,4 +1,7 @@
-"""The service as it is run, by `serve run`, in a process of its own on this process's Ray, until a block ends; likewise other servers."""
+"""Run graft's service, or another server, in a process of its own until a block ends.
+
+The service is run by `serve run`, as users run it, on the Ray of this process.
+"""
 
 import contextlib
 import re
@@ -19,10 +22,12 @@ from graft.errors import GraftError
 
 CONFIG_FILE, LOG_FILE = "serve.yaml", "serve.log"
 START_S = 300
-"""How long a server may take; one whose application can't be built says so earlier."""
+"""Longest start of a server in seconds; an application that cannot be built is noticed earlier."""
 STOP_S = 60
-"""How long it may take to end when it is interrupted; then it is killed."""
-_REFUSAL = re.compile(r"\bgraft\.errors\.\w+: (.+)")
+"""Time that an interrupted server has to end, in seconds; then it is killed."""
+SERVICE = f"{__package__.removesuffix('jobs.common')}serve.app:build"
+"""The service's import path; the packages lie inside graft in a wheel, and at the top of a checkout."""
+_ERROR_LINE = re.compile(r"\bgraft\.errors\.\w+: (.+)")
 
 
 class ServerFailed(GraftError):
@@ -33,23 +38,22 @@ class ServerFailed(GraftError):
 def serving(
     model: str, folder: Path, *, app: str, request_timeout_s: float | None = None, **settings: Any
 ) -> Iterator[str]:
-    """Serve a model, with other keys of the service's arguments; yields the URL. Its configuration and log lie in the folder.
+    """Serve a model until the block ends; yields the service's URL.
 
-    Raises ServerFailed.
+    `settings` are further arguments of the service. Its configuration and log go into the folder. Raises ServerFailed.
     """
     import ray
 
     port = free_port()
+    application = {
+        "name": app,
+        "route_prefix": "/",
+        "import_path": SERVICE,
+        "args": {"model": absolute_checkpoint(model)} | settings,
+    }
     config = {
         "http_options": {"host": "127.0.0.1", "port": port, "request_timeout_s": request_timeout_s},
-        "applications": [
-            {
-                "name": app,
-                "route_prefix": "/",
-                "import_path": "serve.app:build",
-                "args": {"model": absolute_checkpoint(model)} | settings,
-            }
-        ],
+        "applications": [application],
     }
     path = folder / CONFIG_FILE
     path.write_text(yaml.safe_dump(config))
@@ -62,11 +66,11 @@ def serving(
 
 @contextlib.contextmanager
 def running(command: list[str], ready_url: str, log: Path) -> Iterator[None]:
-    """Run a server until the block ends; it begins when the address answers. Raises ServerFailed."""
-    with log.open("w") as written:
-        server = subprocess.Popen(command, stdout=written, stderr=written)
+    """Run a server until the block ends, which begins when the URL answers with 200. Raises ServerFailed."""
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output)
         try:
-            _wait(server, ready_url, log)
+            _wait_until_ready(server, ready_url, log)
             yield
         finally:
             server.send_signal(signal.SIGINT)
@@ -78,14 +82,14 @@ def running(command: list[str], ready_url: str, log: Path) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Find a port on which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
 def post(url: str, file: Path, model: str) -> str:
-    """Ask a service at this URL for a file's text. Raises requests.RequestException."""
+    """Have a service transcribe a file; returns the text. Raises requests.RequestException."""
     with file.open("rb") as audio:
         answer = requests.post(
             f"{url}/v1/audio/transcriptions", files={"file": (file.name, audio)}, data={"model": model}, timeout=60
@@ -94,14 +98,15 @@ def post(url: str, file: Path, model: str) -> str:
     return str(answer.json()["text"])
 
 
-def _wait(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+def _wait_until_ready(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    """Return when the URL answers with 200. Raises ServerFailed with the last line, or graft's error, of the log."""
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and server.poll() is None and not _REFUSAL.search(log.read_text()):
+    while time.monotonic() < deadline and server.poll() is None and not _ERROR_LINE.search(log.read_text()):
         with contextlib.suppress(requests.RequestException):
             if requests.get(url, timeout=5).status_code == 200:
                 return
         time.sleep(0.5)
-    said = log.read_text()
-    refusal = _REFUSAL.search(said)
-    told = refusal[1] if refusal else (said.strip().splitlines() or ["it said nothing"])[-1]
-    raise ServerFailed(f"{url} does not answer: {told}")
+    output = log.read_text()
+    error = _ERROR_LINE.search(output)
+    reason = error[1] if error else (output.strip().splitlines() or ["it said nothing"])[-1]
+    raise ServerFailed(f"{url} does not answer: {reason}")

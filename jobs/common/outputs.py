@@ -1,4 +1,4 @@
-"""Give a job its output folder: it belongs to the recipe that stands in it, and holds no other one's results."""
+"""Give a command its output folder: the folder belongs to the recipe in it and holds no other recipe's results."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ RECIPE_FILE = "recipe.yaml"
 
 
 def claim_output(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozenset()) -> Path:
-    """Make the folder `out` the home of this recipe's results, or come back to it; returns the folder.
+    """Make the folder `out` this recipe's, or find it to be so already; returns the folder.
 
-    `ignore` holds dotted keys that may differ between runs (how many workers, not what is computed). Raises OutputError when the folder
-    holds another recipe's results, with the first key that differs, and when it cannot be made.
+    `ignore` holds dotted keys that may differ between runs, such as the number of workers. Raises OutputError when the
+    folder holds another recipe's results, naming the first key that differs, and when it cannot be made.
     """
     holds_results(out, recipe, ignore=ignore)
     folder = Path(out)
@@ -29,11 +29,12 @@ def claim_output(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozenset
 
 @contextlib.contextmanager
 def staged_output(out: str, recipe: Recipe) -> Iterator[Path]:
-    """A hidden sibling of `out` to write into; it moves to `out` when the block ends well and is removed when it does not.
+    """Yield a hidden folder beside `out` that becomes `out` when the block ends well, and is removed when it fails.
 
-    For jobs that finish in one go: then `out` exists only when it is complete. Raises OutputError when `out` holds anything.
+    It is for commands that finish in one go: `out` exists only when it is complete. Raises OutputError if `out` exists
+    and is not empty.
     """
-    final = _local(out)
+    final = _local_path(out)
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise OutputError(f"output {out} exists: choose another out= or remove it")
     with contextlib.ExitStack() as stack:
@@ -46,22 +47,22 @@ def staged_output(out: str, recipe: Recipe) -> Iterator[Path]:
 
 
 def holds_results(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozenset()) -> bool:
-    """Whether the folder `out` already belongs to this recipe. Raises OutputError when it belongs to another one, and when it is a URI."""
-    path = _local(out) / RECIPE_FILE
+    """Tell whether the folder `out` belongs to this recipe. Raises OutputError if it is another recipe's, or a URI."""
+    path = _local_path(out) / RECIPE_FILE
     if not path.is_file():
         return False
     try:
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise OutputError(
             f"output {out}: its {RECIPE_FILE} is not readable: choose another out= or remove the folder"
         ) from error
-    if not isinstance(there, dict):
+    if not isinstance(found, dict):
         raise OutputError(f"output {out}: its {RECIPE_FILE} is not a recipe: choose another out= or remove the folder")
-    old, new = _flat(there), _flat(yaml.safe_load(recipe_yaml(recipe)))
-    for key in [*new, *(key for key in old if key not in new)]:
+    old, new = _dotted_keys(found), _dotted_keys(yaml.safe_load(recipe_yaml(recipe)))
+    for key in dict.fromkeys([*new, *old]):
         if key not in ignore and (key not in old or key not in new or old[key] != new[key]):
-            was, wanted = (_shown(values, key) for values in (old, new))
+            was, wanted = (f"{values[key]!r:.80}" if key in values else "absent" for values in (old, new))
             raise OutputError(
                 f"output {out} holds another recipe's results: {key} was {was} there and is {wanted} now: "
                 "choose another out= or remove the folder"
@@ -69,8 +70,8 @@ def holds_results(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozense
     return True
 
 
-def _local(out: str) -> Path:
-    """The path that `out` is: as one, a URI would name a folder in the working folder of whichever node runs the job."""
+def _local_path(out: str) -> Path:
+    """Return `out` as a path. Raises OutputError for a URI, which would name a folder on the node that runs the job."""
     if "://" in out:
         raise OutputError(f"output {out} is no path: give a folder that every node sees, and copy it there afterwards")
     return Path(out)
@@ -86,16 +87,12 @@ def _output_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
+def _dotted_keys(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested groups: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _dotted_keys(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _shown(values: dict[str, Any], key: str) -> str:
-    return f"{values[key]!r:.80}" if key in values else "absent"

@@ -1,4 +1,4 @@
-"""The variants of an ablation beside one another, as Markdown."""
+"""Lay out the variants of an ablation beside one another as a Markdown table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,39 +10,38 @@ COUNTS = {
     "audio s": "audio_s",
     "seconds": "seconds",
 }
-"""Columns that are of each stage -> keys of its results."""
+"""Columns for each stage, and the keys of its results that they show."""
+UNEQUAL_STEPS = """
+Not all variants took equally many steps: raise token_budget or lower max_batch_clips, unless steps are compared.
+"""
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Lay results out, the least WER on the first set first; `a / b` is of stage 1 and of stage 2, where there is one."""
+    """Lay results out by WER on the first set, the lowest first; `a / b` are stage 1 and, if it was run, stage 2."""
     stages = [stage for stage in ("stage1", "stage2") if stage in results[0]]
     sets = list(_scores(results[0]["stage1"]))
-    titles = [f"WER {name}, stage {stage[-1]}" for name in sets for stage in reversed(stages)]
-    rows = [["variant", "change", *titles, *COUNTS, "audio tokens/s"]]
-    rows += [["---"] * len(rows[0])]
-    for line in sorted(results, key=lambda line: _scores(line[stages[-1]])[sets[0]]["wer"]):
-        rates = [_rate(line[stage], name) for name in sets for stage in reversed(stages)]
-        counts = [[line[stage][key] for stage in stages] for key in COUNTS.values()]
-        numbers = [
-            " / ".join("-" if n is None else f"{n:.4g}" if n < 1000 else f"{n:.0f}" for n in pair) for pair in counts
-        ]
-        rows += [
-            [f"{line['variant']}-{line['seed']}", line["change"], *rates, *numbers, f"{line['audio_tokens_per_s']:.1f}"]
-        ]
-    unequal = len({tuple(line[stage]["steps"] for stage in stages) for line in results}) > 1
-    note = (
-        "\nNot all took equally many steps: raise token_budget or lower max_batch_clips, unless steps are compared.\n"
-        if unequal
-        else ""
-    )
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + note
+    columns = [(name, stage) for name in sets for stage in reversed(stages)]
+    titles = [f"WER {name}, stage {stage[-1]}" for name, stage in columns]
+    header = ["variant", "change", *titles, *COUNTS, "audio tokens/s"]
+    rows = [header, ["---"] * len(header)]
+    for result in sorted(results, key=lambda result: _scores(result[stages[-1]])[sets[0]]["wer"]):
+        rates = [_rates_text(result[stage], name) for name, stage in columns]
+        counts = [" / ".join(_number_text(result[stage][key]) for stage in stages) for key in COUNTS.values()]
+        name, tokens_per_s = f"{result['variant']}-{result['seed']}", f"{result['audio_tokens_per_s']:.1f}"
+        rows.append([name, result["change"], *rates, *counts, tokens_per_s])
+    steps = {tuple(result[stage]["steps"] for stage in stages) for result in results}
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + (UNEQUAL_STEPS if len(steps) > 1 else "")
 
 
 def _scores(stage: Mapping[str, Any]) -> Mapping[str, Any]:
     return stage["spelled"] if "spelled" in stage else stage["scores"]
 
 
-def _rate(stage: Mapping[str, Any], name: str) -> str:
+def _rates_text(stage: Mapping[str, Any], name: str) -> str:
     rates = _scores(stage)[name]
     wer = f"{rates['wer']:.1%} [{rates['wer_low']:.1%}, {rates['wer_high']:.1%}]"
     return f"{wer}, CER {rates['cer']:.1%}, by CTC" if "spelled" in stage else wer
+
+
+def _number_text(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4g}" if number < 1000 else f"{number:.0f}"

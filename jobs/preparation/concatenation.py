@@ -1,9 +1,9 @@
-"""Longer clips out of single sentences: rows of one speaker, one after another with pauses, for models that hear 30 s at a time.
+"""Join single clips of one speaker to longer ones with pauses, for models that hear 30 s at a time.
 
-labelled rows of a split -> turns, in each of which every row stands once, in an order of the turn's own, among its source's rows of its
-speaker -> cut into clips -> so many of them, in a drawn order, as the share asks for -> audio, decoded only when a row is written.
-All is drawn by the seed and the rows' ids. Pauses are digital silence: beside speech of usual loudness, Whisper's features, which end 80 dB
-below the loudest, do not tell it from noise of -80 dBFS.
+rows of a split -> turns; each turn puts every row once, by source and speaker, in an order of its own -> cut into clips
+-> as many clips, in a drawn order, as the share asks for. Audio is decoded only when a row is written.
+All draws follow from the seed and the rows' ids. Pauses are digital silence: beside speech of usual loudness, Whisper's
+features, which end 80 dB below the loudest, do not tell it from noise of -80 dBFS.
 """
 
 import hashlib
@@ -20,57 +20,57 @@ from graft.config import Recipe
 from graft.data.splits import seeded_hash
 from graft.errors import DataError
 
-from .manifests import Row, SplitName, clip_of
+from .manifests import Row, SplitName, row_audio
 
 MOST_TURNS = 10
-"""No row stands in more joined clips than this: hours that were made of minutes would be learnt by heart."""
+"""Largest number of joined clips with the same row: hours made of minutes of speech would be learnt by heart."""
 
 PauseS = Annotated[float, Field(ge=0, le=10)]
 
 
 class JoinedRecipe(Recipe):
-    """Clips of one speaker that are joined to longer ones; these stand beside the single clips."""
+    """Longer clips that are made of clips of one speaker and added to the single clips."""
 
     share: float = Field(gt=0, le=MOST_TURNS)
     """Hours of joined clips, as a share of the hours of the split's labelled clips."""
     shortest_s: float = Field(default=10, gt=0)
+    """Shortest joined clip in seconds."""
     longest_s: float = Field(default=28, gt=0)
-    """Each is filled until it reaches a length that is drawn evenly between the two, and never past the longer one."""
+    """Longest joined clip in seconds. Each clip is filled until it reaches a length drawn uniformly between the two."""
     pause_s: tuple[PauseS, PauseS] = (0.2, 0.8)
-    """Least and greatest silence between two clips."""
+    """Shortest and longest silence between two clips in seconds, drawn uniformly."""
     splits: list[SplitName] | None = None
-    """Splits that get them; null: all."""
+    """Splits that get joined clips; null is all."""
 
     @model_validator(mode="after")
-    def _check(self) -> "JoinedRecipe":
-        for name, limits in (
-            ("shortest_s and longest_s are", (self.shortest_s, self.longest_s)),
-            ("pause_s is", self.pause_s),
-        ):
+    def _check_limits(self) -> "JoinedRecipe":
+        lengths = (self.shortest_s, self.longest_s)
+        for name, limits in (("shortest_s and longest_s are", lengths), ("pause_s is", self.pause_s)):
             if limits[0] > limits[1]:
                 raise ValueError(f"{name} {list(limits)}: give the smaller number first")
         return self
 
 
 @dataclass(frozen=True)
-class JoinedRow:
-    """Rows that become one."""
-
-    id: str
-    parts: tuple["Part", ...]
-
-    @property
-    def duration_s(self) -> float:
-        return _length_s(self.parts)
-
-
-@dataclass(frozen=True)
 class Part:
-    """A row in a joined one."""
+    """A row inside a joined one."""
 
     row: Row
     pause_count: int
-    """Samples of silence before it; left out where it comes first."""
+    """Samples of silence before the row; the first part of a clip has none."""
+
+
+@dataclass(frozen=True)
+class JoinedRow:
+    """Rows that become one clip."""
+
+    id: str
+    parts: tuple[Part, ...]
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of the rows and of the pauses between them."""
+        return _duration_s(self.parts)
 
 
 def join_splits(splits: Mapping[str, Sequence[Row]], recipe: JoinedRecipe, *, seed: int) -> dict[str, list[JoinedRow]]:
@@ -79,21 +79,18 @@ def join_splits(splits: Mapping[str, Sequence[Row]], recipe: JoinedRecipe, *, se
     return {split: _join(split, [row for row in splits[split] if row.text], recipe, seed) for split in named}
 
 
-def joined_columns(joined: JoinedRow) -> dict[str, Any]:
-    """Decode a joined row, for write_corpus. Raises AudioError."""
+def joined_corpus_row(joined: JoinedRow) -> dict[str, Any]:
+    """Decode a joined row into the columns of write_corpus. Raises AudioError."""
     from graft.data.dataset import clip_row
 
+    pieces: list[np.ndarray] = []
+    for part in joined.parts:
+        pieces += [np.zeros(part.pause_count, np.float32)] if pieces else []
+        pieces += [read_audio(row_audio(part.row), name=str(part.row.audio)).samples]
     rows = [part.row for part in joined.parts]
-    samples = np.concatenate(
-        [piece for part in joined.parts for piece in (np.zeros(part.pause_count, np.float32), _samples(part.row))][1:]
-    )
-    columns = clip_row(joined.id, AudioClip(samples), " ".join(row.text for row in rows))
-    sexes = {row.sex for row in rows}  # those without a speaker can be of several
+    columns = clip_row(joined.id, AudioClip(np.concatenate(pieces)), " ".join(row.text for row in rows))
+    sexes = {row.sex for row in rows}  # rows without a speaker can be of several
     return {**columns, "spk_id": rows[0].speaker, "sex": rows[0].sex if len(sexes) == 1 else None}
-
-
-def _samples(row: Row) -> np.ndarray:
-    return read_audio(clip_of(row), name=str(row.audio)).samples
 
 
 def _join(split: str, rows: Sequence[Row], recipe: JoinedRecipe, seed: int) -> list[JoinedRow]:
@@ -105,8 +102,9 @@ def _join(split: str, rows: Sequence[Row], recipe: JoinedRecipe, seed: int) -> l
         parts = next(clips, None)
         if parts is None:
             raise DataError(
-                f"joined.share={recipe.share:g} of split {split} is {wanted_s / 3600:.2g} h, and its clips, each in {MOST_TURNS} at most, "
-                f"make {joined_s / 3600:.2g} h of {recipe.shortest_s:g} to {recipe.longest_s:g} s: lower share or shortest_s or name splits"
+                f"joined.share={recipe.share:g} of split {split} is {wanted_s / 3600:.2g} h, and its clips, each in "
+                f"{MOST_TURNS} at most, make {joined_s / 3600:.2g} h of {recipe.shortest_s:g} to "
+                f"{recipe.longest_s:g} s: lower share or shortest_s or name splits"
             )
         digest = hashlib.blake2b("\n".join(part.row.id for part in parts).encode(), digest_size=4).hexdigest()
         joined.append(JoinedRow(f"joined-{len(joined):05}-{digest}", tuple(parts)))
@@ -115,39 +113,39 @@ def _join(split: str, rows: Sequence[Row], recipe: JoinedRecipe, seed: int) -> l
 
 
 def _turn(rows: Sequence[Row], recipe: JoinedRecipe, seed: int, turn: int) -> list[list[Part]]:
-    """The parts of a turn's joined clips, in a drawn order."""
+    """Return the parts of one turn's joined clips, in a drawn order."""
     speakers: dict[tuple[str, str | None], list[Row]] = defaultdict(list)  # of each source: two may use one name
-    for row in _in_drawn_order(rows, seed, f"order {turn}"):
+    for row in _shuffled(rows, seed, f"order {turn}"):
         speakers[row.source, row.speaker].append(row)
-    cut = [parts for mates in speakers.values() for parts in _cut(mates, recipe, seed, turn)]
-    clips = {parts[0].row: parts for parts in cut if len(parts) > 1 and _length_s(parts) >= recipe.shortest_s}
-    return [clips[first] for first in _in_drawn_order(clips, seed, f"clips {turn}")]
-
-
-def _in_drawn_order(rows: Iterable[Row], seed: int, purpose: str) -> list[Row]:
-    return sorted(rows, key=lambda row: (seeded_hash(seed, f"{purpose} {row.id}"), row.id))
+    cut = [parts for same_speaker in speakers.values() for parts in _cut(same_speaker, recipe, seed, turn)]
+    clips = {parts[0].row: parts for parts in cut if len(parts) > 1 and _duration_s(parts) >= recipe.shortest_s}
+    return [clips[first] for first in _shuffled(clips, seed, f"clips {turn}")]
 
 
 def _cut(rows: Sequence[Row], recipe: JoinedRecipe, seed: int, turn: int) -> Iterator[list[Part]]:
-    """Rows one after another, cut where a drawn length is reached and before the longest is passed."""
+    """Cut a sequence of rows where a drawn length is reached, and before the longest one is passed."""
     parts: list[Part] = []
     for row in rows:
-        part = Part(row, round(_drawn(recipe.pause_s, seed, f"pause {turn} {row.id}") * SAMPLE_RATE))
-        if parts and _length_s([*parts, part]) > recipe.longest_s:
+        part = Part(row, round(_uniform(recipe.pause_s, seed, f"pause {turn} {row.id}") * SAMPLE_RATE))
+        if parts and _duration_s([*parts, part]) > recipe.longest_s:
             yield parts
             parts = []
         parts.append(part)
-        enough_s = _drawn((recipe.shortest_s, recipe.longest_s), seed, f"length {turn} {parts[0].row.id}")
-        if len(parts) > 1 and _length_s(parts) >= enough_s:
+        enough_s = _uniform((recipe.shortest_s, recipe.longest_s), seed, f"length {turn} {parts[0].row.id}")
+        if len(parts) > 1 and _duration_s(parts) >= enough_s:
             yield parts
             parts = []
     yield parts
 
 
-def _drawn(limits: tuple[float, float], seed: int, key: str) -> float:
+def _shuffled(rows: Iterable[Row], seed: int, purpose: str) -> list[Row]:
+    return sorted(rows, key=lambda row: (seeded_hash(seed, f"{purpose} {row.id}"), row.id))
+
+
+def _uniform(limits: tuple[float, float], seed: int, key: str) -> float:
     lowest, highest = limits
     return lowest + (highest - lowest) * seeded_hash(seed, key)
 
 
-def _length_s(parts: Sequence[Part]) -> float:
+def _duration_s(parts: Sequence[Part]) -> float:
     return sum(part.row.duration_s for part in parts) + sum(part.pause_count for part in parts[1:]) / SAMPLE_RATE

@@ -24,10 +24,10 @@ from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, row
 
 JOBS: dict[str, tuple[type[Recipe], Any]] = {
-    "stage1": (stage1.Stage1Recipe, stage1.main),
-    "stage2": (stage2.Stage2Recipe, stage2.main),
-    "merge": (merge.MergeRecipe, merge.main),
-    "check": (check.CheckRecipe, check.main),
+    "stage1": (stage1.Stage1Recipe, stage1.run),
+    "stage2": (stage2.Stage2Recipe, stage2.run),
+    "merge": (merge.MergeRecipe, merge.run),
+    "check": (check.CheckRecipe, check.run),
     "evaluate": (evaluate.EvaluateRecipe, evaluate.main),
 }
 

@@ -16,7 +16,7 @@ def test_only_a_demos_own_folder_is_emptied(tmp_path: Path, capsys: pytest.Captu
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
-    assert run_job(DemoRecipe, demo_job.main, summary="", argv=[f"out={out}"]) == 2
+    assert run_job(DemoRecipe, demo_job.run, summary="", argv=[f"out={out}"]) == 2
     fault = capsys.readouterr().err
     assert fault.startswith(f"graft: error: {out} holds something else")
     assert fault.count("\n") == 1
@@ -25,14 +25,14 @@ def test_only_a_demos_own_folder_is_emptied(tmp_path: Path, capsys: pytest.Captu
     stage = tmp_path / "stage1"
     claim_output(str(stage), Stage1Recipe(model="m", data="d", out=str(stage)))
     (stage / "projector.safetensors").write_text("days of training")
-    assert run_job(DemoRecipe, demo_job.main, summary="", argv=[f"out={stage}"]) == 2
+    assert run_job(DemoRecipe, demo_job.run, summary="", argv=[f"out={stage}"]) == 2
     assert "holds something else" in capsys.readouterr().err
     assert (stage / "projector.safetensors").is_file()
 
     ours = DemoRecipe(out=str(tmp_path / "demo"))
-    demo_job._start_afresh(ours)
+    demo_job._empty_folder(ours)
     (tmp_path / "demo" / "summary.json").write_text("old")
-    demo_job._start_afresh(ours.model_copy(update={"stage1_epochs": 9}))
+    demo_job._empty_folder(ours.model_copy(update={"stage1_epochs": 9}))
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["recipe.yaml"]
 
 
@@ -74,7 +74,7 @@ def test_the_summary_has_the_keys_that_others_read(tmp_path: Path) -> None:
     report = {"sets": {**scores, "swapped": {"graft": {"wer": 2}}}, "rtfx": {"graft": 3.0}}
     stage = {"loss_first": 6.0, "loss_last": 1.0, "steps": 9, "seconds": 5.0}
     before = {"sets": {"unseen": {"graft": {"wer": 3}}}}
-    summary = demo_job._summary(demo, stage, stage, before, report)
+    summary = demo_job._summarize(demo, stage, stage, before, report)
     assert summary["stage1"] == summary["stage2"] == {"loss_first": 6.0, "loss_last": 1.0, "seconds": 5.0}
     assert summary["wer"] == {
         "trained": 0,

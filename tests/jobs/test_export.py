@@ -31,7 +31,7 @@ SHARD_MB = 0.015
 
 def job(module: Any, *arguments: str) -> int:
     name = module.__name__.rpartition(".")[2].capitalize()
-    return run_job(getattr(module, f"{name}Recipe"), module.main, summary="", argv=arguments)
+    return run_job(getattr(module, f"{name}Recipe"), module.run, summary="", argv=arguments)
 
 
 @pytest.fixture(scope="module")
@@ -317,9 +317,9 @@ def test_stage_2_starts_from_a_trained_projector_only(home, exported, built, tmp
             model=str(model), data=["d"], out=str(tmp_path / "out"), projector=projector and str(projector)
         )
 
-    assert stage2._projector(told(home / "graft", home / "stage1")) == str(home / "stage1")
-    assert stage2._projector(told(home / "stage1")) == str(home / "stage1")
-    assert stage2._projector(told(built(exported))) is None
+    assert stage2._initial_projector(told(home / "graft", home / "stage1")) == str(home / "stage1")
+    assert stage2._initial_projector(told(home / "stage1")) == str(home / "stage1")
+    assert stage2._initial_projector(told(built(exported))) is None
     with pytest.raises(ModelError, match="graft is untrained: give projector=, the output folder of stage 1"):
         stage2.run(told(home / "graft"))
     with pytest.raises(
@@ -340,8 +340,8 @@ def test_stage_2_trains_on_with_adapters(home, tmp_path):
         return stage2.Stage2Recipe.model_validate(settings)
 
     recipe = told(rank=SETTINGS.rank, alpha=SETTINGS.alpha)
-    folder = stage2._adapters(recipe)
-    assert folder == stage2._projector(recipe) == str(home / "stage2")
+    folder = stage2._initial_adapters(recipe)
+    assert folder == stage2._initial_projector(recipe) == str(home / "stage2")
     stage = Stage(2, lora=SETTINGS, projector=folder, adapters=folder)
     model, _ = open_for_stage(stage, recipe.model, ComputeSettings(dtype="fp32"))
     assert {name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" in name}

@@ -14,7 +14,7 @@ from graft.config import read_recipe
 from graft.data.dataset import RowReader, read_rows
 from graft.data.splits import Candidate, assign_splits, comparable_text
 from graft.errors import DataError, OutputError, RecipeError
-from jobs.prepare import PrepareRecipe, main
+from jobs.prepare import PrepareRecipe, run
 
 
 def tone(path: Path, seconds: float = 1.0, rate: int = 16_000) -> None:
@@ -40,7 +40,7 @@ def prepare(
 ) -> tuple[Path, dict[str, set[str]], dict[tuple[int, str | None], str]]:
     """The output folder, the ids of each split, and (line, id) -> reason of the dropped rows."""
     out = tmp_path / "out"
-    main(PrepareRecipe(sources=sources, out=str(out), **more))
+    run(PrepareRecipe(sources=sources, out=str(out), **more))
     ids = {folder.name: set(read_rows(str(folder)).ids.to_pylist()) for folder in out.iterdir() if folder.is_dir()}
     dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
     return out, ids, {(row["line"], row["id"]): row["reason"] for row in dropped}

@@ -177,4 +177,4 @@ def work_with_what_is_there(send: Sender, bases: dict[str, str], in_a_bucket: st
 def show(send: Sender, pretrained: Path) -> None:
     """The demonstration, on the trained part of a tiny graft."""
     trained = [f"pretrained={pretrained}", "stage1_epochs=1", "stage2_epochs=1", "workers=1", "scored_clips=1"]
-    send("demo", *trained, f"out={send.home}/demo", leaves="demo/summary.json", says="== what came of it")
+    send("demo", *trained, f"out={send.home}/demo", leaves="demo/summary.json", says="== results")

@@ -17,7 +17,7 @@ from graft.checkpoints.projector_file import state_digest
 from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.tokens import AUDIO_TOKENS
-from jobs.build import BuildRecipe, graft_settings, main
+from jobs.build import BuildRecipe, graft_settings, run
 from jobs.common.cli import run_job
 from tests.support import tiny_models
 
@@ -29,7 +29,7 @@ def bases(tmp_path_factory) -> tuple[str, str]:
 
 
 def build_job(*arguments: str) -> int:
-    return run_job(BuildRecipe, main, summary="", argv=list(arguments))
+    return run_job(BuildRecipe, run, summary="", argv=list(arguments))
 
 
 def test_the_bases_tensors_are_kept_bit_for_bit(bases):

@@ -15,7 +15,7 @@ from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.tokens import AUDIO_TOKENS
-from jobs.build import BuildRecipe, main
+from jobs.build import BuildRecipe, run
 from jobs.common.cli import run_job
 from tests.support import tiny_models
 
@@ -273,7 +273,7 @@ def test_the_build_job_writes_a_graft(tmp_path, capsys):
 
     def build(*arguments: str) -> int:
         return run_job(
-            BuildRecipe, main, summary="", argv=[f"reference={path}", f"out={tmp_path / 'graft'}", *arguments]
+            BuildRecipe, run, summary="", argv=[f"reference={path}", f"out={tmp_path / 'graft'}", *arguments]
         )
 
     assert build("audio_pool=2") == 2

@@ -19,7 +19,7 @@ from graft.checkpoints.lora import (
 from graft.errors import ModelError
 from graft.training.backends import eval_mode
 from jobs.common.cli import run_job
-from jobs.merge import ADAPTER_FOLDER, MergeRecipe, main
+from jobs.merge import ADAPTER_FOLDER, MergeRecipe, run
 from tests.support import tiny_models
 from tests.support.adapters import SETTINGS, adapt, largest_difference, logits, save_projector, save_tiny_adapters
 from tests.support.speech_corpus import corpus, row
@@ -179,7 +179,7 @@ def test_adapters_are_not_merged_into_four_bits(stage):
 
 def test_the_merge_job_writes_a_whole_graft_and_keeps_the_adapters(stage, tmp_path, capsys):
     def merge(*arguments: str) -> int:
-        return run_job(MergeRecipe, main, summary="", argv=list(arguments))
+        return run_job(MergeRecipe, run, summary="", argv=list(arguments))
 
     out = tmp_path / "merged"
     assert merge(f"model={stage}", f"out={out}") == 0
@@ -200,15 +200,13 @@ def test_merging_onto_rounded_weights_equals_the_adapters_on_nf4(stage, tmp_path
     assert (
         run_job(
             MergeRecipe,
-            main,
+            run,
             summary="",
             argv=[f"model={stage}", f"out={tmp_path / 'rounded'}", "onto=nf4", "dtype=fp32"],
         )
         == 0
     )
-    assert (
-        run_job(MergeRecipe, main, summary="", argv=[f"model={stage}", f"out={tmp_path / 'full'}", "dtype=fp32"]) == 0
-    )
+    assert run_job(MergeRecipe, run, summary="", argv=[f"model={stage}", f"out={tmp_path / 'full'}", "dtype=fp32"]) == 0
     quantized, _ = open_graft(stage, dtype=torch.float32, nf4=True)
     rounded, full = (logits(open_graft(tmp_path / name)[0]) for name in ("rounded", "full"))
     with eval_mode(quantized.train()):
@@ -222,7 +220,7 @@ def test_all_ways_to_use_adapters_are_compared(stage, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     data = corpus(tmp_path / "clips.parquet", [row(f"c{seed}", seed) for seed in range(3)])
     assert (
-        run_job(MergeRecipe, main, summary="", argv=[f"model={stage}", f"out={tmp_path / 'merged'}", f"data={data}"])
+        run_job(MergeRecipe, run, summary="", argv=[f"model={stage}", f"out={tmp_path / 'merged'}", f"data={data}"])
         == 0
     )
     figures = json.loads((tmp_path / "merged" / "comparison.json").read_text())

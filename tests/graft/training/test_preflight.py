@@ -10,7 +10,7 @@ from graft.checkpoints.loading import open_graft, write_stage
 from graft.checkpoints.projector_file import check_projector, load_projector
 from graft.errors import DataError, ModelError
 from graft.training.preflight import check_labels, preflight, swap_audio
-from jobs.check import CheckRecipe, main
+from jobs.check import CheckRecipe, run
 from jobs.common.cli import run_job
 from tests.support import tiny_models
 from tests.support.adapters import save_projector
@@ -43,7 +43,7 @@ def batch_of(processor, *seeds: int) -> dict[str, torch.Tensor]:
 
 
 def check(*arguments: str) -> int:
-    return run_job(CheckRecipe, main, summary="", argv=list(arguments))
+    return run_job(CheckRecipe, run, summary="", argv=list(arguments))
 
 
 @pytest.mark.parametrize("seeds", [(1, 2, 3), (4,)], ids=["batch", "single"])

@@ -86,7 +86,7 @@ sys.exit(run_job(PrepareRecipe, {main}, summary='x'))
 @pytest.mark.parametrize(
     ("module", "main", "remedy"),
     [
-        ("pyarrow", "main", "pyarrow is not installed: pip install 'graft[jobs]'"),
+        ("pyarrow", "run", "pyarrow is not installed: pip install 'graft[jobs]'"),
         ("ray", "lambda recipe: __import__('ray')", "ray is not installed: pip install 'graft[jobs]'"),
         (
             "flash_attn",

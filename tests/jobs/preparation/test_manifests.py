@@ -9,15 +9,15 @@ import soundfile
 from graft.config import read_recipe
 from graft.data.dataset import RowReader, read_rows
 from graft.errors import AudioError, DataError, RecipeError
-from jobs.preparation.manifests import Dropped, Manifest, Row, clip_of, header_s, read_manifests
-from jobs.prepare import PrepareRecipe, main
+from jobs.preparation.manifests import DroppedLine, Manifest, Row, header_duration_s, read_manifests, row_audio
+from jobs.prepare import PrepareRecipe, run
 
 
 def read(path: Path, content: str | bytes, **more) -> tuple[list[Row], dict[tuple[int, str | None], str]]:
     """The rows of a manifest, and (line, id) -> reason of the dropped lines."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     results = list(read_manifests([Manifest(manifest=str(path), **more)]))
-    dropped = [result for result in results if isinstance(result, Dropped)]
+    dropped = [result for result in results if isinstance(result, DroppedLine)]
     return [result for result in results if isinstance(result, Row)], {
         (row.line, row.id): row.reason for row in dropped
     }
@@ -153,15 +153,15 @@ def test_nemo_parts_of_a_file_become_clips_and_whole_files_stay_as_they_are(tmp_
         "talk.wav@3",
         "own",
     ]
-    assert [header_s(row) for row in rows] == [4, 3.96, 1.5, 2, 1, 1.05, 4]
-    clips = [clip_of(row) for row in rows]
+    assert [header_duration_s(row) for row in rows] == [4, 3.96, 1.5, 2, 1, 1.05, 4]
+    clips = [row_audio(row) for row in rows]
     assert [clip for clip in clips if isinstance(clip, Path)] == [tmp_path / "talk.wav"] * 3
     parts = [soundfile.read(io.BytesIO(clip), dtype="int16") for clip in clips if isinstance(clip, bytes)]
     bounds = [(0, 24_000), (20_000, 52_000), (48_000, 64_000), (48_000, 64_000)]
     for (part, rate), (start, end) in zip(parts, bounds, strict=True):
         assert rate == 16_000
         assert np.array_equal(part, samples[start:end])  # FLAC of the very samples
-    assert clip_of(rows[3]) == clips[3]
+    assert row_audio(rows[3]) == clips[3]
 
 
 def test_a_part_keeps_its_rate_channels_and_depth(tmp_path):
@@ -170,7 +170,7 @@ def test_a_part_keeps_its_rate_channels_and_depth(tmp_path):
     (row,), _ = read(
         tmp_path / "nemo.json", json.dumps({"audio_filepath": "a.wav", "offset": 0.5, "duration": 1, "text": "words"})
     )
-    clip, rate = soundfile.read(io.BytesIO(clip_of(row)), dtype="int32")
+    clip, rate = soundfile.read(io.BytesIO(row_audio(row)), dtype="int32")
     assert rate == 44_100
     assert np.array_equal(clip, stereo[22_050 : 22_050 + 44_100])
 
@@ -206,7 +206,7 @@ def test_times_beyond_the_file_are_audio_errors(tmp_path):
     ]:
         (row,), _ = read(tmp_path / "nemo.json", json.dumps({"audio_filepath": "a.wav", "text": "words", **line}))
         with pytest.raises(AudioError, match=row.audio.name):
-            clip_of(row)
+            row_audio(row)
 
 
 def test_prepare_takes_every_kind_of_manifest_at_once(tmp_path):
@@ -219,7 +219,7 @@ def test_prepare_takes_every_kind_of_manifest_at_once(tmp_path):
     ]
     (tmp_path / "nemo.json").write_text("\n".join(map(json.dumps, lines)))
     sources = [str(tmp_path / name) for name in ("own.jsonl", "rows.csv", "nemo.json")]
-    main(PrepareRecipe(sources=sources, out=str(tmp_path / "out"), splits={"train": 1}))
+    run(PrepareRecipe(sources=sources, out=str(tmp_path / "out"), splits={"train": 1}))
     rows = read_rows(str(tmp_path / "out" / "train"))
     found = {rows.id(row): row for row in range(len(rows))}
     assert set(found) == {"own", "comma", "talk.wav@0", "talk.wav@1.5"}

@@ -237,11 +237,11 @@ def test_workers_that_die_once_too_often_end_the_run(
     recipe, folder = home.recipe("spent", retries=0), Folder(home.folder / "spent")
     argv = home.command(recipe)[3:]
     with meanwhile(in_mid_epoch(folder, epoch_batches), lambda: processes(TRAINING)[0].kill()):
-        assert run_job(stage1.Stage1Recipe, stage1.main, summary="", argv=argv) == 2
+        assert run_job(stage1.Stage1Recipe, stage1.run, summary="", argv=argv) == 2
     error = "graft: error: a training worker died (killed, out of memory or crashed) and retries=0 are used up: "
     error += "give the same command again"
     assert capsys.readouterr().err.splitlines()[-1].startswith(error)
-    assert run_job(stage1.Stage1Recipe, stage1.main, summary="", argv=argv) == 0
+    assert run_job(stage1.Stage1Recipe, stage1.run, summary="", argv=argv) == 0
     assert resumption(folder).step > 0
     is_as(folder, undisturbed)
 
@@ -273,7 +273,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_its_batches_are_kept(
     assert number > 1
     capsys.readouterr()
 
-    assert run_job(stage1.Stage1Recipe, stage1.main, summary="", argv=home.command(recipe)[3:]) == 2
+    assert run_job(stage1.Stage1Recipe, stage1.run, summary="", argv=home.command(recipe)[3:]) == 2
     reason = f"the loss is nan at step {number}"
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("graft: ")]
     assert error == f"graft: error: {reason}: look at the saved batch, lower learning_rate, or train in bf16 or fp32"
@@ -294,7 +294,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_its_batches_are_kept(
 
 def test_a_loss_that_explodes_stops_the_run(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, folder = home.recipe("exploding", max_loss=5.0, workers=1, retries=0), Folder(home.folder / "exploding")
-    assert run_job(stage1.Stage1Recipe, stage1.main, summary="", argv=home.command(recipe)[3:]) == 2
+    assert run_job(stage1.Stage1Recipe, stage1.run, summary="", argv=home.command(recipe)[3:]) == 2
     assert "graft: error: the loss exploded to 5.6 at step 1: look at the saved batch" in capsys.readouterr().err
     assert len(json.loads((folder.path / "fault" / "worker-0.json").read_text())["batches"]) == recipe.step_batches
     assert not (folder.path / "checkpoints").exists()

@@ -1,4 +1,4 @@
-"""`jobs.ablate` for real on tiny bases: what variants share is trained once, what was cut off goes on, the table is the evaluation's."""
+"""Tests that jobs.ablate trains what variants share once, continues after a fault, and tabulates scores."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a user can get wrong about training, merging and scoring ends as one line before any work is done, and leaves nothing behind."""
+"""Tests that faulty input to training, merging, checking and scoring ends as one line and leaves nothing behind."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ JOBS: dict[str, tuple[type[Recipe], Any]] = {
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Good and bad models and corpora, by name."""
+    """Make good and bad models and corpora; returns their paths by name."""
     folder = tmp_path_factory.mktemp("things")
     digests = {"audio": "sha256:a", "text": "sha256:b"}
     graft = tiny_models.save_tiny_graft(folder / "graft", base_digests=digests)
@@ -69,7 +69,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def _stage(folder: Path, graft: Path) -> Path:
-    """An output folder as stage 1 leaves it."""
+    """Write an output folder as stage 1 leaves it."""
     folder.mkdir()
     save_projector(open_graft(graft)[0], folder)
     write_stage(folder, stage=1, graft=graft)
@@ -78,7 +78,7 @@ def _stage(folder: Path, graft: Path) -> Path:
 
 @dataclass(frozen=True)
 class Fault:
-    """A job with one thing wrong, and words of the line that it must end in."""
+    """A command with one fault, and words of the line that it must end with."""
 
     job: str
     arguments: str
@@ -134,7 +134,7 @@ FAULTS = {
 
 
 def filled(arguments: str, things: dict[str, str]) -> list[str]:
-    """Put the things' paths where their names stand; of a key given twice the last counts."""
+    """Replace names by their paths; of a key given twice the last counts."""
     for name, path in things.items():
         arguments = arguments.replace(f"{{{name}}}", path)
     return arguments.split()

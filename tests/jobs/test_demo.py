@@ -1,4 +1,4 @@
-"""What jobs.demo does besides running the other jobs: its folder, its recipes, its numbers."""
+"""Tests of the demo's own work: the folder that it empties, its recipes, and the numbers of its summary."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The speech that ships with the repository: small, licensed, described rightly, and fair between training and unseen clips."""
+"""Tests that the bundled speech is small, licensed, described correctly, and split without shared texts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is exported and built anew is what jobs.merge makes: on the same bases, from small files that name no machine, and on no others."""
+"""Tests that a graft built from an export equals the merged one, on the same bases alone, from clean files."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def job(module: Any, *arguments: str) -> int:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny bases, a graft on them, and the output folders of both stages on that."""
+    """Write two tiny bases, a graft on them, and the output folders of both stages on it."""
     home = tmp_path_factory.mktemp("export")
     audio, text = tiny_models.save_audio_base(home / "whisper"), tiny_models.save_text_base(home / "qwen", spare_rows=1)
     assert (
@@ -62,7 +62,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(home: Path) -> Path:
-    """Stage 2 in full: the adapters' own rank, nothing rounded."""
+    """Export stage 2 with the adapters' own rank and nothing rounded."""
     out = home / "exported"
     assert job(export, f"model={home / 'stage2'}", f"out={out}", "rank=64", "dtype=fp32", f"shard_mb={SHARD_MB}") == 0
     return out

@@ -1,4 +1,4 @@
-"""A small training on sampled instructions teaches the model that an instruction decides how a clip is written, and a word list which words it may hold."""
+"""Tests that a short training on sampled instructions teaches a model text styles and the use of word lists."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.support.training import run_steps, step_batches
 def trained(
     folder: Path, sampler: InstructionSampler, audios: Sequence[bytes], texts: Sequence[str], *, seed_count: int
 ) -> Path:
-    """Train language model and projector of a tiny graft on clips, each worded in so many ways, until it knows them by heart."""
+    """Train a tiny graft on clips, each with `seed_count` sampled instructions, until it knows them by heart."""
     model, processor = open_graft(tiny_models.save_tiny_graft(folder / "graft"))
     model.requires_grad_(False)
     for part in (model.audio_projector, model.model.language_model, model.lm_head):

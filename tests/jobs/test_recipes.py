@@ -1,4 +1,4 @@
-"""Every recipe that ships can be read by its job; the reference's numbers are the published ones."""
+"""Tests that each bundled recipe is read by its command, and that the reference's settings are the published."""
 
 import pytest
 
@@ -28,7 +28,7 @@ CLASSES: dict[str, type[Recipe]] = {
     "ablation": AblateRecipe,
 }
 GIVEN = {"model": "m", "projector": "p", "data": "d", "out": "o"}
-"""What a recipe may leave to the command line."""
+"""Keys that a recipe may leave to the command line."""
 KINDS = ("reference-7b", "fast-7b", "quality-7b", "reference-2b", "fast-2b", "quality-2b", "small")
 
 

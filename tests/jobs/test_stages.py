@@ -1,4 +1,4 @@
-"""Both stages and what follows them, for real: Ray Train, DeepSpeed, NF4, merge, check and evaluate, on a tiny graft and noise."""
+"""Tests of both stages and the commands after them with Ray Train, DeepSpeed and NF4, on a tiny graft and noise."""
 
 import json
 import os
@@ -51,7 +51,7 @@ LEFT_BY_A_STAGE = {
 
 @dataclass(frozen=True)
 class Home:
-    """A tiny graft and its corpora: 25 clips to train on, of which one can't be decoded, and 5 others, of which one can't be either."""
+    """Write a tiny graft, 25 training clips and 5 other clips; one clip of each set cannot be decoded."""
 
     folder: Path
     graft: str
@@ -99,7 +99,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 @pytest.fixture(scope="module")
 def first(home: Home) -> Path:
-    """Stage 1, undisturbed."""
+    """Run stage 1 without a disturbance."""
     recipe = home.stage1_recipe("stage1")
     result = stage1.run(recipe)
     assert result == json.loads(Path(recipe.out, "result.json").read_text())
@@ -108,7 +108,7 @@ def first(home: Home) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(home: Home, address: str) -> Path:
-    """Stage 1, killed with its process group after a checkpoint, then run again."""
+    """Run stage 1, kill its process group after a checkpoint, and run it again."""
     recipe = home.stage1_recipe("resumed")
     (home.folder / "resumed.yaml").write_text(recipe_yaml(recipe))
     command = [sys.executable, "-m", "jobs.stage1", "--recipe", str(home.folder / "resumed.yaml")]
@@ -132,7 +132,7 @@ def resumed(home: Home, address: str) -> Path:
 
 @pytest.fixture(scope="module")
 def second(home: Home, first: Path) -> Path:
-    """Stage 2 on stage 1's projector: QLoRA, one worker, cut short by max_steps, with validations."""
+    """Run stage 2 on stage 1's projector: QLoRA on one worker, cut short by max_steps, with validations."""
     validation = {"data": home.other, "every": 2, "transcripts": 5}
     changed = {
         "workers": 1,
@@ -270,7 +270,7 @@ def test_stage2_stops_at_max_steps_and_leaves_adapters_too(second: Path) -> None
 
 @pytest.mark.slow
 def test_zero_3_trains_as_zero_2_does(home: Home, first: Path) -> None:
-    """Sharded over two workers, with validations whose transcripts need all of them."""
+    """ZeRO-3 over two workers is tested with validations, whose transcripts need all workers."""
     validation = {"data": home.other, "every": 8, "transcripts": 1}
     losses = {}
     for zero_stage in (2, 3):
@@ -303,7 +303,7 @@ def test_stage2_goes_on_from_a_merged_grafts_own_projector(home: Home, merged: P
 
 
 def in_memory(name: str) -> str:
-    """The name on disk -> the one in the model."""
+    """Map a parameter's name on disk to its name in the model."""
     return re.sub(r"^model\.layers", "model.language_model.layers", name)
 
 

@@ -1,4 +1,4 @@
-"""Jobs through the Jobs API on a real cluster of its own: how they end, who may send them, and that they do what they do here."""
+"""Tests of jobs.submit on a real cluster: exit codes, authentication, and results equal to those of a local run."""
 
 import re
 import secrets

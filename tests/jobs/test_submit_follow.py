@@ -1,4 +1,4 @@
-"""What jobs.submit makes of a job's end, and of a connection that breaks: nothing printed twice, no waiting for a log that is gone."""
+"""Tests that jobs.submit prints each line once over broken connections, and passes on the exit code of a job."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ TEXT = ["first\n", "second\n", "third\n"]
 
 
 class Client:
-    """A Jobs API that breaks off in the middle of a log the first `breaks` times, while the job runs for `turns` looks."""
+    """A Jobs API that breaks off in a log the first `breaks` times, and whose job runs for `turns` requests."""
 
     def __init__(self, *, breaks: int, turns: int = 0):
         self.breaks, self.turns = breaks, turns

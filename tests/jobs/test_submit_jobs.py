@@ -1,4 +1,4 @@
-"""Every job, as the documents send it: `ray job submit --working-dir . -- python -m jobs.VERB ...`, on tiny bases and a few clips.
+"""Tests that every command can be sent to a cluster by `ray job submit`, as the documents do, on tiny bases.
 
 Three rows of jobs share the cluster at once. What they leave lies on a shared path, some of what they read in a bucket.
 """
@@ -31,7 +31,7 @@ PROGRESS_BAR = re.compile(r"\d+%\|")
 
 
 def verbs() -> set[str]:
-    """The jobs that there are; of the benchmarks, those for a GPU alone left out."""
+    """Name the commands that run on a recipe, and the benchmarks."""
     ends = {
         path.stem: path.read_text().partition('if __name__ == "__main__":')[2] for path in (ROOT / "jobs").glob("*.py")
     }
@@ -40,7 +40,7 @@ def verbs() -> set[str]:
 
 @dataclass(frozen=True)
 class Sender:
-    """Sends jobs by `ray job submit`; each must end well, leave what it should and say what it did."""
+    """Sends jobs by `ray job submit`; each must end with 0, leave a file and print a summary."""
 
     cluster: Cluster
     checkout: Checkout
@@ -94,7 +94,7 @@ def test_every_job_can_be_sent_to_a_cluster(send: Sender) -> None:
 
 
 def save_pretrained(folder: Path, bases: dict[str, str]) -> Path:
-    """Write the trained part of a tiny graft, whose bases are found by their paths: a shorter name would stand for one on a hub."""
+    """Write the trained part of a tiny graft, which names its bases by path: a shorter name would mean a hub id."""
     build.run(build.BuildRecipe(**bases, out=str(folder / "graft"), audio_pool=4))
     (folder / "stage1").mkdir()
     save_projector(open_graft(folder / "graft")[0], folder / "stage1")
@@ -175,6 +175,6 @@ def work_with_what_is_there(send: Sender, bases: dict[str, str], in_a_bucket: st
 
 
 def show(send: Sender, pretrained: Path) -> None:
-    """The demonstration, on the trained part of a tiny graft."""
+    """The demo runs on the trained part of a tiny graft."""
     trained = [f"pretrained={pretrained}", "stage1_epochs=1", "stage2_epochs=1", "workers=1", "scored_clips=1"]
     send("demo", *trained, f"out={send.home}/demo", leaves="demo/summary.json", says="== results")

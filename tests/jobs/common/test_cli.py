@@ -1,3 +1,5 @@
+"""Tests of the command line: errors in one line, --help, plans, keys as options, and errors inside Ray's wrappers."""
+
 import os
 import subprocess
 import sys
@@ -218,7 +220,7 @@ def test_keys_may_be_written_as_options(argv, tmp_path):
 
 
 def test_no_key_of_a_stage_is_an_option_too():
-    """Such a key could be given as key=value alone."""
+    """A key with the name of an option could be given only as key=value."""
     assert not {"recipe", "debug", "plan", "help", *PlanOptions.model_fields} & Stage2Recipe.model_fields.keys()
 
 

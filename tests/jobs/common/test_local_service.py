@@ -1,4 +1,4 @@
-"""A server in a process of its own: waited for, ended, and asked for the text of a file."""
+"""Tests of servers in processes of their own: the wait for one, its end, and a request for the text of a file."""
 
 import email
 import json
@@ -20,7 +20,7 @@ SLEEPER = [sys.executable, "-c", "import time; time.sleep(300)"]
 
 
 class Upload(BaseHTTPRequestHandler):
-    """Answers GET with 200 and POST with what it understood of a form."""
+    """Answers GET with 200, and POST with the form fields that it read."""
 
     def do_GET(self) -> None:
         self._answer({"path": self.path})
@@ -93,8 +93,8 @@ def test_a_server_that_does_not_heed_an_interrupt_is_killed(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.common.local_service.STOP_S", 0.5)
-    deaf = "import pathlib, signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); pathlib.Path(sys.argv[1]).touch()"
-    deaf += "; time.sleep(300)"
+    deaf = "import pathlib, signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    deaf += "; pathlib.Path(sys.argv[1]).touch(); time.sleep(300)"
     with running([sys.executable, "-c", deaf, str(tmp_path / "deaf")], url, tmp_path / "log"):
         (server,) = [child for child in psutil.Process().children() if str(tmp_path / "deaf") in child.cmdline()]
         while not (tmp_path / "deaf").exists():

@@ -1,3 +1,5 @@
+"""Tests that an output folder belongs to one recipe and appears only when it is complete."""
+
 import os
 
 import pytest

@@ -1,3 +1,5 @@
+"""Tests that manifests of JSON lines, NeMo, CSV and Common Voice become rows or lines dropped with a reason."""
+
 import io
 import json
 from pathlib import Path
@@ -14,7 +16,7 @@ from jobs.prepare import PrepareRecipe, run
 
 
 def read(path: Path, content: str | bytes, **more) -> tuple[list[Row], dict[tuple[int, str | None], str]]:
-    """The rows of a manifest, and (line, id) -> reason of the dropped lines."""
+    """Read a manifest; returns its rows, and the reasons of dropped lines by (line, id)."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     results = list(read_manifests([Manifest(manifest=str(path), **more)]))
     dropped = [result for result in results if isinstance(result, DroppedLine)]
@@ -176,7 +178,8 @@ def test_a_part_keeps_its_rate_channels_and_depth(tmp_path):
 
 
 def test_only_takes_the_lines_whose_fields_match_all(tmp_path):
-    content = "id,audio,words,set\nx1,a.wav,one,clean 1\nx2,a.wav,two,other\nx3,a.wav,one two,clean 2\nbad,a.wav\nx4,a.wav,,clean 3\n"
+    content = "id,audio,words,set\nx1,a.wav,one,clean 1\nx2,a.wav,two,other\n"
+    content += "x3,a.wav,one two,clean 2\nbad,a.wav\nx4,a.wav,,clean 3\n"
     columns = {"text": "words"}
     rows, dropped = read(tmp_path / "rows.csv", content, columns=columns, only={"set": "clean*", "words": "one*"})
     assert [row.id for row in rows] == ["x1", "x3"]

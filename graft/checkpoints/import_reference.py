@@ -42,7 +42,7 @@ PREFIXES = {
 }
 """Published prefix of a tensor's name -> a graft's prefix."""
 HEAD_WIDTH = 64
-"""Width of an attention head in every Whisper; it cannot be told from the tensors' shapes."""
+"""Width of an attention head in every Whisper; the tensors' shapes do not show it."""
 _PACKED = ".quant_state.bitsandbytes__"
 _BASE_KEYS = (
     "text_config",

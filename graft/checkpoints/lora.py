@@ -158,13 +158,13 @@ def truncate_adapters(
     """
     rank = min(rank, settings.rank)
     cut: dict[str, Tensor] = {}
-    kept = {}
+    shares: dict[str, float] = {}
     for matrix in sorted(name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")):
         names = (f"{matrix}.lora_A.weight", f"{matrix}.lora_B.weight")
         a, b = (state[name].double() for name in names)
-        *factors, kept[matrix] = _truncate(a, settings.alpha / settings.rank * b, rank)
+        *factors, shares[matrix] = _truncate(a, settings.alpha / settings.rank * b, rank)
         cut |= {name: factor.float().contiguous() for name, factor in zip(names, factors, strict=True)}
-    return cut, replace(settings, rank=rank, alpha=rank), kept
+    return cut, replace(settings, rank=rank, alpha=rank), shares
 
 
 def _truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -146,5 +146,5 @@ def _disable_peft_casting(model: nn.Module) -> None:
 
 
 def float32_copy(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the CPU in float32, even from there: training goes on while the copy is written to disk."""
+    """Copy a tensor to the CPU in float32, even from the CPU: training continues while the copy is written to disk."""
     return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -51,7 +51,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 LOGIT_BYTES = 10
 """Bytes of a logit in training: bf16, float32, and the float32 gradient."""
 SAVED_BYTES = {False: 4.0e6 / (28 * 3584), True: 5.7e6 / (28 * 3584)}
-"""Bytes kept for the backward pass, per token, layer and unit of width, without and with LoRA.
+"""Bytes saved for the backward pass, per token, layer and unit of width, without and with LoRA.
 
 4.0 and 5.7 MB per token were measured at 7B (28 layers, width 3584); other shapes are scaled from there.
 """

@@ -65,17 +65,17 @@ def trainable(rows: RowTable) -> tuple[RowTable, dict[str, int]]:
         f"over {MAX_DURATION_S:.0f} s": lengths > MAX_DURATION_S,
         f"under {MIN_DURATION_S} s": lengths < MIN_DURATION_S,
     }
-    kept, counts = np.ones(len(rows), bool), {}  # (rows,)
+    is_usable, counts = np.ones(len(rows), bool), {}  # (rows,)
     for reason, faulty in faults.items():
-        if count := int((kept & faulty).sum()):
+        if count := int((is_usable & faulty).sum()):
             counts[reason] = count
-        kept &= ~faulty
-    if not kept.any():
+        is_usable &= ~faulty
+    if not is_usable.any():
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         raise DataError(
             f"none of {len(rows)} rows can be trained on ({reasons}): check the data and which of its columns are named"
         )
-    return (rows if kept.all() else rows.select(kept)), counts
+    return (rows if is_usable.all() else rows.select(is_usable)), counts
 
 
 def check_ctc_lengths(rows: RowTable, processor: GraftProcessor) -> None:

@@ -65,7 +65,7 @@ def test_gradient_checkpointing_takes_less(cuda: torch.device) -> None:
 @pytest.mark.parametrize("name", ["stage1", "stage2", "qlora"])
 def test_steps_hold_no_more_and_a_finished_run_holds_nothing(folder: Path, cuda: torch.device, name: str) -> None:
     def held_after(steps: int) -> int:
-        """Bytes at the end of a run of its own, while it still exists."""
+        """Return the allocated bytes at the end of a run, while its model still exists."""
         _, processor, backend = wide_models.opened(folder, cuda, name, "bf16")
         wide_models.run_steps(
             [wide_models.training_batch(processor, cuda, range(4))] * steps, backend, total_steps=steps

@@ -109,7 +109,7 @@ def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
 
     version, _, _ = number(4), string(), number(4)
     if version != 6:
-        raise ModelError(f"CTranslate2 binary version {version}, expected 6: convert the model anew")
+        raise ModelError(f"CTranslate2 binary version {version}, expected 6: convert the model again")
     variables = {}
     for _ in range(number(4)):
         name = string()

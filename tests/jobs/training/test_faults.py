@@ -81,7 +81,7 @@ class Home:
         return stage1.Stage1Recipe.model_validate({**settings, **changed})
 
     def command(self, recipe: stage1.Stage1Recipe) -> list[str]:
-        """The command line of a recipe; the same for the same folder."""
+        """Return the command line of a recipe; it is equal for equal folders."""
         path = Path(f"{recipe.out}.yaml")
         path.write_text(recipe_yaml(recipe))
         return [sys.executable, "-m", "jobs.stage1", "--recipe", str(path)]

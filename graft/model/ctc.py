@@ -20,7 +20,7 @@ from .tokens import LETTERS
 
 BLANK, SPACE = "\n", " "
 LOGIT_MARGIN = 8.0
-"""Logit of a symbol, on average, for an audio embedding that equals the symbol's text embedding."""
+"""How much higher a symbol's logit is for its own text embedding than for the mean embedding, on average."""
 
 
 @dataclass

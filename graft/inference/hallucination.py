@@ -1,9 +1,9 @@
-"""Guards: what is suspicious about the text that a model wrote for a chunk. Loops, invention, and answers that were cut.
+"""Check the text that a model wrote for a chunk for loops, invented speech and answers that were cut.
 
-    text, log-probabilities, duration -> judge -> flags -> decoded once more with n-grams blocked -> better
+    text, log-probabilities, duration -> check_quality -> flags -> decoded once more with n-grams blocked -> pick_better
 
-The limits let pass what people say: a digit four times in a row, menus, long numbers, the shortest commands. What could not have been
-spoken in the time is judged more strictly.
+The limits allow what people say: a digit four times in a row, menus, long numbers, the shortest commands. Text that is
+too much to be spoken in the chunk's time is checked against stricter limits.
 """
 
 import re
@@ -11,37 +11,43 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Flag: the text repeats itself.
 REPETITION = "repetition"
-"""The model went round in circles."""
+# Flag: the chunk holds no speech, so that the text is invented.
 NO_SPEECH = "no_speech"
-"""Nobody speaks in the chunk: the text is made up."""
+# Flag: the model was unsure of most of the text, or wrote more words than anyone speaks in the time.
 LOW_CONFIDENCE = "low_confidence"
-"""The model was unsure of most of it, or wrote more than anyone speaks."""
+# Flag: the answer was cut at its most tokens: the model rambles, or the speech is faster than the bound allows.
 TRUNCATED = "truncated"
-"""The answer was cut at its most tokens: the model rambles, or speech is faster than the bound."""
 
+# Length in tokens of the n-grams that may occur only once when a chunk is decoded again. With 6 or fewer no loop is
+# left that is flagged REPETITION at any pace that people speak; with 3, one chunk in five of real speech could not be
+# written.
 NO_REPEAT_NGRAM = 5
-"""Tokens in a row that come once only when a chunk is decoded again. With 6 or fewer no loop is left that is REPETITION at any pace that
-people speak; with 3, one chunk in five of real speech could not be written."""
 
+# Words in the longest phrase that is looked for in loops.
 LOOP_WORDS = 8
-"""Words of the longest phrase that is looked for in loops."""
+# Times in a row that a phrase occurs in a loop, at least.
 LOOP_TIMES = 4
+# Words in the shortest loop: "seven seven seven seven" is a number. Speech that is too fast has no such limit.
 LOOP_LEAST_WORDS = 8
-"""Words of the shortest loop: "seven seven seven seven" is a number. Where speech is too fast there is no such bound."""
+# Words per second above which speech is too fast, so that the stricter limits hold.
 FAST_WORDS_PER_S = 5.0
+# Words per second above which a text cannot have been spoken.
 MOST_WORDS_PER_S = 8.0
+# Largest compression ratio of a text at a speaker's pace; half a minute of digits reaches 3.5.
 ZLIB_RATIO = 4.0
-"""Of how many times shorter a text becomes, the most for texts at a speaker's pace: half a minute of digits comes to 3.5."""
+# Largest compression ratio of a text that is too fast.
 FAST_ZLIB_RATIO = 2.4
-"""The most where speech is too fast."""
+# Bytes of the shortest text whose compression ratio is checked.
 ZLIB_LEAST_BYTES = 100
+# Mean log-probability of a token, in nats, below which the model is unsure.
 LEAST_MEAN_LOGPROB = -1.0
 
 
 @dataclass(frozen=True)
 class QualityVerdict:
-    """A chunk's text, the mean natural log-probability of its tokens, None without any, and what is suspicious about it."""
+    """The text of a chunk, the mean natural log-probability of its tokens (None without tokens), and its flags."""
 
     text: str
     mean_logprob: float | None
@@ -51,34 +57,34 @@ class QualityVerdict:
 def check_quality(
     text: str, logprobs: Sequence[float], *, duration_s: float, is_cut: bool, has_speech: bool | None = None
 ) -> QualityVerdict:
-    """Judge the text of a chunk by its tokens' log-probabilities and the chunk's length.
+    """Check the text of a chunk by its tokens' log-probabilities and the chunk's duration in seconds.
 
-    `is_cut` says that the answer has as many tokens as it may, `has_speech` whether speech was found in the chunk (None: unknown). An
-    empty text can only be cut.
+    `is_cut` says that the answer has as many tokens as it may have; `has_speech` says whether the chunk holds speech,
+    None if that is unknown. An empty text can only be flagged as truncated.
     """
     words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.casefold())
-    pace = len(words) / max(duration_s, 1.0)  # a short command ends with its last sound
+    words_per_s = len(words) / max(duration_s, 1.0)  # chunks of short commands end with the last sound
     mean = sum(logprobs) / len(logprobs) if logprobs else None
-    is_unsure = mean is not None and not mean >= LEAST_MEAN_LOGPROB  # nan is not
-    found = {
-        REPETITION: _is_loop(words, pace) or _is_uniform(text, pace),
+    is_unsure = mean is not None and not mean >= LEAST_MEAN_LOGPROB  # true for nan as well
+    findings = {
+        REPETITION: _has_loop(words, words_per_s) or _is_compressible(text, words_per_s),
         NO_SPEECH: has_speech is False,
-        LOW_CONFIDENCE: is_unsure or pace > MOST_WORDS_PER_S,
+        LOW_CONFIDENCE: is_unsure or words_per_s > MOST_WORDS_PER_S,
     }
-    flags = [flag for flag, is_so in found.items() if is_so and text.strip()]
+    flags = [flag for flag, is_raised in findings.items() if is_raised and text.strip()]
     return QualityVerdict(text, mean, (*flags, TRUNCATED) if is_cut else tuple(flags))
 
 
-def pick_better(first: QualityVerdict, again: QualityVerdict) -> QualityVerdict:
-    """The one with fewer flags; of equally many the likelier; the first if they are as good."""
-    return min(first, again, key=lambda one: (len(one.flags), -(one.mean_logprob or 0.0)))
+def pick_better(first: QualityVerdict, second: QualityVerdict) -> QualityVerdict:
+    """Return the verdict with fewer flags, among equals the one with the likelier tokens, among equals the first."""
+    return min(first, second, key=lambda verdict: (len(verdict.flags), -(verdict.mean_logprob or 0.0)))
 
 
-def _is_loop(words: Sequence[str], pace: float) -> bool:
-    """Whether a phrase comes at least LOOP_TIMES in a row."""
-    least_words = 0 if pace > FAST_WORDS_PER_S else LOOP_LEAST_WORDS
+def _has_loop(words: Sequence[str], words_per_s: float) -> bool:
+    """Return whether a phrase occurs at least LOOP_TIMES in a row."""
+    least_words = 0 if words_per_s > FAST_WORDS_PER_S else LOOP_LEAST_WORDS
     for size in range(1, LOOP_WORDS + 1):
-        run = size
+        run = size  # words so far that repeat with a period of `size`
         for word, before in zip(words[size:], words, strict=False):
             run = run + 1 if word == before else size
             if run >= max(LOOP_TIMES * size, least_words):
@@ -86,7 +92,8 @@ def _is_loop(words: Sequence[str], pace: float) -> bool:
     return False
 
 
-def _is_uniform(text: str, pace: float) -> bool:
+def _is_compressible(text: str, words_per_s: float) -> bool:
+    """Return whether zlib shrinks the text more than it shrinks speech."""
     data = text.encode()
-    most = FAST_ZLIB_RATIO if pace > FAST_WORDS_PER_S else ZLIB_RATIO
+    most = FAST_ZLIB_RATIO if words_per_s > FAST_WORDS_PER_S else ZLIB_RATIO
     return len(data) >= ZLIB_LEAST_BYTES and len(data) > most * len(zlib.compress(data))

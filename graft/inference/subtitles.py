@@ -1,6 +1,7 @@
-"""A Transcript as people and players read it: txt, srt, vtt, tsv or json.
+"""Write a Transcript as txt, srt, vtt, tsv or json.
 
-segments -> cues that fit on a screen, where word times are known -> whole milliseconds, in order and apart -> the format's text
+segments -> cues that fit on a screen, where word times are known -> whole milliseconds, in order, without overlap ->
+text
 """
 
 import html
@@ -17,8 +18,8 @@ from graft.config import Recipe
 from graft.inference.transcript import Segment, Transcript, Word
 
 Format = Literal["txt", "srt", "vtt", "tsv", "json"]
+# Names of the formats, which are also the suffixes of their files.
 FORMATS: tuple[Format, ...] = get_args(Format)
-"""Also the suffixes of files that hold them."""
 
 SENTENCE_ENDS = (".", "?", "!", "…")
 CLAUSE_ENDS = (",", ";", ":")
@@ -26,19 +27,22 @@ CLOSING = "\"')]”’»"
 
 
 class CueLimits(Recipe):
-    """How much a subtitle shows at a time. Longer segments are split between words if their times are known, else only into lines."""
+    """Limits of what a subtitle shows at a time.
+
+    Longer segments are split between words where the words' times are known, and else only into lines.
+    """
 
     line_characters: int = Field(default=42, ge=10)
-    """Characters in a line; a longer word has a line of its own."""
+    """Most characters in a line of a subtitle; a longer word gets a line of its own."""
     lines: int = Field(default=2, ge=1)
-    """Lines shown at a time."""
+    """Most lines that a subtitle shows at a time."""
     duration_s: float = Field(default=7.0, gt=0)
-    """Seconds for which they are shown."""
+    """Most seconds for which a subtitle is shown."""
 
 
 @dataclass(frozen=True)
 class Cue:
-    """Text that is shown from one millisecond to another."""
+    """Text of a subtitle and the milliseconds from and until which it is shown."""
 
     start_ms: int
     end_ms: int
@@ -46,105 +50,113 @@ class Cue:
 
 
 def format_transcript(transcript: Transcript, form: Format, limits: CueLimits | None = None) -> str:
-    """Write a transcript in a format, lines ending in a line feed.
+    """Write a transcript in a format; lines end in a line feed.
 
-    txt is its text; srt and vtt hold cues within the limits; tsv is Whisper's, with milliseconds and text of each segment; json is
-    all that a transcript holds. Segments without text are in json alone. Where channels are apart, all but json say which one speaks, and
-    txt has a line for each segment.
+    txt is the text; srt and vtt hold cues within the limits; tsv is Whisper's format, with milliseconds and text of
+    each segment; json holds all of the transcript. Segments without text appear in json alone. Where channels were
+    transcribed separately, all formats but json name the channel that speaks, and txt has a line for each segment.
     """
     match form:
         case "txt":
-            return _plain(transcript)
+            return _plain_text(transcript)
         case "srt":
-            return "\n".join(_srt_block(number, cue) for number, cue in enumerate(cues_of(transcript, limits), start=1))
-        case "vtt":
-            return "\n".join(["WEBVTT\n", *map(_vtt_block, cues_of(transcript, limits))])
-        case "tsv":
-            rows = _timed(
-                Word(segment.start_s, segment.end_s, _labelled(segment, segment.text))
-                for segment in transcript.segments
+            return "\n".join(
+                _srt_block(number, cue) for number, cue in enumerate(make_cues(transcript, limits), start=1)
             )
+        case "vtt":
+            return "\n".join(["WEBVTT\n", *map(_vtt_block, make_cues(transcript, limits))])
+        case "tsv":
+            rows = _to_milliseconds(_whole_segment(segment) for segment in transcript.segments)
             return "".join(["start\tend\ttext\n", *(f"{row.start_ms}\t{row.end_ms}\t{row.text}\n" for row in rows)])
         case "json":
             return json.dumps(transcript.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
-def cues_of(transcript: Transcript, limits: CueLimits | None = None) -> list[Cue]:
-    """Cut a transcript into subtitles: in order, none overlapping, each of at least a millisecond, their lines parted by line feeds."""
+def make_cues(transcript: Transcript, limits: CueLimits | None = None) -> list[Cue]:
+    """Cut a transcript into subtitles, in order, without overlap, each of at least one millisecond.
+
+    Line feeds separate the lines of a cue.
+    """
     limits = limits or CueLimits()
-    cues = _timed(piece for segment in transcript.segments for piece in _pieces(segment, limits))
-    return [Cue(cue.start_ms, cue.end_ms, "\n".join(_lines(cue.text, limits))) for cue in cues]
+    cues = _to_milliseconds(part for segment in transcript.segments for part in _split_segment(segment, limits))
+    return [Cue(cue.start_ms, cue.end_ms, "\n".join(_break_lines(cue.text, limits))) for cue in cues]
 
 
-def _plain(transcript: Transcript) -> str:
+def _plain_text(transcript: Transcript) -> str:
     spoken = [segment for segment in transcript.segments if segment.text.strip()]
     if all(segment.channel is None for segment in spoken):
         return transcript.text + "\n"
-    return "".join(f"{_labelled(segment, _one_line(segment.text))}\n" for segment in spoken)
+    return "".join(f"{_name_channel(segment, _one_line(segment.text))}\n" for segment in spoken)
 
 
-def _labelled(segment: Segment, text: str) -> str:
+def _name_channel(segment: Segment, text: str) -> str:
+    """Put the segment's channel before a text, if it has one."""
     return text if segment.channel is None or not text.strip() else f"channel {segment.channel}: {text}"
 
 
-def _pieces(segment: Segment, limits: CueLimits) -> list[Word]:
-    """The segment's words, joined to as much as a cue shows; the segment as a whole where it has none."""
+def _whole_segment(segment: Segment) -> Word:
+    return Word(segment.start_s, segment.end_s, _name_channel(segment, segment.text))
+
+
+def _split_segment(segment: Segment, limits: CueLimits) -> list[Word]:
+    """Split a segment into parts that a cue can show; a segment without words stays whole."""
     words = [Word(word.start_s, word.end_s, text) for word in segment.words if (text := _one_line(word.text))]
     if not words:
-        return [Word(segment.start_s, segment.end_s, _labelled(segment, segment.text))]
-    words[0] = replace(words[0], text=_labelled(segment, words[0].text))
-    parts = _parts(words, limits)
+        return [_whole_segment(segment)]
+    words[0] = replace(words[0], text=_name_channel(segment, words[0].text))
     return [
-        Word(part[0].start_s, min(part[-1].end_s, part[0].start_s + limits.duration_s), _joined(part)) for part in parts
+        Word(part[0].start_s, min(part[-1].end_s, part[0].start_s + limits.duration_s), _join_words(part))
+        for part in _split_words(words, limits)
     ]
 
 
-def _parts(words: Sequence[Word], limits: CueLimits) -> list[Sequence[Word]]:
-    """Halve words where it is best until each part fits."""
-    fits = (
-        words[-1].end_s - words[0].start_s <= limits.duration_s and len(_lines(_joined(words), limits)) <= limits.lines
-    )
-    if fits or len(words) == 1:
+def _split_words(words: Sequence[Word], limits: CueLimits) -> list[Sequence[Word]]:
+    """Split words in two at the best place, again and again, until each part fits the limits."""
+    is_short = words[-1].end_s - words[0].start_s <= limits.duration_s
+    if len(words) == 1 or (is_short and len(_break_lines(_join_words(words), limits)) <= limits.lines):
         return [words]
     margin = max(1, len(words) // 4)
-    cut = max(range(margin, len(words) - margin + 1), key=lambda place: _goodness(words, place))
-    return [*_parts(words[:cut], limits), *_parts(words[cut:], limits)]
+    cut = max(range(margin, len(words) - margin + 1), key=lambda index: _rate_break(words, index))
+    return [*_split_words(words[:cut], limits), *_split_words(words[cut:], limits)]
 
 
-def _goodness(words: Sequence[Word], place: int) -> float:
-    """How good it is to break before a word: best after a sentence, at a pause, in the middle."""
-    before = words[place - 1].text.rstrip(CLOSING)
+def _rate_break(words: Sequence[Word], index: int) -> float:
+    """Rate a break before a word: higher after a sentence or a clause, at a pause, and in the middle."""
+    before = words[index - 1].text.rstrip(CLOSING)
     end = 1.0 if before.endswith(SENTENCE_ENDS) else 0.5 if before.endswith(CLAUSE_ENDS) else 0.0
-    pause_s = words[place].start_s - words[place - 1].end_s
-    return end + min(max(pause_s, 0.0), 1.0) - abs(2 * place / len(words) - 1)
+    pause_s = words[index].start_s - words[index - 1].end_s
+    return end + min(max(pause_s, 0.0), 1.0) - abs(2 * index / len(words) - 1)
 
 
-def _timed(pieces: Iterable[Word]) -> list[Cue]:
-    """Pieces with text, in whole milliseconds: each begins after the one before has begun, and ends by the time the next begins."""
-    texts = [(piece, text) for piece in pieces if (text := _one_line(piece.text))]
+def _to_milliseconds(parts: Iterable[Word]) -> list[Cue]:
+    """Round the times of parts with text to milliseconds.
+
+    Each cue begins after the previous one has begun, and ends before or when the next one begins.
+    """
+    texts = [(part, text) for part in parts if (text := _one_line(part.text))]
     starts: list[int] = []
-    for piece, _ in texts:
-        starts.append(max(round(piece.start_s * 1000), starts[-1] + 1 if starts else 0))
+    for part, _ in texts:
+        starts.append(max(round(part.start_s * 1000), starts[-1] + 1 if starts else 0))
     nexts = [*starts[1:], sys.maxsize][: len(starts)]
     return [
-        Cue(start, min(max(round(piece.end_s * 1000), start + 1), following), text)
-        for (piece, text), start, following in zip(texts, starts, nexts, strict=True)
+        Cue(start, min(max(round(part.end_s * 1000), start + 1), following), text)
+        for (part, text), start, following in zip(texts, starts, nexts, strict=True)
     ]
 
 
-def _lines(text: str, limits: CueLimits) -> list[str]:
-    """Break text at spaces into as few lines as it takes, all about equally long."""
-    fewest = _wrapped(text, limits.line_characters)
-    narrower = (_wrapped(text, width) for width in range(len(text) // len(fewest), limits.line_characters))
+def _break_lines(text: str, limits: CueLimits) -> list[str]:
+    """Break text at spaces into as few lines as possible, of about equal lengths."""
+    fewest = _wrap(text, limits.line_characters)
+    narrower = (_wrap(text, width) for width in range(len(text) // len(fewest), limits.line_characters))
     return next((lines for lines in narrower if len(lines) == len(fewest)), fewest)
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrap(text: str, width: int) -> list[str]:
     return wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _srt_block(number: int, cue: Cue) -> str:
-    text = cue.text.replace("-->", "->")  # players take a line with an arrow for the times of the next
+    text = cue.text.replace("-->", "->")  # players take a line with an arrow for the times of a cue
     return f"{number}\n{_clock(cue.start_ms, ',')} --> {_clock(cue.end_ms, ',')}\n{text}\n"
 
 
@@ -153,12 +165,12 @@ def _vtt_block(cue: Cue) -> str:
 
 
 def _clock(milliseconds: int, mark: str) -> str:
-    """HH:MM:SS,mmm, with more digits from 100 hours on."""
+    """Format milliseconds as HH:MM:SS,mmm; hours have more digits from 100 on."""
     seconds, rest = divmod(milliseconds, 1000)
     return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{mark}{rest:03}"
 
 
-def _joined(words: Sequence[Word]) -> str:
+def _join_words(words: Sequence[Word]) -> str:
     return " ".join(word.text for word in words)
 
 

@@ -1,4 +1,4 @@
-"""What comes out: words in segments in a transcript, with times in seconds from the start of the audio."""
+"""Define a Transcript: segments with words, and times in seconds from the start of the audio."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Word:
-    """A word and when it is spoken."""
+    """A word and the time in which it is spoken, in seconds."""
 
     start_s: float
     end_s: float
@@ -16,11 +16,12 @@ class Word:
 
 @dataclass(frozen=True)
 class Segment:
-    """One stretch of audio and what is said in it.
+    """One stretch of audio and the text that is spoken in it.
 
-    `mean_logprob` is the mean natural log-probability of its tokens, None if unknown; `flags` name what the guards found
-    suspicious, empty if nothing; `words` is empty unless word times were asked for, and else, joined by spaces, is `text`: each begins when
-    the one before it has ended, all within the segment; `channel` counts from 1, None if channels were mixed.
+    `mean_logprob` is the mean natural log-probability of the text's tokens, None if unknown. `flags` name the faults
+    that `graft.inference.hallucination` found. `words` is empty unless word times were asked for; joined by spaces the
+    words are `text`, each begins after the previous one has ended, and all lie within the segment. `channel` counts
+    from 1; it is None if channels were mixed.
     """
 
     start_s: float
@@ -34,9 +35,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcript:
-    """The text of a whole recording, its parts in order, the recording's length in seconds and which model wrote it.
+    """The text of a whole recording, its segments in order, its duration in seconds and the name of the model.
 
-    `aligner` says where the times of words come from, None if words have none.
+    `aligner` names the source of the words' times; it is None if words have no times.
     """
 
     text: str
@@ -46,12 +47,12 @@ class Transcript:
     aligner: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON takes them; the keys are always the same."""
+        """Return plain values for JSON; the keys are always the same."""
         return asdict(self)
 
 
 def stitch(segments: Iterable[Segment], *, duration_s: float, model: str, aligner: str | None = None) -> Transcript:
-    """Put the segments of one recording in order of time and join their texts with single spaces."""
+    """Make a transcript of one recording's segments: order them by time and join their texts with single spaces."""
     ordered = tuple(sorted(segments, key=lambda segment: (segment.start_s, segment.channel or 0)))
     text = " ".join(part for segment in ordered if (part := segment.text.strip()))
     return Transcript(text, duration_s, ordered, model, aligner)

@@ -143,7 +143,7 @@ def _load(listener: AsrModelSpec, path: str) -> Callable[[Sequence[AudioClip]], 
         whisper = WhisperBaseline(path, device=device, dtype=DTYPES[listener.dtype])
         return lambda clips: [
             ClipTranscript(hearing.text, duration_s=clip.duration_s, mean_logprob=hearing.mean_logprob)
-            for clip, hearing in zip(clips, whisper.hear_many(clips), strict=True)
+            for clip, hearing in zip(clips, whisper.transcribe_many(clips), strict=True)
         ]
     transcriber = open_transcriber(
         path, device=device, dtype=listener.dtype, chunker=windows

@@ -14,7 +14,7 @@ from graft.audio.clip import read_audio
 from graft.checkpoints.loading import open_graft
 from graft.data.dataset import RowReader, RowTable, read_rows
 from graft.data.settings import Sources
-from graft.inference.transcriber import transcriber_of
+from graft.inference.transcriber import make_transcriber
 from graft.inference.transcript import Transcript
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
@@ -70,7 +70,7 @@ def _loss(model: GraftForConditionalGeneration, processor: GraftProcessor, rows:
 def _score(model: GraftForConditionalGeneration, processor: GraftProcessor, rows: RowTable) -> Score:
     reader = RowReader(rows.files)
     places = zip(rows.file, rows.row_group, rows.row, strict=True)
-    transcriber = transcriber_of(model, processor, name="compared")
+    transcriber = make_transcriber(model, processor, name="compared")
     try:
         heard = transcriber.transcribe_many([read_audio(reader.wav(*place)[0]) for place in places])
     finally:

@@ -15,9 +15,10 @@ from tests.support.paths import ROOT
 
 LACKING = (
     *("ray", "deepspeed", "bitsandbytes", "flash_attn", "soundfile", "soxr", "jiwer", "wandb", "matplotlib"),
-    *("fastapi", "pydantic", "pyarrow", "hypothesis", "psutil", "vllm"),
+    *("fastapi", "pydantic", "pyarrow", "hypothesis", "psutil", "vllm", "torchaudio"),
 )
 SHARE = (
+    "test_gpu_alignment.py",
     "test_gpu_attention.py",
     "test_gpu_engine.py",
     "test_gpu_memory.py",
@@ -42,6 +43,7 @@ def test_the_gpu_tests_pass_on_a_cpu_and_name_what_is_missing() -> None:
     done = lacking(f"import pytest; sys.exit(pytest.main({arguments!r}))", GRAFT_TEST_DEVICE="cpu")
     assert done.returncode == 0, done.stdout
     assert "could not import 'bitsandbytes'" in done.stdout
+    assert "could not import 'torchaudio'" in done.stdout
     assert "no CUDA device" in done.stdout
     assert "failed" not in done.stdout
 

@@ -31,7 +31,8 @@ def run(*arguments: str) -> int:
 def labelled(whisper: str, count: int) -> tuple[list[dict], list[str]]:
     """Clips whose labels are all or half of what this Whisper hears in them, and the transcripts."""
     clips = [row(f"clip{seed}", seed) for seed in range(count)]
-    heard = WhisperBaseline(whisper).transcribe_many([read_audio(clip["wav"]["bytes"]) for clip in clips])
+    answers = WhisperBaseline(whisper).transcribe_many([read_audio(clip["wav"]["bytes"]) for clip in clips])
+    heard = [answer.text for answer in answers]
     for seed, (clip, transcript) in enumerate(zip(clips, heard, strict=True)):
         words = style_text(transcript, "lower").upper()
         clip["text"] = words if seed % 2 else f"{words} {' '.join(['OTHER'] * (len(words.split()) + 1))}"

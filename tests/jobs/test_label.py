@@ -33,7 +33,7 @@ def run(*arguments: str) -> int:
 
 def test_what_is_heard_for_sure_becomes_the_text(whisper, tmp_path, capsys):
     clips = [clip_of(f"clip{seed}", seed, 3.0 + 6 * seed) for seed in range(5)]
-    heard = WhisperBaseline(whisper).hear_many([read_audio(clip["wav"]["bytes"]) for clip in clips])
+    heard = WhisperBaseline(whisper).transcribe_many([read_audio(clip["wav"]["bytes"]) for clip in clips])
     logprobs = sorted(hearing.mean_logprob for hearing in heard)
     least = (logprobs[1] + logprobs[2]) / 2
     assert logprobs[2] - logprobs[1] > 1e-3

@@ -1,13 +1,18 @@
-"""Word times from a CTC model (wav2vec2 and its kin): the likeliest way through blanks and letters that spells the text.
+"""Find word times with a CTC model (wav2vec2 and its kin), by forced alignment of the text's letters.
 
-Source: the forced alignment of torchaudio's tutorials, whose `forced_align` is no more; from there too comes the wildcard ("star") that
-stands where the model has no letter.
+clip -> log-probabilities (frames, letters) -> the likeliest CTC path that spells the text -> the frames of each word
+
+torchaudio's `forced_align` finds the path where torchaudio can be imported; elsewhere `viterbi_alignment` finds the
+same one. The wildcard, a label for characters that the model has no letter for, follows the "star" token of
+torchaudio's tutorials on forced alignment.
 """
 
+import functools
 import os
 import threading
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +22,25 @@ from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.errors import ModelError
-from graft.inference.aligners.protocol import spread, timed
+from graft.inference.aligners.protocol import spread_words, timed_words
 from graft.inference.aligners.viterbi import best_paths, word_spans
 from graft.inference.transcript import Word
 
+# Shorter clips are padded with silence to this length: the convolutions of wav2vec2 need 400 samples.
 LEAST_SAMPLES = 1600
-"""Shorter clips are heard with silence after them: the convolutions of wav2vec2 need 400 samples."""
+# Label that matches any sound.
 WILDCARD = -1
-"""A label that stands for whatever is heard."""
+# Nats by which a wildcard scores below the likeliest letter, so that it takes no frames of its neighbours, and above a
+# blank. A tenth of it parts the edge from a blank: of paths that tie, torchaudio does not always return the best.
 PREFERENCE = 0.01
-"""Nats by which a wildcard is less likely than a letter that is heard, lest it take its neighbours', and likelier than a blank."""
 
 
 class CtcAligner:
     """Aligns with a folder or hub id that AutoModelForCTC opens and whose vocabulary is letters.
 
-    Letters are sought as they are, in upper case, in lower case, and without accents; others are left out, and a word without any lasts
-    from the one before it to the next. Spread are texts of more letters than the model has frames. Raises ModelError for a vocabulary
-    without letters.
+    Each letter is looked up as it is written, in upper case, in lower case, and without accents; letters that are not
+    in the vocabulary are left out, and a word without any letter lasts from the previous word to the next. A text of
+    more letters than the model has frames is spread over the clip. Raises ModelError for a vocabulary without letters.
     """
 
     def __init__(
@@ -56,69 +62,121 @@ class CtcAligner:
             text: label for text, label in tokenizer.get_vocab().items() if len(text) == 1 and label != self._blank
         }
         if not any(map(str.isalpha, self._ids)):
-            raise ModelError(
-                f"{folder}: its CTC vocabulary has no letters: use a model that spells, e.g. facebook/wav2vec2-base-960h"
-            )
-        self._between = self._ids.pop(getattr(tokenizer, "word_delimiter_token", None) or " ", None)
-        self._busy = threading.Lock()
+            remedy = "use a model that spells, e.g. facebook/wav2vec2-base-960h"
+            raise ModelError(f"{folder}: its CTC vocabulary has no letters: {remedy}")
+        self._delimiter = self._ids.pop(getattr(tokenizer, "word_delimiter_token", None) or " ", None)
+        self._lock = threading.Lock()
 
     def align(self, clip: AudioClip, text: str) -> tuple[Word, ...]:
-        """Time the words of a text; see Aligner. Clips may be of any length that fits into memory."""
+        """Return the words of a text with their times, as Aligner says.
+
+        A clip may have any length that fits into memory.
+        """
         words = text.split()
         if not words:
             return ()
-        with self._busy:
+        with self._lock:
             logprobs = self._logprobs(clip)
-        spans = word_frames(logprobs, [self._labels(word) for word in words], blank=self._blank, between=self._between)
+        labels = [self._labels(word) for word in words]
+        spans = word_frames(logprobs, labels, blank=self._blank, delimiter=self._delimiter)
         if not spans:
-            return spread(words, clip.duration_s)
+            return spread_words(words, clip.duration_s)
         frame_s = max(len(clip.samples), LEAST_SAMPLES) / SAMPLE_RATE / len(logprobs)
-        return timed(words, [(first * frame_s, end * frame_s) for first, end in spans], clip.duration_s)
+        return timed_words(words, [(first * frame_s, end * frame_s) for first, end in spans], clip.duration_s)
 
     @torch.inference_mode()
     def _logprobs(self, clip: AudioClip) -> np.ndarray:
-        """Natural log-probabilities (frames, vocabulary)."""
+        """Compute natural log-probabilities (frames, vocabulary)."""
         samples = np.pad(clip.samples, (0, max(0, LEAST_SAMPLES - len(clip.samples))))
         inputs = self._extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt")[self._model.main_input_name]
         logits = self._model(inputs.to(self._model.device, self._model.dtype)).logits[0]
         return logits.float().log_softmax(dim=-1).cpu().numpy()
 
     def _labels(self, word: str) -> list[int]:
-        found = [next((self._ids[form] for form in _forms(letter) if form in self._ids), None) for letter in word]
-        return [label for label in found if label is not None] or [WILDCARD]
+        """Look up the letters of a word; a word without any is one wildcard."""
+        forms = (next((form for form in _letter_forms(letter) if form in self._ids), None) for letter in word)
+        return [self._ids[form] for form in forms if form] or [WILDCARD]
 
 
 def word_frames(
-    logprobs: np.ndarray, labels: Sequence[Sequence[int]], *, blank: int, between: int | None
+    logprobs: np.ndarray, words: Sequence[Sequence[int]], *, blank: int, delimiter: int | None
 ) -> list[tuple[int, int]]:
-    """Find each word's first frame and the one after its last in the likeliest spelling; none at all where frames are too few for it.
+    """Find the first frame of each word and the frame after its last on the likeliest CTC path.
 
-    logprobs (frames, vocabulary), labels of each word; `between` stands between words, None where nothing does.
+    logprobs (frames, vocabulary), labels of each word; `delimiter` is the label between words, None for a model without
+    one. Returns an empty list where there are fewer frames than the labels need.
     """
-    spelled: list[int] = []
-    owners: list[int] = []
-    for word, own in enumerate(labels):
-        gap = [between] if word and between is not None else []
-        spelled += [*gap, *own]
-        owners += [-1] * len(gap) + [word] * len(own)
-    ids = np.array(spelled)
-    scores = np.empty((len(logprobs), 2 * len(ids) + 1), np.float32)
-    scores[:, ::2] = logprobs[:, [blank]]
-    if between is not None:  # models write it before the first word and after the last too
-        scores[:, [0, -1]] = logprobs[:, [blank, between]].max(axis=1, keepdims=True)
+    # Two columns follow the vocabulary: the wildcard, and the edge, which stands before the first and after the last
+    # word, where models write blanks and delimiters in any order.
     wildcard = logprobs.max(axis=1) + np.where(logprobs.argmax(axis=1) == blank, PREFERENCE, -PREFERENCE)
-    scores[:, 1::2] = np.where(ids == WILDCARD, wildcard[:, None], logprobs[:, ids])
-    may_skip = np.zeros(scores.shape[1], bool)
-    may_skip[3::2] = ids[1:] != ids[:-1]  # between two of the same letter a blank must stand
-    path, fit = best_paths(scores, may_skip)
-    if not np.isfinite(fit):
+    silence = logprobs[:, [blank] if delimiter is None else [blank, delimiter]].max(axis=1)
+    scores = np.column_stack([logprobs, wildcard, silence + PREFERENCE / 10]).astype(np.float32)  # (T, C + 2)
+    # One frame before the clip and one after it can only be edge: no frame of the clip itself then has to be.
+    scores = np.pad(scores, ((1, 1), (0, 0)), constant_values=-np.inf)  # (T + 2, C + 2)
+    scores[[0, -1], -1] = 0.0
+
+    vocabulary = logprobs.shape[1]
+    labels, owners = [vocabulary + 1], [-1]  # the word of each label, -1 for edges and delimiters
+    for word, own in enumerate(words):
+        gap = [delimiter] if word and delimiter is not None else []
+        labels += [*gap, *(vocabulary if label == WILDCARD else label for label in own)]
+        owners += [-1] * len(gap) + [word] * len(own)
+    labels, owners = [*labels, vocabulary + 1], [*owners, -1]
+
+    repeats = sum(label == before for before, label in pairwise(labels))
+    if len(scores) < len(labels) + repeats:  # a blank must stand between a label and the same label again
         return []
-    state_owners = np.full(scores.shape[1], -1)
-    state_owners[1::2] = owners
-    return word_spans(state_owners[path], len(labels))
+    path, score = find_alignment()(scores, labels, blank=blank)
+    if not np.isfinite(score):
+        return []
+    # (T + 2,) labels of the path -> the index of each in `labels` -> the word that it belongs to
+    is_label = path != blank
+    is_first = is_label & (path != np.concatenate([[blank], path[:-1]]))
+    frame_owners = np.where(is_label, np.array(owners)[np.cumsum(is_first) - 1], -1)
+    return word_spans(frame_owners[1:-1], len(words))
 
 
-def _forms(letter: str) -> tuple[str, ...]:
-    """How a vocabulary may write a letter, the likeliest first."""
+@functools.cache
+def find_alignment() -> Callable[..., tuple[np.ndarray, float]]:
+    """Return torchaudio_alignment, or viterbi_alignment where torchaudio is missing or does not load beside this torch.
+
+    torchaudio 2.11 from PyPI needs the CUDA libraries of torch, so that it does not load beside a CPU build.
+    """
+    try:
+        import torchaudio.functional  # noqa: F401
+    except (ImportError, OSError):
+        return viterbi_alignment
+    return torchaudio_alignment
+
+
+def viterbi_alignment(logprobs: np.ndarray, labels: Sequence[int], *, blank: int) -> tuple[np.ndarray, float]:
+    """Find the likeliest CTC path of labels (L,) by the Viterbi algorithm in numpy.
+
+    logprobs (T, C) -> the label of each frame (T,), blanks included, and the sum of their log-probabilities, -inf where
+    T frames are too few for the labels.
+    """
+    ids = np.full(2 * len(labels) + 1, blank)  # the states: a blank, a label, a blank, ..., a label, a blank
+    ids[1::2] = labels
+    may_skip = np.zeros(len(ids), bool)
+    may_skip[3::2] = ids[3::2] != ids[1:-2:2]  # a blank may be skipped, except between a label and the same label again
+    states, score = best_paths(logprobs[:, ids], may_skip)
+    return ids[states], float(score)
+
+
+def torchaudio_alignment(logprobs: np.ndarray, labels: Sequence[int], *, blank: int) -> tuple[np.ndarray, float]:
+    """Find the path and the score that `viterbi_alignment` finds, with torchaudio, in compiled code.
+
+    Of paths with exactly equal scores it may return another one, or a worse one. Raises RuntimeError where T frames are
+    too few for the labels.
+    """
+    from torchaudio.functional import forced_align
+
+    targets = torch.tensor([labels], dtype=torch.int32)  # (1, L)
+    paths, scores = forced_align(torch.from_numpy(logprobs)[None], targets, blank=blank)  # (1, T, C) -> (1, T) each
+    return paths[0].numpy(), float(scores.sum())
+
+
+def _letter_forms(letter: str) -> tuple[str, ...]:
+    """Return the ways in which a vocabulary may write a letter, the likeliest first."""
     plain = unicodedata.normalize("NFKD", letter)[0]
     return (letter, letter.upper(), letter.lower(), plain, plain.upper(), plain.lower())

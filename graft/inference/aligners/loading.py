@@ -1,4 +1,4 @@
-"""Aligners by what they are called in recipes: the bundled Whisper, or a folder or hub id of a Whisper or a CTC model."""
+"""Open aligners by the names that recipes give them: `whisper`, or a folder or hub id of a Whisper or a CTC model."""
 
 from typing import Any
 
@@ -6,56 +6,49 @@ from graft.checkpoints.names import absolute_checkpoint, checkpoint_name
 from graft.errors import ModelError
 from graft.inference.aligners.protocol import Aligner
 
+# Name of the bundled Whisper base.
 BUNDLED = "whisper"
-"""The bundled Whisper base."""
 
 
 def open_aligner(model: str, *, device: str = "cpu") -> Aligner:
     """Open `whisper`, or a folder or hub id of a Whisper or a CTC model.
 
-    Raises ModelError for what is neither, MissingExtra where the bundled Whisper's packages are not installed.
+    Raises ModelError for any other checkpoint, MissingExtra where the bundled Whisper's packages are not installed.
     """
     from graft.checkpoints.build import reading
     from graft.inference.aligners.cross_attention import WhisperAligner
     from graft.inference.aligners.ctc import CtcAligner
 
-    folder, name, is_whisper = _found(model)
+    folder, name, is_whisper = _resolve(model)
     with reading(folder):
         return (WhisperAligner if is_whisper else CtcAligner)(folder, name=name, device=device)
 
 
 def find_aligner(model: str) -> tuple[str, str]:
-    """What processes with another working folder open for `model`, and the aligner's name.
+    """Return the name that processes with another working folder open, and the aligner's own name.
 
-    Reads no weights, but for the bundled ones. Raises as `open_aligner`, but for weights that can't be read.
+    Reads no weights, except the bundled ones. Raises as `open_aligner` does, except for weights that cannot be read.
     """
-    return BUNDLED if model == BUNDLED else absolute_checkpoint(model), _found(model)[1]
+    return BUNDLED if model == BUNDLED else absolute_checkpoint(model), _resolve(model)[1]
 
 
-def _found(model: str) -> tuple[str, str, bool]:
-    """The folder or hub id, the aligner's name, and whether it is a Whisper."""
+def _resolve(model: str) -> tuple[str, str, bool]:
+    """Return the folder or hub id, the aligner's name, and whether it is a Whisper."""
+    from transformers import AutoConfig
+
     from graft.checkpoints.bundled.cache import bundled_whisper
 
     if model == BUNDLED:
         return str(bundled_whisper()), "whisper-base, cross-attention", True
-    config = _config(model)
+    remedy = f"give {BUNDLED}, or a folder or hub id of a Whisper or a CTC model"
+    try:
+        config: Any = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(":. ")
+        raise ModelError(f"aligner {model} can't be read ({reason}): {remedy}") from error
     name = checkpoint_name(model)
     if config.model_type == "whisper":
         return model, f"{name}, cross-attention", True
-    if any("ForCTC" in kind for kind in config.architectures or ()):
+    if any("ForCTC" in architecture for architecture in config.architectures or ()):
         return model, f"{name}, CTC", False
-    raise ModelError(
-        f"{model} is a {config.model_type} checkpoint, no aligner: give {BUNDLED}, or that of a Whisper or a CTC model"
-    )
-
-
-def _config(model: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        remedy = f"give {BUNDLED}, or a folder or hub id of a Whisper or a CTC model"
-        raise ModelError(
-            f"aligner {model} can't be read ({str(error).splitlines()[0].rstrip(':. ')}): {remedy}"
-        ) from error
+    raise ModelError(f"{model} is a {config.model_type} checkpoint, no aligner: {remedy}")

@@ -1,4 +1,4 @@
-"""When words are spoken: an Aligner puts times to the words of a text that is known already, by the clip that it was heard in."""
+"""Define an Aligner: it finds when each word of a text that is known already is spoken in a clip."""
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
@@ -7,38 +7,38 @@ from typing import Protocol
 from graft.audio.clip import AudioClip
 from graft.inference.transcript import Word
 
+# Start and end in seconds.
 Span = tuple[float, float]
-"""Start and end in seconds."""
 
 
 class Aligner(Protocol):
-    """Finds when each word of a text is spoken. Any number of threads may use one at once."""
+    """Finds when each word of a text is spoken. Any number of threads may use one aligner at once."""
 
     @property
     def name(self) -> str:
-        """Where the times come from, for whoever reads them."""
+        """Name of the model and the method, as it stands in transcripts."""
         ...
 
     def align(self, clip: AudioClip, text: str) -> tuple[Word, ...]:
-        """Time the words of a text, which are `text.split()`, in seconds from the clip's start; of a text without words none.
+        """Return the words of a text, `text.split()`, with times in seconds from the clip's start.
 
-        Words come in order: no start is before the one before it, no end before its own start or after the clip's end. What nobody can
-        speak in the clip's time (the aligner says how much that is) is not sought in it but spread over it, as `spread` does. Raises
-        AudioError for a clip over 30 s.
+        Words come in order: no word starts before the previous one starts, ends before it starts itself, or ends after
+        the clip. A text too long to be spoken in the clip (each aligner states its limit) is not aligned:
+        `spread_words` shares the clip out between its words. Raises AudioError for a clip over 30 s.
         """
         ...
 
 
-def timed(words: Sequence[str], spans: Iterable[Span], duration_s: float) -> tuple[Word, ...]:
-    """Put words to their spans, of which none ends after the clip."""
+def timed_words(words: Sequence[str], spans: Iterable[Span], duration_s: float) -> tuple[Word, ...]:
+    """Give words their spans; a span that passes the end of the clip is cut there."""
     return tuple(
         Word(min(start_s, duration_s), min(end_s, duration_s), word)
         for word, (start_s, end_s) in zip(words, spans, strict=True)
     )
 
 
-def spread(words: Sequence[str], duration_s: float) -> tuple[Word, ...]:
-    """Share out a clip's time between words by their lengths: times for what can't be heard in it."""
+def spread_words(words: Sequence[str], duration_s: float) -> tuple[Word, ...]:
+    """Share a clip's time out between words in proportion to their lengths, for texts that cannot be aligned."""
     ends = list(accumulate(map(len, words), initial=0))
     shares = [duration_s * end / ends[-1] for end in ends] if words else []
-    return timed(words, pairwise(shares), duration_s)
+    return timed_words(words, pairwise(shares), duration_s)

@@ -1,4 +1,7 @@
-"""CUDA graphs of decode steps: a step of a large model is a thousand kernels, and to launch them takes longer than to run them."""
+"""Run decode steps as CUDA graphs.
+
+A step of a large model is a thousand kernels, which take longer to launch than to run.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -9,7 +12,7 @@ from torch import Tensor
 
 
 class StepGraphs:
-    """Steps over the first slots as CUDA graphs, one for each number of slots and columns, captured when it is first needed."""
+    """Decode steps over the first slots as CUDA graphs, one for each number of slots and columns, captured when due."""
 
     def __init__(self, forward: Callable[[Tensor], Tensor], device: torch.device) -> None:
         self._forward = forward
@@ -18,48 +21,53 @@ class StepGraphs:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the graphs: they know the memory by its address."""
+        """Drop the graphs: they hold the addresses of the cache's memory."""
         self._graphs: dict[tuple[int, int], tuple[Tensor, Callable[[], Tensor]]] = {}
-        self._logits: dict[
-            int, Tensor
-        ] = {}  # (rows, vocabulary), shared by the graphs of as many rows: those are large
+        # (rows, vocabulary) by rows, shared by all graphs of as many rows, because logits are large
+        self._logits: dict[int, Tensor] = {}
         self._pool: Any = None
 
     def __call__(self, inputs: Tensor, *, columns: int, most_rows: int) -> Tensor:
-        """Take a step with ids and positions (2, rows), and with free slots up to a number that recurs; returns logits (rows, ...)."""
+        """Take a step with ids and positions (2, rows); returns logits (rows, ...).
+
+        The step runs over free slots too, up to the next number of rows that graphs are captured for.
+        """
         count = inputs.shape[1]
-        rows = min(_recurring(count), most_rows)
+        rows = min(_graph_rows(count), most_rows)
         if (rows, columns) not in self._graphs:
             self._graphs[rows, columns] = self._capture(inputs, rows)
-        places, replay = self._graphs[rows, columns]
-        places[:, :count] = inputs
+        graph_inputs, replay = self._graphs[rows, columns]
+        graph_inputs[:, :count] = inputs
         return replay()[:count]
 
     def _capture(self, inputs: Tensor, rows: int) -> tuple[Tensor, Callable[[], Tensor]]:
-        """A graph's inputs and what runs it. The step is taken once before: it writes to the slots, so with the inputs that it is for."""
-        places = torch.zeros(2, rows, dtype=torch.long, device=self._device)
-        places[:, : inputs.shape[1]] = inputs
+        """Return a graph's inputs and the function that runs it.
+
+        Capturing takes the step once, which writes to the slots, so it is given the inputs of the step that is due.
+        """
+        graph_inputs = torch.zeros(2, rows, dtype=torch.long, device=self._device)
+        graph_inputs[:, : inputs.shape[1]] = inputs
         if self._is_capturing:
             try:
-                return places, self._captured(places)
+                return graph_inputs, self._capture_graph(graph_inputs)
             except RuntimeError as error:
                 self._is_capturing = False
                 warnings.warn(f"decoding without CUDA graphs, which is slower: {error}", stacklevel=1)
-        self._forward(places)
-        return places, lambda: self._forward(places)
+        self._forward(graph_inputs)
+        return graph_inputs, lambda: self._forward(graph_inputs)
 
-    def _captured(self, places: Tensor) -> Callable[[], Tensor]:
+    def _capture_graph(self, graph_inputs: Tensor) -> Callable[[], Tensor]:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            first = self._forward(places)  # what libraries set up at their first call must not be captured
+            first = self._forward(graph_inputs)  # what libraries set up at their first call must not be captured
         torch.cuda.current_stream(self._device).wait_stream(stream)
         logits = self._logits.setdefault(len(first), torch.empty_like(first))
         del first
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits.copy_(self._forward(places))
+            logits.copy_(self._forward(graph_inputs))
 
         def replay() -> Tensor:
             graph.replay()
@@ -68,7 +76,7 @@ class StepGraphs:
         return replay
 
 
-def _recurring(count: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
+def _graph_rows(count: int) -> int:
+    """Round up to 1, 2, 3, 4, 6, 8, 12, 16, 24, ... rows, so that few graphs are captured."""
     power = 1 << (count - 1).bit_length()
     return power * 3 // 4 if count <= power * 3 // 4 else power

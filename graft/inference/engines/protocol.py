@@ -1,18 +1,19 @@
-"""What decodes: an Engine turns each request into a stream of tokens, batched with whatever else is under way."""
+"""Define an Engine: it turns each request into a stream of tokens, batched with the other requests under way."""
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:  # torch takes seconds to come, and whoever only counts or sends requests on does without
+if TYPE_CHECKING:  # torch takes seconds to import, and callers that only read counts or pass requests on do not need it
     from graft.audio.features import Features
 
 
 @dataclass(frozen=True, eq=False)
 class EngineRequest:
-    """One clip to hear, the prompt whose placeholders it fills, and the most tokens to answer with.
+    """One clip to transcribe: its features, the prompt whose placeholders they fill, and the most tokens of the answer.
 
-    With `no_repeat_ngram` over 0 no so many tokens in a row come twice in the answer: the likeliest token that keeps to it is chosen.
+    With a positive `no_repeat_ngram`, no sequence of that many tokens occurs twice in the answer: at each step the
+    likeliest token that repeats none is chosen.
     """
 
     request_id: str
@@ -24,7 +25,7 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer and its natural log-probability, of which blocking n-grams takes nothing."""
+    """A token of an answer and its natural log-probability, which blocked n-grams do not change."""
 
     id: int
     logprob: float
@@ -32,9 +33,10 @@ class Token:
 
 @dataclass(frozen=True)
 class EngineCounts:
-    """The rows that an engine decodes and those that wait now, and what it has done since it was made.
+    """The rows that an engine decodes now, the rows that wait, and the work it has done since it was made.
 
-    A prefill encodes clips and reads their prompts together; a step gives each running row a token; `busy_s` are the seconds of both.
+    A prefill encodes clips and reads their prompts together; a decode step gives each running row one token; `busy_s`
+    is the time spent on both, in seconds.
     """
 
     running: int
@@ -49,18 +51,19 @@ class Engine(Protocol):
     """Decodes greedily. Streams may be read from any number of event loops and threads at once."""
 
     def stream(self, request: EngineRequest) -> AsyncGenerator[Token, None]:
-        """Yield the answer's tokens as they come, without the one that ends it; `max_new_tokens` of them mean that it was cut.
+        """Yield the tokens of the answer as they are decoded, without the token that ends it.
 
-        Closing or cancelling the generator aborts the request. What goes wrong inside the model is raised here.
+        An answer of `max_new_tokens` tokens was cut. Closing or cancelling the generator aborts the request. Errors of
+        the model are raised here.
         """
         ...
 
     def abort(self, request_id: str) -> None:
-        """Free a request's place and end its stream; an unknown or finished id is ignored."""
+        """Release the slot of a request and end its stream; an unknown or finished id is ignored."""
         ...
 
     def counts(self) -> EngineCounts:
-        """How it stands, for benchmarks and metrics; from any thread."""
+        """Return the engine's state and totals, for benchmarks and metrics; any thread may call it."""
         ...
 
     def close(self) -> None:

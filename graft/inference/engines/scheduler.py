@@ -1,4 +1,4 @@
-"""Requests on their way through the engine: whose turn is next, and how their tokens reach whoever waits for them."""
+"""Keep decode rows in order of admission and deliver their tokens to the event loops that read them."""
 
 import asyncio
 import heapq
@@ -7,19 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from graft.inference.engines.kv_cache import whole_columns
+from graft.inference.engines.kv_cache import round_up_columns
 from graft.inference.engines.protocol import EngineRequest, Token
 
+# A token, or the end of a stream: an error or None.
 Item = Token | Exception | None
-"""A token, or what ends the stream: an error or None."""
 
+# Most clips that are encoded together: 30 s windows of more would need more memory than the KV cache.
 ENCODER_ROWS = 32
-"""Clips that are encoded together: 30 s windows of more would need more memory than the cache."""
 
 
 @dataclass(eq=False)
 class Row:
-    """A request on its way through the engine and the stream that waits for its tokens, in the event loop that made it."""
+    """A request under way and the queue of its tokens, which the event loop that made the row reads."""
 
     request: EngineRequest
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
@@ -33,17 +33,21 @@ class Row:
 
     @cached_property
     def length(self) -> int:
-        """The columns that it may come to need."""
-        return whole_columns(self.prompt_length + self.request.max_new_tokens)
+        """Columns of a KV cache slot that hold the prompt and the longest answer."""
+        return round_up_columns(self.prompt_length + self.request.max_new_tokens)
 
     @property
     def position(self) -> int:
-        """That of its last token, its prompt's first being 0."""
+        """Position of the last token; that of the prompt's first token is 0."""
         return self.prompt_length + len(self.tokens) - 1
 
 
-def pick(waiting: Sequence[Row], running: Sequence[Row], max_batch_tokens: int, max_prefill_tokens: int) -> list[Row]:
-    """The row that has waited longest, as soon as it fits beside those that run, and those nearest to it in length, as many as fit."""
+def pick_admissible(
+    waiting: Sequence[Row], running: Sequence[Row], max_batch_tokens: int, max_prefill_tokens: int
+) -> list[Row]:
+    """Pick the rows to admit next: the one that has waited longest, as soon as it fits beside the running rows, and as
+    many of those nearest to it in length as fit with it.
+    """
     picked: list[Row] = []
     longest = max((row.length for row in running), default=0)
     longest_prompt = 0
@@ -58,38 +62,38 @@ def pick(waiting: Sequence[Row], running: Sequence[Row], max_batch_tokens: int, 
     return picked
 
 
-def longest_of(rows: Iterable[Row]) -> int:
-    """The most tokens that one of the rows has so far."""
+def longest_length(rows: Iterable[Row]) -> int:
+    """Return the most tokens, of prompt and answer so far, that one of the rows has."""
     return max(row.position for row in rows) + 1
 
 
-def underway(rows: Iterable[Row]) -> int:
-    """How many of the rows have tokens to come: one is over as soon as its last token goes out, wherever it is still listed."""
+def count_unfinished(rows: Iterable[Row]) -> int:
+    """Count the rows that have tokens to come; a row is over once its last token is sent, even while it is listed."""
     return sum(not row.is_over for row in rows)
 
 
-def send(items: Iterable[tuple[Row, Item]]) -> None:
-    """Hand over tokens, or end streams with an error or None; every event loop is woken once."""
-    parcels: defaultdict[asyncio.AbstractEventLoop, list[tuple[Row, Item]]] = defaultdict(list)
+def deliver(items: Iterable[tuple[Row, Item]]) -> None:
+    """Send rows their tokens, or the error or None that ends their streams; each event loop is woken once."""
+    items_of_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Row, Item]]] = defaultdict(list)
     for row, item in items:
         row.is_over |= not isinstance(item, Token)
-        parcels[row.loop].append((row, item))
-    for loop, parcel in parcels.items():
+        items_of_loop[row.loop].append((row, item))
+    for loop, batch in items_of_loop.items():
         try:
-            loop.call_soon_threadsafe(_deliver, parcel)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            for row, _ in parcel:
+            loop.call_soon_threadsafe(_fill_outboxes, batch)
+        except RuntimeError:  # the loop is closed: nobody reads these streams any more
+            for row, _ in batch:
                 row.is_over = True
 
 
-async def received(row: Row) -> Token | None:
-    """The row's next token, None after the last. Raises the error that ends its stream."""
+async def next_token(row: Row) -> Token | None:
+    """Wait for the row's next token; None after the last. Raises the error that ends its stream."""
     item = await row.outbox.get()
     if isinstance(item, Exception):
         raise item
     return item
 
 
-def _deliver(parcel: Sequence[tuple[Row, Item]]) -> None:
-    for row, item in parcel:
+def _fill_outboxes(batch: Sequence[tuple[Row, Item]]) -> None:
+    for row, item in batch:
         row.outbox.put_nowait(item)

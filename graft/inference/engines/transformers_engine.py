@@ -1,9 +1,10 @@
-"""The engine that works everywhere: a thread that owns the model, and rows that join and leave between its decode steps.
+"""Decode with transformers and continuous batching: rows join and leave the batch between decode steps.
 
-    stream() -> waiting -> pick: the oldest and its like, within budgets -> prefill -> a slot -> step, step, ... -> the row's own stream
+    stream() -> waiting -> admission within budgets -> prefill -> a slot of the KV cache -> step, step, ... -> the row's
+    stream
 
-A turn prefills one group at most, then takes a step with all rows: neither those that run nor those that wait are kept for long.
-In fp32 a row's tokens are never changed by the rows beside it.
+One thread owns the model. In each turn it prefills at most one group of rows, then takes one decode step with all rows,
+so that neither running nor waiting rows are held up for long. In fp32, the rows beside it never change a row's tokens.
 """
 
 import threading
@@ -15,20 +16,28 @@ import torch
 
 from graft.inference.engines.kv_cache import SlotDecoder
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
-from graft.inference.engines.sampling import choose, repeating_ids
-from graft.inference.engines.scheduler import Row, longest_of, pick, received, send, underway
+from graft.inference.engines.sampling import choose_tokens, repeating_ids
+from graft.inference.engines.scheduler import (
+    Row,
+    count_unfinished,
+    deliver,
+    longest_length,
+    next_token,
+    pick_admissible,
+)
 from graft.model.modeling import GraftForConditionalGeneration
 
 
 class TransformersEngine:
-    """Greedy decoding with transformers, in a batch that rows join and leave at any step.
+    """Decodes greedily with transformers, in a batch that rows join and leave at any step.
 
-    Tokens equal those of `model.generate(..., do_sample=False)`; ids in the generation config's `suppress_tokens` never come.
-    `max_batch_tokens` bounds the rows that decode together times the longest (prompt and most answer, rounded up to slots.COLUMNS);
-    `max_prefill_tokens` bounds the rows whose prompts are read between two steps times the longest prompt; both but for one row. An idle
-    engine waits for more requests as long as another comes every `gather_s` seconds, at most ten times as long. Where the model fails on
-    several rows, each half of them is tried by itself: only those on which it fails alone end, with its error, or with MemoryError.
-    `graphs` says whether steps are CUDA graphs, by default on CUDA. Call `close` to release the model.
+    Tokens equal those of `model.generate(..., do_sample=False)`; ids in the generation config's `suppress_tokens` are
+    never chosen. `max_batch_tokens` bounds the rows that decode together times the length of the longest (prompt and
+    most answer, rounded up to kv_cache.COLUMNS); `max_prefill_tokens` bounds the rows whose prompts are read between
+    two steps times the longest prompt. One row alone may exceed both. An idle engine waits for more requests as long as
+    another one arrives every `gather_s` seconds, at most ten times as long. Where the model fails on several rows, it
+    is tried again on each half of them: only the rows that fail alone end, with the model's error, or with MemoryError.
+    `graphs` says whether steps are CUDA graphs; by default they are on CUDA. Call `close` to release the model.
     """
 
     def __init__(
@@ -52,18 +61,18 @@ class TransformersEngine:
         self._max_batch_tokens = max_batch_tokens
         self._max_prefill_tokens = max_prefill_tokens
         self._gather_s = gather_s
-        self._running: list[Row] = []  # in the order of their slots; the thread's own, as the next four
+        self._running: list[Row] = []  # in the order of their slots; the engine's thread owns it and the next four
         self._prefills = self._steps = self._tokens = 0
         self._busy_s = 0.0
         self._rows: dict[str, Row] = {}
         self._waiting: list[Row] = []
         self._is_closed = False
-        self._changed = threading.Condition()  # guards the three above
+        self._changed = threading.Condition()  # guards the three fields above
         self._thread = threading.Thread(target=self._work, name="graft-engine", daemon=True)
         self._thread.start()
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Token, None]:
-        """See Engine. Raises ValueError for an id that is under way, RuntimeError when the engine is closed."""
+        """Stream an answer, as Engine says. Raises ValueError for an id under way, RuntimeError for a closed engine."""
         row = Row(request)
         with self._changed:
             if self._is_closed:
@@ -74,24 +83,23 @@ class TransformersEngine:
             self._waiting.append(row)
             self._changed.notify()
         try:
-            while token := await received(row):
+            while token := await next_token(row):
                 yield token
         finally:
             self._leave(row)
 
     def abort(self, request_id: str) -> None:
-        """See Engine. The row leaves its slot before the next step."""
+        """End a request, as Engine says. Its row leaves the KV cache before the next step."""
         if row := self._rows.get(request_id):
             self._leave(row)
 
     def counts(self) -> EngineCounts:
-        """See Engine."""
-        return EngineCounts(
-            underway(self._running), len(self._waiting), self._prefills, self._steps, self._tokens, self._busy_s
-        )
+        """Return the engine's state and totals, as Engine says."""
+        running = count_unfinished(self._running)
+        return EngineCounts(running, len(self._waiting), self._prefills, self._steps, self._tokens, self._busy_s)
 
     def close(self) -> None:
-        """See Engine."""
+        """Stop decoding, as Engine says."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -104,111 +112,114 @@ class TransformersEngine:
             if row in self._waiting:
                 self._waiting.remove(row)
         if not row.is_over:
-            send([(row, None)])
+            deliver([(row, None)])
 
     @torch.inference_mode()
     def _work(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        while self._is_wanted():
+        while self._wait_for_work():
             start = time.monotonic()
             try:
-                self._turn()
+                self._run_turn()
             except Exception as error:
-                self._drop(error)
+                self._end_all(error)
             self._busy_s += time.monotonic() - start
         with self._changed:
-            send((row, RuntimeError("the engine is closed")) for row in self._rows.values())
+            deliver((row, RuntimeError("the engine is closed")) for row in self._rows.values())
         del self._decoder
 
-    def _is_wanted(self) -> bool:
-        """Wait for something to do; False when the engine is closed."""
+    def _wait_for_work(self) -> bool:
+        """Wait until rows run or wait; returns False when the engine is closed."""
         with self._changed:
             if not self._running:
                 self._changed.wait_for(lambda: self._waiting or self._is_closed)
-                self._linger()
+                self._gather()
             return not self._is_closed
 
-    def _linger(self) -> None:
+    def _gather(self) -> None:
+        """Wait while more requests arrive, so that they are prefilled together."""
         deadline, seen = time.monotonic() + 10 * self._gather_s, 0
         while seen != len(self._waiting) and time.monotonic() < deadline and not self._is_closed:
             seen = len(self._waiting)
             self._changed.wait(self._gather_s)
 
-    def _turn(self) -> None:
+    def _run_turn(self) -> None:
         self._retire()
         if group := self._admit():
-            self._try(group, self._prefill)
+            self._try_in_halves(group, self._prefill)
         self._retire()
         if self._running:
-            self._decoder.fit(longest_of(self._running))
-            self._try(self._running, self._step)
+            self._decoder.slots.fit(longest_length(self._running))
+            self._try_in_halves(self._running, self._step)
 
     def _retire(self) -> None:
         kept = [slot for slot, row in enumerate(self._running) if not row.is_over]
         if len(kept) < len(self._running):
-            self._running = [self._running[slot] for slot in self._decoder.keep(kept)]
+            self._running = [self._running[slot] for slot in self._decoder.slots.keep(kept)]
 
     def _admit(self) -> list[Row]:
-        """Take the next group out of the queue."""
+        """Take the next group to prefill out of the waiting rows."""
         with self._changed:
-            group = pick(self._waiting, self._running, self._max_batch_tokens, self._max_prefill_tokens)
+            group = pick_admissible(self._waiting, self._running, self._max_batch_tokens, self._max_prefill_tokens)
             if picked := set(group):
                 self._waiting = [row for row in self._waiting if row not in picked]
             return group
 
-    def _drop(self, error: Exception) -> None:
-        """End everything: it is not known any more which row is where."""
+    def _end_all(self, error: Exception) -> None:
+        """End all rows after an error outside the model: which row is in which slot is no longer known."""
         with self._changed:
             self._waiting = []
-            send([(row, error) for row in self._rows.values()])
+            deliver([(row, error) for row in self._rows.values()])
         self._running = []
-        self._decoder.keep([])
+        self._decoder.slots.keep([])
 
-    def _try(self, rows: list[Row], work: Callable[[list[Row]], None]) -> None:
+    def _try_in_halves(self, rows: list[Row], work: Callable[[list[Row]], None]) -> None:
         """Do work for rows or, where it fails, for each half of them; a row for which it fails alone ends."""
         try:
             work(rows)
+            return
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # they hold the rows' tensors
-            fault = self._told(error)
-        else:
-            return
+            failure = self._explain(error)
         if len(rows) == 1:
-            send([(rows[0], fault)])
+            deliver([(rows[0], failure)])
         else:
-            self._try(rows[: len(rows) // 2], work)
-            self._try(rows[len(rows) // 2 :], work)
+            self._try_in_halves(rows[: len(rows) // 2], work)
+            self._try_in_halves(rows[len(rows) // 2 :], work)
 
-    def _told(self, error: Exception) -> Exception:
+    def _explain(self, error: Exception) -> Exception:
+        """Return the error that a stream raises: MemoryError with a remedy where memory ran out."""
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate" not in str(error):
             return error
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        told = MemoryError(f"not enough memory for one request: lower max_batch_tokens, now {self._max_batch_tokens}")
-        told.__cause__ = error
-        return told
+        failure = MemoryError(
+            f"not enough memory for one request: lower max_batch_tokens, now {self._max_batch_tokens}"
+        )
+        failure.__cause__ = error
+        return failure
 
     def _prefill(self, rows: list[Row]) -> None:
         together = [*self._running, *rows]
         cache, logits = self._decoder.prefill([row.request for row in rows])
-        chosen = choose(logits, self._suppressed_ids, {})
+        chosen = choose_tokens(logits, self._suppressed_ids, {})
         self._decoder.reserve(max(self._max_batch_tokens, len(together) * max(row.length for row in together)))
-        self._decoder.fit(longest_of(together))
-        self._decoder.join(cache, [row.prompt_length for row in rows])
+        self._decoder.slots.fit(longest_length(together))
+        self._decoder.slots.join(cache, [row.prompt_length for row in rows])
         self._running = together
         self._prefills += 1
-        self._hand_out(rows, *chosen)
+        self._send_tokens(rows, *chosen)
 
     def _step(self, rows: list[Row]) -> None:
         first = self._running.index(rows[0])
         logits = self._decoder.step([row.tokens[-1] for row in rows], [row.position for row in rows], first=first)
-        blocked = {place: repeating_ids(row.tokens, row.request.no_repeat_ngram) for place, row in enumerate(rows)}
-        chosen = choose(logits, self._suppressed_ids, {place: ids for place, ids in blocked.items() if ids})
+        blocked = {index: repeating_ids(row.tokens, row.request.no_repeat_ngram) for index, row in enumerate(rows)}
+        chosen = choose_tokens(logits, self._suppressed_ids, {index: ids for index, ids in blocked.items() if ids})
         self._steps += 1
-        self._hand_out(rows, *chosen)
+        self._send_tokens(rows, *chosen)
 
-    def _hand_out(self, rows: Sequence[Row], ids: Sequence[int], logprobs: Sequence[float]) -> None:
+    def _send_tokens(self, rows: Sequence[Row], ids: Sequence[int], logprobs: Sequence[float]) -> None:
         """Send each row its next token, and end those that are complete."""
         items: list[tuple[Row, Token | None]] = []
         for row, id, logprob in zip(rows, ids, logprobs, strict=True):
@@ -218,4 +229,4 @@ class TransformersEngine:
             if id in self._eos_ids or len(row.tokens) == row.request.max_new_tokens:
                 items.append((row, None))
         self._tokens += sum(item is not None for _, item in items)
-        send(items)
+        deliver(items)

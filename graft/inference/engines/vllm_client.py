@@ -1,4 +1,7 @@
-"""What the vLLM engine asks of vLLM, and all that knows vLLM's names: its arguments, its client, and greedy answers with tokens barred."""
+"""Wrap vLLM for the vLLM engine: its arguments, its client, and greedy answers with barred tokens.
+
+No other file uses vLLM's names.
+"""
 
 import contextlib
 import math
@@ -14,8 +17,8 @@ from graft.inference.engines.protocol import EngineRequest, Token
 from graft.inference.engines.sampling import repeating_ids
 
 CPU_CACHE_BYTES = 2**30
+# Most tokens whose log-probabilities vLLM reports at every step, besides the chosen one.
 MOST_WATCHED_IDS = 128
-"""Of as many tokens vLLM tells the log-probabilities at every step, besides the one it chooses."""
 
 
 def require_vllm() -> None:
@@ -35,7 +38,10 @@ def vllm_arguments(
     tensor_parallel_size: int,
     cache_bytes: int | None,
 ) -> Any:
-    """vLLM's AsyncEngineArgs for a language model in a folder, which is fed with prompts' embeddings; see open_vllm_engine."""
+    """Make vLLM's AsyncEngineArgs for a language model in a folder that takes the embeddings of prompts.
+
+    open_vllm_engine documents the parameters.
+    """
     is_cpu = device.type == "cpu"
     return require("vllm", extra="vllm").AsyncEngineArgs(
         model=str(folder),
@@ -44,22 +50,23 @@ def vllm_arguments(
         dtype=str(dtype).removeprefix("torch."),
         quantization=quantization,
         enable_prompt_embeds=True,
-        enable_prefix_caching=False,  # no clip comes twice, and to hash its embeddings takes longer than to read them
+        enable_prefix_caching=False,  # no clip comes twice, and hashing its embeddings takes longer than prefilling
         gpu_memory_utilization=memory_fraction,
         kv_cache_memory_bytes=cache_bytes or (CPU_CACHE_BYTES if is_cpu else None),
         max_model_len=max_model_len,
         max_num_seqs=max_requests,
         tensor_parallel_size=tensor_parallel_size,
-        distributed_executor_backend="mp" if tensor_parallel_size > 1 else None,  # within Ray it would take Ray's
-        enforce_eager=is_cpu,  # there to compile takes minutes
+        distributed_executor_backend="mp" if tensor_parallel_size > 1 else None,  # inside Ray, vLLM would choose Ray's
+        enforce_eager=is_cpu,  # compiling takes minutes on a CPU
         disable_log_stats=True,
     )
 
 
 class VllmClient:
-    """A vLLM that answers greedily, without tokens that are suppressed for all requests or would repeat an n-gram of their own.
+    """A vLLM that decodes greedily, without tokens that are suppressed or that repeat an n-gram of their answer.
 
-    `embed` gives the embeddings (count, width) of ids, on the CPU. It lives in the event loop in which it was started.
+    `embed` returns the embeddings (count, width) of ids, on the CPU. A client belongs to the event loop that started
+    it.
     """
 
     def __init__(
@@ -76,18 +83,20 @@ class VllmClient:
         self._suppressed_ids = list(suppressed_ids)
 
     @classmethod
-    async def started(cls, arguments: Any, **given: Any) -> "VllmClient":
-        """Start vLLM, in a process of its own. Raises what it raises."""
-        return cls(require("vllm.v1.engine.async_llm", extra="vllm").AsyncLLM.from_engine_args(arguments), **given)
+    async def start(cls, arguments: Any, **options: Any) -> "VllmClient":
+        """Start vLLM in a process of its own. Raises vLLM's errors."""
+        return cls(require("vllm.v1.engine.async_llm", extra="vllm").AsyncLLM.from_engine_args(arguments), **options)
 
     def shutdown(self) -> None:
         """End vLLM's process."""
         self._llm.shutdown()
 
-    async def answer(self, request: EngineRequest, embeddings: Tensor) -> AsyncGenerator[Token, None]:
-        """Decode, and where the next token would repeat an n-gram ask vLLM once more from there on, with such tokens blocked.
+    async def decode(self, request: EngineRequest, embeddings: Tensor) -> AsyncGenerator[Token, None]:
+        """Yield the tokens of an answer to a prompt's embeddings (count, width).
 
-        That they stay blocked later on does no harm as long as none of them is likelier than the token chosen.
+        Where the next token would repeat an n-gram, vLLM is asked again from there on with such tokens blocked. They
+        stay blocked in later steps too, which changes nothing as long as none of them is likelier than the chosen
+        token.
         """
         ids: list[int] = []
         while len(ids) < request.max_new_tokens:
@@ -105,7 +114,10 @@ class VllmClient:
     async def _choices(
         self, request: EngineRequest, embeddings: Tensor, ids: Sequence[int], blocked: Collection[int]
     ) -> AsyncGenerator[tuple[int, dict[int, float]], None]:
-        """Have vLLM go on after these ids; yields its choices, each with the raw log-probabilities of it and of what it may not choose."""
+        """Have vLLM continue after these ids.
+
+        Yields each token that it chooses, with the raw log-probabilities of that token and of the barred ones.
+        """
         vllm = require("vllm", extra="vllm")
         barred = [*self._suppressed_ids, *blocked]
         watched = barred[:MOST_WATCHED_IDS]
@@ -117,18 +129,18 @@ class VllmClient:
             detokenize=False,
             output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
             logit_bias=dict.fromkeys(barred, float("-inf")) or None,
-            logprobs=None if watched else 0,  # without any, that of the choice
+            logprobs=None if watched else 0,  # 0: that of the chosen token alone
             logprob_token_ids=watched or None,
             skip_clone=True,
         )
-        heard = torch.cat([embeddings, self._embed(ids)]) if ids else embeddings
-        prompt = require("vllm.inputs", extra="vllm").embeds_input(heard)
+        prefix = torch.cat([embeddings, self._embed(ids)]) if ids else embeddings  # (count, width)
+        prompt = require("vllm.inputs", extra="vllm").embeds_input(prefix)
         async for output in self._llm.generate(prompt, params, f"{request.request_id}-{len(ids)}"):
             (completion,) = output.outputs
             for id, logprobs in zip(completion.token_ids, completion.logprobs or (), strict=True):
-                yield id, {other: found.logprob for other, found in logprobs.items()}
+                yield id, {other: reported.logprob for other, reported in logprobs.items()}
 
     def _logprob(self, id: int, logprobs: dict[int, float]) -> float:
-        """That among the tokens which are not suppressed."""
+        """Return the log-probability of a token among those that are not suppressed."""
         suppressed = sum(math.exp(logprobs[other]) for other in self._suppressed_ids[:MOST_WATCHED_IDS])
         return logprobs[id] - math.log(max(1 - suppressed, math.ulp(0)))

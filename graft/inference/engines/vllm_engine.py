@@ -1,8 +1,10 @@
-"""The engine for GPUs with much to do: encoder and projector in batches in PyTorch, the language model as a plain Qwen2 in vLLM.
+"""Decode on GPUs under load: encoder and projector in batches in PyTorch, the language model as a plain Qwen2 in vLLM.
 
-    stream() -> waiting -> the oldest and its like: embeddings of their prompts -> vLLM, which batches rows itself -> the row's own stream
+    stream() -> waiting -> embeddings of the oldest prompt and of those like it -> vLLM, which batches rows itself
+        -> the row's stream
 
-A thread with an event loop of its own owns the requests and vLLM's client; another encodes, while vLLM decodes in a process of its own.
+A thread with an event loop of its own owns the requests and vLLM's client. Another thread encodes while vLLM decodes in
+a process of its own.
 """
 
 import asyncio
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from graft.checkpoints.language_model import language_model_folder, open_encoder_model
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
-from graft.inference.engines.scheduler import ENCODER_ROWS, Row, received, send
+from graft.inference.engines.scheduler import ENCODER_ROWS, Row, deliver, next_token
 from graft.inference.engines.vllm_client import VllmClient, require_vllm, vllm_arguments
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor, collate_features
@@ -38,12 +40,14 @@ def open_vllm_engine(
     tensor_parallel_size: int = 1,
     cache_bytes: int | None = None,
 ) -> tuple["VllmEngine", GraftProcessor]:
-    """Open a graft's folder, a merged one or a hub id in vLLM, with its processor; the first time its language model is converted.
+    """Open a graft's folder, merged or not, or a hub id in vLLM, with its processor.
 
-    The encoder runs on `device`, vLLM on the first `tensor_parallel_size` devices that the process sees, or on the CPU with its CPU build.
-    vLLM takes `memory_fraction` of each, the rest is the encoder's; `cache_bytes` of it are for keys and values, by default what the
-    weights leave, on a CPU 1 GiB. `max_model_len` bounds prompt and answer together, in tokens, `max_requests` what is decoded at once.
-    `quantization` is vLLM's name of a method ("fp8", "bitsandbytes"). Raises MissingExtra without vLLM, ModelError as open_hearing_part.
+    The first time, the language model is converted for vLLM. The encoder runs on `device`, vLLM on the first
+    `tensor_parallel_size` devices that the process sees, or on the CPU with vLLM's CPU build. vLLM takes
+    `memory_fraction` of each device and leaves the rest to the encoder; `cache_bytes` of it hold keys and values, by
+    default all that the weights leave, on a CPU 1 GiB. `max_model_len` bounds prompt and answer together, in tokens;
+    `max_requests` bounds the requests that are decoded at once. `quantization` is vLLM's name of a method ("fp8",
+    "bitsandbytes"). Raises MissingExtra without vLLM, ModelError as open_encoder_model does.
     """
     require_vllm()
     encoder_model, processor = open_encoder_model(path, dtype=dtype, device=device)
@@ -62,11 +66,11 @@ def open_vllm_engine(
 
 
 class VllmEngine:
-    """Greedy decoding with vLLM: the same tokens as the transformers engine's, up to rounding.
+    """Decodes greedily with vLLM: the same tokens as the transformers engine's, up to rounding.
 
-    `encoder_model` embeds prompts, `arguments` are vLLM's AsyncEngineArgs for its language model. A request waits `gather_s` for others to be
-    encoded with. A clip on which the encoder fails ends alone, with its error; what vLLM fails at ends the streams that it is about. Call
-    `close` to release the model.
+    `encoder_model` embeds prompts, `arguments` are vLLM's AsyncEngineArgs for its language model. A request waits
+    `gather_s` seconds for others to be encoded with. A clip on which the encoder fails ends alone, with the encoder's
+    error; an error of vLLM ends the streams that it concerns. Call `close` to release the model.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class VllmEngine:
         self._device = encoder_model.audio_tower.conv1.weight.device
         self._max_tokens, self._max_requests = arguments.max_model_len, arguments.max_num_seqs
         self._gather_s = gather_s
-        self._rows: dict[str, Row] = {}  # this and the next six are the loop's own
+        self._rows: dict[str, Row] = {}  # the engine's event loop owns it and the next six
         self._waiting: list[Row] = []
         self._encoding: list[Row] = []
         self._decoding: dict[Row, asyncio.Task[None]] = {}
@@ -90,15 +94,13 @@ class VllmEngine:
         self._busy_s = self._busy_since = 0.0
         self._changed = asyncio.Event()
         self._is_closed = False
-        self._closing = threading.Lock()  # guards the one above
+        self._closing = threading.Lock()  # guards the field above
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-encode")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="graft-engine", daemon=True)
         self._thread.start()
         suppressed_ids = encoder_model.generation_config.suppress_tokens or []
-        starting = VllmClient.started(
-            arguments, embed=self._embedded_ids, eos_ids=eos_ids, suppressed_ids=suppressed_ids
-        )
+        starting = VllmClient.start(arguments, embed=self._embed_ids, eos_ids=eos_ids, suppressed_ids=suppressed_ids)
         try:
             self._client = asyncio.run_coroutine_threadsafe(starting, self._loop).result()
         except BaseException:
@@ -107,29 +109,35 @@ class VllmEngine:
         self._worker = asyncio.run_coroutine_threadsafe(self._work(), self._loop)
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Token, None]:
-        """See Engine. Raises ValueError for an id that is under way or too long a request, RuntimeError when the engine is closed."""
+        """Stream an answer, as Engine says.
+
+        Raises ValueError for an id under way or too long a request, RuntimeError for a closed engine.
+        """
         row = Row(request)
         self._call(self._arrive, row)
         try:
-            while token := await received(row):
+            while token := await next_token(row):
                 yield token
         finally:
-            with contextlib.suppress(RuntimeError):  # closed, and so over
+            with contextlib.suppress(RuntimeError):  # the engine is closed, which has ended the row
                 self._call(self._leave, row)
 
     def abort(self, request_id: str) -> None:
-        """See Engine."""
+        """End a request, as Engine says."""
         with contextlib.suppress(RuntimeError):
             self._call(self._abort, request_id)
 
     def counts(self) -> EngineCounts:
-        """See Engine. vLLM does not tell its steps: a new one is counted when a row that had a token in the last has another."""
+        """Return the engine's state and totals, as Engine says.
+
+        vLLM does not report its steps: one is counted when a row that had a token in the current step gets another.
+        """
         running, waiting = len(self._decoding), len(self._waiting) + len(self._encoding)
         busy_s = self._busy_s + (time.monotonic() - self._busy_since if self._rows else 0)
         return EngineCounts(running, waiting, self._prefills, self._steps, self._tokens, busy_s)
 
     def close(self) -> None:
-        """See Engine."""
+        """Stop decoding, as Engine says."""
         with self._closing:
             if self._is_closed:
                 return
@@ -145,30 +153,22 @@ class VllmEngine:
         self._loop.close()
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
-        """Have the engine's thread do something, in the order of the calls."""
+        """Run a function in the engine's thread, after those of earlier calls."""
         with self._closing:
             if self._is_closed:
                 raise RuntimeError("the engine is closed")
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    # What follows runs in the engine's loop.
+    # The methods from here on run in the engine's event loop.
 
     def _arrive(self, row: Row) -> None:
         request = row.request
         length = row.prompt_length + request.max_new_tokens
         if request.request_id in self._rows:
-            send([(row, ValueError(f"request {request.request_id} is already under way"))])
+            deliver([(row, ValueError(f"request {request.request_id} is already under way"))])
         elif length > self._max_tokens:
-            send(
-                [
-                    (
-                        row,
-                        ValueError(
-                            f"prompt and answer may have {length} tokens: raise max_model_len, now {self._max_tokens}"
-                        ),
-                    )
-                ]
-            )
+            remedy = f"raise max_model_len, now {self._max_tokens}"
+            deliver([(row, ValueError(f"prompt and answer may have {length} tokens: {remedy}"))])
         else:
             self._busy_since = self._busy_since if self._rows else time.monotonic()
             self._rows[request.request_id] = row
@@ -189,11 +189,11 @@ class VllmEngine:
             task.cancel()
             self._changed.set()
         if not row.is_over:
-            send([(row, None)])
+            deliver([(row, None)])
 
     async def _end(self) -> None:
         self._worker.cancel()
-        send([(row, RuntimeError("the engine is closed")) for row in self._rows.values()])
+        deliver([(row, RuntimeError("the engine is closed")) for row in self._rows.values()])
         tasks = list(self._decoding.values())
         for task in tasks:
             task.cancel()
@@ -207,14 +207,17 @@ class VllmEngine:
             self._changed.clear()
             while group := self._next_group():
                 self._encoding = group
-                embedded = await self._loop.run_in_executor(self._encoder, self._embedded, group)
+                results = await self._loop.run_in_executor(self._encoder, self._embed_each, group)
                 self._encoding = []
                 self._prefills += 1
-                for row, embeddings in zip(group, embedded, strict=True):
-                    self._begin(row, embeddings)
+                for row, embeddings in zip(group, results, strict=True):
+                    self._begin_decoding(row, embeddings)
 
     def _next_group(self) -> list[Row]:
-        """Take rows out of the queue, as soon as as many of them can go on as are encoded at once: while many wait, batches are full."""
+        """Take the next rows to encode out of the queue; none until as many as are encoded together can go on to vLLM.
+
+        While many rows wait, the encoder's batches so are full.
+        """
         room = self._max_requests + ENCODER_ROWS - len(self._decoding)
         if room < min(len(self._waiting), ENCODER_ROWS):
             return []
@@ -225,28 +228,28 @@ class VllmEngine:
         self._waiting = [row for row in self._waiting if row not in picked]
         return group
 
-    def _begin(self, row: Row, embeddings: Tensor | Exception) -> None:
+    def _begin_decoding(self, row: Row, embeddings: Tensor | Exception) -> None:
         if row.is_over:
             return
         if isinstance(embeddings, Exception):
-            send([(row, embeddings)])
+            deliver([(row, embeddings)])
         else:
             self._decoding[row] = self._loop.create_task(self._decode(row, embeddings))
 
     async def _decode(self, row: Row, embeddings: Tensor) -> None:
         end: Exception | None = None
         try:
-            async with contextlib.aclosing(self._client.answer(row.request, embeddings)) as answer:
+            async with contextlib.aclosing(self._client.decode(row.request, embeddings)) as answer:
                 async for token in answer:
-                    self._count(row)
-                    send([(row, token)])
+                    self._count_token(row)
+                    deliver([(row, token)])
         except Exception as error:
             end = error
         self._decoding.pop(row, None)
         self._changed.set()
-        send([(row, end)])
+        deliver([(row, end)])
 
-    def _count(self, row: Row) -> None:
+    def _count_token(self, row: Row) -> None:
         self._tokens += 1
         if row in self._stepped or not self._stepped:
             self._stepped.clear()
@@ -254,26 +257,25 @@ class VllmEngine:
         self._stepped.add(row)
 
     @torch.inference_mode()
-    def _embedded_ids(self, ids: Sequence[int]) -> Tensor:
+    def _embed_ids(self, ids: Sequence[int]) -> Tensor:
         return self._encoder_model.embed(torch.tensor([ids], device=self._device))[0].cpu()
 
-    # What follows runs in the encoder's thread.
+    # The methods from here on run in the encoder's thread.
 
     @torch.inference_mode()
-    def _embedded(self, rows: Sequence[Row]) -> list[Tensor | Exception]:
-        """Embed prompts together or, where that fails, each half of them; a row for which it fails alone has its error."""
+    def _embed_each(self, rows: Sequence[Row]) -> list[Tensor | Exception]:
+        """Embed prompts together or, where that fails, each half of them; a row that fails alone gets the error."""
         try:
             return list(self._embed([row.request for row in rows]))
         except Exception as error:
             if len(rows) == 1:
-                return [error.with_traceback(None)]  # it would hold the rows' tensors
+                return [error.with_traceback(None)]  # the traceback would hold the rows' tensors
         half = len(rows) // 2
-        return self._embedded(rows[:half]) + self._embedded(rows[half:])
+        return self._embed_each(rows[:half]) + self._embed_each(rows[half:])
 
     def _embed(self, requests: Sequence[EngineRequest]) -> Sequence[Tensor]:
-        ids = torch.tensor(
-            [[id for request in requests for id in request.prompt_ids]]
-        )  # one after the other: no padding
+        # One prompt after the other in a single row (1, ids of all): no padding.
+        ids = torch.tensor([[id for request in requests for id in request.prompt_ids]])
         audio = collate_features([request.features for request in requests])
         inputs = {"input_ids": ids, **{name: torch.from_numpy(array) for name, array in audio.items()}}
         embeddings = self._encoder_model.embed(**{name: tensor.to(self._device) for name, tensor in inputs.items()})[0]

@@ -16,7 +16,7 @@ from graft.audio.clip import AudioClip, read_audio
 from graft.checkpoints.loading import open_graft
 from graft.data.nonspeech import SOUNDS, generate_sounds
 from graft.inference.engines.protocol import EngineRequest
-from graft.inference.engines.sampling import repeats
+from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.hallucination import (
     LOW_CONFIDENCE,
     NO_REPEAT_NGRAM,
@@ -27,7 +27,7 @@ from graft.inference.hallucination import (
     check_quality,
     pick_better,
 )
-from graft.inference.transcriber import Transcriber, max_new_tokens, open_transcriber, transcriber_of
+from graft.inference.transcriber import Transcriber, make_transcriber, max_new_tokens, open_transcriber
 from graft.inference.transcript import Segment
 from tests.support import tiny_models
 from tests.support.paths import ROOT
@@ -115,8 +115,8 @@ def test_the_better_text_has_fewer_flags_or_is_likelier():
 def test_with_n_grams_blocked_no_loop_is_left_at_a_speakers_pace():
     for size in range(1, 9):
         loop = list(itertools.islice(itertools.cycle(DIGITS[:size]), size + NO_REPEAT_NGRAM))
-        assert repeats(loop, NO_REPEAT_NGRAM)
-        assert not repeats(loop[:-1], NO_REPEAT_NGRAM)
+        assert has_repeated_ngram(loop, NO_REPEAT_NGRAM)
+        assert not has_repeated_ngram(loop[:-1], NO_REPEAT_NGRAM)
         assert flags_of(" ".join(loop[:-1])) == ()
 
 
@@ -128,7 +128,7 @@ STAMMER = {**CHUCKLE, "h": {"o": 4, "a": 1}, "a": {"<|im_end|>": 4}}
 GREETING = {"\n": {"h": 4}, "h": {"i": 4}, "i": {"<|im_end|>": 4}}
 
 
-def make_transcriber(folder: Path, chain: dict[str, dict[str, float]] | None, **options) -> Transcriber:
+def open_with_chain(folder: Path, chain: dict[str, dict[str, float]] | None, **options) -> Transcriber:
     model, processor = open_graft(folder)
     if chain:
         id_of = processor.tokenizer.get_vocab() | {mark: processor.tokenizer(mark).input_ids[0] for mark in "\n "}
@@ -140,7 +140,7 @@ def make_transcriber(folder: Path, chain: dict[str, dict[str, float]] | None, **
             model.get_input_embeddings().weight.data[id_of[token]] = torch.eye(32)[place]
             for following, score in nexts.items():
                 model.lm_head.weight.data[id_of[following], place] = score
-    transcriber = transcriber_of(model, processor, name="tiny")
+    transcriber = make_transcriber(model, processor, name="tiny")
     return Transcriber(transcriber._engine, processor, "tiny", **options)
 
 
@@ -154,7 +154,7 @@ def opened(folder):
     with contextlib.ExitStack() as stack:
 
         def open_one(chain=None, **options) -> Transcriber:
-            transcriber = make_transcriber(folder, chain, **options)
+            transcriber = open_with_chain(folder, chain, **options)
             stack.callback(transcriber.close)
             return transcriber
 
@@ -202,7 +202,7 @@ def test_what_is_decoded_again_is_the_same_in_any_company(folder):
     for name, parameter in model.named_parameters():
         if "audio_projector" in name and parameter.ndim > 1:
             parameter.data.normal_(std=3 / parameter.shape[1] ** 0.5)
-    transcriber = transcriber_of(model, processor, name="tiny")
+    transcriber = make_transcriber(model, processor, name="tiny")
     stream, again = transcriber._engine.stream, []
 
     def listening(request):

@@ -11,7 +11,7 @@ import webvtt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.inference.subtitles import FORMATS, Cue, CueLimits, cues_of, format_transcript
+from graft.inference.subtitles import FORMATS, Cue, CueLimits, format_transcript, make_cues
 from graft.inference.transcript import Segment, Transcript, Word, stitch
 
 SPEECH = (
@@ -103,7 +103,7 @@ def test_nothing_said_is_a_file_without_cues() -> None:
 
 def test_long_segments_become_cues_that_can_be_read() -> None:
     segment = spoken(SPEECH, start_s=3.0)
-    cues = cues_of(transcript(segment))
+    cues = make_cues(transcript(segment))
     assert [cue.text for cue in cues] == [
         "When the sunlight strikes\nraindrops in the air,",
         "they act as a prism and form a rainbow.",
@@ -118,12 +118,12 @@ def test_long_segments_become_cues_that_can_be_read() -> None:
 
 def test_cues_break_at_pauses_and_words_that_never_end_do() -> None:
     words = [Word(0.0, 0.5, "yes"), Word(9.0, 9.5, "no"), Word(9.5, 10.0, "maybe"), Word(30.0, 45.0, "so")]
-    cues = cues_of(transcript(Segment(0.0, 45.0, "yes no maybe so", words=tuple(words))))
+    cues = make_cues(transcript(Segment(0.0, 45.0, "yes no maybe so", words=tuple(words))))
     assert cues == [Cue(0, 500, "yes"), Cue(9000, 10_000, "no maybe"), Cue(30_000, 37_000, "so")]
 
 
 def test_without_word_times_a_segment_is_one_cue_in_lines() -> None:
-    (cue,) = cues_of(transcript(Segment(0.0, 28.0, SPEECH)))
+    (cue,) = make_cues(transcript(Segment(0.0, 28.0, SPEECH)))
     assert (cue.start_ms, cue.end_ms) == (0, 28_000)
     assert max(map(len, cue.text.split("\n"))) <= 42
     assert one_line(cue.text) == SPEECH
@@ -131,7 +131,7 @@ def test_without_word_times_a_segment_is_one_cue_in_lines() -> None:
 
 def test_a_long_word_is_never_torn() -> None:
     address = "https://" + "long-" * 20
-    (cue,) = cues_of(transcript(Segment(0.0, 2.0, f"see {address} now")))
+    (cue,) = make_cues(transcript(Segment(0.0, 2.0, f"see {address} now")))
     assert cue.text == f"see\n{address}\nnow"
 
 
@@ -150,7 +150,7 @@ def test_times_that_touch_overlap_or_run_backwards_are_put_in_order() -> None:
 
 
 def test_limits_are_settings() -> None:
-    cues = cues_of(transcript(spoken(SPEECH)), CueLimits(line_characters=20, lines=1, duration_s=2.0))
+    cues = make_cues(transcript(spoken(SPEECH)), CueLimits(line_characters=20, lines=1, duration_s=2.0))
     assert all("\n" not in cue.text and len(cue.text) <= 20 and cue.end_ms - cue.start_ms <= 2000 for cue in cues)
     assert one_line(" ".join(cue.text for cue in cues)) == SPEECH
 
@@ -168,7 +168,7 @@ SEGMENTS = st.lists(st.builds(Segment, TIMES, TIMES, TEXTS, words=st.just(()) | 
 @given(SEGMENTS)
 def test_whatever_is_written_is_read_back_in_order(segments: list[Segment]) -> None:
     whole = transcript(*segments)
-    cues = cues_of(whole)
+    cues = make_cues(whole)
     for cue in cues:
         assert 0 <= cue.start_ms < cue.end_ms
         assert all(line.strip() for line in cue.text.split("\n"))
@@ -189,7 +189,7 @@ def test_whatever_is_written_is_read_back_in_order(segments: list[Segment]) -> N
 )
 def test_known_words_are_all_shown_within_the_limits(words: list[str], word_s: float, lines: int) -> None:
     segment = spoken(" ".join(words), word_s=word_s)
-    cues = cues_of(transcript(segment), CueLimits(lines=lines))
+    cues = make_cues(transcript(segment), CueLimits(lines=lines))
     assert one_line(" ".join(cue.text for cue in cues)) == segment.text
     for cue in cues:
         assert cue.end_ms - cue.start_ms <= 7001
@@ -199,7 +199,7 @@ def test_known_words_are_all_shown_within_the_limits(words: list[str], word_s: f
 
 
 def test_a_transcript_of_one_endless_segment_is_split_too() -> None:
-    cues = cues_of(transcript(spoken(" ".join([SPEECH] * 60))))
+    cues = make_cues(transcript(spoken(" ".join([SPEECH] * 60))))
     assert one_line(" ".join(cue.text for cue in cues)) == " ".join([SPEECH] * 60)
 
 

@@ -17,7 +17,7 @@ from graft.audio.chunking import windows
 from graft.audio.clip import AudioClip
 from graft.checkpoints.loading import open_graft
 from graft.errors import AudioError, ModelError
-from graft.inference.engines.sampling import repeats
+from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.hallucination import NO_REPEAT_NGRAM
 from graft.inference.transcriber import Transcriber, max_new_tokens, open_transcriber
 from graft.inference.transcript import Segment
@@ -50,7 +50,7 @@ def test_text_equals_the_models_own_generate(folder, transcriber):
     ids = model.generate(**processor(audio=clip), max_new_tokens=max_new_tokens(0.5), do_sample=False)
     prompt = processor.prompt_ids(processor.featurizer(clip).frame_count)
     transcript = transcriber.transcribe(clip)
-    assert not repeats(ids[0, len(prompt) :].tolist(), NO_REPEAT_NGRAM)  # so it is not decoded again
+    assert not has_repeated_ngram(ids[0, len(prompt) :].tolist(), NO_REPEAT_NGRAM)  # so it is not decoded again
     assert (
         transcript.text
         == " ".join(processor.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).split())

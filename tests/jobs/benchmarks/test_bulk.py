@@ -15,7 +15,7 @@ import soundfile
 from graft.audio.chunking import Chunk
 from graft.audio.clip import read_audio
 from graft.errors import AudioError, DataError
-from graft.inference.engines.sampling import repeats
+from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.hallucination import NO_REPEAT_NGRAM
 from jobs.bench import main as bench
 from jobs.benchmarks.bulk import (
@@ -48,7 +48,7 @@ def test_the_stand_in_answers_at_its_rate_and_without_loops(graft: str) -> None:
     assert time.monotonic() - start >= sum(clip.duration_s for clip in clips) / 200
     assert [segment.flags for segment in segments] == [()] * len(clips)
     engine = transcriber._engine
-    assert not repeats(engine._answer_ids, 2 * NO_REPEAT_NGRAM)
+    assert not has_repeated_ngram(engine._answer_ids, 2 * NO_REPEAT_NGRAM)
 
     async def count_tokens() -> int:
         return len([token async for token in engine.stream(transcriber._request(clips[0], ""))])

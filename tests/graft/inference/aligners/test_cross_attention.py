@@ -13,7 +13,7 @@ from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.checkpoints.bundled.cache import bundled_whisper
 from graft.errors import AudioError, ModelError
 from graft.inference.aligners.cross_attention import WhisperAligner
-from graft.inference.aligners.protocol import spread
+from graft.inference.aligners.protocol import spread_words
 from graft.inference.transcript import Word
 from tests.support.speech_corpus import save_tiny_whisper
 from tests.support.spoken_words import border_errors, in_order, joined, prompts, spoken
@@ -102,9 +102,9 @@ def test_any_text_comes_back_in_order(tiny_whisper, text, count, is_silent):
 def test_texts_that_nobody_can_speak_are_spread_and_clips_over_30_s_refused(tiny_whisper):
     clip = AudioClip(np.zeros(29 * SAMPLE_RATE, np.float32))
     long = "word " * 90  # of bytes, 5 each
-    assert tiny_whisper.align(clip, long) == spread(long.split(), 29.0)
+    assert tiny_whisper.align(clip, long) == spread_words(long.split(), 29.0)
     short = AudioClip(clip.samples[: SAMPLE_RATE // 4])
-    assert tiny_whisper.align(short, "one two three four five six") == spread(
+    assert tiny_whisper.align(short, "one two three four five six") == spread_words(
         ["one", "two", "three", "four", "five", "six"], 0.25
     )
     with pytest.raises(AudioError, match="over Whisper's 30 s"):

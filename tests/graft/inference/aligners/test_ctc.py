@@ -1,6 +1,7 @@
 """Word times by CTC: the likeliest spelling against all spellings, tones that a tiny model has learned, and words that it can't spell."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.errors import ModelError
-from graft.inference.aligners.ctc import WILDCARD, CtcAligner, word_frames
+from graft.inference.aligners.ctc import WILDCARD, CtcAligner, find_alignment, viterbi_alignment, word_frames
 from tests.support.spoken_words import VOCABULARY, in_order, save_ctc
 
 TONES = {"a": 400.0, "b": 900.0, "c": 1700.0, "d": 3100.0}
@@ -25,17 +26,17 @@ def test_a_spelling_is_the_likeliest_of_all_that_ctc_reads_so():
     best = max(readings, key=lambda way: sum(logprobs[frame, label] for frame, label in enumerate(way)))
     gap = best.index(3)
     expected = [(best.index(1), gap - best[:gap][::-1].index(1)), (gap + best[gap:].index(1), 6 - best[::-1].index(2))]
-    assert word_frames(logprobs, labels, blank=0, between=3) == expected
-    assert word_frames(logprobs[:3], labels, blank=0, between=3) == []
+    assert word_frames(logprobs, labels, blank=0, delimiter=3) == expected
+    assert word_frames(logprobs[:3], labels, blank=0, delimiter=3) == []
 
 
 def test_the_same_letter_twice_needs_a_blank_between_and_the_unknown_takes_what_is_left():
     logprobs = np.log(np.full((9, 3), 0.05))
     for frame, label in enumerate([1, 0, 1, 0, 0, 0, 2, 2, 0]):
         logprobs[frame, label] = np.log(0.9)
-    assert word_frames(logprobs, [[1, 1], [2]], blank=0, between=None) == [(0, 3), (6, 8)]
-    assert word_frames(logprobs, [[1, 1], [WILDCARD], [2]], blank=0, between=None) == [(0, 3), (3, 6), (6, 8)]
-    assert word_frames(logprobs[:2], [[1, 1]], blank=0, between=None) == []
+    assert word_frames(logprobs, [[1, 1], [2]], blank=0, delimiter=None) == [(0, 3), (6, 8)]
+    assert word_frames(logprobs, [[1, 1], [WILDCARD], [2]], blank=0, delimiter=None) == [(0, 3), (3, 6), (6, 8)]
+    assert word_frames(logprobs[:2], [[1, 1]], blank=0, delimiter=None) == []
 
 
 def sung(text: str, generator: np.random.Generator) -> tuple[AudioClip, list[tuple[float, float]], np.ndarray]:
@@ -106,3 +107,13 @@ def test_a_vocabulary_without_letters_is_refused(tmp_path):
     folder = save_ctc(tmp_path / "pieces", {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "the": 5, "ing": 6})
     with pytest.raises(ModelError, match="no letters"):
         CtcAligner(folder)
+
+
+def test_without_a_torchaudio_that_loads_paths_are_found_by_viterbi(tmp_path, monkeypatch):
+    (tmp_path / "torchaudio").mkdir()
+    (tmp_path / "torchaudio" / "__init__.py").write_text("raise OSError('Could not load this library')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchaudio", raising=False)
+    find_alignment.cache_clear()
+    assert find_alignment() is viterbi_alignment
+    find_alignment.cache_clear()

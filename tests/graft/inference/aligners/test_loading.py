@@ -15,7 +15,7 @@ from graft.audio.chunking import windows
 from graft.audio.clip import AudioClip
 from graft.errors import ModelError
 from graft.inference.aligners.loading import find_aligner, open_aligner
-from graft.inference.aligners.protocol import spread
+from graft.inference.aligners.protocol import spread_words
 from graft.inference.aligners.viterbi import best_paths
 from graft.inference.transcriber import Transcriber, open_transcriber
 from graft.inference.transcript import Segment, Transcript, Word
@@ -52,8 +52,8 @@ def _is_way(way: Sequence[int], may_skip: np.ndarray) -> bool:
 
 
 def test_what_can_not_be_heard_is_spread_by_lengths():
-    assert spread(["a", "bcd"], 2.0) == (Word(0.0, 0.5, "a"), Word(0.5, 2.0, "bcd"))
-    assert spread([], 2.0) == ()
+    assert spread_words(["a", "bcd"], 2.0) == (Word(0.0, 0.5, "a"), Word(0.5, 2.0, "bcd"))
+    assert spread_words([], 2.0) == ()
 
 
 # The front door

@@ -12,7 +12,7 @@ import torch
 from graft.audio.chunking import Chunk
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.checkpoints.loading import open_graft
-from graft.inference.transcriber import Transcriber, transcriber_of
+from graft.inference.transcriber import Transcriber, make_transcriber
 from graft.inference.transcript import Segment
 from tests.support import media, tiny_models
 
@@ -45,7 +45,7 @@ def transcriber(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transcribe
         elif "q_proj.weight" in name or "k_proj.weight" in name:
             parameter.data *= 3
     model.generation_config.eos_token_id = [model.generation_config.eos_token_id, *ENDS]
-    opened = transcriber_of(model, processor, name="tiny")
+    opened = make_transcriber(model, processor, name="tiny")
     yield opened
     opened.close()
 

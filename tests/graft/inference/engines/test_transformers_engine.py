@@ -18,7 +18,7 @@ from graft.checkpoints.build import build_graft
 from graft.checkpoints.bundled.cache import bundled_qwen2vl, bundled_whisper
 from graft.inference.engines.kv_cache import COLUMNS
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
-from graft.inference.engines.sampling import choose, repeating_ids, repeats
+from graft.inference.engines.sampling import choose_tokens, has_repeated_ngram, repeating_ids
 from graft.inference.engines.scheduler import ENCODER_ROWS
 from graft.inference.engines.transformers_engine import TransformersEngine
 from tests.support import tiny_models
@@ -217,9 +217,9 @@ def test_blocking_n_grams_is_a_rows_own_and_takes_nothing_from_its_log_probabili
     for index, (tokens, (ids, logprobs)) in enumerate(zip(answers, expected, strict=True)):
         assert [token.id for token in tokens] == ids
         assert_close(tokens, logprobs)
-        assert (ids == plain[index][0]) is not (index % 3 and repeats(plain[index][0], index % 3))
-        assert not index % 3 or not repeats(ids, index % 3)
-    assert sum(repeats(ids, 2) for ids, _ in plain) > 3  # tiny random models do go in circles
+        assert (ids == plain[index][0]) is not (index % 3 and has_repeated_ngram(plain[index][0], index % 3))
+        assert not index % 3 or not has_repeated_ngram(ids, index % 3)
+    assert sum(has_repeated_ngram(ids, 2) for ids, _ in plain) > 3  # tiny random models do go in circles
 
 
 def test_what_would_repeat_an_n_gram():
@@ -227,13 +227,15 @@ def test_what_would_repeat_an_n_gram():
     assert repeating_ids([1, 2, 1], 1) == [1, 2, 1]
     assert repeating_ids([1, 1], 2) == [1]
     assert repeating_ids([1, 2], 3) == repeating_ids([], 1) == repeating_ids([1, 1, 1], 0) == []
-    assert repeats([1, 2, 3, 1, 2], 2)
-    assert not repeats([1, 2, 3, 1, 2], 3)
-    assert not repeats([], 5)
+    assert has_repeated_ngram([1, 2, 3, 1, 2], 2)
+    assert not has_repeated_ngram([1, 2, 3, 1, 2], 3)
+    assert not has_repeated_ngram([], 5)
 
 
 def test_blocked_ids_keep_their_probability_and_suppressed_ones_have_none():
-    ids, logprobs = choose(torch.tensor([[1.0, 2.0, 0.0, 9.0], [1.0, 2.0, 0.0, 9.0]]), torch.tensor([3]), {1: [1]})
+    ids, logprobs = choose_tokens(
+        torch.tensor([[1.0, 2.0, 0.0, 9.0], [1.0, 2.0, 0.0, 9.0]]), torch.tensor([3]), {1: [1]}
+    )
     assert ids == [1, 0]
     assert logprobs == pytest.approx(torch.tensor([1.0, 2.0, 0.0]).log_softmax(-1)[[1, 0]].tolist())
 
@@ -310,7 +312,7 @@ def test_memory_shrinks_to_what_the_rows_that_are_left_need():
     columns = []
 
     async def run(engine):
-        model.lm_head.register_forward_hook(lambda *_: columns.append(engine._decoder._slots.columns))
+        model.lm_head.register_forward_hook(lambda *_: columns.append(engine._decoder.slots.columns))
         first = asyncio.create_task(collect(engine, short))
         while engine.counts().steps < 5:
             await asyncio.sleep(0.001)
@@ -464,18 +466,18 @@ def test_an_error_of_the_engine_itself_ends_all_streams_and_it_goes_on():
     model = make_model()
     requests = [make_request(model, index, 60, max_new_tokens=8 + index) for index in range(3)]
     with running(model, gather_s=0.05) as engine:
-        keep = engine._decoder.keep
+        keep = engine._decoder.slots.keep
 
         def lose(kept):
             if kept:
                 raise IndexError("lost")
             return keep(kept)
 
-        engine._decoder.keep = lose
+        engine._decoder.slots.keep = lose
         first, *others = asyncio.run(collect_all(engine, requests))
         assert len(first) == 8
         assert [str(error) for error in others] == ["lost", "lost"]
-        engine._decoder.keep = keep
+        engine._decoder.slots.keep = keep
         assert [token.id for token in asyncio.run(collect(engine, requests[2]))] == generated(model, requests[2])[0]
 
 

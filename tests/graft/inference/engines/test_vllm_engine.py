@@ -18,7 +18,7 @@ from graft.checkpoints.bundled.cache import bundled_qwen2vl, bundled_whisper
 from graft.checkpoints.language_model import open_encoder_model
 from graft.checkpoints.loading import open_graft
 from graft.inference.engines.protocol import EngineRequest, Token
-from graft.inference.engines.sampling import repeats
+from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.engines.transformers_engine import TransformersEngine
 from graft.inference.engines.vllm_engine import VllmEngine, open_vllm_engine
 from tests.support import tiny_models
@@ -127,7 +127,8 @@ def test_blocked_n_grams_are_the_transformers_engines(folder, engine, requests, 
     check(asyncio.run(collect_all(engine, blocking)), answers)
     assert sum(ids_of(one) != ids_of(other) for one, other in zip(answers, expected, strict=True)) > 8
     assert not any(
-        repeats(ids_of(tokens), request.no_repeat_ngram) for tokens, request in zip(answers, blocking, strict=True)
+        has_repeated_ngram(ids_of(tokens), request.no_repeat_ngram)
+        for tokens, request in zip(answers, blocking, strict=True)
     )
 
 

@@ -25,12 +25,12 @@ def test_speech_comes_out_right_batched_alone_and_over_30_s():
     pause = np.zeros(16_000, np.float32)
     long = AudioClip(np.concatenate([part for clip in clips * 3 for part in (clip.samples, pause)]))
     assert long.duration_s > 30
-    hearings = whisper.hear_many([*clips, long])
-    *together, long_text = [hearing.text for hearing in hearings]
-    assert all(-1 < hearing.mean_logprob < 0 for hearing in hearings)
+    transcripts = whisper.transcribe_many([*clips, long])
+    *together, long_text = [transcript.text for transcript in transcripts]
+    assert all(-1 < transcript.mean_logprob < 0 for transcript in transcripts)
     assert score(texts, together).to_dict()["wer"] < 0.15
     assert score([" ".join(texts * 3)], [long_text]).to_dict()["wer"] < 0.25
-    assert whisper.transcribe_many([clips[1]]) == [together[1]]
+    assert [transcript.text for transcript in whisper.transcribe_many([clips[1]])] == [together[1]]
     assert whisper.transcribe_many([]) == []
 
 
@@ -49,9 +49,10 @@ def test_confidence_is_the_mean_log_probability_of_teacher_forced_tokens(tmp_pat
         len({len(logprobs) for answer in answers for logprobs in answer}) > 1
     )  # some answers end before others of their batch
     expected = [torch.cat(answer).mean().item() for answer in answers]
-    hearings = WhisperBaseline(folder, batch_size=3).hear_many(clips)
-    np.testing.assert_allclose([hearing.mean_logprob for hearing in hearings], expected, atol=1e-3)
-    assert [hearing.text for hearing in hearings] == WhisperBaseline(folder, batch_size=1).transcribe_many(clips)
+    together = WhisperBaseline(folder, batch_size=3).transcribe_many(clips)
+    alone = WhisperBaseline(folder, batch_size=1).transcribe_many(clips)
+    np.testing.assert_allclose([transcript.mean_logprob for transcript in together], expected, atol=1e-3)
+    assert [transcript.text for transcript in together] == [transcript.text for transcript in alone]
 
 
 def _features(extractor, clip: AudioClip) -> torch.Tensor:

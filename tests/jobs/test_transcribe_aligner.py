@@ -13,7 +13,7 @@ import webvtt
 from graft.inference.transcript import Word
 from tests.support import tiny_models
 from tests.support.jobs import transcribe
-from tests.support.spoken_words import in_order, joined, spoken
+from tests.support.spoken_words import concatenate, in_order, spoken
 
 pytestmark = pytest.mark.usefixtures("ray_started")
 
@@ -24,8 +24,8 @@ def graft(tmp_path_factory) -> Path:
 
 
 def test_words_stand_in_rows_and_files_of_split_channels(graft, tmp_path):
-    one, _, _ = joined(spoken("monday", "seven", "tuesday"), [0.3] * 4)
-    two, _, _ = joined(spoken("three", "friday"), [0.3] * 3)
+    one, _, _ = concatenate(spoken("monday", "seven", "tuesday"), [0.3] * 4)
+    two, _, _ = concatenate(spoken("three", "friday"), [0.3] * 3)
     sides = np.zeros((len(one.samples) + len(two.samples), 2), np.float32)
     sides[: len(one.samples), 0] = one.samples
     sides[len(one.samples) :, 1] = two.samples

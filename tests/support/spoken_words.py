@@ -1,4 +1,4 @@
-"""Spoken words with known times, the promise that every aligner keeps, and a tiny CTC model."""
+"""Make speech whose words have known times, check the promise of every aligner, and save a tiny CTC model."""
 
 import json
 from collections.abc import Sequence
@@ -22,33 +22,33 @@ Span = tuple[float, float]
 
 
 def in_order(words: Sequence[Word], text: str, start_s: float, end_s: float) -> bool:
-    """Whether words are those of the text, one after the other, none beginning before the one before it ends, within a time."""
+    """Return whether words are those of the text, in order and without overlap, between two times."""
     times = [start_s, *(time for word in words for time in (word.start_s, word.end_s)), end_s]
     return [word.text for word in words] == text.split() and times == sorted(times)
 
 
 def spoken(*words: str) -> list[Piece]:
-    """Single words, of one voice."""
-    return [(trimmed(read_audio(SPOKEN / f"{word}.flac").samples), [word]) for word in words]
+    """Return recordings of single words, all of one voice."""
+    return [(trim(read_audio(SPOKEN / f"{word}.flac").samples), [word]) for word in words]
 
 
 def prompts(count: int) -> list[Piece]:
-    """Sentences, of the same voice."""
+    """Return recordings of sentences, of the same voice."""
     rows = [json.loads(line) for line in (PROMPTS / "train.jsonl").read_text().splitlines()[:: 60 // count][:count]]
-    return [(trimmed(read_audio(PROMPTS / row["audio"]).samples), row["text"].split()) for row in rows]
+    return [(trim(read_audio(PROMPTS / row["audio"]).samples), row["text"].split()) for row in rows]
 
 
-def trimmed(samples: np.ndarray) -> np.ndarray:
-    """From the first to the last 10 ms that are within 35 dB of the loudest."""
+def trim(samples: np.ndarray) -> np.ndarray:
+    """Cut samples to the stretch from the first to the last 10 ms that are within 35 dB of the loudest."""
     energy = np.convolve(np.square(samples, dtype=np.float64), np.full(160, 1 / 160), "same")
     loud = np.flatnonzero(energy > energy.max() / 10**3.5)
     return samples[loud[0] : loud[-1] + 1]
 
 
-def joined(
+def concatenate(
     pieces: Sequence[Piece], pauses_s: Sequence[float], *, noise: float = 0.0
 ) -> tuple[AudioClip, str, list[Span]]:
-    """Join pieces with a pause before each and a last one after; the text, and when each piece begins and ends."""
+    """Join pieces with a pause before each and one at the end; returns the clip, its text and the span of each piece."""
     silences = [np.zeros(round(pause_s * SAMPLE_RATE), np.float32) for pause_s in pauses_s]
     samples, spans = silences[0], []
     for (speech, _), silence in zip(pieces, silences[1:], strict=True):
@@ -63,7 +63,7 @@ def joined(
 
 
 def border_errors(words: Sequence[Word], pieces: Sequence[Piece], spans: Sequence[Span]) -> np.ndarray:
-    """How far the first and the last word of each piece are from its start and end, in seconds: (pieces, 2)."""
+    """Return how far the first and last word of each piece are from its start and end, in seconds: (pieces, 2)."""
     ends = np.cumsum([len(said) for _, said in pieces])
     firsts = ends - [len(said) for _, said in pieces]
     return np.abs(
@@ -73,7 +73,7 @@ def border_errors(words: Sequence[Word], pieces: Sequence[Piece], spans: Sequenc
 
 
 def save_ctc(folder: Path, letters: dict[str, int]) -> Path:
-    """Write a tiny wav2vec2 of 20 ms frames with this vocabulary."""
+    """Save a tiny wav2vec2 with 20 ms frames and this vocabulary."""
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps(letters))
     Wav2Vec2CTCTokenizer(str(folder / "vocab.json")).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Guards: loops, invention and cut answers are flagged, real speech is not; a model that loops is asked once more."""
+"""Loops, invented speech and cut answers are flagged, real speech is not, and a chunk with a loop is decoded again."""
 
 import asyncio
 import contextlib
@@ -47,7 +47,7 @@ def flags_of(text: str, duration_s: float = 10.0, *, logprob: float = -0.1, **gi
         ("so ho ho ho ho ho ho ho ho", 10.0),
         ("And then, and then, and then; and then", 5.0),
         ("it was " + "a b c d e f g h " * 4, 20.0),
-        ("you you you you you you", 1.0),  # nobody speaks as fast
+        ("you you you you you you", 1.0),  # faster than anyone speaks
         ("".join(f"and the {number} of the day is the {number} of the night " for number in "abcdefghijklmnop"), 30.0),
         ("he said that he would not be able to come to the meeting of the council today because " * 5, 28.0),
         ("lalala" * 40, 20.0),
@@ -70,7 +70,7 @@ def test_loops_are_flagged(text, duration_s):
         ("", 30.0),
     ],
 )
-def test_what_people_say_is_not(text, duration_s):
+def test_repetitions_that_people_speak_are_not_flagged(text, duration_s):
     assert flags_of(text, duration_s) == ()
 
 
@@ -82,12 +82,12 @@ def test_real_prompts_and_long_numbers_are_not_flagged():
     ]
     assert len(rows) > 50
     assert {row["text"]: flags for row in rows if (flags := flags_of(row["text"], row["duration_s"]))} == {}
-    drawn = random.Random(0)
+    generator = random.Random(0)
     for count in range(1, 91):
-        assert flags_of(" ".join(drawn.choices(DIGITS, k=count)), max(0.3, 28 * count / 90)) == ()
+        assert flags_of(" ".join(generator.choices(DIGITS, k=count)), max(0.3, 28 * count / 90)) == ()
 
 
-def test_invention_is_flagged():
+def test_invented_speech_is_flagged():
     assert flags_of("thank you for watching", has_speech=False) == (NO_SPEECH,)
     assert flags_of("thank you for watching", has_speech=True) == flags_of("thank you for watching") == ()
     assert flags_of("thank you for watching", logprob=-1.01) == (LOW_CONFIDENCE,)
@@ -97,7 +97,7 @@ def test_invention_is_flagged():
     assert flags_of("", has_speech=False, logprob=-9.0) == ()
 
 
-def test_cut_answers_are_flagged_after_the_rest():
+def test_the_flag_of_a_cut_answer_comes_last():
     assert flags_of("", is_cut=True) == (TRUNCATED,)
     everything = flags_of("ho " * 90, 10.0, has_speech=False, logprob=-2.0, is_cut=True)
     assert everything == (REPETITION, NO_SPEECH, LOW_CONFIDENCE, TRUNCATED)
@@ -109,10 +109,10 @@ def test_the_better_text_has_fewer_flags_or_is_likelier():
     assert pick_better(loop, guess) is pick_better(guess, loop) is guess
     assert pick_better(other, guess) is pick_better(guess, other) is other
     assert pick_better(other, QualityVerdict("", None, ())).text == ""
-    assert pick_better(other, QualityVerdict("again", -0.2, (REPETITION,))) is other
+    assert pick_better(other, QualityVerdict("a song", -0.2, (REPETITION,))) is other
 
 
-def test_with_n_grams_blocked_no_loop_is_left_at_a_speakers_pace():
+def test_with_n_grams_blocked_no_loop_is_left_at_a_pace_that_people_speak():
     for size in range(1, 9):
         loop = list(itertools.islice(itertools.cycle(DIGITS[:size]), size + NO_REPEAT_NGRAM))
         assert has_repeated_ngram(loop, NO_REPEAT_NGRAM)
@@ -120,7 +120,7 @@ def test_with_n_grams_blocked_no_loop_is_left_at_a_speakers_pace():
         assert flags_of(" ".join(loop[:-1])) == ()
 
 
-# A model that says what it is told: its layers do nothing, so that the last token alone decides what the next one is.
+# A model that follows a given chain of tokens: its layers do nothing, so that the last token alone decides the next.
 
 CHUCKLE = {"\n": {"h": 4}, "h": {"o": 4, "<|im_end|>": 3}, "o": {" ": 4}, " ": {"h": 4}}
 STUCK = {**CHUCKLE, "h": {"o": 4, "a": 3.9}, "a": {"o": 4, " ": 3.9}, "o": {" ": 4, "h": 3.9}, " ": {"h": 4, "a": 3.9}}
@@ -136,10 +136,10 @@ def open_with_chain(folder: Path, chain: dict[str, dict[str, float]] | None, **o
             layer.self_attn.o_proj.weight.data.zero_()
             layer.mlp.down_proj.weight.data.zero_()
         model.lm_head.weight.data.zero_()
-        for place, (token, nexts) in enumerate(chain.items()):
-            model.get_input_embeddings().weight.data[id_of[token]] = torch.eye(32)[place]
+        for index, (token, nexts) in enumerate(chain.items()):
+            model.get_input_embeddings().weight.data[id_of[token]] = torch.eye(32)[index]
             for following, score in nexts.items():
-                model.lm_head.weight.data[id_of[following], place] = score
+                model.lm_head.weight.data[id_of[following], index] = score
     transcriber = make_transcriber(model, processor, name="tiny")
     return Transcriber(transcriber._engine, processor, "tiny", **options)
 
@@ -165,8 +165,8 @@ def clip_of(seconds: float) -> AudioClip:
     return AudioClip(np.random.default_rng(0).standard_normal(int(seconds * 16_000)).astype(np.float32) * 0.1)
 
 
-def alone(transcriber: Transcriber, clip: AudioClip, no_repeat_ngram: int) -> QualityVerdict:
-    """What the engine itself makes of a clip, and how that is judged."""
+def decode_once(transcriber: Transcriber, clip: AudioClip, no_repeat_ngram: int) -> QualityVerdict:
+    """Decode a clip with the engine alone and check the text."""
     features = transcriber._processor.featurizer(clip)
     most = max_new_tokens(clip.duration_s)
     request = EngineRequest(
@@ -186,7 +186,7 @@ def alone(transcriber: Transcriber, clip: AudioClip, no_repeat_ngram: int) -> Qu
 def test_a_loop_is_decoded_again_and_a_text_without_one_is_not_flagged(opened):
     transcriber = opened(CHUCKLE)
     clip = clip_of(4)
-    assert alone(transcriber, clip, 0).flags == (REPETITION, TRUNCATED)
+    assert decode_once(transcriber, clip, 0).flags == (REPETITION, TRUNCATED)
     (segment,) = transcriber.transcribe(clip).segments
     assert (segment.text, segment.flags) == ("ho ho h", ())
     assert segment.mean_logprob == pytest.approx(0, abs=0.01)
@@ -194,8 +194,8 @@ def test_a_loop_is_decoded_again_and_a_text_without_one_is_not_flagged(opened):
     assert [one.segments for one in transcriber.transcribe_many([clip, clip])] == [(segment,)] * 2
 
 
-def test_what_is_decoded_again_is_the_same_in_any_company(folder):
-    """The second decoding depends on the chunk alone, wherever the others are by then; the model heeds all that it reads."""
+def test_a_chunk_is_decoded_again_the_same_way_in_every_batch(folder):
+    """The second decoding depends on the chunk alone, whatever other rows the batch holds; the model attends to all tokens."""
     model, processor = open_graft(folder)
     torch.manual_seed(3)
     tiny_models.pay_attention(model)
@@ -203,42 +203,42 @@ def test_what_is_decoded_again_is_the_same_in_any_company(folder):
         if "audio_projector" in name and parameter.ndim > 1:
             parameter.data.normal_(std=3 / parameter.shape[1] ** 0.5)
     transcriber = make_transcriber(model, processor, name="tiny")
-    stream, again = transcriber._engine.stream, []
+    stream, blocked = transcriber._engine.stream, []
 
-    def listening(request):
-        again.append(request.no_repeat_ngram > 0)
+    def recording_stream(request):
+        blocked.append(request.no_repeat_ngram > 0)
         return stream(request)
 
-    transcriber._engine.stream = listening
+    transcriber._engine.stream = recording_stream
     clips = [clip_of(seconds) for seconds in (0.3, 12, 4, 1, 30, 7, 2.5, 4.5)]
     alone_each = [transcriber.transcribe(clip).segments[0] for clip in clips]
     assert len({one.text for one in alone_each}) == len(clips)
-    assert 2 <= (count := sum(again)) < len(clips)
+    assert 2 <= (count := sum(blocked)) < len(clips)
     for order in (range(8), [4, 1, 7, 0, 2, 5, 3, 6]):
         before = transcriber.counts()
-        again.clear()
-        together = [one.segments[0] for one in transcriber.transcribe_many([clips[place] for place in order])]
-        for segment, place in zip(together, order, strict=True):
-            assert (segment.text, segment.flags) == (alone_each[place].text, alone_each[place].flags)
-            assert segment.mean_logprob == pytest.approx(alone_each[place].mean_logprob, abs=1e-4)
-        assert sum(again) == count
+        blocked.clear()
+        together = [one.segments[0] for one in transcriber.transcribe_many([clips[index] for index in order])]
+        for segment, index in zip(together, order, strict=True):
+            assert (segment.text, segment.flags) == (alone_each[index].text, alone_each[index].flags)
+            assert segment.mean_logprob == pytest.approx(alone_each[index].mean_logprob, abs=1e-4)
+        assert sum(blocked) == count
         assert transcriber.counts().steps - before.steps < (transcriber.counts().tokens - before.tokens) / 2
     transcriber.close()
 
 
 @pytest.mark.parametrize(("chain", "flags"), [(STUCK, (REPETITION, TRUNCATED)), (STAMMER, (LOW_CONFIDENCE,))])
-def test_where_both_are_suspicious_the_better_is_kept_and_flagged(opened, chain, flags):
+def test_where_both_texts_are_flagged_the_better_is_kept_with_its_flags(opened, chain, flags):
     transcriber = opened(chain)
     clip = clip_of(4)
-    first, again = alone(transcriber, clip, 0), alone(transcriber, clip, NO_REPEAT_NGRAM)
+    first, second = decode_once(transcriber, clip, 0), decode_once(transcriber, clip, NO_REPEAT_NGRAM)
     assert first.flags == (REPETITION, TRUNCATED)
-    assert LOW_CONFIDENCE in again.flags
-    kept = pick_better(first, again)
+    assert LOW_CONFIDENCE in second.flags
+    kept = pick_better(first, second)
     assert kept.flags == flags
     assert transcriber.transcribe(clip).segments == (Segment(0.0, 4.0, kept.text, kept.mean_logprob, kept.flags),)
 
 
-def test_text_where_nobody_speaks_is_flagged_and_not_decoded_again(opened):
+def test_text_without_speech_is_flagged_and_not_decoded_again(opened):
     assert opened(GREETING).transcribe(clip_of(2)).segments[0].flags == ()
     transcriber = opened(GREETING, chunker=lambda clip: [Chunk(0.0, clip, has_speech=clip.duration_s > 3)])
     quiet, spoken = transcriber.transcribe_many([clip_of(2), clip_of(4)])
@@ -246,8 +246,8 @@ def test_text_where_nobody_speaks_is_flagged_and_not_decoded_again(opened):
     assert transcriber.counts().tokens == 4
 
 
-def test_a_clip_that_ends_in_a_word_is_heard_to_its_last_sample(opened):
-    """Whatever its model makes of half a word: no sample is lost, and an answer without an end is flagged."""
+def test_a_clip_that_ends_within_a_word_is_transcribed_to_its_last_sample(opened):
+    """No sample is lost, and an answer that does not end is flagged, whatever the model writes for half a word."""
     path = max((PROMPTS / "audio").glob("*.flac"), key=lambda path: path.stat().st_size)
     whole = read_audio(path)
     loudest = int(np.argmax(np.convolve(np.abs(whole.samples[16_000:]), np.ones(1600), "valid"))) + 16_000
@@ -260,7 +260,7 @@ def test_a_clip_that_ends_in_a_word_is_heard_to_its_last_sample(opened):
         assert all(segment.flags for segment in transcript.segments) or chain is CHUCKLE
 
 
-def test_words_that_may_occur_do_not_where_nobody_speaks(tmp_path):
+def test_context_words_are_not_written_where_there_is_no_speech(tmp_path):
     transcriber = open_transcriber(tiny_models.save_tiny_graft(tmp_path / "worded", trained_context=True), dtype="fp32")
     for kind in SOUNDS:
         sound = next(sound for sound in generate_sounds(kind) if sound.clip.duration_s < 6.1)
@@ -272,8 +272,8 @@ def test_words_that_may_occur_do_not_where_nobody_speaks(tmp_path):
     ("chain", "options"),
     [(None, {}), (STUCK, {}), (GREETING, {"chunker": lambda clip: [Chunk(0.0, clip, has_speech=False)]})],
 )
-def test_what_a_babbling_model_writes_about_sounds_is_flagged(opened, chain, options):
+def test_text_that_a_model_invents_for_sounds_is_flagged(opened, chain, options):
     sounds = [next(sound for sound in generate_sounds(kind) if sound.clip.duration_s < 6.1) for kind in SOUNDS]
     assert [sound.kind for sound in sounds] == ["silence", "noise", "tones", "ringing"]
-    for heard in opened(chain, **options).transcribe_many([sound.clip for sound in sounds]):
-        assert all(segment.flags for segment in heard.segments)
+    for transcript in opened(chain, **options).transcribe_many([sound.clip for sound in sounds]):
+        assert all(segment.flags for segment in transcript.segments)

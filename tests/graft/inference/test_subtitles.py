@@ -1,4 +1,4 @@
-"""Subtitles: what another parser reads from them is what was said, when it was said, in cues that can be read."""
+"""Another parser reads the text and the times of the transcript from subtitles, in cues within the limits."""
 
 import html
 import io
@@ -15,9 +15,9 @@ from graft.inference.subtitles import FORMATS, Cue, CueLimits, format_transcript
 from graft.inference.transcript import Segment, Transcript, Word, stitch
 
 SPEECH = (
-    "When the sunlight strikes raindrops in the air, they act as a prism and form a rainbow. The rainbow is a division of white light "
-    "into many beautiful colors. These take the shape of a long round arch, with its path high above, and its two ends apparently "
-    "beyond the horizon. There is, according to legend, a boiling pot of gold at one end."
+    "When the sunlight strikes raindrops in the air, they act as a prism and form a rainbow. The rainbow is a division of "
+    "white light into many beautiful colors. These take the shape of a long round arch, with its path high above, and its "
+    "two ends apparently beyond the horizon. There is, according to legend, a boiling pot of gold at one end."
 )
 HOUR_S = 3600.0
 
@@ -27,16 +27,16 @@ def transcript(*segments: Segment) -> Transcript:
 
 
 def spoken(text: str, *, start_s: float = 0.0, word_s: float = 0.4) -> Segment:
-    """A segment whose words take four fifths of `word_s` each, and a pause the last."""
+    """Make a segment whose words take four fifths of `word_s` each, followed by a pause for the rest."""
     words = [
-        Word(start_s + place * word_s, start_s + (place + 0.8) * word_s, word)
-        for place, word in enumerate(text.split())
+        Word(start_s + index * word_s, start_s + (index + 0.8) * word_s, word)
+        for index, word in enumerate(text.split())
     ]
     return Segment(start_s, words[-1].end_s, text, words=tuple(words))
 
 
 def parsed(text: str, form: str) -> list[Cue]:
-    """What webvtt-py reads, which leaves VTT's escapes to players."""
+    """Read cues with webvtt-py, which leaves VTT's escapes to players."""
 
     def milliseconds(time: str) -> int:
         hours, minutes, seconds = time.split(":")
@@ -83,7 +83,9 @@ def test_vtt_to_the_letter() -> None:
 
 def test_tsv_to_the_letter() -> None:
     assert format_transcript(EXAMPLE, "tsv") == (
-        "start\tend\ttext\n0\t2500\tFish & chips\n100000\t101000\t5 < 6 --> true, isn't it?\n360061001\t360062000\tThe end\n"
+        "start\tend\ttext\n0\t2500\tFish & chips\n"
+        "100000\t101000\t5 < 6 --> true, isn't it?\n"
+        "360061001\t360062000\tThe end\n"
     )
 
 
@@ -95,13 +97,13 @@ def test_txt_is_the_text_and_json_is_everything() -> None:
     assert json.loads(text) == json.loads(json.dumps(whole.to_dict()))
 
 
-def test_nothing_said_is_a_file_without_cues() -> None:
+def test_a_transcript_without_text_is_a_file_without_cues() -> None:
     nothing = transcript(Segment(0.0, 4.0, " \n"))
     assert [format_transcript(nothing, form) for form in FORMATS[:4]] == ["\n", "", "WEBVTT\n", "start\tend\ttext\n"]
     assert format_transcript(transcript(), "srt") == ""
 
 
-def test_long_segments_become_cues_that_can_be_read() -> None:
+def test_long_segments_become_cues_within_the_limits() -> None:
     segment = spoken(SPEECH, start_s=3.0)
     cues = make_cues(transcript(segment))
     assert [cue.text for cue in cues] == [
@@ -116,7 +118,7 @@ def test_long_segments_become_cues_that_can_be_read() -> None:
     assert {cue.end_ms for cue in cues} <= {round(word.end_s * 1000) for word in segment.words}
 
 
-def test_cues_break_at_pauses_and_words_that_never_end_do() -> None:
+def test_cues_break_at_pauses_and_long_words_are_cut() -> None:
     words = [Word(0.0, 0.5, "yes"), Word(9.0, 9.5, "no"), Word(9.5, 10.0, "maybe"), Word(30.0, 45.0, "so")]
     cues = make_cues(transcript(Segment(0.0, 45.0, "yes no maybe so", words=tuple(words))))
     assert cues == [Cue(0, 500, "yes"), Cue(9000, 10_000, "no maybe"), Cue(30_000, 37_000, "so")]
@@ -166,7 +168,7 @@ SEGMENTS = st.lists(st.builds(Segment, TIMES, TIMES, TEXTS, words=st.just(()) | 
 
 @settings(max_examples=150, deadline=None)
 @given(SEGMENTS)
-def test_whatever_is_written_is_read_back_in_order(segments: list[Segment]) -> None:
+def test_any_transcript_is_read_back_in_order(segments: list[Segment]) -> None:
     whole = transcript(*segments)
     cues = make_cues(whole)
     for cue in cues:

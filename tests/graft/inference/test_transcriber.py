@@ -1,4 +1,4 @@
-"""The front door: text equal to the model's own generate, long audio, bad audio as a value, and what `import graft` costs."""
+"""The Transcriber: the text of the model's own generate, long audio, bad audio as a value, and a cheap `import graft`."""
 
 import asyncio
 import io
@@ -25,7 +25,7 @@ from tests.support import tiny_models
 
 
 def make_clip(seconds: float, seed: int = 0) -> AudioClip:
-    """Bursts of noise of changing loudness."""
+    """Make noise of changing loudness."""
     generator = np.random.default_rng(seed)
     count = int(seconds * 16_000)
     loudness = np.repeat(generator.uniform(0.01, 0.3, count // 800 + 1), 800)[:count]
@@ -50,7 +50,7 @@ def test_text_equals_the_models_own_generate(folder, transcriber):
     ids = model.generate(**processor(audio=clip), max_new_tokens=max_new_tokens(0.5), do_sample=False)
     prompt = processor.prompt_ids(processor.featurizer(clip).frame_count)
     transcript = transcriber.transcribe(clip)
-    assert not has_repeated_ngram(ids[0, len(prompt) :].tolist(), NO_REPEAT_NGRAM)  # so it is not decoded again
+    assert not has_repeated_ngram(ids[0, len(prompt) :].tolist(), NO_REPEAT_NGRAM)  # so the chunk is not decoded again
     assert (
         transcript.text
         == " ".join(processor.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).split())
@@ -62,7 +62,7 @@ def test_text_equals_the_models_own_generate(folder, transcriber):
     assert segment.mean_logprob < -1
 
 
-def test_an_answer_that_ends_by_itself_was_not_cut(folder, tmp_path):
+def test_an_answer_that_ends_by_itself_is_not_flagged_as_truncated(folder, tmp_path):
     model, processor = open_graft(folder)
     clip = make_clip(0.5)
     ids = model.generate(**processor(audio=clip), max_new_tokens=8, do_sample=False)[0, -8:].tolist()
@@ -77,7 +77,7 @@ def test_an_answer_that_ends_by_itself_was_not_cut(folder, tmp_path):
     assert segment.text == " ".join(processor.tokenizer.decode(ids[: ids.index(end)]).split())
 
 
-def test_paths_bytes_and_clips_say_the_same(transcriber, tmp_path):
+def test_paths_bytes_and_clips_give_the_same_text(transcriber, tmp_path):
     clip = make_clip(0.8)
     soundfile.write(tmp_path / "a.flac", clip.samples, 16_000)
     data = (tmp_path / "a.flac").read_bytes()
@@ -88,7 +88,7 @@ def test_paths_bytes_and_clips_say_the_same(transcriber, tmp_path):
     assert len(texts) == 1
 
 
-def test_over_30_s_every_second_stands_in_one_segment(transcriber):
+def test_over_30_s_every_second_is_in_one_segment(transcriber):
     clip = make_clip(64.0)
     transcript = transcriber.transcribe(clip)
     starts = [segment.start_s for segment in transcript.segments]
@@ -127,11 +127,13 @@ def test_instruction_and_context_reach_the_model(tmp_path):
     listed = transcriber.transcribe(clip, instruction="raw", context=["Aachen", "Zwolle"])
     assert len({plain.text, raw.text, listed.text}) == 3
     assert transcriber.transcribe_many([clip], instruction="raw", context=["Aachen", "Zwolle"])[0].text == listed.text
-    assert transcriber.transcribe(clip, instruction="lower", context=None) == plain  # its own style needs no asking
+    assert (
+        transcriber.transcribe(clip, instruction="lower", context=None) == plain
+    )  # its own style needs no instruction
     transcriber.close()
 
 
-def test_what_it_was_not_trained_for_is_refused(transcriber):
+def test_styles_and_context_that_the_model_was_not_trained_for_are_refused(transcriber):
     clip = make_clip(0.2)
     with pytest.raises(
         ModelError, match=r"instruction 'raw': this checkpoint was trained for lower: give one of these"
@@ -156,7 +158,7 @@ def test_works_where_an_event_loop_already_runs(transcriber):
     assert asyncio.run(in_a_notebook()) == transcriber.transcribe(clip)
 
 
-def test_threads_and_coroutines_may_share_one(transcriber):
+def test_threads_and_coroutines_may_share_a_transcriber(transcriber):
     clips = [make_clip(0.2 + seed / 10, seed) for seed in range(8)]
 
     async def all_at_once():
@@ -194,7 +196,7 @@ def test_a_folder_that_is_no_graft_is_refused(tmp_path):
         open_transcriber(tmp_path, dtype="fp7")
 
 
-def test_dtype_and_device_are_taken(folder):
+def test_dtype_and_device_are_used(folder):
     transcriber = open_transcriber(folder, device="cpu", dtype="bf16", chunker=windows)
     assert transcriber._engine._decoder._model.dtype == torch.bfloat16
     assert transcriber.transcribe(make_clip(0.3)).segments
@@ -220,7 +222,8 @@ def test_exported_names():
 
 
 def test_import_graft_is_cheap():
-    script = "import sys, graft; print(graft.__version__, [m for m in ('torch', 'transformers', 'numpy', 'ray') if m in sys.modules])"
+    heavy = "('torch', 'transformers', 'numpy', 'ray')"
+    script = f"import sys, graft; print(graft.__version__, [m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.split(maxsplit=1)[1].strip() == "[]"
 
@@ -233,7 +236,7 @@ def test_uploads_in_every_container(transcriber):
         assert transcriber.transcribe(file.getvalue()).duration_s == pytest.approx(0.6, abs=0.1)
 
 
-def test_a_streamed_chunk_says_what_a_whole_one_says(transcriber):
+def test_a_streamed_chunk_has_the_text_of_a_whole_one(transcriber):
     chunk = windows(make_clip(1.5, seed=3))[0]
 
     async def stream() -> list[str | Segment]:

@@ -1,4 +1,4 @@
-"""Transcript: order, joined text, and what JSON holds."""
+"""A Transcript has its segments in order and their joined text, and JSON holds all of it."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Whisper's word times: real words at known times, silence that belongs to no word, and whatever text comes."""
+"""Whisper's word times: real words at known times, pauses that belong to no word, and any text."""
 
 import itertools
 import threading
@@ -16,7 +16,7 @@ from graft.inference.aligners.cross_attention import WhisperAligner
 from graft.inference.aligners.protocol import spread_words
 from graft.inference.transcript import Word
 from tests.support.speech_corpus import save_tiny_whisper
-from tests.support.spoken_words import border_errors, in_order, joined, prompts, spoken
+from tests.support.spoken_words import border_errors, concatenate, in_order, prompts, spoken
 
 WORDS = [
     *("three", "saturday", "seven", "eight", "one", "monday", "nine", "four"),
@@ -34,9 +34,9 @@ def whisper() -> WhisperAligner:
     [(0.0, 0.0, str.lower), (0.05, 0.003, str.upper), (0.3, 0.01, str.capitalize)],
     ids=["no-pause", "upper-case", "noise"],
 )
-def test_joined_words_are_found_where_they_were_put(whisper, pause_s, noise, style):
+def test_concatenated_words_are_found_where_they_were_put(whisper, pause_s, noise, style):
     pieces = spoken(*WORDS)
-    clip, text, spans = joined(pieces, [0.5, *[pause_s] * (len(WORDS) - 1), 0.5], noise=noise)
+    clip, text, spans = concatenate(pieces, [0.5, *[pause_s] * (len(WORDS) - 1), 0.5], noise=noise)
     words = whisper.align(clip, style(text))
     assert in_order(words, style(text), 0, clip.duration_s)
     errors = border_errors(words, pieces, spans)
@@ -46,7 +46,7 @@ def test_joined_words_are_found_where_they_were_put(whisper, pause_s, noise, sty
 
 def test_sentences_begin_and_end_where_they_were_put(whisper):
     pieces = prompts(8)
-    clip, text, spans = joined(pieces, [0.3, 1.2, 0.25, 0.6, 0.15, 2.0, 0.4, 0.1, 0.8])
+    clip, text, spans = concatenate(pieces, [0.3, 1.2, 0.25, 0.6, 0.15, 2.0, 0.4, 0.1, 0.8])
     words = whisper.align(clip, text)
     assert in_order(words, text, 0, clip.duration_s)
     errors = border_errors(words, pieces, spans)
@@ -56,7 +56,7 @@ def test_sentences_begin_and_end_where_they_were_put(whisper):
 
 def test_a_text_of_more_letters_than_the_decoder_takes_is_read_in_whole_words(whisper):
     pieces = prompts(12)
-    clip, text, spans = joined(pieces, [0.1] * 13)
+    clip, text, spans = concatenate(pieces, [0.1] * 13)
     assert clip.duration_s < 30
     shouted = text.replace(" ", "!!! ")
     assert len(shouted) > 450
@@ -67,7 +67,7 @@ def test_a_text_of_more_letters_than_the_decoder_takes_is_read_in_whole_words(wh
 
 def test_a_pause_belongs_to_no_word(whisper):
     pieces = prompts(3)
-    clip, text, spans = joined(pieces, [2.0, 3.0, 3.0, 2.0])
+    clip, text, spans = concatenate(pieces, [2.0, 3.0, 3.0, 2.0])
     words = whisper.align(clip, text)
     for (_, end_s), (start_s, _) in itertools.pairwise([(0.0, 0.0), *spans, (clip.duration_s, clip.duration_s)]):
         assert not any(word.start_s < start_s - 0.2 and word.end_s > end_s + 0.2 for word in words)
@@ -79,7 +79,7 @@ def test_text_that_is_not_spoken_comes_back_in_order(whisper):
     assert in_order(whisper.align(AudioClip(speech), text), text, 0, len(speech) / SAMPLE_RATE)
 
 
-# A tiny Whisper, whose times mean nothing
+# A tiny Whisper with random weights, whose times mean nothing
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_any_text_comes_back_in_order(tiny_whisper, text, count, is_silent):
     assert in_order(tiny_whisper.align(clip, text), text, 0, clip.duration_s)
 
 
-def test_texts_that_nobody_can_speak_are_spread_and_clips_over_30_s_refused(tiny_whisper):
+def test_texts_too_long_to_be_spoken_are_spread_and_clips_over_30_s_refused(tiny_whisper):
     clip = AudioClip(np.zeros(29 * SAMPLE_RATE, np.float32))
     long = "word " * 90  # of bytes, 5 each
     assert tiny_whisper.align(clip, long) == spread_words(long.split(), 29.0)
@@ -111,7 +111,7 @@ def test_texts_that_nobody_can_speak_are_spread_and_clips_over_30_s_refused(tiny
         tiny_whisper.align(AudioClip(np.zeros(31 * SAMPLE_RATE, np.float32)), "one")
 
 
-def test_threads_get_what_one_alone_gets(tiny_whisper):
+def test_threads_get_the_words_that_one_alone_gets(tiny_whisper):
     generator = np.random.default_rng(0)
     asked = [
         (AudioClip(generator.normal(0, 0.1, 8000 * count).astype(np.float32)), "so it is " * count)

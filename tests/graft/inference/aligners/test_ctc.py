@@ -1,4 +1,4 @@
-"""Word times by CTC: the likeliest spelling against all spellings, tones that a tiny model has learned, and words that it can't spell."""
+"""CTC alignment: the likeliest path of all, tones that a tiny model has learned, and words outside its vocabulary."""
 
 import itertools
 import sys
@@ -14,23 +14,25 @@ from graft.inference.aligners.ctc import WILDCARD, CtcAligner, find_alignment, v
 from tests.support.spoken_words import VOCABULARY, in_order, save_ctc
 
 TONES = {"a": 400.0, "b": 900.0, "c": 1700.0, "d": 3100.0}
-BLANK, BETWEEN = 0, 4
+BLANK, DELIMITER = 0, 4
 
 
-def test_a_spelling_is_the_likeliest_of_all_that_ctc_reads_so():
+def test_the_path_is_the_likeliest_of_all_that_collapse_to_the_labels():
     generator = np.random.default_rng(3)
     logprobs = torch.from_numpy(generator.normal(size=(6, 4))).log_softmax(-1).numpy().astype(np.float32)
     labels = [[1], [1, 2]]  # 0 is the blank, 3 stands between words
-    ways = itertools.product(range(4), repeat=6)
-    readings = [way for way in ways if [label for label, _ in itertools.groupby(way) if label] == [1, 3, 1, 2]]
-    best = max(readings, key=lambda way: sum(logprobs[frame, label] for frame, label in enumerate(way)))
+    collapsed = {
+        path: [label for label, _ in itertools.groupby(path) if label] for path in itertools.product(range(4), repeat=6)
+    }
+    paths = [path for path, reading in collapsed.items() if reading == [1, 3, 1, 2]]
+    best = max(paths, key=lambda path: sum(logprobs[frame, label] for frame, label in enumerate(path)))
     gap = best.index(3)
     expected = [(best.index(1), gap - best[:gap][::-1].index(1)), (gap + best[gap:].index(1), 6 - best[::-1].index(2))]
     assert word_frames(logprobs, labels, blank=0, delimiter=3) == expected
     assert word_frames(logprobs[:3], labels, blank=0, delimiter=3) == []
 
 
-def test_the_same_letter_twice_needs_a_blank_between_and_the_unknown_takes_what_is_left():
+def test_a_blank_parts_repeated_letters_and_a_wildcard_takes_the_remaining_frames():
     logprobs = np.log(np.full((9, 3), 0.05))
     for frame, label in enumerate([1, 0, 1, 0, 0, 0, 2, 2, 0]):
         logprobs[frame, label] = np.log(0.9)
@@ -39,19 +41,20 @@ def test_the_same_letter_twice_needs_a_blank_between_and_the_unknown_takes_what_
     assert word_frames(logprobs[:2], [[1, 1]], blank=0, delimiter=None) == []
 
 
-def sung(text: str, generator: np.random.Generator) -> tuple[AudioClip, list[tuple[float, float]], np.ndarray]:
-    """A tone for each letter and silence between words: the clip, when each word sounds, and the label of each frame of 20 ms.
+def make_tones(text: str, generator: np.random.Generator) -> tuple[AudioClip, list[tuple[float, float]], np.ndarray]:
+    """Make a clip with a tone for each letter and silence between words.
 
-    As models do, the labels call a part of the silence a pause between words, and the rest blank.
+    Returns the clip, the times of its words, and the label of each 20 ms frame. As models do, the labels mark a part of the
+    silence with the delimiter and the rest with the blank.
     """
-    labels, spans = [BETWEEN] * 5, []
+    labels, spans = [DELIMITER] * 5, []
     for word in text.split():
         start = len(labels)
         for letter in word:
             labels += [VOCABULARY[letter.upper()]] * int(generator.integers(5, 12))
         spans.append((start / 50, len(labels) / 50))
-        labels += [BETWEEN] * 3 + [BLANK] * int(generator.integers(2, 18))
-    hertz = np.array([0.0, *TONES.values()])[np.maximum(np.array(labels) - BETWEEN, 0)]
+        labels += [DELIMITER] * 3 + [BLANK] * int(generator.integers(2, 18))
+    hertz = np.array([0.0, *TONES.values()])[np.maximum(np.array(labels) - DELIMITER, 0)]
     phase = 2 * np.pi * np.cumsum(np.repeat(hertz, 320)) / SAMPLE_RATE
     samples = 0.3 * np.sin(phase) + generator.normal(0, 0.003, len(phase))
     return AudioClip(samples.astype(np.float32)), spans, np.array(labels)
@@ -59,7 +62,7 @@ def sung(text: str, generator: np.random.Generator) -> tuple[AudioClip, list[tup
 
 @pytest.fixture(scope="module")
 def ctc(tmp_path_factory) -> CtcAligner:
-    """A wav2vec2 that has learned the tones, frame by frame, so that its alignment is known."""
+    """A wav2vec2 that has learned the label of every frame of such clips, so that its alignment is known."""
     folder = save_ctc(tmp_path_factory.mktemp("ctc") / "tones", VOCABULARY)
     model = Wav2Vec2ForCTC.from_pretrained(folder).train()
     extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder)
@@ -67,7 +70,7 @@ def ctc(tmp_path_factory) -> CtcAligner:
     generator = np.random.default_rng(0)
     for _ in range(80):
         text = " ".join("".join(generator.choice(list("abcd"), size=generator.integers(1, 4))) for _ in range(4))
-        clip, _, labels = sung(text, generator)
+        clip, _, labels = make_tones(text, generator)
         logits = model(extractor(clip.samples, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_values"]).logits[
             0
         ]
@@ -80,14 +83,14 @@ def ctc(tmp_path_factory) -> CtcAligner:
 
 
 def test_a_trained_ctc_model_finds_words_where_they_sound(ctc):
-    clip, spans, _ = sung("ab cda b dcb ca", np.random.default_rng(99))
+    clip, spans, _ = make_tones("ab cda b dcb ca", np.random.default_rng(99))
     words = ctc.align(clip, "ab cda B dcb ca")
     assert in_order(words, "ab cda B dcb ca", 0, clip.duration_s)
     assert np.abs([[word.start_s, word.end_s] for word in words] - np.array(spans)).max() < 0.06
 
 
 def test_a_word_outside_the_vocabulary_lies_between_its_neighbours(ctc):
-    clip, spans, _ = sung("ab cda b dcb", np.random.default_rng(5))
+    clip, spans, _ = make_tones("ab cda b dcb", np.random.default_rng(5))
     words = ctc.align(clip, "ab 42 b, dçb")
     assert in_order(words, "ab 42 b, dçb", 0, clip.duration_s)
     found = np.array([[word.start_s, word.end_s] for word in words])

@@ -1,4 +1,4 @@
-"""Aligners behind the front door: opened by name, words in every segment, joined the text; and the likeliest path against all paths."""
+"""Aligners open by name and give every segment its words; the Viterbi algorithm finds the best of all paths."""
 
 import asyncio
 import itertools
@@ -35,28 +35,28 @@ def test_the_best_path_is_the_best_of_all(frames, states, seed, skips):
     scores = np.random.default_rng(seed).normal(size=(2, frames, states))
     paths, totals = best_paths(scores, may_skip)
     for each, path, total in zip(scores, paths, totals, strict=True):
-        ways = [way for way in itertools.product(range(states), repeat=frames) if _is_way(way, may_skip)]
-        sums = [sum(each[frame, state] for frame, state in enumerate(way)) for way in ways]
+        possible = [one for one in itertools.product(range(states), repeat=frames) if _is_path(one, may_skip)]
+        sums = [sum(each[frame, state] for frame, state in enumerate(one)) for one in possible]
         assert total == pytest.approx(max(sums, default=-np.inf))
-        if ways:
-            assert ways[int(np.argmax(sums))] == tuple(path)
+        if possible:
+            assert possible[int(np.argmax(sums))] == tuple(path)
 
 
-def _is_way(way: Sequence[int], may_skip: np.ndarray) -> bool:
-    steps = ((state - before, may_skip[state]) for before, state in itertools.pairwise(way))
+def _is_path(path: Sequence[int], may_skip: np.ndarray) -> bool:
+    steps = ((state - before, may_skip[state]) for before, state in itertools.pairwise(path))
     return (
-        way[0] < 2
-        and way[-1] >= len(may_skip) - 2
+        path[0] < 2
+        and path[-1] >= len(may_skip) - 2
         and all(step in (0, 1) or (step == 2 and skip) for step, skip in steps)
     )
 
 
-def test_what_can_not_be_heard_is_spread_by_lengths():
+def test_words_are_spread_by_their_lengths():
     assert spread_words(["a", "bcd"], 2.0) == (Word(0.0, 0.5, "a"), Word(0.5, 2.0, "bcd"))
     assert spread_words([], 2.0) == ()
 
 
-# The front door
+# Transcribers with an aligner
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def words_are_in_order(transcript: Transcript) -> bool:
     )
 
 
-def test_aligners_are_opened_by_what_they_are_and_say_so(folders, tmp_path):
+def test_aligners_open_by_their_kind_and_are_named_by_it(folders, tmp_path):
     assert find_aligner("whisper") == ("whisper", "whisper-base, cross-attention")
     for kind, name in {"whisper": "tiny-whisper, cross-attention", "ctc": "tiny-ctc, CTC"}.items():
         assert open_aligner(str(folders[kind])).name == name
@@ -101,7 +101,7 @@ def test_aligners_are_opened_by_what_they_are_and_say_so(folders, tmp_path):
         open_aligner(str(tmp_path))
 
 
-def test_words_joined_are_the_text_in_recordings_over_30_s_too(transcriber):
+def test_joined_words_are_the_text_in_recordings_over_30_s_too(transcriber):
     transcript = transcriber.transcribe(noise(32.0))
     assert len(transcript.segments) == 2
     assert words_are_in_order(transcript)
@@ -109,7 +109,7 @@ def test_words_joined_are_the_text_in_recordings_over_30_s_too(transcriber):
     assert transcript.aligner == "tiny-whisper, cross-attention"
 
 
-def test_words_are_there_when_asked_for(transcriber, folders):
+def test_segments_have_words_when_asked_for(transcriber, folders):
     clip = noise(1.0)
     timed, plain = transcriber.transcribe(clip), transcriber.transcribe(clip, words=False)
     assert (plain.text, plain.aligner, plain.segments[0].words) == (timed.text, None, ())
@@ -141,7 +141,7 @@ def test_the_service_times_words_with_its_aligner(folders):
     assert (plain.text, plain.words) == (timed.text, ())
     transcript = Transcript(timed.text, 1.0, (timed,), "m")
     assert words_are_in_order(transcript)
-    told = verbose_response(transcript, language="en", granularities=["word"])
-    assert [(word.word, word.start, word.end) for word in told.words] == [
+    response = verbose_response(transcript, language="en", granularities=["word"])
+    assert [(word.word, word.start, word.end) for word in response.words] == [
         (word.text, word.start_s, word.end_s) for word in timed.words
     ]

@@ -1,4 +1,4 @@
-"""In fp32 nobody's text depends on who shares the batch: two hundred clips of speech, alone and in batches of any company and order."""
+"""In fp32 no text depends on the batch: two hundred clips of speech alone and in batches of all sizes and orders."""
 
 import asyncio
 import contextlib
@@ -21,16 +21,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 CLIPS = 200
 SHORTEST_S, LONGEST_S = 0.3, 30.0
 ENDS = range(40, 50)
-"""Bytes that end an answer besides the token that should: so answers end anywhere, or go round in circles."""
+"""Bytes that end an answer besides the end token, so that answers end anywhere or loop."""
 
 
 @pytest.fixture(scope="module")
 def clips() -> list[AudioClip]:
-    """Of every length, in no order."""
+    """Clips of all lengths, in random order."""
     speech = media.speech(SAMPLE_RATE, seconds=200.0, channels=1)[:, 0]
-    drawn = np.random.default_rng(0)
-    lengths = drawn.permutation(np.geomspace(SHORTEST_S, LONGEST_S, CLIPS) * SAMPLE_RATE).astype(int)
-    starts = (drawn.integers(len(speech) - length) for length in lengths)
+    generator = np.random.default_rng(0)
+    lengths = generator.permutation(np.geomspace(SHORTEST_S, LONGEST_S, CLIPS) * SAMPLE_RATE).astype(int)
+    starts = (generator.integers(len(speech) - length) for length in lengths)
     return [AudioClip(speech[start : start + length]) for start, length in zip(starts, lengths, strict=True)]
 
 
@@ -39,7 +39,7 @@ def transcriber(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transcribe
     model, processor = open_graft(tiny_models.save_tiny_graft(tmp_path_factory.mktemp("batching") / "graft"))
     torch.manual_seed(0)
     tiny_models.pay_attention(model)
-    for name, parameter in model.named_parameters():  # or all answers to long clips are alike
+    for name, parameter in model.named_parameters():  # otherwise all answers to long clips are equal
         if "audio_projector" in name and parameter.ndim > 1:
             parameter.data.normal_(std=3 / parameter.shape[1] ** 0.5)
         elif "q_proj.weight" in name or "k_proj.weight" in name:
@@ -52,15 +52,15 @@ def transcriber(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Transcribe
 
 @pytest.fixture(scope="module")
 def alone(transcriber: Transcriber, clips: Sequence[AudioClip]) -> list[Segment]:
-    """Each clip's segment, when nobody else is there."""
-    again = []
+    """The segment of each clip that is transcribed alone."""
+    blocked = []
     stream = transcriber._engine.stream
 
-    def listening(request):
-        again.append(request.no_repeat_ngram > 0)
+    def recording_stream(request):
+        blocked.append(request.no_repeat_ngram > 0)
         return stream(request)
 
-    transcriber._engine.stream = listening
+    transcriber._engine.stream = recording_stream
     segments = [transcriber.transcribe(clip).segments[0] for clip in clips]
     transcriber._engine.stream = stream
     lengths = {len(segment.text) for segment in segments}
@@ -68,12 +68,12 @@ def alone(transcriber: Transcriber, clips: Sequence[AudioClip]) -> list[Segment]
     assert len({segment.text for segment in segments}) > CLIPS / 2
     assert len(lengths) > CLIPS / 4
     assert CLIPS / 20 < cut < CLIPS * 19 / 20
-    assert CLIPS / 20 < sum(again) < CLIPS * 19 / 20  # decoded a second time: loops
+    assert CLIPS / 20 < sum(blocked) < CLIPS * 19 / 20  # chunks with loops, which are decoded twice
     return segments
 
 
 def differing(segments: Sequence[Segment], expected: Sequence[Segment]) -> list[tuple[str, str]]:
-    """The texts that are not the same; flags and probabilities are, if those are."""
+    """Return the pairs of texts that differ; check that equal texts have equal flags and log-probabilities."""
     for one, other in zip(segments, expected, strict=True):
         if one.text == other.text:
             assert one.flags == other.flags
@@ -83,7 +83,7 @@ def differing(segments: Sequence[Segment], expected: Sequence[Segment]) -> list[
 
 @contextlib.contextmanager
 def shared_steps(transcriber: Transcriber) -> Iterator[None]:
-    """Whatever is heard here is heard in batches, in fact: a step gives a token to two rows or more, on average."""
+    """Check that clips within the context share batches: a step gives a token to more than two rows on average."""
     before = transcriber.counts()
     yield
     after = transcriber.counts()
@@ -91,7 +91,7 @@ def shared_steps(transcriber: Transcriber) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("order", ["as they come", "longest first", "shuffled"])
-def test_all_at_once_is_each_alone(
+def test_all_clips_at_once_equal_each_alone(
     transcriber: Transcriber, clips: Sequence[AudioClip], alone: Sequence[Segment], order: str
 ) -> None:
     places = list(range(CLIPS))
@@ -104,29 +104,29 @@ def test_all_at_once_is_each_alone(
     assert differing([transcript.segments[0] for transcript in transcripts], [alone[place] for place in places]) == []
 
 
-def test_batches_of_mixed_sizes_are_each_alone(
+def test_batches_of_mixed_sizes_equal_each_alone(
     transcriber: Transcriber, clips: Sequence[AudioClip], alone: Sequence[Segment]
 ) -> None:
-    drawn = random.Random(2)
-    places = drawn.sample(range(CLIPS), CLIPS)
+    generator = random.Random(2)
+    places = generator.sample(range(CLIPS), CLIPS)
     batches = []
     while places:
-        size = drawn.choice([1, 2, 3, 7, 20, 45])
+        size = generator.choice([1, 2, 3, 7, 20, 45])
         batches.append(places[:size])
         places = places[size:]
 
-    async def hear() -> dict[int, Segment]:
-        """Three batches at a time, as a bulk worker has them."""
-        heard = {}
+    async def transcribe() -> dict[int, Segment]:
+        """Transcribe three batches at a time, as a bulk worker does."""
+        segments_of = {}
         for first in range(0, len(batches), 3):
             together = batches[first : first + 3]
             chunks = [[Chunk(0.0, clips[place]) for place in batch] for batch in together]
             for batch, segments in zip(
                 together, await asyncio.gather(*map(transcriber.transcribe_chunks, chunks)), strict=True
             ):
-                heard |= zip(batch, segments, strict=True)
-        return heard
+                segments_of |= zip(batch, segments, strict=True)
+        return segments_of
 
     with shared_steps(transcriber):
-        heard = asyncio.run(hear())
-    assert differing([heard[place] for place in range(CLIPS)], alone) == []
+        segments_of = asyncio.run(transcribe())
+    assert differing([segments_of[place] for place in range(CLIPS)], alone) == []

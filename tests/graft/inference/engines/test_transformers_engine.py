@@ -1,4 +1,4 @@
-"""The transformers engine on tiny random weights: generate's tokens, whoever shares the batch, and rows that come and go."""
+"""The transformers engine returns the tokens of generate in any batch, while rows join and leave, on tiny random weights."""
 
 import asyncio
 import contextlib
@@ -51,8 +51,8 @@ def make_request(model, index, frame_count, *, max_new_tokens=12) -> EngineReque
     )
 
 
-class OfTheAnswer(LogitsProcessor):
-    """A processor that is told of the answer's tokens alone, and does nothing at the first."""
+class AnswerOnly(LogitsProcessor):
+    """Passes only the answer's tokens to a processor, which is not called for the first of them."""
 
     def __init__(self, processor: LogitsProcessor, prompt_length: int) -> None:
         self.processor, self.prompt_length = processor, prompt_length
@@ -63,7 +63,7 @@ class OfTheAnswer(LogitsProcessor):
 
 
 def generated(model, request, eos_ids=()) -> tuple[list[int], list[float]]:
-    """What transformers' own generate answers to this request alone."""
+    """Return the answer of transformers' own generate to this request alone: ids and log-probabilities."""
     blocking = [NoRepeatNGramLogitsProcessor(request.no_repeat_ngram)] if request.no_repeat_ngram else []
     output = model.generate(
         input_ids=torch.tensor([request.prompt_ids]),
@@ -74,7 +74,7 @@ def generated(model, request, eos_ids=()) -> tuple[list[int], list[float]]:
         eos_token_id=list(eos_ids) or None,
         pad_token_id=0,
         suppress_tokens=model.generation_config.suppress_tokens,
-        logits_processor=LogitsProcessorList([OfTheAnswer(one, len(request.prompt_ids)) for one in blocking]),
+        logits_processor=LogitsProcessorList([AnswerOnly(one, len(request.prompt_ids)) for one in blocking]),
         return_dict_in_generate=True,
         output_logits=True,
     )
@@ -93,7 +93,7 @@ async def collect(engine, request) -> list[Token]:
 
 
 async def some(stream, count: int) -> list[Token]:
-    """The first tokens of a stream, as many as there are."""
+    """Return the first tokens of a stream, or all of a shorter one."""
     tokens = []
     while len(tokens) < count and (token := await anext(stream, None)) is not None:
         tokens.append(token)
@@ -114,7 +114,7 @@ def running(model, *, eos_ids=(), **options):
 
 
 def watch_rows(model) -> tuple[list[int], list[int]]:
-    """Row counts of every forward pass, and clip counts of every encoding, as they come."""
+    """Record the number of rows of every forward pass, and the number of clips of every encoding."""
     rows, clips = [], []
     model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
     model.audio_tower.conv1.register_forward_hook(lambda _, inputs, __: clips.append(inputs[0].shape[0]))
@@ -148,7 +148,7 @@ def assert_close(tokens, logprobs) -> None:
 
 @pytest.fixture(scope="module")
 def crowd():
-    """A model, requests of mixed lengths, some with n-grams blocked, the ids that end answers, and what generate makes of each."""
+    """A model, requests of mixed lengths, some with n-grams blocked, the ids that end answers, and generate's answers."""
     model = make_model()
     mixed = random.Random(0)
     requests = []
@@ -162,21 +162,21 @@ def crowd():
 
 
 async def come_and_go(engine, requests, seed) -> dict[str, list[Token]]:
-    """Send requests in any order, 3 to 20 at a time; some are aborted on their way and sent again. Returns the whole answers by id."""
-    drawn = random.Random(seed)
-    order = drawn.sample(requests, len(requests))
+    """Send requests in random order, 3 to 20 at a time, and abort and repeat some; returns the whole answers by id."""
+    generator = random.Random(seed)
+    order = generator.sample(requests, len(requests))
     answers = {}
 
     async def send(number, request) -> None:
-        others_first = number - drawn.randint(3, 20)
+        others_first = number - generator.randint(3, 20)
         while len(answers) < others_first:
             await asyncio.sleep(0.001)
-        if drawn.random() < 0.25:
+        if generator.random() < 0.25:
             async with contextlib.aclosing(engine.stream(request)) as stream:
-                await some(stream, drawn.randint(0, 6))
-        elif drawn.random() < 0.1:
+                await some(stream, generator.randint(0, 6))
+        elif generator.random() < 0.1:
             waiting = asyncio.create_task(collect(engine, request))
-            await asyncio.sleep(drawn.uniform(0, 0.02))
+            await asyncio.sleep(generator.uniform(0, 0.02))
             waiting.cancel()
             await asyncio.wait([waiting])
         answers[request.request_id] = await collect(engine, request)
@@ -188,7 +188,7 @@ async def come_and_go(engine, requests, seed) -> dict[str, list[Token]]:
 @pytest.mark.parametrize(
     ("seed", "graphs", "gather_s"), [(0, False, 0), (1, False, 0.01), (2, True, 0), (3, True, 0.01)]
 )
-def test_whoever_comes_and_goes_tokens_equal_generate(crowd, seed, graphs, gather_s):
+def test_tokens_equal_generate_while_rows_join_and_leave(crowd, seed, graphs, gather_s):
     model, requests, eos_ids, expected = crowd
     rows, _ = watch_rows(model)
     budgets = {"max_batch_tokens": 9 * COLUMNS, "max_prefill_tokens": 400}
@@ -204,7 +204,7 @@ def test_whoever_comes_and_goes_tokens_equal_generate(crowd, seed, graphs, gathe
     assert max(rows) >= 4
 
 
-def test_blocking_n_grams_is_a_rows_own_and_takes_nothing_from_its_log_probabilities():
+def test_n_grams_are_blocked_by_row_and_log_probabilities_stay():
     model = make_model()
     requests = [make_request(model, index, 100 + index, max_new_tokens=40) for index in range(6)]
     mixed = [replace(request, no_repeat_ngram=index % 3) for index, request in enumerate(requests)]
@@ -219,10 +219,10 @@ def test_blocking_n_grams_is_a_rows_own_and_takes_nothing_from_its_log_probabili
         assert_close(tokens, logprobs)
         assert (ids == plain[index][0]) is not (index % 3 and has_repeated_ngram(plain[index][0], index % 3))
         assert not index % 3 or not has_repeated_ngram(ids, index % 3)
-    assert sum(has_repeated_ngram(ids, 2) for ids, _ in plain) > 3  # tiny random models do go in circles
+    assert sum(has_repeated_ngram(ids, 2) for ids, _ in plain) > 3  # tiny random models do loop
 
 
-def test_what_would_repeat_an_n_gram():
+def test_ids_that_would_repeat_an_n_gram():
     assert repeating_ids([1, 2, 3, 1, 2, 4, 1, 2], 3) == [3, 4]
     assert repeating_ids([1, 2, 1], 1) == [1, 2, 1]
     assert repeating_ids([1, 1], 2) == [1]
@@ -232,7 +232,7 @@ def test_what_would_repeat_an_n_gram():
     assert not has_repeated_ngram([], 5)
 
 
-def test_blocked_ids_keep_their_probability_and_suppressed_ones_have_none():
+def test_blocked_ids_keep_their_probability_and_suppressed_ids_have_none():
     ids, logprobs = choose_tokens(
         torch.tensor([[1.0, 2.0, 0.0, 9.0], [1.0, 2.0, 0.0, 9.0]]), torch.tensor([3]), {1: [1]}
     )
@@ -240,7 +240,7 @@ def test_blocked_ids_keep_their_probability_and_suppressed_ones_have_none():
     assert logprobs == pytest.approx(torch.tensor([1.0, 2.0, 0.0]).log_softmax(-1)[[1, 0]].tolist())
 
 
-def test_max_new_tokens_is_each_rows_own():
+def test_max_new_tokens_holds_for_each_row():
     model = make_model()
     requests = [make_request(model, index, 60, max_new_tokens=count) for index, count in enumerate([1, 5, 3])]
     with running(model) as engine:
@@ -248,7 +248,7 @@ def test_max_new_tokens_is_each_rows_own():
     assert [len(tokens) for tokens in answers] == [1, 5, 3]
 
 
-def test_suppressed_ids_never_come():
+def test_suppressed_ids_are_never_chosen():
     model = make_model()
     request = make_request(model, 0, 60)
     with running(model) as engine:
@@ -258,7 +258,7 @@ def test_suppressed_ids_never_come():
         assert first not in {token.id for token in asyncio.run(collect(engine, request))}
 
 
-def test_batches_keep_to_the_token_budget_and_rows_of_like_length_share_them():
+def test_batches_keep_to_the_token_budget_and_rows_of_similar_length_share_them():
     model = make_model()
     requests = [
         make_request(model, index, count, max_new_tokens=4) for index, count in enumerate([40, 800, 44, 804, 2000])
@@ -282,7 +282,7 @@ def test_between_two_prefills_there_is_a_step_and_no_prefill_is_over_its_budget(
     assert rows[:12] == [2, 2, 2, 4, 2, 6, 2, 8, 2, 10, 2, 12]  # prefill, step, prefill, step, ...
 
 
-def test_who_waits_longest_is_next_though_others_would_fit():
+def test_the_row_that_has_waited_longest_is_next_even_where_others_would_fit():
     model = make_model()
     short = [make_request(model, index, 40, max_new_tokens=60) for index in range(12)]
     long = make_request(model, 12, 1100, max_new_tokens=60)
@@ -305,7 +305,7 @@ def test_who_waits_longest_is_next_though_others_would_fit():
     assert order[0] == long.request_id
 
 
-def test_memory_shrinks_to_what_the_rows_that_are_left_need():
+def test_slots_shrink_to_the_rows_that_are_left():
     model = make_model()
     short, long = make_request(model, 0, 40, max_new_tokens=200), make_request(model, 1, 2000, max_new_tokens=3)
     expected = [generated(model, request)[0] for request in (short, long)]
@@ -413,14 +413,13 @@ def test_an_error_of_one_clip_ends_that_row_alone():
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_an_error_in_a_step_ends_the_rows_it_is_about_and_the_engine_goes_on(graphs):
+def test_an_error_in_a_step_ends_only_the_rows_that_it_concerns(graphs):
     model = make_model()
     requests = [make_request(model, index, 60 + 9 * index, max_new_tokens=30) for index in range(10)]
     expected = {request.request_id: generated(model, request) for request in requests}
     ((bad_id, _),) = Counter(id for ids, _ in expected.values() for id in set(ids[:-1])).most_common()[-1:]
-    requests.sort(
-        key=lambda request: bad_id in expected[request.request_id][0]
-    )  # the others are decoded on in halves and quarters
+    # Rows that fail come last: the others are decoded in halves and quarters of the batch.
+    requests.sort(key=lambda request: bad_id in expected[request.request_id][0])
     fine = [request for request in requests if bad_id not in expected[request.request_id][0][:-1]]
     assert 5 < len(fine) < len(requests)
 
@@ -442,7 +441,7 @@ def test_an_error_in_a_step_ends_the_rows_it_is_about_and_the_engine_goes_on(gra
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
 )
-def test_out_of_memory_is_tried_in_halves_and_told_where_one_row_is_too_much(error):
+def test_without_memory_halves_are_tried_and_a_row_too_large_alone_ends_with_an_error(error):
     model = make_model()
     requests = [make_request(model, index, 60 + index) for index in range(5)]
     expected = [generated(model, request)[0] for request in requests]
@@ -462,7 +461,7 @@ def test_out_of_memory_is_tried_in_halves_and_told_where_one_row_is_too_much(err
     assert failed.__cause__ is error
 
 
-def test_an_error_of_the_engine_itself_ends_all_streams_and_it_goes_on():
+def test_an_error_outside_the_model_ends_all_streams_and_the_engine_goes_on():
     model = make_model()
     requests = [make_request(model, index, 60, max_new_tokens=8 + index) for index in range(3)]
     with running(model, gather_s=0.05) as engine:
@@ -506,7 +505,7 @@ def test_a_closed_engine_ends_its_streams_with_an_error():
 
 
 @pytest.mark.slow
-def test_on_bundled_weights_tokens_equal_generate_whoever_comes_and_goes():
+def test_on_bundled_weights_tokens_equal_generate_while_rows_join_and_leave():
     model, processor = build_graft(str(bundled_whisper()), str(bundled_qwen2vl()))
     rows = [json.loads(line) for line in (PROMPTS / "train.jsonl").read_text().splitlines()[:16]]
     requests = []

@@ -1,4 +1,4 @@
-"""The vLLM engine against the transformers engine: the same tokens, whoever else decodes, in float32 on vLLM's CPU build."""
+"""The vLLM engine returns the transformers engine's tokens in any batch, in float32 on vLLM's CPU build."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ async def collect_all(engine, requests):
 
 
 def reference(path, requests, *, eos_ids) -> list[list[Token]]:
-    """What the transformers engine answers."""
+    """Return the answers of the transformers engine."""
     model, processor = open_graft(path)
     engine = TransformersEngine(model, pad_id=processor.tokenizer.pad_token_id, eos_ids=eos_ids)
     try:
@@ -70,7 +70,7 @@ def check(answers, expected) -> None:
 
 
 def save_lively_graft(folder: Path) -> Path:
-    """A tiny graft that pays attention, of a shape that vLLM's CPU kernels take; half of its answers end by themselves."""
+    """Save a tiny graft that attends to its input, of a shape for vLLM's CPU kernels; half of its answers end by themselves."""
     model, processor = open_graft(tiny_models.save_tiny_graft(folder, width=128))
     torch.manual_seed(0)
     for parameter in [*model.model.language_model.parameters(), *model.lm_head.parameters()]:
@@ -136,10 +136,10 @@ def test_requests_come_and_go_from_several_loops(engine, requests, expected) -> 
     answers: dict[str, list[Token]] = {}
 
     async def come(part, seed: int) -> None:
-        draw = random.Random(seed)
+        generator = random.Random(seed)
 
         async def one(request, leaves_after: int | None) -> None:
-            await asyncio.sleep(draw.random())
+            await asyncio.sleep(generator.random())
             tokens = answers.setdefault(request.request_id, [])
             async with contextlib.aclosing(engine.stream(request)) as stream:
                 async for token in stream:
@@ -157,7 +157,7 @@ def test_requests_come_and_go_from_several_loops(engine, requests, expected) -> 
     for index, request in enumerate(requests):
         whole = ids_of(expected[index])
         assert ids_of(answers[request.request_id]) == (whole[:3] if index // 2 % 3 == 2 else whole)
-    asyncio.run(collect(engine, requests[0]))  # what was aborted before has left by now
+    asyncio.run(collect(engine, requests[0]))  # requests that were aborted before have left by now
     assert (engine.counts().running, engine.counts().waiting) == (0, 0)
 
 
@@ -190,7 +190,7 @@ def test_an_aborted_request_ends_and_its_id_is_free_again(engine, requests, expe
     check([asyncio.run(collect(engine, again))], [expected[cut]])
 
 
-def test_an_error_ends_the_request_it_is_about(engine, requests, expected) -> None:
+def test_an_error_ends_only_the_request_that_it_concerns(engine, requests, expected) -> None:
     audio_id = max(set(requests[1].prompt_ids), key=requests[1].prompt_ids.count)
     wrong = replace(requests[1], prompt_ids=[*requests[1].prompt_ids, audio_id])
     long = replace(requests[2], max_new_tokens=4090)
@@ -218,7 +218,7 @@ def test_counts(engine, requests, expected) -> None:
     assert (after.running, after.waiting) == (0, 0)
 
 
-def test_what_vllm_refuses_at_its_start_is_raised_and_leaves_no_thread(folder, monkeypatch) -> None:
+def test_an_error_at_vllms_start_is_raised_and_leaves_no_thread(folder, monkeypatch) -> None:
     monkeypatch.setenv("GRAFT_CACHE", str(folder.parent / "cache"))
     before = {thread.name for thread in threading.enumerate()}
     with pytest.raises(ValueError, match="nonsense"):
@@ -255,8 +255,8 @@ def test_real_weights_answer_the_same_until_the_engine_is_closed(tmp_path, monke
         engine.close()
 
 
-def test_where_vllm_dies_its_requests_end_with_an_error_and_so_do_later_ones(engine, requests) -> None:
-    """The last of this file: the engine that the others share does not live on."""
+def test_when_vllm_crashes_requests_end_with_an_error_and_so_do_later_ones(engine, requests) -> None:
+    """This test must be the last of the file: it ends the engine that the others share."""
     psutil = pytest.importorskip("psutil")
 
     core = next(
@@ -264,7 +264,7 @@ def test_where_vllm_dies_its_requests_end_with_an_error_and_so_do_later_ones(eng
     )
 
     async def kill() -> None:
-        core.suspend()  # or it may have answered before it dies
+        core.suspend()  # otherwise it may answer before it is killed
         answer = asyncio.create_task(collect(engine, requests[0]))
         while not engine.counts().running:
             await asyncio.sleep(0.01)

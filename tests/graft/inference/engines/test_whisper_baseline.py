@@ -1,4 +1,4 @@
-"""The Whisper baseline: real speech through the bundled Whisper base, whatever shares the batch, any length; and how sure it is."""
+"""The Whisper baseline transcribes real speech of any length, in any batch, with correct log-probabilities."""
 
 import json
 
@@ -45,9 +45,8 @@ def test_confidence_is_the_mean_log_probability_of_teacher_forced_tokens(tmp_pat
 
     answers = [[_teacher_forced(model, _features(extractor, chunk.clip)) for chunk in windows(clip)] for clip in clips]
     assert len(answers[2]) == 2
-    assert (
-        len({len(logprobs) for answer in answers for logprobs in answer}) > 1
-    )  # some answers end before others of their batch
+    # Some answers end before others of their batch.
+    assert len({len(logprobs) for answer in answers for logprobs in answer}) > 1
     expected = [torch.cat(answer).mean().item() for answer in answers]
     together = WhisperBaseline(folder, batch_size=3).transcribe_many(clips)
     alone = WhisperBaseline(folder, batch_size=1).transcribe_many(clips)
@@ -60,7 +59,7 @@ def _features(extractor, clip: AudioClip) -> torch.Tensor:
 
 
 def _answer(model, features: torch.Tensor) -> torch.Tensor:
-    """The tokens that stock Whisper writes, first its start, last its end."""
+    """Return the tokens that stock Whisper writes, its start and end tokens included."""
     return model.generate(features, do_sample=False, num_beams=1, max_length=MAX_TOKENS, return_dict_in_generate=True)[
         "sequences"
     ][0]
@@ -68,7 +67,7 @@ def _answer(model, features: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def _teacher_forced(model, features: torch.Tensor) -> torch.Tensor:
-    """The log-probabilities of stock Whisper's answer to a window, its end among them, from one pass over all of it."""
+    """Return the log-probabilities of stock Whisper's answer to a window, end token included, from a single pass."""
     ids = _answer(model, features)
     logits = model(features, decoder_input_ids=ids[None, :-1]).logits[0]
     logits[:, model.generation_config.suppress_tokens] = -torch.inf

@@ -48,7 +48,7 @@ def trim(samples: np.ndarray) -> np.ndarray:
 def concatenate(
     pieces: Sequence[Piece], pauses_s: Sequence[float], *, noise: float = 0.0
 ) -> tuple[AudioClip, str, list[Span]]:
-    """Join pieces with a pause before each and one at the end; returns the clip, its text and the span of each piece."""
+    """Join pieces with a pause before each and one at the end; returns the clip, its text and each piece's span."""
     silences = [np.zeros(round(pause_s * SAMPLE_RATE), np.float32) for pause_s in pauses_s]
     samples, spans = silences[0], []
     for (speech, _), silence in zip(pieces, silences[1:], strict=True):

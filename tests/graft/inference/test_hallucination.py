@@ -195,7 +195,7 @@ def test_a_loop_is_decoded_again_and_a_text_without_one_is_not_flagged(opened):
 
 
 def test_a_chunk_is_decoded_again_the_same_way_in_every_batch(folder):
-    """The second decoding depends on the chunk alone, whatever other rows the batch holds; the model attends to all tokens."""
+    """The second decoding depends on the chunk alone, in any batch, with a model that attends to all tokens."""
     model, processor = open_graft(folder)
     torch.manual_seed(3)
     tiny_models.pay_attention(model)

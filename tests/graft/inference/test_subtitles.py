@@ -15,9 +15,9 @@ from graft.inference.subtitles import FORMATS, Cue, CueLimits, format_transcript
 from graft.inference.transcript import Segment, Transcript, Word, stitch
 
 SPEECH = (
-    "When the sunlight strikes raindrops in the air, they act as a prism and form a rainbow. The rainbow is a division of "
-    "white light into many beautiful colors. These take the shape of a long round arch, with its path high above, and its "
-    "two ends apparently beyond the horizon. There is, according to legend, a boiling pot of gold at one end."
+    "When the sunlight strikes raindrops in the air, they act as a prism and form a rainbow. The rainbow is a division "
+    "of white light into many beautiful colors. These take the shape of a long round arch, with its path high above, "
+    "and its two ends apparently beyond the horizon. There is, according to legend, a boiling pot of gold at one end."
 )
 HOUR_S = 3600.0
 

@@ -1,4 +1,4 @@
-"""The Transcriber: the text of the model's own generate, long audio, bad audio as a value, and a cheap `import graft`."""
+"""The Transcriber: the text of the model's generate, long audio, bad audio as a value, and a cheap `import graft`."""
 
 import asyncio
 import io

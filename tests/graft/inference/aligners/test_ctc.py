@@ -44,8 +44,8 @@ def test_a_blank_parts_repeated_letters_and_a_wildcard_takes_the_remaining_frame
 def make_tones(text: str, generator: np.random.Generator) -> tuple[AudioClip, list[tuple[float, float]], np.ndarray]:
     """Make a clip with a tone for each letter and silence between words.
 
-    Returns the clip, the times of its words, and the label of each 20 ms frame. As models do, the labels mark a part of the
-    silence with the delimiter and the rest with the blank.
+    Returns the clip, the times of its words, and the label of each 20 ms frame. As models do, the labels mark a part of
+    the silence with the delimiter and the rest with the blank.
     """
     labels, spans = [DELIMITER] * 5, []
     for word in text.split():

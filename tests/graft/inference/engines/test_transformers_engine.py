@@ -1,4 +1,4 @@
-"""The transformers engine returns the tokens of generate in any batch, while rows join and leave, on tiny random weights."""
+"""The transformers engine returns the tokens of generate in any batch, while rows join and leave."""
 
 import asyncio
 import contextlib
@@ -148,7 +148,7 @@ def assert_close(tokens, logprobs) -> None:
 
 @pytest.fixture(scope="module")
 def crowd():
-    """A model, requests of mixed lengths, some with n-grams blocked, the ids that end answers, and generate's answers."""
+    """A model, requests of mixed lengths, some with blocked n-grams, the ids that end answers, generate's answers."""
     model = make_model()
     mixed = random.Random(0)
     requests = []

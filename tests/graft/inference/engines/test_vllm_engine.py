@@ -70,7 +70,7 @@ def check(answers, expected) -> None:
 
 
 def save_lively_graft(folder: Path) -> Path:
-    """Save a tiny graft that attends to its input, of a shape for vLLM's CPU kernels; half of its answers end by themselves."""
+    """Save a tiny graft of a shape for vLLM's CPU kernels; half of its answers end by themselves."""
     model, processor = open_graft(tiny_models.save_tiny_graft(folder, width=128))
     torch.manual_seed(0)
     for parameter in [*model.model.language_model.parameters(), *model.lm_head.parameters()]:

@@ -2,10 +2,8 @@
 
 import hashlib
 import io
-import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +18,62 @@ from graft.errors import DataError
 from graft.storage.atomic import atomic_file
 
 _BINARY = (pa.binary(), pa.large_binary())
-_GROUP_SIZES = b"group_sizes"
 
 
-@dataclass(frozen=True, eq=False)
-class Metadata:
-    """The rows of one file without their audio, and the number of rows in each row group."""
+METADATA = pa.schema(
+    [
+        ("id", pa.large_string()),
+        ("text", pa.large_string()),  # "" for null
+        ("duration_s", pa.float64()),  # NaN for null
+        ("row_group", pa.int32()),
+        ("row", pa.int32()),  # within the row group
+    ]
+)
+"""Columns of a file's rows without their audio."""
 
-    ids: pa.ChunkedArray  # large_string
-    texts: pa.ChunkedArray  # large_string, "" for null
-    duration_s: np.ndarray  # float64, NaN for null
-    group_sizes: list[int]
 
-
-def cached_metadata(folder: Path, key: str, read: Callable[[], Metadata]) -> Metadata:
-    """Return what `read` last returned under this key; it is called anew for a cache file that is not whole."""
+def cached_metadata(folder: Path, key: str, read: Callable[[], pa.Table]) -> pa.Table:
+    """Return the METADATA that `read` last returned under this key; a cache file that is not whole is replaced.
+    """
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.arrow"
     try:
         table = feather.read_table(path, memory_map=False)
-        sizes = json.loads(table.schema.metadata[_GROUP_SIZES])
-        return Metadata(table["ids"], table["texts"], table["duration_s"].to_numpy(), sizes)
+        if table.schema.equals(METADATA):
+            return table
     except (OSError, pa.ArrowInvalid):
-        metadata = read()
-    columns = {"ids": metadata.ids, "texts": metadata.texts, "duration_s": pa.array(metadata.duration_s)}
-    table = pa.table(columns).replace_schema_metadata({_GROUP_SIZES: json.dumps(metadata.group_sizes)})
+        pass
+    table = read()
     with atomic_file(path, sync=False) as temporary:
         feather.write_feather(table, temporary, compression="zstd")
-    return metadata
+    return table
 
 
-def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> Metadata:
-    """Read a file's metadata columns; `name` is what ids and messages call the file.
+def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> pa.Table:
+    """Read a file's METADATA; `name` is what ids and messages call the file.
 
     Raises DataError for a column that is missing or of another type, and for rows without an id.
     """
     table = _read_columns(parquet, [columns.id, columns.duration, columns.text], name, required=[columns.audio])
     _audio_leaves(parquet, columns.audio, name)  # for its errors
-    count = len(table)
+    count = parquet.metadata.num_rows
     ids = _number_rows(count, name) if columns.id is None else _strings(table, columns.id, name)
     if ids.null_count:
         raise DataError(f"corpus {name}: {ids.null_count} of {count} rows have no {columns.id}")
     if columns.duration is None:
         duration_s = _measure_durations(parquet, columns.audio, name)
     else:
-        duration_s = _cast(table, columns.duration, pa.float64(), name).fill_null(np.nan).to_numpy()
-    no_texts = pa.chunked_array([pa.nulls(count, pa.large_string())])
-    texts = no_texts if columns.text is None else _strings(table, columns.text, name)
+        duration_s = _cast(table, columns.duration, pa.float64(), name).fill_null(np.nan)
+    texts = pa.nulls(count, pa.large_string()) if columns.text is None else _strings(table, columns.text, name)
     sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-    return Metadata(ids, texts.fill_null(""), duration_s, sizes)
+    row_groups = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    rows = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # less the rows of earlier row groups
+    return pa.table([ids, texts.fill_null(""), duration_s, row_groups, rows.astype(np.int32)], schema=METADATA)
 
 
-def read_texts(parquet: pq.ParquetFile, *, name: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Read the IDs and texts of a file that replaces a corpus's texts."""
+def read_texts(parquet: pq.ParquetFile, *, name: str) -> pa.Table:
+    """Read the columns ID and text, both large_string, of a file that replaces a corpus's texts."""
     table = _read_columns(parquet, ["ID", "text"], name)
-    return _strings(table, "ID", name), _strings(table, "text", name)
+    return pa.table({column: _strings(table, column, name) for column in ("ID", "text")})
 
 
 def read_audio_column(
@@ -143,9 +143,9 @@ def _audio_leaves(parquet: pq.ParquetFile, audio: str, name: str) -> list[str]:
     return [f"{audio}.bytes", *([f"{audio}.path"] if "path" in fields else [])]
 
 
-def _number_rows(count: int, name: str) -> pa.ChunkedArray:
+def _number_rows(count: int, name: str) -> pa.Array:
     stem = name.rpartition("/")[2].removesuffix(".parquet")
-    return pa.chunked_array([pa.array([f"{stem}:{row}" for row in range(count)], pa.large_string())])
+    return pa.array([f"{stem}:{row}" for row in range(count)], pa.large_string())
 
 
 def _measure_durations(parquet: pq.ParquetFile, audio: str, name: str) -> np.ndarray:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from graft.audio.clip import AudioClip, encode_flac
-from graft.data.columns import Metadata, cached_metadata, read_audio_column, read_metadata, read_texts
+from graft.data.columns import cached_metadata, read_audio_column, read_metadata, read_texts
 from graft.data.settings import Columns, Source, Sources
 from graft.errors import DataError
 from graft.storage.atomic import atomic_file
@@ -103,25 +103,23 @@ def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) 
         )
     folder = Path(cache) if cache else None
     parts = _map_in_threads(lambda entry: _read_metadata(entry[1], kinds[entry[0]].columns, folder), listed)
-    sizes = [len(part.ids) for part in parts]
+    sizes = [len(part) for part in parts]
     if not any(sizes):
         raise DataError(f"corpus {redact_uri(listed[0][1])}: no rows in {len(listed)} files")
-    groups = [(file, group, size) for file, part in enumerate(parts) for group, size in enumerate(part.group_sizes)]
-    repeats = [size for _, _, size in groups]
     source = np.repeat([index for index, _ in listed], sizes).astype(np.int16)
-    ids = _concatenate([part.ids for part in parts])
-    texts = _concatenate([part.texts for part in parts])
+    table = pa.concat_tables(parts)
+    ids, texts = table["id"].combine_chunks(), table["text"].combine_chunks()
     for index, kind in enumerate(kinds):
         if kind.texts is not None:
             texts = _replace_texts(texts, ids, source == index, kind.texts)
     return RowTable(
         ids=ids,
         texts=texts,
-        duration_s=np.concatenate([part.duration_s for part in parts]),
+        duration_s=table["duration_s"].to_numpy(),
         source=source,
-        file=np.repeat([file for file, _, _ in groups], repeats).astype(np.int32),
-        row_group=np.repeat([group for _, group, _ in groups], repeats).astype(np.int32),
-        row=np.concatenate([np.arange(size, dtype=np.int32) for size in repeats]),
+        file=np.repeat(np.arange(len(parts), dtype=np.int32), sizes),
+        row_group=table["row_group"].to_numpy(),
+        row=table["row"].to_numpy(),
         files=[CorpusFile(uri, kinds[index].columns.audio) for index, uri in listed],
         weights=[kind.weight for kind in kinds],
     )
@@ -217,8 +215,8 @@ def _map_in_threads(read: Callable[[S], T], inputs: Sequence[S]) -> list[T]:
         return list(pool.map(read, inputs))
 
 
-def _read_metadata(uri: str, columns: Columns, cache: Path | None) -> Metadata:
-    def read() -> Metadata:
+def _read_metadata(uri: str, columns: Columns, cache: Path | None) -> pa.Table:
+    def read() -> pa.Table:
         return _read_parquet(uri, lambda parquet: read_metadata(parquet, columns, name=redact_uri(uri)))
 
     version = retry_read(uri, lambda: file_version(uri)) if cache else None
@@ -233,20 +231,14 @@ def _read_parquet(uri: str, read: Callable[[pq.ParquetFile], T], *, footer: pq.F
     return retry_read(uri, attempt)
 
 
-def _concatenate(columns: Iterable[pa.ChunkedArray]) -> pa.LargeStringArray:
-    chunks = [chunk for column in columns for chunk in column.chunks]
-    return pa.chunked_array(chunks, pa.large_string()).combine_chunks()
-
-
 def _replace_texts(texts: pa.Array, ids: pa.Array, rows: np.ndarray, location: str) -> pa.LargeStringArray:
     """Replace the texts of rows, given as a mask, by a parquet file's texts of their ids, "" where it has none."""
     parts = _map_in_threads(
         lambda uri: _read_parquet(uri, lambda parquet: read_texts(parquet, name=redact_uri(uri))),
         list_parquet_files([location]),
     )
-    keys, values = (_concatenate(columns) for columns in zip(*parts, strict=True))
-    mask = pa.array(rows)
-    found = pc.if_else(mask, pc.index_in(ids, keys), None)
+    given, mask = pa.concat_tables(parts), pa.array(rows)
+    found = pc.if_else(mask, pc.index_in(ids, given["ID"]), None)
     if found.null_count == len(ids):
         raise DataError(f"texts {redact_uri(location)}: holds none of the corpus's IDs")
-    return pc.if_else(mask, values.take(found).fill_null(""), texts)
+    return pc.if_else(mask, given["text"].combine_chunks().take(found).fill_null(""), texts)

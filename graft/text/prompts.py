@@ -78,11 +78,6 @@ def prompt_text(style: str, instruction: str = DEFAULT_INSTRUCTION) -> str:
     return f"{template.before}{AUDIO_PAD_TOKEN}{template.after}{question}{PROMPT_END}"
 
 
-def target_text(style: str, text: str) -> str:
-    """Write the answer to train for a transcript that is already in its text style."""
-    return TEMPLATES[style].answer.format(text=text) + ANSWER_END
-
-
 def with_context(instruction: str, words: Sequence[str]) -> str:
     """Add a list of words that may occur to an instruction; it mentions an empty list, too."""
     return (

@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 from graft.audio.clip import AudioClip
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import IGNORED_LABEL, GraftProcessor
-from graft.text.prompts import PROMPT_END, TEMPLATES, prompt_text, style_text, target_text
+from graft.text.prompts import ANSWER_END, PROMPT_END, TEMPLATES, prompt_text, style_text
 from tests.support import tiny_models
 
 
@@ -85,7 +85,7 @@ def test_training_rows_are_prompt_then_answer(processor):
 def test_every_prompt_ends_where_the_answer_begins(style):
     assert prompt_text(style, "Do it.").endswith("Do it." + PROMPT_END)
     assert prompt_text(style).count("<|audio_pad|>") == 1
-    assert target_text(style, "a b").strip() == "a b<|im_end|>"
+    assert (TEMPLATES[style].answer.format(text="a b") + ANSWER_END).strip() == "a b<|im_end|>"
 
 
 def test_the_reference_prompt_keeps_its_literals():
@@ -93,7 +93,7 @@ def test_the_reference_prompt_keeps_its_literals():
         "<|im_start|>user\n<|audio_bos|><|audio_pad|><|audio_eos|>\nTranscribe this audio.<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert target_text("reference", "A") == " A<|im_end|>"
+    assert TEMPLATES["reference"].answer.format(text="A") + ANSWER_END == " A<|im_end|>"
 
 
 def test_text_styles():

@@ -20,13 +20,14 @@ from graft.text.instructions import (
     trained_instructions,
 )
 from graft.text.prompts import (
+    ANSWER_END,
     DEFAULT_INSTRUCTION,
     INSTRUCTIONS,
+    TEMPLATES,
     Instruction,
     is_formatted,
     prompt_text,
     style_text,
-    target_text,
 )
 from graft.training.preflight import check_labels
 from tests.support import tiny_models
@@ -97,7 +98,7 @@ def test_nothing_changes_where_no_words_are_asked_for(any_processor):
             "<|audio_pad|>", "<|audio_pad|>" * processor.audio_token_count(50)
         )
         assert one.prompt_ids == processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        answer = target_text(processor.prompt_style, style_text(text, "lower"))
+        answer = TEMPLATES[processor.prompt_style].answer.format(text=style_text(text, "lower")) + ANSWER_END
         assert one.target_ids == processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 

@@ -200,7 +200,6 @@ def _write_split(folder: Path, rows: Sequence[Row | JoinedRow], recipe: PrepareR
 
     shuffled = sorted(rows, key=lambda row: (seeded_hash(recipe.seed, row.id), row.id))
     for part, start in enumerate(range(0, len(rows), recipe.rows_per_file)):
-        folder.mkdir(exist_ok=True)
         columns = map(_corpus_row, shuffled[start : start + recipe.rows_per_file])
         write_corpus(columns, folder / f"part-{part:05d}.parquet", rows_per_group=recipe.rows_per_group)
 

@@ -1,1 +1,1 @@
-"""Audio files become 16 kHz clips, clips become chunks of speech, and chunks become log-mel features."""
+"""Turn audio files into 16 kHz clips, clips into chunks of speech, and chunks into log-mel features."""

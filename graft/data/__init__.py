@@ -1,1 +1,1 @@
-"""Labelled speech for training: corpora in parquet, their splits, and the augmentation of their clips."""
+"""Read and write corpora in parquet, split them, and augment their clips for training."""

@@ -1,1 +1,1 @@
-"""Files wherever they lie: local folders, buckets, hubs and web servers are read here, and files are written whole."""
+"""Read files from local folders, buckets, hubs and web servers, and write files and folders whole."""

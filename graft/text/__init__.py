@@ -1,1 +1,1 @@
-"""Everything about words: prompts, instructions, the case and punctuation of labels, and word error rates."""
+"""Write prompts and instructions, give labels case and punctuation, and score transcripts."""

@@ -83,7 +83,6 @@ def write_texts(recipe: TextsRecipe, verb: Verb) -> dict[str, Any]:
     rows = read_rows(recipe.data)
     _check_ids(rows)
     claim_output(recipe.out, recipe, ignore=HOW)
-    (out / PARTS).mkdir(exist_ok=True)
     parts = [out / PARTS / f"part-{start:09}.parquet" for start in range(0, len(rows), recipe.part_clips)]
     listener = AsrModelSpec("whisper", whisper, recipe.dtype, recipe.gpu, recipe.threads_per_worker, recipe.workers)
     _write_parts(rows, parts, listener, recipe, verb)

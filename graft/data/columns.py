@@ -33,8 +33,7 @@ METADATA = pa.schema(
 
 
 def cached_metadata(folder: Path, key: str, read: Callable[[], pa.Table]) -> pa.Table:
-    """Return the METADATA that `read` last returned under this key; a cache file that is not whole is replaced.
-    """
+    """Return the METADATA that `read` last returned under this key; a cache file that is not whole is replaced."""
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.arrow"
     try:
         table = feather.read_table(path, memory_map=False)

@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench", description="Measure a part of graft.")
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.bench", description="Measure a part of graft.")
     commands = parser.add_subparsers(metavar="NAME", required=True, dest="name")
     for name, (text, parts, options) in BENCHMARKS.items():
         command = commands.add_parser(name, help=text, description=text)

@@ -148,6 +148,7 @@ def _evaluate_recipe(demo: Demo, model: str) -> EvaluateRecipe:
         baseline="bundled" if is_trained else None,
         audio_check="trained" if is_trained else None,
         limit=demo.recipe.scored_clips,
+        dtype="fp32",
         workers=demo.recipe.workers,
     )
 

@@ -1,8 +1,9 @@
 """Give labels the case and punctuation that Whisper hears, without changing their words.
 
-rows -> Whisper (jobs.preparation.pseudo_labels) -> aligned with the labels, words kept -> out/texts.parquet
-A row keeps its label where it is formatted already, can't be heard, or agrees too little with what is heard.
-A run that was cut off goes on.
+rows -> Whisper (jobs.preparation.pseudo_labels) -> aligned with the labels, whose words are kept -> out/texts.parquet
+
+`texts` of a data source names that file. A row keeps its label where that is formatted already, where its audio cannot
+be read, or where label and transcript agree too little. A run that was cut off goes on.
 """
 
 import functools
@@ -18,51 +19,47 @@ from graft.text.prompts import is_formatted
 from graft.text.punctuation import transfer_formatting
 
 from .common.cli import run_job
-from .preparation.pseudo_labels import TextsRecipe, Verb, report_untranscribed, write_texts
+from .preparation.pseudo_labels import TextCommand, TextsRecipe, report_untranscribed, write_texts
 
 if TYPE_CHECKING:
     from graft.data.dataset import RowTable
 
-    from .evaluation.asr_pool import ClipTranscript
+    from .transcription.runs import ClipTranscript
 
 COLUMNS = {"ID": "string", "text": "string", "words": "int32", "agreed": "int32", "state": "string"}
-FORMATTED, KEPT, OWN, UNHEARD = "formatted", "kept", "own", "unheard"
-"""States of a row: formatted here; its label kept for want of agreement, or being formatted or empty already; audio not readable."""
+FORMATTED, KEPT, OWN, UNHEARD = STATES = ("formatted", "kept", "own", "unheard")
+"""States of a row: its label was formatted; label and transcript agree too little, so that the label is kept; the
+label is formatted or empty already; the audio cannot be read."""
 
 
 class FormatRecipe(TextsRecipe):
-    """What to format, by whose ear."""
+    """The clips whose labels are formatted, and the Whisper that transcribes them."""
 
     least_agreement: float = Field(default=0.7, ge=0, le=1)
-    """A row with a smaller share of words heard as they are labelled keeps its label."""
+    """A row keeps its label if a smaller share of words is transcribed as it is labelled."""
 
 
 def run(recipe: FormatRecipe) -> dict[str, Any]:
-    """Format recipe.data; returns what stands in result.json. Raises DataError, ModelError, OutputError, MissingExtra."""
+    """Format recipe.data; returns the content of result.json. Raises as write_texts."""
     require("jiwer", extra="score")
     line = functools.partial(_line, least=recipe.least_agreement)
-    return write_texts(recipe, Verb("format", COLUMNS, _wants, line, _counts, _summary))
+    return write_texts(recipe, TextCommand("format", COLUMNS, _is_unformatted, line, _counts, _summary))
 
 
-def _wants(text: str) -> bool:
+def _is_unformatted(text: str) -> bool:
     return bool(text.strip()) and not is_formatted(text)
 
 
 def _line(rows: "RowTable", row: int, clip: "ClipTranscript | None", *, least: float) -> dict[str, Any]:
+    line = {"ID": rows.id(row), "text": rows.text(row), "words": 0, "agreed": 0}
     if clip is None:
-        return _kept(rows, row, OWN)
+        return line | {"state": OWN}
     if clip.error:
         report_untranscribed(rows, row, clip)
-        return _kept(rows, row, UNHEARD)
+        return line | {"state": UNHEARD}
     formatted = transfer_formatting(rows.text(row), clip.text)
-    counts = {"words": formatted.words, "agreed": formatted.agreed}
-    if formatted.agreement < least:
-        return {**_kept(rows, row, KEPT), **counts}
-    return {"ID": rows.id(row), "text": formatted.text, **counts, "state": FORMATTED}
-
-
-def _kept(rows: "RowTable", row: int, state: str) -> dict[str, Any]:
-    return {"ID": rows.id(row), "text": rows.text(row), "words": 0, "agreed": 0, "state": state}
+    line |= {"words": formatted.words, "agreed": formatted.agreed}
+    return line | ({"state": KEPT} if formatted.agreement < least else {"text": formatted.text, "state": FORMATTED})
 
 
 def _counts(texts: Path) -> dict[str, Any]:
@@ -72,21 +69,19 @@ def _counts(texts: Path) -> dict[str, Any]:
     lines = pq.read_table(texts, columns=["words", "agreed", "state"])
     states = Counter(lines["state"].to_pylist())
     agreement = pc.sum(lines["agreed"]).as_py() / max(1, pc.sum(lines["words"]).as_py())
-    return {
-        "clips": len(lines),
-        **{state: states[state] for state in (FORMATTED, KEPT, OWN, UNHEARD)},
-        "agreement": agreement,
-    }
+    return {"clips": len(lines), **{state: states[state] for state in STATES}, "agreement": agreement}
 
 
 def _summary(result: dict[str, Any]) -> str:
     return (
-        f"{result['agreement']:.1%} of the words heard agree; of {result['clips']} clips {result[FORMATTED]} are formatted, "
-        f"{result[KEPT]} agree too little and keep their label, {result[OWN]} needed nothing, {result[UNHEARD]} could not be read"
+        f"{result['agreement']:.1%} of the words heard agree; of {result['clips']} clips {result[FORMATTED]} are "
+        f"formatted, {result[KEPT]} agree too little and keep their label, {result[OWN]} needed nothing, "
+        f"{result[UNHEARD]} could not be read"
     )
 
 
 def main(recipe: FormatRecipe) -> None:
+    """Format the labels of a corpus."""
     run(recipe)
 
 

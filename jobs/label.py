@@ -1,8 +1,10 @@
 """Transcribe speech that has no labels with Whisper, and keep what it is confident of.
 
 rows without text -> Whisper (jobs.preparation.pseudo_labels) -> kept, or rejected with a reason -> out/texts.parquet
-A rejected row has an empty text, so that training leaves it out; `heard` holds what it would have been. Rows with a text keep it.
-A run that was cut off goes on.
+
+`texts` of a data source names that file. A rejected row has an empty text, so that training leaves it out; its column
+`heard` has what Whisper wrote. Rows with a text keep it. A run that was cut off goes on.
+
 Source of the guard against loops, and of mean log-probability as confidence: Radford et al. 2022, section 4.5.
 """
 
@@ -18,50 +20,50 @@ from pydantic import Field
 from graft.data.splits import comparable_text
 
 from .common.cli import run_job
-from .preparation.pseudo_labels import TextsRecipe, Verb, report_untranscribed, write_texts
+from .preparation.pseudo_labels import TextCommand, TextsRecipe, report_untranscribed, write_texts
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from graft.data.dataset import RowTable
 
-    from .evaluation.asr_pool import ClipTranscript
+    from .transcription.runs import ClipTranscript
 
 COLUMNS = {
     "ID": "string",
     "text": "string",
     "heard": "string",
     "mean_logprob": "float32",
-    "duration": "float32",  # seconds, of what was heard
+    "duration": "float32",  # seconds of audio that were transcribed
     "state": "string",
 }
 LABELLED, OWN = "labelled", "own"
 SILENT, LOOP, RATE, UNSURE, UNHEARD = REASONS = ("silent", "loop", "rate", "unsure", "unheard")
-"""Why a row is rejected: no words in it; words over and over; too many or too few for its length; low confidence; audio not readable."""
+"""Reasons for which a row is rejected: its transcript has no words, repeats itself, has too many or too few characters
+for its length, or has a low confidence; or its audio cannot be read."""
 
 
 class LabelRecipe(TextsRecipe):
-    """What to label, by whose ear, and what to believe of it."""
+    """The clips to label, the Whisper that labels them, and which of its labels are kept."""
 
     least_confidence: float = Field(default=-0.25, le=0)
-    """A row whose tokens have a smaller mean log-probability is rejected. At -0.25, Whisper base keeps 78 % of 3.7 min of LibriSpeech's
-    test-other, with a WER of 8.8 % where all of it has 11.2 %; at -0.15, 35 % with 5.7 %."""
+    """A row whose tokens have a smaller mean log-probability is rejected. At -0.25, Whisper base keeps 78 % of 3.7 min
+    of LibriSpeech's test-other, with a WER of 8.8 % where all of it has 11.2 %; at -0.15 it keeps 35 % with 5.7 %."""
     most_compression: float = Field(default=2.4, gt=0)
-    """A row whose text zlib makes more times as small is rejected: it repeats itself."""
+    """A row whose text zlib makes more times as small is rejected: the text repeats itself."""
     least_chars_per_s: float = Field(default=2, ge=0)
-    """A row with fewer characters a second is rejected: most of its speech was not heard."""
+    """A row with fewer characters a second is rejected: most of its speech was not transcribed."""
     most_chars_per_s: float = Field(default=30, gt=0)
     """A row with more characters a second is rejected: nobody speaks as fast."""
 
 
 def run(recipe: LabelRecipe) -> dict[str, Any]:
-    """Label recipe.data; returns what stands in result.json. Raises DataError, ModelError, OutputError, MissingExtra."""
-    return write_texts(
-        recipe, Verb("label", COLUMNS, _wants, functools.partial(_line, recipe=recipe), _counts, _summary)
-    )
+    """Label recipe.data; returns the content of result.json. Raises as write_texts."""
+    line = functools.partial(_line, recipe=recipe)
+    return write_texts(recipe, TextCommand("label", COLUMNS, _has_no_text, line, _counts, _summary))
 
 
-def _wants(text: str) -> bool:
+def _has_no_text(text: str) -> bool:
     return not text.strip()
 
 
@@ -77,19 +79,15 @@ def _line(rows: "RowTable", row: int, clip: "ClipTranscript | None", *, recipe: 
 
 
 def doubt(clip: "ClipTranscript", recipe: LabelRecipe) -> str | None:
-    """Why the text of a clip is not to be believed, the first of REASONS that holds; None where none does."""
+    """Return the first of REASONS for which a clip's text is rejected; None where it is kept."""
     if not comparable_text(clip.text):
         return SILENT
-    if _compression(clip.text) > recipe.most_compression:
+    content = clip.text.encode()
+    if len(content) / len(zlib.compress(content)) > recipe.most_compression:
         return LOOP
     if not recipe.least_chars_per_s <= len(clip.text) / clip.duration_s <= recipe.most_chars_per_s:
         return RATE
     return UNSURE if clip.mean_logprob is None or clip.mean_logprob < recipe.least_confidence else None
-
-
-def _compression(text: str) -> float:
-    content = text.encode()
-    return len(content) / len(zlib.compress(content))
 
 
 def _counts(texts: Path) -> dict[str, Any]:
@@ -117,12 +115,13 @@ def _hours(lines: "pa.Table") -> float:
 def _summary(result: dict[str, Any]) -> str:
     rejected = ", ".join(f"{count} {reason}" for reason, count in result["rejected"].items() if count)
     return (
-        f"of {result['clips']} clips {result[LABELLED]} are labelled, {result['hours']:.2f} of {result['hours_heard']:.2f} h, "
-        f"{result[OWN]} had a text, rejected {rejected or 'none'}"
+        f"of {result['clips']} clips {result[LABELLED]} are labelled, {result['hours']:.2f} of "
+        f"{result['hours_heard']:.2f} h, {result[OWN]} had a text, rejected {rejected or 'none'}"
     )
 
 
 def main(recipe: LabelRecipe) -> None:
+    """Label a corpus."""
     run(recipe)
 
 

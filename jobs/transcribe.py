@@ -1,8 +1,9 @@
 """Transcribe archives of recordings of any length.
 
-audio -> recordings (archive) -> work items (items) -> Ray Data (bulk) -> recordings with text (results) -> a summary
+audio -> recordings (discovery) -> work items -> their text, on Ray Data (pipeline) -> recordings with text (assembly)
 
-out/ holds recordings/*.parquet, files/NAME.txt and the like, errors.jsonl, summary.json, and in work/ what later runs go on from.
+out/ holds recordings/*.parquet, files/NAME.txt and the like, errors.jsonl, summary.json, and in work/ the results that
+later runs go on from.
 """
 
 import sys
@@ -14,7 +15,7 @@ PARTLY_FAILED = 3
 
 
 def main(recipe: TranscribeRecipe) -> int:
-    """Transcribe the recipe's recordings; 3 if one failed and `strict` is on.
+    """Transcribe the recipe's recordings; returns 3 if one failed and `strict` is on.
 
     Raises DataError when there are none, ModelError, OutputError.
     """

@@ -32,7 +32,7 @@ from ..common.console import quiet_libraries
 from ..transcription.assembly import read_index
 from ..transcription.discovery import find_recordings
 from ..transcription.driver import transcribe
-from ..transcription.pipeline import CALLS, ItemTranscriber, Workers, transcribe_items
+from ..transcription.pipeline import CONCURRENT_BATCHES, ItemTranscriber, Pipeline, Workers, transcribe_items
 from ..transcription.reader import ItemReader, Reading
 from ..transcription.recipe import TranscribeRecipe
 from ..transcription.work_items import at_attempts, durations, plan_items
@@ -54,16 +54,18 @@ AHEAD = 4
 # Batches that are left out: while Ray's transcriber still opens, its reader is ahead.
 STARTING = 4
 READING = Reading(SpeechSettings(), ChunkSettings())
-WORKERS = Workers(readers=1, listeners=1, cpus_per_listener=1, gpus_per_listener=0, items_per_batch=ITEMS_PER_BATCH)
+WORKERS = Workers(
+    readers=1, transcribers=1, cpus_per_transcriber=1, gpus_per_transcriber=0, items_per_batch=ITEMS_PER_BATCH
+)
 ITEM_S = 1800.0
 FEW, MANY, PLANNED = 100, 10_000, 1_000_000
 SHORT_S, LONG_HOURS = 0.3, 10.0
 
 ABOUT_PIPELINE = f"""\
-clips of 2 to 20 s, 10 on average, FLAC; {ITEMS_PER_BATCH} to a batch, {CALLS} batches are transcribed at a time
+clips of 2 to 20 s, 10 on average, FLAC; {ITEMS_PER_BATCH} to a batch, {CONCURRENT_BATCHES} batches are transcribed at a time
 device  a stand-in that takes as long as one H200 at half its peak with a 7B graft, {H200_RATE:g} s of audio a second
 slowed  the device made so slow that one core reads {HEADROOM:g} times as fast as it transcribes
-bare    one process: a thread reads, {AHEAD} batches ahead, {CALLS} threads transcribe and write parquet
+bare    one process: a thread reads, {AHEAD} batches ahead, {CONCURRENT_BATCHES} threads transcribe and write parquet
 ray     one such reader and one such transcriber through Ray Data, as jobs.transcribe runs them, with checkpoints
 Seconds of audio a second; the first {STARTING} batches are left out."""
 ABOUT_MEMORY = f"""\
@@ -138,7 +140,7 @@ def transcribe_on_ray(plan: pa.Table, opener: Callable[[], Transcriber], home: P
     """Transcribe a plan's items as jobs.transcribe does."""
     connect()
     pq.write_table(plan, home / "plan.parquet")
-    transcribe_items(home / "plan.parquet", home, READING, opener, {}, WORKERS)
+    transcribe_items(home / "plan.parquet", home, Pipeline(READING, opener, WORKERS))
 
 
 def transcribe_bare(plan: pa.Table, opener: Callable[[], Transcriber], home: Path) -> None:
@@ -146,13 +148,13 @@ def transcribe_bare(plan: pa.Table, opener: Callable[[], Transcriber], home: Pat
     transcriber = opener()
     reader, item_transcriber = ItemReader(READING), ItemTranscriber(lambda: transcriber, {})
     (home / "items").mkdir()
-    room = threading.Semaphore(AHEAD + CALLS)
+    room = threading.Semaphore(AHEAD + CONCURRENT_BATCHES)
 
     def work(number: int, read: Future[pa.Table]) -> None:
         pq.write_table(item_transcriber(read.result()), home / "items" / f"{number}.parquet")
         room.release()
 
-    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(CALLS) as transcribing:
+    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(CONCURRENT_BATCHES) as transcribing:
         done = []
         for number, start in enumerate(range(0, len(plan), ITEMS_PER_BATCH)):
             room.acquire()

@@ -30,7 +30,8 @@ def connect(*, cpus: int | None = None) -> None:
     import ray
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What Ray Data logs as an error, it also raises; its log would come before the one line that the command prints.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     if ray.is_initialized():
         return
     is_joining = bool(os.environ.get("RAY_ADDRESS"))

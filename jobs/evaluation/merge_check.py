@@ -1,7 +1,7 @@
-"""One stage 2 in all the ways in which it can be used: adapters on the NF4 base, adapters on the full-precision base, and merged.
+"""Compare the ways to use a stage 2: adapters on the NF4 base, adapters on the full-precision base, and merged.
 
-Adapters that were trained on NF4 know its rounding, and the full-precision base has none of it: how much that matters
-is for measurement.
+Adapters that were trained on an NF4 base have adapted to its rounding, which the full-precision base does not have; the
+comparison shows how much that matters.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,10 @@ TOKEN_BUDGET = 4096
 def compare(
     stage: str, merged: Path, data: Sources, *, clips: int, dtype: torch.dtype, device: str
 ) -> dict[str, dict[str, float]]:
-    """Print and return loss (nats per label token) and WER of a stage's output and of what it was merged into, on the first clips."""
+    """Print and return the loss (nats per label token) and the WER of a stage's output and of the merged graft.
+
+    They are measured on the first `clips` clips of the data.
+    """
     rows, _ = trainable(read_rows(data))
     rows = rows.select(np.arange(min(clips, len(rows))))
     figures: dict[str, dict[str, float]] = {}
@@ -49,7 +52,7 @@ def compare(
 def _variants(
     stage: str, merged: Path, *, dtype: torch.dtype, device: str
 ) -> Iterator[tuple[str, GraftForConditionalGeneration, GraftProcessor]]:
-    """One model at a time: a large one leaves no room for two."""
+    """Open one model at a time: a large one leaves no room for two."""
     short = str(dtype).removeprefix("torch.")
     yield "adapters on NF4", *open_graft(stage, dtype=dtype, device=device, nf4=True)
     yield f"adapters on {short}", *open_graft(stage, dtype=dtype, device=device)
@@ -72,8 +75,8 @@ def _score(model: GraftForConditionalGeneration, processor: GraftProcessor, rows
     places = zip(rows.file, rows.row_group, rows.row, strict=True)
     transcriber = make_transcriber(model, processor, name="compared")
     try:
-        heard = transcriber.transcribe_many([read_audio(reader.wav(*place)[0]) for place in places])
+        transcripts = transcriber.transcribe_many([read_audio(reader.wav(*place)[0]) for place in places])
     finally:
         transcriber.close()
-    texts = [transcript.text for transcript in heard if isinstance(transcript, Transcript)]
+    texts = [transcript.text for transcript in transcripts if isinstance(transcript, Transcript)]
     return score(rows.texts.to_pylist(), texts)

@@ -4,37 +4,58 @@ from typing import Literal
 
 from pydantic import Field
 
+from graft.audio.chunking import ChunkSettings
+from graft.audio.vad import SpeechSettings
 from graft.config import Recipe
 from graft.data.settings import Sources
 
 
 class EvaluateRecipe(Recipe):
-    """What to score, on what."""
+    """The model to score, and the clips to score it on."""
 
     model: str
-    """A graft, or the output folder of a stage."""
+    """Folder or hub id of a graft, or the output folder of a stage."""
     data: dict[str, Sources]
-    """Name of a test set -> its parquet files, folder or glob, or {files, columns}."""
+    """Test sets by name: parquet files, a folder, a glob, or {files, columns}."""
     out: str
-    """Folder for the report; sounds and recordings lie there while they are heard, where every machine of a cluster must find them."""
+    """Folder for the report. While the job runs, its results, made sounds and joined recordings are there too: every
+    machine of a cluster must see it."""
     baseline: str | None = "bundled"
-    """A Whisper checkpoint to score beside the model; `bundled` is Whisper base, null none."""
+    """Whisper checkpoint that is scored beside the model; `bundled` is Whisper base, null scores none."""
     limit: int | None = Field(default=None, ge=1)
-    """Score only the first clips of each set."""
+    """Number of clips to score, the first ones of each set; null scores all."""
     audio_check: str | None = None
-    """A set that is also scored with every clip's audio swapped for another's: a model that listens fails."""
+    """Name of a set that is also scored with every clip's audio swapped for another's, which a model that listens
+    fails."""
     instructions: list[str] = Field(default=[])
-    """What the graft is asked for besides its default, as a text style or a phrasing that it was trained for: scored as further models."""
+    """Text styles or phrasings that the model was trained for; the answers to each are scored as those of a further
+    model."""
     sounds: bool = False
     """Count what is written on silence, noise, tones and ringing, which are made by the seed."""
     recordings_s: float | None = Field(default=None, gt=30)
-    """Score each set also as recordings of about so many seconds, in which its clips follow one another with short pauses."""
+    """Score each set also as recordings of about so many seconds, in which its clips follow one another with short
+    pauses."""
+    windows: bool = False
+    """By default clips are transcribed as jobs.transcribe does: a detector finds the speech in them and the rest is
+    skipped. true transcribes all of each clip in windows of at most 30 s, without the detector."""
+    speech: SpeechSettings = SpeechSettings()
+    """How speech is found, as in jobs.transcribe; windows=true does not use it."""
+    chunks: ChunkSettings = ChunkSettings()
+    """How speech is cut into chunks, as in jobs.transcribe; windows=true does not use it."""
     batch_clips: int = Field(default=16, ge=1)
+    """Number of clips that a worker reads and transcribes together."""
+    readers: int = Field(default=1, ge=1)
+    """Most processes that decode audio and find speech; each takes one CPU."""
     workers: int = Field(default=1, ge=1)
+    """Number of models that transcribe side by side."""
     threads_per_worker: int = Field(default=1, ge=1)
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    """CPU threads of each worker, and CPUs that it takes from the cluster."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Precision of the weights; null takes the one that they are stored in, as jobs.transcribe does."""
     gpu: bool = False
+    """Whether each worker takes a GPU."""
     seed: int = 0
-    """Of the bootstrap and of the sounds."""
+    """Seed of the bootstrap intervals and of the sounds."""
     expected: dict[str, dict[Literal["wer", "cer", "wer_raw", "cer_raw"], tuple[float, float]]] = Field(default={})
-    """Set -> rate -> the least and the greatest value that agree with a published figure; else the job ends with exit code 1."""
+    """Published figures: set -> rate -> the least and the greatest value that agree with one. When a rate of the model
+    is outside, the job ends with exit code 1."""

@@ -1,9 +1,12 @@
-"""Score a model: every set is transcribed by the graft and its baseline, then error rates, counts and predictions are written."""
+"""Score models on clips: transcribe each set as jobs.transcribe would, compare with the labels, and report.
+
+test sets -> the bulk pipeline, once for each model and instruction -> error rates -> report.json, predictions.jsonl
+"""
 
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,26 @@ from graft.text.wer import score
 
 from ..common.cluster import connect
 from ..common.outputs import staged_output
-from .asr_pool import AsrModelSpec, transcribe_rows, whisper_folder
+from ..transcription.models import find_whisper, graft_opener, whisper_opener
+from ..transcription.pipeline import Pipeline, Workers
+from ..transcription.reader import WINDOWS, Reading
+from ..transcription.runs import measured_rtfx, transcribe_rows
 from .recipe import EvaluateRecipe
 from .test_sets import SWAPPED, Item, as_rows, joined, joined_name, labelled, sounds, swapped
 
 REPORT_FILE = "report.json"
 PREDICTIONS_FILE = "predictions.jsonl"
-MADE = "made"
-"""Folder of the corpora that are made, while they are heard."""
+WORK_FOLDER = "work"
+"""Folder of what is made while the job runs: corpora of sounds and recordings, and the results of each model."""
+PIPELINES = {
+    "speech": "speech (detected and cut into chunks, as jobs.transcribe does)",
+    "windows": "windows (all of each clip, without the speech detector)",
+}
 
 
 @dataclass(frozen=True)
 class ModelTranscripts:
-    """What a model made of the items: texts or, in their place, errors; and seconds of audio per second."""
+    """What one model made of the items, texts or errors, and how many seconds of audio it transcribed per second."""
 
     texts: dict[Item, str]
     errors: dict[Item, str]
@@ -35,23 +45,24 @@ class ModelTranscripts:
 
 
 def run(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """Score recipe.model; returns what stands in report.json.
+    """Score recipe.model; returns the content of report.json.
 
-    Raises DataError for rows without text and for names of sets, RecipeError, MissingExtra, and ModelError, also for an instruction that
-    the model was not trained for.
+    Raises DataError for rows without text and for names of sets, RecipeError, MissingExtra, and ModelError, also for an
+    instruction that the model was not trained for.
     """
     _check_sets(recipe)
-    score(["a"], ["a"])  # a missing extra is told now, not after the listening
-    baseline = _checked_models(recipe)
+    score(["a"], ["a"])  # a missing extra is reported now, not after hours
+    baseline = _check_models(recipe)
     with staged_output(recipe.out, recipe) as out:
-        items = _items(recipe, out / MADE)
-        connect()
-        models = _hear_models(items, baseline, recipe)
+        work = (out / WORK_FOLDER).absolute()
+        work.mkdir()
+        items = _items(recipe, work)
+        models = _transcribe_models(items, baseline, recipe, work)
         report = _report(models, items, recipe)
         (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         with (out / PREDICTIONS_FILE).open("w") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(models, items))
-        shutil.rmtree(out / MADE)
+        shutil.rmtree(work)
     print(table(report), flush=True)
     return report
 
@@ -70,8 +81,8 @@ def _check_sets(recipe: EvaluateRecipe) -> None:
             raise DataError(f"data.{name}: that name is taken by a set which is made here: give the set another one")
 
 
-def _checked_models(recipe: EvaluateRecipe) -> str | None:
-    """The baseline's checkpoint. Raises ModelError when it or the model is of another kind, before a cluster starts for them."""
+def _check_models(recipe: EvaluateRecipe) -> str | None:
+    """Check the models before a cluster starts for them; returns the baseline's checkpoint. Raises ModelError."""
     from graft.checkpoints.loading import check_graft, open_processor
 
     check_graft(recipe.model)
@@ -79,66 +90,75 @@ def _checked_models(recipe: EvaluateRecipe) -> str | None:
         processor = open_processor(recipe.model)
         for instruction in recipe.instructions:
             processor.instruction(instruction, None)
-    return whisper_folder(recipe.baseline) if recipe.baseline else None
+    return find_whisper(recipe.baseline) if recipe.baseline else None
 
 
 def _items(recipe: EvaluateRecipe, folder: Path) -> list[Item]:
-    """All that is heard, one set after the other; what has to be made for it goes into the folder."""
-    folder.mkdir()
+    """List all that is scored, set by set; what has to be made for it is written into the folder."""
     items = []
     for name, sources in recipe.data.items():
-        mine = labelled(name, sources, limit=recipe.limit)
-        items += mine
+        own = labelled(name, sources, limit=recipe.limit)
+        items += own
         if name == recipe.audio_check:
-            items += swapped(mine)
+            items += swapped(own)
         if recipe.recordings_s:
-            items += joined(mine, recipe.recordings_s, folder)
+            items += joined(own, recipe.recordings_s, folder)
     return items + (sounds(recipe.seed, folder) if recipe.sounds else [])
 
 
-def _hear_models(items: Sequence[Item], baseline: str | None, recipe: EvaluateRecipe) -> dict[str, ModelTranscripts]:
-    """What each model hears; swapped audio is for the graft alone."""
-    as_they_are = [item for item in items if item.set_name != SWAPPED]
-    graft = AsrModelSpec("graft", recipe.model, recipe.dtype, recipe.gpu, recipe.threads_per_worker, recipe.workers)
-    models = {"graft": _hear_all(graft, items, recipe.batch_clips)}
+def _transcribe_models(
+    items: Sequence[Item], baseline: str | None, recipe: EvaluateRecipe, work: Path
+) -> dict[str, ModelTranscripts]:
+    """Transcribe the items with the graft, again with each instruction, and with the baseline."""
+    settings: dict[str, Any] = {"threads": recipe.threads_per_worker, "gpu": recipe.gpu, "dtype": recipe.dtype}
+    workers = Workers(
+        recipe.readers, recipe.workers, recipe.threads_per_worker, int(recipe.gpu), items_per_batch=recipe.batch_clips
+    )
+    connect(cpus=workers.cpus)
+    reading = WINDOWS if recipe.windows else Reading(recipe.speech, recipe.chunks)
+    graft = graft_opener(recipe.model, **settings)
+    pipelines = {"graft": Pipeline(reading, graft, workers)}
     for instruction in recipe.instructions:
-        models[f"graft {instruction}"] = _hear_all(
-            replace(graft, instruction=instruction), as_they_are, recipe.batch_clips
-        )
+        pipelines[f"graft {instruction}"] = Pipeline(reading, graft, workers, {"instruction": instruction})
     if baseline:
-        models["whisper"] = _hear_all(replace(graft, kind="whisper", path=baseline), as_they_are, recipe.batch_clips)
+        pipelines["whisper"] = Pipeline(reading, whisper_opener(baseline, **settings), workers)
+    models = {}
+    for number, (kind, pipeline) in enumerate(pipelines.items()):
+        print(f"evaluate: {kind}", flush=True)
+        # The audio check is of the graft alone.
+        own = [item for item in items if kind == "graft" or item.set_name != SWAPPED]
+        models[kind] = _transcribe(own, work / f"model-{number}", pipeline)
     return models
 
 
-def _hear_all(listener: AsrModelSpec, items: Sequence[Item], batch_clips: int) -> ModelTranscripts:
-    """Transcribe items, clips of like length together."""
-    order = np.argsort([item.duration_s for item in items], kind="stable")
-    batches = [order[start : start + batch_clips] for start in range(0, len(order), batch_clips)]
-    texts: dict[Item, str] = {}
-    errors: dict[Item, str] = {}
-    times: list[float] = []
-    for heard in transcribe_rows(listener, as_rows(items), batches):
-        times += heard.times
-        for index, clip in zip(batches[heard.number], heard.clips, strict=True):
-            (errors if clip.error else texts)[items[index]] = clip.error or clip.text
-    return ModelTranscripts(texts, errors, sum(item.duration_s for item in texts) / (max(times) - min(times)))
+def _transcribe(items: Sequence[Item], home: Path, pipeline: Pipeline) -> ModelTranscripts:
+    """Transcribe the audio of items, each clip once: items of swapped audio share the clips of others."""
+    by_clip = {item.clip: item for item in items}
+    clips = dict(zip(by_clip, transcribe_rows(as_rows([*by_clip.values()]), home, pipeline), strict=True))
+    texts = {item: clip.text for item in items if not (clip := clips[item.clip]).error}
+    errors = {item: clip.error for item in items if (clip := clips[item.clip]).error}
+    return ModelTranscripts(texts, errors, measured_rtfx(home))
 
 
 def _report(models: Mapping[str, ModelTranscripts], items: Sequence[Item], recipe: EvaluateRecipe) -> dict[str, Any]:
     sets: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(item.set_name for item in items):
-        for kind, heard in models.items():
-            if scored := [item for item in items if item.set_name == name and item in heard.texts]:
-                sets.setdefault(name, {})[kind] = _scores(
-                    scored, [heard.texts[item] for item in scored], seed=recipe.seed
-                )
-    errors = {item.audio_id: error for item, error in models["graft"].errors.items()}
-    rtfx = {kind: heard.rtfx for kind, heard in models.items()}
-    return {"model": recipe.model, "sets": sets, "expected": _verdicts(sets, recipe), "rtfx": rtfx, "errors": errors}
+        for kind, model in models.items():
+            if scored := [item for item in items if item.set_name == name and item in model.texts]:
+                texts = [model.texts[item] for item in scored]
+                sets.setdefault(name, {})[kind] = _scores(scored, texts, seed=recipe.seed)
+    return {
+        "model": recipe.model,
+        "pipeline": "windows" if recipe.windows else "speech",
+        "sets": sets,
+        "expected": _verdicts(sets, recipe),
+        "rtfx": {kind: model.rtfx for kind, model in models.items()},
+        "errors": {item.audio_id: error for item, error in models["graft"].errors.items()},
+    }
 
 
 def _scores(items: Sequence[Item], texts: Sequence[str], *, seed: int) -> dict[str, float]:
-    """The error rates of a set's texts or, where nobody speaks, how much was written."""
+    """Return the error rates of a set's texts or, where nobody speaks, how much was written."""
     if any(item.text for item in items):
         return score([item.text for item in items], texts, seed=seed).to_dict()
     minutes = sum(item.duration_s for item in items) / 60
@@ -152,7 +172,7 @@ def _scores(items: Sequence[Item], texts: Sequence[str], *, seed: int) -> dict[s
 
 
 def _verdicts(sets: Mapping[str, Any], recipe: EvaluateRecipe) -> list[dict[str, Any]]:
-    """Compare the graft's rates with what is expected of them."""
+    """Compare the graft's rates with the expected ones."""
     verdicts = []
     for name, rates in recipe.expected.items():
         for rate, (low, high) in rates.items():
@@ -165,13 +185,17 @@ def _verdicts(sets: Mapping[str, Any], recipe: EvaluateRecipe) -> list[dict[str,
 def _predictions(models: Mapping[str, ModelTranscripts], items: Sequence[Item]) -> list[dict[str, Any]]:
     return [
         {"set": item.set_name, "id": item.id, "audio_id": item.audio_id, "text": item.text}
-        | {kind: heard.texts.get(item) for kind, heard in models.items()}
+        | {kind: model.texts.get(item) for kind, model in models.items()}
         for item in items
     ]
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Lay a report out: WER with its 95 % interval and CER after Whisper's normaliser, WER of the raw strings; below, what silence made."""
+    """Lay a report out for people.
+
+    A row has the WER with its 95 % interval and the CER after Whisper's normaliser, and the WER of the raw strings.
+    Below are the sets without speech, the verdicts on expected rates, unreadable clips, the pipeline and the speed.
+    """
     rows = [(name, kind, scores) for name, kinds in report["sets"].items() for kind, scores in kinds.items()]
     names, kinds = (max([least, *(len(row[column]) for row in rows)]) for column, least in ((0, 12), (1, 8)))
     headings = f"{'clips':>5} {'words':>6}  {'WER':>6}  {'95 % interval':<16} {'CER':>6}  {'raw WER':>7}"
@@ -182,21 +206,17 @@ def table(report: Mapping[str, Any]) -> str:
             rates = f"{s['wer']:>6.1%}  {interval:<16} {s['cer']:>6.1%}  {s['wer_raw']:>7.1%}"
             lines.append(f"{name:<{names}} {kind:<{kinds}} {s['clips']:>5} {s['words']:>6}  {rates}")
     if silent := [row for row in rows if "chars_per_minute" in row[2]]:
-        lines.append(
-            f"{'no speech':<{names}} {'model':<{kinds}} {'clips':>5} {'min':>6}  {'chars/min':>9}  {'with text':>9}"
-        )
+        headings = f"{'clips':>5} {'min':>6}  {'chars/min':>9}  {'with text':>9}"
+        lines.append(f"{'no speech':<{names}} {'model':<{kinds}} {headings}")
         for name, kind, s in silent:
-            counts = (
-                f"{s['clips']:>5} {s['minutes']:>6.1f}  {s['chars_per_minute']:>9.1f}  {s['share_with_text']:>9.1%}"
-            )
-            lines.append(f"{name:<{names}} {kind:<{kinds}} {counts}")
+            written = f"{s['chars_per_minute']:>9.1f}  {s['share_with_text']:>9.1%}"
+            lines.append(f"{name:<{names}} {kind:<{kinds}} {s['clips']:>5} {s['minutes']:>6.1f}  {written}")
     for v in report["expected"]:
         verdict = "agrees with" if v["agrees"] else "does not agree with"
         found = "of no clip" if v["found"] is None else f"{v['found']:.2%}"
         lines.append(f"{v['set']}: {v['rate']} {found} {verdict} the expected {v['low']:.2%} to {v['high']:.2%}")
     if errors := report["errors"]:
         lines.append(f"{len(errors)} clips could not be read and are not scored: {', '.join(list(errors)[:3])}")
-    lines.append(
-        "seconds of audio per second: " + ", ".join(f"{kind} {rtfx:.1f}" for kind, rtfx in report["rtfx"].items())
-    )
-    return "\n".join(lines)
+    lines.append(f"pipeline: {PIPELINES[report.get('pipeline', 'windows')]}")  # reports used to be of windows alone
+    speeds = ", ".join(f"{kind} {rtfx:.1f}" for kind, rtfx in report["rtfx"].items())
+    return "\n".join([*lines, f"seconds of audio per second: {speeds}"])

@@ -1,6 +1,6 @@
-"""What is scored: the clips of a set, their texts with other clips' audio, their clips joined to recordings, and sounds without speech.
+"""Make the sets that are scored: labelled clips, swapped audio, clips joined to recordings, and sounds without speech.
 
-What is made for it is written as a corpus, so that it is heard as any other clip is.
+Recordings and sounds are written as a corpus, so that they are read as any other clip is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +19,12 @@ from graft.errors import AudioError, DataError
 
 SWAPPED = "swapped"
 PAUSE_S = 0.5
-"""Of silence between the clips of a recording."""
+"""Seconds of silence between the clips of a joined recording."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One clip to transcribe: the row whose text is the reference ("" where nobody speaks), and the row whose audio is heard."""
+    """A clip to score: the row whose text is the reference ("" where nobody speaks), and the row of its audio."""
 
     set_name: str
     id: str
@@ -35,9 +35,14 @@ class Item:
     row: int
     duration_s: float
 
+    @property
+    def clip(self) -> tuple[CorpusFile, int, int]:
+        """Where the audio is."""
+        return self.file, self.row_group, self.row
+
 
 def labelled(name: str, sources: Sources, *, limit: int | None) -> list[Item]:
-    """The first clips of a set. Raises DataError for rows without text."""
+    """List the first clips of a set. Raises DataError for rows without text."""
     items = _items(name, sources, limit=limit)
     if empty := [item.id for item in items if not item.text.strip()]:
         raise DataError(
@@ -47,7 +52,7 @@ def labelled(name: str, sources: Sources, *, limit: int | None) -> list[Item]:
 
 
 def swapped(items: Sequence[Item]) -> list[Item]:
-    """The items with the audio of the next one each."""
+    """Return the items with the audio of the next one each."""
     others = [*items[1:], *items[:1]]
     return [
         replace(other, set_name=SWAPPED, id=item.id, text=item.text) for item, other in zip(items, others, strict=True)
@@ -55,14 +60,14 @@ def swapped(items: Sequence[Item]) -> list[Item]:
 
 
 def joined_name(name: str) -> str:
-    """What the set of recordings is called that are made of a set."""
+    """Return the name of the set of recordings that are joined from a set."""
     return f"{name} joined"
 
 
 def joined(items: Sequence[Item], recording_s: float, folder: Path) -> list[Item]:
-    """A set's clips one after another, with pauses, as recordings of `recording_s` seconds and up to a clip more; the last may be shorter.
+    """Join a set's clips, with pauses, to recordings of at least `recording_s` seconds; the last may be shorter.
 
-    A clip that can't be read is left out with its text. Raises DataError when none can be read.
+    A clip that cannot be read is left out with its text. Raises DataError when none can be read.
     """
     path = folder / f"recordings-{len(list(folder.iterdir()))}.parquet"  # a set's name need not be one of a file
     write_corpus(_recordings(items, recording_s), path, rows_per_group=4)
@@ -70,7 +75,7 @@ def joined(items: Sequence[Item], recording_s: float, folder: Path) -> list[Item
 
 
 def sounds(seed: int, folder: Path) -> list[Item]:
-    """Made sounds in which nobody speaks, a set for each kind."""
+    """Make sounds in which nobody speaks, a set for each kind."""
     items = []
     for kind in SOUNDS:
         path = folder / f"{kind}.parquet"
@@ -82,7 +87,7 @@ def sounds(seed: int, folder: Path) -> list[Item]:
 
 
 def as_rows(items: Sequence[Item]) -> RowTable:
-    """The rows whose audio is heard."""
+    """Return the rows whose audio is transcribed."""
     files = {file: index for index, file in enumerate(dict.fromkeys(item.file for item in items))}
     return RowTable(
         ids=pa.array([item.audio_id for item in items], pa.large_string()),
@@ -126,7 +131,7 @@ def _readable(items: Sequence[Item]) -> Iterator[tuple[Item, AudioClip]]:
         try:
             yield item, read_audio(reader.wav(*place)[0])
         except (AudioError, DataError):
-            continue  # the set that it comes from tells it
+            continue  # the report lists it in the set that it comes from
 
 
 def _recording(parts: Sequence[tuple[Item, AudioClip]]) -> Mapping[str, Any]:

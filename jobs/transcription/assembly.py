@@ -1,12 +1,14 @@
-"""Items' results -> recordings' results: parquet rows, a file each in the formats that are asked for, errors.jsonl, and what to sum up.
+"""Join the results of work items to recordings: parquet rows, files in the chosen formats, errors.jsonl and totals.
 
-home/items/*.parquet -> an index of what is done -> tasks that join some hundred recordings each -> recordings/*.parquet, files/
+home/items/*.parquet -> an index of what is done -> tasks that join some hundred recordings each
+                     -> recordings/*.parquet, files/
 """
 
+import itertools
 import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from .reader import name_of
 
 RECORDINGS_PER_TASK = 500
 PENDING = ".pending.parquet"
-"""What Ray calls the mark of a file that is being written."""
+"""Suffix of the file with which Ray marks a file of results that it is still writing."""
 
 TRANSCRIPTS = pa.schema(
     [
@@ -34,16 +36,24 @@ TRANSCRIPTS = pa.schema(
         ("duration_s", pa.float64()),
         ("text", pa.string()),
         ("segments", SEGMENTS),
-        (
-            "confidence",
-            pa.float64(),
-        ),  # 0 to 1: of its segments' geometric means of token probabilities, by the lengths of their texts; null without text
+        # 0 to 1: geometric mean of token probabilities, weighted by the lengths of segments' texts; null without text
+        ("confidence", pa.float64()),
         ("flags", pa.list_(pa.string())),  # of any of its segments
         ("error", pa.string()),  # null, or why it, or part of it, has no text
         ("model", pa.string()),
         ("aligner", pa.string()),  # where the times of words come from; null without an aligner
         ("read_s", pa.float64()),  # CPU seconds of decoding and finding speech
         ("heard_s", pa.float64()),  # seconds in the engine, beside others
+    ]
+)
+_INDEX = pa.schema(
+    [
+        ("item", pa.string()),
+        ("attempt", pa.int32()),
+        ("item_count", pa.int32()),
+        ("duration_s", pa.float64()),
+        ("failed", pa.bool_()),
+        ("file", pa.string()),
     ]
 )
 
@@ -61,16 +71,16 @@ class OutputSettings:
 
 @dataclass
 class Totals:
-    """What a run comes to."""
+    """Counts over the recordings of a run."""
 
     done: int = 0
     audio_s: float = 0.0
     read_s: float = 0.0
-    failed: Counter[str] = field(default_factory=Counter)  # by reason
+    failed: Counter[str] = field(default_factory=Counter)  # recordings by reason
     flagged: Counter[str] = field(default_factory=Counter)  # segments by flag
 
     def add(self, other: "Totals") -> None:
-        """Count another part's."""
+        """Add the counts of another part of the run."""
         self.done += other.done
         self.audio_s += other.audio_s
         self.read_s += other.read_s
@@ -79,167 +89,154 @@ class Totals:
 
 
 def read_index(home: Path) -> pa.Table:
-    """Of every result that is whole, without its text: whether it failed, and the file that holds it."""
+    """List every whole result without its text: whether it failed, and the file that holds it."""
     parts = [index_of(path) for path in whole_files(home)]
     return pa.concat_tables(parts) if parts else _INDEX.empty_table()
 
 
 def whole_files(home: Path) -> list[Path]:
-    """The files of results that are not being written, or were when a run was killed."""
+    """List the files of results, without those that are still written or were when a run was killed."""
     pending = tuple(path.name.removesuffix(PENDING) for path in (home / "done").glob(f"*{PENDING}"))
     return sorted(path for path in (home / "items").glob("*.parquet") if not path.name.startswith(pending or ("\0",)))
 
 
 def index_of(path: Path) -> pa.Table:
-    """A file's part of the index."""
+    """Read one file's part of the index."""
     table = pq.read_table(path, columns=["item", "attempt", "item_count", "duration_s", "error"], partitioning=None)
     columns = [*table.columns[:4], table["error"].is_valid(), pa.repeat(path.name, len(table))]
     return pa.table(columns, schema=_INDEX)
 
 
-_INDEX = pa.schema(
-    [
-        ("item", pa.string()),
-        ("attempt", pa.int32()),
-        ("item_count", pa.int32()),
-        ("duration_s", pa.float64()),
-        ("failed", pa.bool_()),
-        ("file", pa.string()),
-    ]
-)
-
-
-def join_recordings(plan: pa.Table, index: pa.Table, home: Path, out: Path, written: OutputSettings) -> Totals:
-    """Join the results of a plan's items to recordings, in parallel, and write them: out/recordings, out/errors.jsonl, files."""
+def join_recordings(plan: pa.Table, index: pa.Table, home: Path, out: Path, output: OutputSettings) -> Totals:
+    """Join a plan's results to recordings, in parallel, and write out/recordings, out/errors.jsonl and files."""
     import ray
 
-    files = plan.select(["item", "attempt"]).append_column("order", pa.array(range(len(plan)), pa.int64()))
-    files = files.join(index.select(["item", "attempt", "file"]), ["item", "attempt"]).sort_by("order")
-    plan = plan.append_column("file", files["file"]).append_column("stem", _stems(plan["recording"]))
+    plan = with_files(plan, index).append_column("stem", _stems(plan["recording"]))
     totals, join = Totals(), ray.remote(num_cpus=1)(_join_part)
     with atomic_folder(out / "recordings", replace=True) as stage:
         tasks = [
-            join.remote(part, str(home / "items"), str(stage / f"part-{number:05}.parquet"), written)
-            for number, part in enumerate(_parts(plan))
+            join.remote(part, str(home / "items"), str(stage / f"part-{number:05}.parquet"), output)
+            for number, part in enumerate(plan_parts(plan))
         ]
         with atomic_file(out / "errors.jsonl") as temporary, temporary.open("w", encoding="utf-8") as errors:
             for task in tasks:
-                part, faults = ray.get(task)
-                totals.add(part)
-                errors.writelines(json.dumps(fault, ensure_ascii=False) + "\n" for fault in faults)
+                part_totals, failures = ray.get(task)
+                totals.add(part_totals)
+                errors.writelines(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
     return totals
 
 
-def _stems(names: pa.ChunkedArray) -> pa.ChunkedArray:
-    """What files about recordings are called: their names without suffix, but where two would be called alike."""
-    unique = names.unique()
-    stems = pc.replace_substring_regex(unique, r"\.[^./]+$", "")
-    counts = stems.value_counts()
-    alike = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1))
-    told = pc.if_else(pc.is_in(stems, pc.struct_field(alike, "values")), unique, stems)
-    return told.take(pc.index_in(names, unique))
+def with_files(plan: pa.Table, index: pa.Table) -> pa.Table:
+    """Add a column `file` to a plan: the file in home/items that holds the item's result."""
+    files = plan.select(["item", "attempt"]).append_column("order", pa.array(range(len(plan)), pa.int64()))
+    files = files.join(index.select(["item", "attempt", "file"]), ["item", "attempt"]).sort_by("order")
+    return plan.append_column("file", files["file"])
 
 
-def _parts(plan: pa.Table) -> Iterator[pa.Table]:
-    """A plan in parts of whole recordings."""
+def plan_parts(plan: pa.Table) -> Iterator[pa.Table]:
+    """Cut a plan into parts of RECORDINGS_PER_TASK whole recordings."""
     starts = pc.indices_nonzero(pc.equal(plan["index"], 0)).to_pylist()
     for first in range(0, len(starts), RECORDINGS_PER_TASK):
         end = starts[first + RECORDINGS_PER_TASK] if first + RECORDINGS_PER_TASK < len(starts) else len(plan)
         yield plan.slice(starts[first], end - starts[first]).combine_chunks()
 
 
-def _join_part(plan: pa.Table, items: str, path: str, written: OutputSettings) -> tuple[Totals, list[dict[str, Any]]]:
-    results = _results(plan, items)
-    by_recording: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in plan.to_pylist():
-        by_recording[row["recording"]].append(row | results[row["id"]])
-    totals, faults = Totals(), []
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, TRANSCRIPTS) as writer:
-        for name, parts in by_recording.items():
-            row, transcript = _joined(name, parts, written)
-            writer.write_table(pa.Table.from_pylist([row], TRANSCRIPTS))
-            _count(totals, row, parts)
-            faults += [_fault(part) for part in parts if part["error"]]
-            if not row["error"]:
-                _write_files(transcript, parts[0]["stem"], written)
-    return totals, faults
-
-
-def _results(plan: pa.Table, items: str) -> dict[str, dict[str, Any]]:
+def recordings_in(plan: pa.Table, items: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield the items of each recording of a plan with files: what the plan says of an item, and its result."""
     wanted = set(plan["id"].to_pylist())
-    tables = (pq.read_table(Path(items) / file, partitioning=None) for file in plan["file"].unique().to_pylist())
-    return {row["id"]: row for table in tables for row in table.to_pylist() if row["id"] in wanted}
+    tables = (pq.read_table(items / file, partitioning=None) for file in plan["file"].unique().to_pylist())
+    results = {row["id"]: row for table in tables for row in table.to_pylist() if row["id"] in wanted}
+    rows = (row | results[row["id"]] for row in plan.to_pylist())
+    for _, recording in itertools.groupby(rows, key=lambda row: row["item"].rpartition("-")[0]):
+        yield list(recording)
 
 
-def _joined(name: str, parts: Sequence[dict[str, Any]], written: OutputSettings) -> tuple[dict[str, Any], Transcript]:
-    segments = [_segment(values) for part in parts for values in part["segments"]]
-    duration_s = sum(part["duration_s"] for part in parts)
-    transcript = stitch(segments, duration_s=duration_s, model=written.model, aligner=written.aligner)
-    errors = [_reason(part) for part in parts if part["error"]]
-    row = {
-        "id": name,
-        "uri": parts[0]["uri"],
-        "duration_s": duration_s,
-        "text": transcript.text,
-        "segments": transcript.to_dict()["segments"],
+def join_items(items: Sequence[dict[str, Any]], *, model: str = "", aligner: str | None = None) -> Transcript:
+    """Join the items of one recording."""
+    segments = [_segment(values) for item in items for values in item["segments"]]
+    return stitch(segments, duration_s=sum(item["duration_s"] for item in items), model=model, aligner=aligner)
+
+
+def join_errors(items: Sequence[dict[str, Any]]) -> str | None:
+    """Join the reasons why items of one recording failed; None where none did."""
+    return "; ".join(_reason(item) for item in items if item["error"]) or None
+
+
+def _stems(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Name recordings' files by the recordings without suffix; with it, where two recordings would have the same."""
+    unique = names.unique()
+    stems = pc.replace_substring_regex(unique, r"\.[^./]+$", "")
+    counts = stems.value_counts()
+    shared = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1))
+    chosen = pc.if_else(pc.is_in(stems, pc.struct_field(shared, "values")), unique, stems)
+    return chosen.take(pc.index_in(names, unique))
+
+
+def _join_part(plan: pa.Table, items: str, path: str, output: OutputSettings) -> tuple[Totals, list[dict[str, Any]]]:
+    totals, failures = Totals(), []
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, TRANSCRIPTS) as writer:
+        for recording in recordings_in(plan, Path(items)):
+            transcript = join_items(recording, model=output.model, aligner=output.aligner)
+            row = _transcript_row(recording, transcript)
+            writer.write_table(pa.Table.from_pylist([row], TRANSCRIPTS))
+            _count(totals, row, recording)
+            failures += [_failure(item) for item in recording if item["error"]]
+            if not row["error"]:
+                _write_files(transcript, recording[0]["stem"], output)
+    return totals, failures
+
+
+def _transcript_row(items: Sequence[dict[str, Any]], transcript: Transcript) -> dict[str, Any]:
+    """Make a recording's row of TRANSCRIPTS."""
+    return transcript.to_dict() | {
+        "id": items[0]["recording"],
+        "uri": items[0]["uri"],
         "confidence": _confidence(transcript.segments),
-        "flags": sorted({flag for segment in segments for flag in segment.flags}),
-        "error": "; ".join(errors) or None,
-        "model": written.model,
-        "aligner": written.aligner,
-        "read_s": sum(part["read_s"] for part in parts),
-        "heard_s": sum(part["heard_s"] for part in parts),
+        "flags": sorted({flag for segment in transcript.segments for flag in segment.flags}),
+        "error": join_errors(items),
+        "read_s": sum(item["read_s"] for item in items),
+        "heard_s": sum(item["heard_s"] for item in items),
     }
-    return row, transcript
 
 
 def _segment(values: dict[str, Any]) -> Segment:
-    return Segment(
-        **values | {"flags": tuple(values["flags"]), "words": tuple(Word(**word) for word in values["words"])}
-    )
+    words = tuple(Word(**word) for word in values["words"])
+    return Segment(**values | {"flags": tuple(values["flags"]), "words": words})
 
 
 def _confidence(segments: Sequence[Segment]) -> float | None:
-    """By the length of their texts: how many tokens each had is not kept."""
-    told = [
-        (segment.mean_logprob, len(segment.text))
-        for segment in segments
-        if segment.text and segment.mean_logprob is not None
-    ]
-    return math.exp(sum(mean * weight for mean, weight in told) / sum(weight for _, weight in told)) if told else None
+    """Average over segments by the lengths of their texts: how many tokens each had is not kept."""
+    known = [(one.mean_logprob, len(one.text)) for one in segments if one.text and one.mean_logprob is not None]
+    return (
+        math.exp(sum(mean * weight for mean, weight in known) / sum(weight for _, weight in known)) if known else None
+    )
 
 
-def _count(totals: Totals, row: dict[str, Any], parts: Sequence[dict[str, Any]]) -> None:
+def _count(totals: Totals, row: dict[str, Any], items: Sequence[dict[str, Any]]) -> None:
     totals.audio_s += row["duration_s"]
     totals.read_s += row["read_s"]
     totals.flagged.update(flag for segment in row["segments"] for flag in segment["flags"])
     if row["error"]:
-        totals.failed[_kind(next(_reason(part) for part in parts if part["error"]))] += 1
+        totals.failed[_kind(next(_reason(item) for item in items if item["error"]))] += 1
     else:
         totals.done += 1
 
 
-def _fault(part: dict[str, Any]) -> dict[str, Any]:
-    """A line of errors.jsonl."""
-    return {
-        "recording": part["recording"],
-        "uri": part["uri"],
-        "start_s": part["start_s"],
-        "end_s": part["end_s"],
-        "error": _reason(part),
-    }
+def _failure(item: dict[str, Any]) -> dict[str, Any]:
+    """Make a line of errors.jsonl."""
+    return {key: item[key] for key in ("recording", "uri", "start_s", "end_s")} | {"error": _reason(item)}
 
 
-def _reason(part: dict[str, Any]) -> str:
-    return str(part["error"]).removeprefix(f"{name_of(part)}: ")
+def _reason(item: dict[str, Any]) -> str:
+    return str(item["error"]).removeprefix(f"{name_of(item)}: ")
 
 
 def _kind(reason: str) -> str:
-    """A reason without its numbers and remedy, to count alike ones together."""
+    """Strip a reason of its numbers and its remedy, so that equal ones are counted together."""
     return re.sub(r"\d[\d.,]*", "N", re.split(r"[:(]", reason)[0]).strip()
 
 
-def _write_files(transcript: Transcript, stem: str, written: OutputSettings) -> None:
-    for kind in written.formats:
-        path = Path(written.folder) / f"{stem}.{kind}"
-        write_atomic(path, format_transcript(transcript, kind, written.cues))
+def _write_files(transcript: Transcript, stem: str, output: OutputSettings) -> None:
+    for kind in output.formats:
+        path = Path(output.folder) / f"{stem}.{kind}"
+        write_atomic(path, format_transcript(transcript, kind, output.cues))

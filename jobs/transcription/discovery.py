@@ -1,6 +1,6 @@
-"""What is to be transcribed: files, folders, globs, URIs, lists and parquet -> a table of recordings, each with a name that stays.
+"""Find what is to be transcribed: files, folders, globs, URIs, lists and parquet -> a table of named recordings.
 
-A recording's name is its path below the place that named it. Nothing is opened here but lists and the footers of parquet files.
+A recording's name is its path below the place that named it. Only lists and the metadata of parquet files are opened.
 """
 
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from graft.data.dataset import read_rows
+from graft.data.dataset import RowTable, read_rows
 from graft.data.settings import Columns, Source
 from graft.errors import DataError
 from graft.storage.locations import StoredFile, find_files, redact_uri
@@ -23,32 +23,34 @@ AUDIO_SUFFIXES = (
     *(".aac", ".aiff", ".flac", ".m4a", ".m4b", ".mka", ".mkv", ".mov"),
     *(".mp3", ".mp4", ".oga", ".ogg", ".opus", ".wav", ".webm", ".wma"),
 )
-"""What is taken from folders; a file that is named itself, or by a glob or list, may be called anything."""
+"""Suffixes of the files that are taken from folders; a file that is named itself may have any other."""
 LIST_SUFFIXES = (".txt", ".lst")
 PARQUET = ".parquet"
 LOOKUPS = 32
-"""Files of a list that are looked up at a time: over a network they wait for answers."""
+"""Number of files of a list that are looked up at a time: over a network most of the time is waiting."""
 
 RECORDINGS = pa.schema(
     [
         ("recording", pa.string()),  # its name
-        ("uri", pa.string()),  # or absolute path; of the parquet file where it stands in one
+        ("uri", pa.string()),  # or absolute path; the parquet file's where it is a row of one
         ("version", pa.string()),  # changes when the file does
         ("size", pa.int64()),  # of the file in bytes; null if unknown
-        ("duration_s", pa.float64()),  # where a parquet column tells it
+        ("duration_s", pa.float64()),  # null but for rows of parquet files that have it
         ("row_group", pa.int32()),  # null for files
         ("row", pa.int32()),  # within the row group
+        ("audio_column", pa.string()),  # of the parquet file; null for files
     ]
 )
 
 
 def find_recordings(sources: Sequence[str], columns: Columns | None = None) -> pa.Table:
-    """List the recordings of files, folders (at any depth), globs and URIs, of lists of them, and in parquet files: RECORDINGS.
+    """List the recordings in files, folders (at any depth), globs, URIs, lists of them, and parquet files: RECORDINGS.
 
-    Files come by name, then rows of parquet files as they stand there, so that each row group is read once.
-    A list is a .txt or .lst file with a place in each line, relative to its own folder. Of parquet files, `columns` says what is what.
-    A file that does not exist is a recording too: the run reports it. Raises DataError when there are none, when two have the same name,
-    for lists that are not text and parquet files without the columns.
+    Files are in the order of their names, followed by the rows of parquet files in their own order, so that each row
+    group is read once. A list is a .txt or .lst file with a path or URI in each line, relative to its own folder.
+    `columns` names the columns of parquet files. A file that does not exist is a recording too: the run reports it.
+    Raises DataError when there are none, when two have the same name, and for lists that are not text and parquet
+    files without the columns.
     """
     columns = columns or Columns()
     table = pa.concat_tables(
@@ -56,7 +58,8 @@ def find_recordings(sources: Sequence[str], columns: Columns | None = None) -> p
     )
     if not len(table):
         raise DataError(
-            f"no audio in {', '.join(map(redact_uri, sources))}: give files, or folders with {', '.join(AUDIO_SUFFIXES)} files"
+            f"no audio in {', '.join(map(redact_uri, sources))}: "
+            f"give files, or folders with {', '.join(AUDIO_SUFFIXES)} files"
         )
     return _each_once(table)
 
@@ -80,20 +83,21 @@ def _found(place: str) -> list[StoredFile]:
         return find_files(place)
     except DataError:
         if _suffix(place) not in AUDIO_SUFFIXES:
-            raise  # a folder, perhaps; of a missing recording there is a row that says so
+            raise  # it may be a folder; a missing recording gets a row that says so
     uri = place if "://" in place else os.path.abspath(os.path.expanduser(place))
     return [StoredFile(uri, PurePosixPath(place).name, None, "")]
 
 
 def _listed(source: str) -> list[StoredFile]:
-    """The places in a list; their names are what is left without the part that all share."""
+    """Look up the files in a list; their names are their paths without the folders that all share."""
     with open_source(source) as file:
         data = file.read()
     try:
         lines = [line for line in map(str.strip, data.decode().splitlines()) if line and not line.startswith("#")]
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{redact_uri(source)}: a list holds a path or URI in each line, in UTF-8: {error.reason} at byte {error.start}"
+            f"{redact_uri(source)}: a list holds a path or URI in each line, in UTF-8: "
+            f"{error.reason} at byte {error.start}"
         ) from error
     home = (source if "://" in source else os.path.abspath(source)).rpartition("/")[0]
     places = [line if "://" in line or os.path.isabs(line) else f"{home}/{line}" for line in lines]
@@ -108,7 +112,7 @@ def _listed(source: str) -> list[StoredFile]:
 
 
 def _looked_up(place: str) -> StoredFile:
-    """The file at a place; what is no file, or can't be reached, fails when it is read."""
+    """Look up one file; one that is not there, or cannot be reached, fails when it is read."""
     try:
         (file,) = find_files(place)
     except (DataError, ValueError):
@@ -128,13 +132,20 @@ def _files(files: Sequence[StoredFile]) -> pa.Table:
 
 def _rows(file: StoredFile, columns: Columns) -> pa.Table:
     rows = read_rows(Source(files=file.uri, columns=columns))
+    return recordings_of_rows(rows, versions=pa.repeat(file.version, len(rows)))
+
+
+def recordings_of_rows(rows: RowTable, versions: pa.Array) -> pa.Table:
+    """List the rows of a corpus as RECORDINGS that are named by their IDs."""
+    file = pa.array(rows.file)
     values = {
         "recording": rows.ids.cast(pa.string()),
-        "uri": pa.repeat(file.uri, len(rows)),
-        "version": pa.repeat(file.version, len(rows)),
+        "uri": pa.array([one.uri for one in rows.files]).take(file),
+        "version": versions,
         "duration_s": pa.array(rows.duration_s, from_pandas=True),
         "row_group": pa.array(rows.row_group),
         "row": pa.array(rows.row),
+        "audio_column": pa.array([one.audio for one in rows.files]).take(file),
     }
     return _table(values, len(rows))
 
@@ -144,9 +155,9 @@ def _table(values: dict[str, pa.Array], count: int) -> pa.Table:
 
 
 def _each_once(table: pa.Table) -> pa.Table:
-    """Files in the order of their names, rows in that of their places; what is named twice counts once.
+    """Sort files by their names and rows by their places; a recording that is named twice counts once.
 
-    Raises DataError for two of one name.
+    Raises DataError for two recordings with one name.
     """
     keys = ["recording", "uri", "row_group", "row"]
     table = table.take(pc.sort_indices(table, [(key, "ascending") for key in keys]))
@@ -156,7 +167,8 @@ def _each_once(table: pa.Table) -> pa.Table:
         if others[int(place)] != others[int(place) + 1]:
             one, other = (redact_uri(str(others[int(index)]["uri"])) for index in (place, place + 1))
             raise DataError(
-                f"{one} and {other} would both be called {names[int(place)]}: give a folder that holds both, or two runs"
+                f"{one} and {other} would both be called {names[int(place)]}: "
+                "give a folder that holds both, or two runs"
             )
     table = table.filter(pa.array(np.concatenate([[True], ~same_name])))
     is_row = table["row"].is_valid()

@@ -1,34 +1,43 @@
-"""The bulk pipeline on Ray Data: work items -> decoded and cut on CPUs -> heard by engines -> parquet, each item exactly once.
+"""Run the bulk pipeline on Ray Data: read and cut work items on CPUs, transcribe them, write each result once.
 
-    plan.parquet -> ItemReader (CPU actors) -> ItemTranscriber (a Transcriber each) -> items/*.parquet
-                                                                     \\-> done/: the ids of all that is written
+    plan.parquet -> ItemReader (CPU actors) -> ItemTranscriber (one model each) -> items/*.parquet
+                                                                          \\-> done/: the ids of all that is written
 
-Whatever dies, the next run reads the plan again and leaves out what done/ has. What goes wrong with an item is a value: its `error`.
+A run that is started again reads the same plan and leaves out the ids in done/. What goes wrong with one item is a
+value, its `error`; a model that cannot be opened ends the run.
 """
 
 import asyncio
+import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from graft.errors import GraftError
-from graft.inference.transcriber import Transcriber
+from graft.errors import GraftError, ModelError
 from graft.inference.transcript import Segment
 from graft.storage.locations import one_line_error
 
+from ..common.cli import user_message
+from .models import ChunkTranscriber, Opener
 from .reader import FAULTS_IN_A_ROW, KEYS, MEASURED, READ, ItemReader, Reading, chunk_of
 
-GIB = 2**30
-CALLS = 3
-"""Batches that a listener hears at a time: while the last answers of one are decoded, others fill the engine; two end together at times."""
+if TYPE_CHECKING:
+    import ray.data
 
-GIVES_BACK = {"env_vars": {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}}
-"""What workers' processes start with, or glibc keeps the megabytes that features and samples have left: 700 MB of 2,300 on ten hours."""
+GIB = 2**30
+CONCURRENT_BATCHES = 3
+"""Batches that a worker transcribes at a time. The last answers of a batch leave slots of the engine free, which the
+next batches fill; two batches may end together."""
+
+MALLOC_ENV = {"env_vars": {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}}
+"""Settings of glibc for the workers' processes. Without them it keeps the memory of features and samples that were
+freed: 700 MB of 2,300 MB on ten hours of audio."""
 
 WORDS = pa.list_(pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("text", pa.string())]))
 SEGMENTS = pa.list_(
@@ -44,120 +53,151 @@ SEGMENTS = pa.list_(
         ]
     )
 )
-RESULTS = pa.schema([*KEYS, *MEASURED, ("heard_s", pa.float64()), ("segments", SEGMENTS)])
-"""What is written of an item: `error` is null or says in a line what failed, `duration_s` are the seconds of audio that were decoded,
-`read_s` and `heard_s` the seconds that reading (CPU) and hearing (beside other items) took."""
+RESULTS = pa.schema([*KEYS, *MEASURED, ("started_at", pa.float64()), ("heard_s", pa.float64()), ("segments", SEGMENTS)])
+"""The result of an item. `error` is null or says in one line what failed; `duration_s` is the length of the decoded
+audio; `read_s` is the CPU time of reading; `started_at` (Unix time) and `heard_s` are when transcription began and how
+many seconds it took, beside other items."""
 
 
 class ItemTranscriber:
-    """Hears the chunks of items with a Transcriber that `opener` opens; rows of READ -> rows of RESULTS.
+    """Transcribe the chunks of items with the model that `opener` opens: rows of READ -> rows of RESULTS.
 
-    Ray may call it from several threads: their chunks share the engine's batches, so the end of one batch does not idle.
+    Ray calls it from several threads, whose chunks share the engine's batches. A GraftError of the opener is raised at
+    the first call: an actor that fails while it starts makes Ray print several tracebacks.
     """
 
-    def __init__(self, opener: Callable[[], Transcriber], wording: dict[str, Any]) -> None:
-        self._transcriber = opener()
-        self._wording = wording
+    def __init__(self, opener: Opener, options: dict[str, Any]) -> None:
+        self._options = options
         self._faults = 0
+        self._model: ChunkTranscriber | GraftError
+        try:
+            self._model = opener()
+        except GraftError as error:
+            self._model = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return asyncio.run(self._hear_all(batch))
+        if isinstance(self._model, GraftError):
+            raise self._model
+        return asyncio.run(self._transcribe_batch(self._model, batch))
 
-    async def _hear_all(self, batch: pa.Table) -> pa.Table:
+    async def _transcribe_batch(self, model: ChunkTranscriber, batch: pa.Table) -> pa.Table:
         rows = batch.select([name for name in READ.names if name != "chunks"]).to_pylist()
-        heard = await asyncio.gather(*map(self._hear, batch["chunks"]))
-        results = [
-            {
-                **row,
-                "error": row["error"] or error,
-                "heard_s": seconds,
-                "segments": [asdict(segment) for segment in segments],
-            }
-            for row, (segments, error, seconds) in zip(rows, heard, strict=True)
-        ]
-        return pa.Table.from_pylist(results, schema=RESULTS)
+        results = await asyncio.gather(*(self._transcribe_item(model, chunks) for chunks in batch["chunks"]))
+        for row, result in zip(rows, results, strict=True):
+            row |= result | {"error": row["error"] or result["error"]}
+        return pa.Table.from_pylist(rows, schema=RESULTS)
 
-    async def _hear(self, chunks: pa.ListScalar) -> tuple[Sequence[Segment], str | None, float]:
-        start = time.monotonic()
+    async def _transcribe_item(self, model: ChunkTranscriber, chunks: pa.ListScalar) -> dict[str, Any]:
+        """Return an item's `segments`, `error`, `started_at` and `heard_s`."""
+        started_at, start = time.time(), time.monotonic()
         cut = [chunk_of(chunk) for chunk in chunks.values or []]
+        segments: Sequence[Segment] = ()
+        error = None
         try:
-            segments = await self._transcriber.transcribe_chunks([chunk for chunk, _ in cut], **self._wording)
+            segments = await model.transcribe_chunks([chunk for chunk, _ in cut], **self._options)
         except GraftError:
-            raise  # the recipe's fault, not the item's
-        except Exception as error:
+            raise  # the recipe is wrong, not the item
+        except Exception as fault:
             self._faults += 1
             if self._faults > FAULTS_IN_A_ROW:
                 raise
-            return [], f"the engine failed: {type(error).__name__}: {one_line_error(error)}", time.monotonic() - start
-        if cut:  # the engine was asked
-            self._faults = 0
-        return (
-            [replace(segment, channel=channel) for segment, (_, channel) in zip(segments, cut, strict=True)],
-            None,
-            time.monotonic() - start,
-        )
+            error, cut = f"the engine failed: {type(fault).__name__}: {one_line_error(fault)}", []
+        else:
+            self._faults = 0 if cut else self._faults  # an item without chunks does not reach the engine
+        return {
+            "error": error,
+            "started_at": started_at,
+            "heard_s": time.monotonic() - start,
+            "segments": [
+                asdict(replace(segment, channel=channel)) for segment, (_, channel) in zip(segments, cut, strict=True)
+            ],
+        }
 
 
 @dataclass(frozen=True)
 class Workers:
-    """What the pipeline takes of the cluster."""
+    """The processes of a run: up to `readers` that each take one CPU, and `transcribers` that each open the model."""
 
     readers: int
-    listeners: int
-    cpus_per_listener: int
-    gpus_per_listener: float
+    transcribers: int
+    cpus_per_transcriber: int
+    gpus_per_transcriber: float
     items_per_batch: int
 
+    @property
+    def cpus(self) -> int:
+        """CPUs of all of them, and two for Ray's own tasks: reading the plan and writing results."""
+        return self.readers + self.transcribers * self.cpus_per_transcriber + 2
 
-def transcribe_items(
-    plan: Path,
-    home: Path,
-    reading: Reading,
-    opener: Callable[[], Transcriber],
-    wording: dict[str, Any],
-    workers: Workers,
-) -> None:
-    """Transcribe the items of a plan that have no result in `home` yet: home/items/*.parquet. Raises what the engine does."""
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How items are read, which model transcribes them, and on how many processes."""
+
+    reading: Reading
+    opener: Opener
+    workers: Workers
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of every call of the model's `transcribe_chunks`, such as the instruction."""
+
+
+def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
+    """Transcribe the items of a plan that have no result in `home` yet, and write home/items/*.parquet.
+
+    Raises ModelError for a model that cannot be opened or does not take the options, and the engine's exception where
+    it fails on several items one after the other.
+    """
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
 
     for name in ("items", "done", "reading"):
         (home / name).mkdir(exist_ok=True)
     context = ray.data.DataContext.get_current().copy()
-    context.use_datasource_v2 = False  # it starts eight processes, to read the footer of one file
+    context.use_datasource_v2 = False  # it starts eight processes to read the footer of one file
     context.checkpoint_config = CheckpointConfig(
         id_column="id", checkpoint_path=str(home / "done"), delete_checkpoint_on_success=False
     )
     with ray.data.DataContext.current(context), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "error", message=".*logical plan doesn't support"
-        )  # without checkpoints a run would begin anew
-        planned = ray.data.read_parquet(str(plan))
-        # strict, or what is left of each block is a batch of its own
-        items = planned.repartition(target_num_rows_per_block=workers.items_per_batch, strict=True)
-        read = items.map_batches(
-            ItemReader,
-            fn_constructor_args=[reading, home / "reading"],
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers.readers),
-            num_cpus=1,
-            memory=GIB,
-            runtime_env=GIVES_BACK,
-        )
-        heard = read.map_batches(
-            ItemTranscriber,
-            fn_constructor_args=[opener, wording],
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(
-                size=workers.listeners,
-                max_concurrent_calls_per_actor=CALLS,
-                enable_true_multi_threading=True,
-                max_tasks_in_flight_per_actor=CALLS + 2,
-            ),
-            num_cpus=workers.cpus_per_listener,
-            num_gpus=workers.gpus_per_listener,
-            runtime_env=GIVES_BACK,
-        )
-        heard.write_parquet(str(home / "items"))
+        # Without checkpoints a run that is started again would begin anew.
+        warnings.filterwarnings("error", message=".*logical plan doesn't support")
+        try:
+            _dataset(plan, home, pipeline).write_parquet(str(home / "items"))
+        except Exception as error:
+            if message := user_message(error):
+                raise ModelError(message) from error
+            raise
+
+
+def _dataset(plan: Path, home: Path, pipeline: Pipeline) -> "ray.data.Dataset":
+    import ray.data
+
+    workers = pipeline.workers
+    batch_count = math.ceil(pq.read_metadata(plan).num_rows / workers.items_per_batch)
+    planned = ray.data.read_parquet(str(plan))
+    # strict, or what is left of each block is a batch of its own
+    items = planned.repartition(target_num_rows_per_block=workers.items_per_batch, strict=True)
+    read = items.map_batches(
+        ItemReader,
+        fn_constructor_args=[pipeline.reading, home / "reading"],
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers.readers),
+        num_cpus=1,
+        memory=GIB,
+        runtime_env=MALLOC_ENV,
+    )
+    return read.map_batches(
+        ItemTranscriber,
+        fn_constructor_args=[pipeline.opener, pipeline.options],
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=min(workers.transcribers, batch_count),
+            max_concurrent_calls_per_actor=CONCURRENT_BATCHES,
+            enable_true_multi_threading=True,
+            max_tasks_in_flight_per_actor=CONCURRENT_BATCHES + 2,
+        ),
+        num_cpus=workers.cpus_per_transcriber,
+        num_gpus=workers.gpus_per_transcriber,
+        runtime_env=MALLOC_ENV,
+    )

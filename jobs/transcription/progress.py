@@ -1,4 +1,4 @@
-"""How a bulk run goes, by what it has written: recordings, hours, speed, time left, errors, in one line."""
+"""Print how a bulk run goes in one line: recordings, hours, speed, time left and errors, by the results on disk."""
 
 import sys
 import threading
@@ -12,16 +12,19 @@ import pyarrow.compute as pc
 from .assembly import index_of, whole_files
 
 TERMINAL_S, LOG_S = 2.0, 60.0
-"""Between two lines: on a terminal each is written over the last."""
+"""Seconds between two lines, on a terminal, where each is written over the last one, and elsewhere."""
 
 
 class BulkProgress:
-    """Tells how a run goes while the context lasts. `plan` is what is to be done, `done` the index of what was before it began."""
+    """Print the progress of a run while the context lasts.
+
+    `plan` is what is to be done, `done` the index of what was done before the run began.
+    """
 
     def __init__(self, plan: pa.Table, done: pa.Table, home: Path, out: TextIO | None = None) -> None:
         self._home, self._out = home, out or sys.stdout
         self._every_s = TERMINAL_S if self._out.isatty() else LOG_S
-        self._seen = set(done["file"].to_pylist())
+        self._counted_files = set(done["file"].to_pylist())
         self._item_count = len(plan)
         self._recording_count = pc.sum(pc.equal(plan["index"], 0)).as_py()
         self._expected_s = plan["expected_s"]
@@ -39,8 +42,8 @@ class BulkProgress:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        self._look()
-        self._tell("\n")
+        self._count_new_files()
+        self._print("\n")
 
     @property
     def rtfx(self) -> float:
@@ -48,13 +51,14 @@ class BulkProgress:
         return (self._audio_s - self._audio_before_s) / max(time.monotonic() - self._start, 1e-9)
 
     def line(self) -> str:
-        """The line as of the last look."""
+        """Return the line as of the last count."""
         seconds = round(self._left_s()) if self.rtfx else 0
         left = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}" if self.rtfx else "?"
         done = f"{int(self._recordings + 1e-6)}/{self._recording_count} recordings"
         return f"{done}  {self._audio_s / 3600:.2f} h  RTFx {self.rtfx:.1f}  left {left}  {self._errors} errors"
 
     def _left_s(self) -> float:
+        """Estimate the seconds that are left; an item of unknown length counts as long as the mean of those done."""
         known = pc.sum(self._expected_s).as_py() or 0.0
         mean = self._audio_s / max(self._items, 1)
         expected_s = known + mean * self._expected_s.null_count
@@ -62,17 +66,17 @@ class BulkProgress:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._every_s):
-            self._look()
-            self._tell("\r" if self._out.isatty() else "\n")
+            self._count_new_files()
+            self._print("\r" if self._out.isatty() else "\n")
 
-    def _look(self) -> None:
+    def _count_new_files(self) -> None:
         for path in whole_files(self._home):
-            if path.name not in self._seen:
+            if path.name not in self._counted_files:
                 try:
                     self._add(index_of(path))
                 except (OSError, pa.ArrowInvalid):
-                    continue  # written just now: seen at the next look
-                self._seen.add(path.name)
+                    continue  # it is being written: the next look counts it
+                self._counted_files.add(path.name)
 
     def _add(self, index: pa.Table) -> None:
         self._items += len(index)
@@ -80,5 +84,5 @@ class BulkProgress:
         self._audio_s += pc.sum(index["duration_s"]).as_py() or 0.0
         self._errors += pc.sum(index["failed"]).as_py() or 0
 
-    def _tell(self, end: str) -> None:
+    def _print(self, end: str) -> None:
         print(self.line(), end=end, file=self._out, flush=True)

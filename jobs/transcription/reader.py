@@ -1,10 +1,11 @@
-"""Work items -> their audio, cut into chunks that the model can hear: the CPU side of the bulk pipeline, without Ray.
+"""Decode work items and cut their audio into chunks for a model: the CPU side of the bulk pipeline, without Ray.
 
-What goes wrong with an item is a value: its `error`.
+What goes wrong with one item is a value, its `error`.
 """
 
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from graft.audio.chunking import Chunk, Chunker, ChunkSettings
+from graft.audio.chunking import Chunk, Chunker, ChunkSettings, windows
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.audio.decoding import CONVERT
 from graft.audio.spans import probe, read_span
@@ -22,11 +23,11 @@ from graft.errors import AudioError, DataError
 from graft.storage.locations import one_line_error, redact_uri
 from graft.storage.source import AudioSource
 
-from .crash_guard import CrashTracker
+from .crash_guard import LONE_CRASHES, CrashTracker
 from .work_items import ITEMS
 
 FAULTS_IN_A_ROW = 3
-"""Items on which an engine or a reader may fail one after the other: more are its own fault, not theirs."""
+"""Items in a row on which an engine or a reader may fail; when more do, the fault is its own and the run ends."""
 
 KEYS = [(name, ITEMS.field(name).type) for name in ("id", "item", "attempt", "item_count")]
 MEASURED = [("error", pa.string()), ("duration_s", pa.float64()), ("read_s", pa.float64())]
@@ -34,58 +35,69 @@ _CHUNK = pa.struct(
     [("start_s", pa.float64()), ("channel", pa.int32()), ("has_speech", pa.bool_()), ("samples", pa.large_binary())]
 )
 READ = pa.schema([*KEYS, *MEASURED, ("chunks", pa.list_(_CHUNK))])
-"""`error` is null or says in a line what failed, `duration_s` are the seconds of audio that were decoded, `read_s` the CPU seconds."""
+"""What was read of an item. `error` is null or says in one line what failed, `duration_s` is the length of the decoded
+audio, `read_s` the CPU time in seconds."""
 NO_CHUNKS = pa.array([[]], READ.field("chunks").type)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How items become chunks."""
+    """How items become chunks: by the speech in them, or, where `speech` is None, as windows of all of their audio."""
 
-    speech: SpeechSettings
+    speech: SpeechSettings | None
     chunks: ChunkSettings
     channels: Literal["mix", "split"] = "mix"
-    audio_column: str = "wav"
+
+    def chunker(self) -> Callable[[AudioClip], list[Chunk]]:
+        """Return the function that cuts a clip; it is for one thread."""
+        if self.speech is None:
+            return functools.partial(windows, max_s=self.chunks.max_s)
+        return Chunker(self.speech, self.chunks)
+
+
+WINDOWS = Reading(None, ChunkSettings(max_s=30.0))
+"""All of the audio in windows of up to 30 s, the longest that Whisper takes; nobody looks for speech in it."""
 
 
 class ItemReader:
-    """Decodes items and cuts them into chunks; Ray Data's CPU side. Rows of ITEMS -> rows of READ.
+    """Decode items and cut them into chunks, for Ray Data: rows of ITEMS -> rows of READ.
 
-    With a folder for notes, items that end the process again and again become errors (jobs.transcription.crash_guard).
+    With a folder for notes, an item whose decoding crashes the process again and again becomes an error
+    (jobs.transcription.crash_guard).
     """
 
     def __init__(self, reading: Reading, notes: Path | None = None) -> None:
         import torch
 
         torch.set_num_threads(1)
-        self._reading = reading
-        self._chunker = Chunker(reading.speech, reading.chunks)
-        self._corpora = RowReader([])  # one for all parquet files, so that few row groups are held
-        self._places: dict[str, int] = {}
-        self._deaths = CrashTracker(notes) if notes else None
+        self._channels = reading.channels
+        self._chunker = reading.chunker()
+        self._corpora = RowReader([])  # one reader for all parquet files, so that few row groups are held
+        self._file_numbers: dict[CorpusFile, int] = {}  # a parquet file -> its place in the reader's list
+        self._crashes = CrashTracker(notes) if notes else None
         self._faults = 0
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        items, deaths = batch.to_pylist(), self._deaths
-        if deaths is None or not items:
+        items, crashes = batch.to_pylist(), self._crashes
+        if crashes is None or not items:
             yield from map(self._read, items)
             return
-        with deaths.noted(first := items[0]["id"]):
-            is_suspected = deaths.has_ended_a_process(first)
+        with crashes.note_while_reading(first := items[0]["id"]):
+            is_suspected = crashes.has_crashed(first)
             for item in items:
                 if is_suspected:
-                    deaths.note_item(item["id"])
-                row = self._unread(item) if deaths.is_poisoned(item["id"]) else self._read(item)
-                if is_suspected:  # it has been read, and may wait long to be taken
-                    deaths.note_batch(first)
+                    crashes.note_item(item["id"])
+                row = self._skip(item) if crashes.is_poisoned(item["id"]) else self._read(item)
+                if is_suspected:  # the item is read; its row may wait long until Ray takes it
+                    crashes.note_batch(first)
                 yield row
 
     def _read(self, item: dict[str, Any]) -> pa.Table:
         start, error, duration_s, chunks = time.process_time(), None, 0.0, NO_CHUNKS
         try:
-            channels, place = self._decode(item)
-            duration_s = channels.shape[0] / SAMPLE_RATE
-            chunks = self._cut(channels, place)
+            samples, start_sample = self._decode(item)
+            duration_s = len(samples) / SAMPLE_RATE
+            chunks = self._cut(samples, start_sample)
             self._faults = 0
         except (AudioError, DataError) as fault:
             error = str(fault)
@@ -96,40 +108,44 @@ class ItemReader:
             error = f"{name_of(item)}: reading it failed: {type(fault).__name__}: {one_line_error(fault)}"
         return _row(item, error=error, duration_s=duration_s, read_s=time.process_time() - start, chunks=chunks)
 
-    def _unread(self, item: dict[str, Any]) -> pa.Table:
-        error = f"{name_of(item)}: whatever reads it dies: {CONVERT}, or take a smaller item_s if memory ran out"
+    def _skip(self, item: dict[str, Any]) -> pa.Table:
+        error = (
+            f"{name_of(item)}: the decoder crashed on this file {LONE_CRASHES + 1} times; it is skipped: {CONVERT}, "
+            "or take a smaller item_s if memory ran out"
+        )
         return _row(item, error=error, duration_s=0.0, read_s=0.0, chunks=NO_CHUNKS)
 
     def _decode(self, item: dict[str, Any]) -> tuple[np.ndarray, int]:
-        """An item's samples, (samples, channels), and the place of the first in its recording."""
+        """Return an item's samples, (samples, channels), and where in its recording the first of them is."""
         source, name = self._source(item)
         rate = probe(source, name=name).rate if item["item_count"] > 1 else 0
-        span = [None if second is None else round(second * rate) for second in (item["start_s"], item["end_s"])]
-        kind = self._reading.channels
-        blocks = list(read_span(source, span[0] or 0, span[1], borders="quiet", channels=kind, name=name))
+        start, end = (None if second is None else round(second * rate) for second in (item["start_s"], item["end_s"]))
+        blocks = list(read_span(source, start or 0, end, borders="quiet", channels=self._channels, name=name))
         if not blocks:
             return np.zeros((0, 1), np.float32), 0
         samples = np.concatenate([block.samples for block in blocks])
-        return samples if samples.ndim == 2 else samples[:, None], blocks[0].start
+        return samples.reshape(len(samples), -1), blocks[0].start
 
     def _source(self, item: dict[str, Any]) -> tuple[AudioSource, str | None]:
+        """Return an item's audio, as a URI or as bytes, and the name that messages call it, None for its URI."""
         if item["row"] is None:
             return item["uri"], None
-        place = self._places.setdefault(item["uri"], len(self._places))
-        if place == len(self._corpora.files):
-            self._corpora.files.append(CorpusFile(item["uri"], self._reading.audio_column))
-        audio, _ = self._corpora.wav(place, item["row_group"], item["row"])
+        file = CorpusFile(item["uri"], item["audio_column"])
+        number = self._file_numbers.setdefault(file, len(self._file_numbers))
+        if number == len(self._corpora.files):
+            self._corpora.files.append(file)
+        audio, _ = self._corpora.wav(number, item["row_group"], item["row"])
         return audio, name_of(item)
 
-    def _cut(self, channels: np.ndarray, place: int) -> pa.Array:
-        """The chunks of all channels as one row."""
-        numbered = self._reading.channels == "split"
+    def _cut(self, samples: np.ndarray, start_sample: int) -> pa.Array:
+        """Cut every channel of (samples, channels) into chunks; returns them as one row of READ's `chunks`."""
+        is_split = self._channels == "split"
         cut = [
-            (number if numbered else None, chunk)
-            for number, samples in enumerate(channels.T, start=1)
-            for chunk in self._chunker(_clip(samples))
+            (number if is_split else None, chunk)
+            for number, channel in enumerate(samples.T, start=1)
+            for chunk in self._chunker(AudioClip(np.ascontiguousarray(channel)))
         ]
-        offset_s = place / SAMPLE_RATE
+        offset_s = start_sample / SAMPLE_RATE
         values = pa.StructArray.from_arrays(
             [
                 pa.array([offset_s + chunk.start_s for _, chunk in cut], pa.float64()),
@@ -143,31 +159,26 @@ class ItemReader:
 
 
 def chunk_of(row: pa.StructScalar) -> tuple[Chunk, int | None]:
-    """A chunk of a row of READ, and its channel, where channels are split."""
+    """Return a chunk of READ, and the number of its channel, None where channels are mixed."""
     samples = np.frombuffer(row["samples"].as_buffer(), np.float32)
     return Chunk(row["start_s"].as_py(), AudioClip(samples), row["has_speech"].as_py()), row["channel"].as_py()
 
 
+def name_of(item: dict[str, Any]) -> str:
+    """Return the name of an item's recording with which messages about it begin."""
+    return redact_uri(item["uri"]) if item["row"] is None else item["recording"]
+
+
 def _row(item: dict[str, Any], *, chunks: pa.Array, **measured: object) -> pa.Table:
-    """What is read of an item, as a row of READ."""
+    """Make the row of READ of one item."""
     values = item | measured
     columns = [chunks if name == "chunks" else pa.array([values[name]], READ.field(name).type) for name in READ.names]
     return pa.table(columns, schema=READ)
 
 
-def name_of(item: dict[str, Any]) -> str:
-    """What messages call an item's recording: they begin with it."""
-    return redact_uri(item["uri"]) if item["row"] is None else item["recording"]
-
-
-def _clip(samples: np.ndarray) -> AudioClip:
-    return AudioClip(np.ascontiguousarray(samples))
-
-
 def _binary(arrays: Sequence[np.ndarray]) -> pa.Array:
-    """float32 arrays as bytes, copied once."""
+    """Copy float32 arrays once, into an Arrow array of bytes."""
     offsets = np.concatenate([[0], np.cumsum([array.nbytes for array in arrays], dtype=np.int64)])
     data = np.concatenate(arrays) if arrays else np.zeros(0, np.float32)
-    return pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(arrays), [None, pa.py_buffer(offsets), pa.py_buffer(data)]
-    )
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(arrays), buffers)

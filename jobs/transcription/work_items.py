@@ -1,7 +1,8 @@
-"""Recordings -> work items of about half an hour, the rows that Ray Data reads, transcribes and remembers by their ids.
+"""Cut recordings into work items of about half an hour, the rows of the plan that Ray Data remembers by their ids.
 
-A duration told by a header is an estimate: it only says where borders are looked for, and the last item of a recording has no end. An
-item's id is made of its recording's name and version, its place and how often it failed, so a later run knows what is done.
+The duration in a header is an estimate: it only says where borders are looked for, and the last item of a recording
+has no end. An item's id is made of its recording's name and version, its place and how often it failed, so that a
+later run knows what is done.
 """
 
 import hashlib
@@ -16,11 +17,13 @@ from graft.audio.decoding import open_audio
 from graft.errors import AudioError
 
 LEAST_BYTES_PER_S = 600
-"""Of any codec that speech is kept in: files that would last for less than an item even so are not opened for the plan."""
+"""The lowest bitrate of codecs for speech. A file that is shorter than an item even at this rate is not opened for the
+plan."""
 FILES_PER_TASK = 500
-_BLOCK = 65_536
 PROBES = 8
-"""Headers that a task reads at a time: over a network they wait for answers."""
+"""Number of headers that a task reads at a time: over a network most of the time is waiting."""
+_BLOCK = 65_536
+"""Number of recordings that are Python strings at a time: they take many times the memory of Arrow's."""
 
 ITEMS = pa.schema(
     [
@@ -31,6 +34,7 @@ ITEMS = pa.schema(
         ("uri", pa.string()),
         ("row_group", pa.int32()),  # null for files
         ("row", pa.int32()),
+        ("audio_column", pa.string()),
         ("index", pa.int32()),  # of the item in its recording
         ("item_count", pa.int32()),  # of the recording
         ("start_s", pa.float64()),
@@ -40,24 +44,28 @@ ITEMS = pa.schema(
 )
 
 Probe = Callable[[Sequence[str]], list[float | None]]
-"""URIs -> seconds of audio in each; None where none can be told."""
+"""URIs -> seconds of audio in each; None where the number is not known."""
 
 
 def plan_items(recordings: pa.Table, *, item_s: float, probe: Probe) -> pa.Table:
-    """Cut recordings (archive.RECORDINGS) into ITEMS of about `item_s` seconds, in their order; `probe` tells how long files are."""
+    """Cut recordings (discovery.RECORDINGS) into ITEMS of about `item_s` seconds, in their order.
+
+    `probe` returns the durations of files that may be longer than an item.
+    """
     duration_s = recordings["duration_s"].to_numpy().copy()
     size = recordings["size"].fill_null(2**62).to_numpy()
     is_row = recordings["row"].is_valid().to_numpy()
     unknown = np.flatnonzero(~is_row & np.isnan(duration_s) & (size >= item_s * LEAST_BYTES_PER_S))
-    told = probe(recordings["uri"].take(pa.array(unknown)).to_pylist()) if len(unknown) else []
-    duration_s[unknown] = [np.nan if seconds is None else seconds for seconds in told]
-    counts = np.maximum(1, np.rint(np.nan_to_num(duration_s) / item_s)).astype(np.int32)
+    probed = probe(recordings["uri"].take(pa.array(unknown)).to_pylist()) if len(unknown) else []
+    duration_s[unknown] = [np.nan if seconds is None else seconds for seconds in probed]
+    counts = np.maximum(1, np.rint(np.nan_to_num(duration_s) / item_s)).astype(np.int32)  # items of each recording
+    # Of each item: the row of its recording, and its number within the recording.
     place = np.repeat(np.arange(len(recordings)), counts)
     index = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
     is_last = index == counts[place] - 1
     ids = _recording_ids(recordings)
     start_s = index * item_s
-    chosen = recordings.select(["recording", "uri", "row_group", "row"]).take(pa.array(place))
+    chosen = recordings.select(["recording", "uri", "row_group", "row", "audio_column"]).take(pa.array(place))
     item_ids = pc.binary_join_element_wise(ids.take(pa.array(place)), pa.array(index).cast(pa.string()), "-")
     columns = {
         **dict(zip(chosen.column_names, chosen.columns, strict=True)),
@@ -74,33 +82,26 @@ def plan_items(recordings: pa.Table, *, item_s: float, probe: Probe) -> pa.Table
 
 
 def _recording_ids(recordings: pa.Table) -> pa.Array:
-    batches = recordings.select(["recording", "version"]).to_batches(
-        max_chunksize=_BLOCK
-    )  # Python's strings are large: never all at once
-    ids = (
-        pa.array(map(recording_id, *(column.to_pylist() for column in batch.columns)), pa.string()) for batch in batches
-    )
+    batches = recordings.select(["recording", "version"]).to_batches(max_chunksize=_BLOCK)
+    lists = ((column.to_pylist() for column in batch.columns) for batch in batches)
+    ids = (pa.array(map(recording_id, *columns), pa.string()) for columns in lists)
     return pa.chunked_array(ids, pa.string()).combine_chunks()
 
 
 def recording_id(name: str, version: str) -> str:
-    """A short id of a recording as it is now: of the same name and version always the same."""
+    """Return a short id of a recording as it is now; equal names and versions have equal ids."""
     return hashlib.sha256(f"{name}\0{version}".encode()).hexdigest()[:20]
 
 
 def at_attempts(items: pa.Table, results: pa.Table, *, retry_errors: bool) -> pa.Table:
-    """Items under the ids at which they stand by now: those that failed, and are to be tried again, under a new one.
+    """Give items the ids of their current attempts: those that failed and are to be tried again get a new one.
 
-    `results` has `item`, `attempt` and whether it `failed`, of all that is done.
+    `results` has the columns `item`, `attempt` and `failed` of all that is done.
     """
     if not len(results):
         return items
-    joined = (
-        items.select(["item"])
-        .append_column("order", pa.array(np.arange(len(items))))
-        .join(last_attempts(results), "item")
-    )
-    joined = joined.sort_by("order")
+    numbered = items.select(["item"]).append_column("order", pa.array(np.arange(len(items))))
+    joined = numbered.join(last_attempts(results), "item").sort_by("order")  # a join loses the order
     attempts = pc.fill_null(joined["attempt"], 0).to_numpy().copy()
     if retry_errors:
         attempts += joined["failed"].to_numpy(zero_copy_only=False) == True  # noqa: E712 - null is not
@@ -108,7 +109,8 @@ def at_attempts(items: pa.Table, results: pa.Table, *, retry_errors: bool) -> pa
 
 
 def last_attempts(results: pa.Table) -> pa.Table:
-    """Of every item that is done, the last `attempt` and whether that `failed`."""
+    """Return the last `attempt` of every item that is done, and whether that `failed`."""
+    # One number for both, whose greatest value is the last attempt; a failure wins where an attempt stands there twice.
     rank = pc.add(pc.multiply(results["attempt"].cast(pa.int64()), 2), results["failed"].cast(pa.int64()))
     last = pa.table({"item": results["item"], "rank": rank}).group_by("item").aggregate([("rank", "max")])
     ranks = last["rank_max"].to_numpy()
@@ -123,7 +125,10 @@ def _identified(items: pa.Table, attempts: np.ndarray) -> pa.Table:
 
 
 def durations(uris: Sequence[str]) -> list[float | None]:
-    """Seconds of audio in files, by their headers or, where those don't tell, by decoding all; None for files that can't be read."""
+    """Return the seconds of audio in files; None for those that cannot be read.
+
+    They are taken from the headers or, where a header has none, counted by decoding the file.
+    """
     with ThreadPoolExecutor(PROBES) as pool:
         return list(pool.map(_duration, uris))
 

@@ -1,21 +1,30 @@
 """What evaluation scores beside the clips: published figures, other instructions, clips joined to recordings, sounds without speech."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
-from graft.audio.chunking import windows
+from graft.audio.chunking import Chunker, ChunkSettings, windows
 from graft.audio.clip import AudioClip, read_audio
+from graft.audio.vad import SpeechSettings
 from graft.data import nonspeech
+from graft.data.dataset import clip_row
+from graft.inference.engines.whisper_baseline import WhisperBaseline
 from graft.inference.transcriber import open_transcriber
 from graft.text.wer import score
 from jobs.common.cli import run_job
 from jobs.common.cluster import connect
 from jobs.evaluate import EvaluateRecipe, main
-from tests.support import tiny_models
+from tests.support import media, tiny_models
+from tests.support.jobs import transcribe
+from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
 
 
@@ -33,7 +42,7 @@ def test_rates_are_compared_with_what_is_expected(tmp_path: Path, capsys: pytest
     data = corpus(tmp_path / "test.parquet", [row(f"t{seed}", seed) for seed in range(2)])
 
     def evaluate(out: str, *expected: str) -> int:
-        given = [f"model={graft}", f"data.test={data}", f"out={tmp_path / out}", "baseline="]
+        given = [f"model={graft}", f"data.test={data}", f"out={tmp_path / out}", "baseline=", "windows=true"]
         return run_job(EvaluateRecipe, main, summary="", argv=[*given, *expected])
 
     assert evaluate("other", "expected.nothing.wer=[0, 1]") == 2
@@ -68,6 +77,85 @@ def left_by(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ]
 
 
+def spoken_corpus(folder: Path) -> str:
+    """Write real speech, one clip of it longer than a chunk, a clip that cannot be decoded and one of silence."""
+    long = clip_row("long", AudioClip(media.speech(16_000, seconds=40.0, channels=1)[:, 0]), "forty seconds")
+    rows = [clip_row(path.stem, read_audio(path), path.stem) for path in media.SHORTEST_FIRST[:6]]
+    silence = clip_row("silence", AudioClip(np.zeros(32_000, np.float32)), "nothing")
+    return corpus(folder / "spoken.parquet", [*rows[:4], row("broken", 1, **BROKEN), long, silence, *rows[4:]])
+
+
+def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graft, whisper = tiny_models.save_tiny_graft(tmp_path / "graft"), save_tiny_whisper(tmp_path / "whisper")
+    data = spoken_corpus(tmp_path)
+    settings = ["chunks.max_pause_s=0.4", "speech.threshold=0.4"]
+    assert transcribe(f"model={graft}", f"audio={data}", f"out={tmp_path / 'transcripts'}", *settings) == 0
+    table = pq.read_table(tmp_path / "transcripts" / "recordings")
+    transcripts = {one["id"]: one for one in table.to_pylist()}
+    given = [f"model={graft}", f"data.test={data}", f"baseline={whisper}"]
+    assert run(*given, f"out={tmp_path / 'out'}", "audio_check=test", "batch_clips=3", *settings) == 0
+    report, predictions = left_by(tmp_path / "out")
+    assert report["pipeline"] == "speech"
+    assert "pipeline: speech (detected and cut into chunks, as jobs.transcribe does)" in capsys.readouterr().out
+    heard = {line["id"]: line for line in predictions if line["set"] == "test"}
+    assert heard.keys() == transcripts.keys()
+    for name, line in heard.items():
+        assert line["graft"] == (transcripts[name]["text"] if name != "broken" else None)
+    assert len(transcripts["long"]["segments"]) > 1
+    assert len({line["graft"] for line in heard.values()}) > 5
+    assert heard["silence"]["graft"] == heard["silence"]["whisper"] == ""
+    assert report["errors"] == {"broken": transcripts["broken"]["error"]}
+    for kind in ("graft", "whisper"):
+        assert report["sets"]["test"][kind]["clips"] == len(heard) - 1
+    assert report["sets"]["swapped"].keys() == {"graft"}
+
+    # What Whisper writes is what it makes of the same chunks.
+    baseline = WhisperBaseline(whisper)
+    clips = {
+        one["ID"]: read_audio(one["wav"]["bytes"]) for one in pq.read_table(data).to_pylist() if one["ID"] != "broken"
+    }
+    chunker = Chunker(SpeechSettings(threshold=0.4), ChunkSettings(max_pause_s=0.4))
+    for name, clip in clips.items():
+        answers = baseline.transcribe_many([chunk.clip for chunk in chunker(clip)])
+        assert heard[name]["whisper"] == " ".join(filter(None, answers))
+
+
+def test_windows_are_of_all_of_a_clip_and_the_report_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graft, data = tiny_models.save_tiny_graft(tmp_path / "graft"), spoken_corpus(tmp_path)
+    assert run(f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}", "baseline=", "windows=true") == 0
+    report, predictions = left_by(tmp_path / "out")
+    assert report["pipeline"] == "windows"
+    assert "pipeline: windows (all of each clip, without the speech detector)" in capsys.readouterr().out
+    assert report["errors"].keys() == {"broken"}
+    transcriber = open_transcriber(graft, chunker=windows)
+    clips = {one["ID"]: one["wav"]["bytes"] for one in pq.read_table(data).to_pylist()}
+    for line in predictions:
+        if line["id"] != "broken":
+            assert line["graft"] == transcriber.transcribe(clips[line["id"]]).text
+    transcriber.close()
+    assert [line["graft"] is None for line in predictions].count(True) == 1
+    assert next(line for line in predictions if line["id"] == "silence")["graft"]
+
+
+def test_a_model_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    """The line is all that the command prints on stderr: nothing of Ray's, whose processes write there by themselves."""
+    graft = tiny_models.save_tiny_graft(tmp_path / "deaf")
+    state = load_file(graft / "model.safetensors")
+    state["audio_projector.linear.weight"].zero_()
+    save_file(state, graft / "model.safetensors", {"format": "pt"})
+    data = corpus(tmp_path / "test.parquet", [row("t0", 0)])
+    command = [sys.executable, "-m", "jobs.evaluate", f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}"]
+    result = subprocess.run([*command, "baseline="], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if "WARNING" not in line and "logging.cc" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("graft: error: ")
+    assert lines[0].endswith("is all zeros, so the model is deaf: train stage 1 or build it again")
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_instructions_and_recordings_are_scored_beside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,7 +165,7 @@ def test_other_instructions_and_recordings_are_scored_beside(
     data = corpus(tmp_path / "test.parquet", rows)
     other = corpus(tmp_path / "other.parquet", [row("u0", 40), row("u1", 41)])
     given = [f"model={graft}", f"data={{test: {data}, a/b: {other}}}", f"out={tmp_path / 'out'}", "baseline="]
-    assert run(*given, "instructions=[formatted]", "recordings_s=31") == 0
+    assert run(*given, "instructions=[formatted]", "recordings_s=31", "windows=true") == 0
     report, predictions = left_by(tmp_path / "out")
     kinds = {"graft", "graft formatted"}
     sets = {"test", "test joined", "a/b", "a/b joined"}
@@ -117,9 +205,8 @@ def test_what_is_written_where_nobody_speaks_is_counted(
     monkeypatch.setattr(nonspeech, "LENGTHS_S", ((2.0, 2.5),))  # a model of any size takes minutes for the real ones
     graft, whisper = tiny_models.save_tiny_graft(tmp_path / "graft"), save_tiny_whisper(tmp_path / "whisper")
     data = corpus(tmp_path / "test.parquet", [row("t0", 0)])
-    assert (
-        run(f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}", f"baseline={whisper}", "sounds=true") == 0
-    )
+    given = [f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}", f"baseline={whisper}"]
+    assert run(*given, "sounds=true", "windows=true") == 0
     report, predictions = left_by(tmp_path / "out")
     made = [sound for kind in nonspeech.SOUNDS for sound in nonspeech.generate_sounds(kind)]
     assert report["sets"].keys() == {"test", *nonspeech.SOUNDS}
@@ -149,6 +236,7 @@ def test_what_can_not_be_scored_is_refused_before_anything_runs(
     graft = tiny_models.save_tiny_graft(tmp_path / "graft", trained_styles=["formatted"])
     data = corpus(tmp_path / "test.parquet", [row("t0", 0)])
     given = [f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}", "baseline="]
+    capsys.readouterr()  # progress of saving the graft
     for arguments, words in [
         (
             ["instructions=[formatted, raw]"],

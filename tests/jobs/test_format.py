@@ -1,19 +1,27 @@
 """`jobs.format` for real: Whisper over a corpus on a local Ray, and a corpus that reads what it wrote."""
 
+import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from graft.audio.chunking import Chunk
 from graft.audio.clip import read_audio
 from graft.data.dataset import read_rows
 from graft.data.settings import Source
 from graft.inference.engines.whisper_baseline import WhisperBaseline
+from graft.inference.transcript import Segment
 from graft.text.prompts import style_text
 from graft.text.punctuation import transfer_formatting
 from jobs.common.cli import run_job
 from jobs.format import FormatRecipe, main
+from jobs.transcription.pipeline import Pipeline, Workers
+from jobs.transcription.reader import WINDOWS
+from jobs.transcription.runs import transcribe_rows
 from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
 
 pytestmark = pytest.mark.usefixtures("ray_started")
@@ -80,7 +88,7 @@ def test_a_corpus_is_formatted_and_read_again(whisper, tmp_path, capsys):
     assert (
         f"format: {agreed / words:.1%} of the words heard agree; of 9 clips {len(formatted)} are formatted" in told.out
     )
-    assert "graft: broken: broken.flac" in told.err
+    assert "graft: broken: not readable as audio" in told.err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"texts.parquet", "result.json", "recipe.yaml"}
 
     # Done is done, and another recipe's results are left alone.
@@ -90,23 +98,34 @@ def test_a_corpus_is_formatted_and_read_again(whisper, tmp_path, capsys):
     assert run(*arguments, "batch_clips=2", "part_clips=5") == 2
 
 
+class Echo:
+    """Answers with given texts, in order, formatted."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = iter(texts)
+
+    async def transcribe_chunks(self, chunks: Sequence[Chunk]) -> list[Segment]:
+        return [Segment(0.0, chunk.clip.duration_s, f"{next(self._texts).capitalize()}!") for chunk in chunks]
+
+
 def test_a_run_that_was_cut_off_goes_on(whisper, tmp_path, capsys):
     clips, _ = labelled(whisper, 5)
     data = corpus(tmp_path / "clips.parquet", clips)
     whole, again = tmp_path / "whole", tmp_path / "again"
-    shared = [f"data={data}", f"model={whisper}", "part_clips=2"]
+    shared = [f"data={data}", f"model={whisper}", "part_clips=2", "least_agreement=0"]
     assert run(*shared, f"out={whole}") == 0
+    assert "5/5 recordings" in capsys.readouterr().out
 
-    # The first part of three is there; what it holds is not heard again.
-    (again / "parts").mkdir(parents=True)
+    # Two clips of five have results, of another model: they are not transcribed again.
+    again.mkdir()
     (again / "recipe.yaml").write_text((whole / "recipe.yaml").read_text().replace(str(whole), str(again)))
-    first = pq.read_table(whole / "texts.parquet").slice(0, 2)
-    marked = first.set_column(1, first.schema.field("text"), [["as it was", "found"]])
-    pq.write_table(marked, again / "parts" / "part-000000000.parquet")
+    echo = Pipeline(WINDOWS, functools.partial(Echo, [clip["text"] for clip in clips[:2]]), Workers(1, 1, 1, 0, 2))
+    found = list(transcribe_rows(read_rows(data).select(np.arange(2)), again / "work", echo))
+    assert [clip.text for clip in found] == [f"{clip['text'].capitalize()}!" for clip in clips[:2]]
     assert run(*shared, f"out={again}") == 0
     texts = [pq.read_table(folder / "texts.parquet")["text"].to_pylist() for folder in (whole, again)]
-    assert texts[1] == ["as it was", "found", *texts[0][2:]]
-    assert capsys.readouterr().out.count("format: 1 of 3 parts") == 1
+    assert texts[1] == [*(clip.text for clip in found), *texts[0][2:]]
+    assert texts[1] != texts[0]
 
 
 @pytest.mark.parametrize(

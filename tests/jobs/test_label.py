@@ -11,8 +11,8 @@ from graft.data.dataset import read_rows
 from graft.data.settings import Source
 from graft.inference.engines.whisper_baseline import WhisperBaseline
 from jobs.common.cli import run_job
-from jobs.evaluation.asr_pool import ClipTranscript
 from jobs.label import LabelRecipe, doubt, main
+from jobs.transcription.runs import ClipTranscript
 from tests.support.speech_corpus import BROKEN, corpus, flac, row, save_tiny_whisper
 
 pytestmark = pytest.mark.usefixtures("ray_started")
@@ -73,7 +73,7 @@ def test_what_is_heard_for_sure_becomes_the_text(whisper, tmp_path, capsys):
     assert (
         "label: of 7 clips 3 are labelled, 0.02 of 0.02 h, 1 had a text, rejected 2 unsure, 1 unheard; see" in told.out
     )
-    assert "graft: broken: broken.flac" in told.err
+    assert "graft: broken: not readable as audio" in told.err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"texts.parquet", "result.json", "recipe.yaml"}
 
     assert run(*arguments, *loose, "batch_clips=2", "part_clips=4", "workers=2") == 0

@@ -101,7 +101,7 @@ def test_twenty_kills_cost_time_and_nothing_else(tmp_path):
 
         acts: dict[str, Callable[[], bool]] = {
             "driver": kill_driver,
-            "listener": lambda: kill("ItemListener"),
+            "transcriber": lambda: kill("ItemTranscriber"),
             "reader": lambda: kill("ItemReader"),
             "node": lambda: kill_node(cluster),
         }

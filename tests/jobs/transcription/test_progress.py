@@ -45,7 +45,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def line(progress: BulkProgress) -> str:
-    progress._look()
+    progress._count_new_files()
     return progress.line()
 
 
@@ -58,7 +58,7 @@ def test_what_was_done_before_counts_as_done_but_not_as_fast(home: Path) -> None
 def test_days_are_left(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     progress = BulkProgress(plan(("a", [3600.0]), ("b", [3600.0 * 30])), read_index(home), home, io.StringIO())
     write(home, "one", ("a-0", 1, 3600.0, None))
-    progress._look()
+    progress._count_new_files()
     monkeypatch.setattr(BulkProgress, "rtfx", 1.0)
     assert progress.line() == "1/2 recordings  1.00 h  RTFx 1.0  left 30:00:00  0 errors"
 

@@ -17,7 +17,7 @@ from graft.audio.chunking import ChunkSettings
 from graft.audio.clip import SAMPLE_RATE, read_audio
 from graft.data.dataset import write_corpus
 from jobs.transcription import assembly
-from jobs.transcription.crash_guard import DEATHS
+from jobs.transcription.crash_guard import LONE_CRASHES
 from jobs.transcription.reader import FAULTS_IN_A_ROW, ItemReader, Reading
 from tests.support import media
 from tests.support.work_items import QUICK, chunks_of, items_of, long_recording, read
@@ -133,10 +133,14 @@ def test_an_item_that_ends_its_reader_every_time_becomes_an_error(tmp_path):
         process.join()
         codes.append(process.exitcode)
         assert len(codes) < 10
-    assert codes == [-signal.SIGKILL] * (1 + DEATHS) + [0]
+    assert codes == [-signal.SIGKILL] * (1 + LONE_CRASHES) + [0]
     table = pq.read_table(results)
     assert [row["error"] is None for row in table.to_pylist()] == [True, False, True]
-    assert table["error"][1].as_py().startswith(f"{tmp_path}/deadly.flac: whatever reads it dies: ")
+    assert (
+        table["error"][1]
+        .as_py()
+        .startswith(f"{tmp_path}/deadly.flac: the decoder crashed on this file 3 times; it is skipped: ")
+    )
     assert [len(row["chunks"]) for row in table.to_pylist()] == [1, 0, 1]
 
 
@@ -154,7 +158,7 @@ def test_what_was_only_there_when_its_readers_died_is_read(tmp_path):
 def test_what_waits_to_be_taken_is_not_being_read(tmp_path):
     """An engine that does not start ends runs while what was read waits."""
     items, notes = three_items(tmp_path)
-    for number in range(1 + DEATHS + 1):
+    for number in range(1 + LONE_CRASHES + 1):
         reading = ItemReader(Reading(QUICK, ChunkSettings()), notes)(items)
         next(reading)
         leave_note(notes, f"of a run {number}")

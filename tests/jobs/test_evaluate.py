@@ -1,4 +1,4 @@
-"""What evaluation scores beside the clips: published figures, other instructions, clips joined to recordings, sounds without speech."""
+"""Test jobs.evaluate: it scores what jobs.transcribe writes, or windows, and on request more than the clips."""
 
 import json
 import subprocess
@@ -70,7 +70,7 @@ def run(*arguments: str) -> int:
 
 
 def left_by(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The report, and the predictions that it must follow from."""
+    """Return the report, and the predictions from which it follows."""
     assert {path.name for path in out.iterdir()} == {"report.json", "predictions.jsonl", "recipe.yaml"}
     return json.loads((out / "report.json").read_text()), [
         json.loads(line) for line in (out / "predictions.jsonl").open()
@@ -109,7 +109,7 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
         assert report["sets"]["test"][kind]["clips"] == len(heard) - 1
     assert report["sets"]["swapped"].keys() == {"graft"}
 
-    # What Whisper writes is what it makes of the same chunks.
+    # Whisper transcribes the same chunks.
     baseline = WhisperBaseline(whisper)
     clips = {
         one["ID"]: read_audio(one["wav"]["bytes"]) for one in pq.read_table(data).to_pylist() if one["ID"] != "broken"
@@ -140,7 +140,7 @@ def test_windows_are_of_all_of_a_clip_and_the_report_says_so(
 
 
 def test_a_model_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
-    """The line is all that the command prints on stderr: nothing of Ray's, whose processes write there by themselves."""
+    """The command prints nothing else on stderr, though Ray's processes write there by themselves."""
     graft = tiny_models.save_tiny_graft(tmp_path / "deaf")
     state = load_file(graft / "model.safetensors")
     state["audio_projector.linear.weight"].zero_()
@@ -175,7 +175,7 @@ def test_other_instructions_and_recordings_are_scored_beside(
         for kind in kinds:
             assert scores[kind] == score([line["text"] for line in heard], [line[kind] for line in heard]).to_dict()
 
-    # Recordings are the readable clips in their order; what is heard in them, and how it is asked for, is what it should be.
+    # Recordings are the readable clips in their order; each instruction gives what the Transcriber gives for it.
     readable = [one for one in rows if one["ID"] != "broken"]
     clips = [read_audio(one["wav"]["bytes"]) for one in readable]
     recordings = [line for line in predictions if line["set"] == "test joined"]

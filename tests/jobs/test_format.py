@@ -1,4 +1,4 @@
-"""`jobs.format` for real: Whisper over a corpus on a local Ray, and a corpus that reads what it wrote."""
+"""Test jobs.format with a tiny Whisper on a local Ray, and a corpus that reads the texts it wrote."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def run(*arguments: str) -> int:
 
 
 def labelled(whisper: str, count: int) -> tuple[list[dict], list[str]]:
-    """Clips whose labels are all or half of what this Whisper hears in them, and the transcripts."""
+    """Make clips whose labels agree with this Whisper's transcripts wholly or by half; returns both."""
     clips = [row(f"clip{seed}", seed) for seed in range(count)]
     answers = WhisperBaseline(whisper).transcribe_many([read_audio(clip["wav"]["bytes"]) for clip in clips])
     heard = [answer.text for answer in answers]
@@ -91,7 +91,7 @@ def test_a_corpus_is_formatted_and_read_again(whisper, tmp_path, capsys):
     assert "graft: broken: not readable as audio" in told.err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"texts.parquet", "result.json", "recipe.yaml"}
 
-    # Done is done, and another recipe's results are left alone.
+    # A second run changes nothing, and another recipe's results are left alone.
     before = (tmp_path / "out" / "texts.parquet").stat().st_mtime_ns
     assert run(*arguments, "batch_clips=2", "part_clips=4") == 0
     assert (tmp_path / "out" / "texts.parquet").stat().st_mtime_ns == before
@@ -99,7 +99,7 @@ def test_a_corpus_is_formatted_and_read_again(whisper, tmp_path, capsys):
 
 
 class Echo:
-    """Answers with given texts, in order, formatted."""
+    """A model that answers with given texts, in order, formatted."""
 
     def __init__(self, texts: list[str]) -> None:
         self._texts = iter(texts)
@@ -137,7 +137,7 @@ def test_a_run_that_was_cut_off_goes_on(whisper, tmp_path, capsys):
         ({"least_agreement": "2"}, "less than or equal to 1"),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_is_heard(whisper, tmp_path, capsys, changed, message):
+def test_errors_are_reported_before_anything_is_transcribed(whisper, tmp_path, capsys, changed, message):
     places = {name: str(tmp_path / f"{name}.parquet") for name in ("data", "missing", "twice")}
     corpus(Path(places["data"]), [row("one", 1)])
     corpus(Path(places["twice"]), [row("one", 1), row("one", 2)])

@@ -1,4 +1,4 @@
-"""`jobs.label` for real: Whisper over speech without text on a local Ray, and a corpus that reads what it wrote."""
+"""Test jobs.label with a tiny Whisper on a local Ray, and a corpus that reads the texts it wrote."""
 
 import json
 from typing import Any
@@ -31,7 +31,7 @@ def run(*arguments: str) -> int:
     return run_job(LabelRecipe, main, summary="", argv=list(arguments))
 
 
-def test_what_is_heard_for_sure_becomes_the_text(whisper, tmp_path, capsys):
+def test_a_confident_transcript_becomes_the_text(whisper, tmp_path, capsys):
     clips = [clip_of(f"clip{seed}", seed, 3.0 + 6 * seed) for seed in range(5)]
     heard = WhisperBaseline(whisper).transcribe_many([read_audio(clip["wav"]["bytes"]) for clip in clips])
     logprobs = sorted(hearing.mean_logprob for hearing in heard)

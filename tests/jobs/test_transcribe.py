@@ -1,4 +1,4 @@
-"""`jobs.transcribe` on a real local Ray: archives in, transcripts out, bad files reported, nothing done twice."""
+"""Test jobs.transcribe on a local Ray: archives in, transcripts out, bad files reported, nothing done twice."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tests.support.jobs import transcribe
 pytestmark = pytest.mark.usefixtures("ray_started")
 
 PROMPTS = sorted(media.PROMPTS, key=lambda path: path.stat().st_size)
-"""The shortest first."""
+"""Real speech, the shortest clip first."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def transcriber(folder) -> Iterator[Transcriber]:
 
 @pytest.fixture
 def calls(tmp_path) -> Path:
-    """Three recordings, one of them long, a broken one, and a file that is none."""
+    """A folder of three recordings, one of them long, a broken one, and a file that is not audio."""
     root = tmp_path / "calls"
     (root / "deep").mkdir(parents=True)
     shutil.copy(PROMPTS[0], root / "a.flac")
@@ -102,7 +102,7 @@ def test_an_archive_is_transcribed_once_and_what_failed_can_be_tried_again(
     assert summary["cost_per_audio_hour"] == pytest.approx(3 / summary["rtfx"])
     assert "Traceback" not in output.err
 
-    # The same again, however fast, does nothing; with a file more, that file; errors only when asked.
+    # The next run transcribes only new and changed files; one more run has nothing to do.
     items = set((out / "work" / "items").iterdir())
     shutil.copy(PROMPTS[1], calls / "new.flac")
     shutil.copy(PROMPTS[2], calls / "broken.mp3")

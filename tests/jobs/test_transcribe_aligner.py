@@ -1,4 +1,4 @@
-"""`jobs.transcribe` with an aligner on a real local Ray: words in rows and files, by channel, named after who timed them."""
+"""Test jobs.transcribe with an aligner on a local Ray: rows and files have words with times, in each channel."""
 
 import json
 from itertools import pairwise

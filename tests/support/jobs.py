@@ -1,9 +1,9 @@
-"""Jobs as their commands run them, in this process."""
+"""Run commands in this process."""
 
 from jobs.common.cli import run_job
 from jobs.transcribe import TranscribeRecipe, main
 
 
 def transcribe(*arguments: str) -> int:
-    """`python -m jobs.transcribe` with arguments; returns the exit code."""
+    """Run `python -m jobs.transcribe` with arguments; returns the exit code."""
     return run_job(TranscribeRecipe, main, summary="", argv=list(arguments))

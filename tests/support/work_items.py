@@ -1,4 +1,4 @@
-"""Work items of files as a run plans them, and what a reader makes of them."""
+"""Make work items of files as a run plans them, and read them."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ QUICK = SpeechSettings(detector="energy")
 
 
 def long_recording(home: Path) -> Path:
-    """46.3 s of speech on two channels, as telephones make it."""
+    """Write 46.3 s of speech on two channels at 8 kHz, as telephones record it."""
     path = home / "calls" / "long.flac"
     path.parent.mkdir()
     soundfile.write(path, media.speech(8000, channels=2), 8000)

@@ -1,4 +1,4 @@
-"""What is to be transcribed: every way to name recordings, each found once under a name that stays."""
+"""Test discovery: every way to name recordings finds each of them once, under a stable name."""
 
 import os
 import shutil
@@ -81,7 +81,7 @@ def test_files_globs_and_uris_name_the_same_files(folder):
 
 
 def test_a_bucket_is_an_archive(tmp_path):
-    """Found, probed for its length, cut into items and read by ranges."""
+    """A recording there is found, probed for its length, cut into items and read by ranges."""
     (tmp_path / "calls" / "may").mkdir(parents=True)
     soundfile.write(tmp_path / "calls" / "may" / "a b.wav", media.speech(16_000, seconds=25.0, channels=1), 16_000)
     shutil.copy(media.PROMPTS[0], tmp_path / "calls" / "c.flac")

@@ -1,4 +1,4 @@
-"""Bulk transcription survives kills: whatever dies, each recording is transcribed once, and as if nothing had happened."""
+"""Test that bulk transcription survives kills: each recording is transcribed once, as in an undisturbed run."""
 
 import contextlib
 import itertools
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 RECORDINGS, KILLS = 300, 20
 COMING_S = 30
 ROUNDED = {"read_s", "heard_s", "confidence", "logprobs"}
-"""What took as long as it took, or depends on the batch by rounding."""
+"""Columns that differ between runs: times, and numbers that depend on the batch by rounding."""
 
 
 class Archive:
@@ -57,7 +57,7 @@ class Archive:
         assert run.wait(DEADLINE_S * 2) == 0, (self.home / f"{out}.log").read_text()[-3000:]
 
     def written(self, out: str) -> int:
-        """The recordings that are done for good."""
+        """Count the recordings whose results are complete on disk."""
         marks = (self.home / out / "work" / "done").glob("*.parquet")
         return 3 * sum(".pending" not in mark.name for mark in marks)
 
@@ -67,7 +67,7 @@ class Archive:
 
 
 def kill(title: str) -> bool:
-    """End one process with a title at once, as soon as there is one: after a driver's death it takes seconds. False where none comes."""
+    """Kill one process with a title as soon as there is one; returns whether one came within COMING_S seconds."""
     deadline = time.monotonic() + COMING_S
     while time.monotonic() < deadline:
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):

@@ -1,4 +1,4 @@
-"""The listener without Ray: it hears as the Transcriber hears, and tells an item's fault from the engine's."""
+"""Test the workers without Ray: they transcribe as the Transcriber does, and tell an item's fault from the engine's."""
 
 from pathlib import Path
 
@@ -32,14 +32,14 @@ def transcriber(folder):
     opened.close()
 
 
-def test_a_listener_hears_what_the_transcriber_hears(recording, transcriber):
+def test_items_are_transcribed_as_by_the_transcriber(recording, transcriber):
     sources = [recording, *media.PROMPTS[:3]]
     reading = {"speech": SpeechSettings(), "chunks": ChunkSettings()}
     table = read(items_of(*sources), **reading)
-    heard = ItemTranscriber(lambda: transcriber, {})(table)
-    assert heard.schema == RESULTS
+    results = ItemTranscriber(lambda: transcriber, {})(table)
+    assert results.schema == RESULTS
     names = find_recordings([str(source) for source in sources])["uri"].to_pylist()
-    for uri, row in zip(names, heard.to_pylist(), strict=True):
+    for uri, row in zip(names, results.to_pylist(), strict=True):
         expected = transcriber.transcribe(uri)
         assert row["duration_s"] == pytest.approx(expected.duration_s, abs=1e-3)
         assert [part["text"] for part in row["segments"]] == [segment.text for segment in expected.segments]
@@ -64,12 +64,12 @@ def test_an_item_on_which_the_engine_fails_is_an_error_but_not_one_after_the_oth
     ]
     assert len(result[0]["segments"]) > 1
     assert result[1]["segments"] == []
-    listener = ItemTranscriber(lambda: failing, {})
+    worker = ItemTranscriber(lambda: failing, {})
     last = table.slice(1)
     for _ in range(FAULTS_IN_A_ROW):
-        listener(last)
+        worker(last)
     with pytest.raises(MemoryError):
-        listener(last)
+        worker(last)
     with pytest.raises(ModelError, match="instruction 'poem'"):
         ItemTranscriber(lambda: opened, {"instruction": "poem"})(table)
     opened.close()

@@ -1,4 +1,4 @@
-"""The line that tells how a bulk run goes: what is whole is counted, once, and what is left follows from it."""
+"""Test the progress line of a bulk run: it counts whole results, each once, and estimates the time that is left."""
 
 import io
 import re
@@ -15,7 +15,7 @@ from jobs.transcription.work_items import ITEMS
 
 
 def plan(*recordings: tuple[str, list[float | None]]) -> pa.Table:
-    """Of recordings, by the seconds that are expected of each of their items."""
+    """Make a plan of recordings, by the seconds that are expected of each of their items."""
     blank = {field.name: None for field in ITEMS}
     rows = [
         blank
@@ -28,7 +28,7 @@ def plan(*recordings: tuple[str, list[float | None]]) -> pa.Table:
 
 
 def write(home: Path, name: str, *items: tuple[str, int, float, str | None]) -> None:
-    """A file of results: item, how many its recording has, seconds, error."""
+    """Write a file of results: for each item its name, how many its recording has, seconds and error."""
     rows = [
         {"id": item, "item": item, "attempt": 0, "item_count": count, "duration_s": seconds, "error": error}
         | {"read_s": 0.0, "heard_s": 0.0, "segments": []}
@@ -69,7 +69,7 @@ def test_half_a_recording_is_none_yet_and_errors_are_counted(home: Path) -> None
     write(home, "one", ("a-0", 2, 1800.0, None))
     assert re.fullmatch(r"0/3 recordings  0\.50 h  RTFx \d+\.\d  left \d\d:\d\d:\d\d  0 errors", line(progress))
     assert progress.rtfx > 0
-    # By the mean of the items so far, c takes half an hour too.
+    # c is taken to be as long as the mean of the items so far, half an hour.
     assert progress._left_s() == pytest.approx((1800 + 7200 + 1800) / progress.rtfx, rel=0.2)
     write(home, "two", ("a-1", 2, 1800.0, "broken"), ("b-0", 1, 7200.0, None))
     assert re.match(r"2/3 recordings  3\.00 h .*  1 errors", line(progress))

@@ -1,4 +1,4 @@
-"""Reading without Ray: items hold all of their recordings once, and nothing in a file stops those after it."""
+"""Test reading without Ray: items hold all of their recordings once, and a bad file does not stop the ones after it."""
 
 import itertools
 import multiprocessing
@@ -46,7 +46,7 @@ def test_items_hold_all_of_a_recording_once(recording):
 
 @pytest.mark.parametrize("kind", ["vbr.mp3", "live.webm"])
 def test_items_of_formats_that_cannot_be_sought_hold_all_once(kind, tmp_path):
-    """Continuous speech whose length no header tells, or tells wrong: FFmpeg's VBR without a count, and webm from a live stream."""
+    """Their headers have no length or a wrong one: FFmpeg's VBR without a frame count, and webm from a live stream."""
     samples = media.speech(48_000, channels=1)
     if kind == "vbr.mp3":
         data = media.encode(samples, 48_000, "libmp3lame", "mp3", write_xing="0")
@@ -104,7 +104,7 @@ def test_rows_of_parquet_are_read_and_what_fails_has_its_error(tmp_path, recordi
 
 
 class Dying(ItemReader):
-    """Dies of one recording, as of a decoder that crashes, and fails on another."""
+    """A reader whose process is killed by one recording, as by a decoder that crashes, and that fails on others."""
 
     def _decode(self, item):
         if item["recording"] == "deadly.flac":
@@ -119,7 +119,7 @@ def read_until_death(items: pa.Table, notes: Path, results: Path) -> None:
 
 
 def test_an_item_that_ends_its_reader_every_time_becomes_an_error(tmp_path):
-    """As Ray does, which gives the batch to one process after the other."""
+    """The batch is given to one process after the other, as Ray does."""
     (tmp_path / "notes").mkdir()
     for name in ["a.flac", "deadly.flac", "z.flac"]:
         shutil.copy(media.PROMPTS[0], tmp_path / name)
@@ -145,7 +145,7 @@ def test_an_item_that_ends_its_reader_every_time_becomes_an_error(tmp_path):
 
 
 def test_what_was_only_there_when_its_readers_died_is_read(tmp_path):
-    """Nodes go at any time: each of these readers is killed while it reads another item."""
+    """Nodes are lost at any time: each of these readers is killed while it reads another item."""
     items, notes = three_items(tmp_path)
     for name in ("a.flac", "b.flac", "c.flac"):
         with pytest.raises(Killed):
@@ -156,7 +156,7 @@ def test_what_was_only_there_when_its_readers_died_is_read(tmp_path):
 
 
 def test_what_waits_to_be_taken_is_not_being_read(tmp_path):
-    """An engine that does not start ends runs while what was read waits."""
+    """An engine that does not start ends runs while rows that were read wait."""
     items, notes = three_items(tmp_path)
     for number in range(1 + LONE_CRASHES + 1):
         reading = ItemReader(Reading(QUICK, ChunkSettings()), notes)(items)
@@ -168,11 +168,11 @@ def test_what_waits_to_be_taken_is_not_being_read(tmp_path):
 
 
 class Killed(BaseException):
-    """A process that is killed: nothing catches it."""
+    """Stands for the kill of a process: nothing catches it."""
 
 
 class KilledAt(ItemReader):
-    """Killed while it reads one recording; its note stays."""
+    """A reader that is killed while it reads one recording; its note stays."""
 
     def __init__(self, name: str, notes: Path) -> None:
         super().__init__(Reading(QUICK, ChunkSettings()), notes)
@@ -186,7 +186,7 @@ class KilledAt(ItemReader):
 
 
 def leave_note(notes: Path, name: str) -> None:
-    """As if the process that wrote it had no time to take it back."""
+    """Rename the note, as if the process that wrote it had no time to remove it."""
     (note,) = (path for path in notes.iterdir() if not path.name.startswith("of"))
     note.rename(note.with_name(name))
 

@@ -1,4 +1,4 @@
-"""Work items: recordings cut at estimated borders, under ids that stay; what failed comes back under a new one."""
+"""Test work items: recordings are cut at estimated borders under stable ids; only a retry gets a new one."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -19,7 +19,7 @@ from graft.text.prompts import is_formatted
 from graft.text.punctuation import transfer_formatting
 
 from .common.cli import run_job
-from .preparation.pseudo_labels import TextCommand, TextsRecipe, report_untranscribed, write_texts
+from .preparation.pseudo_labels import TextsRecipe, report_untranscribed, write_texts
 
 if TYPE_CHECKING:
     from graft.data.dataset import RowTable
@@ -39,15 +39,18 @@ class FormatRecipe(TextsRecipe):
     """A row keeps its label if a smaller share of words is transcribed as it is labelled."""
 
 
-def run(recipe: FormatRecipe) -> dict[str, Any]:
-    """Format recipe.data; returns the content of result.json. Raises as write_texts."""
+def main(recipe: FormatRecipe) -> None:
+    """Format the labels of recipe.data. Raises as write_texts."""
     require("jiwer", extra="score")
-    line = functools.partial(_line, least=recipe.least_agreement)
-    return write_texts(recipe, TextCommand("format", COLUMNS, _is_unformatted, line, _counts, _summary))
-
-
-def _is_unformatted(text: str) -> bool:
-    return bool(text.strip()) and not is_formatted(text)
+    write_texts(
+        recipe,
+        "format",
+        columns=COLUMNS,
+        needs_transcript=lambda text: bool(text.strip()) and not is_formatted(text),
+        line=functools.partial(_line, least=recipe.least_agreement),
+        counts=_counts,
+        summary=_summary,
+    )
 
 
 def _line(rows: "RowTable", row: int, clip: "ClipTranscript | None", *, least: float) -> dict[str, Any]:
@@ -78,11 +81,6 @@ def _summary(result: dict[str, Any]) -> str:
         f"formatted, {result[KEPT]} agree too little and keep their label, {result[OWN]} needed nothing, "
         f"{result[UNHEARD]} could not be read"
     )
-
-
-def main(recipe: FormatRecipe) -> None:
-    """Format the labels of a corpus."""
-    run(recipe)
 
 
 if __name__ == "__main__":

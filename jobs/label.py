@@ -20,7 +20,7 @@ from pydantic import Field
 from graft.data.splits import comparable_text
 
 from .common.cli import run_job
-from .preparation.pseudo_labels import TextCommand, TextsRecipe, report_untranscribed, write_texts
+from .preparation.pseudo_labels import TextsRecipe, report_untranscribed, write_texts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,14 +57,17 @@ class LabelRecipe(TextsRecipe):
     """A row with more characters a second is rejected: nobody speaks as fast."""
 
 
-def run(recipe: LabelRecipe) -> dict[str, Any]:
-    """Label recipe.data; returns the content of result.json. Raises as write_texts."""
-    line = functools.partial(_line, recipe=recipe)
-    return write_texts(recipe, TextCommand("label", COLUMNS, _has_no_text, line, _counts, _summary))
-
-
-def _has_no_text(text: str) -> bool:
-    return not text.strip()
+def main(recipe: LabelRecipe) -> None:
+    """Label recipe.data. Raises as write_texts."""
+    write_texts(
+        recipe,
+        "label",
+        columns=COLUMNS,
+        needs_transcript=lambda text: not text.strip(),
+        line=functools.partial(_line, recipe=recipe),
+        counts=_counts,
+        summary=_summary,
+    )
 
 
 def _line(rows: "RowTable", row: int, clip: "ClipTranscript | None", *, recipe: LabelRecipe) -> dict[str, Any]:
@@ -118,11 +121,6 @@ def _summary(result: dict[str, Any]) -> str:
         f"of {result['clips']} clips {result[LABELLED]} are labelled, {result['hours']:.2f} of "
         f"{result['hours_heard']:.2f} h, {result[OWN]} had a text, rejected {rejected or 'none'}"
     )
-
-
-def main(recipe: LabelRecipe) -> None:
-    """Label a corpus."""
-    run(recipe)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ test sets -> the bulk pipeline, once for each model and instruction -> error rat
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from graft.text.wer import score
 
 from ..common.cluster import connect
 from ..common.outputs import staged_output
-from ..transcription.models import find_whisper, graft_opener, whisper_opener
+from ..transcription.models import find_whisper, model_opener
 from ..transcription.pipeline import Pipeline, Workers
 from ..transcription.reader import WINDOWS, Reading
-from ..transcription.runs import measured_rtfx, transcribe_rows
+from ..transcription.runs import ClipTranscript, measured_rtfx, transcribe_rows
 from .recipe import EvaluateRecipe
 from .test_sets import SWAPPED, Item, as_rows, joined, joined_name, labelled, sounds, swapped
 
@@ -35,13 +34,7 @@ PIPELINES = {
 }
 
 
-@dataclass(frozen=True)
-class ModelTranscripts:
-    """What one model made of the items, texts or errors, and how many seconds of audio it transcribed per second."""
-
-    texts: dict[Item, str]
-    errors: dict[Item, str]
-    rtfx: float
+Transcripts = Mapping[Item, ClipTranscript]
 
 
 def run(recipe: EvaluateRecipe) -> dict[str, Any]:
@@ -57,8 +50,8 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
         work = (out / WORK_FOLDER).absolute()
         work.mkdir()
         items = _items(recipe, work)
-        models = _transcribe_models(items, baseline, recipe, work)
-        report = _report(models, items, recipe)
+        models, rtfx = _transcribe_models(items, baseline, recipe, work)
+        report = _report(models, rtfx, items, recipe)
         (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         with (out / PREDICTIONS_FILE).open("w") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(models, items))
@@ -108,52 +101,52 @@ def _items(recipe: EvaluateRecipe, folder: Path) -> list[Item]:
 
 def _transcribe_models(
     items: Sequence[Item], baseline: str | None, recipe: EvaluateRecipe, work: Path
-) -> dict[str, ModelTranscripts]:
-    """Transcribe the items with the graft, again with each instruction, and with the baseline."""
+) -> tuple[dict[str, Transcripts], dict[str, float]]:
+    """Transcribe the items with the graft, again with each instruction, and with the baseline.
+
+    Returns the transcripts of each, and how many seconds of audio it transcribed per second.
+    """
     settings: dict[str, Any] = {"threads": recipe.threads_per_worker, "gpu": recipe.gpu, "dtype": recipe.dtype}
     workers = Workers(
         recipe.readers, recipe.workers, recipe.threads_per_worker, int(recipe.gpu), items_per_batch=recipe.batch_clips
     )
     connect(cpus=workers.cpus)
     reading = WINDOWS if recipe.windows else Reading(recipe.speech, recipe.chunks)
-    graft = graft_opener(recipe.model, **settings)
+    graft = model_opener("graft", recipe.model, **settings)
     pipelines = {"graft": Pipeline(reading, graft, workers)}
     for instruction in recipe.instructions:
         pipelines[f"graft {instruction}"] = Pipeline(reading, graft, workers, {"instruction": instruction})
     if baseline:
-        pipelines["whisper"] = Pipeline(reading, whisper_opener(baseline, **settings), workers)
-    models = {}
+        pipelines["whisper"] = Pipeline(reading, model_opener("whisper", baseline, **settings), workers)
+    models: dict[str, Transcripts] = {}
+    rtfx = {}
+    by_clip = {item.clip: item for item in items}  # items of swapped audio share the clips of others
     for number, (kind, pipeline) in enumerate(pipelines.items()):
         print(f"evaluate: {kind}", flush=True)
+        home = work / f"model-{number}"
+        clips = dict(zip(by_clip, transcribe_rows(as_rows([*by_clip.values()]), home, pipeline), strict=True))
         # The audio check is of the graft alone.
         own = [item for item in items if kind == "graft" or item.set_name != SWAPPED]
-        models[kind] = _transcribe(own, work / f"model-{number}", pipeline)
-    return models
+        models[kind], rtfx[kind] = {item: clips[item.clip] for item in own}, measured_rtfx(home)
+    return models, rtfx
 
 
-def _transcribe(items: Sequence[Item], home: Path, pipeline: Pipeline) -> ModelTranscripts:
-    """Transcribe the audio of items, each clip once: items of swapped audio share the clips of others."""
-    by_clip = {item.clip: item for item in items}
-    clips = dict(zip(by_clip, transcribe_rows(as_rows([*by_clip.values()]), home, pipeline), strict=True))
-    texts = {item: clip.text for item in items if not (clip := clips[item.clip]).error}
-    errors = {item: clip.error for item in items if (clip := clips[item.clip]).error}
-    return ModelTranscripts(texts, errors, measured_rtfx(home))
-
-
-def _report(models: Mapping[str, ModelTranscripts], items: Sequence[Item], recipe: EvaluateRecipe) -> dict[str, Any]:
+def _report(
+    models: Mapping[str, Transcripts], rtfx: Mapping[str, float], items: Sequence[Item], recipe: EvaluateRecipe
+) -> dict[str, Any]:
     sets: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(item.set_name for item in items):
-        for kind, model in models.items():
-            if scored := [item for item in items if item.set_name == name and item in model.texts]:
-                texts = [model.texts[item] for item in scored]
+        for kind, clips in models.items():
+            if scored := [item for item, clip in clips.items() if item.set_name == name and not clip.error]:
+                texts = [clips[item].text for item in scored]
                 sets.setdefault(name, {})[kind] = _scores(scored, texts, seed=recipe.seed)
     return {
         "model": recipe.model,
         "pipeline": "windows" if recipe.windows else "speech",
         "sets": sets,
         "expected": _verdicts(sets, recipe),
-        "rtfx": {kind: model.rtfx for kind, model in models.items()},
-        "errors": {item.audio_id: error for item, error in models["graft"].errors.items()},
+        "rtfx": dict(rtfx),
+        "errors": {item.audio_id: clip.error for item, clip in models["graft"].items() if clip.error},
     }
 
 
@@ -182,12 +175,11 @@ def _verdicts(sets: Mapping[str, Any], recipe: EvaluateRecipe) -> list[dict[str,
     return verdicts
 
 
-def _predictions(models: Mapping[str, ModelTranscripts], items: Sequence[Item]) -> list[dict[str, Any]]:
-    return [
-        {"set": item.set_name, "id": item.id, "audio_id": item.audio_id, "text": item.text}
-        | {kind: model.texts.get(item) for kind, model in models.items()}
-        for item in items
-    ]
+def _predictions(models: Mapping[str, Transcripts], items: Sequence[Item]) -> Iterator[dict[str, Any]]:
+    for item in items:
+        clips = {kind: model.get(item) for kind, model in models.items()}
+        texts = {kind: clip.text if clip and not clip.error else None for kind, clip in clips.items()}
+        yield {"set": item.set_name, "id": item.id, "audio_id": item.audio_id, "text": item.text} | texts
 
 
 def table(report: Mapping[str, Any]) -> str:

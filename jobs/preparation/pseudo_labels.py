@@ -11,7 +11,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,36 +60,37 @@ class TextsRecipe(Recipe):
     """Whether each worker takes a GPU."""
 
 
-@dataclass(frozen=True)
-class TextCommand:
-    """How a command makes texts out of rows and transcripts."""
+def write_texts(
+    recipe: TextsRecipe,
+    name: str,
+    *,
+    columns: Mapping[str, str],
+    needs_transcript: Callable[[str], bool],
+    line: Callable[["RowTable", int, "ClipTranscript | None"], dict[str, Any]],
+    counts: Callable[[Path], dict[str, Any]],
+    summary: Callable[[dict[str, Any]], str],
+) -> None:
+    """Write the texts of recipe.data for the command `name`, and result.json.
 
-    name: str
-    columns: Mapping[str, str]
-    """Names and Arrow types of its lines' columns: ID, text and more."""
-    needs_transcript: Callable[[str], bool]
-    """Whether a row with this text is transcribed."""
-    line: Callable[["RowTable", int, "ClipTranscript | None"], dict[str, Any]]
-    """A row, and its transcript if it needed one -> its line."""
-    counts: Callable[[Path], dict[str, Any]]
-    """texts.parquet -> the content of result.json."""
-    summary: Callable[[dict[str, Any]], str]
-    """The content of result.json -> one line for people."""
-
-
-def write_texts(recipe: TextsRecipe, command: TextCommand) -> dict[str, Any]:
-    """Write the texts of recipe.data; returns the content of result.json.
+    columns           names and Arrow types of the columns of texts.parquet: ID, text and more
+    needs_transcript  whether a row with this text is transcribed
+    line              a row, and its transcript if it needed one -> its line of texts.parquet
+    counts            texts.parquet -> the content of result.json
+    summary           the content of result.json -> one line for people
 
     Raises DataError, ModelError, OutputError, MissingExtra.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     from graft.data.dataset import read_rows
 
     from ..transcription.models import find_whisper
 
     out = Path(recipe.out).absolute()
     if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and (out / RESULT_FILE).is_file():
-        print(f"{command.name}: {recipe.out} is done already")
-        return json.loads((out / RESULT_FILE).read_text())
+        print(f"{name}: {recipe.out} is done already")
+        return
     whisper = find_whisper(recipe.model)
     rows = read_rows(recipe.data)
     if repeated := len(rows) - len(rows.ids.unique()):
@@ -99,12 +99,17 @@ def write_texts(recipe: TextsRecipe, command: TextCommand) -> dict[str, Any]:
             "give each its own, or columns.id=null"
         )
     claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)
-    _write_lines(rows, whisper, out, recipe, command)
-    result = command.counts(out / TEXTS_FILE)
+    is_needed = np.array([needs_transcript(rows.text(row)) for row in range(len(rows))])
+    clips = _transcribe(rows.select(is_needed), whisper, out / WORK_FOLDER, recipe) if is_needed.any() else iter(())
+    with atomic_file(out / TEXTS_FILE) as temporary, pq.ParquetWriter(temporary, pa.schema(columns)) as writer:
+        for start in range(0, len(rows), recipe.part_clips):
+            part = range(start, min(start + recipe.part_clips, len(rows)))
+            lines = [line(rows, row, next(clips) if is_needed[row] else None) for row in part]
+            writer.write_table(pa.Table.from_pylist(lines, schema=writer.schema))
+    result = counts(out / TEXTS_FILE)
     write_atomic(out / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
-    print(f"{command.name}: {command.summary(result)}; see {Path(recipe.out) / TEXTS_FILE}", flush=True)
-    return result
+    print(f"{name}: {summary(result)}; see {Path(recipe.out) / TEXTS_FILE}", flush=True)
 
 
 def report_untranscribed(rows: "RowTable", row: int, clip: "ClipTranscript") -> None:
@@ -112,23 +117,9 @@ def report_untranscribed(rows: "RowTable", row: int, clip: "ClipTranscript") -> 
     print(f"graft: {rows.id(row)}: {clip.error}", file=sys.stderr)
 
 
-def _write_lines(rows: "RowTable", whisper: str, out: Path, recipe: TextsRecipe, command: TextCommand) -> None:
-    """Write texts.parquet, once all the clips that need a transcript have one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    is_needed = np.array([command.needs_transcript(rows.text(row)) for row in range(len(rows))])
-    clips = _transcribe(rows.select(is_needed), whisper, out / WORK_FOLDER, recipe) if is_needed.any() else iter(())
-    with atomic_file(out / TEXTS_FILE) as temporary, pq.ParquetWriter(temporary, pa.schema(command.columns)) as writer:
-        for start in range(0, len(rows), recipe.part_clips):
-            part = range(start, min(start + recipe.part_clips, len(rows)))
-            lines = [command.line(rows, row, next(clips) if is_needed[row] else None) for row in part]
-            writer.write_table(pa.Table.from_pylist(lines, schema=writer.schema))
-
-
 def _transcribe(rows: "RowTable", whisper: str, home: Path, recipe: TextsRecipe) -> "Iterator[ClipTranscript]":
     """Transcribe all of the audio of rows, in windows."""
-    from ..transcription.models import whisper_opener
+    from ..transcription.models import model_opener
     from ..transcription.pipeline import Pipeline, Workers
     from ..transcription.reader import WINDOWS
     from ..transcription.runs import transcribe_rows
@@ -136,5 +127,5 @@ def _transcribe(rows: "RowTable", whisper: str, home: Path, recipe: TextsRecipe)
     threads, gpu = recipe.threads_per_worker, recipe.gpu
     workers = Workers(recipe.readers, recipe.workers, threads, int(gpu), recipe.batch_clips)
     connect(cpus=workers.cpus)
-    opener = whisper_opener(whisper, threads=threads, gpu=gpu, dtype=recipe.dtype)
+    opener = model_opener("whisper", whisper, threads=threads, gpu=gpu, dtype=recipe.dtype)
     return transcribe_rows(rows, home, Pipeline(WINDOWS, opener, workers))

@@ -48,6 +48,7 @@ TRANSCRIPTS = pa.schema(
 )
 _INDEX = pa.schema(
     [
+        ("id", pa.string()),
         ("item", pa.string()),
         ("attempt", pa.int32()),
         ("item_count", pa.int32()),
@@ -102,8 +103,8 @@ def whole_files(home: Path) -> list[Path]:
 
 def index_of(path: Path) -> pa.Table:
     """Read one file's part of the index."""
-    table = pq.read_table(path, columns=["item", "attempt", "item_count", "duration_s", "error"], partitioning=None)
-    columns = [*table.columns[:4], table["error"].is_valid(), pa.repeat(path.name, len(table))]
+    table = pq.read_table(path, columns=[*_INDEX.names[:-2], "error"], partitioning=None)
+    columns = [*table.columns[:-1], table["error"].is_valid(), pa.repeat(path.name, len(table))]
     return pa.table(columns, schema=_INDEX)
 
 
@@ -128,9 +129,7 @@ def join_recordings(plan: pa.Table, index: pa.Table, home: Path, out: Path, outp
 
 def with_files(plan: pa.Table, index: pa.Table) -> pa.Table:
     """Add a column `file` to a plan: the file in home/items that holds the item's result."""
-    files = plan.select(["item", "attempt"]).append_column("order", pa.array(range(len(plan)), pa.int64()))
-    files = files.join(index.select(["item", "attempt", "file"]), ["item", "attempt"]).sort_by("order")
-    return plan.append_column("file", files["file"])
+    return plan.append_column("file", index["file"].take(pc.index_in(plan["id"], index["id"])))
 
 
 def plan_parts(plan: pa.Table) -> Iterator[pa.Table]:

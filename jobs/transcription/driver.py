@@ -21,7 +21,7 @@ from ..common.cluster import connect
 from ..common.outputs import claim_output
 from .assembly import OutputSettings, Totals, join_recordings, read_index
 from .discovery import find_recordings
-from .models import Opener, graft_opener
+from .models import Opener, model_opener
 from .pipeline import Pipeline, Workers
 from .reader import Reading
 from .recipe import EXECUTION_KEYS, TranscribeRecipe
@@ -63,7 +63,17 @@ def transcribe(
     plan = at_attempts(items, done, retry_errors=recipe.retry_errors)
     reading = Reading(recipe.speech, recipe.chunks, recipe.channels)
     options = {"instruction": recipe.instruction, "context": recipe.context}
-    rtfx = run_plan(plan, done, home, Pipeline(reading, opener or _opener(recipe, aligner), workers, options))
+    opener = opener or model_opener(
+        "graft",
+        recipe.model,
+        threads=recipe.threads,
+        gpu=recipe.gpus_per_worker > 0,
+        dtype=recipe.dtype,
+        engine=recipe.engine,
+        quantization=recipe.quantization,
+        aligner=aligner,
+    )
+    rtfx = run_plan(plan, done, home, Pipeline(reading, opener, workers, options))
     formats = recipe.formats if recipe.out else ()
     output = OutputSettings(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner_name)
     totals = join_recordings(plan, read_index(home), home, out, output)
@@ -111,11 +121,6 @@ def _probe(uris: Sequence[str]) -> list[float | None]:
     ask = ray.remote(num_cpus=0.5)(durations)
     parts = [ask.remote(uris[start : start + FILES_PER_TASK]) for start in range(0, len(uris), FILES_PER_TASK)]
     return [seconds for part in parts for seconds in ray.get(part)]
-
-
-def _opener(recipe: TranscribeRecipe, aligner: str | None) -> Opener:
-    settings = {key: getattr(recipe, key) for key in ("threads", "dtype", "engine", "quantization")}
-    return graft_opener(recipe.model, gpu=bool(recipe.gpus_per_worker), aligner=aligner, **settings)
 
 
 def _summary(totals: Totals, rtfx: float | None, seconds: float, price: float | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from graft.audio.chunking import Chunk, windows
 from graft.checkpoints.names import from_anywhere
@@ -28,16 +28,10 @@ class ChunkTranscriber(Protocol):
 Opener = Callable[[], ChunkTranscriber]
 
 
-def graft_opener(model: str, *, threads: int, gpu: bool, **settings: Any) -> Opener:
-    """Return a function that opens a graft in a worker; `settings` are those of graft.load."""
-    device = "cuda" if gpu else "cpu"
-    return functools.partial(_open_graft, from_anywhere(model), threads=threads, device=device, **settings)
-
-
-def whisper_opener(checkpoint: str, *, threads: int, gpu: bool, dtype: str | None) -> Opener:
-    """Return a function that opens a Whisper checkpoint in a worker."""
-    device = "cuda" if gpu else "cpu"
-    return functools.partial(_open_whisper, from_anywhere(checkpoint), threads=threads, device=device, dtype=dtype)
+def model_opener(kind: Literal["graft", "whisper"], model: str, *, threads: int, gpu: bool, **settings: Any) -> Opener:
+    """Return a function that opens a model in a worker; `settings` are those of graft.load, of Whisper `dtype` alone."""
+    opener: Callable[..., ChunkTranscriber] = _open_graft if kind == "graft" else _open_whisper
+    return functools.partial(opener, from_anywhere(model), threads=threads, device="cuda" if gpu else "cpu", **settings)
 
 
 def find_whisper(name: str) -> str:

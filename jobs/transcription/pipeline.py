@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,9 +27,6 @@ from ..common.cli import user_message
 from .models import ChunkTranscriber, Opener
 from .reader import FAULTS_IN_A_ROW, KEYS, MEASURED, READ, ItemReader, Reading, chunk_of
 
-if TYPE_CHECKING:
-    import ray.data
-
 GIB = 2**30
 CONCURRENT_BATCHES = 3
 """Batches that a worker transcribes at a time. The last answers of a batch leave slots of the engine free, which the
@@ -38,6 +35,9 @@ next batches fill; two batches may end together."""
 MALLOC_ENV = {"env_vars": {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}}
 """Settings of glibc for the workers' processes. Without them it keeps the memory of features and samples that were
 freed: 700 MB of 2,300 MB on ten hours of audio."""
+
+PER_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "runtime_env": MALLOC_ENV}
+"""A call of both steps takes a whole block, which is a batch of items."""
 
 WORDS = pa.list_(pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("text", pa.string())]))
 SEGMENTS = pa.list_(
@@ -157,47 +157,38 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
     context.checkpoint_config = CheckpointConfig(
         id_column="id", checkpoint_path=str(home / "done"), delete_checkpoint_on_success=False
     )
+    workers = pipeline.workers
+    batch_count = math.ceil(pq.read_metadata(plan).num_rows / workers.items_per_batch)
     with ray.data.DataContext.current(context), warnings.catch_warnings():
         # Without checkpoints a run that is started again would begin anew.
         warnings.filterwarnings("error", message=".*logical plan doesn't support")
+        planned = ray.data.read_parquet(str(plan))
+        # strict, or what is left of each block is a batch of its own
+        items = planned.repartition(target_num_rows_per_block=workers.items_per_batch, strict=True)
+        read = items.map_batches(
+            ItemReader,
+            fn_constructor_args=[pipeline.reading, home / "reading"],
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers.readers),
+            num_cpus=1,
+            memory=GIB,
+            **PER_BLOCK,
+        )
+        transcribed = read.map_batches(
+            ItemTranscriber,
+            fn_constructor_args=[pipeline.opener, pipeline.options],
+            compute=ray.data.ActorPoolStrategy(
+                size=min(workers.transcribers, batch_count),
+                max_concurrent_calls_per_actor=CONCURRENT_BATCHES,
+                enable_true_multi_threading=True,
+                max_tasks_in_flight_per_actor=CONCURRENT_BATCHES + 2,
+            ),
+            num_cpus=workers.cpus_per_transcriber,
+            num_gpus=workers.gpus_per_transcriber,
+            **PER_BLOCK,
+        )
         try:
-            _dataset(plan, home, pipeline).write_parquet(str(home / "items"))
+            transcribed.write_parquet(str(home / "items"))
         except Exception as error:
             if message := user_message(error):
                 raise ModelError(message) from error
             raise
-
-
-def _dataset(plan: Path, home: Path, pipeline: Pipeline) -> "ray.data.Dataset":
-    import ray.data
-
-    workers = pipeline.workers
-    batch_count = math.ceil(pq.read_metadata(plan).num_rows / workers.items_per_batch)
-    planned = ray.data.read_parquet(str(plan))
-    # strict, or what is left of each block is a batch of its own
-    items = planned.repartition(target_num_rows_per_block=workers.items_per_batch, strict=True)
-    read = items.map_batches(
-        ItemReader,
-        fn_constructor_args=[pipeline.reading, home / "reading"],
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers.readers),
-        num_cpus=1,
-        memory=GIB,
-        runtime_env=MALLOC_ENV,
-    )
-    return read.map_batches(
-        ItemTranscriber,
-        fn_constructor_args=[pipeline.opener, pipeline.options],
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            size=min(workers.transcribers, batch_count),
-            max_concurrent_calls_per_actor=CONCURRENT_BATCHES,
-            enable_true_multi_threading=True,
-            max_tasks_in_flight_per_actor=CONCURRENT_BATCHES + 2,
-        ),
-        num_cpus=workers.cpus_per_transcriber,
-        num_gpus=workers.gpus_per_transcriber,
-        runtime_env=MALLOC_ENV,
-    )

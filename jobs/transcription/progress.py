@@ -30,7 +30,7 @@ class BulkProgress:
         self._expected_s = plan["expected_s"]
         self._items = self._errors = 0
         self._recordings = self._audio_s = 0.0
-        self._add(plan.select(["item", "attempt"]).join(done, ["item", "attempt"], join_type="inner"))
+        self._add(done.filter(pc.is_in(done["id"], plan["id"])))
         self._start, self._audio_before_s = time.monotonic(), self._audio_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="graft-progress", daemon=True)

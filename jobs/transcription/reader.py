@@ -48,12 +48,6 @@ class Reading:
     chunks: ChunkSettings
     channels: Literal["mix", "split"] = "mix"
 
-    def chunker(self) -> Callable[[AudioClip], list[Chunk]]:
-        """Return the function that cuts a clip; it is for one thread."""
-        if self.speech is None:
-            return functools.partial(windows, max_s=self.chunks.max_s)
-        return Chunker(self.speech, self.chunks)
-
 
 WINDOWS = Reading(None, ChunkSettings(max_s=30.0))
 """All of the audio in windows of up to 30 s, the longest that Whisper takes; nobody looks for speech in it."""
@@ -71,7 +65,11 @@ class ItemReader:
 
         torch.set_num_threads(1)
         self._channels = reading.channels
-        self._chunker = reading.chunker()
+        self._chunker: Callable[[AudioClip], list[Chunk]] = (
+            Chunker(reading.speech, reading.chunks)
+            if reading.speech
+            else functools.partial(windows, max_s=reading.chunks.max_s)
+        )
         self._corpora = RowReader([])  # one reader for all parquet files, so that few row groups are held
         self._file_numbers: dict[CorpusFile, int] = {}  # a parquet file -> its place in the reader's list
         self._crashes = CrashTracker(notes) if notes else None

@@ -42,7 +42,7 @@ def run_plan(plan: pa.Table, done: pa.Table, home: Path, pipeline: Pipeline) -> 
     Returns the seconds of audio for each second of this run, None where nothing was left to do. Raises as
     transcribe_items.
     """
-    if not plan.join(done.select(["item", "attempt"]), ["item", "attempt"], join_type="left anti").num_rows:
+    if pc.all(pc.is_in(plan["id"], done["id"])).as_py():
         return None
     with atomic_file(home / "plan.parquet") as temporary:
         pq.write_table(plan, temporary, row_group_size=50_000)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from graft.audio.chunking import Chunk, windows
-from graft.checkpoints.names import from_anywhere
+from graft.checkpoints.names import absolute_checkpoint
 from graft.inference.transcript import Segment
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ Opener = Callable[[], ChunkTranscriber]
 
 
 def model_opener(kind: Literal["graft", "whisper"], model: str, *, threads: int, gpu: bool, **settings: Any) -> Opener:
-    """Return a function that opens a model in a worker; `settings` are those of graft.load, of Whisper `dtype` alone."""
+    """Return a function that opens a model in a worker; `settings` are those of graft.load, for Whisper only `dtype`."""
     opener: Callable[..., ChunkTranscriber] = _open_graft if kind == "graft" else _open_whisper
-    return functools.partial(opener, from_anywhere(model), threads=threads, device="cuda" if gpu else "cpu", **settings)
+    return functools.partial(
+        opener, absolute_checkpoint(model), threads=threads, device="cuda" if gpu else "cpu", **settings
+    )
 
 
 def find_whisper(name: str) -> str:

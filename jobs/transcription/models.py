@@ -29,7 +29,7 @@ Opener = Callable[[], ChunkTranscriber]
 
 
 def model_opener(kind: Literal["graft", "whisper"], model: str, *, threads: int, gpu: bool, **settings: Any) -> Opener:
-    """Return a function that opens a model in a worker; `settings` are those of graft.load, for Whisper only `dtype`."""
+    """Return a function that opens a model in a worker; `settings` are graft.load's, for Whisper `dtype` alone."""
     opener: Callable[..., ChunkTranscriber] = _open_graft if kind == "graft" else _open_whisper
     return functools.partial(
         opener, absolute_checkpoint(model), threads=threads, device="cuda" if gpu else "cpu", **settings

@@ -152,7 +152,7 @@ def test_a_model_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     lines = [line for line in result.stderr.splitlines() if "WARNING" not in line and "logging.cc" not in line]
     assert len(lines) == 1
     assert lines[0].startswith("graft: error: ")
-    assert lines[0].endswith("is all zeros, so the model is deaf: train stage 1 or build it again")
+    assert lines[0].endswith("is all zeros, so audio has no effect: train stage 1 or build it again")
     assert not (tmp_path / "out").exists()
 
 

@@ -64,7 +64,7 @@ class WhisperTranscriber:
         await asyncio.sleep(0)  # every other item adds its chunks before the first one goes on
         if len(answers) < len(clips):
             with self._lock:
-                answers += self._whisper.hear_many(clips[len(answers) :])
+                answers += self._whisper.transcribe_many(clips[len(answers) :])
         return [
             Segment(chunk.start_s, chunk.start_s + chunk.clip.duration_s, answer.text, answer.mean_logprob)
             for chunk, answer in zip(chunks, answers[start : start + len(chunks)], strict=True)

@@ -117,7 +117,7 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
     chunker = Chunker(SpeechSettings(threshold=0.4), ChunkSettings(max_pause_s=0.4))
     for name, clip in clips.items():
         answers = baseline.transcribe_many([chunk.clip for chunk in chunker(clip)])
-        assert heard[name]["whisper"] == " ".join(filter(None, answers))
+        assert heard[name]["whisper"] == " ".join(answer.text for answer in answers if answer.text)
 
 
 def test_windows_are_of_all_of_a_clip_and_the_report_says_so(

@@ -51,7 +51,7 @@ def test_the_stand_in_answers_at_its_rate_and_without_loops(graft: str) -> None:
     assert not has_repeated_ngram(engine._answer_ids, 2 * NO_REPEAT_NGRAM)
 
     async def count_tokens() -> int:
-        return len([token async for token in engine.stream(transcriber._request(clips[0], ""))])
+        return len([token async for token in engine.stream(transcriber._make_request(clips[0], ""))])
 
     assert asyncio.run(count_tokens()) == round(-(-len(clips[0].samples) // 160) / 100 * TOKENS_PER_S)
     transcriber.close()

@@ -1,5 +1,7 @@
-"""What several files of tests ask for; imports nothing that a bare machine lacks."""
+"""Fixtures that several files of tests use; imports nothing that a bare machine lacks."""
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -8,18 +10,54 @@ from jobs.common.console import quiet_libraries
 
 quiet_libraries()  # before a test imports transformers: commands run in this process too, and print one line to stderr
 
+RAY_CPUS = 16
+"""Logical CPUs of the shared Ray: as many as the largest job and the largest service in the tests ask for together."""
+RAY_VARIABLES = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.http.proxy_middleware:middlewares",
+    "RAY_metrics_report_interval_ms": "1000",
+}
+"""What Ray's own processes must know when they start, so that services can be tested on the shared Ray, too."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.import_plugin("tests.support.hygiene")
+    # A shell's background jobs ignore interrupts, and so would the servers that tests start and interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def _shared_ray() -> Iterator[None]:
+    """End the shared Ray after the last test."""
+    yield
+    import ray
+
+    ray.shutdown()
+
 
 @pytest.fixture(scope="module")
-def ray_started() -> None:
-    """A local Ray. Not inside a test: Ray's loggers keep the stderr they first see, and a test's own is closed after it."""
-    from jobs.common.cluster import connect
+def ray_started(_shared_ray: None) -> None:
+    """Start the local Ray that all tests of this process share; after a module with a cluster of its own, another one.
 
-    connect()
+    A fixture starts it rather than a test, because Ray's loggers keep the stderr that they see first, and that of a
+    test is closed after it.
+    """
+    from jobs.common.cluster import connect
+    from tests.support.hygiene import choose_cache
+
+    before = dict(os.environ)
+    os.environ.update(RAY_VARIABLES)
+    choose_cache(os.environ, bundled=True)  # its workers serve all tests
+    try:
+        connect(cpus=RAY_CPUS)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture
 def thread_count() -> Iterator[None]:
-    """Benchmarks measure one core; the tests after them keep what they had."""
+    """Restore the number of threads after a test that measures one core."""
     import torch
 
     count = torch.get_num_threads()

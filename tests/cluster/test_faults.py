@@ -36,7 +36,7 @@ from tests.support.faults import (
 from tests.support.ray_service import APP, REQUEST_TIMEOUT_S, speech_flac
 from tests.support.speech_corpus import corpus, row
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200), pytest.mark.ray]
 
 CLIPS, RECORDINGS, REQUESTS = 33, 60, 40
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -12,7 +11,6 @@ from graft.config import read_recipe
 from graft.errors import RecipeError
 from jobs.ablate import AblateRecipe, run, trials
 from jobs.common.cli import run_job
-from jobs.common.cluster import connect
 from jobs.evaluation.ablation_table import table
 from tests.support import tiny_models
 from tests.support.paths import ROOT
@@ -28,15 +26,6 @@ TRAINING = {
     "log_every": 1,
 }
 CLIPS = 12
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Any:
-    import ray
-
-    connect()
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
@@ -68,8 +57,9 @@ def times(folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_started")
 def test_variants_share_a_stage_and_go_on_after_a_fault(
-    cluster: None, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
 

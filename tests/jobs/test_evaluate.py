@@ -20,7 +20,6 @@ from graft.inference.engines.whisper_baseline import WhisperBaseline
 from graft.inference.transcriber import open_transcriber
 from graft.text.wer import score
 from jobs.common.cli import run_job
-from jobs.common.cluster import connect
 from jobs.evaluate import EvaluateRecipe, main
 from tests.support import media, tiny_models
 from tests.support.jobs import transcribe
@@ -28,13 +27,7 @@ from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    import ray
-
-    connect()
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_started")
 
 
 def test_rates_are_compared_with_what_is_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,13 +27,12 @@ from graft.inference.transcriber import open_transcriber
 from graft.inference.transcript import Transcript
 from graft.text.wer import score
 from jobs import check, evaluate, merge, stage1, stage2
-from jobs.common.cluster import connect
 from jobs.evaluation import scoring
 from tests.support import tiny_models
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_started")]
 
 CHECKPOINT_EVERY = 2
 KILL_S = 120
@@ -79,13 +78,11 @@ class Home:
         return stage1.Stage1Recipe.model_validate({**settings, **changed})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def address() -> Any:
+@pytest.fixture(scope="module")
+def address(ray_started: None) -> str:
     import ray
 
-    connect()
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    return ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.support.ray_service import (
     start_serve,
 )
 
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow, pytest.mark.ray]
 
 CLI = [sys.executable, "-m", "ray.serve.scripts"]
 

@@ -26,7 +26,7 @@ from tests.support.ray_service import (
     speech_flac,
 )
 
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow, pytest.mark.ray]
 
 CLIENTS = 20
 UPLOADS = [speech_flac(seconds, first=10 * number) for number, seconds in enumerate([3, 9, 20, 45])]

@@ -278,6 +278,7 @@ for error in [WorkerGroupError("rank 1 ...", {0: RuntimeError("gloo"), 1: wrappe
 """
 
 
+@pytest.mark.ray
 def test_errors_are_found_inside_rays_wrappers(tmp_path):
     result = run([], cwd=tmp_path, code=RAY)
     messages = [line.removeprefix("MESSAGE ") for line in result.stdout.splitlines() if line.startswith("MESSAGE ")]

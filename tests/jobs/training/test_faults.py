@@ -46,7 +46,7 @@ from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, row
 from tests.support.training import batches_after
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow, pytest.mark.ray]
 
 EPOCHS, CLIPS = 12, 41
 

@@ -19,7 +19,7 @@ from tests.support import media, tiny_models
 from tests.support.faults import DEADLINE_S, Machines, machines, processes
 from tests.support.paths import ROOT
 
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow, pytest.mark.ray]
 
 RECORDINGS, KILLS = 300, 20
 COMING_S = 30

@@ -21,7 +21,7 @@ from tests.support.faults import until
 from tests.support.isolated import forked_by_forkservers
 from tests.support.ray_service import RunningService, own_ray, serving, speech_flac
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 KEY = "sk-test-of-hostile-files"
 FILES, REQUESTS = 500, int(os.environ.get("GRAFT_SOAK_REQUESTS", "10000"))

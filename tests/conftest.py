@@ -55,6 +55,11 @@ def ray_started(_shared_ray: None) -> None:
         os.environ.update(before)
 
 
+@pytest.fixture(scope="session")
+def bundled_weights() -> None:
+    """Give the mark `bundled` to the tests that use this fixture, or others that do."""
+
+
 @pytest.fixture
 def thread_count() -> Iterator[None]:
     """Restore the number of threads after a test that measures one core."""

@@ -1,7 +1,7 @@
 """Checks that every test must pass besides its own: it leaves no process behind, and its marks tell what it needs.
 
-tests/conftest.py loads this file as a plugin. A test that uses Ray has the mark `ray`, by the fixture ray_started or by
-hand; a test that opens the bundled weights has the mark `bundled`.
+tests/conftest.py loads this file as a plugin. A test that uses Ray has the mark `ray`, and one that opens the
+bundled weights `bundled`: by the fixtures that MARKS names, which other fixtures may use, or by hand.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = tuple(f"{ROOT / room}{os.sep}" for room in ("graft", "jobs", "serve"))
+MARKS = {"ray_started": "ray", "bundled_weights": "bundled"}
 CACHE = "GRAFT_CACHE"
 USER_CACHE = os.environ.get(CACHE)
 EMPTY_CACHE = Path(tempfile.gettempdir(), f"graft-tests-{os.getpid()}")
@@ -57,7 +58,7 @@ class Watch:
             yield "it uses Ray: give it the fixture ray_started, or the mark `ray`"
         if (EMPTY_CACHE / "bundled").exists():
             shutil.rmtree(EMPTY_CACHE)
-            yield "it opens the bundled weights: give it the mark `bundled`"
+            yield "it opens the bundled weights: give it the fixture bundled_weights, or the mark `bundled`"
         if has_zombie() and (left := zombies() - self.zombies):
             self.zombies |= left
             yield f"it has not waited for its processes {sorted(left)}, which have ended"
@@ -82,10 +83,10 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use the shared Ray; where processes share the tests, begin with the files that use it."""
+    """Mark tests by their fixtures; where processes share the tests, begin with the files that use Ray."""
     for item in items:
-        if "ray_started" in getattr(item, "fixturenames", ()):
-            item.add_marker("ray")
+        for fixture in MARKS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKS[fixture])
     if "PYTEST_XDIST_WORKER" in os.environ:
         with_ray = {item.path for item in items if item.get_closest_marker("ray")}
         items.sort(key=lambda item: item.path not in with_ray)

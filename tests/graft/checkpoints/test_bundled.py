@@ -37,6 +37,8 @@ from graft.checkpoints.bundled.gguf import VISION_TOKENS
 from graft.errors import MissingExtra, ModelError
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.bundled
+
 PROMPTS = ROOT / "jobs" / "data" / "prompts"
 FRANCE = "The capital of France is"
 

@@ -18,7 +18,7 @@ PROMPTS = ROOT / "jobs" / "data" / "prompts"
 
 
 @pytest.fixture(scope="module")
-def transcriber():
+def transcriber(bundled_weights):
     transcriber = graft.load("small")
     yield transcriber
     transcriber.close()
@@ -35,6 +35,7 @@ def test_its_files_are_small_and_say_what_they_are() -> None:
     assert {path.stem for path in (SMALL / "recipes").iterdir()} >= {"build", "stage1", "stage2"}
 
 
+@pytest.mark.bundled
 def test_its_name_opens_the_whole_graft() -> None:
     folder = installed_graft("small")
     assert base_graft("small") == str(folder.resolve())

@@ -25,7 +25,7 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def whisper() -> WhisperAligner:
+def whisper(bundled_weights) -> WhisperAligner:
     return WhisperAligner(bundled_whisper())
 
 

@@ -505,6 +505,7 @@ def test_a_closed_engine_ends_its_streams_with_an_error():
 
 
 @pytest.mark.slow
+@pytest.mark.bundled
 def test_on_bundled_weights_tokens_equal_generate_while_rows_join_and_leave():
     model, processor = build_graft(str(bundled_whisper()), str(bundled_qwen2vl()))
     rows = [json.loads(line) for line in (PROMPTS / "train.jsonl").read_text().splitlines()[:16]]

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
@@ -17,6 +18,7 @@ from tests.support.speech_corpus import flac, save_tiny_whisper
 PROMPTS = ROOT / "jobs" / "data" / "prompts"
 
 
+@pytest.mark.bundled
 def test_speech_comes_out_right_batched_alone_and_over_30_s():
     rows = [json.loads(line) for line in (PROMPTS / "unseen.jsonl").read_text().splitlines()[:4]]
     texts = [row["text"] for row in rows]

@@ -89,10 +89,17 @@ def step_share(processor: GraftProcessor, steps: Sequence[int], rank: int, world
 def in_processes(count: int, cases: Sequence[Case], scratch: Path) -> list[list[dict[str, Any]]]:
     """Train the cases one after the other in `count` processes joined by gloo.
 
-    Returns for each case the results of each process.
+    Returns for each case the results of each process. One fresh process imports what all need, then forks them.
     """
-    torch.multiprocessing.spawn(_join, args=(count, cases, str(scratch)), nprocs=count)
+    torch.multiprocessing.spawn(_fork, args=(count, cases, str(scratch)), nprocs=1)
     return [[torch.load(scratch / f"{rank}-{index}.pt") for rank in range(count)] for index in range(len(cases))]
+
+
+def _fork(_: int, count: int, cases: Sequence[Case], scratch: str) -> None:
+    if any(name.startswith("zero") for case in cases for name in case.backends):
+        import deepspeed  # noqa: F401
+
+    torch.multiprocessing.start_processes(_join, args=(count, cases, scratch), nprocs=count, start_method="fork")
 
 
 def _join(rank: int, count: int, cases: Sequence[Case], scratch: str) -> None:

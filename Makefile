@@ -35,7 +35,7 @@ demo: $(READY) ## transcribe, train, merge, evaluate and serve with the bundled 
 	python -m jobs.demo
 
 test: $(READY) ## the tests, two at a time (15 minutes on 2 cores)
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(READY) ## run the tests that kill workers, drivers and nodes (15 minutes on 2 cores)
 	python -m pytest -m slow

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,6 @@ quiet_libraries()  # before a test imports transformers: commands run in this pr
 
 RAY_CPUS = 16
 """Logical CPUs of the shared Ray: as many as the largest job and the largest service in the tests ask for together."""
-RAY_VARIABLES = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.http.proxy_middleware:middlewares",
-    "RAY_metrics_report_interval_ms": "1000",
-}
-"""What Ray's own processes must know when they start, so that services can be tested on the shared Ray, too."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,6 +20,19 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell's background jobs ignore interrupts, and so would the servers that tests start and interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> Any:
+    """Give each file to one process, and each group of files by their mark xdist_group; begin with the first."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class FilesAndGroups(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return super()._split_scope(nodeid).partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return FilesAndGroups(config)
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +53,7 @@ def ray_started(_shared_ray: None) -> None:
     """
     from jobs.common.cluster import connect
     from tests.support.hygiene import choose_cache
+    from tests.support.ray_service import RAY_VARIABLES
 
     before = dict(os.environ)
     os.environ.update(RAY_VARIABLES)

@@ -41,6 +41,8 @@ class Watch:
     def begin(self, item: pytest.Item) -> None:
         """Prepare the checks before any fixture of a test runs."""
         choose_cache(os.environ, bundled=item.get_closest_marker("bundled") is not None)
+        if torch := sys.modules.get("torch"):
+            torch.manual_seed(0)  # whatever was drawn before
         if item.path != self.module:
             self.module, self.children = item.path, set(child_processes())
         self.had_ray, self.joined_ray = ray_runs(), False

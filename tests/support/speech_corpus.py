@@ -13,6 +13,7 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 from graft.audio.clip import SAMPLE_RATE
 from graft.data.dataset import write_corpus
 from tests.support import tiny_models
+from tests.support.built_once import built_once
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -45,6 +46,7 @@ def corpus(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 BROKEN = {"wav": {"bytes": b"no audio at all", "path": "broken.flac"}}
 
 
+@built_once
 def save_tiny_whisper(folder: Path) -> str:
     """Write a whole tiny Whisper, which answers with random bytes."""
     words = tiny_models.tokenizer()

@@ -19,6 +19,7 @@ from graft.model.configuration import GraftConfig, audio_token_count
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.tokens import AUDIO_TOKENS
 from graft.processor import GraftProcessor
+from tests.support.built_once import built_once
 
 VOCABULARY = 120
 IMAGE_ID, VIDEO_ID, VISION_START_ID, VISION_END_ID, AUDIO_ID = 100, 101, 102, 103, 110
@@ -154,6 +155,7 @@ def tokenizer(*, audio: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
+@built_once
 def save_tiny_graft(folder: str | Path, *, seed: int = 0, width: int = 32, **audio: object) -> Path:
     """Write a whole tiny graft that open_graft and graft.load read: random model, byte tokenizer, processor.
 
@@ -194,6 +196,7 @@ def save_tiny_graft(folder: str | Path, *, seed: int = 0, width: int = 32, **aud
     return Path(folder)
 
 
+@built_once
 def save_text_base(folder: Path, *, spare_rows: int = 8, tied: bool = False, seed: int = 3, width: int = 32) -> str:
     """Make the text base; `width` is as in save_tiny_graft."""
     words = tokenizer(audio=False)
@@ -214,6 +217,7 @@ def save_text_base(folder: Path, *, spare_rows: int = 8, tied: bool = False, see
     return str(folder)
 
 
+@built_once
 def save_audio_base(folder: Path) -> str:
     whisper_model().save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)

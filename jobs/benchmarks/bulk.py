@@ -62,7 +62,7 @@ FEW, MANY, PLANNED = 100, 10_000, 1_000_000
 SHORT_S, LONG_HOURS = 0.3, 10.0
 
 ABOUT_PIPELINE = f"""\
-clips of 2 to 20 s, 10 on average, FLAC; {ITEMS_PER_BATCH} to a batch, {CONCURRENT_BATCHES} batches are transcribed at a time
+clips of 2 to 20 s, 10 on average, FLAC; {ITEMS_PER_BATCH} to a batch, {CONCURRENT_BATCHES} batches at a time
 device  a stand-in that takes as long as one H200 at half its peak with a 7B graft, {H200_RATE:g} s of audio a second
 slowed  the device made so slow that one core reads {HEADROOM:g} times as fast as it transcribes
 bare    one process: a thread reads, {AHEAD} batches ahead, {CONCURRENT_BATCHES} threads transcribe and write parquet

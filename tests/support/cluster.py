@@ -137,7 +137,7 @@ class Checkout:
         return cls(folder)
 
     def submit(self, cluster: Cluster, *arguments: str, env: Sequence[str] = ()) -> tuple[int, str]:
-        """Run a job by jobs.submit, from a folder that is not the checkout; returns the exit code and what was printed."""
+        """Run a job by jobs.submit from another folder than the checkout; returns the exit code and the output."""
         variables = [f"--env={one}" for one in env]
         command = [sys.executable, "-m", "jobs.submit", "--address", cluster.dashboard, *variables, *arguments]
         return _run(command, cwd="/", environment={**cluster.environment, "PYTHONPATH": str(self.folder)})

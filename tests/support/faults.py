@@ -1,4 +1,4 @@
-"""A small Ray cluster of one's own whose processes can be killed while a job runs, and what is left of the job's runs to compare."""
+"""Start a small Ray cluster whose processes can be killed while a job runs, and compare what its runs leave."""
 
 import contextlib
 import json
@@ -36,7 +36,8 @@ class Machines:
     nodes: list[Any] = field(default_factory=list)
 
     def add(self, *, cpus: int = 2, **resources: float) -> Any:
-        # Only the main thread may set signals' handlers, by which a node ends with this process; the cluster's own end ends it in any case.
+        # Only the main thread may set the signal handlers by which a node ends with this process. The end of the cluster
+        # ends the node anyway.
         self.cluster._shutdown_at_exit = threading.current_thread() is threading.main_thread()
         self.nodes.append(self.cluster.add_node(num_cpus=cpus, resources=resources, object_store_memory=256 * 2**20))
         return self.nodes[-1]
@@ -57,8 +58,8 @@ def machines(node_count: int) -> Iterator[Machines]:
     from ray.cluster_utils import Cluster
 
     ray.shutdown()  # of a module before this one
-    # Train asks the dashboard whether its controller lives; without one it would ask another Ray on this machine. On port None it takes a
-    # free one.
+    # Ray Train asks the dashboard whether its controller lives; without a dashboard it would ask another Ray on this
+    # machine. With port None the dashboard takes a free port.
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": None, "object_store_memory": 256 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     own, before = Machines(cluster), os.environ.get("RAY_ADDRESS")

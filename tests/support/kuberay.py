@@ -1,7 +1,7 @@
 # ruff: noqa: N815
-"""What KubeRay 1.6's operator takes of its custom resources, by the reference of its API (ray.io/v1): fields, types, values.
+"""Check KubeRay's custom resources against the fields, types and values of the API reference of KubeRay 1.6 (ray.io/v1).
 
-No package holds KubeRay's schemas. Of a pod, Kubernetes' own are in kubernetes-validate; a template here is any mapping.
+No package holds KubeRay's schemas. kubernetes-validate holds those of pods, so a pod template is any mapping here.
 """
 
 from typing import Any, Literal

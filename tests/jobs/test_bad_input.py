@@ -151,7 +151,7 @@ def test_a_fault_is_one_line_and_leaves_nothing(
     import ray
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ray, "is_initialized", lambda: pytest.fail("the fault is found too late: a cluster is asked for"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: pytest.fail("the fault is found only after a cluster starts"))
     arguments = filled(fault.arguments, things) + ([] if fault.job == "check" else ["out=out"])
     recipe_class, main = JOBS[fault.job]
     assert run_job(recipe_class, main, summary="", argv=arguments) == 2

@@ -36,7 +36,7 @@ class Machines:
     nodes: list[Any] = field(default_factory=list)
 
     def add(self, *, cpus: int = 2, **resources: float) -> Any:
-        # Only the main thread may set the signal handlers by which a node ends with this process. The end of the cluster
+        # Only the main thread may set the signal handlers by which a node ends with this process. The cluster's end
         # ends the node anyway.
         self.cluster._shutdown_at_exit = threading.current_thread() is threading.main_thread()
         self.nodes.append(self.cluster.add_node(num_cpus=cpus, resources=resources, object_store_memory=256 * 2**20))

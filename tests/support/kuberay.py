@@ -1,5 +1,5 @@
 # ruff: noqa: N815
-"""Check KubeRay's custom resources against the fields, types and values of the API reference of KubeRay 1.6 (ray.io/v1).
+"""Check KubeRay's custom resources against the fields, types and values of KubeRay 1.6's API reference (ray.io/v1).
 
 No package holds KubeRay's schemas. kubernetes-validate holds those of pods, so a pod template is any mapping here.
 """

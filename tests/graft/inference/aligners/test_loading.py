@@ -90,6 +90,7 @@ def words_are_in_order(transcript: Transcript) -> bool:
     )
 
 
+@pytest.mark.bundled
 def test_aligners_open_by_their_kind_and_are_named_by_it(folders, tmp_path):
     assert find_aligner("whisper") == ("whisper", "whisper-base, cross-attention")
     for kind, name in {"whisper": "tiny-whisper, cross-attention", "ctc": "tiny-ctc, CTC"}.items():

@@ -34,10 +34,10 @@ help: ## list the targets
 demo: $(READY) ## transcribe, train, merge, evaluate and serve with the bundled speech (10 minutes on 2 cores); results in runs/demo
 	python -m jobs.demo
 
-test: $(READY) ## run the tests in two processes (8 minutes on 2 cores)
+test: $(READY) ## run the tests in two processes (15 minutes on 2 busy cores)
 	python -m pytest -n 2 --dist loadgroup
 
-test-fast: $(READY) ## run those of them that need neither Ray nor the bundled weights (90 seconds on 2 cores)
+test-fast: $(READY) ## run those of them that need neither Ray nor the bundled weights
 	python -m pytest -n 2 --dist loadgroup -m "not ray and not bundled and not slow and not cluster and not gpu and not vllm"
 
 test-slow: $(READY) ## run the tests that kill workers, drivers and nodes (15 minutes on 2 cores)

@@ -52,17 +52,15 @@ def ray_started(_shared_ray: None) -> None:
     test is closed after it.
     """
     from jobs.common.cluster import connect
-    from tests.support.hygiene import choose_cache
+    from tests.support.hygiene import CACHE, choose_cache
     from tests.support.ray_service import RAY_VARIABLES
 
-    before = dict(os.environ)
-    os.environ.update(RAY_VARIABLES)
-    choose_cache(os.environ, bundled=True)  # its workers serve all tests
-    try:
+    with pytest.MonkeyPatch.context() as environment:  # what Ray itself adds must stay: those who join need its token
+        for name, value in RAY_VARIABLES.items():
+            environment.setenv(name, value)
+        environment.setenv(CACHE, "")  # as it is now, it is to be again
+        choose_cache(os.environ, bundled=True)  # its workers serve all tests
         connect(cpus=RAY_CPUS)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

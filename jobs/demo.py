@@ -91,7 +91,7 @@ def run(recipe: DemoRecipe) -> None:
     bases = "Whisper base's encoder on SmolLM2-135M, with the trained part that comes with graft"
     demo.step("build", bases, lambda: build.run(built))
     transcribed = _transcribe_recipe(demo, "graft", files)
-    demo.step("transcribe", "three files that it was not trained on", lambda: transcribe.main(transcribed))
+    demo.step("transcribe", "three files that it was not trained on", lambda: transcribe.run(transcribed))
     _print_transcripts(demo, clips, "graft")
     before = demo.step("evaluate", "before training", lambda: scoring.run(_evaluate_recipe(demo, "graft")))
     first = demo.step("stage1", "the projector alone, DeepSpeed ZeRO-2", lambda: stage1.run(_stage1_recipe(demo)))
@@ -102,7 +102,7 @@ def run(recipe: DemoRecipe) -> None:
     merged = _evaluate_recipe(demo, "merged")
     report = demo.step("evaluate", "after training, beside plain Whisper", lambda: scoring.run(merged))
     transcribed = _transcribe_recipe(demo, "merged", files)
-    demo.step("transcribe", "the same three files", lambda: transcribe.main(transcribed))
+    demo.step("transcribe", "the same three files", lambda: transcribe.run(transcribed))
     demo.step("serve", "one of them over HTTP", lambda: _ask_service(demo, Path(files[0])))
     summary = _summarize(demo, first, second, before, report)
     write_atomic(demo.root / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")

@@ -12,12 +12,12 @@ from .common.cli import run_job
 from .evaluation.recipe import EvaluateRecipe
 
 
-def main(recipe: EvaluateRecipe) -> int:
+def run(recipe: EvaluateRecipe) -> int:
     """Score a model; 1 if a rate is not as expected."""
-    from .evaluation.scoring import run
+    from .evaluation import scoring
 
-    return 0 if all(verdict["agrees"] for verdict in run(recipe)["expected"]) else 1
+    return 0 if all(verdict["agrees"] for verdict in scoring.run(recipe)["expected"]) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(EvaluateRecipe, main, summary=__doc__))
+    sys.exit(run_job(EvaluateRecipe, run, summary=__doc__))

@@ -39,7 +39,7 @@ class FormatRecipe(TextsRecipe):
     """A row keeps its label if a smaller share of words is transcribed as it is labelled."""
 
 
-def main(recipe: FormatRecipe) -> None:
+def run(recipe: FormatRecipe) -> None:
     """Format the labels of recipe.data. Raises as write_texts."""
     require("jiwer", extra="score")
     write_texts(
@@ -84,4 +84,4 @@ def _summary(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(FormatRecipe, main, summary=__doc__))
+    sys.exit(run_job(FormatRecipe, run, summary=__doc__))

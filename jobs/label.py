@@ -57,7 +57,7 @@ class LabelRecipe(TextsRecipe):
     """A row with more characters a second is rejected: nobody speaks as fast."""
 
 
-def main(recipe: LabelRecipe) -> None:
+def run(recipe: LabelRecipe) -> None:
     """Label recipe.data. Raises as write_texts."""
     write_texts(
         recipe,
@@ -124,4 +124,4 @@ def _summary(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(LabelRecipe, main, summary=__doc__))
+    sys.exit(run_job(LabelRecipe, run, summary=__doc__))

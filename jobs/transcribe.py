@@ -14,15 +14,15 @@ from .transcription.recipe import TranscribeRecipe
 PARTLY_FAILED = 3
 
 
-def main(recipe: TranscribeRecipe) -> int:
+def run(recipe: TranscribeRecipe) -> int:
     """Transcribe the recipe's recordings; returns 3 if one failed and `strict` is on.
 
     Raises DataError when there are none, ModelError, OutputError.
     """
-    from .transcription.driver import run
+    from .transcription import driver
 
-    return PARTLY_FAILED if run(recipe).failed and recipe.strict else 0
+    return PARTLY_FAILED if driver.run(recipe).failed and recipe.strict else 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(TranscribeRecipe, main, summary=__doc__))
+    sys.exit(run_job(TranscribeRecipe, run, summary=__doc__))

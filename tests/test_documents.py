@@ -81,7 +81,7 @@ def check_job(verb: str, arguments: list[str]) -> None:
         return
     if verb == "demo" and not arguments:
         return
-    command = getattr(job, "run", None) or job.main
+    command = job.run
     recipe_class = command.__annotations__["recipe"]
     assert issubclass(recipe_class, Recipe)
     plans = hasattr(job, "plan")

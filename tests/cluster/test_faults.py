@@ -169,7 +169,7 @@ def test_a_node_dies_while_an_archive_is_transcribed(nodes: Nodes, home: Path, f
             "out": str(home / out),
             "items_per_batch": 3,
         }
-        assert transcribe.main(transcribe.TranscribeRecipe.model_validate(settings | {"workers": 2})) == 0
+        assert transcribe.run(transcribe.TranscribeRecipe.model_validate(settings | {"workers": 2})) == 0
         parts = sorted((home / out / "recordings").glob("*.parquet"))
         return [row for part in parts for row in pq.read_table(part, partitioning=None).to_pylist()]
 

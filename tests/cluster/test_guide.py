@@ -37,7 +37,7 @@ def test_a_row_of_the_sizing_table_is_what_plan_prints(row: re.Match[str], capsy
         *([row["key"]] if row["key"] else []),
     ]
     plan = ["--plan", "--device", row["device"].lower(), "--hours", "2500"]
-    assert run_job(recipe_class, job.main, summary="", argv=[*argv, *plan], plan=job.plan) == 0
+    assert run_job(recipe_class, job.run, summary="", argv=[*argv, *plan], plan=job.plan) == 0
     output = capsys.readouterr().out
     found = [
         re.search(pattern, output, re.MULTILINE)

@@ -146,7 +146,7 @@ def test_jobs_clean_up_and_their_entrypoints_are_valid_recipes(name: str) -> Non
         re.fullmatch(r"[\w.]+=[\w/.:,\[\]-]+", override) for override in overrides
     )  # values that need no quoting
     verb = importlib.import_module(module)
-    (recipe_class,) = {one for one in models_in(verb.main.__annotations__["recipe"]) if one is not PlanOptions}
+    (recipe_class,) = {one for one in models_in(verb.run.__annotations__["recipe"]) if one is not PlanOptions}
     recipe = read_recipe(recipe_class, str(ROOT / path) if path else None, overrides)
     assert recipe.gpu if module == "jobs.stage1" else recipe.gpus_per_worker == 1
     gpus = next(group for group in ray_cluster(name)["workerGroupSpecs"] if group["groupName"] == "gpu")

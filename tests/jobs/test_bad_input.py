@@ -28,7 +28,7 @@ JOBS: dict[str, tuple[type[Recipe], Any]] = {
     "stage2": (stage2.Stage2Recipe, stage2.run),
     "merge": (merge.MergeRecipe, merge.run),
     "check": (check.CheckRecipe, check.run),
-    "evaluate": (evaluate.EvaluateRecipe, evaluate.main),
+    "evaluate": (evaluate.EvaluateRecipe, evaluate.run),
 }
 
 

@@ -20,7 +20,8 @@ from graft.inference.engines.whisper_baseline import WhisperBaseline
 from graft.inference.transcriber import open_transcriber
 from graft.text.wer import score
 from jobs.common.cli import run_job
-from jobs.evaluate import EvaluateRecipe, main
+from jobs.evaluate import EvaluateRecipe
+from jobs.evaluate import run as run_evaluate
 from tests.support import media, tiny_models
 from tests.support.jobs import transcribe
 from tests.support.paths import ROOT
@@ -35,7 +36,7 @@ def test_rates_are_compared_with_what_is_expected(tmp_path: Path, capsys: pytest
 
     def evaluate(out: str, *expected: str) -> int:
         given = [f"model={graft}", f"data.test={data}", f"out={tmp_path / out}", "baseline=", "windows=true"]
-        return run_job(EvaluateRecipe, main, summary="", argv=[*given, *expected])
+        return run_job(EvaluateRecipe, run_evaluate, summary="", argv=[*given, *expected])
 
     assert evaluate("other", "expected.nothing.wer=[0, 1]") == 2
     assert "expected=nothing is no set of data (test)" in capsys.readouterr().err
@@ -58,7 +59,7 @@ def test_rates_are_compared_with_what_is_expected(tmp_path: Path, capsys: pytest
 
 
 def run(*arguments: str) -> int:
-    return run_job(EvaluateRecipe, main, summary="", argv=list(arguments))
+    return run_job(EvaluateRecipe, run_evaluate, summary="", argv=list(arguments))
 
 
 def left_by(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -18,7 +18,8 @@ from graft.inference.transcript import Segment
 from graft.text.prompts import style_text
 from graft.text.punctuation import transfer_formatting
 from jobs.common.cli import run_job
-from jobs.format import FormatRecipe, main
+from jobs.format import FormatRecipe
+from jobs.format import run as run_format
 from jobs.transcription.pipeline import Pipeline, Workers
 from jobs.transcription.reader import WINDOWS
 from jobs.transcription.runs import transcribe_rows
@@ -33,7 +34,7 @@ def whisper(tmp_path_factory) -> str:
 
 
 def run(*arguments: str) -> int:
-    return run_job(FormatRecipe, main, summary="", argv=list(arguments))
+    return run_job(FormatRecipe, run_format, summary="", argv=list(arguments))
 
 
 def labelled(whisper: str, count: int) -> tuple[list[dict], list[str]]:

@@ -11,7 +11,8 @@ from graft.data.dataset import read_rows
 from graft.data.settings import Source
 from graft.inference.engines.whisper_baseline import WhisperBaseline
 from jobs.common.cli import run_job
-from jobs.label import LabelRecipe, doubt, main
+from jobs.label import LabelRecipe, doubt
+from jobs.label import run as run_label
 from jobs.transcription.runs import ClipTranscript
 from tests.support.speech_corpus import BROKEN, corpus, flac, row, save_tiny_whisper
 
@@ -28,7 +29,7 @@ def clip_of(name: str, seed: int, seconds: float) -> dict[str, Any]:
 
 
 def run(*arguments: str) -> int:
-    return run_job(LabelRecipe, main, summary="", argv=list(arguments))
+    return run_job(LabelRecipe, run_label, summary="", argv=list(arguments))
 
 
 def test_a_confident_transcript_becomes_the_text(whisper, tmp_path, capsys):

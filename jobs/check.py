@@ -1,4 +1,4 @@
-"""Check within a minute that a checkpoint hears audio and that only answers would be trained.
+"""Check within a minute that a checkpoint uses its audio and that only answers would be trained.
 
 first clips -> one training batch -> the answers' logits with the clips' own audio and with that of others, and the
 labels

@@ -1,4 +1,4 @@
-"""Give labels the case and punctuation that Whisper hears, without changing their words.
+"""Give labels the case and punctuation of Whisper's transcripts, without changing their words.
 
 rows -> Whisper (jobs.preparation.pseudo_labels) -> aligned with the labels, whose words are kept -> out/texts.parquet
 

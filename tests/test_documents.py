@@ -11,7 +11,7 @@ from tests.support.paths import ROOT
 
 DOCUMENTS = ["README.md", "cluster/README.md"]
 ELSEWHERE = {"docker", "kubectl", "curl", ".", "export", "apt", "pip"}
-"""What other people's tools take; of their arguments, the files of this repository are looked at."""
+"""Commands of other projects; of their arguments, only the files of this repository are checked."""
 
 
 def commands(document: str) -> Iterator[str]:

@@ -35,7 +35,7 @@ class PlanSettings:
 
 @dataclass(frozen=True, eq=False)
 class PlanColumns:
-    """What the plan needs to know of each row, in file order (rows,).
+    """The columns from which a plan is made, an entry for each row, in file order (rows,).
 
     Every epoch contains a row as often as its source's weight says. Where a weight has a fraction, the source's rows
     take turns over the epochs, by row groups, so that an epoch reads no more than it trains.

@@ -24,7 +24,7 @@ from graft.training.zero import ZeroBackend, gathered_state, sharded_loading
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage trains and what it starts from: paths are folders of earlier stages' outputs."""
+    """The parts that a stage trains and the weights that it starts from; paths are output folders of earlier stages."""
 
     number: int
     lora: LoraSettings | None = None

@@ -1,1 +1,1 @@
-"""What `python -m jobs.bench` measures, a module for each part of graft."""
+"""The measurements of `python -m jobs.bench`, a module for each part of graft."""

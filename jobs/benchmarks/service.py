@@ -1,6 +1,6 @@
 """Measure the service: beside its engine offline, beside another server, and as engines come and go.
 
-It runs as `serve run` runs it. The clients are a process of their own, whose CPU time is told.
+It runs as `serve run` runs it. The clients are a process of their own, whose CPU time is reported.
 """
 
 import contextlib

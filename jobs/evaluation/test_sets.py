@@ -37,7 +37,7 @@ class Item:
 
     @property
     def clip(self) -> tuple[CorpusFile, int, int]:
-        """Where the audio is."""
+        """The place of the audio."""
         return self.file, self.row_group, self.row
 
 

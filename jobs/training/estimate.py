@@ -39,7 +39,7 @@ tokens each in Qwen2's tokenizer."""
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What a stage trains besides the projector, and the base that it trains on."""
+    """The parts that a stage trains besides the projector, and the base that it trains on."""
 
     lora_rank: int | None = None
     lora_encoder: bool = False

@@ -35,8 +35,8 @@ _CHUNK = pa.struct(
     [("start_s", pa.float64()), ("channel", pa.int32()), ("has_speech", pa.bool_()), ("samples", pa.large_binary())]
 )
 READ = pa.schema([*KEYS, *MEASURED, ("chunks", pa.list_(_CHUNK))])
-"""What was read of an item. `error` is null or says in one line what failed, `duration_s` is the length of the decoded
-audio, `read_s` the CPU time in seconds."""
+"""Schema of an item that was read. `error` is null or says in one line what failed, `duration_s` is the length of the
+decoded audio, `read_s` the CPU time in seconds."""
 NO_CHUNKS = pa.array([[]], READ.field("chunks").type)
 
 

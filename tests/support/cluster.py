@@ -28,7 +28,7 @@ CPUS = 8
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the cluster's dashboard answers, the environment that its clients need, and where it lives."""
+    """The address of a cluster's dashboard, the environment that its clients need, and its folder."""
 
     dashboard: str
     environment: dict[str, str]
@@ -36,11 +36,11 @@ class Cluster:
 
     @property
     def logs(self) -> Path:
-        """Of drivers, workers and Ray's own processes."""
+        """Return the logs of drivers, workers and Ray's own processes."""
         return (self.folder / "session_latest").resolve() / "logs"
 
     def jobs(self) -> list[dict]:
-        """What the cluster knows of all its jobs."""
+        """Return what the cluster reports of all its jobs."""
         with urllib.request.urlopen(self._asked(), timeout=60) as response:
             return json.load(response)
 

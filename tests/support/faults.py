@@ -76,7 +76,7 @@ def machines(node_count: int) -> Iterator[Machines]:
 
 
 def processes(title: str) -> list[psutil.Process]:
-    """Of the Rays that this process started, the processes with a title."""
+    """Return the processes with a title among those of the Rays that this process started."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -120,7 +120,7 @@ class Folder:
 
     @property
     def progress(self) -> Progress:
-        """Where its newest checkpoint stands."""
+        """Return the position of the newest checkpoint."""
         while True:
             with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
                 return read_progress(latest_checkpoint(self.path / CHECKPOINTS))
@@ -171,7 +171,7 @@ def groups_of(batches: Batches, row_groups: Any) -> list[int]:
 
 
 def resumption(folder: Folder) -> Progress:
-    """Where the log says that the run went on; it did so once."""
+    """Return the position at which the log says that the run resumed, which it did once."""
     ((step, position),) = re.findall(r"^going on at step (\d+), batch (\d+) of the plan$", folder.log, re.MULTILINE)
     return Progress(step=int(step), position=int(position))
 

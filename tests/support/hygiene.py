@@ -16,7 +16,8 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 ROOMS = tuple(f"{ROOT / room}{os.sep}" for room in ("graft", "jobs", "serve"))
 MARKS = {"ray_started": "ray", "bundled_weights": "bundled"}
 CACHE = "GRAFT_CACHE"
@@ -26,7 +27,7 @@ EMPTY_CACHE = Path(tempfile.gettempdir(), f"graft-tests-{os.getpid()}")
 
 
 class Watch:
-    """What is known of this process while its tests run one after the other."""
+    """Watch this process while its tests run one after the other."""
 
     def __init__(self) -> None:
         self.patch = pytest.MonkeyPatch()

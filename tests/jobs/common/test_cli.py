@@ -28,7 +28,7 @@ class Group(Recipe):
 
 class Job(Recipe):
     out: str
-    """Where to."""
+    """The folder for the results."""
     kind: Literal["a", "b"] = "a"
     """Which."""
     names: list[str] = Field(default=["x"])
@@ -112,7 +112,7 @@ def test_help_documents_every_key(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "Does it." in text
     for key in [
-        "  out (text, required)\n      Where to.\n",
+        "  out (text, required)\n      The folder for the results.\n",
         "  kind = a (a | b)\n      Which.\n",
         "  names = [x] ([text, ...])\n",
         "  group ({...})\n      A group.\n",

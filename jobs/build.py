@@ -42,7 +42,7 @@ class BuildRecipe(Recipe):
     audio_pool: Literal[1, 2, 4] = 2
     """Number of encoder frames, 50 a second, that are averaged into one audio token."""
     audio_context: Literal["full", "trim", "valid"] = "valid"
-    """Part of the clip that the encoder sees, and the tokens that are kept. full: the 30 s window and all of its tokens;
+    """Part of the clip that the encoder sees, and the tokens that are kept. full: the 30 s window and all its tokens;
     trim: the 30 s window and only the clip's own tokens; valid: the clip's own frames and a margin."""
     audio_margin_s: float = 1.0
     """Seconds of silence after the clip that audio_context=valid encodes with it."""

@@ -26,7 +26,7 @@ from .backends.ray_handle import RayBackend
 from .config import ServeArgs
 from .decode.decoder import Decoder
 from .http.api import transcription_api
-from .http.auth import ApiKeys
+from .http.middleware import ApiKeys
 from .logs import LOG, log_through_ray_serve
 from .metrics import EngineMetrics, RequestMetrics, call_every_second
 from .service import ModelInfo, ModelNotReady, Service, TranscriptionOptions

@@ -1,4 +1,4 @@
-"""Log each request with its id, and write graft's log records through Ray Serve (one JSON object a line)."""
+"""Report requests to an Observer and, with their ids, to the log, which Ray Serve writes (one JSON object a line)."""
 
 import logging
 import re
@@ -7,11 +7,22 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .observer import Observer
-
 LOG = logging.getLogger("graft.serve")
 CLIENT_CLOSED_REQUEST = 499
 """Status in logs and metrics of a request whose client left before the response began."""
+
+
+class Observer:
+    """Receives events of requests and ignores them; serve/metrics.py turns them into metrics."""
+
+    def on_response(self, endpoint: str, status: int, seconds: float) -> None:
+        """A request to an endpoint ended, with a complete response or because its client left (status 499)."""
+
+    def on_first_text(self, seconds: float) -> None:
+        """A streamed transcription produced its first text, so many seconds after its request."""
+
+    def on_transcript(self, audio_s: float, seconds: float) -> None:
+        """An upload of `audio_s` seconds was transcribed completely within `seconds`."""
 
 
 class RequestLogMiddleware:

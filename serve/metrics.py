@@ -11,7 +11,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 
 from graft.inference.engines.protocol import EngineCounts
 
-from .observer import Observer
+from .logs import Observer
 from .service import Service
 
 SECONDS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0]
@@ -54,7 +54,7 @@ class RequestMetrics(Observer):
 
     def on_transcript(self, audio_s: float, seconds: float) -> None:
         """See Observer."""
-        _increase(self._audio, audio_s)
+        self._audio.inc(audio_s)
         self._real_time_factor.observe(audio_s / seconds)
 
     def sample(self, service: Service) -> None:
@@ -78,7 +78,7 @@ class EngineMetrics:
 
     def on_chunk(self, audio_s: float) -> None:
         """Record a chunk that was transcribed completely."""
-        _increase(self._transcribed, audio_s)
+        self._transcribed.inc(audio_s)
 
     def sample(self, counts: EngineCounts) -> None:
         """Record an engine's counts, which start at zero again when another model is loaded."""
@@ -87,10 +87,14 @@ class EngineMetrics:
         self._last = counts
         self._running.set(counts.running)
         self._waiting.set(counts.waiting)
-        _increase(self._prefills, counts.prefills - last.prefills)
-        _increase(self._steps, counts.steps - last.steps)
-        _increase(self._tokens, counts.tokens - last.tokens)
-        _increase(self._busy, counts.busy_s - last.busy_s)
+        for counter, total, before in (
+            (self._prefills, counts.prefills, last.prefills),
+            (self._steps, counts.steps, last.steps),
+            (self._tokens, counts.tokens, last.tokens),
+            (self._busy, counts.busy_s, last.busy_s),
+        ):
+            if total > before:  # Ray refuses an increase by 0
+                counter.inc(total - before)
 
 
 async def call_every_second(function: Callable[[], None]) -> None:
@@ -98,8 +102,3 @@ async def call_every_second(function: Callable[[], None]) -> None:
     while True:
         function()
         await asyncio.sleep(1)
-
-
-def _increase(counter: Counter, amount: float) -> None:
-    if amount > 0:  # Ray refuses an increase by 0
-        counter.inc(amount)

@@ -14,7 +14,7 @@ from graft.audio.chunking import Chunk
 from graft.inference.transcript import Segment, Transcript, stitch
 
 from .decode.decoder import DecodedUpload, Decoder
-from .observer import Observer
+from .logs import Observer
 
 CHUNKS_PER_REQUEST = 4
 """Chunks that one request has in the engine at a time, so that an upload of hours does not delay one of seconds."""
@@ -96,38 +96,33 @@ class Service:
         Raises AudioError, ServiceBusy, ModelNotReady, ModelError.
         """
         start = time.monotonic()
-        async with self._admit(path) as upload:
-            slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
-
-            async def transcribe_chunk(chunk: Chunk) -> Segment:
-                async with slots:
-                    return await _read_segment(self.backend.transcribe_chunk(chunk, options, stream=False))
-
-            try:
-                async with asyncio.TaskGroup() as group:  # where one chunk fails, the others are cancelled
-                    tasks = [group.create_task(transcribe_chunk(chunk)) for chunk in upload.chunks]
-            except ExceptionGroup as failed:
-                raise failed.exceptions[0] from None
-            if any(task.cancelled() for task in tasks):  # by the backend: a cancelled request does not come here
-                raise RuntimeError(NO_SEGMENT)
+        async with (
+            self._admit(path) as upload,
+            aclosing(_transcribe_in_order(upload.chunks, self.backend, options, stream=False)) as parts,
+        ):
+            segments = [part async for part in parts if isinstance(part, Segment)]
             self._observer.on_transcript(upload.duration_s, time.monotonic() - start)
-            return stitch([task.result() for task in tasks], duration_s=upload.duration_s, model=model)
+            return stitch(segments, duration_s=upload.duration_s, model=model)
 
     async def stream(self, path: str, options: TranscriptionOptions) -> AsyncGenerator[str, None]:
         """Yield the text of a file in parts, in order, as they are decoded; joined they are the transcript's text.
 
         Raises what `transcribe` raises.
         """
-        start, has_begun = time.monotonic(), False
+        start, has_begun, space = time.monotonic(), False, ""
         async with (
             self._admit(path) as upload,
-            aclosing(_stream_in_order(upload.chunks, self.backend, options)) as parts,
+            aclosing(_transcribe_in_order(upload.chunks, self.backend, options, stream=True)) as parts,
         ):
             async for part in parts:
+                if isinstance(part, Segment):
+                    space = " " if part.text else space  # between this chunk and the next
+                    continue
                 if not has_begun:
                     self._observer.on_first_text(time.monotonic() - start)
                     has_begun = True
-                yield part
+                yield space + part
+                space = ""
             self._observer.on_transcript(upload.duration_s, time.monotonic() - start)
 
     def check_capacity(self, receiving: int = 0) -> None:
@@ -158,24 +153,16 @@ class Service:
         return max(1, round(self.queued_s / 10))  # ten times real time is a cautious guess
 
 
-async def _read_segment(parts: AsyncGenerator[str | Segment, None]) -> Segment:
-    async with aclosing(parts):
-        async for part in parts:
-            if isinstance(part, Segment):
-                return part
-    raise RuntimeError(NO_SEGMENT)
-
-
-async def _stream_in_order(
-    chunks: Sequence[Chunk], backend: TranscriptionBackend, options: TranscriptionOptions
-) -> AsyncGenerator[str, None]:
-    """Yield the text of chunks one after the other, with a space between two, while several are decoded together."""
+async def _transcribe_in_order(
+    chunks: Sequence[Chunk], backend: TranscriptionBackend, options: TranscriptionOptions, *, stream: bool
+) -> AsyncGenerator[str | Segment, None]:
+    """Yield what the backend yields for one chunk after the other, while several are decoded together."""
     slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
     queues: list[asyncio.Queue[str | Segment | Exception]] = [asyncio.Queue() for _ in chunks]
 
     async def fill(queue: asyncio.Queue[str | Segment | Exception], chunk: Chunk) -> None:
         try:
-            async with slots, aclosing(backend.transcribe_chunk(chunk, options, stream=True)) as parts:
+            async with slots, aclosing(backend.transcribe_chunk(chunk, options, stream=stream)) as parts:
                 async for part in parts:
                     queue.put_nowait(part)
         except Exception as error:
@@ -184,15 +171,14 @@ async def _stream_in_order(
             queue.put_nowait(RuntimeError(NO_SEGMENT))
 
     tasks = [asyncio.create_task(fill(queue, chunk)) for queue, chunk in zip(queues, chunks, strict=True)]
-    space = ""
     try:
         for queue in queues:
-            while not isinstance(part := await queue.get(), Segment):
+            part: str | Segment | Exception = ""
+            while not isinstance(part, Segment):
+                part = await queue.get()
                 if isinstance(part, Exception):
                     raise part
-                yield space + part
-                space = ""
-            space = " " if part.text else space
+                yield part
     finally:
         for task in tasks:
             task.cancel()

@@ -17,11 +17,6 @@ if TYPE_CHECKING:  # an ingress replica imports this file and starts sooner with
     from graft.inference.transcriber import Transcriber
 
 
-def served_name(args: ServeArgs) -> str:
-    """Return the name by which clients call the model; it stays when another model is loaded."""
-    return args.name or checkpoint_name(args.model)
-
-
 class LocalBackend:
     """A TranscriptionBackend that calls a Transcriber in this process."""
 
@@ -46,7 +41,8 @@ class LocalBackend:
             aligner=args.aligner,
             threads=args.threads,
         )
-        return cls(transcriber, served_name(args))
+        # The name by which clients call the model stays when another model is loaded.
+        return cls(transcriber, args.name or checkpoint_name(args.model))
 
     async def close(self) -> None:
         """Wait for the chunks that are being transcribed, then release the model."""

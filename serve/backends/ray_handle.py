@@ -57,19 +57,13 @@ class RayBackend:
         return self._info
 
     async def _refresh(self) -> None:
-        with contextlib.suppress(TimeoutError, ModelNotReady):
+        with contextlib.suppress(TimeoutError, RayActorError, RayServeException, RayTaskError):
             async with asyncio.timeout(INFO_TIMEOUT_S):
-                self._info = await self._request_info()
+                try:
+                    self._info = await self._engine.model_info.remote()
+                except RayActorError:  # that replica has just died: ask another
+                    self._info = await self._engine.model_info.remote()
         self._refreshed_at = time.monotonic()
-
-    async def _request_info(self) -> ModelInfo:
-        try:
-            try:
-                return await self._engine.model_info.remote()
-            except RayActorError:  # that replica has just died: ask another
-                return await self._engine.model_info.remote()
-        except (RayActorError, RayServeException, RayTaskError) as error:
-            raise ModelNotReady from error
 
     async def transcribe_chunk(
         self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool

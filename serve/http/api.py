@@ -6,13 +6,16 @@ GET /healthz, /readyz            whether the process runs; whether it can answer
 GET /docs                        the description of the API
 """
 
+import asyncio
 import hashlib
 import re
+import shutil
+import tempfile
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Form, Header, Response
+from fastapi import Depends, FastAPI, Form, Header, Response, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
@@ -20,16 +23,20 @@ from graft.inference.subtitles import format_transcript
 from graft.inference.transcript import Transcript
 from graft.text.context_words import check_context_words
 
-from ..logs import LOG, RequestLogMiddleware
-from ..observer import Observer
+from ..logs import LOG, Observer, RequestLogMiddleware
 from ..service import ModelInfo, Service, TranscriptionOptions
-from .auth import ApiKeys
-from .errors import ERROR_RESPONSES, SERVER_ERROR, ApiError, ErrorMiddleware, describe_exception, exception_handlers
-from .idempotency import IdempotencyKeyReused, ResponseCache
-from .middleware import AuthMiddleware, UploadLimitMiddleware
+from .errors import (
+    ERROR_RESPONSES,
+    EXPECTED,
+    SERVER_ERROR,
+    ApiError,
+    ErrorMiddleware,
+    describe_exception,
+    error_response,
+)
+from .idempotency import ResponseCache
+from .middleware import AccessMiddleware, ApiKeys
 from .schema import (
-    DeltaEvent,
-    DoneEvent,
     ErrorResponse,
     ModelCard,
     ModelList,
@@ -40,7 +47,6 @@ from .schema import (
     format_event,
     verbose_response,
 )
-from .uploads import file_digest, save_upload
 
 MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
 MAX_UPLOAD_S = 300.0
@@ -50,7 +56,7 @@ _TRANSCRIPTION = {
     "model": TranscriptionResponse | VerboseTranscriptionResponse,
     "content": dict.fromkeys([*MEDIA_TYPES.values(), "text/event-stream"], _STRING),
 }
-# AuthMiddleware checks the key; this puts it into the description and into `transcribe`.
+# AccessMiddleware checks the key; this puts it into the description and into `transcribe`.
 _BEARER = HTTPBearer(auto_error=False, description="One of the service's API keys, where it has any.")
 
 
@@ -66,12 +72,17 @@ def transcription_api(
     """Create the application. Errors have OpenAI's shape. For `sends_id` see RequestLogMiddleware."""
     api = FastAPI(title="graft", description="Speech to text behind OpenAI's transcription endpoint.")
     # The middleware that is added last is the outermost.
-    api.add_middleware(UploadLimitMiddleware, max_bytes=max_upload_bytes, max_s=max_upload_s)
-    api.add_middleware(AuthMiddleware, keys=keys, check_capacity=service.check_capacity)
+    api.add_middleware(
+        AccessMiddleware,
+        keys=keys,
+        check_capacity=service.check_capacity,
+        max_bytes=max_upload_bytes,
+        max_s=max_upload_s,
+    )
     api.add_middleware(ErrorMiddleware)
     api.add_middleware(RequestLogMiddleware, observer=observer or Observer(), sends_id=sends_id)
-    for kind, handler in exception_handlers().items():
-        api.exception_handler(kind)(handler)
+    for kind in EXPECTED:
+        api.add_exception_handler(kind, lambda _, error: error_response(error))
     protected: dict[str, Any] = {"dependencies": [Depends(_BEARER)], "responses": ERROR_RESPONSES}
     _add_transcriptions(api, service, protected | {"responses": ERROR_RESPONSES | {200: _TRANSCRIPTION}})
 
@@ -108,7 +119,7 @@ def _add_transcriptions(api: FastAPI, service: Service, settings: dict[str, Any]
         info = await service.backend.model_info()
         options = _read_options(form, info)
         async with AsyncExitStack() as files:
-            path = await files.enter_async_context(save_upload(form.file))
+            path = await files.enter_async_context(_save_upload(form.file))
 
             async def respond(upload: AsyncExitStack) -> Response:
                 async with upload:  # the file is deleted here, because this may outlive the request
@@ -118,42 +129,58 @@ def _add_transcriptions(api: FastAPI, service: Service, settings: dict[str, Any]
                 return await _stream_events(service, path, options)  # returns once the file has been decoded
             if idempotency_key is None:
                 return await respond(files.pop_all())
-            request = f"{await file_digest(path)} {form.model_dump(exclude={'file'})}"
+            request = f"{await asyncio.to_thread(_file_digest, path)} {form.model_dump(exclude={'file'})}"
             # Clients with different API keys may use the same idempotency key.
             client_key = hashlib.sha256(f"{key and key.credentials} {idempotency_key}".encode()).hexdigest()
-            try:
-                return await cache.get_or_create(client_key, request, lambda: respond(files.pop_all()))
-            except IdempotencyKeyReused as error:
-                message = "the idempotency key belongs to another request"
-                raise ApiError(409, message, code="idempotency_key_reused") from error
+            return await cache.get_or_create(client_key, request, lambda: respond(files.pop_all()))
+
+
+@asynccontextmanager
+async def _save_upload(upload: UploadFile) -> AsyncIterator[str]:
+    """Copy an upload to a temporary file, where the decoding processes can read it, until the block ends."""
+    with tempfile.NamedTemporaryFile(prefix="graft-upload-") as file:
+        await asyncio.to_thread(shutil.copyfileobj, upload.file, file, 2**20)
+        file.flush()
+        yield file.name
+
+
+def _file_digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_options(form: TranscriptionForm, info: ModelInfo) -> TranscriptionOptions:
     """Convert the form to options. Raises ApiError for what the model does not support."""
     _check_model(form.model, info)
-    if form.language not in (None, info.language):
-        raise _unsupported("language", f"the model transcribes {info.language!r} only")
-    if form.temperature:
-        raise _unsupported("temperature", "temperature must be 0: decoding is greedy")
-    for param, words in {"prompt": form.prompt, "keywords[]": form.keywords}.items():
-        if words and not info.supports_context:
-            raise ApiError(
-                400, "the model was not trained for lists of words", param=param, code="unsupported_parameter"
-            )
-    word_timestamps = "word" in form.timestamp_granularities
-    if word_timestamps and not info.supports_word_timestamps:
-        raise _unsupported("timestamp_granularities[]", "word timestamps need an aligner, and no aligner is loaded")
-    if word_timestamps and form.response_format not in ("verbose_json", "srt", "vtt"):
-        raise _unsupported("timestamp_granularities[]", "word timestamps need response_format verbose_json, srt or vtt")
-    if form.stream and form.response_format != "json":
-        raise _unsupported("stream", "stream needs response_format json")
+    times_words, timing = "word" in form.timestamp_granularities, "timestamp_granularities[]"
+    value, parameter = "unsupported_value", "unsupported_parameter"
+    no_words = "the model was not trained for lists of words"
+    # field, whether what it holds is supported, the error's code and message
+    checks = [
+        ("language", form.language in (None, info.language), value, f"the model transcribes {info.language!r} only"),
+        ("temperature", not form.temperature, value, "temperature must be 0: decoding is greedy"),
+        ("prompt", info.supports_context or not form.prompt, parameter, no_words),
+        ("keywords[]", info.supports_context or not form.keywords, parameter, no_words),
+        (
+            timing,
+            info.supports_word_timestamps or not times_words,
+            value,
+            "word timestamps need an aligner, and no aligner is loaded",
+        ),
+        (
+            timing,
+            not times_words or form.response_format in ("verbose_json", "srt", "vtt"),
+            value,
+            "word timestamps need response_format verbose_json, srt or vtt",
+        ),
+        ("stream", not form.stream or form.response_format == "json", value, "stream needs response_format json"),
+    ]
+    for param, is_supported, code, message in checks:
+        if not is_supported:
+            raise ApiError(400, message, param=param, code=code)
     given = [*re.split(r"[,;\n]+", form.prompt or ""), *form.keywords]
     context = tuple(check_context_words([word for word in given if word.strip(" ,.\t\r\n")]))
-    return TranscriptionOptions(context=context or None, word_timestamps=word_timestamps)
-
-
-def _unsupported(param: str, message: str) -> ApiError:
-    return ApiError(400, message, param=param, code="unsupported_value")
+    return TranscriptionOptions(context=context or None, word_timestamps=times_words)
 
 
 def _check_model(name: str, info: ModelInfo) -> None:
@@ -168,10 +195,8 @@ def _format_response(form: TranscriptionForm, transcript: Transcript, info: Mode
             usage = Usage(seconds=transcript.duration_s)
             return JSONResponse(TranscriptionResponse(text=transcript.text, usage=usage).model_dump())
         case "verbose_json":
-            granularities = form.timestamp_granularities
-            return JSONResponse(
-                verbose_response(transcript, language=info.language, granularities=granularities).model_dump()
-            )
+            wanted = form.timestamp_granularities
+            return JSONResponse(verbose_response(transcript, language=info.language, granularities=wanted).model_dump())
         case "text":
             return PlainTextResponse(transcript.text + "\n")
         case subtitles:
@@ -188,13 +213,13 @@ async def _stream_events(service: Service, path: str, options: TranscriptionOpti
         async with aclosing(parts):
             try:
                 if first:
-                    yield format_event(DeltaEvent(delta=first))
+                    yield format_event({"type": "transcript.text.delta", "delta": first})
                 async for part in parts:
                     text += part
-                    yield format_event(DeltaEvent(delta=part))
-                yield format_event(DoneEvent(text=text))
+                    yield format_event({"type": "transcript.text.delta", "delta": part})
+                yield format_event({"type": "transcript.text.done", "text": text})  # all deltas joined
             except Exception as error:
                 LOG.error("a stream failed: %s", describe_exception(error))
-                yield format_event(ErrorResponse(error=SERVER_ERROR))
+                yield format_event(ErrorResponse(error=SERVER_ERROR).model_dump())
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

@@ -1,7 +1,7 @@
 """Turn exceptions into error responses in OpenAI's shape, without paths, tracebacks or keys."""
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +32,10 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 SERVER_ERROR = ErrorDetail(
     message="the server failed on this request: try again", type="server_error", code="internal_error"
 )
+
+
+EXPECTED = (HTTPException, RequestValidationError, AudioError, ModelError, ServiceBusy, ModelNotReady)
+"""Exceptions that FastAPI's handlers answer by `error_response`; ErrorMiddleware answers the rest."""
 
 
 class ApiError(HTTPException):
@@ -78,14 +82,6 @@ def error_response(error: Exception) -> JSONResponse:
             detail = ErrorDetail(message=message, type="server_error", code="not_ready")
             return _respond(503, detail, {"Retry-After": "5"})
     return _respond(500, SERVER_ERROR)
-
-
-def exception_handlers() -> dict[type[Exception], Callable[[Any, Any], JSONResponse]]:
-    """Return FastAPI's handlers of the expected exceptions; ErrorMiddleware handles the rest."""
-    return dict.fromkeys(
-        [HTTPException, RequestValidationError, AudioError, ModelError, ServiceBusy, ModelNotReady],
-        lambda _, error: error_response(error),
-    )
 
 
 class ErrorMiddleware:

@@ -1,45 +1,112 @@
 """Check a request's API key, the service's capacity and the size of the upload before and while its body is read."""
 
 import asyncio
+import hashlib
+import hmac
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from graft.errors import RecipeError
+
 from ..service import ServiceBusy
-from .auth import ApiKeys
 from .errors import ApiError, error_response
 
+KEYS_VARIABLE = "GRAFT_API_KEYS"
 PROTECTED_PREFIX = "/v1/"
 
 
-class AuthMiddleware:
-    """ASGI middleware that refuses unknown keys (401) and uploads beyond the capacity (429) before the body is read.
+class ApiKeys:
+    """A set of API keys, kept as SHA-256 digests. An empty set means that requests are not authenticated."""
 
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    @classmethod
+    def from_environment(cls, file: str | None = None) -> "ApiKeys":
+        """Read the keys in GRAFT_API_KEYS, separated by commas, and those in a file, one a line. Raises RecipeError."""
+        keys = os.environ.get(KEYS_VARIABLE, "").split(",")
+        if file is not None:
+            try:
+                keys += Path(file).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise RecipeError(f"key_file {file} cannot be read: give a text file with one key a line") from error
+        return cls(key.strip() for key in keys if key.strip())
+
+    def __or__(self, other: "ApiKeys") -> "ApiKeys":
+        union = ApiKeys()
+        union._digests = [*self._digests, *other._digests]
+        return union
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def __contains__(self, key: str) -> bool:
+        digest = _digest(key)
+        # A list, so that every key is compared and the time does not tell which one matched.
+        return any([hmac.compare_digest(digest, known) for known in self._digests])
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class AccessMiddleware:
+    """ASGI middleware that refuses requests to /v1/ before and while their body is read.
+
+    Unknown keys (401), uploads beyond the capacity (429) and announced sizes over `max_bytes` (413) are refused before
+    the body is read; bodies that turn out larger (413), or take longer than `max_s` seconds (408), while it is read.
     `check_capacity` gets the number of uploads that are being received, and raises ServiceBusy.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, check_capacity: Callable[[int], None]) -> None:
-        self._app = app
-        self._keys = keys
-        self._check_capacity = check_capacity
+    def __init__(
+        self, app: ASGIApp, keys: ApiKeys, check_capacity: Callable[[int], None], max_bytes: int, max_s: float
+    ) -> None:
+        self._app, self._keys, self._check_capacity = app, keys, check_capacity
+        self._max_bytes, self._max_s = max_bytes, max_s
         self._receiving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _path_in_app(scope).startswith(PROTECTED_PREFIX):
             await self._app(scope, receive, send)
             return
+        headers = dict(scope["headers"])
         try:
-            self._check_key(scope)
+            self._check_key(headers.get(b"authorization", b"").decode("latin-1"))
             if scope["method"] == "POST":
                 self._check_capacity(self._receiving)
+            self._check_size(int(headers.get(b"content-length", b"0")))
         except (ApiError, ServiceBusy) as error:
             await error_response(error)(scope, receive, send)
             return
-        await self._count_while_receiving(scope, receive, send)
+        received, is_complete, deadline = 0, False, time.monotonic() + self._max_s
+        self._receiving += 1  # until the body has ended; after that the service counts the request
 
-    def _check_key(self, scope: Scope) -> None:
-        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
+        async def checked_receive() -> Message:
+            nonlocal received, is_complete
+            if is_complete:
+                return await receive()  # waits until the client disconnects
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except TimeoutError as error:
+                raise ApiError(408, f"the upload took longer than {self._max_s:g} s: send it again") from error
+            received += len(message.get("body", b""))
+            self._check_size(received)
+            if not message.get("more_body"):
+                is_complete = True
+                self._receiving -= 1
+            return message
+
+        try:
+            await self._app(scope, checked_receive, send)
+        finally:
+            self._receiving -= not is_complete
+
+    def _check_key(self, authorization: str) -> None:
+        scheme, _, key = authorization.partition(" ")
         if self._keys and not (scheme.lower() == "bearer" and key.strip() in self._keys):
             raise ApiError(
                 401,
@@ -49,62 +116,13 @@ class AuthMiddleware:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    async def _count_while_receiving(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count the request in `_receiving` until its body has ended; after that the service counts it."""
-        counted = 1
-        self._receiving += 1
-
-        async def counting_receive() -> Message:
-            nonlocal counted
-            message = await receive()
-            if not message.get("more_body"):
-                self._receiving, counted = self._receiving - counted, 0
-            return message
-
-        try:
-            await self._app(scope, counting_receive, send)
-        finally:
-            self._receiving -= counted
+    def _check_size(self, byte_count: int) -> None:
+        if byte_count > self._max_bytes:
+            message = f"the upload is over the limit of {self._max_bytes} bytes: compress or split the audio"
+            raise ApiError(413, message, code="upload_too_large")
 
 
 def _path_in_app(scope: Scope) -> str:
     """Return the path without the prefix at which the application is mounted (Ray Serve's route_prefix)."""
     root, path = scope.get("root_path", ""), str(scope["path"])
     return path.removeprefix(root) if path.startswith(f"{root}/") else path
-
-
-class UploadLimitMiddleware:
-    """ASGI middleware that refuses bodies over `max_bytes` (413) and those that take longer than `max_s` (408)."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-        self._max_s = max_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = int(dict(scope["headers"]).get(b"content-length", b"0"))
-        received, is_complete, deadline = 0, False, time.monotonic() + self._max_s
-
-        async def limited_receive() -> Message:
-            nonlocal received, is_complete
-            if is_complete:
-                return await receive()  # waits until the client disconnects
-            self._check_size(announced)
-            try:
-                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
-            except TimeoutError as error:
-                raise ApiError(408, f"the upload took longer than {self._max_s:g} s: send it again") from error
-            received += len(message.get("body", b""))
-            self._check_size(received)
-            is_complete = not message.get("more_body")
-            return message
-
-        await self._app(scope, limited_receive, send)
-
-    def _check_size(self, byte_count: int) -> None:
-        if byte_count > self._max_bytes:
-            message = f"the upload is over the limit of {self._max_bytes} bytes: compress or split the audio"
-            raise ApiError(413, message, code="upload_too_large")

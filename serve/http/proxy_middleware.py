@@ -11,7 +11,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .schema import ErrorDetail, ErrorResponse, format_event
 
-EVENT_STREAM, PLAIN_TEXT = b"text/event-stream", b"text/plain"
 CUT_OFF = ErrorDetail(message="the server failed on this request: try again", type="server_error", code="cut_off")
 ERRORS_BY_STATUS = {
     404: ErrorDetail(message="nothing is served at this address"),
@@ -49,26 +48,22 @@ class ProxyErrorMiddleware:
             nonlocal has_begun, is_complete, is_stream, status
             if message["type"] == "http.response.start":
                 content_type = dict(message.get("headers", [])).get(b"content-type", b"")
-                if message["status"] >= 400 and content_type.startswith(PLAIN_TEXT):
+                if message["status"] >= 400 and content_type.startswith(b"text/plain"):
                     status = message["status"]  # an error of Ray Serve, which is replaced
                     return
-                has_begun, is_stream = True, content_type.startswith(EVENT_STREAM)
+                has_begun, is_stream = True, content_type.startswith(b"text/event-stream")
             elif message["type"] == "http.response.body":
                 is_complete = not message.get("more_body", False)
             if has_begun:
                 await send(message)
 
         await self._app(scope, receive, watched_send)
+        error = ErrorResponse(error=ERRORS_BY_STATUS.get(status, CUT_OFF)).model_dump()
         if not has_begun:
-            await _error_response(scope, status)(scope, receive, send)
+            headers = {"Retry-After": "1"} if status in (429, 503) else {}
+            # The client or Ray Serve has put the request's id into its headers.
+            if (request_id := dict(scope["headers"]).get(b"x-request-id")) is not None:
+                headers["X-Request-Id"] = request_id.decode("latin-1")
+            await JSONResponse(error, status, headers)(scope, receive, send)
         elif is_stream and not is_complete:
-            await send({"type": "http.response.body", "body": format_event(ErrorResponse(error=CUT_OFF))})
-
-
-def _error_response(scope: Scope, status: int) -> JSONResponse:
-    """Return a response with the request's id, which the client or Ray Serve has put into the headers."""
-    headers = {"Retry-After": "1"} if status in (429, 503) else {}
-    if (request_id := dict(scope["headers"]).get(b"x-request-id")) is not None:
-        headers["X-Request-Id"] = request_id.decode("latin-1")
-    error = ErrorResponse(error=ERRORS_BY_STATUS.get(status, CUT_OFF))
-    return JSONResponse(error.model_dump(), status, headers)
+            await send({"type": "http.response.body", "body": format_event(error)})

@@ -1,16 +1,15 @@
 """Define the form, responses, events and errors of OpenAI's transcription API."""
 
+import json
 import math
 import zlib
-from collections.abc import Iterable
-from typing import Annotated, Literal
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from graft.inference.transcript import Segment, Transcript
-
-ResponseFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
 
 
 class TranscriptionForm(BaseModel):
@@ -28,7 +27,7 @@ class TranscriptionForm(BaseModel):
     """Words that may occur (names, terms), separated by commas or line ends. Some models are not trained for them."""
     keywords: list[Annotated[str, Field(max_length=100)]] = Field(default=[], alias="keywords[]", max_length=100)
     """Words that may occur, one in each field, in addition to those in `prompt`."""
-    response_format: ResponseFormat = "json"
+    response_format: Literal["json", "text", "srt", "vtt", "verbose_json"] = "json"
     """Format of the response."""
     timestamp_granularities: list[Literal["word", "segment"]] = Field(
         default=["segment"], alias="timestamp_granularities[]"
@@ -97,20 +96,6 @@ class VerboseTranscriptionResponse(BaseModel):
     usage: Usage
 
 
-class DeltaEvent(BaseModel):
-    """A part of the text in a stream."""
-
-    type: Literal["transcript.text.delta"] = "transcript.text.delta"
-    delta: str
-
-
-class DoneEvent(BaseModel):
-    """The end of a stream; `text` is all deltas joined."""
-
-    type: Literal["transcript.text.done"] = "transcript.text.done"
-    text: str
-
-
 class ModelCard(BaseModel):
     """A model as listed by GET /v1/models."""
 
@@ -146,10 +131,9 @@ class ErrorResponse(BaseModel):
 
 
 def verbose_response(
-    transcript: Transcript, *, language: str, granularities: Iterable[str]
+    transcript: Transcript, *, language: str, granularities: Collection[str]
 ) -> VerboseTranscriptionResponse:
     """Convert a transcript to OpenAI's verbose_json."""
-    wanted = set(granularities)
     segments = [_convert_segment(number, segment) for number, segment in enumerate(transcript.segments)]
     words = [
         TranscriptionWord(word=word.text, start=word.start_s, end=word.end_s)
@@ -160,8 +144,8 @@ def verbose_response(
         language=language,
         duration=transcript.duration_s,
         text=transcript.text,
-        segments=segments if "segment" in wanted else None,
-        words=words if "word" in wanted else None,
+        segments=segments if "segment" in granularities else None,
+        words=words if "word" in granularities else None,
         usage=Usage(seconds=transcript.duration_s),
     )
 
@@ -181,6 +165,6 @@ def _convert_segment(number: int, segment: Segment) -> TranscriptionSegment:
     )
 
 
-def format_event(data: BaseModel) -> bytes:
+def format_event(data: Mapping[str, Any]) -> bytes:
     """Format a server-sent event (text/event-stream)."""
-    return f"data: {data.model_dump_json()}\n\n".encode()
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()

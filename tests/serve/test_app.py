@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from graft.errors import ModelError
 from serve.app import Ingress, build
 from serve.config import ServeArgs
-from serve.http.auth import KEYS_VARIABLE, ApiKeys
+from serve.http.middleware import KEYS_VARIABLE, ApiKeys
 from tests.support.media import SHORTEST_FIRST, speech, write
 from tests.support.paths import ROOT
 from tests.support.ray_service import (

@@ -15,7 +15,7 @@ from graft.inference.transcriber import open_transcriber
 from serve.backends.local import LocalBackend
 from serve.decode.decoder import DecodeArgs, Decoder
 from serve.http.api import transcription_api
-from serve.http.auth import ApiKeys
+from serve.http.middleware import ApiKeys
 from serve.service import Service, TranscriptionBackend
 
 LIMITS: dict[str, Any] = {"max_requests": 64, "max_queued_s": 7_200}

@@ -25,7 +25,7 @@ from jobs.common.cluster import SERVE_VARIABLES
 from jobs.common.local_service import free_port
 from serve.config import ServeArgs
 from serve.decode.decoder import DecodeArgs
-from serve.http.auth import KEYS_VARIABLE
+from serve.http.middleware import KEYS_VARIABLE
 from tests.support.faults import processes, until
 from tests.support.media import SHORTEST_FIRST
 

@@ -15,7 +15,7 @@ import pytest
 
 from serve.config import ServeArgs
 from serve.decode.decoder import DecodeArgs
-from serve.http.auth import KEYS_VARIABLE
+from serve.http.middleware import KEYS_VARIABLE
 from tests.support import hostile_files, media, tiny_models
 from tests.support.faults import until
 from tests.support.isolated import forked_by_forkservers

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 import serve.http.idempotency
-from serve.http.idempotency import MAX_RESPONSES, IdempotencyKeyReused, ResponseCache
+from serve.http.errors import ApiError
+from serve.http.idempotency import MAX_RESPONSES, ResponseCache
 
 REQUEST = contextvars.ContextVar("REQUEST", default="none")
 
@@ -36,7 +37,7 @@ def test_two_requests_at_once_get_one_response():
     async def test(cache: ResponseCache[int], create: Counter) -> None:
         both = [asyncio.create_task(cache.get_or_create("key", "request", create)) for _ in range(2)]
         await asyncio.sleep(0)
-        with pytest.raises(IdempotencyKeyReused):
+        with pytest.raises(ApiError, match="the idempotency key belongs to another request"):
             await cache.get_or_create("key", "another request", create)
         create.may_end.set()
         assert await asyncio.gather(*both) == [1, 1]

@@ -94,7 +94,9 @@ def windows(clip: AudioClip, *, max_s: float = 30.0) -> list[Chunk]:
     while start < len(clip.samples):
         window = clip.samples[start : start + max_samples]
         if start + max_samples < len(clip.samples):
-            window = window[: _quietest_cut(window)]
+            search = min(int(SEARCH_S * SAMPLE_RATE), len(window) // 2)
+            energy = np.square(window[-search:], dtype=np.float64)
+            window = window[: len(window) - search + quietest(energy, int(QUIET_S * SAMPLE_RATE))]
         chunks.append(Chunk(start / SAMPLE_RATE, AudioClip(window)))
         start += len(window)
     return chunks
@@ -116,12 +118,6 @@ def _with_speech_flag(window: Chunk, speech: Speech) -> Chunk:
     start = round(window.start_s * SAMPLE_RATE)
     end = start + len(window.clip.samples)
     return replace(window, has_speech=any(begin < end and start < stop for begin, stop in speech.spans))
-
-
-def _quietest_cut(window: np.ndarray) -> int:
-    """Find the middle of the quietest QUIET_S near the window's end; of equally quiet ones the last."""
-    search = min(int(SEARCH_S * SAMPLE_RATE), len(window) // 2)
-    return len(window) - search + quietest(np.square(window[-search:], dtype=np.float64), int(QUIET_S * SAMPLE_RATE))
 
 
 def _runs(spans: Sequence[Span], max_pause: float) -> list[list[Span]]:

@@ -12,7 +12,6 @@ import itertools
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -120,10 +119,6 @@ class _SequentialFile(soundfile.SoundFile):
     def seekable(self) -> bool:
         return False
 
-    @property
-    def is_exact(self) -> bool:
-        return super().seekable() and self.format in EXACT_FORMATS
-
 
 def _open_by_libsndfile(file: SourceFile, stack: contextlib.ExitStack) -> tuple[AudioInfo, Decode] | None:
     """Open a file with libsndfile; None if libsndfile does not know the format, or would not read all of the file."""
@@ -137,9 +132,15 @@ def _open_by_libsndfile(file: SourceFile, stack: contextlib.ExitStack) -> tuple[
     if kind in ("wav", "wavex") and (not sound.frames or file.size >= 2**32):
         sound, file = _open_wav_without_length(sound, file)
         stack.enter_context(sound)
-    if not _states_full_length(sound, file):
+    # libsndfile silently reads no further than it believes the file to go.
+    states_length = {"MP3": _mp3_states_length, "OGG": _ogg_is_one_stream}.get(sound.format, lambda file: True)
+    position = file.tell()  # libsndfile goes on to read from here.
+    # A header without a length counts as 2^63 - 1 frames.
+    if not 0 < sound.frames <= file.size * 10_000 or not states_length(file):
         return None
-    info = AudioInfo(kind, sound.samplerate, sound.channels, sound.frames / sound.samplerate, sound.is_exact)
+    file.seek(position)
+    is_exact = soundfile.SoundFile.seekable(sound) and sound.format in EXACT_FORMATS
+    info = AudioInfo(kind, sound.samplerate, sound.channels, sound.frames / sound.samplerate, is_exact)
     return info, functools.partial(_libsndfile_blocks, sound, file)
 
 
@@ -165,40 +166,16 @@ def _libsndfile_blocks(sound: _SequentialFile, file: SourceFile, start: int, end
 def _open_wav_without_length(wav: _SequentialFile, file: SourceFile) -> tuple[_SequentialFile, SourceFile]:
     """Open a wav whose header lacks its length (from a pipe, or over 4 GB) as raw samples to the end."""
     position = file.tell()
-    start = _wav_data_start(file)
-    if start is None or wav.subtype not in RAW_SUBTYPES:
-        file.seek(position)
-        return wav, file
-    data = file.after(start)
-    return _SequentialFile(data, "r", wav.samplerate, wav.channels, wav.subtype, "LITTLE", "RAW"), data
-
-
-def _wav_data_start(file: SourceFile) -> int | None:
-    """Find the byte at which a wav's samples begin; None if there are none."""
     file.seek(12)
-    for _ in range(100):
+    for _ in range(100 if wav.subtype in RAW_SUBTYPES else 0):
         head = file.read(8)
-        if head.startswith(b"data"):
-            return file.tell() if file.tell() < file.size else None
+        if head.startswith(b"data") and file.tell() < file.size:
+            data = file.after(file.tell())
+            return _SequentialFile(data, "r", wav.samplerate, wav.channels, wav.subtype, "LITTLE", "RAW"), data
         length = int.from_bytes(head[4:], "little")
         file.seek(length + length % 2, io.SEEK_CUR)  # Chunks begin at even bytes.
-    return None
-
-
-def _states_full_length(sound: _SequentialFile, file: SourceFile) -> bool:
-    """Whether libsndfile knows a file's true length: it silently reads no further than it believes the file to go."""
-    position = file.tell()  # libsndfile goes on to read from here.
-    try:
-        if not 0 < sound.frames <= file.size * 10_000:  # A header without a length counts as 2^63 - 1 frames.
-            return False
-        match sound.format:
-            case "MP3":
-                return _mp3_states_length(file)
-            case "OGG":
-                return _ogg_is_one_stream(file)
-        return True
-    finally:
-        file.seek(position)
+    file.seek(position)
+    return wav, file
 
 
 def _mp3_states_length(file: SourceFile) -> bool:
@@ -261,19 +238,21 @@ def _open_by_ffmpeg(file: SourceFile, stack: contextlib.ExitStack) -> tuple[Audi
 
 
 def _ffmpeg_blocks(container: Any, stream: Any, info: AudioInfo, file: SourceFile) -> Iterator[np.ndarray]:
+    """Decode blocks; where a joined file changes its channels or rate, they are converted to those it began with."""
     import av
 
-    fifo: Any = av.AudioFifo()
-    position, clock = 0, Fraction(1, info.rate)
+    layout, position = stream.codec_context.layout, 0
+    # Planar samples are faster, but PyAV crashes on those of more than 8 channels.
+    sample_format = "fltp" if layout.nb_channels <= 8 else "flt"
+    frames = _decode_packets(container, stream)
     try:
-        for frame in _convert(_decode_packets(container, stream), stream.codec_context.layout, info.rate):
-            position += frame.samples
-            frame.pts, frame.time_base = None, clock
-            fifo.write(frame)
-            if fifo.samples >= BLOCK_SAMPLES // info.channels:
-                yield _to_array(fifo.read())
-        if position and fifo.samples:
-            yield _to_array(fifo.read())
+        for _, run in itertools.groupby(frames, lambda one: (one.format.name, one.layout.name, one.sample_rate)):
+            resampler = av.AudioResampler(sample_format, layout, info.rate, BLOCK_SAMPLES // info.channels)
+            for frame in itertools.chain(run, [None]):  # None flushes the resampler.
+                position += frame.samples if frame else 0
+                for block in resampler.resample(frame):
+                    samples = block.to_ndarray()  # (channels, frames) if planar, else (1, frames * channels)
+                    yield np.ascontiguousarray(samples.T) if len(samples) > 1 else samples.reshape(-1, info.channels)
     except av.FFmpegError as error:
         raise _damaged(file, position / info.rate, str(error.strerror)) from error
     file.check()
@@ -294,22 +273,3 @@ def _decode_packets(container: Any, stream: Any) -> Iterator[Any]:
             junk += 1
             if container.format.name not in RAW_STREAMS or junk > max(10, count // 10):
                 raise
-
-
-def _convert(frames: Iterator[Any], layout: Any, rate: int) -> Iterator[Any]:
-    """Convert frames to float32; where a joined file changes its channels or rate, to those that it began with."""
-    import av
-
-    # Planar samples are faster, but PyAV crashes on those of more than 8 channels.
-    sample_format = "fltp" if layout.nb_channels <= 8 else "flt"
-    runs = itertools.groupby(frames, key=lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate))
-    for _, run in runs:
-        resampler = av.AudioResampler(format=sample_format, layout=layout, rate=rate)
-        for frame in itertools.chain(run, [None]):  # None flushes the resampler.
-            yield from filter(None, resampler.resample(frame))
-
-
-def _to_array(frame: Any) -> np.ndarray:
-    """Make (frames, channels) of a frame, planar or interleaved."""
-    samples = frame.to_ndarray()
-    return np.ascontiguousarray(samples.T) if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)

@@ -1,12 +1,12 @@
 """Compute Whisper's log-mel spectrogram of a clip, on CPU.
 
 Whisper takes windows of 30 s, padded with digital silence. Only the frames that overlap the clip are computed; all
-after them hold one constant, `silence_value(mel.max())`, which callers that need the whole window fill in.
+after them hold one constant, max(mel.max() - 2, -1.5), which the encoder fills in where it needs them: in log10 power
+silence is -10, raised to 8 below the clip's maximum, and features are (power + 4) / 4.
 """
 
 import hashlib
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from graft.model.configuration import TAIL_FRAMES, WINDOW_FRAMES
 HOP_LENGTH = 160  # 10 ms
 N_FFT = 400
 MIN_FRAMES = 8  # 0.08 s: one audio token at the coarsest pooling
-
-FloatOrArray = TypeVar("FloatOrArray", float, np.ndarray, torch.Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +57,10 @@ class Featurizer:
                 "cut it, e.g. with graft.audio.chunking.windows"
             )
         length = min(frame_count + TAIL_FRAMES, WINDOW_FRAMES)
-        stft = torch.stft(_pad(clip.samples, frame_count), N_FFT, HOP_LENGTH, window=self._window, return_complex=True)
+        # Silence follows to one STFT window past the last frame, but not past 30 s, where Whisper's STFT reflects.
+        padded = np.zeros(min(frame_count * HOP_LENGTH + N_FFT, WINDOW_FRAMES * HOP_LENGTH), np.float32)
+        padded[: len(clip.samples)] = clip.samples
+        stft = torch.stft(torch.from_numpy(padded), N_FFT, HOP_LENGTH, window=self._window, return_complex=True)
         stft = stft[:, :length].T  # (bins, frames) -> (frames, bins), its order in memory
         power = stft.real.square().addcmul_(stft.imag, stft.imag)  # (frames, bins)
         log_mel = (self._filters @ power.T).clamp_(min=1e-10).log10_()  # (mels, frames)
@@ -71,23 +72,3 @@ class Featurizer:
         time_s = np.arange(SAMPLE_RATE) / SAMPLE_RATE
         sweep = np.sin(2 * np.pi * 4000 * time_s**2) * time_s
         return hashlib.sha256(np.round(self(AudioClip(sweep.astype(np.float32))).mel, 2).tobytes()).hexdigest()
-
-
-def silence_value(max_feature: FloatOrArray) -> FloatOrArray:
-    """Return the feature of digital silence in a clip whose largest feature is `max_feature`: float, array or tensor.
-
-    (max(-10, 4 * max_feature - 12) + 4) / 4: in log10 power silence is -10, raised to 8 below the clip's maximum.
-    """
-    if isinstance(max_feature, torch.Tensor):
-        return (max_feature - 2).clamp(min=-1.5)
-    return np.maximum(max_feature - 2, -1.5)
-
-
-def _pad(samples: np.ndarray, frame_count: int) -> torch.Tensor:
-    """Pad a clip with silence to one STFT window past its last frame, but not past 30 s.
-
-    At 30 s Whisper's STFT reflects the waveform.
-    """
-    padded = np.zeros(min(frame_count * HOP_LENGTH + N_FFT, WINDOW_FRAMES * HOP_LENGTH), np.float32)
-    padded[: len(samples)] = samples
-    return torch.from_numpy(padded)

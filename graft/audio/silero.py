@@ -34,36 +34,12 @@ _NAMES = {
 }
 """Name of each weight for 16 kHz in the package's model -> its name here."""
 
-State = tuple[torch.Tensor, torch.Tensor]
 
-
-class Silero:
-    """Scores every 512 samples of 16 kHz with the probability that they hold speech.
+class Silero(nn.Module):
+    """Silero's network for 16 kHz, which scores every 512 samples with the probability that they hold speech.
 
     Raises MissingExtra without the package.
     """
-
-    def __init__(self) -> None:
-        self._network = _Network()
-        packaged = torch.jit.load(_model_file(), map_location="cpu").state_dict()
-        self._network.load_state_dict({ours: packaged[theirs] for theirs, ours in _NAMES.items()})
-
-    @torch.inference_mode()
-    def scores(self, blocks: Iterable[np.ndarray]) -> np.ndarray:
-        """Score consecutive blocks of float32 samples, each a multiple of 512 long -> (windows,)."""
-        context, state = np.zeros(CONTEXT, np.float32), None
-        parts = [np.zeros(0, np.float32)]
-        for block in blocks:
-            samples = torch.from_numpy(np.concatenate([context, block]))
-            windows = samples.unfold(0, CONTEXT + WINDOW, WINDOW)  # (samples,) -> (windows, 576)
-            scores, state = self._network(windows, state)
-            context = block[-CONTEXT:]
-            parts.append(scores.numpy())
-        return np.concatenate(parts)
-
-
-class _Network(nn.Module):
-    """Silero's network for 16 kHz."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,8 +56,29 @@ class _Network(nn.Module):
         )
         self.lstm = nn.LSTM(128, 128)
         self.score = nn.Conv1d(128, 1, 1)
+        spec = importlib.util.find_spec("silero_vad")
+        if spec is None or not spec.submodule_search_locations:
+            raise MissingExtra(f"silero-vad is not installed: pip install --no-deps {REQUIREMENT}")
+        path = Path(spec.submodule_search_locations[0]) / "data" / "silero_vad.jit"
+        packaged = torch.jit.load(str(path), map_location="cpu").state_dict()
+        self.load_state_dict({ours: packaged[theirs] for theirs, ours in _NAMES.items()})
 
-    def forward(self, windows: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State]:
+    @torch.inference_mode()
+    def scores(self, blocks: Iterable[np.ndarray]) -> np.ndarray:
+        """Score consecutive blocks of float32 samples, each a multiple of 512 long -> (windows,)."""
+        context, state = np.zeros(CONTEXT, np.float32), None
+        parts = [np.zeros(0, np.float32)]
+        for block in blocks:
+            samples = torch.from_numpy(np.concatenate([context, block]))
+            windows = samples.unfold(0, CONTEXT + WINDOW, WINDOW)  # (samples,) -> (windows, 576)
+            scores, state = self(windows, state)
+            context = block[-CONTEXT:]
+            parts.append(scores.numpy())
+        return np.concatenate(parts)
+
+    def forward(
+        self, windows: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Score (N, 576) consecutive windows -> (N,) scores and the LSTM's state after them.
 
         `state` is the one after the windows before.
@@ -90,11 +87,3 @@ class _Network(nn.Module):
         magnitudes = waves[:, :129].square().add(waves[:, 129:].square()).sqrt()
         hidden, state = self.lstm(self.layers(magnitudes).squeeze(2), state)  # (N, 128, 1) -> (N, 128)
         return self.score(hidden.relu()[:, :, None]).sigmoid().flatten(), state
-
-
-def _model_file() -> str:
-    """Find the package's TorchScript model without importing the package."""
-    spec = importlib.util.find_spec("silero_vad")
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingExtra(f"silero-vad is not installed: pip install --no-deps {REQUIREMENT}")
-    return str(Path(spec.submodule_search_locations[0]) / "data" / "silero_vad.jit")

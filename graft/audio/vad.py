@@ -3,7 +3,7 @@
 samples -> blocks of 16 s -> a score for every 32 ms (Silero's network, or loudness) -> spans of samples
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,13 +71,10 @@ class SpeechDetector:
 
     def find(self, clip: AudioClip) -> Speech:
         """Find the speech in a clip of any length."""
-        return self.find_in_stream([clip.samples])
-
-    def find_in_stream(self, parts: Iterable[np.ndarray]) -> Speech:
-        """Find the speech in a recording that comes in parts of any lengths, 16 kHz mono float32, as in the whole."""
-        blocks = _Blocks(parts)
-        scores = self._scores(blocks)
-        spans = speech_spans(scores, blocks.sample_count, self.settings.threshold)
+        count = len(clip.samples)
+        blocks = (clip.samples[start : start + BLOCK] for start in range(0, count, BLOCK))
+        scores = self._scores(np.pad(block, (0, -len(block) % FRAME)) for block in blocks)  # to whole frames
+        spans = speech_spans(scores, count, self.settings.threshold)
         return Speech(tuple(spans), scores, self.settings.detector)
 
 
@@ -110,34 +107,11 @@ def energy_scores(blocks: Iterable[np.ndarray]) -> np.ndarray:
         power = np.square(block.reshape(-1, FRAME), dtype=np.float64).mean(axis=1)  # (samples,) -> (frames,)
         levels.append(10 * np.log10(power + 1e-10))
     level = np.concatenate(levels)
-    threshold = np.maximum(_background(level) + LOUDER_DB, QUIETEST_DBFS)
-    return 1 / (1 + np.exp((threshold - level) / SLOPE_DB))
-
-
-def _background(level: np.ndarray) -> np.ndarray:
-    """Estimate the background level of each frame: that of quiet frames within a section of 10 s or its neighbours."""
+    # The background of a frame is the level of quiet frames within its section of 10 s or the neighbours of that.
     section = round(BACKGROUND_S * SAMPLE_RATE / FRAME)
-    quiet = [
-        np.percentile(level[start : start + section], BACKGROUND_PERCENTILE) for start in range(0, len(level), section)
-    ]
+    starts = range(0, len(level), section)
+    quiet = [np.percentile(level[start : start + section], BACKGROUND_PERCENTILE) for start in starts]
     lowest = [min(quiet[max(index - 1, 0) : index + 2]) for index in range(len(quiet))]
-    return np.repeat(lowest, section)[: len(level)]
-
-
-class _Blocks:
-    """Cuts parts of any lengths into blocks of BLOCK samples, the last padded to whole frames, and counts samples."""
-
-    def __init__(self, parts: Iterable[np.ndarray]) -> None:
-        self.sample_count = 0
-        self._parts = parts
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        held = np.zeros(0, np.float32)
-        for part in self._parts:
-            self.sample_count += len(part)
-            held = np.concatenate([held, part]) if len(held) else part
-            while len(held) >= BLOCK:
-                yield held[:BLOCK]
-                held = held[BLOCK:]
-        if len(held):
-            yield np.pad(held, (0, -len(held) % FRAME))
+    background = np.repeat(lowest, section)[: len(level)]
+    threshold = np.maximum(background + LOUDER_DB, QUIETEST_DBFS)
+    return 1 / (1 + np.exp((threshold - level) / SLOPE_DB))

@@ -21,8 +21,14 @@ from pydantic import Field, model_validator
 
 from graft.config import Recipe
 from graft.errors import DataError, RecipeError
-from graft.text.context_words import MAX_CONTEXT_WORDS
-from graft.text.prompts import INSTRUCTIONS, PLAIN_INSTRUCTION, Instruction, is_formatted, with_context
+from graft.text.prompts import (
+    INSTRUCTIONS,
+    MAX_CONTEXT_WORDS,
+    PLAIN_INSTRUCTION,
+    Instruction,
+    is_formatted,
+    with_context,
+)
 
 COMMON_SHARE = 0.9
 """Share of all words in a corpus that its common words make up."""

@@ -1,4 +1,7 @@
-"""Write prompts and answers: the templates around the audio, instructions, lists of words, and text styles."""
+"""Write prompts and answers: the templates around the audio, instructions, lists of words, and text styles.
+
+The module imports nothing heavy, because a Serve ingress checks requests without torch.
+"""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +9,9 @@ from dataclasses import dataclass
 
 from graft.errors import ModelError
 from graft.model.tokens import AUDIO_END_TOKEN, AUDIO_PAD_TOKEN, AUDIO_START_TOKEN
-from graft.text.context_words import check_context_words
+
+MAX_CONTEXT_WORDS = 100
+MAX_WORD_LENGTH = 100
 
 DEFAULT_INSTRUCTION = "Transcribe this audio."
 INSTRUCTIONS = {
@@ -83,6 +88,22 @@ def with_context(instruction: str, words: Sequence[str]) -> str:
     return (
         f"{instruction} These words may occur: {', '.join(words)}." if words else f"{instruction} No words are given."
     )
+
+
+def check_context_words(context: Sequence[str]) -> list[str]:
+    """Clean a request's list of words that may occur: each once, without spaces, commas and stops around it.
+
+    Raises ModelError for anything else.
+    """
+    if isinstance(context, str):
+        raise ModelError(f"context {context!r:.80} is a text: give a list of words")
+    words = list(dict.fromkeys(" ".join(word.split()).strip(" ,.") for word in context))
+    if len(words) > MAX_CONTEXT_WORDS or max(map(len, words), default=0) > MAX_WORD_LENGTH or "" in words:
+        raise ModelError(
+            f"context of {len(words)} words: give at most {MAX_CONTEXT_WORDS}, "
+            f"none of them empty or over {MAX_WORD_LENGTH} characters"
+        )
+    return words
 
 
 def style_text(text: str, style: str) -> str:

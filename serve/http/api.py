@@ -21,7 +21,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from graft.inference.subtitles import format_transcript
 from graft.inference.transcript import Transcript
-from graft.text.context_words import check_context_words
+from graft.text.prompts import check_context_words
 
 from ..logs import LOG, Observer, RequestLogMiddleware
 from ..service import ModelInfo, Service, TranscriptionOptions

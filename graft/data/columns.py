@@ -18,12 +18,12 @@ from graft.errors import DataError
 from graft.storage.atomic import atomic_file
 
 _BINARY = (pa.binary(), pa.large_binary())
-
+_STRING = pa.large_string()
 
 METADATA = pa.schema(
     [
-        ("id", pa.large_string()),
-        ("text", pa.large_string()),  # "" for null
+        ("id", _STRING),
+        ("text", _STRING),  # "" for null
         ("duration_s", pa.float64()),  # NaN for null
         ("row_group", pa.int32()),
         ("row", pa.int32()),  # within the row group
@@ -55,14 +55,18 @@ def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> pa
     table = _read_columns(parquet, [columns.id, columns.duration, columns.text], name, required=[columns.audio])
     _audio_leaves(parquet, columns.audio, name)  # for its errors
     count = parquet.metadata.num_rows
-    ids = _number_rows(count, name) if columns.id is None else _strings(table, columns.id, name)
+    stem = name.rpartition("/")[2].removesuffix(".parquet")
+    if columns.id is None:
+        ids = pa.array([f"{stem}:{row}" for row in range(count)], _STRING)
+    else:
+        ids = _cast(table, columns.id, name)
     if ids.null_count:
         raise DataError(f"corpus {name}: {ids.null_count} of {count} rows have no {columns.id}")
     if columns.duration is None:
         duration_s = _measure_durations(parquet, columns.audio, name)
     else:
-        duration_s = _cast(table, columns.duration, pa.float64(), name).fill_null(np.nan)
-    texts = pa.nulls(count, pa.large_string()) if columns.text is None else _strings(table, columns.text, name)
+        duration_s = _cast(table, columns.duration, name, pa.float64()).fill_null(np.nan)
+    texts = pa.nulls(count, _STRING) if columns.text is None else _cast(table, columns.text, name)
     sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     row_groups = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     rows = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # less the rows of earlier row groups
@@ -72,7 +76,7 @@ def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> pa
 def read_texts(parquet: pq.ParquetFile, *, name: str) -> pa.Table:
     """Read the columns ID and text, both large_string, of a file that replaces a corpus's texts."""
     table = _read_columns(parquet, ["ID", "text"], name)
-    return pa.table({column: _strings(table, column, name) for column in ("ID", "text")})
+    return pa.table({column: _cast(table, column, name) for column in ("ID", "text")})
 
 
 def read_audio_column(
@@ -80,7 +84,7 @@ def read_audio_column(
 ) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
     """Read a row group's audio files and, where the column has them, their names."""
     leaves = _audio_leaves(parquet, audio, "")
-    table = parquet.read_row_group(row_group, columns=leaves)
+    table = parquet.read_row_groups([row_group], columns=leaves)
     contents, *names = [_pick(table, leaf) for leaf in leaves]
     return contents, names[0] if names else None
 
@@ -99,14 +103,10 @@ def _read_columns(
         raise DataError(
             f"corpus {name}: lacks {', '.join(missing)}, has {found}: say under `columns` what they are called"
         )
-    return parquet.read(columns=wanted)
+    return parquet.read_row_groups(list(range(parquet.num_row_groups)), columns=wanted)
 
 
-def _strings(table: pa.Table, column: str, name: str) -> pa.ChunkedArray:
-    return _cast(table, column, pa.large_string(), name)
-
-
-def _cast(table: pa.Table, column: str, kind: pa.DataType, name: str) -> pa.ChunkedArray:
+def _cast(table: pa.Table, column: str, name: str, kind: pa.DataType = _STRING) -> pa.ChunkedArray:
     try:
         return _pick(table, column).cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -140,11 +140,6 @@ def _audio_leaves(parquet: pq.ParquetFile, audio: str, name: str) -> list[str]:
     if fields.get("bytes") not in _BINARY:
         raise DataError(f"corpus {name}: column {audio} is {kind}, wants binary or struct<bytes: binary, path: string>")
     return [f"{audio}.bytes", *([f"{audio}.path"] if "path" in fields else [])]
-
-
-def _number_rows(count: int, name: str) -> pa.Array:
-    stem = name.rpartition("/")[2].removesuffix(".parquet")
-    return pa.array([f"{stem}:{row}" for row in range(count)], pa.large_string())
 
 
 def _measure_durations(parquet: pq.ParquetFile, audio: str, name: str) -> np.ndarray:

@@ -25,7 +25,7 @@ from graft.data.columns import cached_metadata, read_audio_column, read_metadata
 from graft.data.settings import Columns, Source, Sources
 from graft.errors import DataError
 from graft.storage.atomic import atomic_file
-from graft.storage.locations import file_version, list_parquet_files, open_parquet, redact_uri, retry_read
+from graft.storage.locations import StoredFile, list_parquet_files, open_parquet, redact_uri, retry_read
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -96,8 +96,9 @@ def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) 
     sources, all files are empty, or a row has no ID. A row without text or with an odd duration is kept.
     """
     kinds = _long_form(sources)
-    listed = [(index, uri) for index, source in enumerate(kinds) for uri in _files_of(source)]
-    if twice := [uri for uri, count in Counter(uri for _, uri in listed).items() if count > 1]:
+    files = [[one.files] if isinstance(one.files, str) else one.files for one in kinds]
+    listed = [(index, file) for index, locations in enumerate(files) for file in list_parquet_files(locations)]
+    if twice := [uri for uri, count in Counter(file.uri for _, file in listed).items() if count > 1]:
         raise DataError(
             f"corpus {redact_uri(twice[0])}: stands in two sources: give it once, with the weight that it should have"
         )
@@ -105,7 +106,7 @@ def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) 
     parts = _map_in_threads(lambda entry: _read_metadata(entry[1], kinds[entry[0]].columns, folder), listed)
     sizes = [len(part) for part in parts]
     if not any(sizes):
-        raise DataError(f"corpus {redact_uri(listed[0][1])}: no rows in {len(listed)} files")
+        raise DataError(f"corpus {redact_uri(listed[0][1].uri)}: no rows in {len(listed)} files")
     source = np.repeat([index for index, _ in listed], sizes).astype(np.int16)
     table = pa.concat_tables(parts)
     ids, texts = table["id"].combine_chunks(), table["text"].combine_chunks()
@@ -120,7 +121,7 @@ def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) 
         file=np.repeat(np.arange(len(parts), dtype=np.int32), sizes),
         row_group=table["row_group"].to_numpy(),
         row=table["row"].to_numpy(),
-        files=[CorpusFile(uri, kinds[index].columns.audio) for index, uri in listed],
+        files=[CorpusFile(file.uri, kinds[index].columns.audio) for index, file in listed],
         weights=[kind.weight for kind in kinds],
     )
 
@@ -206,21 +207,17 @@ def _long_form(sources: Sources) -> list[Source]:
     return list(found.values())
 
 
-def _files_of(source: Source) -> list[str]:
-    return list_parquet_files([source.files] if isinstance(source.files, str) else source.files)
-
-
 def _map_in_threads(read: Callable[[S], T], inputs: Sequence[S]) -> list[T]:
     with ThreadPoolExecutor(max_workers=PLANNING_THREADS) as pool:
         return list(pool.map(read, inputs))
 
 
-def _read_metadata(uri: str, columns: Columns, cache: Path | None) -> pa.Table:
+def _read_metadata(file: StoredFile, columns: Columns, cache: Path | None) -> pa.Table:
     def read() -> pa.Table:
-        return _read_parquet(uri, lambda parquet: read_metadata(parquet, columns, name=redact_uri(uri)))
+        return _read_parquet(file.uri, lambda parquet: read_metadata(parquet, columns, name=redact_uri(file.uri)))
 
-    version = retry_read(uri, lambda: file_version(uri)) if cache else None
-    return cached_metadata(cache, f"{version} {columns.model_dump_json()}", read) if cache and version else read()
+    key = f"{file.uri} {file.version} {columns.model_dump_json()}"
+    return cached_metadata(cache, key, read) if cache and file.version else read()
 
 
 def _read_parquet(uri: str, read: Callable[[pq.ParquetFile], T], *, footer: pq.FileMetaData | None = None) -> T:
@@ -234,7 +231,7 @@ def _read_parquet(uri: str, read: Callable[[pq.ParquetFile], T], *, footer: pq.F
 def _replace_texts(texts: pa.Array, ids: pa.Array, rows: np.ndarray, location: str) -> pa.LargeStringArray:
     """Replace the texts of rows, given as a mask, by a parquet file's texts of their ids, "" where it has none."""
     parts = _map_in_threads(
-        lambda uri: _read_parquet(uri, lambda parquet: read_texts(parquet, name=redact_uri(uri))),
+        lambda file: _read_parquet(file.uri, lambda parquet: read_texts(parquet, name=redact_uri(file.uri))),
         list_parquet_files([location]),
     )
     given, mask = pa.concat_tables(parts), pa.array(rows)

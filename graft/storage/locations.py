@@ -8,7 +8,6 @@ in which URIs stand without user, secret and query.
 
 import contextlib
 import functools
-import io
 import os
 import random
 import re
@@ -23,6 +22,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from fsspec.caching import BaseCache
+from fsspec.spec import AbstractBufferedFile
 from fsspec.utils import glob_translate, merge_offset_ranges
 
 from graft.errors import DataError, require
@@ -31,6 +32,9 @@ T = TypeVar("T")
 
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0)
 """Seconds to wait before each retry. The clients of the hub and of S3 have retried several times themselves by then."""
+
+_from_uri = functools.lru_cache(maxsize=16)(pafs.FileSystem.from_uri)
+"""Makes one client for each bucket: every new one asks for the bucket's region and opens new connections."""
 
 _PINNED = re.compile("@[0-9a-f]{40}/")
 _HIDDEN = re.compile(r"(?:^|/)\.")
@@ -56,20 +60,20 @@ class StoredFile:
     known."""
 
 
-def list_parquet_files(locations: Sequence[str]) -> list[str]:
-    """List the parquet files of files, folders and globs as sorted URIs or absolute local paths, each once.
+def list_parquet_files(locations: Sequence[str]) -> list[StoredFile]:
+    """List the parquet files of files, folders and globs, each once, in the order of their URIs.
 
     Subfolders of a folder are not searched. Raises DataError when a location is missing, or none of them holds a
     parquet file.
     """
     stored = (file for location in locations for file in find_files(location, "*.parquet"))
-    found = sorted({file.uri for file in stored if not PurePosixPath(file.name).name.startswith("_")})
+    found = {file.uri: file for file in stored if not PurePosixPath(file.name).name.startswith("_")}
     if not found:
         where = ", ".join(map(redact_uri, locations)) or "(none)"
         raise DataError(
             f"corpus {where}: no *.parquet file found there (FOLDER/*/*.parquet takes those in its subfolders)"
         )
-    return found
+    return [found[uri] for uri in sorted(found)]
 
 
 def find_files(location: str, pattern: str = "**") -> list[StoredFile]:
@@ -83,11 +87,14 @@ def find_files(location: str, pattern: str = "**") -> list[StoredFile]:
 
 @contextlib.contextmanager
 def open_parquet(uri: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-    """Open a parquet file; with its metadata given, its footer is not fetched again. Use it inside `retry_read`."""
+    """Open a parquet file; with its metadata given, its footer is not fetched again. Use it inside `retry_read`.
+
+    Read it by `read_row_groups`.
+    """
     with open_file(uri) as file:
         opened = (
             _SingleThreadParquet(file, metadata)
-            if isinstance(file, _RangeReader)
+            if isinstance(file, AbstractBufferedFile)
             else pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
         )
         with opened as parquet:
@@ -100,24 +107,11 @@ def open_file(uri: str) -> Any:
         require("aiohttp", extra="jobs")
     if uri.startswith(("hf://", "http://", "https://")):
         filesystem, path = fsspec.url_to_fs(uri)
-        # The default cache would read 5 MB ahead for a footer of 10 kB.
-        return _RangeReader(filesystem.open(path, "rb", cache_type="none"))
+        file = filesystem.open(path, "rb", cache_type="none")
+        file.cache = _ExactCache(file.blocksize, file._fetch_range, file.size)  # The default reads 5 MB ahead.
+        return file
     filesystem, path = _connect(uri)
     return filesystem.open_input_file(path)
-
-
-def file_version(uri: str) -> str | None:
-    """Return a text that changes when the file does; None where nothing suitable is known.
-
-    This is the commit in its URI, or its size and time of change.
-    """
-    if uri.startswith("hf://"):
-        return uri if _PINNED.search(uri) else None
-    if uri.startswith(("http://", "https://")):
-        return None
-    filesystem, path = _connect(uri)
-    info = filesystem.get_file_info(path)
-    return f"{uri} {info.size} {info.mtime_ns}" if info.mtime_ns else None
 
 
 def retry_read(uri: str, action: Callable[[], T]) -> T:
@@ -202,13 +196,11 @@ def _walk(filesystem: pafs.LocalFileSystem, root: str) -> Iterator[pafs.FileInfo
         raise error
 
     for folder, names, files in os.walk(root, followlinks=True, onerror=fail):
-        names[:] = [name for name in names if not name.startswith(".") and not _leads_back(Path(folder, name))]
+        # A link that leads back is one to a folder that it lies in, or to one above that.
+        links = [path for name in names if (path := Path(folder, name)).is_symlink()]
+        back = {one.name for one in links if any(up.resolve().is_relative_to(one.resolve()) for up in one.parents)}
+        names[:] = [name for name in names if not name.startswith(".") and name not in back]
         yield from filesystem.get_file_info([os.path.join(folder, name) for name in files])
-
-
-def _leads_back(path: Path) -> bool:
-    """Whether a folder is a link to one of the folders that it lies in, or to one above those."""
-    return path.is_symlink() and any(parent.resolve().is_relative_to(path.resolve()) for parent in path.parents)
 
 
 def _stored_file(uri: str, name: str, info: pafs.FileInfo) -> StoredFile:
@@ -242,9 +234,8 @@ def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
             parts = urlsplit(uri)
             if ":" in parts.netloc and "@" not in parts.netloc:
                 raise ValueError("its user or secret holds a / or ?: write %2F, %3F")
-            return _connect_bucket(parts._replace(path="").geturl()), parts.netloc.rpartition("@")[2] + unquote(
-                parts.path
-            )
+            bucket, _ = _from_uri(parts._replace(path="").geturl())
+            return bucket, parts.netloc.rpartition("@")[2] + unquote(parts.path)
         if uri.startswith("hf://"):
             filesystem, path = fsspec.url_to_fs(uri)
             return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
@@ -253,85 +244,52 @@ def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
         raise DataError(f"{redact_uri(uri)}: not a location pyarrow can read: {one_line_error(error)}") from error
 
 
-@functools.lru_cache(maxsize=16)
-def _connect_bucket(uri: str) -> pafs.FileSystem:
-    """Make one client for each bucket: every new one asks for the bucket's region and opens new connections."""
-    return pafs.FileSystem.from_uri(uri)[0]
-
-
 # Reads
 
 
-class _RangeReader(io.RawIOBase):
-    """An fsspec file that raises ConnectionError where a server sends fewer bytes than the file must hold."""
+class _ExactCache(BaseCache):
+    """The reads of an fsspec file: ConnectionError is raised where a server sends fewer bytes than were asked for."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self._fetched: list[tuple[int, bytes]] = []  # offsets in the file, and the bytes there
+    _fetched: Sequence[tuple[int, bytes]] = ()  # offsets in the file, and the bytes there
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Fetch byte ranges (start, end) for the reads that follow, near ones in one request; drop earlier ones."""
-        self._fetched = []
+        self._fetched = ()
         starts, ends = map(list, zip(*ranges, strict=True)) if ranges else ([], [])
         merged = merge_offset_ranges([""] * len(starts), starts, ends, max_gap=_MERGED_GAP_BYTES)
-        self._fetched = [(start, self._read_range(start, end - start)) for _, start, end in zip(*merged, strict=True)]
+        self._fetched = [(start, self._fetch(start, end)) for _, start, end in zip(*merged, strict=True)]
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def read(self, size: int = -1) -> bytes:
-        position = self.file.tell()
-        available = self.file.size - position
-        count = available if size < 0 else min(size, available)
-        for start, data in self._fetched:
-            if start <= position and position + count <= start + len(data):
-                self.file.seek(position + count)
-                return data[position - start : position - start + count]
-        return self._read_range(position, count)
-
-    def _read_range(self, start: int, count: int) -> bytes:
-        self.file.seek(start)
-        data = self.file.read(count) if count else b""
-        if len(data) != count:
-            raise ConnectionError(f"got {len(data)} of {count} bytes")
+    def _fetch(self, start: int | None, stop: int | None) -> bytes:
+        start, stop = start or 0, self.size if stop is None else min(stop, self.size)
+        for offset, data in self._fetched:
+            if offset <= start and stop <= offset + len(data):
+                return data[start - offset : stop - offset]
+        data = super()._fetch(start, stop)
+        if len(data) != max(0, stop - start):
+            raise ConnectionError(f"got {len(data)} of {stop - start} bytes")
         return data
 
 
 class _SingleThreadParquet(pq.ParquetFile):
-    """A parquet file behind a Python object, read in the caller's thread alone.
+    """A parquet file behind a Python object, of which `read_row_groups` reads in the caller's thread alone.
 
     Arrow's threads would drop the object when they come to it; at the interpreter's end that aborts the process
     (apache/arrow#34314).
     """
 
-    def __init__(self, file: _RangeReader, metadata: pq.FileMetaData | None) -> None:
+    def __init__(self, file: AbstractBufferedFile, metadata: pq.FileMetaData | None) -> None:
         super().__init__(file, metadata=metadata, pre_buffer=False)
-        self._file = file
+        self._cache = file.cache
 
-    def read(self, columns: Sequence[str]) -> pa.Table:
-        return self._read_groups(list(range(self.num_row_groups)), columns)
-
-    def read_row_group(self, i: int, columns: Sequence[str]) -> pa.Table:
-        return self._read_groups([i], columns)
-
-    def _read_groups(self, row_groups: list[int], columns: Sequence[str]) -> pa.Table:
+    def read_row_groups(self, row_groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
         ranges = []
         for group in map(self.metadata.row_group, row_groups):
             for chunk in map(group.column, range(group.num_columns)):
                 if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
                     start = chunk.dictionary_page_offset or chunk.data_page_offset
                     ranges.append((start, start + chunk.total_compressed_size))
-        self._file.prefetch(ranges)
-        return self.read_row_groups(row_groups, columns=list(columns), use_threads=False)
+        self._cache.prefetch(ranges)
+        return super().read_row_groups(row_groups, columns=list(columns), use_threads=False)
 
 
 # Faults

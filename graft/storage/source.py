@@ -109,40 +109,34 @@ class _RangeFile(io.RawIOBase):
 
 
 def _open_ranges(source: AudioSource, stack: contextlib.ExitStack) -> tuple[int, ReadRange]:
-    """Return a source's size and what reads a range of it. Raises OSError, DataError, ValueError."""
+    """Return a source's size and what reads a range of it. Raises OSError, DataError, ValueError.
+
+    Reads of URIs that fail in a way that may pass are retried; all of a stream that cannot be sought is read.
+    """
     if isinstance(source, str) and "://" in source:
-        return _open_uri_ranges(source, stack)
+        from graft.storage.locations import open_file, retry_read
+
+        retry: Any = functools.partial(retry_read, source)
+        remote = retry(lambda: stack.enter_context(open_file(source)))
+        size = retry(lambda: remote.seek(0, io.SEEK_END))
+        return size, lambda start, count: retry(lambda: _read_range(remote, start, count))
     if isinstance(source, str | os.PathLike):
         file: Any = stack.enter_context(io.FileIO(source))
     else:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
     if not file.seekable():
-        file = io.BytesIO(_read_stream(file))
+        data = bytearray()
+        while more := file.read(BUFFER_BYTES):
+            data += more
+            if len(data) > STREAM_BYTES:
+                raise ValueError(f"over {STREAM_BYTES:,} bytes of a stream that can't be sought")
+        file = io.BytesIO(data)
     return file.seek(0, io.SEEK_END), functools.partial(_read_range, file)
-
-
-def _open_uri_ranges(uri: str, stack: contextlib.ExitStack) -> tuple[int, ReadRange]:
-    """Do as `_open_ranges` does; reads that fail in a way that may pass are retried."""
-    from graft.storage.locations import open_file, retry_read
-
-    file = retry_read(uri, lambda: stack.enter_context(open_file(uri)))
-    size = retry_read(uri, lambda: file.seek(0, io.SEEK_END))
-    return size, lambda start, count: retry_read(uri, lambda: _read_range(file, start, count))
 
 
 def _read_range(file: BinaryIO, start: int, count: int) -> bytes:
     file.seek(start)
     return file.read(count)
-
-
-def _read_stream(file: BinaryIO) -> bytes:
-    """Read all of a stream. Raises ValueError for one that does not end within STREAM_BYTES."""
-    data = bytearray()
-    while more := file.read(BUFFER_BYTES):
-        data += more
-        if len(data) > STREAM_BYTES:
-            raise ValueError(f"over {STREAM_BYTES:,} bytes of a stream that can't be sought")
-    return bytes(data)
 
 
 def _label_of(source: AudioSource) -> str:

@@ -178,13 +178,13 @@ def test_a_file_of_a_web_server_gives_the_same_rows(folder, hub):
 def test_arrow_reads_python_files_in_the_callers_thread_alone(folder, hub, monkeypatch):
     """Arrow's own threads would drop the Python object late, which may abort the process at the interpreter's end."""
     threads = []
-    read = locations._RangeReader.read
+    fetch = locations._ExactCache._fetch
     monkeypatch.setattr(
-        locations._RangeReader, "read", lambda file, size=-1: threads.append(threading.get_ident()) or read(file, size)
+        locations._ExactCache, "_fetch", lambda *args: threads.append(threading.get_ident()) or fetch(*args)
     )
     with locations.open_parquet(f"{hub.url}/files/speech/clips/{COMMIT}/large/{FILES[0]}") as parquet:
-        assert len(parquet.read(columns=["ID", "text"])) == 60
-        assert len(parquet.read_row_group(1, columns=["wav.bytes", "wav.path"])) == 20
+        assert len(parquet.read_row_groups([0, 1, 2], columns=["ID", "text"])) == 60
+        assert len(parquet.read_row_groups([1], columns=["wav.bytes", "wav.path"])) == 20
     assert set(threads) == {threading.get_ident()}
     assert len(hub.sent) == 6  # footer, the first ID, twice the text and the next ID, the last text, audio and its path
 

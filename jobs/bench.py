@@ -3,7 +3,6 @@
 `python -m jobs.bench NAME [--json FILE]` prints what it measures and writes the numbers as JSON."""
 
 import argparse
-import contextlib
 import importlib
 import inspect
 import json
@@ -11,9 +10,9 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from graft.errors import GraftError, OutputError
 from graft.storage.atomic import write_atomic
@@ -25,35 +24,25 @@ from .common.console import quiet_libraries
 Options = dict[str, dict[str, Any]]
 
 
-class Benchmark(NamedTuple):
-    """A benchmark: its help, its parts with their modules, and its options.
-
-    The part NAME is the function bench_NAME of its module; it is given the options that its parameters name.
-    """
-
-    help: str
-    parts: Mapping[str, str]
-    options: Options
-
-
 MODEL: Options = {
     "model": dict(metavar="DIR", help="a graft; by default an untrained one is built from the bundled weights")
 }
 PEERS: Options = {
-    "speech": dict(nargs="+", metavar="FILE", help="manifests of labelled clips; by default the bundled prompts"),
-    "threads": dict(type=int, default=1, help="CPU threads of each model"),
+    "speech": dict(nargs="+", metavar="FILE", help="manifests of labelled clips; by default the bundled prompts")
 }
 RANDOM: Options = {
     "shape": dict(choices=("7b", "2b", "tiny"), default="7b", help="size of the model; tiny runs anywhere"),
     "dtype": dict(choices=("fp32", "bf16"), default="bf16", help="precision of its weights"),
 }
-BENCHMARKS = {
-    "features": Benchmark(
+# Each benchmark: its help, its parts with their modules, and its options. The part NAME is the function bench_NAME of
+# its module; it is given the options that its parameters name.
+BENCHMARKS: dict[str, tuple[str, Mapping[str, str], Options]] = {
+    "features": (
         "FLAC to log-mel on one core, beside soundfile and transformers' extractor",
         {"features": "features"},
         {"seconds": dict(type=float, default=600.0, help="seconds of audio to decode")},
     ),
-    "train": Benchmark(
+    "train": (
         "training steps beside others', Ray's feeding, two workers (10 minutes on 2 idle cores)",
         {"step": "training_step", "gains": "training_step", "ingest": "scale", "workers": "scale"},
         MODEL
@@ -63,12 +52,12 @@ BENCHMARKS = {
             "workers": dict(type=int, nargs="+", default=[1, 2], help="workers of stage 1"),
         },
     ),
-    "bulk": Benchmark(
+    "bulk": (
         "Ray's transcription beside a bare loop, its memory, other transcribers (10 minutes on 2 idle cores)",
         {"pipeline": "bulk", "peers": "peers", "memory": "bulk", "bf16": "peers"},
         MODEL | PEERS | {"seconds": dict(type=float, default=30.0, help="duration of each turn of a pipeline")},
     ),
-    "serve": Benchmark(
+    "serve": (
         "the service beside its engine and beside another server, engines come and go (15 minutes on 2 idle cores)",
         dict.fromkeys(("saturation", "servers", "replicas"), "service"),
         MODEL
@@ -78,9 +67,9 @@ BENCHMARKS = {
             "seconds": dict(type=float, default=60.0, help="duration of each load"),
         },
     ),
-    "scale": Benchmark(
-        "a run's batches split over 64 stand-ins, and stage 1 with up to four workers (10 minutes on 2 idle cores)",
-        dict.fromkeys(("split", "real", "workers"), "scale"),
+    "scale": (
+        "a run's batches split over 64 stand-ins, Ray's feeding, stage 1 with up to four workers (half an hour)",
+        dict.fromkeys(("split", "ingest", "workers"), "scale"),
         MODEL
         | {
             "consumers": dict(type=int, nargs="+", default=[1, 8, 64], help="stand-ins for workers"),
@@ -88,7 +77,7 @@ BENCHMARKS = {
             "seconds": dict(type=float, default=20.0, help="approximate duration of each split"),
         },
     ),
-    "gpu": Benchmark(
+    "gpu": (
         "training steps on this machine's GPU with random weights",
         {"gpu": "gpu"},
         RANDOM
@@ -99,7 +88,7 @@ BENCHMARKS = {
             "clip_s": dict(type=float, default=10.0, help="seconds of a clip"),
         },
     ),
-    "engine": Benchmark(
+    "engine": (
         "the transformers engine on this machine's GPU with random weights",
         {"engine": "gpu"},
         RANDOM
@@ -116,15 +105,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; bad input ends it with exit code 2 and one line on stderr."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    benchmark, options = BENCHMARKS[arguments.name], vars(arguments)
-    for name in benchmark.options:
+    (_, parts, names), options = BENCHMARKS[arguments.name], vars(arguments)
+    for name in names:
         values = options[name] if isinstance(options[name], list) else [options[name]]
         if wrong := [number for number in values if type(number) in (int, float) and not 0 < number < math.inf]:
             parser.error(f"argument --{name.replace('_', '-')}: {wrong[0]} is not a finite number above 0")
-    if unknown := set(arguments.only) - set(benchmark.parts):
-        parser.error(f"argument --only: {', '.join(sorted(unknown))}: choose from {', '.join(benchmark.parts)}")
+    if unknown := set(arguments.only) - set(parts):
+        parser.error(f"argument --only: {', '.join(sorted(unknown))}: choose from {', '.join(parts)}")
     try:
-        numbers = _run(benchmark, options)
+        numbers = _run(parts, options)
         if path := arguments.json:
             try:
                 write_atomic(path, json.dumps(numbers, indent=2) + "\n")
@@ -154,17 +143,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(benchmark: Benchmark, options: dict[str, Any]) -> dict[str, Any]:
-    """Run parts, each in a process of its own where a benchmark has several; returns the numbers by part."""
-    with _graft_or_built(options["model"]) if "model" in options else contextlib.nullcontext() as graft:
-        options = options | {"graft": graft}
-        if len(benchmark.parts) == 1:
-            ((part, module),) = benchmark.parts.items()
+def _run(parts: Mapping[str, str], options: dict[str, Any]) -> dict[str, Any]:
+    """Run parts, each in a process of its own where a benchmark has several; returns the numbers by part.
+
+    Where no graft is given, an untrained one is built from the bundled weights for as long. Raises ModelError.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        options = options | {"graft": options.get("model") or str(Path(scratch, "graft"))}
+        if options.get("model"):
+            from graft.checkpoints.loading import check_graft
+
+            check_graft(options["graft"])
+        elif "model" in options:
+            from .build import BuildRecipe, run
+
+            run(BuildRecipe(out=options["graft"]))
+        if len(parts) == 1:
+            ((part, module),) = parts.items()
             return _run_part(part, module, options)
         numbers = {}
         for part in options["only"]:
             print(f"\n{part}", flush=True)
-            numbers[part] = alone(_run_part, part, benchmark.parts[part], options)
+            numbers[part] = alone(_run_part, part, parts[part], options)
         return numbers
 
 
@@ -176,23 +176,6 @@ def _run_part(part: str, module: str, options: dict[str, Any]) -> dict[str, Any]
     numbers["load_average"] = os.getloadavg()[0]
     print(f"load_average {numbers['load_average']:.2f}", flush=True)
     return numbers
-
-
-@contextlib.contextmanager
-def _graft_or_built(folder: str | None) -> Iterator[str]:
-    """Yield a graft's folder, by default one that is built from the bundled weights for as long. Raises ModelError."""
-    if folder:
-        from graft.checkpoints.loading import check_graft
-
-        check_graft(folder)
-        yield folder
-        return
-    from .build import BuildRecipe, run
-
-    with tempfile.TemporaryDirectory() as scratch:
-        built = str(Path(scratch, "graft"))
-        run(BuildRecipe(out=built))
-        yield built
 
 
 if __name__ == "__main__":

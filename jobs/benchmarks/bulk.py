@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import WhisperFeatureExtractor
 
-from graft.audio.chunking import Chunker, ChunkSettings
-from graft.audio.clip import read_audio
-from graft.audio.features import Featurizer
-from graft.audio.spans import read_span
+from graft.audio.chunking import ChunkSettings
 from graft.audio.vad import SpeechSettings
 from graft.checkpoints.loading import open_processor
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
@@ -36,11 +33,10 @@ from ..transcription.pipeline import CONCURRENT_BATCHES, ItemTranscriber, Pipeli
 from ..transcription.reader import ItemReader, Reading
 from ..transcription.recipe import TranscribeRecipe
 from ..transcription.work_items import at_attempts, durations, plan_items
-from .measuring import Numbers, in_turns, report, watch
+from .features import MEL_COUNT, reading_costs
+from .measuring import Numbers, report, watch
 from .speech import DISTINCT, MEAN_S, WORDS, link_files, write_archive, write_long_recording
 
-# Mel bands that the encoder of a 7B graft takes.
-MEL_COUNT = 128
 # Seconds of audio that one H200, at half its peak, transcribes in a second with a 7B graft, 96 clips at a time: 10 s
 # take 0.68 TFLOP to encode and 3.67 to read, at 790 TFLOP/s, and 30 steps that read 14.1 GB of weights at 4.8 TB/s.
 H200_RATE = 765.0
@@ -65,7 +61,7 @@ ABOUT_PIPELINE = f"""\
 clips of 2 to 20 s, 10 on average, FLAC; {ITEMS_PER_BATCH} to a batch, {CONCURRENT_BATCHES} batches at a time
 device  a stand-in that takes as long as one H200 at half its peak with a 7B graft, {H200_RATE:g} s of audio a second
 slowed  the device made so slow that one core reads {HEADROOM:g} times as fast as it transcribes
-bare    one process: a thread reads, {AHEAD} batches ahead, {CONCURRENT_BATCHES} threads transcribe and write parquet
+bare    one process: a thread at a time reads, {AHEAD} batches ahead, {CONCURRENT_BATCHES} transcribe and write parquet
 ray     one such reader and one such transcriber through Ray Data, as jobs.transcribe runs them, with checkpoints
 Seconds of audio a second; the first {STARTING} batches are left out."""
 ABOUT_MEMORY = f"""\
@@ -120,7 +116,7 @@ def bench_pipeline(graft: str, seconds: float) -> Numbers:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        costs = _reading_costs(write_archive(folder / "distinct", DISTINCT))
+        costs = reading_costs(write_archive(folder / "distinct", DISTINCT), repetitions=3)
         one_core = 1 / (costs["decode"] + costs["detection"])
         numbers: Numbers = {f"{name}_cpu_ms_per_audio_s": 1000 * cost for name, cost in costs.items()}
         for name, rate in {"device": H200_RATE, "slowed": min(H200_RATE, one_core / HEADROOM)}.items():
@@ -148,21 +144,16 @@ def transcribe_bare(plan: pa.Table, opener: Callable[[], Transcriber], home: Pat
     transcriber = opener()
     reader, item_transcriber = ItemReader(READING), ItemTranscriber(lambda: transcriber, {})
     (home / "items").mkdir()
-    room = threading.Semaphore(AHEAD + CONCURRENT_BATCHES)
+    reading, transcribing = threading.Lock(), threading.Semaphore(CONCURRENT_BATCHES)
 
-    def work(number: int, read: Future[pa.Table]) -> None:
-        pq.write_table(item_transcriber(read.result()), home / "items" / f"{number}.parquet")
-        room.release()
+    def work(number: int) -> None:
+        with reading:
+            read = pa.concat_tables(reader(plan.slice(number * ITEMS_PER_BATCH, ITEMS_PER_BATCH)))
+        with transcribing:
+            pq.write_table(item_transcriber(read), home / "items" / f"{number}.parquet")
 
-    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(CONCURRENT_BATCHES) as transcribing:
-        done = []
-        for number, start in enumerate(range(0, len(plan), ITEMS_PER_BATCH)):
-            room.acquire()
-            batch = plan.slice(start, ITEMS_PER_BATCH)
-            read = reading.submit(lambda batch: pa.concat_tables(reader(batch)), batch)
-            done.append(transcribing.submit(work, number, read))
-        for future in done:
-            future.result()
+    with ThreadPoolExecutor(AHEAD + CONCURRENT_BATCHES) as pool:
+        list(pool.map(work, range(-(-len(plan) // ITEMS_PER_BATCH))))
     transcriber.close()
 
 
@@ -174,19 +165,6 @@ def steady_rate(home: Path, clips: int) -> float:
         raise RuntimeError(f"{sum(map(len, tables))} of {clips} clips have results, or some have errors")
     audio_s = sum(pc.sum(table["duration_s"]).as_py() for table in tables[STARTING:])
     return audio_s / (files[-1].stat().st_mtime - files[STARTING - 1].stat().st_mtime)
-
-
-def _reading_costs(files: Sequence[Path]) -> dict[str, float]:
-    """Measure the CPU seconds that each part of the work takes for a second of audio."""
-    chunker, featurizer = Chunker(), Featurizer(MEL_COUNT)
-    clips = [read_audio(path) for path in files]
-    ways: dict[str, Callable[[], object]] = {
-        "decode": lambda: [list(read_span(str(path))) for path in files],
-        "detection": lambda: [chunker(clip) for clip in clips],
-        "features": lambda: [featurizer(clip) for clip in clips],
-    }
-    audio_s = sum(clip.duration_s for clip in clips)
-    return {name: float(np.median(turns[1:, 1])) / audio_s for name, turns in in_turns(ways, 4).items()}
 
 
 def bench_memory(graft: str) -> Numbers:

@@ -80,11 +80,18 @@ def bench_gpu(
                     print(f"stage{number} {budget}: the device's memory ran out", flush=True)
                     break
                 clips, length = inputs["input_ids"].shape
-                sizes = {"samples/s": clips / step_s, "clips": clips, "tokens": clips * length}
-                mfu = 100 * flops / step_s / peak_flops if peak_flops else None
-                speed = {"ms/step": 1000 * step_s, "TFLOP/s": flops / step_s / 1e12, "MFU %": mfu}
-                memory = {"GB": torch.cuda.max_memory_allocated() / 1e9 or None}
-                yield f"stage{number} {budget}", sizes | speed | memory
+                yield (
+                    f"stage{number} {budget}",
+                    {
+                        "samples/s": clips / step_s,
+                        "clips": clips,
+                        "tokens": clips * length,
+                        "ms/step": 1000 * step_s,
+                        "TFLOP/s": flops / step_s / 1e12,
+                        "MFU %": 100 * flops / step_s / peak_flops if peak_flops else None,
+                        "GB": torch.cuda.max_memory_allocated() / 1e9 or None,
+                    },
+                )
             del model, backend, inputs
             gc.collect()
             torch.cuda.empty_cache()
@@ -109,19 +116,17 @@ def synthetic_batch(
     config: GraftConfig, budget: int, clip_s: float, lora_rank: int | None
 ) -> tuple[dict[str, Tensor], int, float]:
     """Make as many clips as the budget holds, at least one; returns them, the number of labels and a step's FLOPs."""
-    frames, labels = round(clip_s * FRAMES_PER_S), round(clip_s * LABELS_PER_S)
-    audio_tokens = audio_token_count(frames, pool=config.audio_pool, context=config.audio_context)
-    tokens = PROMPT_TOKENS + audio_tokens + labels
+    request = _request(config, clip_s)
+    labels, frames = request.max_new_tokens, request.features.frame_count
+    tokens = len(request.prompt_ids) + labels
     clips = max(1, budget // tokens)
     with _device():
-        ids = torch.randint(10, 1000, (clips, tokens))
-        ids[:, 5 : 5 + audio_tokens] = config.audio_token_id
-        mel_shape = (clips, config.audio_config.num_mel_bins, min(frames + TAIL_FRAMES, WINDOW_FRAMES))
+        ids = torch.tensor([request.prompt_ids + list(range(10, 10 + labels))]).repeat(clips, 1)
         inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "labels": torch.where(torch.arange(tokens) >= tokens - labels, ids, IGNORED_LABEL),
-            "input_features": torch.rand(mel_shape) - 0.5,
+            "input_features": torch.tensor(request.features.mel).repeat(clips, 1, 1),
             "audio_frame_counts": torch.full((clips,), frames),
         }
     counts: Any = {"token_counts": [tokens] * clips, "label_count": labels * clips, "frame_counts": [frames] * clips}
@@ -146,12 +151,21 @@ def bench_engine(shape: str, clip_s: Sequence[float], rounds: float, batch_clips
                     torch.cuda.reset_peak_memory_stats()
                 asyncio.run(_transcribe(engine, request, count))
                 seconds, after = time.perf_counter() - start, engine.counts()
-            sizes = {"clips": count, "prompt": len(request.prompt_ids), "answer": request.max_new_tokens}
             rtfx, most = count * each_s / seconds, ceiling(shape, machine["device"], each_s)
-            speed = {"RTFx": rtfx, "ceiling": most, "share %": 100 * rtfx / most if most else None}
-            tokens_per_step = (after.tokens - before.tokens) / max(1, after.steps - before.steps)
-            busy, memory = 100 * (after.busy_s - before.busy_s) / seconds, torch.cuda.max_memory_allocated() / 1e9
-            yield f"{each_s:g} s", sizes | speed | {"rows": tokens_per_step, "busy %": busy, "GB": memory or None}
+            yield (
+                f"{each_s:g} s",
+                {
+                    "clips": count,
+                    "prompt": len(request.prompt_ids),
+                    "answer": request.max_new_tokens,
+                    "RTFx": rtfx,
+                    "ceiling": most,
+                    "share %": 100 * rtfx / most if most else None,
+                    "rows": (after.tokens - before.tokens) / max(1, after.steps - before.steps),
+                    "busy %": 100 * (after.busy_s - before.busy_s) / seconds,
+                    "GB": torch.cuda.max_memory_allocated() / 1e9 or None,
+                },
+            )
 
     try:
         return machine | report_table(ABOUT_ENGINE.format(dtype=dtype, **machine), rows())

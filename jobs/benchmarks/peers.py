@@ -1,7 +1,7 @@
 """Measure others that transcribe on a CPU, on the same clips: Whisper base by transformers and by faster-whisper.
 
-Each transcribes decoded clips in a fresh process, greedily, after one clip to warm up. As a program with the arguments
-FOLDER KIND THREADS PORT this module serves faster-whisper behind a plain FastAPI server.
+Each transcribes decoded clips in a fresh process on one thread, greedily, after one clip to warm up. As a program with
+the arguments FOLDER PORT this module serves faster-whisper behind a plain FastAPI server.
 """
 
 import functools
@@ -40,31 +40,30 @@ NO_GRAFT = "graft: --model names a trained one; the answers of an untrained one 
 NO_FASTER_WHISPER = "faster-whisper is not installed: pip install faster-whisper"
 
 
-def bench_peers(model: str | None, speech: Sequence[str] | None, threads: int) -> Numbers:
+def bench_peers(model: str | None, speech: Sequence[str] | None) -> Numbers:
     """Measure a graft, where one is given, and plain Whisper base in other hands."""
-    openers: dict[str, Callable[[], Transcribe]] = {}
-    if model:
-        openers["graft"] = functools.partial(open_graft, model, threads)
-    openers["transformers"] = open_pipeline
     with tempfile.TemporaryDirectory() as folder:
-        if has_whisper := convert_whisper(folder):
-            for kind in KINDS:
-                openers[f"faster-whisper {kind}"] = functools.partial(open_faster_whisper, folder, kind, threads)
 
         def rows() -> Iterator[Row]:
+            openers: dict[str, Callable[[], Transcribe]] = {"transformers": open_pipeline}
+            if model:
+                openers = {"graft": functools.partial(open_graft, model)} | openers
+            if convert_whisper(folder):
+                whispers = {kind: functools.partial(open_faster_whisper, folder, kind) for kind in KINDS}
+                openers |= {f"faster-whisper {kind}": opener for kind, opener in whispers.items()}
             for name, opener in openers.items():
-                watched = watch(_transcribe_all, opener, speech, threads)
+                watched = watch(_transcribe_all, opener, speech)
                 yield name, watched.result | {"MB": watched.peak_mb()}
 
-        numbers = report_table(ABOUT_PEERS, rows())
-    print("" if model else NO_GRAFT, "" if has_whisper else NO_FASTER_WHISPER, sep="\n")
-    return numbers
+        if not model:
+            print(NO_GRAFT)
+        return report_table(ABOUT_PEERS, rows())
 
 
-def _transcribe_all(opener: Callable[[], Transcribe], speech: Sequence[str] | None, threads: int) -> Numbers:
+def _transcribe_all(opener: Callable[[], Transcribe], speech: Sequence[str] | None) -> Numbers:
     """Measure a way to transcribe on labelled clips."""
     quiet_libraries()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     clips, references = zip(*labelled_speech(speech), strict=True)
     transcribe, texts = opener(), list[str]()
     transcribe(clips[:1])
@@ -74,26 +73,27 @@ def _transcribe_all(opener: Callable[[], Transcribe], speech: Sequence[str] | No
     return {"clips": len(clips), "audio s": audio_s, "WER %": 100 * score(references, texts).wer} | speed
 
 
-def bench_bf16(model: str | None, speech: Sequence[str] | None, threads: int) -> Numbers:
+def bench_bf16(model: str | None, speech: Sequence[str] | None) -> Numbers:
     """Count the texts that a batch changes in bf16: clips one by one, and once more all together, by the same graft."""
     if not model:
         print(NO_GRAFT)
         return {}
     clips, references = zip(*labelled_speech(speech), strict=True)
-    transcribe = open_graft(model, threads, "bf16")
+    transcribe = open_graft(model, "bf16")
     one_by_one = [transcribe([clip])[0] for clip in clips]
     together = transcribe(clips)
-    changed = sum(one != other for one, other in zip(one_by_one, together, strict=True))
-    rates = {"alone": score(references, one_by_one).wer, "together": score(references, together).wer}
-    numbers = {"clips": len(clips), "changed": changed} | {
-        f"{name}_wer_percent": 100 * wer for name, wer in rates.items()
+    numbers = {
+        "clips": len(clips),
+        "changed": sum(one != other for one, other in zip(one_by_one, together, strict=True)),
+        "alone_wer_percent": 100 * score(references, one_by_one).wer,
+        "together_wer_percent": 100 * score(references, together).wer,
     }
     return report(ABOUT_BF16, numbers)
 
 
-def open_graft(model: str, threads: int, dtype: str | None = None) -> Transcribe:
+def open_graft(model: str, dtype: str | None = None) -> Transcribe:
     """Open a graft in a precision, by default the one that its weights are stored in."""
-    transcriber: Any = open_transcriber(model, device="cpu", dtype=dtype, chunker=windows, threads=threads)
+    transcriber: Any = open_transcriber(model, device="cpu", dtype=dtype, chunker=windows, threads=1)
     return lambda clips: [transcript.text for transcript in transcriber.transcribe_many(clips)]
 
 
@@ -113,8 +113,9 @@ def open_pipeline() -> Transcribe:
 
 
 def convert_whisper(folder: str) -> bool:
-    """Write the bundled Whisper base as CTranslate2 reads it; false where faster-whisper is not installed."""
+    """Write the bundled Whisper base as CTranslate2 reads it; where faster-whisper is not installed, say so: false."""
     if importlib.util.find_spec("faster_whisper") is None:
+        print(NO_FASTER_WHISPER)
         return False
     from ctranslate2.converters import TransformersConverter
 
@@ -123,11 +124,11 @@ def convert_whisper(folder: str) -> bool:
     return True
 
 
-def open_faster_whisper(folder: str, kind: str, threads: int) -> Callable[[Sequence[Any]], list[str]]:
+def open_faster_whisper(folder: str, kind: str) -> Callable[[Sequence[Any]], list[str]]:
     """Open a converted Whisper in a kind of arithmetic; it takes clips and open files."""
     from faster_whisper import WhisperModel
 
-    whisper = WhisperModel(folder, device="cpu", compute_type=kind, cpu_threads=threads)
+    whisper = WhisperModel(folder, device="cpu", compute_type=kind, cpu_threads=1)
 
     def transcribe(audios: Sequence[Any]) -> list[str]:
         samples = (audio.samples if isinstance(audio, AudioClip) else audio for audio in audios)
@@ -137,12 +138,12 @@ def open_faster_whisper(folder: str, kind: str, threads: int) -> Callable[[Seque
     return transcribe
 
 
-def serve_whisper(folder: str, kind: str, threads: str, port: str) -> None:
-    """Serve a converted Whisper as one would write it; requests wait for its threads in those of the server."""
+def serve_whisper(folder: str, port: str) -> None:
+    """Serve a converted Whisper in int8 as one would write it; requests wait for its thread in those of the server."""
     import uvicorn
     from fastapi import FastAPI, Form, UploadFile
 
-    transcribe = open_faster_whisper(folder, kind, int(threads))
+    transcribe = open_faster_whisper(folder, "int8")
     api = FastAPI()
 
     @api.post("/v1/audio/transcriptions")

@@ -22,7 +22,7 @@ from graft.errors import GraftError
 from ..common.cluster import connect
 from ..training.ray_dataset import iter_blocks, planned_dataset
 from ..training.ray_entry import ordered_data_config
-from .measuring import DRIVER, Numbers, Row, Watched, cpu_s, report, report_table, watch
+from .measuring import Numbers, Row, Watched, cpu_s, report, report_table, watch
 
 # A row for each batch: when it came to its worker (time.monotonic), how long it was waited for, position, audio s.
 Taken = np.ndarray
@@ -37,29 +37,21 @@ FEWEST_BATCHES = 4
 CLIPS, FED_CLIPS, STEPS = 100, 1000, 24
 # About as many batches as a split passes on in a second, to make a stream that lasts as long as asked.
 QUICK_BATCHES_PER_S = 200
-REAL_BUDGET = 1024
-# Seconds of audio a second that all stand-ins take together of real batches: two loaders can feed them.
-REAL_RATE = 1200.0
+WORKER_BUDGET = 1024
 # A kind of process -> what stands in its title.
 KINDS = {"coordinator": "SplitCoordinator", "loaders": "MapBatches", "workers": "Consumer"}
 
 ABOUT_INGEST = f"""\
 A worker is fed FLAC in parquet by {DATA_WORKERS} Ray Data loaders; its step sleeps as long as an H200
 takes in stage 1 of a 7B graft, {H200_RATE:.0f} s of audio a second. fed_percent: the share of this speed left."""
-ABOUT_KINDS = """\
-ms: CPU time of all processes of a kind for each batch. wait %: share of the workers' time.
-MB: the most memory that a process held, shared memory included."""
 ABOUT_SPLIT = f"""\
 One batch of 8192 tokens, made beforehand, without its features, goes again and again from {DATA_WORKERS} loaders by
 Ray Data's streaming_split, as in Ray Train, to processes that take each batch at once: the cost of the split itself.
-{ABOUT_KINDS}"""
+ms: CPU time of all processes of a kind for each batch. wait %: share of the workers' time.
+MB: the most memory that a process held, shared memory included."""
 ABOUT_LIMITS = "An H200 takes a batch every step_s; the coordinator's CPU time is the limit; a node has 8 H200s."
-ABOUT_REAL = f"""\
-FLAC in parquet goes through the plan and the loaders (batches of {REAL_BUDGET} tokens) to the same stand-ins, which
-sleep so long for each that all together take {REAL_RATE:.0f} s of audio a second, however many they are.
-{ABOUT_KINDS}"""
 ABOUT_WORKERS = f"""\
-jobs.stage1 (DDP over gloo, a thread for each worker), batches of {REAL_BUDGET} tokens, the last {STEPS // 2} steps
+jobs.stage1 (DDP over gloo, a thread for each worker), batches of {WORKER_BUDGET} tokens, the last {STEPS // 2} steps
 x: times as fast as the first number of workers; MB: the most memory that a process held, shared memory included."""
 
 
@@ -93,13 +85,20 @@ class MadeBatches:
 
 
 def bench_ingest(graft: str) -> Numbers:
-    """Measure whether Ray keeps an H200 busy."""
+    """Measure whether Ray keeps an H200 busy, and what the loaders work for that."""
     with tempfile.TemporaryDirectory() as folder:
         spec = _loader_spec(graft, folder, clips=FED_CLIPS)
         positions = [batch.position for batch in spec.batches]
-        numbers = measured(watch(pass_through, 1, positions, spec, H200_RATE))
-    waited = numbers["wait %"]
-    return report(ABOUT_INGEST, {"steps": len(spec.batches), "fed_percent": 100 - waited, "wait_percent": waited})
+        passed = measured(watch(pass_through, 1, positions, spec, H200_RATE))
+    loaders_ms = passed["loaders ms"] / passed["audio s/batch"]
+    numbers = {
+        "steps": len(positions),
+        "fed_percent": 100 - passed["wait %"],
+        "wait_percent": passed["wait %"],
+        "loaders_ms_per_audio_s": loaders_ms,
+        "extrapolated_cores_per_h200": H200_RATE * loaders_ms / 1000,
+    }
+    return report(ABOUT_INGEST, numbers)
 
 
 def bench_split(graft: str, consumers: Sequence[int], seconds: float) -> Numbers:
@@ -132,27 +131,8 @@ def bench_split(graft: str, consumers: Sequence[int], seconds: float) -> Numbers
     return numbers | report(ABOUT_LIMITS, limits)
 
 
-def bench_real(graft: str, consumers: Sequence[int], seconds: float) -> Numbers:
-    """Measure the whole way of real clips to more and more stand-ins, at a rate that the loaders can feed."""
-
-    def rows() -> Iterator[Row]:
-        for count in consumers:  # each worker has some batches, and all together have `seconds` of work
-            audio_s = max(REAL_RATE * seconds, FEWEST_BATCHES * count * REAL_BUDGET / 25)
-            plan = {"epochs": math.ceil(audio_s / (10 * CLIPS)), "token_budget": REAL_BUDGET}
-            with tempfile.TemporaryDirectory() as folder:
-                spec = _loader_spec(graft, folder, step_batches=count, **plan)
-                positions = [batch.position for batch in spec.batches]
-                yield f"real {count}", measured(watch(pass_through, count, positions, spec, REAL_RATE / count))
-
-    numbers = report_table(ABOUT_REAL, rows())
-    loader_ms, audio_s = (numbers[f"real {consumers[-1]} {name}"] for name in ("loaders ms", "audio s/batch"))
-    cores = H200_RATE * loader_ms / audio_s / 1000
-    extrapolated = {"loaders_ms_per_audio_s": loader_ms / audio_s, "extrapolated_cores_per_h200": cores}
-    return numbers | report("", extrapolated)
-
-
-def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS, step_batches: int = 1, **plan: Any) -> Any:
-    """Write a corpus and plan a run, with these PlanSettings and a 7B graft's mel bands."""
+def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS) -> Any:
+    """Write a corpus and plan a run, with a 7B graft's mel bands."""
     from transformers import WhisperFeatureExtractor
 
     from graft.data.dataset import read_rows
@@ -167,7 +147,7 @@ def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS, step_batches: i
     processor.feature_extractor = WhisperFeatureExtractor(feature_size=MEL_COUNT)
     processor.save_pretrained(folder)
     rows = read_rows(write_speech_corpus(Path(folder, "speech.parquet"), clips))
-    batches = plan_training(rows, processor, PlanSettings(**plan)).batches(position=0, step_batches=step_batches)
+    batches = plan_training(rows, processor, PlanSettings()).batches(position=0, step_batches=1)
     return LoaderSpec(rows, batches, folder)
 
 
@@ -222,8 +202,6 @@ def bench_workers(graft: str, workers: Sequence[int]) -> Numbers:
 
     from .speech import write_speech_corpus
 
-    titles = {"coordinator": KINDS["coordinator"], "controller": "TrainController", "driver": DRIVER}
-
     def rows() -> Iterator[Row]:
         first = None
         for count in workers:
@@ -231,9 +209,17 @@ def bench_workers(graft: str, workers: Sequence[int]) -> Numbers:
             watched = watch(_run_stage1, {"model": graft, "data": data, "out": str(out), "workers": count})
             line = json.loads((out / METRICS_FILE).read_text().splitlines()[-1])
             first = first or line["audio_s_per_s"]
-            speed = {"audio s/s": line["audio_s_per_s"], "x": line["audio_s_per_s"] / first}
-            held = {f"{kind} MB": watched.peak_mb(title) for kind, title in titles.items()}
-            yield f"workers {count}", speed | {"wait %": 100 * line["data_wait"]} | held
+            yield (
+                f"workers {count}",
+                {
+                    "audio s/s": line["audio_s_per_s"],
+                    "x": line["audio_s_per_s"] / first,
+                    "wait %": 100 * line["data_wait"],
+                    "coordinator MB": watched.peak_mb(KINDS["coordinator"]),
+                    "controller MB": watched.peak_mb("TrainController"),
+                    "driver MB": watched.peak_mb(),
+                },
+            )
 
     with tempfile.TemporaryDirectory() as folder:
         data = write_speech_corpus(Path(folder, "speech.parquet"), CLIPS)
@@ -245,6 +231,6 @@ def _run_stage1(settings: dict[str, Any]) -> None:
     from ..common.console import quiet_libraries
 
     quiet_libraries()
-    settings |= {"token_budget": REAL_BUDGET, "epochs": 1000, "max_steps": STEPS, "log_every": STEPS // 2}
+    settings |= {"token_budget": WORKER_BUDGET, "epochs": 1000, "max_steps": STEPS, "log_every": STEPS // 2}
     with contextlib.redirect_stdout(io.StringIO()):
         stage1.run(stage1.Stage1Recipe.model_validate(settings | {"backend": "torch"}))

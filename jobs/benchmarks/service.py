@@ -4,15 +4,13 @@ It runs as `serve run` runs it. The clients are a process of their own, whose CP
 """
 
 import contextlib
-import functools
 import itertools
 import math
-import random
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +39,8 @@ CLIP_S, CLIPS = 5.0, 32
 LOAD, STARTING = 0.7, 0.2
 LOOK_S = 0.25
 CLIENTS = (1, 4, 16)
+# Clients that ask at random times, so many that none of them is late.
+MOST_CLIENTS = 256
 FEW, MANY, PATIENCE_S = 1, 16, 300.0
 
 ABOUT_SATURATION = f"""\
@@ -57,7 +57,6 @@ Each clip once, by so many clients that ask one after the other; clients_cpu: th
 ABOUT_REPLICAS = f"""\
 clips of {CLIP_S:g} s; {FEW} client, then {MANY}, then {FEW} again; an engine for each 4 chunks in hand, at most two;
 upscale_delay_s 2, downscale_delay_s 10; seconds from the change of load to the change of engines"""
-UNTRAINED = "graft: --model names a trained one; an untrained one's answers have neither words nor an end"
 
 
 class Answer(NamedTuple):
@@ -69,27 +68,21 @@ class Answer(NamedTuple):
     text: str
 
 
-class Load(NamedTuple):
-    """All answers, when the first was asked for (time.time), and their numbers: latency is that of good answers."""
-
-    answers: list[Answer]
-    began_s: float
-    numbers: Numbers
-
-
-def ask(url: str, uploads: Sequence[bytes], clients: int = 1, seconds: float = 0.0, per_s: float = 0.0) -> Load:
+def ask(
+    url: str, uploads: Sequence[bytes], clients: int = 1, seconds: float = 0.0, per_s: float = 0.0
+) -> tuple[list[Answer], Numbers]:
     """Have each upload transcribed once, or for `seconds` over and over, by clients that ask one after the other.
 
-    With `per_s` so many uploads a second are sent instead, at random times (a Poisson process).
+    With `per_s` so many uploads a second are sent instead, at random times. Returns all answers, and their numbers:
+    latency is that of good answers.
     """
     return alone(_ask, url, list(uploads), clients, seconds, per_s)
 
 
-def _ask(url: str, uploads: list[bytes], clients: int, seconds: float, per_s: float) -> Load:
+def _ask(url: str, uploads: list[bytes], clients: int, seconds: float, per_s: float) -> tuple[list[Answer], Numbers]:
     model = requests.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
     uploaded: Iterator[int] = itertools.count() if seconds else iter(range(len(uploads)))
-    rng, answers = random.Random(0), list[Answer]()
-    began, start, cpu = time.time(), time.perf_counter(), time.process_time()
+    answers, start, cpu = list[Answer](), time.perf_counter(), time.process_time()
     end = start + (seconds or math.inf)
 
     def send(number: int) -> None:
@@ -101,27 +94,27 @@ def _ask(url: str, uploads: list[bytes], clients: int, seconds: float, per_s: fl
             status = response.status_code
         answers.append(Answer(upload, time.perf_counter() - sent, status, text))
 
-    def send_in_turn() -> None:
+    def send_in_turn(_: int) -> None:
         for number in uploaded:
             if time.perf_counter() >= end:
                 break
             send(number)
 
-    with ThreadPoolExecutor(256 if per_s else clients) as pool:
-        if not per_s:
-            sending = [pool.submit(send_in_turn) for _ in range(clients)]
+    def send_at(second: float) -> None:
+        time.sleep(max(0.0, start + second - time.perf_counter()))
+        send(next(uploaded))
+
+    with ThreadPoolExecutor(MOST_CLIENTS if per_s else clients) as pool:
+        if per_s:
+            at_random = np.sort(np.random.default_rng(0).uniform(0, seconds, round(per_s * seconds)))
+            list(pool.map(send_at, at_random))
         else:
-            sending, at = [], start
-            while (at := at + rng.expovariate(per_s)) < end:
-                time.sleep(max(0.0, at - time.perf_counter()))
-                sending.append(pool.submit(send, next(uploaded)))
-        for future in sending:
-            future.result()
+            list(pool.map(send_in_turn, range(clients)))
     wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
     seconds_each = [answer.seconds for answer in answers if answer.status == 200]
     p50_s, p95_s = np.percentile(seconds_each or [np.nan], [50, 95]).tolist()
     numbers = {"answers": len(answers), "failed": len(answers) - len(seconds_each), "seconds": wall_s}
-    return Load(answers, began, numbers | {"p50_s": p50_s, "p95_s": p95_s, "clients_cpu": cpu_s / wall_s})
+    return answers, numbers | {"p50_s": p50_s, "p95_s": p95_s, "clients_cpu": cpu_s / wall_s}
 
 
 @contextlib.contextmanager
@@ -133,55 +126,46 @@ def service(model: str, **settings: Any) -> Iterator[tuple[str, Any]]:
         yield url, serve
 
 
-def look_during(load: Callable[[], Load], look: Callable[[], Any]) -> tuple[Load, list[tuple[float, Any]]]:
-    """Put a load on the service, and look at it meanwhile; returns the looks with their times (time.time)."""
-    looks = []
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(load)
-        while not future.done():
-            looks.append((time.time(), look()))
-            time.sleep(LOOK_S)
-    return future.result(), looks
-
-
-def bench_saturation(graft: str, threads: int, clients: int, seconds: float) -> Numbers:
+def bench_saturation(graft: str, clients: int, seconds: float) -> Numbers:
     """Measure throughput and latency, and how busy the engine is kept."""
     uploads = [encode_flac(clip) for clip, _ in spoken_clips(CLIPS, seconds=CLIP_S)]
-    tokens_per_clip, numbers = alone(_offline, graft, threads, clients, seconds)
-    with service(graft, threads=threads, max_ongoing_chunks=2 * clients) as (url, serve):
+    tokens_per_clip, offline = alone(_offline, graft, clients, seconds)
+    with service(graft, max_ongoing_chunks=2 * clients) as (url, serve), ThreadPoolExecutor(1) as thread:
         engine = serve.get_deployment_handle("Engine", APP)
         ask(url, uploads, clients=2, seconds=min(5.0, seconds))  # warm up
-        load = functools.partial(ask, url, uploads, clients, seconds)
-        saturated, looks = look_during(load, lambda: engine.counts.remote().result())
-        start, end = saturated.began_s + STARTING * seconds, saturated.began_s + seconds
-        first, *_, last = [look for look in looks if start <= look[0] <= end]
-        numbers |= _engine_rates("saturated", first, last, tokens_per_clip)
-        unloaded = ask(url, uploads, seconds=seconds)
-        loaded = ask(url, uploads, per_s=LOAD * numbers["saturated_rtfx"] / CLIP_S, seconds=seconds)
-    for name, one in {"saturated": saturated, "unloaded": unloaded, "loaded": loaded}.items():
-        numbers |= {f"{name}_{key}": value for key, value in one.numbers.items()}
-    for key in ("rtfx", "busy"):
-        numbers[f"saturated_to_offline_{key}"] = numbers[f"saturated_{key}"] / numbers[f"offline_{key}"]
+        saturating = thread.submit(ask, url, uploads, clients, seconds)
+        saturated = _engine_rates(lambda: engine.counts.remote().result(), seconds, saturating)
+        numbers: Numbers = {}
+        for name, (tokens_per_s, busy) in {"offline": offline, "saturated": saturated}.items():
+            # Clips that are not done count by their tokens.
+            numbers |= {f"{name}_rtfx": CLIP_S * tokens_per_s / tokens_per_clip, f"{name}_busy": busy}
+        loads = {"saturated": saturating.result(), "unloaded": ask(url, uploads, seconds=seconds)}
+        per_s = LOAD * numbers["saturated_rtfx"] / CLIP_S
+        loads["loaded"] = ask(url, uploads, per_s=per_s, seconds=seconds)
+    for name, (_, load) in loads.items():
+        numbers |= {f"{name}_{key}": value for key, value in load.items()}
+    numbers["saturated_to_offline_rtfx"] = numbers["saturated_rtfx"] / numbers["offline_rtfx"]
     numbers["loaded_p95_to_unloaded_p50"] = numbers["loaded_p95_s"] / numbers["unloaded_p50_s"]
     return report(ABOUT_SATURATION, numbers)
 
 
-def _engine_rates(
-    name: str, first: tuple[float, EngineCounts], last: tuple[float, EngineCounts], tokens_per_clip: float
-) -> Numbers:
-    """Return an engine's rates between two looks (time.time, counts); clips that are not done count by their tokens."""
-    (first_s, before), (last_s, after) = first, last
-    audio_s = CLIP_S * (after.tokens - before.tokens) / tokens_per_clip
-    seconds = last_s - first_s
-    return {f"{name}_rtfx": audio_s / seconds, f"{name}_busy": (after.busy_s - before.busy_s) / seconds}
+def _engine_rates(counts: Callable[[], EngineCounts], seconds: float, load: Future) -> tuple[float, float]:
+    """Look at an engine under a load of so many seconds; returns tokens a second, and the share of time it computes."""
+    while not (counts().running or load.done()):
+        time.sleep(LOOK_S)
+    time.sleep(STARTING * seconds)
+    start, before = time.time(), counts()
+    time.sleep((1 - STARTING) * seconds)
+    after, elapsed_s = counts(), time.time() - start
+    return (after.tokens - before.tokens) / elapsed_s, (after.busy_s - before.busy_s) / elapsed_s
 
 
-def _offline(graft: str, threads: int, clients: int, seconds: float) -> tuple[float, Numbers]:
-    """Have the same engine transcribe the same clips without a service; returns tokens for a clip, and rates."""
-    transcriber = open_transcriber(graft, device="cpu", chunker=windows, threads=threads)
+def _offline(graft: str, clients: int, seconds: float) -> tuple[float, tuple[float, float]]:
+    """Have the same engine transcribe the same clips without a service; returns tokens for a clip, and its rates."""
+    transcriber = open_transcriber(graft, device="cpu", chunker=windows, threads=1)
     clips, end = itertools.cycle([clip for clip, _ in spoken_clips(CLIPS, seconds=CLIP_S)]), time.time() + seconds
 
-    def transcribe(_: int) -> int:
+    def transcribe() -> int:
         done = 0
         while time.time() < end:
             transcriber.transcribe(next(clips))
@@ -189,16 +173,12 @@ def _offline(graft: str, threads: int, clients: int, seconds: float) -> tuple[fl
         return done
 
     with ThreadPoolExecutor(clients) as pool:
-        done = pool.map(transcribe, range(clients))
-        time.sleep(STARTING * seconds)
-        first = time.time(), transcriber.counts()
-        time.sleep((1 - STARTING) * seconds)
-        last = time.time(), transcriber.counts()
-    tokens_per_clip = transcriber.counts().tokens / sum(done)
-    return tokens_per_clip, _engine_rates("offline", first, last, tokens_per_clip)
+        done = [pool.submit(transcribe) for _ in range(clients)]
+        rates = _engine_rates(transcriber.counts, seconds, done[0])
+    return transcriber.counts().tokens / sum(one.result() for one in done), rates
 
 
-def bench_servers(graft: str, model: str | None, speech: Sequence[str] | None, threads: int) -> Numbers:
+def bench_servers(graft: str, model: str | None, speech: Sequence[str] | None) -> Numbers:
     """Measure the service and, where it is installed, faster-whisper: throughput, latency and word errors."""
     labelled = labelled_speech(speech)
     uploads = [encode_flac(clip) for clip, _ in labelled]
@@ -206,46 +186,43 @@ def bench_servers(graft: str, model: str | None, speech: Sequence[str] | None, t
     def measure(name: str, url: str, *, trained: bool) -> Iterator[Row]:
         ask(url, uploads[:2])  # warm up
         for clients in CLIENTS:
-            load = ask(url, uploads, clients)
-            good = [answer for answer in load.answers if answer.status == 200]
+            answers, load = ask(url, uploads, clients)
+            good = [answer for answer in answers if answer.status == 200]
             clips, references = zip(*(labelled[answer.upload] for answer in good), strict=True)
             wer = 100 * score(references, [answer.text for answer in good]).wer if trained else None
-            speed = sum(clip.duration_s for clip in clips) / load.numbers["seconds"]
-            yield f"{name} {clients}", {"audio s/s": speed, "WER %": wer} | load.numbers
+            speed = sum(clip.duration_s for clip in clips) / load["seconds"]
+            yield f"{name} {clients}", {"audio s/s": speed, "WER %": wer} | load
 
     def rows() -> Iterator[Row]:
-        with service(graft, threads=threads) as (url, _):
+        with service(graft) as (url, _):
             yield from measure("graft", url, trained=model is not None)
         with tempfile.TemporaryDirectory() as folder:
             if not peers.convert_whisper(folder):
                 return
             port = free_port()
             url = f"http://127.0.0.1:{port}"
-            command = [sys.executable, "-m", peers.__name__, folder, "int8", str(threads), str(port)]
+            command = [sys.executable, "-m", peers.__name__, folder, str(port)]
             with running(command, f"{url}/v1/models", Path(folder, "peer.log")):
                 yield from measure("faster-whisper", url, trained=True)
 
-    numbers = report_table(ABOUT_SERVERS, rows())
-    has_whisper = "faster-whisper 1 answers" in numbers
-    print("" if model else UNTRAINED, "" if has_whisper else peers.NO_FASTER_WHISPER, sep="\n")
-    return numbers
+    if not model:
+        print(peers.NO_GRAFT)
+    return report_table(ABOUT_SERVERS, rows())
 
 
-def bench_replicas(graft: str, threads: int, seconds: float) -> Numbers:
+def bench_replicas(graft: str, seconds: float) -> Numbers:
     """Measure how long a second engine takes to come and to go as load rises and falls, and that no request fails."""
     uploads = [encode_flac(clip) for clip, _ in spoken_clips(CLIPS, seconds=CLIP_S)]
     numbers: Numbers = {"answers": 0, "failed": 0}
-    with service(graft, threads=threads, **SCALING) as (url, serve):
-
-        def running_engines() -> int:
-            states = serve.status().applications[APP].deployments["Engine"].replica_states
-            return sum(count for state, count in states.items() if state == "RUNNING")
-
+    with service(graft, **SCALING) as (url, serve), ThreadPoolExecutor(1) as thread:
         for name, clients, engines in (("start_s", FEW, 1), ("up_s", MANY, 2), ("down_s", FEW, 1)):
-            start, seen = time.time(), list[float]()
-            while not seen and time.time() < start + PATIENCE_S:
-                load, looks = look_during(functools.partial(ask, url, uploads, clients, seconds), running_engines)
-                numbers |= {key: numbers[key] + load.numbers[key] for key in ("answers", "failed")}
-                seen = [at - start for at, count in looks if count == engines]
-            numbers[name] = seen[0] if seen else math.nan
+            start, numbers[name] = time.time(), math.nan
+            while math.isnan(numbers[name]) and time.time() < start + PATIENCE_S:
+                load = thread.submit(ask, url, uploads, clients, seconds)
+                while not load.done():
+                    states = serve.status().applications[APP].deployments["Engine"].replica_states
+                    if math.isnan(numbers[name]) and states.get("RUNNING") == engines:
+                        numbers[name] = time.time() - start
+                    time.sleep(LOOK_S)
+                numbers |= {key: numbers[key] + load.result()[1][key] for key in ("answers", "failed")}
     return report(ABOUT_REPLICAS, numbers)

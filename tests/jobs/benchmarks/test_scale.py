@@ -64,13 +64,13 @@ def test_all_parts_are_printed_and_written(tmp_path: Path, capfd: pytest.Capture
     few = ["--consumers", "1", "2", "--workers", "1", "2", "--seconds", "4"]
     assert bench(["scale", "--model", str(graft), *few, "--json", str(file)]) == 0
     numbers, printed = json.loads(file.read_text()), capfd.readouterr().out
-    assert list(numbers) == ["split", "real", "workers"]
-    for part in ("split", "real"):
-        for count in (1, 2):
-            assert numbers[part][f"{part} {count} batches/s"] > 0
-            assert numbers[part][f"{part} {count} coordinator ms"] > 0
+    assert list(numbers) == ["split", "ingest", "workers"]
+    for count in (1, 2):
+        assert numbers["split"][f"split {count} batches/s"] > 0
+        assert numbers["split"][f"split {count} coordinator ms"] > 0
     assert numbers["split"]["extrapolated_h200s"] > 1
-    assert not math.isnan(numbers["real"]["extrapolated_cores_per_h200"])
+    assert 0 < numbers["ingest"]["extrapolated_cores_per_h200"] < math.inf
+    assert numbers["ingest"]["loaders_ms_per_audio_s"] > 0
     assert all(numbers["workers"][f"workers {count} {name}"] > 0 for count in (1, 2) for name in ("x", "driver MB"))
     assert printed.count("extrapolated") == 4
     assert "controller MB" in printed

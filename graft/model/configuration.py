@@ -57,10 +57,8 @@ class GraftConfig(Qwen2VLConfig):
     base_digests: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.audio_config, dict):
-            self.audio_config = WhisperConfig(**self.audio_config)
-        elif self.audio_config is None:
-            self.audio_config = WhisperConfig()
+        if not isinstance(self.audio_config, WhisperConfig):
+            self.audio_config = WhisperConfig(**(self.audio_config or {}))
         self.trained_styles = list(self.trained_styles or [])
         super().__post_init__(**kwargs)
         for name, allowed in ALLOWED_VALUES.items():

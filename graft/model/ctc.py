@@ -8,11 +8,11 @@ knows. Aligning speech to text embeddings by CTC before the language model takes
 
 import re
 import unicodedata
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from .encoder import encode_audio, token_counts
 from .modeling import GraftForConditionalGeneration
@@ -21,11 +21,6 @@ from .tokens import LETTERS
 BLANK, SPACE = "\n", " "
 LOGIT_MARGIN = 8.0
 """How much higher a symbol's logit is for its own text embedding than for the mean embedding, on average."""
-
-
-@dataclass
-class CtcOutput:
-    loss: Tensor
 
 
 class CtcPrealignment(nn.Module):
@@ -57,7 +52,7 @@ class CtcPrealignment(nn.Module):
         audio_states: Tensor | None = None,
         label_count: int | Tensor | None = None,
         **_: Any,
-    ) -> CtcOutput:
+    ) -> CausalLMOutput:
         """Compute CTC's loss, summed over the clips that have labels and divided by `label_count`.
 
         The inputs are those of GraftForConditionalGeneration.forward, one clip for each row of labels (clips, length).
@@ -76,18 +71,16 @@ class CtcPrealignment(nn.Module):
             zero_infinity=True,
         )  # (clips,)
         is_label = labels != -100  # (clips, length)
-        total = (losses * is_label.any(1)).sum()
-        return CtcOutput(total / (label_count if label_count is not None else is_label.sum().clamp(min=1)))
+        total: Any = (losses * is_label.any(1)).sum()
+        return CausalLMOutput(loss=total / (label_count if label_count is not None else is_label.sum().clamp(min=1)))
 
     @torch.no_grad()
     def greedy_decode(self, input_features: Tensor, audio_frame_counts: Tensor) -> list[str]:
         """Transcribe clips by the likeliest symbol of each audio token, with repetitions merged and blanks removed."""
         logits, counts = self._symbol_logits(audio_frame_counts, input_features, None)
-        texts = []
-        for best, count in zip(logits.argmax(-1), counts, strict=True):  # best: (tokens,)
-            merged = best[:count].unique_consecutive().tolist()
-            texts.append("".join(self.symbols[index] for index in merged if index).strip())
-        return texts
+        best = zip(logits.argmax(-1), counts, strict=True)  # the best symbols (tokens,) of each clip, and their number
+        merged = (symbols[:count].unique_consecutive().tolist() for symbols, count in best)
+        return ["".join(self.symbols[index] for index in indices if index).strip() for indices in merged]
 
     def normalize(self, text: str) -> str:
         """Reduce a text to the symbols: lower case, without accents, and any other character becomes a space."""

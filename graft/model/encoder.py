@@ -38,10 +38,21 @@ def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Te
 
     # One frame of silence more than is encoded keeps the convolutions' zero padding away from the last states.
     features = pad_with_silence(input_features, frame_counts, min(2 * length + 2, WINDOW_FRAMES))
-    hidden_states = _convolve(tower, features)[:, :length]  # (clips, mels, frames) -> (clips, length, d_model)
-    hidden_states = _attend(tower, hidden_states, context_lengths)
-    hidden_states = _pool(hidden_states, config.audio_pool)  # -> (clips, length // pool, d_model)
-    hidden_states = tower.layer_norm(hidden_states)
+    features = features.to(tower.conv1.weight.dtype)
+    hidden_states = nn.functional.gelu(tower.conv1(features))  # (clips, mels, frames) -> (clips, d_model, frames)
+    hidden_states = nn.functional.gelu(tower.conv2(hidden_states))  # -> (clips, d_model, frames / 2)
+    hidden_states = hidden_states.transpose(1, 2)[:, :length]  # -> (clips, length, d_model)
+    hidden_states = hidden_states + tower.embed_positions.weight[:length]
+
+    # (clips, length): each clip attends to its own context, not to the padding of the batch.
+    is_context = torch.arange(length, device=hidden_states.device) < context_lengths[:, None]
+    mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden_states, attention_mask=is_context)
+    for layer in tower.layers:
+        hidden_states = layer(hidden_states, mask)
+
+    whole = length // config.audio_pool * config.audio_pool  # a remainder makes no token
+    grouped = hidden_states[:, :whole].unflatten(1, (-1, config.audio_pool))  # -> (clips, T // pool, pool, d_model)
+    hidden_states = tower.layer_norm(grouped.mean(dim=2))  # -> (clips, length // pool, d_model)
 
     is_own = torch.arange(hidden_states.shape[1], device=hidden_states.device) < own_token_counts[:, None]
     return hidden_states[is_own]  # (clips, length // pool, d_model) -> (audio tokens of all clips, d_model)
@@ -69,26 +80,3 @@ def pad_with_silence(input_features: Tensor, frame_counts: Tensor, length: int) 
     loudest = features.masked_fill(~is_clip, float("-inf")).amax(dim=(1, 2), keepdim=True)  # (clips, 1, 1)
     silence = ((4 * loudest - 12).clamp(min=-10) + 4) / 4
     return torch.where(is_clip, features, silence)
-
-
-def _convolve(tower: WhisperEncoder, features: Tensor) -> Tensor:
-    features = features.to(tower.conv1.weight.dtype)
-    hidden_states = nn.functional.gelu(tower.conv1(features))  # (clips, mels, frames) -> (clips, d_model, frames)
-    hidden_states = nn.functional.gelu(tower.conv2(hidden_states))  # -> (clips, d_model, frames / 2)
-    hidden_states = hidden_states.transpose(1, 2)  # -> (clips, frames / 2, d_model)
-    return hidden_states + tower.embed_positions.weight[: hidden_states.shape[1]]
-
-
-def _attend(tower: WhisperEncoder, hidden_states: Tensor, context_lengths: Tensor) -> Tensor:
-    # (clips, length): each clip attends to its own context, not to the padding of the batch.
-    is_context = torch.arange(hidden_states.shape[1], device=hidden_states.device) < context_lengths[:, None]
-    mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden_states, attention_mask=is_context)
-    for layer in tower.layers:
-        hidden_states = layer(hidden_states, mask)
-    return hidden_states
-
-
-def _pool(hidden_states: Tensor, pool: int) -> Tensor:
-    whole = hidden_states.shape[1] // pool * pool  # a remainder makes no token
-    grouped = hidden_states[:, :whole].unflatten(1, (-1, pool))  # (clips, T, C) -> (clips, T // pool, pool, C)
-    return grouped.mean(dim=2)  # -> (clips, T // pool, C)

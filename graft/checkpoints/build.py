@@ -43,15 +43,20 @@ def build_graft(
     encoder = _load(WhisperModel, audio_base).encoder
     text = _load(Qwen2VLForConditionalGeneration, text_base)
     digests = {"audio": state_digest(encoder.state_dict()), "text": state_digest(text.state_dict())}
-    dtype = dtype or text.dtype
     with reading(text_base):
         tokenizer, image_processor = AutoTokenizer.from_pretrained(text_base), read_image_processor(text_base)
     with reading(audio_base):
         feature_extractor = WhisperFeatureExtractor.from_pretrained(audio_base)
     ids = add_audio_tokens(tokenizer)
-    _grow_embeddings(text, len(tokenizer), seed)
-    config = _graft_config(text, encoder, {**ids, **settings}, digests)
-    model = _join_parts(config, text, encoder, dtype=dtype, seed=seed)
+    if len(tokenizer) > text.get_input_embeddings().num_embeddings:
+        torch.manual_seed(seed)
+        text.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    base = {key: value for key, value in text.config.to_dict().items() if key not in ("model_type", "architectures")}
+    try:
+        config = GraftConfig(**base, **ids, **settings, audio_config=encoder.config.to_dict(), base_digests=digests)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    model = _join_parts(config, text, encoder, dtype=dtype or text.dtype, seed=seed)
     parts = {"feature_extractor": feature_extractor, "image_processor": image_processor, "tokenizer": tokenizer}
     return model, GraftProcessor.for_config(config, **parts)
 
@@ -98,23 +103,6 @@ def add_audio_tokens(tokenizer: Any) -> dict[str, Any]:
     tokenizer.add_special_tokens({"additional_special_tokens": list(AUDIO_TOKENS)}, replace_extra_special_tokens=False)
     names = ("audio_token_id", "audio_start_token_id", "audio_end_token_id")
     return dict(zip(names, tokenizer.convert_tokens_to_ids(list(AUDIO_TOKENS)), strict=True))
-
-
-def _grow_embeddings(text: Qwen2VLForConditionalGeneration, token_count: int, seed: int) -> None:
-    embeddings: Any = text.get_input_embeddings()
-    if token_count > embeddings.num_embeddings:
-        torch.manual_seed(seed)
-        text.resize_token_embeddings(token_count, mean_resizing=True)
-
-
-def _graft_config(
-    text: Qwen2VLForConditionalGeneration, encoder: Any, settings: dict[str, Any], digests: dict[str, str]
-) -> GraftConfig:
-    base = {key: value for key, value in text.config.to_dict().items() if key not in ("model_type", "architectures")}
-    try:
-        return GraftConfig(**base, **settings, audio_config=encoder.config.to_dict(), base_digests=digests)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
 
 
 def _join_parts(

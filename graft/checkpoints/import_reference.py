@@ -66,7 +66,8 @@ def import_reference(
     Raises ModelError that names the tensor or file where anything is missing, unknown or of another shape.
     """
     folder = _local_folder(checkpoint)
-    tensors = _dequantize_all(_read_tensors(folder), source=checkpoint)
+    tensors = _read_tensors(folder)
+    _dequantize_all(tensors, source=checkpoint)
     state = _rename_tensors(tensors, source=checkpoint)
     tokenizer_source = str(folder) if (folder / "tokenizer_config.json").is_file() else tokenizer_base
     if tokenizer_source is None:
@@ -78,14 +79,19 @@ def import_reference(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
         image_processor = read_image_processor(tokenizer_source)
     config = _graft_config(folder, state, tokenizer, source=checkpoint)
-    table = state["model.language_model.embed_tokens.weight"]
-    state = {name: tensor.to(dtype or table.dtype) for name, tensor in state.items()}
+    dtype = dtype or state["model.language_model.embed_tokens.weight"].dtype
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
     model = _load_model(config, state, source=checkpoint)
-    set_generation_config(model, _read_generation_config(folder, tokenizer))
-    check_projector(model, source=checkpoint)
+    generation = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    if (folder / "generation_config.json").is_file():
+        with reading(checkpoint):
+            generation = GenerationConfig.from_pretrained(folder)
+    set_generation_config(model, generation)
+    check_projector(model.audio_projector.state_dict(), source=checkpoint)
     extractor = WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins)
-    parts = {"feature_extractor": extractor, "image_processor": image_processor, "tokenizer": tokenizer}
-    return model, GraftProcessor.for_config(config, **parts)
+    return model, GraftProcessor.for_config(
+        config, feature_extractor=extractor, image_processor=image_processor, tokenizer=tokenizer
+    )
 
 
 def _local_folder(checkpoint: str) -> Path:
@@ -111,7 +117,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         for path in files:
             tensors |= load_file(path)
     if (path := folder / PROJECTOR_FILE).is_file():
-        for name, tensor in _read_projector(path).items():
+        try:
+            projector = torch.load(path, map_location="cpu", weights_only=True)
+            projector = {f"audio_projector.{name}": tensor for name, tensor in projector.items()}
+        except Exception as error:  # the unpickler may raise anything on broken bytes
+            reason = str(error).partition("\n")[0]
+            raise ModelError(f"{path} can't be read ({reason}): copy or fetch it again") from error
+        for name, tensor in projector.items():
             there = tensors.setdefault(name, tensor)
             if there.shape != tensor.shape or not torch.equal(there, tensor.to(there.dtype)):
                 raise ModelError(
@@ -123,18 +135,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_projector(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {f"audio_projector.{name}": tensor for name, tensor in state.items()}
-    except Exception as error:  # the unpickler may raise anything on broken bytes
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"{path} can't be read ({reason}): copy or fetch it again") from error
-
-
-def _dequantize_all(tensors: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
+def _dequantize_all(tensors: dict[str, Tensor], *, source: str) -> None:
     """Replace each 4-bit weight of bitsandbytes and its statistics by one matrix."""
-    tensors = dict(tensors)
     for key in [name for name in tensors if _PACKED in name]:
         name = key.partition(_PACKED)[0]
         try:
@@ -143,7 +145,6 @@ def _dequantize_all(tensors: dict[str, Tensor], *, source: str) -> dict[str, Ten
             raise ModelError(
                 f"{source}: the 4-bit {name} can't be unpacked ({error}): copy or fetch it again"
             ) from error
-    return tensors
 
 
 def _dequantize(tensors: dict[str, Tensor], name: str, state: dict[str, Any]) -> Tensor:
@@ -204,9 +205,10 @@ def _graft_config(folder: Path, state: dict[str, Tensor], tokenizer: Any, *, sou
         "audio": {name.removeprefix(tower): tensor for name, tensor in state.items() if name.startswith(tower)},
         "text": {name: tensor for name, tensor in state.items() if not name.startswith("audio_")},
     }
-    shared: dict[str, Any] = {key: value for key, value in base.to_dict().items() if key in _BASE_KEYS}
     return GraftConfig(
-        **{**shared, **ids, **SETTINGS},
+        **{key: value for key, value in base.to_dict().items() if key in _BASE_KEYS},
+        **ids,
+        **SETTINGS,
         tie_word_embeddings="lm_head.weight" not in state,
         audio_config=audio.to_dict(),
         base_digests={part: state_digest(tensors) for part, tensors in parts.items()},
@@ -246,10 +248,3 @@ def _load_model(config: GraftConfig, state: dict[str, Tensor], *, source: str) -
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     return model.eval()
-
-
-def _read_generation_config(folder: Path, tokenizer: Any) -> GenerationConfig:
-    if (folder / "generation_config.json").is_file():
-        with reading(str(folder)):
-            return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)

@@ -9,18 +9,16 @@ audio and text.
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, Qwen2Config
 
 from graft.checkpoints.build import reading
+from graft.checkpoints.bundled.cache import cache_path, file_digest, write_once
 from graft.checkpoints.loading import base_graft, check_graft, open_processor, read_stage
 from graft.checkpoints.lora import has_adapters
 from graft.checkpoints.projector_file import check_projector, load_projector, weight_files
@@ -28,7 +26,6 @@ from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
-from graft.storage.atomic import atomic_folder
 
 CONVERSION = 1  # version of the files that the conversion writes; a new one leaves old cache folders unused
 LANGUAGE_MODEL = "model.language_model."
@@ -56,15 +53,19 @@ def open_encoder_model(
         model = GraftForConditionalGeneration(config)
     with reading(graft):
         model.generation_config = GenerationConfig.from_pretrained(graft)
+        dtype = dtype or config.dtype or torch.float32
         for file in weight_files(graft):
-            _load_encoder_tensors(model, file, dtype=dtype or config.dtype or torch.float32, device=device)
+            with safe_open(file, framework="pt") as shard:
+                names = [name for name in list(shard.keys()) if name.startswith(ENCODER_MODEL)]
+                state = {name: shard.get_tensor(name).to(device, dtype) for name in names}
+            model.load_state_dict(state, strict=False, assign=True)
     if missing := [
         name for name, tensor in model.named_parameters() if name.startswith(ENCODER_MODEL) and tensor.is_meta
     ]:
         raise ModelError(f"{graft} lacks {len(missing)} tensors of a graft, {missing[0]} first: build it again")
     if read_stage(path):
         load_projector(model, path)
-    check_projector(model, source=str(path))
+    check_projector(model.audio_projector.state_dict(), source=str(path))
     return model.eval(), open_processor(path)
 
 
@@ -78,57 +79,38 @@ def language_model_folder(path: str | Path, cache: Path | None = None) -> Path:
     graft = base_graft(path)
     config = _qwen2_config(GraftConfig.from_pretrained(graft))
     files = weight_files(graft)
-    root = (cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()) / "language_models"
-    folder = root / f"qwen2-{_digest(config, files)}-{CONVERSION}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                _write_language_model(config, files, folder)
-    except OSError as error:
-        size = sum(file.stat().st_size for file in files) / 1e9
-        raise ModelError(
-            f"{folder} can't be written ({error.strerror}): set GRAFT_CACHE to a folder with {size:.1f} GB free"
-        ) from error
-    return folder
+    digest = hashlib.sha256(config.to_json_string().encode())
+    for file in files:
+        digest.update(bytes.fromhex(file_digest(file)))
 
+    def write(folder: Path) -> None:
+        config.save_pretrained(folder)
+        weight_map = {name: file.name for file in files for name in _write_shard(file, folder / file.name)}
+        (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}) + "\n")
 
-def _load_encoder_tensors(
-    model: GraftForConditionalGeneration, path: Path, *, dtype: torch.dtype, device: str | torch.device
-) -> None:
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in list(file.keys()) if name.startswith(ENCODER_MODEL)]
-        state = {name: file.get_tensor(name).to(device, dtype) for name in names}
-    model.load_state_dict(state, strict=False, assign=True)
+    size = sum(file.stat().st_size for file in files) / 1e9
+    folder = cache_path("language_models", f"qwen2-{digest.hexdigest()[:24]}-{CONVERSION}", cache)
+    return write_once(folder, write, gigabytes=f"{size:.1f}")
 
 
 def _qwen2_config(config: GraftConfig) -> Qwen2Config:
     text = config.get_text_config().to_dict()
-    own = {"model_type", "architectures", "transformers_version", "_name_or_path"}
-    own |= {"rope_parameters", "dtype", "tie_word_embeddings"}
-    rope = {key: value for key, value in text["rope_parameters"].items() if key != "mrope_section"}
+    own = {
+        "model_type",
+        "architectures",
+        "transformers_version",
+        "_name_or_path",
+        "rope_parameters",
+        "dtype",
+        "tie_word_embeddings",
+    }
     return Qwen2Config(
         **{key: text[key] for key in (Qwen2Config().to_dict().keys() & text.keys()) - own},
-        rope_parameters=rope,
+        rope_parameters={key: value for key, value in text["rope_parameters"].items() if key != "mrope_section"},
         tie_word_embeddings=config.tie_word_embeddings,
         dtype=config.dtype,
         architectures=["Qwen2ForCausalLM"],
     )
-
-
-def _digest(config: Qwen2Config, files: Sequence[Path]) -> str:
-    digest = hashlib.sha256(config.to_json_string().encode())
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:24]
-
-
-def _write_language_model(config: Qwen2Config, files: Sequence[Path], folder: Path) -> None:
-    with atomic_folder(folder) as building:
-        config.save_pretrained(building)
-        weight_map = {name: path.name for path in files for name in _write_shard(path, building / path.name)}
-        (building / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}) + "\n")
 
 
 def _write_shard(source: Path, target: Path) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from graft.checkpoints.build import check_kind, reading
+from graft.checkpoints.bundled.cache import file_digest
 from graft.checkpoints.lora import attach_adapters, has_adapters, nf4_config, round_to_nf4
 from graft.checkpoints.projector_file import check_projector, load_projector, read_projector, weight_files
 from graft.checkpoints.release import installed_graft, known_names
@@ -62,7 +63,7 @@ def open_graft(
         load_projector(model, path)
         if has_adapters(path):
             attach_adapters(model, path)
-    check_projector(model, source=str(path))
+    check_projector(model.audio_projector.state_dict(), source=str(path))
     return model.eval(), processor
 
 
@@ -73,8 +74,7 @@ def model_digest(path: str | Path) -> str:
         weights = weight_files(part)
         folder = weights[0].parent
         for file in [*weights, *(folder / name for name in ("config.json", STAGE_FILE) if (folder / name).is_file())]:
-            with file.open("rb") as data:
-                digest.update(f"{file.name} {hashlib.file_digest(data, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{file.name} {file_digest(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -106,8 +106,11 @@ def write_stage(folder: str | Path, *, stage: int, graft: str | Path, words: Map
     `words` are the instructions that the stage was trained for (graft.text.instructions.trained_instructions); None
     keeps the graft's.
     """
-    relative = os.path.relpath(Path(graft).resolve(), Path(folder).resolve())
-    record = {"stage": stage, "graft": relative, **({"words": dict(words)} if words is not None else {})}
+    record = {
+        "stage": stage,
+        "graft": os.path.relpath(Path(graft).resolve(), Path(folder).resolve()),
+        **({"words": dict(words)} if words is not None else {}),
+    }
     Path(folder, STAGE_FILE).write_text(json.dumps(record) + "\n")
 
 

@@ -120,15 +120,9 @@ def read_adapters(folder: str | Path) -> tuple[dict[str, Tensor], Any]:
 
 def attach_adapters(model: GraftForConditionalGeneration, folder: str | Path) -> None:
     """Inject saved adapters into a graft, unmerged. Raises ModelError when the files are missing or do not fit."""
-    inject_adapters(model, *read_adapters(folder), source=str(folder))
-
-
-def inject_adapters(
-    model: GraftForConditionalGeneration, state: Mapping[str, Tensor], config: Any, *, source: str
-) -> None:
-    """Inject adapters into a graft, unmerged. Raises ModelError when they do not fit it."""
+    state, config = read_adapters(folder)
     _inject(model, config)
-    load_adapters(model, state, source=source)
+    load_adapters(model, state, source=str(folder))
 
 
 def load_adapters(model: GraftForConditionalGeneration, state: Mapping[str, Tensor], *, source: str) -> None:

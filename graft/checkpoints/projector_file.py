@@ -78,16 +78,12 @@ def read_projector(folder: str | Path, config: GraftConfig) -> dict[str, Tensor]
             raise ModelError(
                 f"{path} was trained with {key}={found.get(key)}, the graft has {expected}: train it on this graft"
             )
-    _check_state(state, source=str(path))
+    check_projector(state, source=str(path))
     return state
 
 
-def check_projector(model: GraftForConditionalGeneration, *, source: str) -> None:
-    """Raise ModelError when a matrix of the projector is all zeros or holds a value that is not finite."""
-    _check_state(model.audio_projector.state_dict(), source=source)
-
-
-def _check_state(state: Mapping[str, Tensor], *, source: str) -> None:
+def check_projector(state: Mapping[str, Tensor], *, source: str) -> None:
+    """Raise ModelError when a matrix of a projector is all zeros or holds a value that is not finite."""
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise ModelError(

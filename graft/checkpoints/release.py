@@ -31,8 +31,8 @@ from graft.checkpoints.bundled.cache import (
 )
 from graft.checkpoints.lora import (
     LoraSettings,
-    inject_adapters,
-    lora_config,
+    add_adapters,
+    load_adapters,
     merge_adapters,
     round_to_nf4,
     save_adapters,
@@ -94,25 +94,22 @@ def pretrained_folder(source: str) -> Path:
 
 
 @functools.cache
-def installed_graft(name: str, cache: Path | None = None) -> Path:
+def installed_graft(name: str) -> Path:
     """Return the folder of a pretrained graft of the package, joined to the bundled bases, in float32.
 
-    It is built in the cache at its first use; each process checks its files once. `cache` defaults to $GRAFT_CACHE or
-    ~/.cache/graft. Raises MissingExtra where the bundled weights are not installed, and ModelError as pretrained_graft
-    does.
+    It is built in the cache ($GRAFT_CACHE or ~/.cache/graft) at its first use; each process checks its files once.
+    Raises MissingExtra where the bundled weights are not installed, and ModelError as pretrained_graft does.
     """
     folder = FOLDER / name
     digest = read_pretrained(folder).digest
     cached_name = f"{name}-{digest[:12]}-{CONVERSION}"
 
     def write(out: Path) -> None:
-        model, processor = pretrained_graft(
-            folder, audio_base=str(bundled_whisper(cache)), text_base=str(bundled_qwen2vl(cache))
-        )
+        model, processor = pretrained_graft(folder, audio_base=str(bundled_whisper()), text_base=str(bundled_qwen2vl()))
         model.save_pretrained(out)
         processor.save_pretrained(out)
 
-    return cached_folder(cached_name, cache) or write_cached(cached_name, write, {name: digest}, cache)
+    return cached_folder(cached_name) or write_cached(cached_name, write, {name: digest})
 
 
 def read_pretrained(folder: Path) -> Pretrained:
@@ -181,10 +178,31 @@ def pretrained_graft(
     pretrained = read_pretrained(folder)
     state = read_tensors(folder, pretrained)
     model, processor = build_graft(audio_base, text_base, dtype=torch.float32 if dtype else None, **pretrained.settings)
-    _check_bases(pretrained, model.config, {"audio": audio_base, "text": text_base}, source=str(folder))
+    for part, base in {"audio": audio_base, "text": text_base}.items():
+        wanted, found = pretrained.base_digests[part], (model.config.base_digests or {}).get(part)
+        if wanted != found:
+            raise ModelError(
+                f"{folder} was trained on another {part} base than {base} ({wanted}, found {found}): "
+                f"give {part}_base={getattr(pretrained, f'{part}_base')}"
+            )
     dtype = dtype or model.dtype
     model.float()
-    _load_trained_part(model, pretrained, state, source=str(folder))
+    try:
+        model.audio_projector.load_state_dict(_projector_state(state))
+        embeddings: Any = model.get_input_embeddings()
+        embeddings.weight.data[_audio_ids(model.config)] = state[AUDIO_TOKENS]
+    except (KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{folder} does not fit this graft ({str(error).splitlines()[-1].strip()}): export it again"
+        ) from error
+    check_projector(model.audio_projector.state_dict(), source=str(folder))
+    if pretrained.onto == "nf4":
+        round_to_nf4(model)
+    if pretrained.adapters:
+        add_adapters(model, pretrained.adapters)
+        adapters = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+        load_adapters(model, adapters, source=str(folder))
+        merge_adapters(model)
     for parameter in model.parameters():  # buffers are left out: rotary frequencies stay float32
         parameter.data = parameter.data.to(dtype)
     for one in (model.config, processor):
@@ -199,37 +217,6 @@ def save_trained_parts(source: Path, config: GraftConfig, folder: Path) -> None:
     write_projector(_projector_state(state), config, folder)
     if pretrained.adapters:
         save_adapters(state, pretrained.adapters, folder)
-
-
-def _check_bases(pretrained: Pretrained, config: GraftConfig, bases: Mapping[str, str], *, source: str) -> None:
-    found = config.base_digests or {}
-    for part, wanted in pretrained.base_digests.items():
-        if found.get(part) != wanted:
-            name = getattr(pretrained, f"{part}_base")
-            digests = f"{wanted}, found {found.get(part)}"
-            raise ModelError(
-                f"{source} was trained on another {part} base than {bases[part]} ({digests}): give {part}_base={name}"
-            )
-
-
-def _load_trained_part(
-    model: GraftForConditionalGeneration, pretrained: Pretrained, state: Mapping[str, Tensor], *, source: str
-) -> None:
-    try:
-        model.audio_projector.load_state_dict(_projector_state(state))
-        embeddings: Any = model.get_input_embeddings()
-        embeddings.weight.data[_audio_ids(model.config)] = state[AUDIO_TOKENS]
-    except (KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"{source} does not fit this graft ({str(error).splitlines()[-1].strip()}): export it again"
-        ) from error
-    check_projector(model, source=source)
-    if pretrained.onto == "nf4":
-        round_to_nf4(model)
-    if pretrained.adapters:
-        adapters = {name: tensor for name, tensor in state.items() if ".lora_" in name}
-        inject_adapters(model, adapters, lora_config(pretrained.adapters), source=source)
-        merge_adapters(model)
 
 
 def _projector_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

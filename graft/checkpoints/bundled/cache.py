@@ -120,10 +120,17 @@ def cached_folder(name: str, cache: Path | None = None) -> Path | None:
 
     Raises ModelError where a digest differs.
     """
-    folder = _cache_path(name, cache)
+    folder = cache_path("bundled", name, cache)
     if not folder.is_dir():
         return None
-    _check_folder(folder)
+    record = folder / DIGESTS_FILE
+    expected = json.loads(record.read_text())["files"] if record.is_file() else {DIGESTS_FILE: "(any)"}
+    for file, digest in expected.items():
+        found = file_digest(folder / file) if (folder / file).is_file() else "(no such file)"
+        if found != digest:
+            raise ModelError(
+                f"{folder / file}: found sha256 {found}, expected {digest}: remove {folder} and it is converted again"
+            )
     return folder
 
 
@@ -134,26 +141,37 @@ def write_cached(
 
     Raises ModelError where it cannot be written.
     """
-    folder = _cache_path(name, cache)
+
+    def write_with_digests(building: Path) -> None:
+        write(building)
+        files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
+        digests = {"sources": dict(sources), "files": files}
+        (building / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n")
+
+    return write_once(cache_path("bundled", name, cache), write_with_digests, gigabytes="1")
+
+
+def cache_path(kind: str, name: str, cache: Path | None) -> Path:
+    """Return the path of a folder in the cache, by default $GRAFT_CACHE or ~/.cache/graft."""
+    return (cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()) / kind / name
+
+
+def write_once(folder: Path, write: Callable[[Path], None], *, gigabytes: str) -> Path:
+    """Write a folder of the cache, unless another process has done so meanwhile; returns it.
+
+    Raises ModelError where it cannot be written; `gigabytes` says how large it is.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if cached_folder(name, cache):
-                return folder  # another process wrote it meanwhile
-            with atomic_folder(folder) as building:
-                write(building)
-                files = {path.name: _sha256(path) for path in sorted(building.iterdir())}
-                digests = {"sources": dict(sources), "files": files}
-                (building / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n")
+            if not folder.is_dir():
+                with atomic_folder(folder) as building:
+                    write(building)
     except OSError as error:
         raise ModelError(
-            f"{folder} can't be written ({error.strerror}): set GRAFT_CACHE to a folder with 1 GB free"
+            f"{folder} can't be written ({error.strerror}): set GRAFT_CACHE to a folder with {gigabytes} GB free"
         ) from error
     return folder
-
-
-def _cache_path(name: str, cache: Path | None) -> Path:
-    return (cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()) / "bundled" / name
 
 
 def _locate(source: PackageFile) -> Path:
@@ -164,23 +182,13 @@ def _locate(source: PackageFile) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtra(f"{package}, which holds {inside}, is not installed: {install}")
     path = Path(spec.submodule_search_locations[0]) / inside
-    found = _sha256(path) if path.is_file() else "(no such file)"
+    found = file_digest(path) if path.is_file() else "(no such file)"
     if found != source.sha256:
         raise ModelError(f"{path}: found sha256 {found}, expected {source.sha256}: {install} --force-reinstall")
     return path
 
 
-def _check_folder(folder: Path) -> None:
-    record = folder / DIGESTS_FILE
-    expected = json.loads(record.read_text())["files"] if record.is_file() else {DIGESTS_FILE: "(any)"}
-    for name, digest in expected.items():
-        found = _sha256(folder / name) if (folder / name).is_file() else "(no such file)"
-        if found != digest:
-            raise ModelError(
-                f"{folder / name}: found sha256 {found}, expected {digest}: remove {folder} and it is converted again"
-            )
-
-
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """Convert CTranslate2's Whisper base for transformers: model.bin -> variables -> state dict -> checkpoint folder."""
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -94,18 +95,13 @@ def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
     are ignored. A string is a u16 length and that many bytes, the last one NUL.
     """
     types = [np.float32, np.int8, np.int16, np.int32, np.float16]
-    position = 0
+    file = io.BytesIO(data)
 
     def number(size: int) -> int:
-        nonlocal position
-        position += size
-        return int.from_bytes(data[position - size : position], "little")
+        return int.from_bytes(file.read(size), "little")
 
     def string() -> str:
-        nonlocal position
-        size = number(2)
-        position += size
-        return data[position - size : position - 1].decode()
+        return file.read(number(2))[:-1].decode()
 
     version, _, _ = number(4), string(), number(4)
     if version != 6:
@@ -115,9 +111,7 @@ def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
         name = string()
         shape = [number(4) for _ in range(number(1))]
         dtype = np.dtype(types[number(1)])
-        byte_count = number(4)
-        variables[name] = np.frombuffer(data, dtype, byte_count // dtype.itemsize, position).reshape(shape)
-        position += byte_count
+        variables[name] = np.frombuffer(file.read(number(4)), dtype).reshape(shape)
     return variables
 
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,63 +51,17 @@ IMAGES = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-GGUF_MODULES = {
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def read_llama_gguf(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Read a Llama with tied embeddings and its byte-level tokenizer from a GGUF file, dequantized to float32.
+    """Read a Llama and its byte-level tokenizer from a GGUF file, dequantized to float32.
 
-    transformers' own reader takes three times as long, and its tokenizer does not split numbers into digits as
-    SmolLM2's does. Raises MissingExtra where gguf is not installed.
+    The tokenizer of transformers' own reader does not split numbers into digits as SmolLM2's does. Raises MissingExtra
+    where gguf is not installed.
     """
-    gguf = require("gguf", extra="bundled")
-    reader = gguf.GGUFReader(path)
-    fields = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()}
-    config = LlamaConfig(
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        hidden_size=fields["embedding_length"],
-        intermediate_size=fields["feed_forward_length"],
-        num_hidden_layers=fields["block_count"],
-        num_attention_heads=fields["attention.head_count"],
-        num_key_value_heads=fields["attention.head_count_kv"],
-        max_position_embeddings=fields["context_length"],
-        rms_norm_eps=fields["attention.layer_norm_rms_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": fields["rope.freq_base"]},
-        bos_token_id=fields["tokenizer.ggml.bos_token_id"],
-        eos_token_id=fields["tokenizer.ggml.eos_token_id"],
-        pad_token_id=fields["tokenizer.ggml.padding_token_id"],
-        tie_word_embeddings=True,
-    )
-    heads = {"attn_q": fields["attention.head_count"], "attn_k": fields["attention.head_count_kv"]}
-    state = {}
-    for tensor in reader.tensors:
-        *layer, module, _ = tensor.name.split(".")  # blk.N.MODULE.weight or MODULE.weight
-        value = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        if module in heads:  # GGUF interleaves the two halves of each head's rotary dimensions
-            # (heads * width, hidden) -> (heads, width / 2, 2, hidden) -> (heads, 2, width / 2, hidden) -> as before
-            value = value.reshape(heads[module], -1, 2, config.hidden_size).swapaxes(1, 2).reshape(value.shape)
-        name = ".".join(["model", *(["layers", layer[1]] if layer else []), GGUF_MODULES[module], "weight"])
-        state[name] = torch.from_numpy(np.ascontiguousarray(value))
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    with torch.device("meta"):
-        llama = LlamaForCausalLM(config)
-    llama.load_state_dict(state, strict=True, assign=True)
-    return llama, _gguf_tokenizer(fields, max_length=config.max_position_embeddings)
-
-
-def _gguf_tokenizer(fields: dict[str, Any], *, max_length: int) -> PreTrainedTokenizerFast:
+    reader = require("gguf", extra="bundled").GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    llama = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -118,7 +71,7 @@ def _gguf_tokenizer(fields: dict[str, Any], *, max_length: int) -> PreTrainedTok
     )
     backend.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=tokens[fields["tokenizer.ggml.bos_token_id"]],
         eos_token=tokens[fields["tokenizer.ggml.eos_token_id"]],
@@ -126,8 +79,9 @@ def _gguf_tokenizer(fields: dict[str, Any], *, max_length: int) -> PreTrainedTok
         pad_token=tokens[fields["tokenizer.ggml.padding_token_id"]],
         extra_special_tokens=control,
         chat_template=fields["tokenizer.chat_template"],
-        model_max_length=max_length,
+        model_max_length=fields["llama.context_length"],
     )
+    return llama, tokenizer
 
 
 def llama_as_qwen2vl(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_projector_of_zeros_is_refused_everywhere(opened, folder, zeroed, tmp_
     with pytest.raises(ModelError, match=r"the audio path is dead: other audio changes the logits by 0\.0e\+00"):
         preflight(model, batch_of(processor, 1, 2), processor.prompt_end_ids())
     with pytest.raises(ModelError, match=r"here: audio_projector\.linear\.weight is all zeros, so audio has no effect"):
-        check_projector(model, source="here")
+        check_projector(model.audio_projector.state_dict(), source="here")
     save_projector(model, tmp_path)
     write_stage(tmp_path, stage=1, graft=folder)
     for refuse in (lambda: load_projector(model, tmp_path), lambda: open_graft(tmp_path), lambda: open_graft(zeroed)):
@@ -73,7 +73,7 @@ def test_a_projector_that_is_not_finite_is_refused(opened):
     model, _ = opened
     model.audio_projector.linear.weight.data[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"audio_projector\.linear\.weight holds values that are not finite"):
-        check_projector(model, source="here")
+        check_projector(model.audio_projector.state_dict(), source="here")
 
 
 def test_an_encoder_of_zeros_is_refused(opened):

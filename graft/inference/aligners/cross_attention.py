@@ -27,8 +27,8 @@ from graft.audio.features import Featurizer
 from graft.audio.vad import FRAME as SCORE_FRAME
 from graft.audio.vad import Speech, SpeechDetector
 from graft.errors import ModelError
+from graft.inference.aligners.ctc import best_paths, word_spans
 from graft.inference.aligners.protocol import spread_words, timed_words
-from graft.inference.aligners.viterbi import best_paths, word_spans
 from graft.inference.transcript import Word
 from graft.model.configuration import WINDOW_FRAMES
 from graft.model.encoder import pad_with_silence
@@ -72,12 +72,20 @@ class WhisperAligner:
         *,
         name: str | None = None,
         device: str = "cpu",
-        dtype: torch.dtype | None = None,
     ) -> None:
         self.name = name or f"{Path(folder).name}, cross-attention"
-        model: Any = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
+        model: Any = WhisperForConditionalGeneration.from_pretrained(folder, dtype="auto")
         self._model = model.to(device).eval()
-        self._prefix = _decoder_prefix(model.generation_config, os.fspath(folder))
+        generation = model.generation_config
+        if getattr(generation, "no_timestamps_token_id", None) is None:
+            raise ModelError(
+                f"{folder}: generation_config.json names no no_timestamps_token_id: "
+                "take that of the Whisper it was made from"
+            )
+        # English-only checkpoints take no tokens for the language and the task.
+        is_multilingual = getattr(generation, "lang_to_id", None)
+        task = [generation.lang_to_id["<|en|>"], generation.task_to_id["transcribe"]] if is_multilingual else []
+        self._prefix = [generation.decoder_start_token_id, *task, generation.no_timestamps_token_id]
         self._tokenizer = WhisperTokenizer.from_pretrained(folder)
         self._featurizer = Featurizer(model.config.num_mel_bins)
         self._detector = SpeechDetector()
@@ -93,7 +101,10 @@ class WhisperAligner:
                 return spread_words(words, clip.duration_s)
             attention = self._attention(clip, tokens, frame_count)
             speech = self._detector.find(clip)
-        spans = _word_frames(attention, _speech_evidence(clip, speech, frame_count))
+        evidence = _speech_evidence(clip, speech, frame_count)
+        best = attention[_best_heads(attention, evidence)]  # (heads, words, frames)
+        scores = np.log(_word_shares(best).mean(axis=0) + LEAST_SHARE)  # (words, frames)
+        spans = word_spans(_align_frames(scores, evidence), len(words))
         frame_s = FRAME / SAMPLE_RATE
         return timed_words(words, [(first * frame_s, end * frame_s) for first, end in spans], clip.duration_s)
 
@@ -136,18 +147,6 @@ class WhisperAligner:
         return heads[norms.topk(min(CANDIDATES, len(norms))).indices].cpu().numpy()
 
 
-def _decoder_prefix(generation: Any, folder: str) -> list[int]:
-    """Return the tokens before the text. English-only checkpoints take no tokens for the language and the task."""
-    if getattr(generation, "no_timestamps_token_id", None) is None:
-        raise ModelError(
-            f"{folder}: generation_config.json names no no_timestamps_token_id: "
-            "take that of the Whisper it was made from"
-        )
-    multilingual = getattr(generation, "lang_to_id", None)
-    task = [generation.lang_to_id["<|en|>"], generation.task_to_id["transcribe"]] if multilingual else []
-    return [generation.decoder_start_token_id, *task, generation.no_timestamps_token_id]
-
-
 def _sum_by_word(attention: torch.Tensor, owners: torch.Tensor, word_count: int) -> torch.Tensor:
     """Add up the attention of each word's tokens.
 
@@ -158,18 +157,11 @@ def _sum_by_word(attention: torch.Tensor, owners: torch.Tensor, word_count: int)
     return attention.new_zeros(heads, word_count, frames).index_add_(1, owners, attention)
 
 
-def _word_frames(attention: np.ndarray, evidence: np.ndarray) -> list[tuple[int, int]]:
-    """Find the first frame of each word and the frame after its last.
+def _best_heads(attention: np.ndarray, evidence: np.ndarray) -> np.ndarray:
+    """Choose the heads that attend most to the frames where they place the words; every word counts the same.
 
     attention (heads, words, frames); evidence (frames,) in nats, positive for speech and negative for a pause.
     """
-    heads = _best_heads(attention, evidence)
-    scores = np.log(_word_shares(attention[heads]).mean(axis=0) + LEAST_SHARE)  # (words, frames)
-    return word_spans(_align_frames(scores, evidence), attention.shape[1])
-
-
-def _best_heads(attention: np.ndarray, evidence: np.ndarray) -> np.ndarray:
-    """Choose the heads that attend most to the frames where they place the words; every word counts the same."""
     starts = np.arange(0, attention.shape[-1], COARSE)
     attention, evidence = (np.add.reduceat(part, starts, axis=-1) for part in (attention, evidence))
     paths = _align_frames(COARSE * np.log(_word_shares(attention) + LEAST_SHARE), evidence)  # (heads, frames)

@@ -23,7 +23,6 @@ from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.errors import ModelError
 from graft.inference.aligners.protocol import spread_words, timed_words
-from graft.inference.aligners.viterbi import best_paths, word_spans
 from graft.inference.transcript import Word
 
 # Shorter clips are padded with silence to this length: the convolutions of wav2vec2 need 400 samples.
@@ -49,11 +48,10 @@ class CtcAligner:
         *,
         name: str | None = None,
         device: str = "cpu",
-        dtype: torch.dtype | None = None,
     ) -> None:
         folder = os.fspath(folder)
         self.name = name or f"{Path(folder).name}, CTC"
-        model: Any = AutoModelForCTC.from_pretrained(folder, dtype=dtype or "auto")
+        model: Any = AutoModelForCTC.from_pretrained(folder, dtype="auto")
         self._model = model.to(device).eval()
         self._extractor = AutoFeatureExtractor.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -62,8 +60,10 @@ class CtcAligner:
             text: label for text, label in tokenizer.get_vocab().items() if len(text) == 1 and label != self._blank
         }
         if not any(map(str.isalpha, self._ids)):
-            remedy = "use a model that spells, e.g. facebook/wav2vec2-base-960h"
-            raise ModelError(f"{folder}: its CTC vocabulary has no letters: {remedy}")
+            raise ModelError(
+                f"{folder}: its CTC vocabulary has no letters: "
+                "use a model that spells, e.g. facebook/wav2vec2-base-960h"
+            )
         self._delimiter = self._ids.pop(getattr(tokenizer, "word_delimiter_token", None) or " ", None)
         self._lock = threading.Lock()
 
@@ -77,8 +77,9 @@ class CtcAligner:
             return ()
         with self._lock:
             logprobs = self._logprobs(clip)
-        labels = [self._labels(word) for word in words]
-        spans = word_frames(logprobs, labels, blank=self._blank, delimiter=self._delimiter)
+        spans = word_frames(
+            logprobs, [self._labels(word) for word in words], blank=self._blank, delimiter=self._delimiter
+        )
         if not spans:
             return spread_words(words, clip.duration_s)
         frame_s = max(len(clip.samples), LEAST_SAMPLES) / SAMPLE_RATE / len(logprobs)
@@ -163,6 +164,34 @@ def viterbi_alignment(logprobs: np.ndarray, labels: Sequence[int], *, blank: int
     return ids[states], float(score)
 
 
+def best_paths(scores: np.ndarray, may_skip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the state of each frame on the path with the largest sum of scores.
+
+    scores (..., frames, states), may_skip (states,) -> paths (..., frames) and their sums (...). From one frame to the
+    next the state stays or advances by one; it advances by two onto a state that `may_skip` the one before it. The
+    first frame is in one of the first two states, the last frame in one of the last two. A sum is -inf where no path
+    exists.
+    """
+    frames, states = scores.shape[-2:]
+    best = np.full_like(scores[..., 0, :], -np.inf)  # (..., states): the sum of the best path that ends in each state
+    best[..., :2] = scores[..., 0, :2]
+    moves = np.zeros((frames, *best.shape), np.int8)  # how many states each best path advanced to get there
+    for frame in range(1, frames):
+        reached = np.full((3, *best.shape), -np.inf, best.dtype)
+        reached[0] = best
+        reached[1, ..., 1:] = best[..., :-1]
+        reached[2, ..., 2:] = np.where(may_skip[2:], best[..., :-2], -np.inf)
+        moves[frame] = reached.argmax(axis=0)
+        best = reached.max(axis=0) + scores[..., frame, :]
+    # The moves lead back from the better of the last two states to the first frame.
+    state = np.where(best[..., -1] > best[..., -2], states - 1, states - 2)
+    path = np.empty((frames, *state.shape), np.int64)
+    for frame in reversed(range(frames)):
+        path[frame] = state
+        state = state - np.take_along_axis(moves[frame], state[..., None], axis=-1)[..., 0]
+    return np.moveaxis(path, 0, -1), best[..., -2:].max(axis=-1)
+
+
 def torchaudio_alignment(logprobs: np.ndarray, labels: Sequence[int], *, blank: int) -> tuple[np.ndarray, float]:
     """Find the path and the score that `viterbi_alignment` finds, with torchaudio, in compiled code.
 
@@ -174,6 +203,15 @@ def torchaudio_alignment(logprobs: np.ndarray, labels: Sequence[int], *, blank: 
     targets = torch.tensor([labels], dtype=torch.int32)  # (1, L)
     paths, scores = forced_align(torch.from_numpy(logprobs)[None], targets, blank=blank)  # (1, T, C) -> (1, T) each
     return paths[0].numpy(), float(scores.sum())
+
+
+def word_spans(owners: np.ndarray, word_count: int) -> list[tuple[int, int]]:
+    """Find the first frame of each word and the frame after its last.
+
+    `owners` (frames,) holds the word that each frame belongs to, -1 for none; every word must have a frame.
+    """
+    frames = [np.flatnonzero(owners == word) for word in range(word_count)]
+    return [(int(own[0]), int(own[-1]) + 1) for own in frames]
 
 
 def _letter_forms(letter: str) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from transformers import GenerationConfig
 from graft.audio.chunking import windows
 from graft.audio.clip import AudioClip
 from graft.errors import ModelError
+from graft.inference.aligners.ctc import best_paths
 from graft.inference.aligners.loading import find_aligner, open_aligner
 from graft.inference.aligners.protocol import spread_words
-from graft.inference.aligners.viterbi import best_paths
 from graft.inference.transcriber import Transcriber, open_transcriber
 from graft.inference.transcript import Segment, Transcript, Word
 from serve.backends.local import LocalBackend

@@ -4,12 +4,13 @@
         -> the row's stream
 
 A thread with an event loop of its own owns the requests and vLLM's client. Another thread encodes while vLLM decodes in
-a process of its own.
+a process of its own. No other file uses vLLM's names.
 """
 
 import asyncio
 import contextlib
 import heapq
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
@@ -21,11 +22,16 @@ import torch
 from torch import Tensor
 
 from graft.checkpoints.language_model import language_model_folder, open_encoder_model
+from graft.errors import require
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
+from graft.inference.engines.sampling import repeating_ids
 from graft.inference.engines.scheduler import ENCODER_ROWS, Row, deliver, next_token
-from graft.inference.engines.vllm_client import VllmClient, require_vllm, vllm_arguments
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor, collate_features
+
+CPU_CACHE_BYTES = 2**30
+# Most tokens whose log-probabilities vLLM reports at every step, besides the chosen one.
+MOST_WATCHED_IDS = 128
 
 
 def open_vllm_engine(
@@ -49,18 +55,25 @@ def open_vllm_engine(
     `max_requests` bounds the requests that are decoded at once. `quantization` is vLLM's name of a method ("fp8",
     "bitsandbytes"). Raises MissingExtra without vLLM, ModelError as open_encoder_model does.
     """
-    require_vllm()
+    vllm = require("vllm", extra="vllm")
     encoder_model, processor = open_encoder_model(path, dtype=dtype, device=device)
-    arguments = vllm_arguments(
-        language_model_folder(path),
-        device=torch.device(device),
-        dtype=next(encoder_model.audio_projector.parameters()).dtype,
+    is_cpu = torch.device(device).type == "cpu"
+    arguments = vllm.AsyncEngineArgs(
+        model=str(language_model_folder(path)),
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        dtype=str(next(encoder_model.audio_projector.parameters()).dtype).removeprefix("torch."),
         quantization=quantization,
-        memory_fraction=memory_fraction,
+        enable_prompt_embeds=True,
+        enable_prefix_caching=False,  # no clip comes twice, and hashing its embeddings takes longer than prefilling
+        gpu_memory_utilization=memory_fraction,
+        kv_cache_memory_bytes=cache_bytes or (CPU_CACHE_BYTES if is_cpu else None),
         max_model_len=min(max_model_len, encoder_model.config.get_text_config().max_position_embeddings),
-        max_requests=max_requests,
+        max_num_seqs=max_requests,
         tensor_parallel_size=tensor_parallel_size,
-        cache_bytes=cache_bytes,
+        distributed_executor_backend="mp" if tensor_parallel_size > 1 else None,  # inside Ray, vLLM would choose Ray's
+        enforce_eager=is_cpu,  # compiling takes minutes on a CPU
+        disable_log_stats=True,
     )
     return VllmEngine(encoder_model, arguments, eos_ids=processor.end_ids(encoder_model.generation_config)), processor
 
@@ -84,6 +97,8 @@ class VllmEngine:
         self._encoder_model = encoder_model
         self._device = encoder_model.audio_tower.conv1.weight.device
         self._max_tokens, self._max_requests = arguments.max_model_len, arguments.max_num_seqs
+        self._eos_ids = frozenset(eos_ids)
+        self._suppressed_ids = list(encoder_model.generation_config.suppress_tokens or [])
         self._gather_s = gather_s
         self._rows: dict[str, Row] = {}  # the engine's event loop owns it and the next six
         self._waiting: list[Row] = []
@@ -99,10 +114,8 @@ class VllmEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="graft-engine", daemon=True)
         self._thread.start()
-        suppressed_ids = encoder_model.generation_config.suppress_tokens or []
-        starting = VllmClient.start(arguments, embed=self._embed_ids, eos_ids=eos_ids, suppressed_ids=suppressed_ids)
         try:
-            self._client = asyncio.run_coroutine_threadsafe(starting, self._loop).result()
+            self._llm = asyncio.run_coroutine_threadsafe(self._start_vllm(arguments), self._loop).result()
         except BaseException:
             self._stop()
             raise
@@ -144,7 +157,7 @@ class VllmEngine:
             self._is_closed = True
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._stop()
-        del self._client, self._encoder_model
+        del self._llm, self._encoder_model
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -160,6 +173,10 @@ class VllmEngine:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     # The methods from here on run in the engine's event loop.
+
+    async def _start_vllm(self, arguments: Any) -> Any:
+        """Start vLLM in a process of its own; its client belongs to this event loop."""
+        return require("vllm.v1.engine.async_llm", extra="vllm").AsyncLLM.from_engine_args(arguments)
 
     def _arrive(self, row: Row) -> None:
         request = row.request
@@ -198,7 +215,7 @@ class VllmEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._client.shutdown()
+        self._llm.shutdown()
 
     async def _work(self) -> None:
         while True:
@@ -211,7 +228,10 @@ class VllmEngine:
                 self._encoding = []
                 self._prefills += 1
                 for row, embeddings in zip(group, results, strict=True):
-                    self._begin_decoding(row, embeddings)
+                    if isinstance(embeddings, Exception):
+                        deliver([(row, embeddings)])  # nobody reads it where the row is over already
+                    elif not row.is_over:
+                        self._decoding[row] = self._loop.create_task(self._decode(row, embeddings))
 
     def _next_group(self) -> list[Row]:
         """Take the next rows to encode out of the queue; none until as many as are encoded together can go on to vLLM.
@@ -228,20 +248,16 @@ class VllmEngine:
         self._waiting = [row for row in self._waiting if row not in picked]
         return group
 
-    def _begin_decoding(self, row: Row, embeddings: Tensor | Exception) -> None:
-        if row.is_over:
-            return
-        if isinstance(embeddings, Exception):
-            deliver([(row, embeddings)])
-        else:
-            self._decoding[row] = self._loop.create_task(self._decode(row, embeddings))
-
     async def _decode(self, row: Row, embeddings: Tensor) -> None:
         end: Exception | None = None
         try:
-            async with contextlib.aclosing(self._client.decode(row.request, embeddings)) as answer:
+            async with contextlib.aclosing(self._answer(row.request, embeddings)) as answer:
                 async for token in answer:
-                    self._count_token(row)
+                    self._tokens += 1
+                    if row in self._stepped or not self._stepped:
+                        self._stepped.clear()
+                        self._steps += 1
+                    self._stepped.add(row)
                     deliver([(row, token)])
         except Exception as error:
             end = error
@@ -249,12 +265,56 @@ class VllmEngine:
         self._changed.set()
         deliver([(row, end)])
 
-    def _count_token(self, row: Row) -> None:
-        self._tokens += 1
-        if row in self._stepped or not self._stepped:
-            self._stepped.clear()
-            self._steps += 1
-        self._stepped.add(row)
+    async def _answer(self, request: EngineRequest, embeddings: Tensor) -> AsyncGenerator[Token, None]:
+        """Yield the tokens of the answer to a prompt's embeddings (count, width), on the CPU.
+
+        Where the next token would repeat an n-gram, vLLM is asked again from there on with such tokens blocked. They
+        stay blocked in later steps too, which changes nothing as long as none of them is likelier than the chosen
+        token.
+        """
+        ids: list[int] = []
+        while len(ids) < request.max_new_tokens:
+            blocked = set(repeating_ids(ids, request.no_repeat_ngram))
+            async with contextlib.aclosing(self._choices(request, embeddings, ids, blocked)) as choices:
+                async for id, logprobs in choices:
+                    repeating = set(repeating_ids(ids, request.no_repeat_ngram))
+                    if id in repeating or any(logprobs[other] > logprobs[id] for other in blocked - repeating):
+                        break
+                    if id in self._eos_ids:
+                        return
+                    ids.append(id)
+                    # The log-probability is the one among the tokens that are not suppressed.
+                    suppressed = sum(math.exp(logprobs[other]) for other in self._suppressed_ids[:MOST_WATCHED_IDS])
+                    yield Token(id, logprobs[id] - math.log(max(1 - suppressed, math.ulp(0))))
+
+    async def _choices(
+        self, request: EngineRequest, embeddings: Tensor, ids: Sequence[int], blocked: Collection[int]
+    ) -> AsyncGenerator[tuple[int, dict[int, float]], None]:
+        """Have vLLM continue after these ids.
+
+        Yields each token that it chooses, with the raw log-probabilities of that token and of the barred ones.
+        """
+        vllm = require("vllm", extra="vllm")
+        barred = [*self._suppressed_ids, *blocked]
+        watched = barred[:MOST_WATCHED_IDS]
+        params = vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=request.max_new_tokens - len(ids) if watched == barred else 1,
+            stop_token_ids=sorted(self._eos_ids),
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
+            logit_bias=dict.fromkeys(barred, float("-inf")) or None,
+            logprobs=None if watched else 0,  # 0: that of the chosen token alone
+            logprob_token_ids=watched or None,
+            skip_clone=True,
+        )
+        prefix = torch.cat([embeddings, self._embed_ids(ids)]) if ids else embeddings  # (count, width)
+        prompt = require("vllm.inputs", extra="vllm").embeds_input(prefix)
+        async for output in self._llm.generate(prompt, params, f"{request.request_id}-{len(ids)}"):
+            (completion,) = output.outputs
+            for id, logprobs in zip(completion.token_ids, completion.logprobs or (), strict=True):
+                yield id, {other: reported.logprob for other, reported in logprobs.items()}
 
     @torch.inference_mode()
     def _embed_ids(self, ids: Sequence[int]) -> Tensor:
@@ -265,18 +325,16 @@ class VllmEngine:
     @torch.inference_mode()
     def _embed_each(self, rows: Sequence[Row]) -> list[Tensor | Exception]:
         """Embed prompts together or, where that fails, each half of them; a row that fails alone gets the error."""
+        requests = [row.request for row in rows]
         try:
-            return list(self._embed([row.request for row in rows]))
+            # One prompt after the other in a single row (1, ids of all): no padding.
+            ids = torch.tensor([[id for request in requests for id in request.prompt_ids]])
+            audio = collate_features([request.features for request in requests])
+            inputs = {"input_ids": ids, **{name: torch.from_numpy(array) for name, array in audio.items()}}
+            embeddings = self._encoder_model.embed(**{name: one.to(self._device) for name, one in inputs.items()})[0]
+            return list(embeddings.cpu().split([row.prompt_length for row in rows]))
         except Exception as error:
             if len(rows) == 1:
                 return [error.with_traceback(None)]  # the traceback would hold the rows' tensors
         half = len(rows) // 2
         return self._embed_each(rows[:half]) + self._embed_each(rows[half:])
-
-    def _embed(self, requests: Sequence[EngineRequest]) -> Sequence[Tensor]:
-        # One prompt after the other in a single row (1, ids of all): no padding.
-        ids = torch.tensor([[id for request in requests for id in request.prompt_ids]])
-        audio = collate_features([request.features for request in requests])
-        inputs = {"input_ids": ids, **{name: torch.from_numpy(array) for name, array in audio.items()}}
-        embeddings = self._encoder_model.embed(**{name: tensor.to(self._device) for name, tensor in inputs.items()})[0]
-        return embeddings.cpu().split([len(request.prompt_ids) for request in requests])

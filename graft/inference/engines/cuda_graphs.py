@@ -33,7 +33,9 @@ class StepGraphs:
         The step runs over free slots too, up to the next number of rows that graphs are captured for.
         """
         count = inputs.shape[1]
-        rows = min(_graph_rows(count), most_rows)
+        # Rows are rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24, ..., so that few graphs are captured.
+        power = 1 << (count - 1).bit_length()
+        rows = min(power * 3 // 4 if count <= power * 3 // 4 else power, most_rows)
         if (rows, columns) not in self._graphs:
             self._graphs[rows, columns] = self._capture(inputs, rows)
         graph_inputs, replay = self._graphs[rows, columns]
@@ -74,9 +76,3 @@ class StepGraphs:
             return logits
 
         return replay
-
-
-def _graph_rows(count: int) -> int:
-    """Round up to 1, 2, 3, 4, 6, 8, 12, 16, 24, ... rows, so that few graphs are captured."""
-    power = 1 << (count - 1).bit_length()
-    return power * 3 // 4 if count <= power * 3 // 4 else power

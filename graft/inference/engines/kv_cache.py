@@ -9,6 +9,7 @@ others. A step writes nothing but the column of its tokens, so that a step that 
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -86,7 +87,15 @@ class SlotDecoder:
         columns = torch.arange(self.slots.columns, device=ids.device)
         mask = torch.zeros(len(ids), 1, 1, len(columns), dtype=self._model.dtype, device=ids.device)
         mask.masked_fill_(columns > positions[:, None, None], float("-inf"))  # a row sees its own tokens alone
-        cache = _StepCache(self.slots.views, slice(first, first + len(ids)), positions)
+        slots = slice(first, first + len(ids))
+
+        def update(keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            """Write a layer's new tokens to their columns (rows, 1) of the slots; returns the slots."""
+            targets = positions[:, :, None, None].expand_as(keys)  # (rows, heads, 1, width)
+            all_keys, all_values = (view[slots] for view in self.slots.views[2 * layer : 2 * layer + 2])
+            return all_keys.scatter_(2, targets, keys), all_values.scatter_(2, targets, values)
+
+        cache = SimpleNamespace(update=update)  # all that the layers use of a cache
         return self._read(self._model.get_input_embeddings()(ids), mask, positions, cache)
 
     def _read(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
@@ -178,20 +187,6 @@ class Slots:
     def _view(self, memory: Tensor) -> Tensor:
         heads, width = self._token_shape
         return memory[: self.count * self.columns * heads * width].view(self.count, heads, self.columns, width)
-
-
-class _StepCache:
-    """Stands in for the layers' cache in a decode step: some slots, and the columns (rows, 1) that the tokens go to."""
-
-    def __init__(self, views: Sequence[Tensor], slots: slice, positions: Tensor) -> None:
-        self._views = views
-        self._slots = slots
-        self._positions = positions
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        columns = self._positions[:, :, None, None].expand_as(keys)  # (rows, heads, 1, width)
-        all_keys, all_values = (view[self._slots] for view in self._views[2 * layer : 2 * layer + 2])
-        return all_keys.scatter_(2, columns, keys), all_values.scatter_(2, columns, values)
 
 
 def _attend(

@@ -54,9 +54,8 @@ def pick_admissible(
     for row in heapq.nsmallest(ENCODER_ROWS, waiting, key=lambda row: abs(row.length - waiting[0].length)):
         longest, longest_prompt = max(longest, row.length), max(longest_prompt, row.prompt_length)
         count = len(picked) + 1
-        if (running or picked) and longest * (len(running) + count) > max_batch_tokens:
-            break
-        if picked and longest_prompt * count > max_prefill_tokens:
+        exceeds_batch = (running or picked) and longest * (len(running) + count) > max_batch_tokens
+        if exceeds_batch or (picked and longest_prompt * count > max_prefill_tokens):
             break
         picked.append(row)
     return picked
@@ -65,11 +64,6 @@ def pick_admissible(
 def longest_length(rows: Iterable[Row]) -> int:
     """Return the most tokens, of prompt and answer so far, that one of the rows has."""
     return max(row.position for row in rows) + 1
-
-
-def count_unfinished(rows: Iterable[Row]) -> int:
-    """Count the rows that have tokens to come; a row is over once its last token is sent, even while it is listed."""
-    return sum(not row.is_over for row in rows)
 
 
 def deliver(items: Iterable[tuple[Row, Item]]) -> None:

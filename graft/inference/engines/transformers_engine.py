@@ -19,7 +19,6 @@ from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
 from graft.inference.engines.sampling import choose_tokens, repeating_ids
 from graft.inference.engines.scheduler import (
     Row,
-    count_unfinished,
     deliver,
     longest_length,
     next_token,
@@ -95,7 +94,7 @@ class TransformersEngine:
 
     def counts(self) -> EngineCounts:
         """Return the engine's state and totals, as Engine says."""
-        running = count_unfinished(self._running)
+        running = sum(not row.is_over for row in self._running)  # a row is over before it has left its slot
         return EngineCounts(running, len(self._waiting), self._prefills, self._steps, self._tokens, self._busy_s)
 
     def close(self) -> None:
@@ -122,8 +121,12 @@ class TransformersEngine:
             start = time.monotonic()
             try:
                 self._run_turn()
-            except Exception as error:
-                self._end_all(error)
+            except Exception as error:  # outside the model: which row is in which slot is no longer known
+                with self._changed:
+                    self._waiting = []
+                    deliver([(row, error) for row in self._rows.values()])
+                self._running = []
+                self._decoder.slots.keep([])
             self._busy_s += time.monotonic() - start
         with self._changed:
             deliver((row, RuntimeError("the engine is closed")) for row in self._rows.values())
@@ -134,19 +137,20 @@ class TransformersEngine:
         with self._changed:
             if not self._running:
                 self._changed.wait_for(lambda: self._waiting or self._is_closed)
-                self._gather()
+                # While more requests arrive, they are waited for, so that they are prefilled together.
+                deadline, seen = time.monotonic() + 10 * self._gather_s, 0
+                while seen != len(self._waiting) and time.monotonic() < deadline and not self._is_closed:
+                    seen = len(self._waiting)
+                    self._changed.wait(self._gather_s)
             return not self._is_closed
-
-    def _gather(self) -> None:
-        """Wait while more requests arrive, so that they are prefilled together."""
-        deadline, seen = time.monotonic() + 10 * self._gather_s, 0
-        while seen != len(self._waiting) and time.monotonic() < deadline and not self._is_closed:
-            seen = len(self._waiting)
-            self._changed.wait(self._gather_s)
 
     def _run_turn(self) -> None:
         self._retire()
-        if group := self._admit():
+        with self._changed:
+            group = pick_admissible(self._waiting, self._running, self._max_batch_tokens, self._max_prefill_tokens)
+            if picked := set(group):
+                self._waiting = [row for row in self._waiting if row not in picked]
+        if group:
             self._try_in_halves(group, self._prefill)
         self._retire()
         if self._running:
@@ -158,47 +162,29 @@ class TransformersEngine:
         if len(kept) < len(self._running):
             self._running = [self._running[slot] for slot in self._decoder.slots.keep(kept)]
 
-    def _admit(self) -> list[Row]:
-        """Take the next group to prefill out of the waiting rows."""
-        with self._changed:
-            group = pick_admissible(self._waiting, self._running, self._max_batch_tokens, self._max_prefill_tokens)
-            if picked := set(group):
-                self._waiting = [row for row in self._waiting if row not in picked]
-            return group
-
-    def _end_all(self, error: Exception) -> None:
-        """End all rows after an error outside the model: which row is in which slot is no longer known."""
-        with self._changed:
-            self._waiting = []
-            deliver([(row, error) for row in self._rows.values()])
-        self._running = []
-        self._decoder.slots.keep([])
-
     def _try_in_halves(self, rows: list[Row], work: Callable[[list[Row]], None]) -> None:
-        """Do work for rows or, where it fails, for each half of them; a row for which it fails alone ends."""
+        """Do work for rows or, where it fails, for each half of them; a row for which it fails alone ends.
+
+        Its stream raises the error, or MemoryError with a remedy where memory ran out.
+        """
         try:
             work(rows)
             return
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # they hold the rows' tensors
-            failure = self._explain(error)
+            failure = error
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in str(error):
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+                failure = MemoryError(
+                    f"not enough memory for one request: lower max_batch_tokens, now {self._max_batch_tokens}"
+                )
+                failure.__cause__ = error
         if len(rows) == 1:
             deliver([(rows[0], failure)])
         else:
             self._try_in_halves(rows[: len(rows) // 2], work)
             self._try_in_halves(rows[len(rows) // 2 :], work)
-
-    def _explain(self, error: Exception) -> Exception:
-        """Return the error that a stream raises: MemoryError with a remedy where memory ran out."""
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate" not in str(error):
-            return error
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        failure = MemoryError(
-            f"not enough memory for one request: lower max_batch_tokens, now {self._max_batch_tokens}"
-        )
-        failure.__cause__ = error
-        return failure
 
     def _prefill(self, rows: list[Row]) -> None:
         together = [*self._running, *rows]

@@ -64,10 +64,13 @@ def check_quality(
     """
     words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.casefold())
     words_per_s = len(words) / max(duration_s, 1.0)  # chunks of short commands end with the last sound
+    is_fast = words_per_s > FAST_WORDS_PER_S
+    data = text.encode()
+    zlib_ratio = len(data) / len(zlib.compress(data)) if len(data) >= ZLIB_LEAST_BYTES else 0.0
     mean = sum(logprobs) / len(logprobs) if logprobs else None
     is_unsure = mean is not None and not mean >= LEAST_MEAN_LOGPROB  # true for nan as well
     findings = {
-        REPETITION: _has_loop(words, words_per_s) or _is_compressible(text, words_per_s),
+        REPETITION: _has_loop(words, is_fast=is_fast) or zlib_ratio > (FAST_ZLIB_RATIO if is_fast else ZLIB_RATIO),
         NO_SPEECH: has_speech is False,
         LOW_CONFIDENCE: is_unsure or words_per_s > MOST_WORDS_PER_S,
     }
@@ -80,9 +83,9 @@ def pick_better(first: QualityVerdict, second: QualityVerdict) -> QualityVerdict
     return min(first, second, key=lambda verdict: (len(verdict.flags), -(verdict.mean_logprob or 0.0)))
 
 
-def _has_loop(words: Sequence[str], words_per_s: float) -> bool:
+def _has_loop(words: Sequence[str], *, is_fast: bool) -> bool:
     """Return whether a phrase occurs at least LOOP_TIMES in a row."""
-    least_words = 0 if words_per_s > FAST_WORDS_PER_S else LOOP_LEAST_WORDS
+    least_words = 0 if is_fast else LOOP_LEAST_WORDS
     for size in range(1, LOOP_WORDS + 1):
         run = size  # words so far that repeat with a period of `size`
         for word, before in zip(words[size:], words, strict=False):
@@ -90,10 +93,3 @@ def _has_loop(words: Sequence[str], words_per_s: float) -> bool:
             if run >= max(LOOP_TIMES * size, least_words):
                 return True
     return False
-
-
-def _is_compressible(text: str, words_per_s: float) -> bool:
-    """Return whether zlib shrinks the text more than it shrinks speech."""
-    data = text.encode()
-    most = FAST_ZLIB_RATIO if words_per_s > FAST_WORDS_PER_S else ZLIB_RATIO
-    return len(data) >= ZLIB_LEAST_BYTES and len(data) > most * len(zlib.compress(data))

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from textwrap import wrap
 from typing import Literal, get_args
 
@@ -58,13 +59,20 @@ def format_transcript(transcript: Transcript, form: Format, limits: CueLimits | 
     """
     match form:
         case "txt":
-            return _plain_text(transcript)
+            spoken = [segment for segment in transcript.segments if segment.text.strip()]
+            if all(segment.channel is None for segment in spoken):
+                return transcript.text + "\n"
+            return "".join(f"{_name_channel(segment, _one_line(segment.text))}\n" for segment in spoken)
         case "srt":
+            # Players take a line with an arrow for the times of a cue.
             return "\n".join(
-                _srt_block(number, cue) for number, cue in enumerate(make_cues(transcript, limits), start=1)
+                f"{number}\n{_show_times(cue, ',')}\n{cue.text.replace('-->', '->')}\n"
+                for number, cue in enumerate(make_cues(transcript, limits), start=1)
             )
         case "vtt":
-            return "\n".join(["WEBVTT\n", *map(_vtt_block, make_cues(transcript, limits))])
+            cues = make_cues(transcript, limits)
+            blocks = (f"{_show_times(cue, '.')}\n{html.escape(cue.text, quote=False)}\n" for cue in cues)
+            return "\n".join(["WEBVTT\n", *blocks])
         case "tsv":
             rows = _to_milliseconds(_whole_segment(segment) for segment in transcript.segments)
             return "".join(["start\tend\ttext\n", *(f"{row.start_ms}\t{row.end_ms}\t{row.text}\n" for row in rows)])
@@ -80,13 +88,6 @@ def make_cues(transcript: Transcript, limits: CueLimits | None = None) -> list[C
     limits = limits or CueLimits()
     cues = _to_milliseconds(part for segment in transcript.segments for part in _split_segment(segment, limits))
     return [Cue(cue.start_ms, cue.end_ms, "\n".join(_break_lines(cue.text, limits))) for cue in cues]
-
-
-def _plain_text(transcript: Transcript) -> str:
-    spoken = [segment for segment in transcript.segments if segment.text.strip()]
-    if all(segment.channel is None for segment in spoken):
-        return transcript.text + "\n"
-    return "".join(f"{_name_channel(segment, _one_line(segment.text))}\n" for segment in spoken)
 
 
 def _name_channel(segment: Segment, text: str) -> str:
@@ -105,7 +106,11 @@ def _split_segment(segment: Segment, limits: CueLimits) -> list[Word]:
         return [_whole_segment(segment)]
     words[0] = replace(words[0], text=_name_channel(segment, words[0].text))
     return [
-        Word(part[0].start_s, min(part[-1].end_s, part[0].start_s + limits.duration_s), _join_words(part))
+        Word(
+            part[0].start_s,
+            min(part[-1].end_s, part[0].start_s + limits.duration_s),
+            " ".join(word.text for word in part),
+        )
         for part in _split_words(words, limits)
     ]
 
@@ -113,7 +118,8 @@ def _split_segment(segment: Segment, limits: CueLimits) -> list[Word]:
 def _split_words(words: Sequence[Word], limits: CueLimits) -> list[Sequence[Word]]:
     """Split words in two at the best place, again and again, until each part fits the limits."""
     is_short = words[-1].end_s - words[0].start_s <= limits.duration_s
-    if len(words) == 1 or (is_short and len(_break_lines(_join_words(words), limits)) <= limits.lines):
+    text = " ".join(word.text for word in words)
+    if len(words) == 1 or (is_short and len(_break_lines(text, limits)) <= limits.lines):
         return [words]
     margin = max(1, len(words) // 4)
     cut = max(range(margin, len(words) - margin + 1), key=lambda index: _rate_break(words, index))
@@ -134,9 +140,8 @@ def _to_milliseconds(parts: Iterable[Word]) -> list[Cue]:
     Each cue begins after the previous one has begun, and ends before or when the next one begins.
     """
     texts = [(part, text) for part in parts if (text := _one_line(part.text))]
-    starts: list[int] = []
-    for part, _ in texts:
-        starts.append(max(round(part.start_s * 1000), starts[-1] + 1 if starts else 0))
+    rounded = (round(part.start_s * 1000) for part, _ in texts)
+    starts = list(accumulate(rounded, lambda before, start: max(start, before + 1)))
     nexts = [*starts[1:], sys.maxsize][: len(starts)]
     return [
         Cue(start, min(max(round(part.end_s * 1000), start + 1), following), text)
@@ -155,23 +160,12 @@ def _wrap(text: str, width: int) -> list[str]:
     return wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
-def _srt_block(number: int, cue: Cue) -> str:
-    text = cue.text.replace("-->", "->")  # players take a line with an arrow for the times of a cue
-    return f"{number}\n{_clock(cue.start_ms, ',')} --> {_clock(cue.end_ms, ',')}\n{text}\n"
-
-
-def _vtt_block(cue: Cue) -> str:
-    return f"{_clock(cue.start_ms, '.')} --> {_clock(cue.end_ms, '.')}\n{html.escape(cue.text, quote=False)}\n"
-
-
-def _clock(milliseconds: int, mark: str) -> str:
-    """Format milliseconds as HH:MM:SS,mmm; hours have more digits from 100 on."""
-    seconds, rest = divmod(milliseconds, 1000)
-    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{mark}{rest:03}"
-
-
-def _join_words(words: Sequence[Word]) -> str:
-    return " ".join(word.text for word in words)
+def _show_times(cue: Cue, mark: str) -> str:
+    """Format a cue's times as HH:MM:SS,mmm --> HH:MM:SS,mmm; hours have more digits from 100 on."""
+    clocks = (divmod(milliseconds, 1000) for milliseconds in (cue.start_ms, cue.end_ms))
+    return " --> ".join(
+        f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{mark}{rest:03}" for seconds, rest in clocks
+    )
 
 
 def _one_line(text: str) -> str:

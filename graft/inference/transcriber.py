@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
@@ -34,6 +34,8 @@ from graft.processor import GraftProcessor
 
 # A path, the bytes of a file, or samples.
 Audio: TypeAlias = str | os.PathLike[str] | bytes | AudioClip
+# A recording's duration in seconds, and its chunks with the engine's requests for them.
+Prepared: TypeAlias = tuple[float, list[tuple[Chunk, EngineRequest]]]
 # Cuts a clip into chunks of at most 30 s: a Chunker, which skips what is no speech, or `windows`, which skips nothing.
 ChunkFunction = Callable[[AudioClip], list[Chunk]]
 
@@ -105,13 +107,13 @@ class Transcriber:
         """
         phrasing, timed = self._processor.instruction(instruction, context), self._wants_words(words)
 
-        async def prepare(audio: Audio) -> "_Prepared | AudioError":
+        async def prepare(audio: Audio) -> Prepared | AudioError:
             try:
                 return await self._in_background(self._prepare, audio, phrasing)
             except AudioError as error:
                 return error
 
-        async def decode(prepared: "_Prepared | AudioError") -> Transcript | AudioError:
+        async def decode(prepared: Prepared | AudioError) -> Transcript | AudioError:
             return prepared if isinstance(prepared, AudioError) else await self._transcribe_prepared(prepared, timed)
 
         async def transcribe_all() -> list[Transcript | AudioError]:
@@ -204,10 +206,10 @@ class Transcriber:
             raise ModelError("words have no times without an aligner: load the model with aligner='whisper'")
         return self._aligner is not None if words is None else words
 
-    def _prepare(self, audio: Audio, instruction: str) -> "_Prepared":
+    def _prepare(self, audio: Audio, instruction: str) -> Prepared:
         clip = audio if isinstance(audio, AudioClip) else read_audio(audio)
         chunks = self._chunker(clip)
-        return _Prepared(clip.duration_s, chunks, [self._make_request(chunk.clip, instruction) for chunk in chunks])
+        return clip.duration_s, [(chunk, self._make_request(chunk.clip, instruction)) for chunk in chunks]
 
     def _make_request(self, clip: AudioClip, instruction: str) -> EngineRequest:
         features = self._processor.featurizer(clip)
@@ -215,11 +217,11 @@ class Transcriber:
             prompt_ids = self._processor.prompt_ids(features.frame_count, instruction)
         return EngineRequest(uuid.uuid4().hex, features, prompt_ids, max_new_tokens(clip.duration_s))
 
-    async def _transcribe_prepared(self, prepared: "_Prepared", words: bool) -> Transcript:
-        parts = zip(prepared.chunks, prepared.requests, strict=True)
+    async def _transcribe_prepared(self, prepared: Prepared, words: bool) -> Transcript:
+        duration_s, parts = prepared
         segments = await asyncio.gather(*(self._decode_chunk(chunk, request, words) for chunk, request in parts))
         aligner = self._aligner.name if self._aligner and words else None
-        return stitch(segments, duration_s=prepared.duration_s, model=self.name, aligner=aligner)
+        return stitch(segments, duration_s=duration_s, model=self.name, aligner=aligner)
 
     async def _decode_chunk(self, chunk: Chunk, request: EngineRequest, words: bool) -> Segment:
         tokens = await self._decode(request)
@@ -249,28 +251,17 @@ class Transcriber:
         return " ".join(text.split())
 
     async def _make_segment(self, chunk: Chunk, verdict: QualityVerdict, *, words: bool) -> Segment:
-        timed = await self._align(chunk, verdict.text) if words else ()
-        end_s = chunk.start_s + chunk.clip.duration_s
-        return Segment(chunk.start_s, end_s, verdict.text, verdict.mean_logprob, verdict.flags, timed)
-
-    async def _align(self, chunk: Chunk, text: str) -> tuple[Word, ...]:
-        if not (self._aligner and text):
-            return ()
-        loop = asyncio.get_running_loop()
-        words = await loop.run_in_executor(self._align_thread, self._aligner.align, chunk.clip, text)
-        return tuple(Word(chunk.start_s + word.start_s, chunk.start_s + word.end_s, word.text) for word in words)
+        start_s, text = chunk.start_s, verdict.text
+        timed: tuple[Word, ...] = ()
+        if words and self._aligner and text:
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._align_thread, self._aligner.align, chunk.clip, text)
+            timed = tuple(Word(start_s + word.start_s, start_s + word.end_s, word.text) for word in found)
+        end_s = start_s + chunk.clip.duration_s
+        return Segment(start_s, end_s, text, verdict.mean_logprob, verdict.flags, timed)
 
     async def _in_background(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._prepare_thread, function, *arguments)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A recording's duration and chunks, and the engine's request for each chunk."""
-
-    duration_s: float
-    chunks: list[Chunk]
-    requests: list[EngineRequest]
 
 
 def open_transcriber(

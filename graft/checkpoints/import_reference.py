@@ -88,10 +88,13 @@ def import_reference(
             generation = GenerationConfig.from_pretrained(folder)
     set_generation_config(model, generation)
     check_projector(model.audio_projector.state_dict(), source=checkpoint)
-    extractor = WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins)
-    return model, GraftProcessor.for_config(
-        config, feature_extractor=extractor, image_processor=image_processor, tokenizer=tokenizer
+    processor = GraftProcessor.for_config(
+        config,
+        feature_extractor=WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins),
+        image_processor=image_processor,
+        tokenizer=tokenizer,
     )
+    return model, processor
 
 
 def _local_folder(checkpoint: str) -> Path:

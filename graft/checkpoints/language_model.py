@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, Qwen2Config
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from graft.checkpoints.build import reading
 from graft.checkpoints.bundled.cache import cache_path, file_digest, write_once
@@ -29,9 +30,7 @@ from graft.processor import GraftProcessor
 
 CONVERSION = 1  # version of the files that the conversion writes; a new one leaves old cache folders unused
 LANGUAGE_MODEL = "model.language_model."
-HEAD = "lm_head.weight"
 ENCODER_MODEL = ("audio_tower.", "audio_projector.", f"{LANGUAGE_MODEL}embed_tokens.")
-INDEX_FILE = "model.safetensors.index.json"
 
 
 def open_encoder_model(
@@ -86,7 +85,7 @@ def language_model_folder(path: str | Path, cache: Path | None = None) -> Path:
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
         weight_map = {name: file.name for file in files for name in _write_shard(file, folder / file.name)}
-        (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}) + "\n")
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}) + "\n")
 
     size = sum(file.stat().st_size for file in files) / 1e9
     folder = cache_path("language_models", f"qwen2-{digest.hexdigest()[:24]}-{CONVERSION}", cache)
@@ -117,7 +116,7 @@ def _write_shard(source: Path, target: Path) -> list[str]:
     """Write the language model's tensors of a shard under Qwen2's names; returns the names."""
     with safe_open(source, framework="pt") as file:
         # model.language_model.layers.0... -> model.layers.0...; the head keeps its name
-        names = [name for name in list(file.keys()) if name.startswith(LANGUAGE_MODEL) or name == HEAD]
+        names = [name for name in list(file.keys()) if name.startswith(LANGUAGE_MODEL) or name == "lm_head.weight"]
         state = {name.replace(LANGUAGE_MODEL, "model.", 1): file.get_tensor(name) for name in names}
     if state:
         save_file(state, target, metadata={"format": "pt"})

@@ -64,10 +64,12 @@ def add_adapters(model: GraftForConditionalGeneration, settings: LoraSettings) -
 
 def lora_config(settings: LoraSettings) -> Any:
     """Make PEFT's configuration of the adapters."""
-    peft = require("peft", extra="train")
-    targets = f"{LORA_TARGETS}|{ENCODER_TARGETS}" if settings.encoder else LORA_TARGETS
-    return peft.LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, bias="none"
+    return require("peft", extra="train").LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=f"{LORA_TARGETS}|{ENCODER_TARGETS}" if settings.encoder else LORA_TARGETS,
+        bias="none",
     )
 
 
@@ -104,9 +106,8 @@ def read_adapters(folder: str | Path) -> tuple[dict[str, Tensor], Any]:
     """
     if not has_adapters(folder):
         raise ModelError(f"{folder} holds no adapters ({', '.join(ADAPTER_FILES)}): give the output folder of stage 2")
-    peft = require("peft", extra="train")
     try:
-        config = peft.LoraConfig.from_pretrained(str(folder))
+        config = require("peft", extra="train").LoraConfig.from_pretrained(str(folder))
         state = {
             name.removeprefix(PEFT_PREFIX): tensor
             for name, tensor in load_file(Path(folder) / ADAPTER_FILES[1]).items()

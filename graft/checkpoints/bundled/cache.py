@@ -145,8 +145,7 @@ def write_cached(
     def write_with_digests(building: Path) -> None:
         write(building)
         files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
-        digests = {"sources": dict(sources), "files": files}
-        (building / DIGESTS_FILE).write_text(json.dumps(digests, indent=2) + "\n")
+        (building / DIGESTS_FILE).write_text(json.dumps({"sources": dict(sources), "files": files}, indent=2) + "\n")
 
     return write_once(cache_path("bundled", name, cache), write_with_digests, gigabytes="1")
 

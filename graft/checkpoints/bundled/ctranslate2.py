@@ -63,7 +63,13 @@ def write_whisper(data: bytes, decoding: dict[str, Any], tokenizer_path: Path, f
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
     model.load_state_dict(state, strict=True, assign=True)
-    tokenizer = _whisper_tokenizer(tokenizer_path)
+    backend = Tokenizer.from_file(str(tokenizer_path))
+    special = [token.content for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    tokenizer = WhisperTokenizer(
+        tokenizer_object=backend, pad_token=special[0], extra_special_tokens=special[1:], model_max_length=448
+    )
+    # The package's tokenizer lacks the timestamps; with them its size equals the embedding table's.
+    tokenizer.add_tokens([AddedToken(f"<|{i * 0.02:.2f}|>", normalized=True, special=False) for i in range(1501)])
     model.generation_config = GenerationConfig(
         alignment_heads=decoding["alignment_heads"],
         suppress_tokens=decoding["suppress_ids"],
@@ -135,14 +141,3 @@ def whisper_state(variables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
             state[f"{prefix}{target}.{leaves.get(leaf, leaf)}"] = torch.from_numpy(part.astype(np.float32))
     state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
     return state
-
-
-def _whisper_tokenizer(path: Path) -> WhisperTokenizer:
-    """Read the package's tokenizer and add the missing timestamps, so that its size equals the embedding table's."""
-    backend = Tokenizer.from_file(str(path))
-    special = [token.content for _, token in sorted(backend.get_added_tokens_decoder().items())]
-    tokenizer = WhisperTokenizer(
-        tokenizer_object=backend, pad_token=special[0], extra_special_tokens=special[1:], model_max_length=448
-    )
-    tokenizer.add_tokens([AddedToken(f"<|{i * 0.02:.2f}|>", normalized=True, special=False) for i in range(1501)])
-    return tokenizer

@@ -57,8 +57,9 @@ def read_llama_gguf(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFa
     """Read a Llama and its byte-level tokenizer from a GGUF file, dequantized to float32.
 
     The tokenizer of transformers' own reader does not split numbers into digits as SmolLM2's does. Raises MissingExtra
-    where gguf is not installed.
+    where gguf or accelerate is not installed.
     """
+    require("accelerate", extra="bundled")  # transformers reads weights of GGUF files with it alone
     reader = require("gguf", extra="bundled").GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     llama = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

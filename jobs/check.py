@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from graft.processor import GraftProcessor
-    from graft.training.preflight import Preflight
 
 
 class CheckRecipe(Recipe):
@@ -34,7 +33,7 @@ class CheckRecipe(Recipe):
     """Run on a GPU."""
 
 
-def run(recipe: CheckRecipe) -> "Preflight":
+def run(recipe: CheckRecipe) -> tuple[float, int]:
     """Run the stages' preflight on a few clips. Raises ModelError for a deaf model, DataError for wrong labels."""
     from graft.checkpoints.loading import DTYPES, open_graft
     from graft.training.preflight import preflight
@@ -42,10 +41,10 @@ def run(recipe: CheckRecipe) -> "Preflight":
     model, processor = open_graft(recipe.model, dtype=DTYPES[recipe.dtype], device="cuda" if recipe.gpu else "cpu")
     batch = _first_batch(recipe, processor)
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    result = preflight(model, inputs, processor.prompt_end_ids())
-    print(f"check: {recipe.model} hears: other audio changes the answer's logits by {result.logit_change:.2g}")
-    print(f"check: {result.label_count} labels, all of them in answers")
-    return result
+    logit_change, label_count = preflight(model, inputs, processor.prompt_end_ids())
+    print(f"check: {recipe.model} hears: other audio changes the answer's logits by {logit_change:.2g}")
+    print(f"check: {label_count} labels, all of them in answers")
+    return logit_change, label_count
 
 
 def _first_batch(recipe: CheckRecipe, processor: "GraftProcessor") -> "dict[str, torch.Tensor]":

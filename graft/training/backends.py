@@ -1,4 +1,4 @@
-"""Training backends: the plain torch backend, for one process or DDP; DeepSpeed ZeRO's is in zero.py.
+"""Batches, and the backends that train on them: plain torch for one process or DDP; DeepSpeed ZeRO's is in zero.py.
 
 Backends sum gradients over all workers, because the loop divides each loss by the whole step's label count. They give
 their states by parameter name, in float32 and unsharded, so that a checkpoint depends neither on the number of workers
@@ -6,7 +6,8 @@ nor on the backend.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,32 @@ from graft.training.checkpoint import State
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 BETAS = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """A batch on its device; clips that could not be decoded are masked and not counted."""
+
+    inputs: Mapping[str, Tensor]
+    """The model's inputs, labels included."""
+    position: int
+    """Number of real batches of the run up to and including this one, as in PlannedBatch."""
+    step_position: int
+    step_label_count: int
+    ids: tuple[str, ...]
+    """Ids of the clips."""
+    clip_count: int
+    token_count: int
+    """Number of tokens, padding excluded."""
+    audio_s: float
+    flops: float = 0.0
+    """FLOPs of its forward and backward pass."""
+    encode: Callable[[], Tensor] | None = None
+    """Computes the clips' audio_states, which then replace input_features."""
+
+    def model_inputs(self) -> Mapping[str, Tensor]:
+        """Return the model's inputs, with audio_states computed where `encode` is given."""
+        return self.inputs if self.encode is None else {**self.inputs, "audio_states": self.encode()}
 
 
 class Backend(Protocol):
@@ -29,23 +56,18 @@ class Backend(Protocol):
 
         `is_last` marks the last batch of a step, after which workers exchange gradients.
         """
-        ...
 
     def step(self, learning_rate: float) -> float:
         """Update the weights; returns the gradients' norm before clipping."""
-        ...
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """Put `model` into eval mode without gradients, in the arithmetic of training; every worker must enter it."""
-        ...
 
     def state(self) -> State:
         """Copy weights and optimizer states to the CPU; every worker must call it."""
-        ...
 
     def load_state(self, state: State, *, step: int) -> None:
         """Set weights and optimizer states after `step` updates."""
-        ...
 
 
 class TorchBackend:
@@ -62,8 +84,11 @@ class TorchBackend:
         self.max_grad_norm = max_grad_norm
         device = next(iter(self.trained.values())).device
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        if bf16:
-            _disable_peft_casting(model)
+        modules: Iterable[Any] = model.modules() if bf16 else ()
+        for module in modules:
+            # Casting is left to autocast: PEFT would compute float32 adapters in float32, which takes twice as long.
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
         self._wrapped: Any = model
         if self.world_size > 1:
             self._wrapped = nn.parallel.DistributedDataParallel(
@@ -107,10 +132,8 @@ class TorchBackend:
             parameter.copy_(state[name]["weight"])
             if step:
                 moments = {key: state[name][key].to(parameter.device, parameter.dtype) for key in STATE_KEYS}
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step), device=parameter.device),
-                    **moments,
-                }
+                moments["step"] = torch.tensor(float(step), device=parameter.device)
+                self.optimizer.state[parameter] = moments
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -135,14 +158,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modes:
             module.training = was_training  # train() would set the modules inside it, too
-
-
-def _disable_peft_casting(model: nn.Module) -> None:
-    """Leave casting to autocast: PEFT would compute float32 adapters in float32, which takes twice as long."""
-    modules: Iterable[Any] = model.modules()
-    for module in modules:
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
 
 
 def float32_copy(tensor: Tensor) -> Tensor:

@@ -4,16 +4,14 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from graft.errors import ModelError
-from graft.training.backends import Backend
-from graft.training.batch import TrainingBatch
-from graft.training.meter import Meter, StepLog, Stopwatch
+from graft.training.backends import Backend, TrainingBatch
+from graft.training.meter import Meter, StepLog
 from graft.training.progress import Progress
 
 
@@ -73,13 +71,13 @@ def train(
     Every worker takes `accumulation` batches per step. Returns the progress at the end. Raises ModelError when the loss
     or its gradient is not finite, explodes or diverges; the weights then are those before the step.
     """
-    waiting = Stopwatch(batches)  # measures how long the loop waits for data
+    waiting = iter(batches)
     meter = Meter(progress, total_steps=total_steps, max_loss=settings.max_loss, peak_flops=settings.peak_flops)
     stops = False
     while (
         not stops
         and not is_finished(progress, settings, total_steps)
-        and (step := list(islice(waiting, settings.accumulation)))
+        and (step := meter.take(waiting, settings.accumulation))
     ):
         learning_rate = learning_rate_at(progress.step, settings, total_steps)
         loss, stops = meter.add(_accumulate(step, backend, settings), step, wants_stop=observer.wants_stop())
@@ -92,11 +90,15 @@ def train(
         is_best = False
         if settings.validate_every and (ends or progress.step % settings.validate_every == 0) and not stops:
             started = time.perf_counter()
-            progress, is_best = _record_validation(progress, observer.validate(progress.step))
-            meter.exclude(time.perf_counter() - started)
+            validation_loss = observer.validate(progress.step)
+            is_best = progress.best_loss is None or validation_loss < progress.best_loss
+            progress = replace(progress, stale_validations=0 if is_best else progress.stale_validations + 1)
+            if is_best:
+                progress = replace(progress, best_loss=validation_loss, best_step=progress.step)
+            meter.since += time.perf_counter() - started  # This time is not spent on training.
             ends = ends or is_finished(progress, settings, total_steps)
         if ends or progress.step == 1 or progress.step % settings.log_every == 0:
-            observer.log(meter.read(progress.step, learning_rate, grad_norm, waiting))
+            observer.log(meter.read(progress.step, learning_rate, grad_norm))
         if ends or is_best or progress.step % settings.checkpoint_every == 0:
             observer.checkpoint(progress)
     return progress
@@ -126,13 +128,6 @@ def _accumulate(step: Sequence[TrainingBatch], backend: Backend, settings: LoopS
         is_last = index == len(step) - 1
         losses.append(backend.backward(batch.model_inputs(), label_count=batch.step_label_count, is_last=is_last))
     return torch.stack(losses).sum().double()
-
-
-def _record_validation(progress: Progress, loss: float) -> tuple[Progress, bool]:
-    """Record a validation's loss; returns the new progress and whether the loss is the best so far."""
-    if progress.best_loss is None or loss < progress.best_loss:
-        return replace(progress, best_loss=loss, best_step=progress.step, stale_validations=0), True
-    return replace(progress, stale_validations=progress.stale_validations + 1), False
 
 
 def _raise_fault(fault: str | None, number: int, step: Sequence[TrainingBatch], observer: Observer) -> None:

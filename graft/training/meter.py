@@ -3,13 +3,14 @@
 import math
 import resource
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from graft.training.batch import TrainingBatch
+from graft.training.backends import TrainingBatch
 from graft.training.progress import Progress
 
 DIVERGED_NATS = 1.0
@@ -50,24 +51,6 @@ class StepLog:
         )
 
 
-class Stopwatch:
-    """An iterator over batches that adds up the seconds spent waiting for them."""
-
-    def __init__(self, batches: Iterable[TrainingBatch]):
-        self.batches = iter(batches)
-        self.waited_s = 0.0
-
-    def __iter__(self) -> Iterator[TrainingBatch]:
-        return self
-
-    def __next__(self) -> TrainingBatch:
-        start = time.perf_counter()
-        try:
-            return next(self.batches)
-        finally:
-            self.waited_s += time.perf_counter() - start
-
-
 class Meter:
     """Adds up counts over all workers since the last log, and follows the loss over the whole run."""
 
@@ -81,7 +64,14 @@ class Meter:
 
     def _start(self, step: int) -> None:
         self.step, self.since = step, time.perf_counter()
-        self.loss = self.clips = self.audio_s = self.tokens = self.flops = 0.0
+        self.loss = self.clips = self.audio_s = self.tokens = self.flops = self.waited_s = 0.0
+
+    def take(self, batches: Iterator[TrainingBatch], count: int) -> list[TrainingBatch]:
+        """Take the batches of a step, fewer at the end, and measure how long the loop waits for them."""
+        start = time.perf_counter()
+        step = list(islice(batches, count))
+        self.waited_s += time.perf_counter() - start
+        return step
 
     def add(self, loss: Tensor, step: Sequence[TrainingBatch], *, wants_stop: bool) -> tuple[float, bool]:
         """Add up a step's counts over all workers; returns its loss, and whether any worker wants to stop.
@@ -125,12 +115,19 @@ class Meter:
             first_loss=loss if progress.first_loss is None else progress.first_loss,
         )
 
-    def read(self, step: int, learning_rate: float, grad_norm: float, waiting: Stopwatch) -> StepLog:
+    def read(self, step: int, learning_rate: float, grad_norm: float) -> StepLog:
         """Return the means since the last log, and start the next interval."""
         now = time.perf_counter()
         elapsed_s = now - self.since
         workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        data_wait, memory_gb = self._max_over_workers(waiting.waited_s / elapsed_s, _memory_gb(self.device))
+        if self.device.type == "cuda":
+            memory_bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        largest = torch.tensor([self.waited_s / elapsed_s, memory_bytes], dtype=torch.float64, device=self.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        data_wait, memory_bytes = largest.tolist()
         log = StepLog(
             step=step,
             total_steps=self.total_steps,
@@ -142,26 +139,8 @@ class Meter:
             tokens_per_s=self.tokens / elapsed_s,
             data_wait=data_wait,
             mfu=self.flops / elapsed_s / (self.peak_flops * workers) if self.peak_flops else None,
-            memory_gb=memory_gb,
+            memory_gb=memory_bytes / 1e9,
             left_s=(now - self.started) / (step - self.first_step) * (self.total_steps - step),
         )
-        waiting.waited_s = 0.0
         self._start(step)
         return log
-
-    def exclude(self, seconds: float) -> None:
-        """Exclude time that was not spent on training."""
-        self.since += seconds
-
-    def _max_over_workers(self, *values: float) -> list[float]:
-        """Return each value's maximum over all workers."""
-        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        return largest.tolist()
-
-
-def _memory_gb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -151,7 +151,10 @@ class Plan:
         for epoch in self.epochs:
             parts.append(_epoch_batches(epoch, first, max(0, position - first), step_batches, slots))
             first += len(epoch)
-        return _concatenate(parts)
+        names = [field.name for field in fields(Batches) if field.name != "offsets"]
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+        return Batches(**columns, offsets=np.concatenate([[0], sizes.cumsum()]))
 
     def step_count(self, step_batches: int) -> int:
         return sum(-(-len(epoch) // step_batches) for epoch in self.epochs)
@@ -181,13 +184,6 @@ def _epoch_batches(epoch: Epoch, first: int, start: int, step_batches: int, slot
         np.repeat(first + ends, slots),
         np.repeat(labels, slots),
     )
-
-
-def _concatenate(parts: list[Batches]) -> Batches:
-    names = [field.name for field in fields(Batches)]
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names if name != "offsets"}
-    sizes = np.concatenate([np.diff(part.offsets) for part in parts])
-    return Batches(**columns, offsets=np.concatenate([[0], sizes.cumsum()]))
 
 
 def _plan_epoch(plan: Plan, number: int) -> Epoch:

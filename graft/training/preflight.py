@@ -1,7 +1,6 @@
 """Check before training that audio changes the logits, and that only answer tokens are labels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +11,13 @@ LEAST_CHANGE = 1e-6
 """Least mean change of the logits; without a working audio path equal inputs give exactly equal logits."""
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """The mean absolute change of the answers' logits with another clip's audio, and the number of labels checked."""
-
-    logit_change: float
-    label_count: int
-
-
 @torch.no_grad()
 def preflight(
     model: nn.Module, inputs: Mapping[str, Tensor], prompt_end: Sequence[int], *, token_noise: bool = False
-) -> Preflight:
+) -> tuple[float, int]:
     """Check a training batch of at least one clip; the other arguments are check_labels'.
+
+    Returns the mean absolute change of the answers' logits with another clip's audio, and the number of labels checked.
 
     The model's mode is not changed: on a CPU, bitsandbytes repacks NF4 weights for inference at their first use in eval
     mode, which cannot be undone. Raises ModelError when other audio does not change the logits, and DataError when a
@@ -42,7 +35,7 @@ def preflight(
             f"the audio path is dead: other audio changes the logits by {change:.1e}: "
             "check the projector and the audio tower"
         )
-    return Preflight(change, label_count)
+    return change, label_count
 
 
 def check_labels(input_ids: Tensor, labels: Tensor, prompt_end: Sequence[int], *, token_noise: bool = False) -> int:

@@ -72,8 +72,11 @@ def open_for_stage(
         model, processor = open_graft(
             graft, dtype=DTYPES[computing.dtype], device=device, nf4=stage.nf4, attention=computing.attention
         )
-    if computing.is_sharded:
-        model.audio_projector = _whole_projector(model).to(device)
+    if computing.is_sharded:  # The projector is small, and is loaded and checked whole.
+        sizes = {"audio_width": model.config.audio_config.d_model, "text_width": model.lm_head.in_features}
+        projector = AudioProjector(model.config.audio_projector, **sizes)
+        projector.load_state_dict(gathered_state(model.audio_projector))
+        model.audio_projector = projector.to(device)
     return prepare_for_stage(model, stage, computing, seed=seed), processor
 
 
@@ -143,13 +146,3 @@ def trainable_module(
         return CtcPrealignment(model, processor.tokenizer, stage.letters).train()
     except ValueError as error:
         raise ModelError(str(error)) from error
-
-
-def _whole_projector(model: GraftForConditionalGeneration) -> AudioProjector:
-    """Make an unsharded copy of a sharded projector: it is small, and is loaded and checked whole."""
-    config = model.config
-    whole = AudioProjector(
-        config.audio_projector, audio_width=config.audio_config.d_model, text_width=model.lm_head.in_features
-    )
-    whole.load_state_dict(gathered_state(model.audio_projector))
-    return whole

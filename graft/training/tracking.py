@@ -16,8 +16,6 @@ from graft.storage.atomic import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 TRANSCRIPTS_FILE = "transcripts.jsonl"
-CURVES_FILE = "curves.png"
-WANDB_ID_FILE = "wandb-id.txt"
 
 
 class WandbRecipe(Recipe):
@@ -84,56 +82,45 @@ def draw_curves(folder: str | Path, *, title: str) -> list[dict[str, Any]]:
     figure.suptitle(title)
     panels = figure.subplots(2, 2, sharex=True)
     loss, rate, speed, share = panels.flat
-    _plot(loss, lines, "loss", label="training")
-    _plot(loss, lines, "validation_loss", label="validation", marker="o")
-    loss.set(ylabel="loss per label token (nats)", ylim=(0, None))
-    _plot(
-        loss.twinx(),
-        lines,
-        "validation_wer",
-        label="validation WER (right)",
-        color="tab:red",
-        from_zero=True,
-        marker="o",
-    )
-    _plot(rate, lines, "learning_rate", label="learning rate")
-    rate.set(ylabel="learning rate", ylim=(0, None))
-    _plot(rate.twinx(), lines, "grad_norm", label="gradient norm (log, right)", color="tab:red", log=True)
-    _plot(speed, lines, "tokens_per_s", label="tokens/s")
-    speed.set(ylabel="tokens/s", xlabel="step", ylim=(0, None))
-    _plot(speed.twinx(), lines, "samples_per_s", label="samples/s (right)", color="tab:red", from_zero=True)
-    _plot(share, lines, "data_wait", label="waiting for data")
-    _plot(share, lines, "mfu", label="model FLOPs utilisation")
+    red, gray = {"color": "tab:red"}, {"color": "tab:gray"}
+    curves: list[tuple[Any, str, str, dict[str, str]]] = [  # panel, key, label ("right": its right axis), style
+        (loss, "loss", "training", {}),
+        (loss, "validation_loss", "validation", {"marker": "o"}),
+        (loss, "validation_wer", "validation WER (right)", {"marker": "o", **red}),
+        (rate, "learning_rate", "learning rate", {}),
+        (rate, "grad_norm", "gradient norm (log, right)", red),
+        (speed, "tokens_per_s", "tokens/s", {}),
+        (speed, "samples_per_s", "samples/s (right)", red),
+        (share, "data_wait", "waiting for data", {}),
+        (share, "mfu", "model FLOPs utilisation", {}),
+        (share, "memory_gb", "memory, GB (right)", gray),
+    ]
+    for panel, key, label, style in curves:
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            axes = panel.twinx() if label.endswith("right)") else panel
+            axes.plot(*zip(*points, strict=True), linewidth=1.2, markersize=3, label=label, **style)
+            axes.set(yscale="log" if key == "grad_norm" else "linear")
+    drawn: list[Any] = [axes for axes in figure.axes if axes.lines]
+    for axes in drawn:
+        corner, anchor = ("lower left", (0, 1)) if axes in panels else ("lower right", (1, 1))  # where no curve runs
+        axes.legend(fontsize=8, ncols=2, frameon=False, loc=corner, bbox_to_anchor=anchor)
+        if axes.get_yscale() == "linear":
+            axes.set(ylim=(0, None))
+    loss.set(ylabel="loss per label token (nats)")
+    rate.set(ylabel="learning rate")
+    speed.set(ylabel="tokens/s", xlabel="step")
     share.set(ylabel="share", xlabel="step", ylim=(0, 1))
-    _plot(share.twinx(), lines, "memory_gb", label="memory, GB (right)", color="tab:gray", from_zero=True)
-    every: list[Any] = figure.axes
-    for axes in every:
-        is_left = axes in panels
-        if axes.lines:  # above the panel, where no curve runs
-            corner, anchor = ("lower left", (0, 1)) if is_left else ("lower right", (1, 1))
-            axes.legend(fontsize=8, ncols=2, frameon=False, loc=corner, bbox_to_anchor=anchor)
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
-    figure.savefig(Path(folder) / CURVES_FILE, dpi=110)
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+    figure.savefig(Path(folder) / "curves.png", dpi=110)
     return lines
-
-
-def _plot(
-    axes: Any, lines: Sequence[Mapping[str, Any]], key: str, *, log: bool = False, from_zero: bool = False, **style: Any
-) -> None:
-    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), linewidth=1.2, markersize=3, **style)
-    if log and points:
-        axes.set_yscale("log")
-    if from_zero:
-        axes.set_ylim(0, None)
 
 
 def _wandb_run(folder: Path, recipe: Mapping[str, Any]) -> Any:
     """Start a W&B run, or resume the one that this folder started."""
     wandb, settings = require("wandb", extra="wandb"), recipe["wandb"]
-    path = folder / WANDB_ID_FILE
+    path = folder / "wandb-id.txt"
     run_id = path.read_text().strip() if path.is_file() else uuid.uuid4().hex[:12]
     write_atomic(path, run_id + "\n")
     return wandb.init(

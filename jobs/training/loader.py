@@ -18,7 +18,7 @@ from graft.data.sample_seeds import generator
 from graft.data.settings import AugmentRecipe
 from graft.errors import AudioError, DataError
 from graft.processor import Example, GraftProcessor
-from graft.training.batch import TrainingBatch
+from graft.training.backends import TrainingBatch
 from graft.training.encoder_cache import CachingEncoder, EncoderCache
 from graft.training.plan import Batches, PlannedBatch
 

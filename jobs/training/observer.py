@@ -9,8 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from graft.text.wer import score
-from graft.training.backends import Backend
-from graft.training.batch import TrainingBatch
+from graft.training.backends import Backend, TrainingBatch
 from graft.training.checkpoint import CheckpointWriter
 from graft.training.loop import Observer
 from graft.training.meter import StepLog

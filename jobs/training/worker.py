@@ -23,8 +23,7 @@ from graft.model.ctc import CtcPrealignment
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
 from graft.storage.atomic import write_atomic
-from graft.training.backends import Backend
-from graft.training.batch import TrainingBatch
+from graft.training.backends import Backend, TrainingBatch
 from graft.training.checkpoint import load_checkpoint
 from graft.training.encoder_cache import CachingEncoder, EncoderCache
 from graft.training.estimate import batch_flops, device_peak_flops
@@ -134,9 +133,8 @@ def _preflight_line(
             f"preflight: {check_labels(batch.inputs['input_ids'], batch.inputs['labels'], end)} labels, all in answers"
         )
     with backend.evaluating():
-        found = preflight(model, batch.model_inputs(), end, token_noise=token_noise)
-    change = f"other audio changes the logits by {found.logit_change:.2g}"
-    return f"preflight: {change}; {found.label_count} labels, all in answers"
+        change, label_count = preflight(model, batch.model_inputs(), end, token_noise=token_noise)
+    return f"preflight: other audio changes the logits by {change:.2g}; {label_count} labels, all in answers"
 
 
 def _make_flop_counter(run: Run, config: GraftConfig) -> Callable[[Mapping[str, np.ndarray]], float]:

@@ -28,7 +28,8 @@ def test_a_stage_learns_and_changes_only_what_it_trains(
     before = wide_models.weights(model)
     batch = wide_models.training_batch(processor, device, range(4))
     with backend.evaluating():
-        assert preflight(model, batch.inputs, processor.prompt_end_ids()).label_count == batch.step_label_count
+        _, label_count = preflight(model, batch.inputs, processor.prompt_end_ids())
+        assert label_count == batch.step_label_count
     logs = wide_models.run_steps([batch] * 20, backend, total_steps=20, learning_rate=1e-2, schedule="constant")
     assert logs[-1].loss < logs[0].loss - (
         0.1 if name == "stage1" else 1.0

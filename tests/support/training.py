@@ -8,8 +8,7 @@ import torch
 
 from graft.audio.clip import read_audio
 from graft.processor import Example, GraftProcessor
-from graft.training.backends import Backend
-from graft.training.batch import TrainingBatch
+from graft.training.backends import Backend, TrainingBatch
 from graft.training.loop import LoopSettings, Observer, train
 from graft.training.meter import StepLog
 from graft.training.plan import Batches

@@ -15,8 +15,7 @@ from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.checkpoints.lora import LoraSettings
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
-from graft.training.backends import TorchBackend
-from graft.training.batch import TrainingBatch
+from graft.training.backends import TorchBackend, TrainingBatch
 from graft.training.loop import LoopSettings, Observer, train
 from graft.training.meter import StepLog
 from graft.training.progress import Progress

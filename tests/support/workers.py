@@ -11,7 +11,7 @@ import torch.multiprocessing
 
 from graft.checkpoints.lora import LoraSettings
 from graft.processor import GraftProcessor
-from graft.training.batch import TrainingBatch
+from graft.training.backends import TrainingBatch
 from graft.training.checkpoint import State
 from graft.training.progress import Progress
 from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage

@@ -34,7 +34,7 @@ from .service import ModelInfo, ModelNotReady, Service, TranscriptionOptions
 COMMON_SETTINGS: dict[str, Any] = {
     "graceful_shutdown_timeout_s": 60,
     "health_check_period_s": 2,
-    "logging_config": {"encoding": "JSON", "enable_access_log": False},  # RequestLogMiddleware writes the access log
+    "logging_config": {"encoding": "JSON", "enable_access_log": False},  # RequestMiddleware writes the access log
 }
 """Settings of both deployments."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from graft.audio.features import Features
 from graft.checkpoints.known_bases import AUDIO_BASES, TEXT_BASES
@@ -43,7 +44,6 @@ FRAMES_PER_S = 100
 PROMPT_TOKENS = 16
 # Tokens of an answer for a second of speech in lower case.
 LABELS_PER_S = 3.0
-WARMUP_STEPS = 3
 # Tokens of prompts that are read between two steps.
 PREFILL_TOKENS = 8_192
 # Seconds of audio a second that are possible with the 7b shape, 256 clips at a time, by words of a GPU's name and
@@ -103,13 +103,12 @@ def _step_s(backend: Backend, inputs: dict[str, Tensor], label_count: int, secon
     """Train on a batch again and again, after a warm-up; returns the mean seconds of a step."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    start, count = 0.0, -WARMUP_STEPS
-    while count <= 0 or time.perf_counter() - start < seconds:
-        start = time.perf_counter() if count == 0 else start
+
+    def step() -> None:
         backend.backward(inputs, label_count=label_count, is_last=True)
-        backend.step(1e-4)  # returns the gradient's norm, for which the device's work has to end
-        count += 1
-    return (time.perf_counter() - start) / count
+        backend.step(1e-4)
+
+    return Timer("step()", globals={"step": step}).blocked_autorange(min_run_time=seconds).mean
 
 
 def synthetic_batch(

@@ -147,11 +147,8 @@ def _serve_calls(pipe: Connection, initialize: Callable[[], Callable[[str], Any]
         while True:
             argument = pipe.recv()
             pipe.send_bytes(ACCEPTED)
-            pipe.send_bytes(_pickled_result(function, argument))
-
-
-def _pickled_result(function: Callable[[str], Any], argument: str) -> bytes:
-    try:
-        return pickle.dumps(function(argument), protocol=pickle.HIGHEST_PROTOCOL)
-    except Exception as error:
-        return pickle.dumps(CallFailed(type(error).__name__))
+            try:
+                result = pickle.dumps(function(argument), protocol=pickle.HIGHEST_PROTOCOL)
+            except Exception as error:
+                result = pickle.dumps(CallFailed(type(error).__name__))
+            pipe.send_bytes(result)

@@ -23,19 +23,11 @@ from graft.inference.subtitles import format_transcript
 from graft.inference.transcript import Transcript
 from graft.text.prompts import check_context_words
 
-from ..logs import LOG, Observer, RequestLogMiddleware
+from ..logs import LOG, Observer
 from ..service import ModelInfo, Service, TranscriptionOptions
-from .errors import (
-    ERROR_RESPONSES,
-    EXPECTED,
-    SERVER_ERROR,
-    ApiError,
-    ErrorMiddleware,
-    describe_exception,
-    error_response,
-)
+from .errors import ERROR_RESPONSES, EXPECTED, SERVER_ERROR, ApiError, describe_exception, error_response
 from .idempotency import ResponseCache
-from .middleware import AccessMiddleware, ApiKeys
+from .middleware import AccessMiddleware, ApiKeys, RequestMiddleware
 from .schema import (
     ErrorResponse,
     ModelCard,
@@ -51,10 +43,9 @@ from .schema import (
 MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
 MAX_UPLOAD_S = 300.0
 """Seconds within which an upload must arrive."""
-_STRING: dict[str, Any] = {"schema": {"type": "string"}}
 _TRANSCRIPTION = {
     "model": TranscriptionResponse | VerboseTranscriptionResponse,
-    "content": dict.fromkeys([*MEDIA_TYPES.values(), "text/event-stream"], _STRING),
+    "content": {kind: {"schema": {"type": "string"}} for kind in [*MEDIA_TYPES.values(), "text/event-stream"]},
 }
 # AccessMiddleware checks the key; this puts it into the description and into `transcribe`.
 _BEARER = HTTPBearer(auto_error=False, description="One of the service's API keys, where it has any.")
@@ -69,7 +60,7 @@ def transcription_api(
     observer: Observer | None = None,
     sends_id: bool = True,
 ) -> FastAPI:
-    """Create the application. Errors have OpenAI's shape. For `sends_id` see RequestLogMiddleware."""
+    """Create the application. Errors have OpenAI's shape. For `sends_id` see RequestMiddleware."""
     api = FastAPI(title="graft", description="Speech to text behind OpenAI's transcription endpoint.")
     # The middleware that is added last is the outermost.
     api.add_middleware(
@@ -79,8 +70,7 @@ def transcription_api(
         max_bytes=max_upload_bytes,
         max_s=max_upload_s,
     )
-    api.add_middleware(ErrorMiddleware)
-    api.add_middleware(RequestLogMiddleware, observer=observer or Observer(), sends_id=sends_id)
+    api.add_middleware(RequestMiddleware, observer=observer or Observer(), sends_id=sends_id)
     for kind in EXPECTED:
         api.add_exception_handler(kind, lambda _, error: error_response(error))
     protected: dict[str, Any] = {"dependencies": [Depends(_BEARER)], "responses": ERROR_RESPONSES}

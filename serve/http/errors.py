@@ -7,11 +7,9 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graft.errors import AudioError, AudioTooLong, ModelError
 
-from ..logs import LOG
 from ..service import ModelNotReady, ServiceBusy
 from .schema import ErrorDetail, ErrorResponse, ErrorType
 
@@ -35,7 +33,7 @@ SERVER_ERROR = ErrorDetail(
 
 
 EXPECTED = (HTTPException, RequestValidationError, AudioError, ModelError, ServiceBusy, ModelNotReady)
-"""Exceptions that FastAPI's handlers answer by `error_response`; ErrorMiddleware answers the rest."""
+"""Exceptions that FastAPI's handlers answer by `error_response`; RequestMiddleware answers the rest."""
 
 
 class ApiError(HTTPException):
@@ -82,32 +80,6 @@ def error_response(error: Exception) -> JSONResponse:
             detail = ErrorDetail(message=message, type="server_error", code="not_ready")
             return _respond(503, detail, {"Retry-After": "5"})
     return _respond(500, SERVER_ERROR)
-
-
-class ErrorMiddleware:
-    """ASGI middleware that answers unexpected exceptions with 500 and logs their class and place.
-
-    Starlette's own also raises them again, and servers then log the traceback with its paths.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_begun = False
-
-        async def watched_send(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched_send)
-        except Exception as error:
-            LOG.error("a request failed: %s", describe_exception(error))
-            if has_begun or scope["type"] != "http":
-                raise
-            await error_response(error)(scope, receive, send)
 
 
 def describe_exception(error: BaseException) -> str:

@@ -1,10 +1,12 @@
-"""Check a request's API key, the service's capacity and the size of the upload before and while its body is read."""
+"""Report each request and its failure, and check its API key, the service's capacity and the upload's size."""
 
 import asyncio
 import hashlib
 import hmac
 import os
+import re
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,11 +14,63 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graft.errors import RecipeError
 
+from ..logs import LOG, Observer
 from ..service import ServiceBusy
-from .errors import ApiError, error_response
+from .errors import ApiError, describe_exception, error_response
 
 KEYS_VARIABLE = "GRAFT_API_KEYS"
 PROTECTED_PREFIX = "/v1/"
+CLIENT_CLOSED_REQUEST = 499
+"""Status in logs and metrics of a request whose client left before the response began."""
+
+
+class RequestMiddleware:
+    """ASGI middleware that gives each request an id, the client's X-Request-Id or a new one, and logs its end.
+
+    The response carries the id too, unless `sends_id` is false: Ray Serve's proxies add the header themselves. An
+    unexpected exception is answered with 500, and its class and place are logged. Starlette's own middleware for that
+    also raises it again, and servers then log the traceback with its paths.
+    """
+
+    def __init__(self, app: ASGIApp, observer: Observer, *, sends_id: bool = True) -> None:
+        self._app, self._observer, self._sends_id = app, observer, sends_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("ascii", "replace")
+        request_id = given if re.fullmatch(r"[\w.-]{1,100}", given) else uuid.uuid4().hex
+        start, status, has_begun, has_left = time.monotonic(), CLIENT_CLOSED_REQUEST, False, False
+
+        async def watched_receive() -> Message:
+            nonlocal has_left
+            message = await receive()
+            has_left = has_left or message["type"] == "http.disconnect"
+            return message
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status, has_begun
+            if message["type"] == "http.response.start":
+                status, has_begun = CLIENT_CLOSED_REQUEST if has_left else message["status"], True
+                if self._sends_id:
+                    message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, watched_receive, watched_send)
+        except Exception as error:
+            LOG.error("a request failed: %s", describe_exception(error))
+            if has_begun:
+                status = 500
+                raise
+            await error_response(error)(scope, receive, watched_send)
+        finally:
+            seconds = time.monotonic() - start
+            # The route's template, not the requested path, so that metrics have few distinct labels.
+            self._observer.on_response(getattr(scope.get("route"), "path", "other"), status, seconds)
+            fields = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
+            LOG.info("%(method)s %(path)s %(status)s", fields, extra=fields | {"seconds": round(seconds, 3)})
 
 
 class ApiKeys:

@@ -24,8 +24,8 @@ from starlette.routing import Mount
 from graft.audio.chunking import Chunk
 from graft.errors import RecipeError
 from graft.inference.transcript import Segment
-from serve.http.middleware import KEYS_VARIABLE, ApiKeys
-from serve.logs import CLIENT_CLOSED_REQUEST, Observer
+from serve.http.middleware import CLIENT_CLOSED_REQUEST, KEYS_VARIABLE, ApiKeys
+from serve.logs import Observer
 from serve.service import ModelInfo, TranscriptionBackend, TranscriptionOptions
 from tests.support import media, spoken_words, tiny_models
 from tests.support.faults import until

@@ -220,8 +220,12 @@ class Transcriber:
     async def _transcribe_prepared(self, prepared: Prepared, words: bool) -> Transcript:
         duration_s, parts = prepared
         segments = await asyncio.gather(*(self._decode_chunk(chunk, request, words) for chunk, request in parts))
-        aligner = self._aligner.name if self._aligner and words else None
-        return stitch(segments, duration_s=duration_s, model=self.name, aligner=aligner)
+        return stitch(
+            segments,
+            duration_s=duration_s,
+            model=self.name,
+            aligner=self._aligner.name if self._aligner and words else None,
+        )
 
     async def _decode_chunk(self, chunk: Chunk, request: EngineRequest, words: bool) -> Segment:
         tokens = await self._decode(request)
@@ -300,8 +304,9 @@ def open_transcriber(
 
         opened = open_vllm_engine(os.fspath(model), device=device, dtype=weights, quantization=quantization)
         return Transcriber(*opened, name, chunker=chunker, aligner=aligner)
-    loaded, processor = open_graft(os.fspath(model), device=device, dtype=weights)
-    return make_transcriber(loaded, processor, name=name, chunker=chunker, aligner=aligner)
+    return make_transcriber(
+        *open_graft(os.fspath(model), device=device, dtype=weights), name=name, chunker=chunker, aligner=aligner
+    )
 
 
 def make_transcriber(

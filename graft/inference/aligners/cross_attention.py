@@ -111,9 +111,7 @@ class WhisperAligner:
     def _word_tokens(self, words: Sequence[str]) -> list[list[int]] | None:
         """Tokenize each word by letters, or as a whole where letters are too many; None where words are too."""
         most = self._model.config.max_target_positions - len(self._prefix)
-        by_letters = [[f" {word[0]}", *word[1:]] for word in words]
-        as_wholes = [[f" {word}"] for word in words]
-        for pieces in (by_letters, as_wholes):
+        for pieces in [[f" {word[0]}", *word[1:]] for word in words], [[f" {word}"] for word in words]:
             flat = [piece for word in pieces for piece in word] or [""]
             ids = iter(self._tokenizer(flat, add_special_tokens=False)["input_ids"])
             # The ids of all pieces in order -> those of each word.

@@ -61,11 +61,6 @@ def pick_admissible(
     return picked
 
 
-def longest_length(rows: Iterable[Row]) -> int:
-    """Return the most tokens, of prompt and answer so far, that one of the rows has."""
-    return max(row.position for row in rows) + 1
-
-
 def deliver(items: Iterable[tuple[Row, Item]]) -> None:
     """Send rows their tokens, or the error or None that ends their streams; each event loop is woken once."""
     items_of_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Row, Item]]] = defaultdict(list)

@@ -17,13 +17,7 @@ import torch
 from graft.inference.engines.kv_cache import SlotDecoder
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
 from graft.inference.engines.sampling import choose_tokens, repeating_ids
-from graft.inference.engines.scheduler import (
-    Row,
-    deliver,
-    longest_length,
-    next_token,
-    pick_admissible,
-)
+from graft.inference.engines.scheduler import Row, deliver, next_token, pick_admissible
 from graft.model.modeling import GraftForConditionalGeneration
 
 
@@ -51,8 +45,12 @@ class TransformersEngine:
         graphs: bool | None = None,
     ) -> None:
         self._device = model.device
-        graphs = graphs if graphs is not None else self._device.type == "cuda"
-        self._decoder = SlotDecoder(model, pad_id=pad_id, tokens=max_batch_tokens, graphs=graphs)
+        self._decoder = SlotDecoder(
+            model,
+            pad_id=pad_id,
+            tokens=max_batch_tokens,
+            graphs=graphs if graphs is not None else self._device.type == "cuda",
+        )
         self._eos_ids = frozenset(eos_ids)
         self._suppressed_ids = torch.tensor(
             model.generation_config.suppress_tokens or [], dtype=torch.long, device=self._device
@@ -154,7 +152,7 @@ class TransformersEngine:
             self._try_in_halves(group, self._prefill)
         self._retire()
         if self._running:
-            self._decoder.slots.fit(longest_length(self._running))
+            self._decoder.slots.fit(max(row.position for row in self._running) + 1)
             self._try_in_halves(self._running, self._step)
 
     def _retire(self) -> None:
@@ -191,7 +189,7 @@ class TransformersEngine:
         cache, logits = self._decoder.prefill([row.request for row in rows])
         chosen = choose_tokens(logits, self._suppressed_ids, {})
         self._decoder.reserve(max(self._max_batch_tokens, len(together) * max(row.length for row in together)))
-        self._decoder.slots.fit(longest_length(together))
+        self._decoder.slots.fit(max(row.position for row in together) + 1)
         self._decoder.slots.join(cache, [row.prompt_length for row in rows])
         self._running = together
         self._prefills += 1

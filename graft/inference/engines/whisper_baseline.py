@@ -89,9 +89,8 @@ class WhisperBaseline:
             logits_processor=LogitsProcessorList([choices]),
             **task,
         )
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        sums, counts = choices.sums_until(self._model.generation_config.eos_token_id)
-        return list(zip(map(str.strip, texts), sums, counts, strict=True))
+        texts = map(str.strip, self._tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return list(zip(texts, *choices.sums_until(self._model.generation_config.eos_token_id), strict=True))
 
 
 def _join_windows(answers: Sequence[WindowAnswer]) -> WhisperTranscript:

@@ -14,6 +14,7 @@ QUIET_VARIABLES = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # the bars of transformers too
+    "TQDM_DISABLE": "1",  # the bar with which transformers reads GGUF files asks nobody
 }
 
 

@@ -42,6 +42,9 @@ class GraftConfig(Qwen2VLConfig):
     model_type = "graft"
     sub_configs = {**Qwen2VLConfig.sub_configs, "audio_config": WhisperConfig}  # noqa: RUF012 (transformers reads it)
 
+    # The annotations of Qwen2VLConfig, dict | PreTrainedConfig, cost a repr of the whole configuration at each assignment.
+    text_config: Any = None
+    vision_config: Any = None
     audio_config: Any = None
     audio_token_id: int = 151657
     audio_start_token_id: int = 151658

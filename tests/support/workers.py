@@ -1,7 +1,7 @@
 """Train a tiny graft in one process or several, each of which takes its share of the same steps."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,20 +86,30 @@ def step_share(processor: GraftProcessor, steps: Sequence[int], rank: int, world
     return batches[rank::world_size]
 
 
-def in_processes(count: int, cases: Sequence[Case], scratch: Path) -> list[list[dict[str, Any]]]:
-    """Train the cases one after the other in `count` processes joined by gloo.
+def in_processes(cases: Mapping[int, Sequence[Case]], scratch: Path) -> dict[int, list[list[dict[str, Any]]]]:
+    """Train cases by the number of processes joined by gloo, one case after the other.
 
-    Returns for each case the results of each process. One fresh process imports what all need, then forks them.
+    Returns for each number and case the results of each process. One fresh process imports what all need, then forks
+    them.
     """
-    torch.multiprocessing.spawn(_fork, args=(count, cases, str(scratch)), nprocs=1)
-    return [[torch.load(scratch / f"{rank}-{index}.pt") for rank in range(count)] for index in range(len(cases))]
+    torch.multiprocessing.spawn(_fork, args=(cases, str(scratch)), nprocs=1)
+    return {
+        count: [
+            [torch.load(scratch / f"{count}-{index}-{rank}.pt") for rank in range(count)]
+            for index in range(len(cases[count]))
+        ]
+        for count in cases
+    }
 
 
-def _fork(_: int, count: int, cases: Sequence[Case], scratch: str) -> None:
-    if any(name.startswith("zero") for case in cases for name in case.backends):
+def _fork(_: int, cases: Mapping[int, Sequence[Case]], scratch: str) -> None:
+    if any(name.startswith("zero") for some in cases.values() for case in some for name in case.backends):
         import deepspeed  # noqa: F401
 
-    torch.multiprocessing.start_processes(_join, args=(count, cases, scratch), nprocs=count, start_method="fork")
+    for count in cases:
+        torch.multiprocessing.start_processes(
+            _join, args=(count, cases[count], scratch), nprocs=count, start_method="fork"
+        )
 
 
 def _join(rank: int, count: int, cases: Sequence[Case], scratch: str) -> None:
@@ -108,5 +118,5 @@ def _join(rank: int, count: int, cases: Sequence[Case], scratch: str) -> None:
         "gloo", init_method=f"file://{scratch}/rendezvous-{count}", rank=rank, world_size=count
     )
     for index, case in enumerate(cases):
-        torch.save(train_share(case, rank=rank, world_size=count), Path(scratch, f"{rank}-{index}.pt"))
+        torch.save(train_share(case, rank=rank, world_size=count), Path(scratch, f"{count}-{index}-{rank}.pt"))
     torch.distributed.destroy_process_group()

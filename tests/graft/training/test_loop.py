@@ -16,7 +16,7 @@ from graft.training.loop import LoopSettings, learning_rate_at
 from graft.training.meter import Meter
 from graft.training.progress import Progress, best_checkpoint, latest_checkpoint
 from graft.training.stages import ComputeSettings, Stage, open_for_stage
-from tests.support import tiny_models, workers
+from tests.support import tiny_models
 from tests.support.adapters import save_projector
 from tests.support.training import Recorder, clip_steps, example, filler, furthest, run_steps, step_batches, weights
 
@@ -132,17 +132,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, tmp_path,
     assert all(
         torch.equal(states[0][name][key], tensor) for name, entry in states[1].items() for key, tensor in entry.items()
     )
-
-
-def test_two_and_four_processes_equal_one(folder, tmp_path):
-    """Train 1 x 4 batches, 2 x 2 and 4 x 1, uneven and one of them empty, with dropout, on gloo."""
-    cases = [workers.Case(str(folder), stage, ("torch",)) for stage in ("stage1", "stage2")]
-    alone = [workers.train_share(case) for case in cases]
-    for count in (2, 4):
-        for expected, together in zip(alone, workers.in_processes(count, cases, tmp_path), strict=True):
-            for shared in together:
-                assert furthest(shared["weights"], expected["weights"]) < 1e-6
-                assert shared["losses"] == pytest.approx(expected["losses"], abs=1e-6)
 
 
 def test_learning_rates():

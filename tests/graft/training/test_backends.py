@@ -1,0 +1,93 @@
+"""Test that several processes, and DeepSpeed ZeRO in one or several, train to the weights of plain torch in one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import tiny_models
+from tests.support.training import furthest
+from tests.support.workers import Case, in_processes, train_share
+
+pytest.importorskip("deepspeed")
+
+ZERO1, ZERO2, ZERO3 = ("zero1",), ("zero2",), ("zero3",)
+MOVED = ("zero2", "zero3", "torch")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(tiny_models.save_tiny_graft(tmp_path_factory.mktemp("deepspeed") / "graft"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> dict[str, dict]:
+    """Train each stage with plain torch in one process."""
+    return {stage: train_share(Case(folder, stage, ("torch",))) for stage in ("stage1", "stage2", "qlora")}
+
+
+@pytest.fixture(scope="module")
+def cases(folder: str) -> dict[int, list[Case]]:
+    """List what the processes of this file train, by their number."""
+    both = [Case(folder, stage, ("torch",)) for stage in ("stage1", "stage2")]
+    fp32 = [Case(folder, "stage1", ZERO1), Case(folder, "stage1", ZERO2), Case(folder, "qlora", ZERO2)]
+    bf16 = [Case(folder, "stage1", one * legs, "bf16") for one in (ZERO1, ZERO2) for legs in (1, 3)]
+    sharded = [Case(folder, stage, zero) for zero in (ZERO2, ZERO3) for stage in ("stage1", "stage2")]
+    return {1: fp32 + bf16, 2: [*both, *sharded, Case(folder, "stage2", MOVED)], 4: both}
+
+
+@pytest.fixture(scope="module")
+def trained(cases: dict[int, list[Case]], tmp_path_factory) -> dict[int, list[list[dict]]]:
+    """Train the cases; the processes start once for all tests, since they import for seconds."""
+    return in_processes(cases, tmp_path_factory.mktemp("trained"))
+
+
+def check_same(one: dict, other: dict, *, tolerance: float = 1e-5) -> None:
+    assert one["losses"] == pytest.approx(other["losses"], abs=1e-4)
+    for name, entry in other["state"].items():
+        assert furthest(one["state"][name], entry) <= tolerance, name
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_equal_one(count: int, cases, trained, alone) -> None:
+    """Train 1 x 4 batches, 2 x 2 and 4 x 1, uneven and one of them empty, with dropout, on gloo."""
+    for case, together in zip(cases[count][:2], trained[count], strict=False):
+        assert case.backends == ("torch",)
+        for shared in together:
+            assert furthest(shared["weights"], alone[case.stage]["weights"]) < 1e-6
+            assert shared["losses"] == pytest.approx(alone[case.stage]["losses"], abs=1e-6)
+
+
+def test_two_processes_of_zero_equal_torch(cases, trained, alone) -> None:
+    """Accumulate two batches on each process, and move the state to a new model's ZeRO-2, ZeRO-3 and DDP."""
+    results = trained[2][2:]
+    for case, together in zip(cases[2][2:], results, strict=True):
+        for shared in together:
+            check_same(shared, alone[case.stage])
+    for whole, sharded in ((results[0], results[2]), (results[1], results[3])):
+        assert all(one["resident"] <= 0.55 * other["resident"] for one, other in zip(sharded, whole, strict=True))
+
+
+def test_one_process_of_zero_equals_torch_and_resumes_exactly(cases, trained, alone) -> None:
+    results = [result for (result,) in trained[1]]
+    for case, result in zip(cases[1][:3], results, strict=False):
+        check_same(result, alone[case.stage])
+    for whole, resumed in (results[3:5], results[5:]):
+        check_same(resumed, whole, tolerance=0)
+        assert {tensor.dtype for entry in whole["state"].values() for tensor in entry.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_three_processes_goes_on_in_two(folder: str, alone: dict[str, dict], tmp_path: Path) -> None:
+    """Resume ZeRO-3 of three processes as ZeRO-3 and ZeRO-2 of two, with four batches per step.
+
+    Three processes do not divide the sizes of the weights.
+    """
+    (begun,) = in_processes({3: [Case(folder, "stage2", ZERO3, end=1)]}, tmp_path)[3]
+    assert all(
+        furthest(begun[0]["state"][name], entry) == 0 for one in begun[1:] for name, entry in one["state"].items()
+    )
+    cases = [Case(folder, "stage2", backend, first=1, begin=begun[0]["state"]) for backend in (ZERO2, ZERO3)]
+    for together in in_processes({2: cases}, tmp_path)[2]:
+        for shared in together:
+            check_same({**shared, "losses": begun[0]["losses"] + shared["losses"]}, alone["stage2"])

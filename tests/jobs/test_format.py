@@ -48,7 +48,18 @@ def labelled(whisper: str, count: int) -> tuple[list[dict], list[str]]:
     return clips, heard
 
 
+class Echo:
+    """A model that answers with given texts, in order, formatted."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = iter(texts)
+
+    async def transcribe_chunks(self, chunks: Sequence[Chunk]) -> list[Segment]:
+        return [Segment(0.0, chunk.clip.duration_s, f"{next(self._texts).capitalize()}!") for chunk in chunks]
+
+
 def test_a_corpus_is_formatted_and_read_again(whisper, tmp_path, capsys):
+    """A second run changes nothing, and one that begins with results of another model keeps them."""
     clips, heard = labelled(whisper, 6)
     own = row("own", 7, text="Written already, I see.")
     data = corpus(
@@ -98,35 +109,21 @@ def test_a_corpus_is_formatted_and_read_again(whisper, tmp_path, capsys):
     assert (tmp_path / "out" / "texts.parquet").stat().st_mtime_ns == before
     assert run(*arguments, "batch_clips=2", "part_clips=5") == 2
 
-
-class Echo:
-    """A model that answers with given texts, in order, formatted."""
-
-    def __init__(self, texts: list[str]) -> None:
-        self._texts = iter(texts)
-
-    async def transcribe_chunks(self, chunks: Sequence[Chunk]) -> list[Segment]:
-        return [Segment(0.0, chunk.clip.duration_s, f"{next(self._texts).capitalize()}!") for chunk in chunks]
-
-
-def test_a_run_that_was_cut_off_goes_on(whisper, tmp_path, capsys):
-    clips, _ = labelled(whisper, 5)
-    data = corpus(tmp_path / "clips.parquet", clips)
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    shared = [f"data={data}", f"model={whisper}", "part_clips=2", "least_agreement=0"]
-    assert run(*shared, f"out={whole}") == 0
-    assert "5/5 recordings" in capsys.readouterr().out
-
-    # Two clips of five have results, of another model: they are not transcribed again.
+    # Where a run was cut off, it goes on: two of nine clips have results, of another model, and keep them.
+    again = tmp_path / "again"
     again.mkdir()
-    (again / "recipe.yaml").write_text((whole / "recipe.yaml").read_text().replace(str(whole), str(again)))
+    (again / "recipe.yaml").write_text(
+        (tmp_path / "out" / "recipe.yaml").read_text().replace(str(tmp_path / "out"), str(again))
+    )
     echo = Pipeline(WINDOWS, functools.partial(Echo, [clip["text"] for clip in clips[:2]]), Workers(1, 1, 1, 0, 2))
     found = list(transcribe_rows(read_rows(data).select(np.arange(2)), again / "work", echo))
     assert [clip.text for clip in found] == [f"{clip['text'].capitalize()}!" for clip in clips[:2]]
-    assert run(*shared, f"out={again}") == 0
-    texts = [pq.read_table(folder / "texts.parquet")["text"].to_pylist() for folder in (whole, again)]
-    assert texts[1] == [*(clip.text for clip in found), *texts[0][2:]]
-    assert texts[1] != texts[0]
+    capsys.readouterr()
+    assert run(*arguments, f"out={again}", "batch_clips=2", "part_clips=4") == 0
+    assert "7/7 recordings" in capsys.readouterr().out
+    resumed = pq.read_table(again / "texts.parquet")["text"].to_pylist()
+    assert resumed[:2] == [clip.text for clip in found] != table["text"].to_pylist()[:2]
+    assert resumed[2:] == table["text"].to_pylist()[2:]
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ demo: $(READY) ## transcribe, train, merge, evaluate and serve with the bundled 
 test: $(READY) ## run the tests in two processes (13 minutes on 2 cores)
 	python -m pytest -n 2 --dist loadgroup
 
-test-fast: $(READY) ## run those of them that need neither Ray nor the bundled weights
-	python -m pytest -n 2 --dist loadgroup -m "not ray and not bundled and not slow and not cluster and not gpu and not vllm"
+test-fast: $(READY) ## run those of them that need no Ray, no bundled weights and no other processes
+	python -m pytest -n 2 --dist loadgroup -m "not ray and not bundled and not processes and not slow and not cluster and not gpu and not vllm"
 
 test-slow: $(READY) ## run the tests that kill workers, drivers and nodes (15 minutes on 2 cores)
 	python -m pytest -m slow

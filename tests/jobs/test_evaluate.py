@@ -154,6 +154,7 @@ def test_other_instructions_and_recordings_are_scored_beside(
     assert shown == [["test", "joined", "graft", "2"], ["test", "joined", "graft", "formatted"]]
 
 
+@pytest.mark.slow
 def test_what_is_written_where_nobody_speaks_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

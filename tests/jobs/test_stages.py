@@ -337,6 +337,7 @@ def whisper(home: Home) -> str:
     return save_tiny_whisper(home.folder / "whisper")
 
 
+@pytest.mark.slow
 def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) -> None:
     data = {"trained": home.train, "unseen": home.other}
     settings = {

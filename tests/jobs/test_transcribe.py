@@ -215,13 +215,26 @@ def test_without_out_it_prints_only_and_instruction_and_context_reach_the_worker
     assert [path.name for path in Path().iterdir()] == ["a.flac"]
 
 
-def test_a_model_that_cannot_be_opened_is_one_line(tmp_path):
-    """The command prints nothing else on stderr, though Ray's processes write there by themselves."""
+@pytest.fixture
+def deaf(tmp_path) -> Path:
     graft = tiny_models.save_tiny_graft(tmp_path / "deaf")
     state = load_file(graft / "model.safetensors")
     state["audio_projector.linear.weight"].zero_()
     save_file(state, graft / "model.safetensors", {"format": "pt"})
-    command = [sys.executable, "-m", "jobs.transcribe", f"model={graft}", f"audio={PROMPTS[0]}"]
+    return graft
+
+
+def test_a_deaf_model_is_refused_in_one_line(deaf, capsys):
+    assert transcribe(f"model={deaf}", f"audio={PROMPTS[0]}") == 2
+    errors = capsys.readouterr().err
+    assert "all zeros, so audio has no effect" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_the_command_prints_nothing_else_on_stderr(deaf, tmp_path):
+    """Ray's processes write there by themselves."""
+    command = [sys.executable, "-m", "jobs.transcribe", f"model={deaf}", f"audio={PROMPTS[0]}"]
     result = subprocess.run(
         [*command, f"out={tmp_path / 'out'}"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -102,6 +102,7 @@ def test_the_settings_reach_model_and_processor(bases):
     assert hasattr(model.audio_projector, "linear_2")
 
 
+@pytest.mark.processes
 def test_the_build_job_writes_a_graft_that_a_fresh_process_loads(bases, tmp_path):
     audio, text = bases
     assert build_job(f"audio_base={audio}", f"text_base={text}", f"out={tmp_path / 'graft'}", "audio_pool=1") == 0

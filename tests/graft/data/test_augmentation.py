@@ -52,6 +52,7 @@ def digest(sample_seed: int) -> str:
     return hashlib.sha256(clip.samples.tobytes() + features.mel.tobytes()).hexdigest()
 
 
+@pytest.mark.processes
 def test_equal_seeds_give_equal_bits_in_another_process_too():
     code = "from tests.graft.data.test_augmentation import digest; print(*[digest(seed) for seed in range(8)])"
     here = [digest(sample_seed) for sample_seed in range(8)]

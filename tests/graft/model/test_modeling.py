@@ -129,6 +129,7 @@ def test_image_and_audio_in_one_prompt():
     assert (logits - last_logits(-inputs["pixel_values"], features)).abs().max() > 1e-6
 
 
+@pytest.mark.processes
 def test_saved_and_loaded_in_a_fresh_process_is_exact(tmp_path):
     model = tiny_models.graft_model(audio_pool=4, audio_projector="mlp", base_digests={"audio": "a", "text": "b"})
     features, counts = tiny_models.log_mels([64])

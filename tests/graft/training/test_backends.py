@@ -10,6 +10,7 @@ from tests.support.training import furthest
 from tests.support.workers import Case, in_processes, train_share
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.processes
 
 ZERO1, ZERO2, ZERO3 = ("zero1",), ("zero2",), ("zero3",)
 MOVED = ("zero2", "zero3", "torch")

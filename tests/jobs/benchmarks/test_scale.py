@@ -37,6 +37,7 @@ def test_the_time_and_memory_of_processes_are_told_by_kind() -> None:
 
 
 @pytest.mark.usefixtures("ray_started")
+@pytest.mark.slow
 def test_every_worker_gets_its_own_batches_at_its_own_pace() -> None:
     """The stream raises RuntimeError where a worker gets others' batches."""
     passed = measured(watch(pass_through, WORKERS, range(40 * WORKERS), BLOCK, 100.0))

@@ -31,6 +31,7 @@ def url(graft: str) -> Iterator[str]:
         yield url
 
 
+@pytest.mark.slow
 def test_clients_report_every_upload(url: str, graft: str) -> None:
     transcriber = open_transcriber(graft)
     texts = [transcriber.transcribe(upload).text for upload in UPLOADS]

@@ -33,6 +33,7 @@ def graft(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_models.save_tiny_graft(tmp_path_factory.mktemp("bench") / "graft"))
 
 
+@pytest.mark.slow
 def test_steps_are_printed_and_written_as_ratios(graft: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "train.json"
     arguments = ["--model", graft, "--clips", "6", "--repetitions", "1", "--json", str(file)]

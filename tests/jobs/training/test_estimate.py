@@ -64,6 +64,7 @@ def test_a_known_pair_is_planned_without_its_weights(capsys):
     assert text.count("this recipe") == 1
 
 
+@pytest.mark.processes
 def test_a_plan_neither_imports_ray_nor_writes(tmp_path):
     code = "import sys; from jobs import stage1; from jobs.common import cli\n"
     code += "status = cli.run_job(stage1.Stage1Recipe, None, summary='', plan=stage1.plan, argv=sys.argv[1:])\n"

@@ -136,6 +136,7 @@ def test_blocks_become_training_batches(folder, processor, tmp_path):
 VARIED = AugmentRecipe(speed=[0.9, 1.0, 1.1], gain_db=(-6, 6), noise={"share": 0.5}, specaugment={})
 
 
+@pytest.mark.processes
 def test_a_batch_is_the_same_in_another_process(folder, processor, tmp_path):
     """Batches are equal bit for bit: variation depends on the sample, not on the loader or its earlier batches."""
     data = clips(

@@ -32,7 +32,11 @@ def spec(tmp_path_factory) -> LoaderSpec:
 
 
 @pytest.mark.parametrize(
-    ("first", "most_tasks"), [(0, 3), (6, 100)], ids=["many batches a task", "one, from the middle"]
+    ("first", "most_tasks"),
+    [
+        pytest.param(0, 3, id="many batches a task", marks=pytest.mark.slow),
+        pytest.param(6, 100, id="one, from the middle"),
+    ],
 )
 def test_each_worker_gets_its_own_batches_in_order(spec, first, most_tasks):
     import ray

@@ -42,7 +42,7 @@ class GraftConfig(Qwen2VLConfig):
     model_type = "graft"
     sub_configs = {**Qwen2VLConfig.sub_configs, "audio_config": WhisperConfig}  # noqa: RUF012 (transformers reads it)
 
-    # The annotations of Qwen2VLConfig, dict | PreTrainedConfig, cost a repr of the whole configuration at each assignment.
+    # With the annotation of Qwen2VLConfig, dict | PreTrainedConfig, each assignment costs a repr of the configuration.
     text_config: Any = None
     vision_config: Any = None
     audio_config: Any = None

@@ -116,7 +116,8 @@ def _with_defaults(cls: type[BaseModel], defaults: Mapping[str, Any], data: Mapp
 
 def _describe_fault(cls: type[BaseModel], detail: ErrorDetails) -> str:
     key = ".".join(map(str, detail["loc"]))
-    value = f"{key}={_abbreviate(detail['input'])}" if key else "values"
+    given = repr(detail["input"])
+    value = f"{key}={given if len(given) <= 80 else f'{given[:77]}...'}" if key else "values"
     if detail["type"] == "extra_forbidden":
         known = _known_keys(cls, detail["loc"][:-1])
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
@@ -137,11 +138,6 @@ def _known_keys(cls: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
         fields = [model.model_fields[str(step)] for model in models if step in model.model_fields]
         models = [model for field in fields for model in models_in(field.annotation)] or models
     return sorted({name for model in models for name in model.model_fields})
-
-
-def _abbreviate(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _one_line(error: object) -> str:

@@ -109,7 +109,8 @@ class GraftProcessor(ProcessorMixin):
         for any instruction other than the default one.
         """
         before, after, end = self._prompt_parts
-        placeholders = [self._audio_pad_id] * self.audio_token_count(frame_count)
+        audio_pad_id = self.tokenizer.convert_tokens_to_ids(AUDIO_PAD_TOKEN)
+        placeholders = [audio_pad_id] * self.audio_token_count(frame_count)
         return before + placeholders + after + self._plain_ids([self._question(instruction)])[0] + end
 
     def prompt_lengths(self, instructions: Sequence[str]) -> np.ndarray:
@@ -192,15 +193,15 @@ class GraftProcessor(ProcessorMixin):
         image_inputs = dict(self.image_processor(images=images, return_tensors="pt")) if images is not None else {}
         grids = image_inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))  # (images, time height width)
         features = [self.featurizer(clip) for clip in clips]
-        _check_count("clips", len(clips), "".join(texts).count(AUDIO_PAD_TOKEN))
-        _check_count("images", len(grids), "".join(texts).count(IMAGE_TOKEN))
+        for what, given, token in (("clips", len(clips), AUDIO_PAD_TOKEN), ("images", len(grids), IMAGE_TOKEN)):
+            if given != (placeholders := "".join(texts).count(token)):
+                raise ValueError(f"{given} {what}, but {placeholders} placeholders in the text")
         merged = self.image_processor.merge_size**2 if images is not None else 1  # patches of one image token
         image_counts = iter((grids.prod(dim=1) // merged).tolist())
         audio_counts = iter([self.audio_token_count(one.frame_count) for one in features])
         expanded = [_expand(_expand(one, AUDIO_PAD_TOKEN, audio_counts), IMAGE_TOKEN, image_counts) for one in texts]
         rows = [self.tokenizer(one, add_special_tokens=False)["input_ids"] for one in expanded]
-        ids = torch.from_numpy(_pad(rows, self.tokenizer.pad_token_id, left=True))
-        mask = torch.from_numpy(_pad([[1] * len(row) for row in rows], 0, left=True))
+        ids, mask = map(torch.from_numpy, pad_prompts(rows, self.tokenizer.pad_token_id))
         types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int() if images is not None else None
         audio_inputs = (
             {key: torch.from_numpy(value) for key, value in collate_features(features).items()} if features else {}
@@ -230,10 +231,6 @@ class GraftProcessor(ProcessorMixin):
     @cached_property
     def _answer_end_ids(self) -> list[int]:
         return self.tokenizer(ANSWER_END, add_special_tokens=False)["input_ids"]
-
-    @cached_property
-    def _audio_pad_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(AUDIO_PAD_TOKEN)
 
     def _plain_ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)[
@@ -277,11 +274,6 @@ def _expand(text: str, token: str, counts: Iterator[int]) -> str:
     """Repeat every placeholder in a text as often as the next count says."""
     first, *others = text.split(token)
     return first + "".join(token * next(counts) + piece for piece in others)
-
-
-def _check_count(what: str, given: int, placeholders: int) -> None:
-    if given != placeholders:
-        raise ValueError(f"{given} {what}, but {placeholders} placeholders in the text")
 
 
 AutoProcessor.register(GraftConfig, GraftProcessor)

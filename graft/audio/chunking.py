@@ -76,7 +76,12 @@ def chunk_bounds(spans: Sequence[Span], scores: np.ndarray, sample_count: int, s
     """
     padding = round(settings.padding_s * SAMPLE_RATE)
     longest = int(settings.max_s * SAMPLE_RATE) - 2 * padding
-    runs = _runs(spans, settings.max_pause_s * SAMPLE_RATE)
+    runs: list[list[Span]] = []  # with pauses of at most max_pause_s in between
+    for span in spans:
+        if runs and span[0] - runs[-1][-1][1] <= settings.max_pause_s * SAMPLE_RATE:
+            runs[-1].append(span)
+        else:
+            runs.append([span])
     return _pad_parts([part for run in runs for part in _cut_run(run, scores, longest)], padding, sample_count)
 
 
@@ -118,17 +123,6 @@ def _with_speech_flag(window: Chunk, speech: Speech) -> Chunk:
     start = round(window.start_s * SAMPLE_RATE)
     end = start + len(window.clip.samples)
     return replace(window, has_speech=any(begin < end and start < stop for begin, stop in speech.spans))
-
-
-def _runs(spans: Sequence[Span], max_pause: float) -> list[list[Span]]:
-    """Group spans into runs with pauses of at most `max_pause` samples in between."""
-    runs: list[list[Span]] = []
-    for span in spans:
-        if runs and span[0] - runs[-1][-1][1] <= max_pause:
-            runs[-1].append(span)
-        else:
-            runs.append([span])
-    return runs
 
 
 def _cut_run(run: list[Span], scores: np.ndarray, longest: int) -> Iterator[Span]:

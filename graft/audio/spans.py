@@ -69,15 +69,16 @@ def read_span(
             raise ValueError(
                 f"a span from frame {start} to {end}: starts at 0 or later, and lasts at least {2 * reach} frames"
             )
-        begin = grid.floor(start - reach - grid.context)
-        frames = audio.frames(begin, None if end is None else end + reach + grid.context, max_s=max_s)
+        context = 0 if grid.from_rate == grid.to_rate else round(CONTEXT_S * grid.from_rate)
+        begin = grid.floor(start - reach - context)
+        frames = audio.frames(begin, None if end is None else end + reach + context, max_s=max_s)
         reader = _FrameReader(frames, begin, audio.info.rate, reach)
         first = reader.find_border(start) if start else 0
-        for _ in reader.take(grid.floor(first - grid.context)):
+        for _ in reader.take(grid.floor(first - context)):
             pass
         position = grid.to_sample(reader.position)
         to_block = mix_channels if channels == "mix" else np.ascontiguousarray
-        blocks = map(to_block, reader.take_span(end, grid.context))
+        blocks = map(to_block, reader.take_span(end, context))
         for samples in resample(blocks, grid.from_rate, grid.to_rate):
             # The context on either side of the span is cut off again.
             skipped = max(0, grid.to_sample(first) - position)
@@ -94,10 +95,6 @@ class _ResamplingGrid:
 
     from_rate: int
     to_rate: int
-
-    @property
-    def context(self) -> int:
-        return 0 if self.from_rate == self.to_rate else round(CONTEXT_S * self.from_rate)
 
     def floor(self, frame: int) -> int:
         """Return the last frame up to this one that coincides with a sample."""
@@ -139,21 +136,15 @@ class _FrameReader:
             yield from self.take(self.last + context)
 
     def find_border(self, nominal: int) -> int:
-        """Find the middle of the quietest QUIET_S near a frame, as far as the recording goes."""
+        """Find the middle of the quietest QUIET_S near a frame, as far as the recording goes; no frame is taken."""
         if not self._reach:
             return nominal
-        start = max(0, nominal - self._reach)
-        window = self._look(start, nominal + self._reach)
-        energy = np.einsum("fc,fc->f", window, window, dtype=np.float64)  # (frames, channels) -> (frames,)
-        return start + quietest(energy, round(QUIET_S * self._rate))
-
-    def _look(self, start: int, end: int) -> np.ndarray:
-        """Return frames `start` to `end`, which the position has not passed, without taking them; fewer at the end."""
+        start, end = max(0, nominal - self._reach), nominal + self._reach  # which the position has not passed
         held = sum(map(len, self._held))
         while self.position + held < end and (block := next(self._blocks, None)) is not None:
             self._held.append(block)
             held += len(block)
-        if not held:
-            return np.zeros((0, 1), np.float32)
-        self._held = [np.concatenate(self._held)]
-        return self._held[0][start - self.position : end - self.position]
+        self._held = [np.concatenate(self._held)] if held else []
+        window = self._held[0][start - self.position : end - self.position] if held else np.zeros((0, 1), np.float32)
+        energy = np.einsum("fc,fc->f", window, window, dtype=np.float64)  # (frames, channels) -> (frames,)
+        return start + quietest(energy, round(QUIET_S * self._rate))

@@ -142,19 +142,14 @@ def _mask(shape: tuple[int, ...], recipe: SpecAugmentRecipe, rng: np.random.Gene
     """Draw a mask of features, True where they are masked: bool (mels, frames)."""
     mels, frames = shape
     mask = np.zeros(shape, bool)
-    for _ in range(recipe.time_masks):
-        start, stop = _span(frames, min(round(recipe.time_s * 100), frames // 5), rng)
-        mask[:, start:stop] = True
-    for _ in range(recipe.freq_masks):
-        start, stop = _span(mels, min(recipe.freq_bins, mels), rng)
-        mask[start:stop] = True
+    over_time = (mask.T, recipe.time_masks, min(round(recipe.time_s * 100), frames // 5))
+    over_frequency = (mask, recipe.freq_masks, min(recipe.freq_bins, mels))
+    for rows, count, widest in (over_time, over_frequency):
+        for _ in range(count):
+            width = int(rng.integers(widest + 1))
+            start = int(rng.integers(len(rows) - width + 1))
+            rows[start : start + width] = True
     return mask
-
-
-def _span(length: int, widest: int, rng: np.random.Generator) -> tuple[int, int]:
-    width = int(rng.integers(widest + 1))
-    start = int(rng.integers(length - width + 1))
-    return start, start + width
 
 
 def _power(samples: np.ndarray) -> float:

@@ -55,8 +55,8 @@ def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> pa
     table = _read_columns(parquet, [columns.id, columns.duration, columns.text], name, required=[columns.audio])
     _audio_leaves(parquet, columns.audio, name)  # for its errors
     count = parquet.metadata.num_rows
-    stem = name.rpartition("/")[2].removesuffix(".parquet")
     if columns.id is None:
+        stem = name.rpartition("/")[2].removesuffix(".parquet")
         ids = pa.array([f"{stem}:{row}" for row in range(count)], _STRING)
     else:
         ids = _cast(table, columns.id, name)

@@ -27,7 +27,6 @@ from graft.errors import DataError
 from graft.storage.atomic import atomic_file
 from graft.storage.locations import StoredFile, list_parquet_files, open_parquet, redact_uri, retry_read
 
-S = TypeVar("S")
 T = TypeVar("T")
 
 SCHEMA = pa.schema(
@@ -103,7 +102,8 @@ def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) 
             f"corpus {redact_uri(twice[0])}: stands in two sources: give it once, with the weight that it should have"
         )
     folder = Path(cache) if cache else None
-    parts = _map_in_threads(lambda entry: _read_metadata(entry[1], kinds[entry[0]].columns, folder), listed)
+    with ThreadPoolExecutor(PLANNING_THREADS) as pool:
+        parts = list(pool.map(lambda entry: _read_metadata(entry[1], kinds[entry[0]].columns, folder), listed))
     sizes = [len(part) for part in parts]
     if not any(sizes):
         raise DataError(f"corpus {redact_uri(listed[0][1].uri)}: no rows in {len(listed)} files")
@@ -207,11 +207,6 @@ def _long_form(sources: Sources) -> list[Source]:
     return list(found.values())
 
 
-def _map_in_threads(read: Callable[[S], T], inputs: Sequence[S]) -> list[T]:
-    with ThreadPoolExecutor(max_workers=PLANNING_THREADS) as pool:
-        return list(pool.map(read, inputs))
-
-
 def _read_metadata(file: StoredFile, columns: Columns, cache: Path | None) -> pa.Table:
     def read() -> pa.Table:
         return _read_parquet(file.uri, lambda parquet: read_metadata(parquet, columns, name=redact_uri(file.uri)))
@@ -230,10 +225,12 @@ def _read_parquet(uri: str, read: Callable[[pq.ParquetFile], T], *, footer: pq.F
 
 def _replace_texts(texts: pa.Array, ids: pa.Array, rows: np.ndarray, location: str) -> pa.LargeStringArray:
     """Replace the texts of rows, given as a mask, by a parquet file's texts of their ids, "" where it has none."""
-    parts = _map_in_threads(
-        lambda file: _read_parquet(file.uri, lambda parquet: read_texts(parquet, name=redact_uri(file.uri))),
-        list_parquet_files([location]),
-    )
+
+    def read(file: StoredFile) -> pa.Table:
+        return _read_parquet(file.uri, lambda parquet: read_texts(parquet, name=redact_uri(file.uri)))
+
+    with ThreadPoolExecutor(PLANNING_THREADS) as pool:
+        parts = list(pool.map(read, list_parquet_files([location])))
     given, mask = pa.concat_tables(parts), pa.array(rows)
     found = pc.if_else(mask, pc.index_in(ids, given["ID"]), None)
     if found.null_count == len(ids):

@@ -56,10 +56,6 @@ def generate_sounds(kind: str, seed: int = 0) -> Iterator[Sound]:
             yield Sound(kind, f"{kind}-{name}-{number}", AudioClip(samples.astype(np.float32)))
 
 
-def _silence(count: int, rng: np.random.Generator) -> np.ndarray:
-    return np.zeros(count)
-
-
 def _hum(count: int, rng: np.random.Generator) -> np.ndarray:
     """Make the hum of mains at 50 or 60 Hz, with its harmonics."""
     mains = float(rng.choice([50.0, 60.0]))
@@ -67,17 +63,12 @@ def _hum(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _noise(count: int, rng: np.random.Generator, *, kind: str, dbfs: float) -> np.ndarray:
-    return _scale_to(dbfs, generate_noise(kind, _speech_like(count), rng))
-
-
-def _speech_like(count: int) -> np.ndarray:
-    """Make a click with the long-term spectrum of speech: even from 100 to 500 Hz, 9 dB an octave less above.
-
-    This follows Byrne et al. 1994 roughly.
-    """
+    # A click has the long-term spectrum of speech: even from 100 to 500 Hz, 9 dB an octave less above, roughly as in
+    # Byrne et al. 1994.
     hertz = np.fft.rfftfreq(count, 1 / SAMPLE_RATE)
-    shape = np.where(hertz < 100, 0, np.maximum(hertz / 500, 1) ** -1.5)
-    return np.fft.fftshift(np.fft.irfft(shape, count))
+    spectrum = np.where(hertz < 100, 0, np.maximum(hertz / 500, 1) ** -1.5)
+    click = np.fft.fftshift(np.fft.irfft(spectrum, count))
+    return _scale_to(dbfs, generate_noise(kind, click, rng))
 
 
 def _music(count: int, rng: np.random.Generator, *, melody: Sequence[Sequence[int]]) -> np.ndarray:
@@ -112,7 +103,11 @@ def _scale_to(dbfs: float, samples: np.ndarray) -> np.ndarray:
 
 
 SOUNDS: dict[str, dict[str, Maker]] = {
-    "silence": {"digital": _silence, "hum": _hum, "hiss": partial(_noise, kind="white", dbfs=NEARLY_SILENT_DBFS)},
+    "silence": {
+        "digital": lambda count, rng: np.zeros(count),
+        "hum": _hum,
+        "hiss": partial(_noise, kind="white", dbfs=NEARLY_SILENT_DBFS),
+    },
     "noise": {
         f"{kind}{dbfs:.0f}dBFS": partial(_noise, kind=kind, dbfs=dbfs) for kind in NOISE_KINDS for dbfs in NOISE_DBFS
     },

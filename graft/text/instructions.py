@@ -95,7 +95,9 @@ class InstructionSampler:
         if self.is_default:
             return PLAIN_INSTRUCTION
         chance = random.Random(int(sample_seed)).random
-        style = self._sample_style(chance())
+        styles, drawn = sorted(self.settings.styles.items()), chance()
+        ends = itertools.accumulate(share for _, share in styles)
+        style: str | None = next((style for (style, _), end in zip(styles, ends, strict=True) if drawn < end), None)
         if (style or self.default_style) == "formatted" and text.strip() and not is_formatted(text):
             style = "lower" if self.default_style == "formatted" else None
         phrasing, listed = chance(), chance()
@@ -105,13 +107,6 @@ class InstructionSampler:
             return instruction
         formatted = (style or self.default_style) == "formatted"
         return Instruction(with_context(instruction.text, self._sample_list(text, chance, formatted=formatted)), style)
-
-    def _sample_style(self, chance: float) -> str | None:
-        for style, share in sorted(self.settings.styles.items()):
-            chance -= share
-            if chance < 0:
-                return style
-        return None
 
     def _sample_list(self, text: str, chance: Any, *, formatted: bool) -> list[str]:
         """Draw a list of words: rare ones of the text and others, shuffled and in one case, which hides the text's."""
@@ -186,8 +181,17 @@ def rare_words(texts: Sequence[str], *, most: int = MAX_RARE_WORDS) -> list[str]
     They are those outside the most frequent ones, which make up COMMON_SHARE of all. They have three letters or more
     and no digits; of more than `most` the rarest are left out. `texts` may be an Arrow array.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    written: Counter[str] = Counter()
+    for start in range(0, len(texts), _BLOCK):
+        block: Any = texts[start : start + _BLOCK]
+        array = block if isinstance(block, pa.Array | pa.ChunkedArray) else pa.array(block, pa.large_string())
+        for entry in pc.value_counts(pc.list_flatten(pc.utf8_split_whitespace(array))).to_pylist():
+            written[entry["values"] or ""] += entry["counts"]
     forms: dict[str, Counter[str]] = defaultdict(Counter)  # key of a word -> counts of its written forms
-    for form, count in _count_forms(texts).items():
+    for form, count in written.items():
         if key := _key(form):
             forms[key][_EDGES.sub("", form)] += count
     counts = {key: sum(form.values()) for key, form in forms.items()}
@@ -196,20 +200,6 @@ def rare_words(texts: Sequence[str], *, most: int = MAX_RARE_WORDS) -> list[str]
     common = bisect.bisect_left(list(seen), COMMON_SHARE * sum(counts.values())) + 1
     chosen = sorted(key for key in by_frequency[common : common + most] if len(key) >= 3)
     return [min(forms[key], key=lambda form: (-forms[key][form], form)) for key in chosen]
-
-
-def _count_forms(texts: Any) -> Counter[str]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    counts: Counter[str] = Counter()
-    for start in range(0, len(texts), _BLOCK):
-        block = texts[start : start + _BLOCK]
-        array = block if isinstance(block, pa.Array | pa.ChunkedArray) else pa.array(block, pa.large_string())
-        for entry in pc.value_counts(pc.list_flatten(pc.utf8_split_whitespace(array))).to_pylist():
-            if entry["values"]:
-                counts[entry["values"]] += entry["counts"]
-    return counts
 
 
 def _key(word: str) -> str:

@@ -46,7 +46,9 @@ def transfer_formatting(label: str, transcript: str) -> FormattedText:
         if match is None:
             written.append(_default_case(word[0], begins=begins))
         else:
-            written.append(_copy_case(transcribed[match][0], word[0]))
+            # The word takes the transcript's case, and keeps its own apostrophe.
+            theirs = transcribed[match][0]
+            written.append(theirs.replace("'", "’") if "’" in word[0] else theirs.replace("’", "'"))
             if not gap.strip("' "):
                 is_joined, is_last = partner.get(index + 1) == match + 1, match + 1 == len(transcribed)
                 after = transcript[transcribed[match].end() : transcribed_ends[match]]
@@ -71,11 +73,6 @@ def _align(label: list[str], transcribed: list[str]) -> dict[int, int]:
 
 def _key(word: str) -> str:
     return word.lower().replace("’", "'")
-
-
-def _copy_case(transcribed: str, word: str) -> str:
-    """Write a word in the case of the transcript, with the label's own apostrophe."""
-    return transcribed.replace("’", "'") if "’" not in word else transcribed.replace("'", "’")
 
 
 def _default_case(word: str, *, begins: bool) -> str:

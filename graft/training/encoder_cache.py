@@ -51,15 +51,10 @@ class EncoderCache:
 
     def put(self, key: str, encoded: EncodedClip) -> None:
         """Write an entry atomically; an existing entry is kept."""
-        path = self._path(key)
-        if path.exists():
-            return
-        with atomic_file(path, sync=False) as temporary:
-            save_file(
-                {"states": encoded.states.cpu().contiguous()},
-                temporary,
-                metadata={"frame_count": str(encoded.frame_count)},
-            )
+        if not (path := self._path(key)).exists():
+            with atomic_file(path, sync=False) as temporary:
+                frame_count = str(encoded.frame_count)
+                save_file({"states": encoded.states.cpu().contiguous()}, temporary, {"frame_count": frame_count})
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

@@ -4,6 +4,7 @@ A FLOP is one multiplication or one addition of a matrix product. Frozen weights
 encoder only runs forward, and the backward pass of a frozen language model costs one more forward pass instead of two.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def encoder_flops(config: GraftConfig, frame_counts: Counts, *, lora_rank: int |
     frames = encoded_frames(config, frame_counts)  # (clips,)
     # Kernels of 3; the first convolution runs on mel frames, of which there are two to an encoder frame.
     convolutions = 2 * 3 * audio.d_model * (2 * audio.num_mel_bins + audio.d_model) * frames.sum()
-    matrices = 2 * audio.encoder_layers * _weight_count(encoder_matrices(config)) * frames.sum()
+    matrices = 2 * audio.encoder_layers * sum(map(math.prod, encoder_matrices(config))) * frames.sum()
     attention = 4 * audio.encoder_layers * audio.d_model * (frames**2).sum()
     adapters = 2 * encoder_lora_parameters(config, lora_rank) * frames.sum()
     backward = matrices + 2 * attention + 2 * adapters if lora_rank else 0.0
@@ -165,7 +166,7 @@ def text_flops(config: GraftConfig, token_counts: Counts, *, lora_rank: int | No
     matrices = 2 * matrix_parameters(config) * lengths.sum()
     adapters = 2 * lora_parameters(config, lora_rank) * lengths.sum()
     # Scores and weighted values cost 4 FLOPs per pair of tokens and unit of width; causal attention has half the pairs.
-    attention = 2 * text.num_hidden_layers * text.num_attention_heads * _head_width(config) * (lengths**2).sum()
+    attention = 2 * text.num_hidden_layers * text.hidden_size * (lengths**2).sum()
     forward = matrices + attention + adapters
     backward = matrices + 2 * attention + 2 * adapters
     return float(forward * (2 if repeats_forward else 1) + backward)
@@ -259,9 +260,8 @@ def layer_matrices(config: GraftConfig) -> list[tuple[int, int]]:
     """List inputs and outputs of the seven matrices of a language model layer, which LoRA adapts and NF4 quantizes."""
     text = _text(config)
     width, inner = text.hidden_size, text.intermediate_size
-    heads = text.num_attention_heads * _head_width(config)
-    keys = text.num_key_value_heads * _head_width(config)
-    attention = [(width, heads), (width, keys), (width, keys), (heads, width)]
+    keys = text.num_key_value_heads * (width // text.num_attention_heads)
+    attention = [(width, width), (width, keys), (width, keys), (width, width)]
     return [*attention, (width, inner), (width, inner), (inner, width)]
 
 
@@ -273,7 +273,7 @@ def encoder_matrices(config: GraftConfig) -> list[tuple[int, int]]:
 
 def matrix_parameters(config: GraftConfig) -> int:
     """Count the weights in the matrices of all layers of the language model."""
-    return _text(config).num_hidden_layers * _weight_count(layer_matrices(config))
+    return _text(config).num_hidden_layers * sum(map(math.prod, layer_matrices(config)))
 
 
 def lora_parameters(config: GraftConfig, rank: int | None) -> int:
@@ -284,14 +284,6 @@ def lora_parameters(config: GraftConfig, rank: int | None) -> int:
 def encoder_lora_parameters(config: GraftConfig, rank: int | None) -> int:
     """Count the weights of adapters of this rank on all layers of the encoder; None counts 0."""
     return (rank or 0) * config.audio_config.encoder_layers * sum(map(sum, encoder_matrices(config)))
-
-
-def _weight_count(matrices: list[tuple[int, int]]) -> int:
-    return sum(inputs * outputs for inputs, outputs in matrices)
-
-
-def _head_width(config: GraftConfig) -> int:
-    return _text(config).hidden_size // _text(config).num_attention_heads
 
 
 def _text(config: GraftConfig) -> Any:

@@ -52,10 +52,6 @@ class PlanColumns:
     def __len__(self) -> int:
         return len(self.token_counts)
 
-    def counts(self, rows: np.ndarray, sample_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Look up the tokens and label tokens of samples that do not vary."""
-        return self.token_counts[rows], self.label_counts[rows]
-
 
 @dataclass(frozen=True)
 class PlannedBatch:
@@ -197,7 +193,9 @@ def _plan_epoch(plan: Plan, number: int) -> Epoch:
     sample_seeds = make_sample_seeds(
         settings.seed, number, rows, np.arange(len(rows)) - np.repeat(times.cumsum() - times, times)
     )
-    token_counts, label_counts = (plan.counts or columns.counts)(rows, sample_seeds)
+    token_counts, label_counts = columns.token_counts[rows], columns.label_counts[rows]
+    if plan.counts:
+        token_counts, label_counts = plan.counts(rows, sample_seeds)
     longest = int(token_counts.max())
     if longest > settings.token_budget:
         raise DataError(

@@ -8,7 +8,6 @@ bounds a batch, and token_budget never does.
 """
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,4 +202,4 @@ def _score(recipe: EvaluateRecipe) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(AblateRecipe, run, summary=__doc__))
+    raise SystemExit(run_job(AblateRecipe, run, summary=__doc__))

@@ -3,7 +3,6 @@
 two checkpoints, or a published one -> model and processor -> out/ as a Hugging Face checkpoint with recipe.yaml
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,4 +162,4 @@ def _with_settings(recipe: BuildRecipe, key: str, settings: Mapping[str, Any]) -
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(BuildRecipe, run, summary=__doc__))
+    raise SystemExit(run_job(BuildRecipe, run, summary=__doc__))

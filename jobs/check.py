@@ -4,7 +4,6 @@ first clips -> one training batch -> the answers' logits with the clips' own aud
 labels
 """
 
-import sys
 from typing import TYPE_CHECKING, Literal
 
 from graft.config import Recipe
@@ -66,4 +65,4 @@ def _first_batch(recipe: CheckRecipe, processor: "GraftProcessor") -> "dict[str,
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(CheckRecipe, run, summary=__doc__))
+    raise SystemExit(run_job(CheckRecipe, run, summary=__doc__))

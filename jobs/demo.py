@@ -7,7 +7,6 @@ into runs/demo, the numbers into runs/demo/summary.json.
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -273,4 +272,4 @@ FILES = """
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(DemoRecipe, run, summary=__doc__))
+    raise SystemExit(run_job(DemoRecipe, run, summary=__doc__))

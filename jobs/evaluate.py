@@ -6,7 +6,6 @@ the characters that are written.
 Writes report.json and, one clip a line, predictions.jsonl.
 """
 
-import sys
 
 from .common.cli import run_job
 from .evaluation.recipe import EvaluateRecipe
@@ -20,4 +19,4 @@ def run(recipe: EvaluateRecipe) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(EvaluateRecipe, run, summary=__doc__))
+    raise SystemExit(run_job(EvaluateRecipe, run, summary=__doc__))

@@ -5,7 +5,6 @@ pretrained.json, the recipes of its training, a model card. `jobs.build pretrain
 """
 
 import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -188,4 +187,4 @@ def _energy_lines(energy_kept: Mapping[str, float]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(ExportRecipe, run, summary=__doc__))
+    raise SystemExit(run_job(ExportRecipe, run, summary=__doc__))

@@ -7,7 +7,6 @@ be read, or where label and transcript agree too little. A run that was cut off 
 """
 
 import functools
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,4 +83,4 @@ def _summary(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(FormatRecipe, run, summary=__doc__))
+    raise SystemExit(run_job(FormatRecipe, run, summary=__doc__))

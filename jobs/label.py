@@ -9,7 +9,6 @@ Source of the guard against loops, and of mean log-probability as confidence: Ra
 """
 
 import functools
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -124,4 +123,4 @@ def _summary(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(LabelRecipe, run, summary=__doc__))
+    raise SystemExit(run_job(LabelRecipe, run, summary=__doc__))

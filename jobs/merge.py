@@ -6,7 +6,6 @@ comparison.json: loss and WER of the adapters on an NF4 base, on the plain base,
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,4 +99,4 @@ def _merge(recipe: MergeRecipe, out: Path, dtype: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(MergeRecipe, run, summary=__doc__))
+    raise SystemExit(run_job(MergeRecipe, run, summary=__doc__))

@@ -10,7 +10,6 @@ order of a manifest's lines changes no split.
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -239,4 +238,4 @@ def _print_table(out: str, summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(PrepareRecipe, run, summary=__doc__))
+    raise SystemExit(run_job(PrepareRecipe, run, summary=__doc__))

@@ -4,7 +4,6 @@ The projector learns from transcripts, by the language model's loss or by CTC pr
 """
 
 import os
-import sys
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -60,4 +59,4 @@ def plan(recipe: Stage1Recipe, options: PlanOptions) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(Stage1Recipe, run, summary=__doc__, plan=plan))
+    raise SystemExit(run_job(Stage1Recipe, run, summary=__doc__, plan=plan))

@@ -4,7 +4,6 @@ The frozen weights of the language model are quantized to NF4 (QLoRA), or left i
 """
 
 import os
-import sys
 from typing import Any, Literal
 
 from pydantic import Field
@@ -107,4 +106,4 @@ def plan(recipe: Stage2Recipe, options: PlanOptions) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(Stage2Recipe, run, summary=__doc__, plan=plan))
+    raise SystemExit(run_job(Stage2Recipe, run, summary=__doc__, plan=plan))

@@ -6,7 +6,6 @@ out/ holds recordings/*.parquet, files/NAME.txt and the like, errors.jsonl, summ
 later runs go on from.
 """
 
-import sys
 
 from .common.cli import run_job
 from .transcription.recipe import TranscribeRecipe
@@ -25,4 +24,4 @@ def run(recipe: TranscribeRecipe) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(TranscribeRecipe, run, summary=__doc__))
+    raise SystemExit(run_job(TranscribeRecipe, run, summary=__doc__))

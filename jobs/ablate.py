@@ -8,30 +8,40 @@ bounds a batch, and token_budget never does.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from graft.config import R, Recipe, read_recipe
+from graft.data.dataset import RowReader, RowTable, read_rows
 from graft.data.settings import Sources
 from graft.errors import RecipeError
 from graft.storage.atomic import write_atomic
+from graft.text.wer import score
 
 from . import build, stage1, stage2
 from .common.cli import run_job
 from .common.outputs import claim_output, holds_results
-from .evaluation.ablation_table import table
-from .evaluation.recipe import EvaluateRecipe
+from .evaluate import REPORT_FILE, EvaluateRecipe, evaluate
+from .evaluation.test_sets import as_rows, labelled
 from .training.recipe import EXECUTION_KEYS
-
-if TYPE_CHECKING:
-    from graft.data.dataset import RowTable
 
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
 BASE = "base"
+COUNTS = {
+    "loss": "loss_last",
+    "validation loss": "validation_loss",
+    "steps": "steps",
+    "audio s": "audio_s",
+    "seconds": "seconds",
+}
+"""Columns for each stage, and the keys of its results that they show."""
+UNEQUAL_STEPS = """
+Not all variants took equally many steps: raise token_budget or lower max_batch_clips, unless steps are compared.
+"""
 Settings = dict[Literal["build", "stage1", "stage2"], dict[str, Any]]
 """Keys of the recipes of three commands; a variant gives only those that it changes."""
 
@@ -75,8 +85,6 @@ class Trial:
 
 def run(recipe: AblateRecipe) -> None:
     """Train and score all variants. Raises RecipeError before the first of them, and the errors of the commands."""
-    from graft.data.dataset import read_rows
-
     from .training.samples import trainable
 
     planned = trials(recipe)
@@ -162,11 +170,10 @@ def _describe_changes(changes: Mapping[Any, Any], base: Mapping[Any, Any] | None
         yield from _describe_changes(value, old) if isinstance(value, dict) else [f"{key} {value} instead of {old}"]
 
 
-def _run_trial(trial: Trial, rows: "RowTable", last_stage: int) -> dict[str, Any]:
+def _run_trial(trial: Trial, rows: RowTable, last_stage: int) -> dict[str, Any]:
     """Build, train and score, or read what an earlier run left; returns the results by stage."""
     from graft.checkpoints.loading import open_processor
 
-    from .evaluation.ctc import score_ctc
     from .training.samples import audio_counts
 
     if not holds_results(trial.build.out, build.with_trained_settings(trial.build)):
@@ -176,29 +183,86 @@ def _run_trial(trial: Trial, rows: "RowTable", last_stage: int) -> dict[str, Any
         "audio_tokens_per_s": float(counts.sum() / rows.duration_s.sum()),
         "stage1": stage1.run(trial.stage1),
     }
-    scoring = _scoring_of(trial, trial.stage1.out)
+    scored1, scored2 = (
+        trial.scoring.model_copy(update={"model": stage.out, "out": f"{stage.out}-scored"})
+        for stage in (trial.stage1, trial.stage2)
+    )
     if trial.stage1.objective == "ctc":
-        results["stage1"]["spelled"] = score_ctc(scoring, trial.stage1.letters)
+        results["stage1"]["spelled"] = score_ctc(scored1, trial.stage1.letters)
     else:
-        results["stage1"]["scores"] = _score(scoring)
+        results["stage1"]["scores"] = _score(scored1)
     if last_stage == 2:
-        results["stage2"] = stage2.run(trial.stage2) | {"scores": _score(_scoring_of(trial, trial.stage2.out))}
+        results["stage2"] = stage2.run(trial.stage2) | {"scores": _score(scored2)}
     return results
-
-
-def _scoring_of(trial: Trial, stage: str) -> EvaluateRecipe:
-    return trial.scoring.model_copy(update={"model": stage, "out": f"{stage}-scored"})
 
 
 def _score(recipe: EvaluateRecipe) -> dict[str, Any]:
     """Return the graft's scores by test set, from an earlier run's report if it is there."""
-    from .evaluation import scoring
-
-    if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS):
-        report = json.loads(Path(recipe.out, scoring.REPORT_FILE).read_text())
-    else:
-        report = scoring.run(recipe)
+    is_scored = holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS)
+    report = json.loads(Path(recipe.out, REPORT_FILE).read_text()) if is_scored else evaluate(recipe)
     return {name: report["sets"][name]["graft"] for name in recipe.data}
+
+
+def score_ctc(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float]]:
+    """Score a stage 1 of CTC pre-alignment: the letters that CTC decodes against those of the reference text.
+
+    Returns graft.text.wer.Score's rates by test set, from an earlier run's report if it is there. Clips that cannot be
+    read are left out. Raises DataError for rows without text, and ModelError.
+    """
+    import torch
+
+    from graft.checkpoints.loading import open_graft
+    from graft.model.ctc import CtcPrealignment
+
+    from .training.validation import readable
+
+    path = claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS) / REPORT_FILE
+    if path.exists():
+        return json.loads(path.read_text())
+    model, processor = open_graft(recipe.model, device="cpu", dtype=torch.float32)
+    prealignment = CtcPrealignment(model, processor.tokenizer, letters).eval()
+    scores = {}
+    for name, sources in recipe.data.items():
+        texts, transcripts = [], []
+        rows = as_rows(labelled(name, sources, limit=recipe.limit))
+        for _, text, clip in readable(rows, RowReader(rows.files)):
+            inputs = processor(audio=clip)
+            texts.append(prealignment.normalize(text))
+            transcripts.append(prealignment.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"])[0])
+        scores[name] = score(texts, transcripts).to_dict()
+    write_atomic(path, json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Lay results out by WER on the first set, the lowest first; `a / b` are stage 1 and, if it was run, stage 2."""
+    stages = [stage for stage in ("stage1", "stage2") if stage in results[0]]
+    sets = list(_scores(results[0]["stage1"]))
+    columns = [(name, stage) for name in sets for stage in reversed(stages)]
+    titles = [f"WER {name}, stage {stage[-1]}" for name, stage in columns]
+    header = ["variant", "change", *titles, *COUNTS, "audio tokens/s"]
+    rows = [header, ["---"] * len(header)]
+    for result in sorted(results, key=lambda result: _scores(result[stages[-1]])[sets[0]]["wer"]):
+        rates = [_rates_text(result[stage], name) for name, stage in columns]
+        counts = [" / ".join(_number_text(result[stage][key]) for stage in stages) for key in COUNTS.values()]
+        name, tokens_per_s = f"{result['variant']}-{result['seed']}", f"{result['audio_tokens_per_s']:.1f}"
+        rows.append([name, result["change"], *rates, *counts, tokens_per_s])
+    steps = {tuple(result[stage]["steps"] for stage in stages) for result in results}
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + (UNEQUAL_STEPS if len(steps) > 1 else "")
+
+
+def _scores(stage: Mapping[str, Any]) -> Mapping[str, Any]:
+    return stage["spelled"] if "spelled" in stage else stage["scores"]
+
+
+def _rates_text(stage: Mapping[str, Any], name: str) -> str:
+    rates = _scores(stage)[name]
+    wer = f"{rates['wer']:.1%} [{rates['wer_low']:.1%}, {rates['wer_high']:.1%}]"
+    return f"{wer}, CER {rates['cer']:.1%}, by CTC" if "spelled" in stage else wer
+
+
+def _number_text(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4g}" if number < 1000 else f"{number:.0f}"
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ into runs/demo, the numbers into runs/demo/summary.json.
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -18,18 +19,16 @@ from graft.config import Recipe, read_recipe
 from graft.errors import OutputError, RecipeError
 from graft.storage.atomic import write_atomic
 
-from . import build, check, merge, prepare, stage1, stage2, transcribe
+from . import build, check, evaluate, merge, prepare, stage1, stage2, transcribe
 from .common.cli import run_job
 from .common.cluster import connect
 from .common.outputs import RECIPE_FILE, claim_output
-from .evaluation.recipe import EvaluateRecipe
+from .preparation.manifests import Manifest
 
 SPEECH = Path(__file__).parent / "data" / "prompts"
 SUMMARY_FILE = "summary.json"
 SPLITS = {"trained": "train", "unseen": "unseen"}
 """Test sets, and the splits that they are."""
-
-T = TypeVar("T")
 
 
 class DemoRecipe(Recipe):
@@ -53,60 +52,101 @@ class DemoRecipe(Recipe):
     """Number of training clips to score."""
 
 
-class Demo:
-    """Runs the steps and keeps their seconds."""
-
-    def __init__(self, recipe: DemoRecipe):
-        self.recipe = recipe
-        self.root = Path(recipe.out)
-        self.seconds: dict[str, float] = {}
-
-    def path(self, name: str) -> str:
-        """Return a path inside the demo's folder."""
-        return str(self.root / name)
-
-    def step(self, name: str, purpose: str, run: Callable[[], T]) -> T:
-        """Run a step and add its seconds to those of its name."""
-        print(f"\n== {name}: {purpose}", flush=True)
-        start = time.perf_counter()
-        result = run()
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 1)
-        return result
-
-
 def run(recipe: DemoRecipe) -> None:
     """Run the demo and write summary.json. Raises OutputError for a folder that is not a demo's."""
-    from .evaluation import scoring
-
-    demo = Demo(recipe)
     _empty_folder(recipe)
     connect()
-    clips = _manifest("unseen")[:3]
-    files = [str(SPEECH / clip["audio"]) for clip in clips]
-    demo.step(
-        "prepare", "64 clips to train on and 20 unseen ones, as parquet", lambda: prepare.run(_prepare_recipe(demo))
-    )
-    built = build.BuildRecipe(pretrained=recipe.pretrained, out=demo.path("graft"))
-    bases = "Whisper base's encoder on SmolLM2-135M, with the trained part that comes with graft"
-    demo.step("build", bases, lambda: build.run(built))
-    transcribed = _transcribe_recipe(demo, "graft", files)
-    demo.step("transcribe", "three files that it was not trained on", lambda: transcribe.run(transcribed))
-    _print_transcripts(demo, clips, "graft")
-    before = demo.step("evaluate", "before training", lambda: scoring.run(_evaluate_recipe(demo, "graft")))
-    first = demo.step("stage1", "the projector alone, DeepSpeed ZeRO-2", lambda: stage1.run(_stage1_recipe(demo)))
-    checked = check.CheckRecipe(model=demo.path("stage1"), data=[demo.path("data/train")])
-    demo.step("check", "does the model hear?", lambda: check.run(checked))
-    second = demo.step("stage2", "LoRA and the projector", lambda: stage2.run(_stage2_recipe(demo)))
-    demo.step("merge", "the adapters into the weights, and a comparison", lambda: merge.run(_merge_recipe(demo)))
-    merged = _evaluate_recipe(demo, "merged")
-    report = demo.step("evaluate", "after training, beside plain Whisper", lambda: scoring.run(merged))
-    transcribed = _transcribe_recipe(demo, "merged", files)
-    demo.step("transcribe", "the same three files", lambda: transcribe.run(transcribed))
-    demo.step("serve", "one of them over HTTP", lambda: _ask_service(demo, Path(files[0])))
-    summary = _summarize(demo, first, second, before, report)
-    write_atomic(demo.root / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-    tables = {"before training": scoring.table(before), "after training": scoring.table(report)}
-    _print_results(demo, summary, tables, clips)
+    results, seconds = _run_steps(STEPS, step_recipes(recipe))
+    summary = _summarize(results, seconds)
+    write_atomic(Path(recipe.out, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
+    print("\n== results")
+    for stage in ("stage1", "stage2"):
+        losses = summary[stage]
+        print(f"{stage}: loss {losses['loss_first']:.3f} -> {losses['loss_last']:.3f} in {losses['seconds']:.0f} s")
+    print(f"\nbefore training:\n{evaluate.table(results['evaluate graft'])}")
+    print(f"\nafter training:\n{evaluate.table(results['evaluate merged'])}")
+    print(EXPLANATION.format(clips=summary["clips"]["trained"]))
+    print("\nseconds: " + "  ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items()))
+    print(f"\nfiles in {recipe.out}:{FILES}\nthree transcripts, before and after training:")
+    _print_transcripts(f"{recipe.out}/transcripts-graft", f"{recipe.out}/transcripts-merged")
+    print(f"\nyour own file: python -m {__package__}.transcribe model={recipe.out}/merged audio=YOUR_FILE", flush=True)
+
+
+def step_recipes(recipe: DemoRecipe) -> dict[str, Recipe]:
+    """Make the recipe of each of STEPS; both stages take small batches, for many updates from few clips."""
+    from graft.checkpoints.loading import computes_bf16
+
+    out = recipe.out
+    sets = {name: f"{out}/data/{split}" for name, split in SPLITS.items()}
+    training = {
+        "model": f"{out}/graft",
+        "data": [sets["trained"]],
+        "token_budget": 400,
+        "warmup_steps": 5,
+        "log_every": 6,
+        "workers": recipe.workers,
+        "data_workers": 1,
+        "encoder_cache": f"{out}/encoded",
+        "dtype": "bf16" if computes_bf16("cpu") else "fp32",
+    }
+    first = {"out": f"{out}/stage1", "epochs": recipe.stage1_epochs, "learning_rate": 2e-4}
+    second = {
+        "out": f"{out}/stage2",
+        "projector": f"{out}/stage1",
+        "quantize": recipe.quantize,
+        "lora": {"rank": 32, "alpha": 32, "dropout": 0.0},
+        "epochs": recipe.stage2_epochs,
+        "learning_rate": 3e-4,
+    }
+    files = [str(SPEECH / clip["audio"]) for clip in _transcribed_clips()]
+    scoring = {"limit": recipe.scored_clips, "dtype": "fp32", "workers": recipe.workers}
+    before = {"data": {"unseen": sets["unseen"]}, "baseline": None}
+    return {
+        "prepare": prepare.PrepareRecipe(
+            sources=[Manifest(manifest=f"{SPEECH}/{split}.jsonl", split=split) for split in SPLITS.values()],
+            out=f"{out}/data",
+        ),
+        "build": build.BuildRecipe(pretrained=recipe.pretrained, out=f"{out}/graft"),
+        "transcribe graft": transcribe.TranscribeRecipe(
+            model=f"{out}/graft", audio=files, out=f"{out}/transcripts-graft"
+        ),
+        "evaluate graft": evaluate.EvaluateRecipe.model_validate(
+            {"model": f"{out}/graft", "out": f"{out}/evaluation-graft"} | before | scoring
+        ),
+        "stage1": stage1.Stage1Recipe.model_validate(training | first),
+        "check": check.CheckRecipe(model=f"{out}/stage1", data=[sets["trained"]]),
+        "stage2": stage2.Stage2Recipe.model_validate(training | second),
+        "merge": merge.MergeRecipe(
+            model=f"{out}/stage2",
+            out=f"{out}/merged",
+            onto="nf4" if recipe.quantize == "nf4" else "full",
+            data=sets["trained"],
+            clips=16,
+        ),
+        "evaluate merged": evaluate.EvaluateRecipe.model_validate(
+            {"model": f"{out}/merged", "out": f"{out}/evaluation-merged", "data": sets, "audio_check": "trained"}
+            | scoring
+        ),
+        "transcribe merged": transcribe.TranscribeRecipe(
+            model=f"{out}/merged", audio=files, out=f"{out}/transcripts-merged"
+        ),
+        "serve": recipe,
+    }
+
+
+def _run_steps(
+    steps: Iterable[tuple[str, Callable[[Any], Any], str]], recipes: Mapping[str, Recipe]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Run steps by their recipes; returns the results by step, and the seconds by command."""
+    results: dict[str, Any] = {}
+    seconds: dict[str, float] = defaultdict(float)
+    for name, command, purpose in steps:
+        title = name.partition(" ")[0]
+        print(f"\n== {title}: {purpose}", flush=True)
+        start = time.perf_counter()
+        results[name] = command(recipes[name])
+        seconds[title] += time.perf_counter() - start
+    return results, seconds
 
 
 def _empty_folder(recipe: DemoRecipe) -> None:
@@ -127,91 +167,41 @@ def _manifest(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (SPEECH / f"{name}.jsonl").read_text().splitlines()]
 
 
-def _prepare_recipe(demo: Demo) -> prepare.PrepareRecipe:
-    sources = [{"manifest": str(SPEECH / f"{split}.jsonl"), "split": split} for split in SPLITS.values()]
-    return prepare.PrepareRecipe.model_validate({"sources": sources, "out": demo.path("data")})
+def _transcribed_clips() -> list[dict[str, Any]]:
+    """Read the clips of the manifest that are transcribed before and after training."""
+    return _manifest("unseen")[:3]
 
 
-def _transcribe_recipe(demo: Demo, model: str, files: list[str]) -> transcribe.TranscribeRecipe:
-    return transcribe.TranscribeRecipe(model=demo.path(model), audio=files, out=demo.path(f"transcripts-{model}"))
+def _transcribe(recipe: transcribe.TranscribeRecipe) -> None:
+    transcribe.run(recipe)
+    _print_transcripts(str(recipe.out))
 
 
-def _evaluate_recipe(demo: Demo, model: str) -> EvaluateRecipe:
-    """Score unseen clips; of the merged graft also trained ones, ones with swapped audio, and Whisper beside it."""
-    is_trained = model == "merged"
-    sets = list(SPLITS) if is_trained else ["unseen"]
-    return EvaluateRecipe(
-        model=demo.path(model),
-        data={name: demo.path(f"data/{SPLITS[name]}") for name in sets},
-        out=demo.path(f"evaluation-{model}"),
-        baseline="bundled" if is_trained else None,
-        audio_check="trained" if is_trained else None,
-        limit=demo.recipe.scored_clips,
-        dtype="fp32",
-        workers=demo.recipe.workers,
-    )
+def _print_transcripts(*folders: str) -> None:
+    for clip in _transcribed_clips():
+        print(f"  {Path(clip['audio']).name}\n    said:  {clip['text']}")
+        for folder in folders:
+            transcript = Path(folder, "files", f"{Path(clip['audio']).stem}.json")
+            print(f"    heard: {json.loads(transcript.read_text())['text']}", flush=True)
 
 
-def _training_keys(demo: Demo, stage: str) -> dict[str, Any]:
-    """Return the keys that both stages share: small batches, for many updates from few clips."""
-    from graft.checkpoints.loading import computes_bf16
-
-    return {
-        "model": demo.path("graft"),
-        "data": [demo.path("data/train")],
-        "out": demo.path(stage),
-        "token_budget": 400,
-        "warmup_steps": 5,
-        "log_every": 6,
-        "workers": demo.recipe.workers,
-        "data_workers": 1,
-        "encoder_cache": demo.path("encoded"),
-        "dtype": "bf16" if computes_bf16("cpu") else "fp32",
-    }
-
-
-def _stage1_recipe(demo: Demo) -> stage1.Stage1Recipe:
-    keys = {"epochs": demo.recipe.stage1_epochs, "learning_rate": 2e-4}
-    return stage1.Stage1Recipe.model_validate(_training_keys(demo, "stage1") | keys)
-
-
-def _stage2_recipe(demo: Demo) -> stage2.Stage2Recipe:
-    keys = {
-        "projector": demo.path("stage1"),
-        "quantize": demo.recipe.quantize,
-        "lora": {"rank": 32, "alpha": 32, "dropout": 0.0},
-        "epochs": demo.recipe.stage2_epochs,
-        "learning_rate": 3e-4,
-    }
-    return stage2.Stage2Recipe.model_validate(_training_keys(demo, "stage2") | keys)
-
-
-def _merge_recipe(demo: Demo) -> merge.MergeRecipe:
-    return merge.MergeRecipe(
-        model=demo.path("stage2"),
-        out=demo.path("merged"),
-        onto="nf4" if demo.recipe.quantize == "nf4" else "full",
-        data=demo.path("data/train"),
-        clips=16,
-    )
-
-
-def _ask_service(demo: Demo, file: Path) -> None:
+def _ask_service(recipe: DemoRecipe) -> None:
     """Start the service on the demo's Ray, post a file to it, and stop it again."""
     from .common.local_service import post, serving
 
-    with serving(demo.path("merged"), demo.root, app="demo") as url:
+    file = SPEECH / _transcribed_clips()[0]["audio"]
+    with serving(f"{recipe.out}/merged", Path(recipe.out), app="demo") as url:
         print(f"POST {url}/v1/audio/transcriptions with {file.name}: {post(url, file, model='merged')}")
 
 
-def _summarize(
-    demo: Demo, first: dict[str, Any], second: dict[str, Any], before: dict[str, Any], report: dict[str, Any]
-) -> dict[str, Any]:
+def _summarize(results: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
     """Collect the numbers of summary.json from the results of the stages and evaluations."""
-    sets = report["sets"]
+    before, report = results["evaluate graft"], results["evaluate merged"]
+    sets, losses = report["sets"], ("loss_first", "loss_last", "seconds")
+    rounded = {name: round(elapsed_s, 1) for name, elapsed_s in seconds.items()}
     return {
-        "stage1": {key: first[key] for key in ("loss_first", "loss_last", "seconds")},
-        "stage2": {key: second[key] for key in ("loss_first", "loss_last", "seconds")},
+        "stage1": {key: results["stage1"][key] for key in losses},
+        "stage2": {key: results["stage2"][key] for key in losses},
         "wer": {
             "trained": sets["trained"]["graft"]["wer"],
             "unseen": sets["unseen"]["graft"]["wer"],
@@ -225,34 +215,25 @@ def _summarize(
             "unseen": sets["unseen"]["graft"]["clips"],
             "scored": sets["trained"]["graft"]["clips"],
         },
-        "seconds": {**demo.seconds, "total": round(sum(demo.seconds.values()), 1)},
+        "seconds": {**rounded, "total": round(sum(rounded.values()), 1)},
         "rtfx": report["rtfx"]["graft"],
     }
 
 
-def _print_results(demo: Demo, summary: dict[str, Any], tables: dict[str, str], clips: list[dict[str, Any]]) -> None:
-    print("\n== results")
-    for stage in ("stage1", "stage2"):
-        losses = summary[stage]
-        print(f"{stage}: loss {losses['loss_first']:.3f} -> {losses['loss_last']:.3f} in {losses['seconds']:.0f} s")
-    for name, table in tables.items():
-        print(f"\n{name}:\n{table}")
-    print(EXPLANATION.format(clips=summary["clips"]["trained"]))
-    print("\nseconds: " + "  ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items()))
-    print(f"\nfiles in {demo.root}:{FILES}\nthree transcripts, before and after training:")
-    _print_transcripts(demo, clips, "graft", "merged")
-    print(
-        f"\nyour own file: python -m {__package__}.transcribe model={demo.path('merged')} audio=YOUR_FILE", flush=True
-    )
-
-
-def _print_transcripts(demo: Demo, clips: list[dict[str, Any]], *models: str) -> None:
-    for clip in clips:
-        print(f"  {Path(clip['audio']).name}\n    said:  {clip['text']}")
-        for model in models:
-            transcript = demo.root / f"transcripts-{model}" / "files" / f"{Path(clip['audio']).stem}.json"
-            print(f"    heard: {json.loads(transcript.read_text())['text']}", flush=True)
-
+STEPS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+    ("prepare", prepare.run, "64 clips to train on and 20 unseen ones, as parquet"),
+    ("build", build.run, "Whisper base's encoder on SmolLM2-135M, with the trained part that comes with graft"),
+    ("transcribe graft", _transcribe, "three files that it was not trained on"),
+    ("evaluate graft", evaluate.evaluate, "before training"),
+    ("stage1", stage1.run, "the projector alone, DeepSpeed ZeRO-2"),
+    ("check", check.run, "does the model hear?"),
+    ("stage2", stage2.run, "LoRA and the projector"),
+    ("merge", merge.run, "the adapters into the weights, and a comparison"),
+    ("evaluate merged", evaluate.evaluate, "after training, beside plain Whisper"),
+    ("transcribe merged", _transcribe, "the same three files"),
+    ("serve", _ask_service, "one of them over HTTP"),
+)
+"""The steps in their order: the name, the command of its first word, and what it shows."""
 
 EXPLANATION = """
 The graft comes with hours of training, which jobs/recipes/small-*.yaml repeat. The minutes of training on {clips} clips

@@ -4,18 +4,281 @@ The clips can also be scored with their audio swapped, which a model that listen
 On request it also scores other instructions, clips joined to recordings, and sounds without speech, for which it counts
 the characters that are written.
 Writes report.json and, one clip a line, predictions.jsonl.
+
+test sets -> the bulk pipeline, once for each model and instruction -> error rates -> report.json, predictions.jsonl
 """
 
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from graft.audio.chunking import ChunkSettings
+from graft.audio.vad import SpeechSettings
+from graft.config import Recipe
+from graft.data.settings import Sources
+from graft.errors import DataError, RecipeError
+from graft.text.wer import score
 
 from .common.cli import run_job
-from .evaluation.recipe import EvaluateRecipe
+from .common.cluster import connect
+from .common.outputs import staged_output
+from .evaluation.test_sets import SWAPPED, Item, as_rows, joined, joined_name, labelled, sounds, swapped
+from .transcription.pipeline import (
+    ClipTranscript,
+    Pipeline,
+    Workers,
+    find_whisper,
+    measured_rtfx,
+    model_opener,
+    transcribe_rows,
+)
+from .transcription.reader import WINDOWS, Reading
+
+REPORT_FILE = "report.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+WORK_FOLDER = "work"
+"""Folder of what is made while the job runs: corpora of sounds and recordings, and the results of each model."""
+PIPELINES = {
+    "speech": "speech (detected and cut into chunks, as jobs.transcribe does)",
+    "windows": "windows (all of each clip, without the speech detector)",
+}
+
+Transcripts = Mapping[Item, ClipTranscript]
+
+
+class EvaluateRecipe(Recipe):
+    """The model to score, and the clips to score it on."""
+
+    model: str
+    """Folder or hub id of a graft, or the output folder of a stage."""
+    data: dict[str, Sources]
+    """Test sets by name: parquet files, a folder, a glob, or {files, columns}."""
+    out: str
+    """Folder for the report. While the job runs, its results, made sounds and joined recordings are there too: every
+    machine of a cluster must see it."""
+    baseline: str | None = "bundled"
+    """Whisper checkpoint that is scored beside the model; `bundled` is Whisper base, null scores none."""
+    limit: int | None = Field(default=None, ge=1)
+    """Number of clips to score, the first ones of each set; null scores all."""
+    audio_check: str | None = None
+    """Name of a set that is also scored with every clip's audio swapped for another's, which a model that listens
+    fails."""
+    instructions: list[str] = Field(default=[])
+    """Text styles or phrasings that the model was trained for; the answers to each are scored as those of a further
+    model."""
+    sounds: bool = False
+    """Count what is written on silence, noise, tones and ringing, which are made by the seed."""
+    recordings_s: float | None = Field(default=None, gt=30)
+    """Score each set also as recordings of about so many seconds, in which its clips follow one another with short
+    pauses."""
+    windows: bool = False
+    """By default clips are transcribed as jobs.transcribe does: a detector finds the speech in them and the rest is
+    skipped. true transcribes all of each clip in windows of at most 30 s, without the detector."""
+    speech: SpeechSettings = SpeechSettings()
+    """How speech is found, as in jobs.transcribe; windows=true does not use it."""
+    chunks: ChunkSettings = ChunkSettings()
+    """How speech is cut into chunks, as in jobs.transcribe; windows=true does not use it."""
+    batch_clips: int = Field(default=16, ge=1)
+    """Number of clips that a worker reads and transcribes together."""
+    readers: int = Field(default=1, ge=1)
+    """Most processes that decode audio and find speech; each takes one CPU."""
+    workers: int = Field(default=1, ge=1)
+    """Number of models that transcribe side by side."""
+    threads_per_worker: int = Field(default=1, ge=1)
+    """CPU threads of each worker, and CPUs that it takes from the cluster."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Precision of the weights; null takes the one that they are stored in, as jobs.transcribe does."""
+    gpu: bool = False
+    """Whether each worker takes a GPU."""
+    seed: int = 0
+    """Seed of the bootstrap intervals and of the sounds."""
+    expected: dict[str, dict[Literal["wer", "cer", "wer_raw", "cer_raw"], tuple[float, float]]] = Field(default={})
+    """Published figures: set -> rate -> the least and the greatest value that agree with one. When a rate of the model
+    is outside, the job ends with exit code 1."""
 
 
 def run(recipe: EvaluateRecipe) -> int:
-    """Score a model; 1 if a rate is not as expected."""
-    from .evaluation import scoring
+    """Score a model; returns 1 if a rate is not as expected. Raises as evaluate."""
+    return 0 if all(verdict["agrees"] for verdict in evaluate(recipe)["expected"]) else 1
 
-    return 0 if all(verdict["agrees"] for verdict in scoring.run(recipe)["expected"]) else 1
+
+def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
+    """Score recipe.model; returns the content of report.json.
+
+    Raises DataError for rows without text and for names of sets, RecipeError, MissingExtra, and ModelError, also for an
+    instruction that the model was not trained for.
+    """
+    _check_sets(recipe)
+    score(["a"], ["a"])  # a missing extra is reported now, not after hours
+    baseline = _check_models(recipe)
+    with staged_output(recipe.out, recipe) as out:
+        work = (out / WORK_FOLDER).absolute()
+        work.mkdir()
+        items = _items(recipe, work)
+        models, rtfx = _transcribe_models(items, baseline, recipe, work)
+        report = _report(models, rtfx, items, recipe)
+        (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        with (out / PREDICTIONS_FILE).open("w") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(models, items))
+        shutil.rmtree(work)
+    print(table(report), flush=True)
+    return report
+
+
+def _check_sets(recipe: EvaluateRecipe) -> None:
+    for key, name in [("audio_check", recipe.audio_check), *(("expected", name) for name in recipe.expected)]:
+        if name and name not in recipe.data:
+            raise DataError(f"{key}={name} is no set of data ({', '.join(recipe.data)}): give one of them")
+    if recipe.audio_check and recipe.recordings_s:
+        raise RecipeError(
+            f"recordings_s would join the clips of audio_check={recipe.audio_check} too: leave one out, or run twice"
+        )
+    from graft.data.nonspeech import SOUNDS
+
+    recordings = map(joined_name, recipe.data if recipe.recordings_s else [])
+    for name in (SWAPPED, *recordings, *(SOUNDS if recipe.sounds else [])):
+        if name in recipe.data:
+            raise DataError(f"data.{name}: that name is taken by a set which is made here: give the set another one")
+
+
+def _check_models(recipe: EvaluateRecipe) -> str | None:
+    """Check the models before a cluster starts for them; returns the baseline's checkpoint. Raises ModelError."""
+    from graft.checkpoints.loading import check_graft, open_processor
+
+    check_graft(recipe.model)
+    if recipe.instructions:
+        processor = open_processor(recipe.model)
+        for instruction in recipe.instructions:
+            processor.instruction(instruction, None)
+    return find_whisper(recipe.baseline) if recipe.baseline else None
+
+
+def _items(recipe: EvaluateRecipe, folder: Path) -> list[Item]:
+    """List all that is scored, set by set; what has to be made for it is written into the folder."""
+    items = []
+    for name, sources in recipe.data.items():
+        own = labelled(name, sources, limit=recipe.limit)
+        items += own
+        if name == recipe.audio_check:
+            items += swapped(own)
+        if recipe.recordings_s:
+            items += joined(own, recipe.recordings_s, folder)
+    return items + (sounds(recipe.seed, folder) if recipe.sounds else [])
+
+
+def _transcribe_models(
+    items: Sequence[Item], baseline: str | None, recipe: EvaluateRecipe, work: Path
+) -> tuple[dict[str, Transcripts], dict[str, float]]:
+    """Transcribe the items with the graft, again with each instruction, and with the baseline.
+
+    Returns the transcripts of each, and how many seconds of audio it transcribed per second.
+    """
+    settings: dict[str, Any] = {"threads": recipe.threads_per_worker, "gpu": recipe.gpu, "dtype": recipe.dtype}
+    workers = Workers(
+        recipe.readers, recipe.workers, recipe.threads_per_worker, int(recipe.gpu), items_per_batch=recipe.batch_clips
+    )
+    connect(cpus=workers.cpus)
+    reading = WINDOWS if recipe.windows else Reading(recipe.speech, recipe.chunks)
+    graft = model_opener("graft", recipe.model, **settings)
+    pipelines = {"graft": Pipeline(reading, graft, workers)}
+    for instruction in recipe.instructions:
+        pipelines[f"graft {instruction}"] = Pipeline(reading, graft, workers, {"instruction": instruction})
+    if baseline:
+        pipelines["whisper"] = Pipeline(reading, model_opener("whisper", baseline, **settings), workers)
+    models: dict[str, Transcripts] = {}
+    rtfx = {}
+    by_clip = {item.clip: item for item in items}  # items of swapped audio share the clips of others
+    for number, (kind, pipeline) in enumerate(pipelines.items()):
+        print(f"evaluate: {kind}", flush=True)
+        home = work / f"model-{number}"
+        clips = dict(zip(by_clip, transcribe_rows(as_rows([*by_clip.values()]), home, pipeline), strict=True))
+        # The audio check is of the graft alone.
+        own = [item for item in items if kind == "graft" or item.set_name != SWAPPED]
+        models[kind], rtfx[kind] = {item: clips[item.clip] for item in own}, measured_rtfx(home)
+    return models, rtfx
+
+
+def _report(
+    models: Mapping[str, Transcripts], rtfx: Mapping[str, float], items: Sequence[Item], recipe: EvaluateRecipe
+) -> dict[str, Any]:
+    sets: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(item.set_name for item in items):
+        for kind, clips in models.items():
+            if scored := [item for item, clip in clips.items() if item.set_name == name and not clip.error]:
+                texts = [clips[item].text for item in scored]
+                sets.setdefault(name, {})[kind] = _scores(scored, texts, seed=recipe.seed)
+    verdicts = []  # the graft's rates beside the expected ones
+    for name, rates in recipe.expected.items():
+        for rate, (low, high) in rates.items():
+            found = sets.get(name, {}).get("graft", {}).get(rate)  # None where no clip could be read
+            agrees = found is not None and low <= found <= high
+            verdicts.append({"set": name, "rate": rate, "found": found, "low": low, "high": high, "agrees": agrees})
+    return {
+        "model": recipe.model,
+        "pipeline": "windows" if recipe.windows else "speech",
+        "sets": sets,
+        "expected": verdicts,
+        "rtfx": dict(rtfx),
+        "errors": {item.audio_id: clip.error for item, clip in models["graft"].items() if clip.error},
+    }
+
+
+def _scores(items: Sequence[Item], texts: Sequence[str], *, seed: int) -> dict[str, float]:
+    """Return the error rates of a set's texts or, where nobody speaks, how much was written."""
+    if any(item.text for item in items):
+        return score([item.text for item in items], texts, seed=seed).to_dict()
+    minutes = sum(item.duration_s for item in items) / 60
+    written = [len(text) for text in texts]
+    return {
+        "clips": len(items),
+        "minutes": minutes,
+        "chars_per_minute": sum(written) / minutes,
+        "share_with_text": float(np.mean(np.array(written) > 0)),
+    }
+
+
+def _predictions(models: Mapping[str, Transcripts], items: Sequence[Item]) -> Iterator[dict[str, Any]]:
+    for item in items:
+        clips = {kind: model.get(item) for kind, model in models.items()}
+        texts = {kind: clip.text if clip and not clip.error else None for kind, clip in clips.items()}
+        yield {"set": item.set_name, "id": item.id, "audio_id": item.audio_id, "text": item.text} | texts
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Lay a report out for people.
+
+    A row has the WER with its 95 % interval and the CER after Whisper's normaliser, and the WER of the raw strings.
+    Below are the sets without speech, the verdicts on expected rates, unreadable clips, the pipeline and the speed.
+    """
+    rows = [(name, kind, scores) for name, kinds in report["sets"].items() for kind, scores in kinds.items()]
+    names, kinds = (max([least, *(len(row[column]) for row in rows)]) for column, least in ((0, 12), (1, 8)))
+    headings = f"{'clips':>5} {'words':>6}  {'WER':>6}  {'95 % interval':<16} {'CER':>6}  {'raw WER':>7}"
+    lines = [f"{'set':<{names}} {'model':<{kinds}} {headings}"]
+    for name, kind, s in rows:
+        if "wer" in s:
+            interval = f"[{s['wer_low']:.1%}, {s['wer_high']:.1%}]"
+            rates = f"{s['wer']:>6.1%}  {interval:<16} {s['cer']:>6.1%}  {s['wer_raw']:>7.1%}"
+            lines.append(f"{name:<{names}} {kind:<{kinds}} {s['clips']:>5} {s['words']:>6}  {rates}")
+    if silent := [row for row in rows if "chars_per_minute" in row[2]]:
+        headings = f"{'clips':>5} {'min':>6}  {'chars/min':>9}  {'with text':>9}"
+        lines.append(f"{'no speech':<{names}} {'model':<{kinds}} {headings}")
+        for name, kind, s in silent:
+            written = f"{s['chars_per_minute']:>9.1f}  {s['share_with_text']:>9.1%}"
+            lines.append(f"{name:<{names}} {kind:<{kinds}} {s['clips']:>5} {s['minutes']:>6.1f}  {written}")
+    for v in report["expected"]:
+        verdict = "agrees with" if v["agrees"] else "does not agree with"
+        found = "of no clip" if v["found"] is None else f"{v['found']:.2%}"
+        lines.append(f"{v['set']}: {v['rate']} {found} {verdict} the expected {v['low']:.2%} to {v['high']:.2%}")
+    if errors := report["errors"]:
+        lines.append(f"{len(errors)} clips could not be read and are not scored: {', '.join(list(errors)[:3])}")
+    lines.append(f"pipeline: {PIPELINES[report.get('pipeline', 'windows')]}")  # reports used to be of windows alone
+    speeds = ", ".join(f"{kind} {rtfx:.1f}" for kind, rtfx in report["rtfx"].items())
+    return "\n".join([*lines, f"seconds of audio per second: {speeds}"])
 
 
 if __name__ == "__main__":

@@ -4,24 +4,37 @@ stage's output -> projector, adapters cut to a smaller rank, the audio tokens' e
 pretrained.json, the recipes of its training, a model card. `jobs.build pretrained=FOLDER` puts it onto its bases again.
 """
 
+import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import Field
 
 from graft.config import Recipe
-from graft.errors import ModelError
+from graft.errors import DataError, ModelError
 
 from .build import SETTINGS
 from .common.cli import run_job
 from .common.outputs import RECIPE_FILE, staged_output
-from .evaluation.model_card import model_card
+from .evaluate import table
 from .merge import ADAPTER_FOLDER, read_stage_output
 
+if TYPE_CHECKING:
+    from graft.checkpoints.release import Pretrained
+
 RECIPES_FOLDER = "recipes"
+HEAD = """# {name}
+
+The trained part of a graft: the projector between a Whisper encoder and a Qwen2-VL{adapters}.
+It holds none of the weights of its bases. This command puts it onto them, whose tensors must have the digests in
+pretrained.json (audio_base={audio_base}, text_base={text_base}):
+
+    python -m jobs.build pretrained={name} out=FOLDER
+
+pretrained= also takes this folder. recipes/ holds the recipes of its training, without the folders of the data."""
 
 
 class ExportRecipe(Recipe):
@@ -61,7 +74,7 @@ def run(recipe: ExportRecipe) -> None:
     recipes = _training_recipes(recipe.model)
     pretrained, state, energy_kept = _trained_part(recipe, recipes.get("build", {}))
     name = recipe.name or Path(recipe.out).resolve().name
-    card = model_card(name, pretrained, energy_kept, data_list=recipe.data_list, report=recipe.report)
+    card = _model_card(name, pretrained, energy_kept, data_list=recipe.data_list, report=recipe.report)
     with staged_output(recipe.out, ExportRecipe.model_validate(_without_paths(recipe.model_dump()))) as out:
         write_pretrained(out, pretrained, state, shard_bytes=int(recipe.shard_mb * 1e6))
         (out / RECIPES_FOLDER).mkdir()
@@ -98,10 +111,13 @@ def _read_recipe_file(folder: str) -> dict[str, Any]:
     return yaml.safe_load(path.read_text()) if path.is_file() else {}
 
 
-def _trained_part(recipe: ExportRecipe, build: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, float]]:
+def _trained_part(
+    recipe: ExportRecipe, build: Mapping[str, Any]
+) -> "tuple[Pretrained, dict[str, Any], dict[str, float]]":
     """Return the description, the tensors, and for each adapted matrix the share of its adapter's energy that is
     kept."""
     from graft.checkpoints.loading import DTYPES, base_graft, open_processor
+    from graft.checkpoints.lora import LoraSettings, has_adapters, read_adapters, truncate_adapters
     from graft.checkpoints.projector_file import read_projector, state_digest
     from graft.checkpoints.release import AUDIO_TOKENS, PROJECTOR, Pretrained, audio_token_rows
     from graft.model.configuration import GraftConfig
@@ -111,8 +127,14 @@ def _trained_part(recipe: ExportRecipe, build: Mapping[str, Any]) -> tuple[Any, 
     base_names = _base_names(recipe, build, graft, config)
     processor = open_processor(recipe.model)
     state = {f"{PROJECTOR}{name}": tensor for name, tensor in read_projector(recipe.model, config).items()}
-    adapters, lora, energy_kept = _truncated_adapters(recipe)
-    state |= {**adapters, AUDIO_TOKENS: audio_token_rows(graft, config)}
+    lora, energy_kept = None, dict[str, float]()
+    if has_adapters(recipe.model):
+        whole, peft_config = read_adapters(recipe.model)
+        on_encoder = any(name.startswith("audio_tower.") for name in whole)
+        lora = LoraSettings(peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout, encoder=on_encoder)
+        adapters, lora, energy_kept = truncate_adapters(whole, lora, recipe.rank)
+        state |= adapters
+    state[AUDIO_TOKENS] = audio_token_rows(graft, config)
     state = {name: tensor.to(DTYPES[recipe.dtype]).contiguous() for name, tensor in state.items()}
     pretrained = Pretrained(
         **base_names,
@@ -126,18 +148,6 @@ def _trained_part(recipe: ExportRecipe, build: Mapping[str, Any]) -> tuple[Any, 
         digest=state_digest(state),
     )
     return pretrained, state, energy_kept
-
-
-def _truncated_adapters(recipe: ExportRecipe) -> tuple[dict[str, Any], Any, dict[str, float]]:
-    """Read the stage's adapters, cut to recipe.rank; nothing where it has none."""
-    from graft.checkpoints.lora import LoraSettings, has_adapters, read_adapters, truncate_adapters
-
-    if not has_adapters(recipe.model):
-        return {}, None, {}
-    state, config = read_adapters(recipe.model)
-    on_encoder = any(name.startswith("audio_tower.") for name in state)
-    lora = LoraSettings(config.r, config.lora_alpha, config.lora_dropout, encoder=on_encoder)
-    return truncate_adapters(state, lora, recipe.rank)
 
 
 def _base_names(recipe: ExportRecipe, build: Mapping[str, Any], graft: str, config: Any) -> dict[str, str]:
@@ -184,6 +194,80 @@ def _energy_lines(energy_kept: Mapping[str, float]) -> Iterator[str]:
     for kind in sorted({matrix.rpartition(".")[2] for matrix in energy_kept}):
         shares = [share for matrix, share in energy_kept.items() if matrix.endswith(f".{kind}")]
         yield f"  {kind:<9} {statistics.mean(shares):6.1%} on average, {min(shares):6.1%} at least"
+
+
+def _model_card(
+    name: str,
+    pretrained: "Pretrained",
+    energy_kept: Mapping[str, float],
+    *,
+    data_list: str | None,
+    report: str | None,
+) -> str:
+    """Write the model card as Markdown: what the graft is, its settings, training data and scores.
+
+    Raises DataError when the data list or the report cannot be read.
+    """
+    settings = {
+        **pretrained.settings,
+        "instructions for a text style": ", ".join(pretrained.trained_styles) or "not trained",
+        "lists of words": "trained" if pretrained.trained_context else "not trained",
+    }
+    adapters = ""
+    if pretrained.adapters:
+        adapters = f", and LoRA adapters of rank {pretrained.adapters.rank}"
+        base = "as NF4 rounds it" if pretrained.onto == "nf4" else "as it is"
+        mean, least = statistics.mean(energy_kept.values()), min(energy_kept.values())
+        settings["adapters"] = f"rank {pretrained.adapters.rank}, for the text base {base}"
+        settings["energy of the adapters kept"] = f"{mean:.1%} on average, {least:.1%} at least"
+    settings["precision of the tensors"] = pretrained.dtype
+    bases = {"audio_base": pretrained.audio_base, "text_base": pretrained.text_base}
+    sections = [
+        HEAD.format(name=name, adapters=adapters, **bases),
+        "## Settings",
+        _markdown_table([{"setting": key, "value": value} for key, value in settings.items()]),
+        "## Training data",
+        _training_data(data_list) if data_list else "Not listed.",
+        "## Evaluation",
+        _evaluation(report) if report else "Not scored.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _training_data(path: str) -> str:
+    """Quote a Markdown file, or lay out a JSON list of objects as a table."""
+    text = _read_text(path)
+    if Path(path).suffix != ".json":
+        return text.strip()
+    try:
+        return _markdown_table(json.loads(text))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"data_list {path} holds no list of objects ({error!r}): give one for each source of data, or Markdown"
+        ) from error
+
+
+def _evaluation(path: str) -> str:
+    """Quote the table of a report of jobs.evaluate as a code block."""
+    try:
+        lines = table(json.loads(_read_text(path))).splitlines()
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"report {path} is no report.json of jobs.evaluate ({error!r}): give one") from error
+    return "\n".join(f"    {line}".rstrip() for line in lines)
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read ({error}): give a text file") from error
+
+
+def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay objects out as a Markdown table; the first one names the columns."""
+    columns = list(rows[0])
+    cells = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in cells)
 
 
 if __name__ == "__main__":

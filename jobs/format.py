@@ -9,8 +9,10 @@ be read, or where label and transcript agree too little. A run that was cut off 
 import functools
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from graft.errors import require
@@ -18,12 +20,8 @@ from graft.text.prompts import is_formatted
 from graft.text.punctuation import transfer_formatting
 
 from .common.cli import run_job
-from .preparation.pseudo_labels import TextsRecipe, report_untranscribed, write_texts
-
-if TYPE_CHECKING:
-    from graft.data.dataset import RowTable
-
-    from .transcription.runs import ClipTranscript
+from .preparation.pseudo_labels import TextsRecipe, write_texts
+from .transcription.pipeline import ClipTranscript
 
 COLUMNS = {"ID": "string", "text": "string", "words": "int32", "agreed": "int32", "state": "string"}
 FORMATTED, KEPT, OWN, UNHEARD = STATES = ("formatted", "kept", "own", "unheard")
@@ -47,38 +45,27 @@ def run(recipe: FormatRecipe) -> None:
         columns=COLUMNS,
         needs_transcript=lambda text: bool(text.strip()) and not is_formatted(text),
         line=functools.partial(_line, least=recipe.least_agreement),
-        counts=_counts,
-        summary=_summary,
+        report=_report,
     )
 
 
-def _line(rows: "RowTable", row: int, clip: "ClipTranscript | None", *, least: float) -> dict[str, Any]:
-    line = {"ID": rows.id(row), "text": rows.text(row), "words": 0, "agreed": 0}
-    if clip is None:
-        return line | {"state": OWN}
-    if clip.error:
-        report_untranscribed(rows, row, clip)
-        return line | {"state": UNHEARD}
-    formatted = transfer_formatting(rows.text(row), clip.text)
-    line |= {"words": formatted.words, "agreed": formatted.agreed}
-    return line | ({"state": KEPT} if formatted.agreement < least else {"text": formatted.text, "state": FORMATTED})
+def _line(text: str, clip: ClipTranscript | None, *, least: float) -> dict[str, Any]:
+    if clip is None or clip.error:
+        return {"text": text, "words": 0, "agreed": 0, "state": UNHEARD if clip else OWN}
+    formatted = transfer_formatting(text, clip.text)
+    text, state = (text, KEPT) if formatted.agreement < least else (formatted.text, FORMATTED)
+    return {"text": text, "words": formatted.words, "agreed": formatted.agreed, "state": state}
 
 
-def _counts(texts: Path) -> dict[str, Any]:
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
+def _report(texts: Path) -> tuple[dict[str, Any], str]:
     lines = pq.read_table(texts, columns=["words", "agreed", "state"])
     states = Counter(lines["state"].to_pylist())
     agreement = pc.sum(lines["agreed"]).as_py() / max(1, pc.sum(lines["words"]).as_py())
-    return {"clips": len(lines), **{state: states[state] for state in STATES}, "agreement": agreement}
-
-
-def _summary(result: dict[str, Any]) -> str:
-    return (
-        f"{result['agreement']:.1%} of the words heard agree; of {result['clips']} clips {result[FORMATTED]} are "
-        f"formatted, {result[KEPT]} agree too little and keep their label, {result[OWN]} needed nothing, "
-        f"{result[UNHEARD]} could not be read"
+    result = {"clips": len(lines), **{state: states[state] for state in STATES}, "agreement": agreement}
+    return result, (
+        f"{agreement:.1%} of the words heard agree; of {len(lines)} clips {states[FORMATTED]} are "
+        f"formatted, {states[KEPT]} agree too little and keep their label, {states[OWN]} needed nothing, "
+        f"{states[UNHEARD]} could not be read"
     )
 
 

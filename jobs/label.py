@@ -12,21 +12,18 @@ import functools
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from graft.data.splits import comparable_text
 
 from .common.cli import run_job
-from .preparation.pseudo_labels import TextsRecipe, report_untranscribed, write_texts
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from graft.data.dataset import RowTable
-
-    from .transcription.runs import ClipTranscript
+from .preparation.pseudo_labels import TextsRecipe, write_texts
+from .transcription.pipeline import ClipTranscript
 
 COLUMNS = {
     "ID": "string",
@@ -64,23 +61,21 @@ def run(recipe: LabelRecipe) -> None:
         columns=COLUMNS,
         needs_transcript=lambda text: not text.strip(),
         line=functools.partial(_line, recipe=recipe),
-        counts=_counts,
-        summary=_summary,
+        report=_report,
     )
 
 
-def _line(rows: "RowTable", row: int, clip: "ClipTranscript | None", *, recipe: LabelRecipe) -> dict[str, Any]:
+def _line(text: str, clip: ClipTranscript | None, *, recipe: LabelRecipe) -> dict[str, Any]:
     if clip is None:
-        return {"ID": rows.id(row), "text": rows.text(row), "state": OWN}
+        return {"text": text, "state": OWN}
     if clip.error:
-        report_untranscribed(rows, row, clip)
-        return {"ID": rows.id(row), "text": "", "state": UNHEARD}
+        return {"text": "", "state": UNHEARD}
     reason = doubt(clip, recipe)
     measures = {"heard": clip.text, "mean_logprob": clip.mean_logprob, "duration": clip.duration_s}
-    return {"ID": rows.id(row), "text": "" if reason else clip.text, **measures, "state": reason or LABELLED}
+    return {"text": "" if reason else clip.text, **measures, "state": reason or LABELLED}
 
 
-def doubt(clip: "ClipTranscript", recipe: LabelRecipe) -> str | None:
+def doubt(clip: ClipTranscript, recipe: LabelRecipe) -> str | None:
     """Return the first of REASONS for which a clip's text is rejected; None where it is kept."""
     if not comparable_text(clip.text):
         return SILENT
@@ -92,34 +87,28 @@ def doubt(clip: "ClipTranscript", recipe: LabelRecipe) -> str | None:
     return UNSURE if clip.mean_logprob is None or clip.mean_logprob < recipe.least_confidence else None
 
 
-def _counts(texts: Path) -> dict[str, Any]:
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
+def _report(texts: Path) -> tuple[dict[str, Any], str]:
     lines = pq.read_table(texts, columns=["duration", "state"])
     states = Counter(lines["state"].to_pylist())
-    return {
+    hours, hours_heard = _hours(lines.filter(pc.equal(lines["state"], LABELLED))), _hours(lines)
+    rejected = {reason: states[reason] for reason in REASONS}
+    result = {
         "clips": len(lines),
         LABELLED: states[LABELLED],
         OWN: states[OWN],
-        "hours": _hours(lines.filter(pc.equal(lines["state"], LABELLED))),
-        "hours_heard": _hours(lines),
-        "rejected": {reason: states[reason] for reason in REASONS},
+        "hours": hours,
+        "hours_heard": hours_heard,
+        "rejected": rejected,
     }
-
-
-def _hours(lines: "pa.Table") -> float:
-    import pyarrow.compute as pc
-
-    return round((pc.sum(lines["duration"]).as_py() or 0) / 3600, 4)
-
-
-def _summary(result: dict[str, Any]) -> str:
-    rejected = ", ".join(f"{count} {reason}" for reason, count in result["rejected"].items() if count)
-    return (
-        f"of {result['clips']} clips {result[LABELLED]} are labelled, {result['hours']:.2f} of "
-        f"{result['hours_heard']:.2f} h, {result[OWN]} had a text, rejected {rejected or 'none'}"
+    why = ", ".join(f"{count} {reason}" for reason, count in rejected.items() if count)
+    return result, (
+        f"of {len(lines)} clips {states[LABELLED]} are labelled, {hours:.2f} of {hours_heard:.2f} h, "
+        f"{states[OWN]} had a text, rejected {why or 'none'}"
     )
+
+
+def _hours(lines: pa.Table) -> float:
+    return round((pc.sum(lines["duration"]).as_py() or 0) / 3600, 4)
 
 
 if __name__ == "__main__":

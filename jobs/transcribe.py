@@ -6,21 +6,233 @@ out/ holds recordings/*.parquet, files/NAME.txt and the like, errors.jsonl, summ
 later runs go on from.
 """
 
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from graft.audio.chunking import ChunkSettings
+from graft.audio.vad import SpeechSettings
+from graft.checkpoints.names import checkpoint_name
+from graft.config import Recipe
+from graft.data.settings import Columns
+from graft.errors import OutputError, RecipeError, require
+from graft.inference.aligners.loading import find_aligner
+from graft.inference.subtitles import CueLimits, Format
+from graft.storage.atomic import write_atomic
 
 from .common.cli import run_job
-from .transcription.recipe import TranscribeRecipe
+from .common.cluster import connect
+from .common.outputs import claim_output
+from .transcription.assembly import OutputSettings, join_recordings, read_index
+from .transcription.discovery import find_recordings
+from .transcription.pipeline import Opener, Pipeline, Workers, model_opener, run_plan
+from .transcription.reader import Reading
+from .transcription.work_items import FILES_PER_TASK, at_attempts, durations, plan_items
 
 PARTLY_FAILED = 3
+EXECUTION_KEYS = frozenset(
+    {
+        "workers",
+        "threads",
+        "gpus_per_worker",
+        "readers",
+        "items_per_batch",
+        "formats",
+        "cues",
+        "strict",
+        "retry_errors",
+        "price",
+    }
+    | {f"cues.{name}" for name in CueLimits.model_fields}
+)
+"""Keys that change how a run works and which files it writes, not what the transcripts say."""
+
+
+class TranscribeRecipe(Recipe):
+    """The audio to transcribe, the model, and how the run works."""
+
+    model: str
+    """Folder or hub id of a graft, the output folder of a stage, or the name of a graft that comes with the package."""
+    model_digest: str | None = None
+    """SHA-256 over the model's files, which a run checks; null takes the model as it is. Results of different models
+    are never mixed."""
+    audio: str | list[str]
+    """Files, folders (at any depth), globs, s3:// and other URIs, .txt lists of them with one in each line, and
+    parquet files with audio in them."""
+    out: str | None = None
+    """Folder for the transcripts, which every machine of a cluster must see; null only prints them."""
+    columns: Columns = Columns()
+    """Names of the columns of parquet files."""
+    channels: Literal["mix", "split"] = "mix"
+    """mix transcribes the mean of all channels; split transcribes each by itself and orders the labelled segments by
+    time, for calls with one speaker on each channel."""
+    instruction: str | None = None
+    """Text style (raw, lower, formatted) that the model was trained for, or a phrasing that asks for one; null takes
+    the model's own."""
+    context: list[str] | None = None
+    """Words that may occur (names, terms), for a model that was trained for lists of words."""
+    aligner: str | None = None
+    """Model that finds the times of words: whisper (the bundled one), or folder or hub id of a Whisper or a CTC model;
+    with null, words have no times."""
+    speech: SpeechSettings = SpeechSettings()
+    """How speech is found in the audio."""
+    chunks: ChunkSettings = ChunkSettings()
+    """How speech is cut into chunks for the model."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Precision of the weights; null takes the one that they are stored in."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Engine of the language model; vllm schedules its own batches and needs `pip install 'graft[vllm]'`."""
+    quantization: str | None = None
+    """Method by which vLLM quantizes the language model, such as fp8; null does not quantize it."""
+    item_s: float = Field(default=1800.0, ge=10)
+    """Approximate seconds of audio in a work item. Longer recordings are shared out to several workers, and a killed
+    run loses at most the items that it was transcribing."""
+    formats: tuple[Format, ...] = ("txt", "json")
+    """Formats of the files that are written for each recording besides its parquet row."""
+    cues: CueLimits = CueLimits()
+    """How much text a subtitle shows at a time."""
+    workers: int = Field(default=1, ge=1)
+    """Number of models that transcribe side by side."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of each worker, and CPUs that it takes from the cluster."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs, or share of one, that each worker takes; 0 transcribes on CPUs."""
+    readers: int = Field(default=1, ge=1)
+    """Most processes that decode audio and find speech; each takes one CPU."""
+    items_per_batch: int = Field(default=16, ge=1)
+    """Number of items that are read, transcribed and written together."""
+    strict: bool = False
+    """Whether the exit code is 3 if a recording failed."""
+    retry_errors: bool = False
+    """Whether recordings that failed in an earlier run are tried again."""
+    price: float | None = Field(default=None, ge=0)
+    """Price of an hour of the whole cluster in your currency; the summary then has the cost of an hour of audio."""
 
 
 def run(recipe: TranscribeRecipe) -> int:
-    """Transcribe the recipe's recordings; returns 3 if one failed and `strict` is on.
+    """Transcribe the recipe's recordings into its folder, or print them; returns 3 if one failed and `strict` is on.
 
     Raises DataError when there are none, ModelError, OutputError.
     """
-    from .transcription import driver
+    recordings = find_recordings([recipe.audio] if isinstance(recipe.audio, str) else recipe.audio, recipe.columns)
+    _check_model(recipe)
+    with tempfile.TemporaryDirectory(prefix="graft-transcripts-") as scratch:
+        out = Path(scratch) if recipe.out is None else _claim_output(recipe, recipe.out)
+        summary = transcribe(recordings, recipe, out)
+        if recipe.out is None:
+            _print_transcripts(out)
+    print("\n".join(_summary_lines(summary)))
+    return PARTLY_FAILED if summary["failed"] and recipe.strict else 0
 
-    return PARTLY_FAILED if driver.run(recipe).failed and recipe.strict else 0
+
+def transcribe(
+    recordings: pa.Table, recipe: TranscribeRecipe, out: Path, opener: Opener | None = None
+) -> dict[str, Any]:
+    """Transcribe recordings (discovery.RECORDINGS) that are not done in `out`; returns the summary.
+
+    `opener` opens the model in each worker; by default it is the recipe's.
+    """
+    start = time.monotonic()
+    aligner, aligner_name = find_aligner(recipe.aligner) if recipe.aligner else (None, None)
+    workers = Workers(recipe.readers, recipe.workers, recipe.threads, recipe.gpus_per_worker, recipe.items_per_batch)
+    connect(cpus=workers.cpus)
+    home = out / "work"
+    home.mkdir(exist_ok=True)
+    done = read_index(home)
+    items = plan_items(recordings, item_s=recipe.item_s, probe=_probe)
+    plan = at_attempts(items, done, retry_errors=recipe.retry_errors)
+    reading = Reading(recipe.speech, recipe.chunks, recipe.channels)
+    options = {"instruction": recipe.instruction, "context": recipe.context}
+    opener = opener or model_opener(
+        "graft",
+        recipe.model,
+        threads=recipe.threads,
+        gpu=recipe.gpus_per_worker > 0,
+        dtype=recipe.dtype,
+        engine=recipe.engine,
+        quantization=recipe.quantization,
+        aligner=aligner,
+    )
+    rtfx = run_plan(plan, done, home, Pipeline(reading, opener, workers, options))
+    formats = recipe.formats if recipe.out else ()
+    output = OutputSettings(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner_name)
+    totals = join_recordings(plan, read_index(home), home, out, output)
+    summary = {
+        "done": totals.done,
+        "failed": totals.failed.total(),
+        "failed_by_reason": dict(totals.failed.most_common()),
+        "flagged_segments": dict(totals.flagged.most_common()),
+        "audio_hours": totals.audio_s / 3600,
+        "rtfx": rtfx,
+        "read_cpu_s_per_audio_s": totals.read_s / totals.audio_s if totals.audio_s else None,
+        "cost_per_audio_hour": recipe.price / rtfx if recipe.price is not None and rtfx else None,
+        "seconds": time.monotonic() - start,
+    }
+    write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _check_model(recipe: TranscribeRecipe) -> None:
+    """Check the model, the aligner, and what the model is asked for, before a cluster starts. Raises ModelError."""
+    from graft.checkpoints.loading import check_graft, open_processor
+
+    if recipe.quantization and recipe.engine != "vllm":
+        raise RecipeError(f"quantization={recipe.quantization} goes with engine=vllm")
+    if recipe.engine == "vllm":
+        require("vllm", extra="vllm")
+    check_graft(recipe.model)
+    if recipe.instruction or recipe.context:
+        open_processor(recipe.model).instruction(recipe.instruction, recipe.context)
+    if recipe.aligner:
+        find_aligner(recipe.aligner)
+
+
+def _claim_output(recipe: TranscribeRecipe, out: str) -> Path:
+    """Make the folder of results this recipe's with this model, or raise OutputError."""
+    from graft.checkpoints.loading import model_digest
+
+    digest = model_digest(recipe.model)
+    if recipe.model_digest not in (None, digest):
+        raise OutputError(
+            f"model {recipe.model} is not the one that model_digest={recipe.model_digest} names: it is {digest}"
+        )
+    return claim_output(out, recipe.model_copy(update={"model_digest": digest}), ignore=EXECUTION_KEYS).absolute()
+
+
+def _probe(uris: Sequence[str]) -> list[float | None]:
+    """Return the durations of files in seconds, asked in parallel; None where a file's is not known."""
+    import ray
+
+    ask = ray.remote(num_cpus=0.5)(durations)
+    parts = [ask.remote(uris[start : start + FILES_PER_TASK]) for start in range(0, len(uris), FILES_PER_TASK)]
+    return [seconds for part in parts for seconds in ray.get(part)]
+
+
+def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
+    rtfx, cost = summary["rtfx"], summary["cost_per_audio_hour"]
+    speed = ", nothing was left to do" if rtfx is None else f", {rtfx:.1f} times as fast as real time in this run"
+    price = f", {cost:.4f} an hour of audio" if cost is not None else ""
+    counts = f"{summary['done']} recordings done, {summary['failed']} failed"
+    yield f"{counts}; {summary['audio_hours']:.2f} h of audio{speed}{price}"
+    yield from (f"  failed: {count} x {reason}" for reason, count in summary["failed_by_reason"].items())
+    yield from (f"  flagged: {count} segments {flag}" for flag, count in summary["flagged_segments"].items())
+
+
+def _print_transcripts(out: Path) -> None:
+    for path in sorted((out / "recordings").glob("*.parquet")):
+        for row in pq.read_table(path, columns=["uri", "text", "error"], partitioning=None).to_pylist():
+            if row["error"]:
+                print(f"graft: {row['uri']}: {row['error']}", file=sys.stderr)
+            else:
+                print(f"{row['uri']}: {row['text']}")
 
 
 if __name__ == "__main__":

@@ -26,12 +26,11 @@ from graft.inference.transcriber import Transcriber
 
 from ..common.cluster import connect
 from ..common.console import quiet_libraries
+from ..transcribe import TranscribeRecipe, transcribe
 from ..transcription.assembly import read_index
 from ..transcription.discovery import find_recordings
-from ..transcription.driver import transcribe
 from ..transcription.pipeline import CONCURRENT_BATCHES, ItemTranscriber, Pipeline, Workers, transcribe_items
 from ..transcription.reader import ItemReader, Reading
-from ..transcription.recipe import TranscribeRecipe
 from ..transcription.work_items import at_attempts, durations, plan_items
 from .features import MEL_COUNT, reading_costs
 from .measuring import Numbers, report, watch
@@ -196,7 +195,7 @@ def _transcribe(graft: str, audio: Path) -> float:
     opener = functools.partial(open_stand_in, graft, H200_RATE)
     start = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()):
-        _, summary = transcribe(find_recordings([str(audio)]), recipe, out, opener)
+        summary = transcribe(find_recordings([str(audio)]), recipe, out, opener)
     if summary["failed"]:
         raise RuntimeError(f"{summary['failed']} recordings failed: {summary['failed_by_reason']}")
     return time.monotonic() - start

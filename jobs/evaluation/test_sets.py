@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
 from graft.data.dataset import CorpusFile, RowReader, RowTable, clip_row, read_rows, write_corpus
-from graft.data.nonspeech import SOUNDS, generate_sounds
 from graft.data.settings import Sources
 from graft.errors import AudioError, DataError
 
@@ -76,6 +75,8 @@ def joined(items: Sequence[Item], recording_s: float, folder: Path) -> list[Item
 
 def sounds(seed: int, folder: Path) -> list[Item]:
     """Make sounds in which nobody speaks, a set for each kind."""
+    from graft.data.nonspeech import SOUNDS, generate_sounds
+
     items = []
     for kind in SOUNDS:
         path = folder / f"{kind}.parquet"

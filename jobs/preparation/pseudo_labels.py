@@ -12,23 +12,23 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from graft.config import Recipe
+from graft.data.dataset import read_rows
 from graft.data.settings import Sources
 from graft.errors import DataError
 from graft.storage.atomic import atomic_file, write_atomic
 
 from ..common.cluster import connect
 from ..common.outputs import claim_output, holds_results
-
-if TYPE_CHECKING:
-    from graft.data.dataset import RowTable
-
-    from ..transcription.runs import ClipTranscript
+from ..transcription.pipeline import ClipTranscript, Pipeline, Workers, find_whisper, model_opener, transcribe_rows
+from ..transcription.reader import WINDOWS
 
 TEXTS_FILE, RESULT_FILE, WORK_FOLDER = "texts.parquet", "result.json", "work"
 EXECUTION_KEYS = frozenset({"readers", "workers", "threads_per_worker", "gpu"})
@@ -66,27 +66,18 @@ def write_texts(
     *,
     columns: Mapping[str, str],
     needs_transcript: Callable[[str], bool],
-    line: Callable[["RowTable", int, "ClipTranscript | None"], dict[str, Any]],
-    counts: Callable[[Path], dict[str, Any]],
-    summary: Callable[[dict[str, Any]], str],
+    line: Callable[[str, ClipTranscript | None], dict[str, Any]],
+    report: Callable[[Path], tuple[dict[str, Any], str]],
 ) -> None:
     """Write the texts of recipe.data for the command `name`, and result.json.
 
     columns           names and Arrow types of the columns of texts.parquet: ID, text and more
     needs_transcript  whether a row with this text is transcribed
-    line              a row, and its transcript if it needed one -> its line of texts.parquet
-    counts            texts.parquet -> the content of result.json
-    summary           the content of result.json -> one line for people
+    line              a row's text, and its transcript if it needed one -> its line of texts.parquet, without ID
+    report            texts.parquet -> the content of result.json, and one line for people
 
     Raises DataError, ModelError, OutputError, MissingExtra.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from graft.data.dataset import read_rows
-
-    from ..transcription.models import find_whisper
-
     out = Path(recipe.out).absolute()
     if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and (out / RESULT_FILE).is_file():
         print(f"{name}: {recipe.out} is done already")
@@ -100,32 +91,23 @@ def write_texts(
         )
     claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)
     is_needed = np.array([needs_transcript(rows.text(row)) for row in range(len(rows))])
-    clips = _transcribe(rows.select(is_needed), whisper, out / WORK_FOLDER, recipe) if is_needed.any() else iter(())
+    clips: Iterator[ClipTranscript] = iter(())
+    if is_needed.any():
+        threads, gpu = recipe.threads_per_worker, recipe.gpu
+        workers = Workers(recipe.readers, recipe.workers, threads, int(gpu), recipe.batch_clips)
+        connect(cpus=workers.cpus)
+        opener = model_opener("whisper", whisper, threads=threads, gpu=gpu, dtype=recipe.dtype)
+        clips = transcribe_rows(rows.select(is_needed), out / WORK_FOLDER, Pipeline(WINDOWS, opener, workers))
     with atomic_file(out / TEXTS_FILE) as temporary, pq.ParquetWriter(temporary, pa.schema(columns)) as writer:
         for start in range(0, len(rows), recipe.part_clips):
-            part = range(start, min(start + recipe.part_clips, len(rows)))
-            lines = [line(rows, row, next(clips) if is_needed[row] else None) for row in part]
+            lines = []
+            for row in range(start, min(start + recipe.part_clips, len(rows))):
+                clip = next(clips) if is_needed[row] else None
+                if clip and clip.error:
+                    print(f"graft: {rows.id(row)}: {clip.error}", file=sys.stderr)
+                lines.append({"ID": rows.id(row)} | line(rows.text(row), clip))
             writer.write_table(pa.Table.from_pylist(lines, schema=writer.schema))
-    result = counts(out / TEXTS_FILE)
+    result, summary = report(out / TEXTS_FILE)
     write_atomic(out / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
-    print(f"{name}: {summary(result)}; see {Path(recipe.out) / TEXTS_FILE}", flush=True)
-
-
-def report_untranscribed(rows: "RowTable", row: int, clip: "ClipTranscript") -> None:
-    """Print why a clip cannot be read."""
-    print(f"graft: {rows.id(row)}: {clip.error}", file=sys.stderr)
-
-
-def _transcribe(rows: "RowTable", whisper: str, home: Path, recipe: TextsRecipe) -> "Iterator[ClipTranscript]":
-    """Transcribe all of the audio of rows, in windows."""
-    from ..transcription.models import model_opener
-    from ..transcription.pipeline import Pipeline, Workers
-    from ..transcription.reader import WINDOWS
-    from ..transcription.runs import transcribe_rows
-
-    threads, gpu = recipe.threads_per_worker, recipe.gpu
-    workers = Workers(recipe.readers, recipe.workers, threads, int(gpu), recipe.batch_clips)
-    connect(cpus=workers.cpus)
-    opener = model_opener("whisper", whisper, threads=threads, gpu=gpu, dtype=recipe.dtype)
-    return transcribe_rows(rows, home, Pipeline(WINDOWS, opener, workers))
+    print(f"{name}: {summary}; see {Path(recipe.out) / TEXTS_FILE}", flush=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,13 +23,26 @@ from graft.inference.subtitles import CueLimits, Format, format_transcript
 from graft.inference.transcript import Segment, Transcript, Word, stitch
 from graft.storage.atomic import atomic_file, atomic_folder, write_atomic
 
-from .pipeline import SEGMENTS
 from .reader import name_of
 
 RECORDINGS_PER_TASK = 500
 PENDING = ".pending.parquet"
 """Suffix of the file with which Ray marks a file of results that it is still writing."""
 
+WORDS = pa.list_(pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("text", pa.string())]))
+SEGMENTS = pa.list_(
+    pa.struct(
+        [
+            ("start_s", pa.float64()),
+            ("end_s", pa.float64()),
+            ("text", pa.string()),
+            ("mean_logprob", pa.float64()),
+            ("flags", pa.list_(pa.string())),
+            ("words", WORDS),
+            ("channel", pa.int32()),
+        ]
+    )
+)
 TRANSCRIPTS = pa.schema(
     [
         ("id", pa.string()),  # the recording's name
@@ -82,11 +96,8 @@ class Totals:
 
     def add(self, other: "Totals") -> None:
         """Add the counts of another part of the run."""
-        self.done += other.done
-        self.audio_s += other.audio_s
-        self.read_s += other.read_s
-        self.failed += other.failed
-        self.flagged += other.flagged
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
 
 def read_index(home: Path) -> pa.Table:
@@ -178,19 +189,30 @@ def _join_part(plan: pa.Table, items: str, path: str, output: OutputSettings) ->
             transcript = join_items(recording, model=output.model, aligner=output.aligner)
             row = _transcript_row(recording, transcript)
             writer.write_table(pa.Table.from_pylist([row], TRANSCRIPTS))
-            _count(totals, row, recording)
-            failures += [_failure(item) for item in recording if item["error"]]
-            if not row["error"]:
-                _write_files(transcript, recording[0]["stem"], output)
+            totals.audio_s += row["duration_s"]
+            totals.read_s += row["read_s"]
+            totals.flagged.update(flag for segment in row["segments"] for flag in segment["flags"])
+            if failed := [item for item in recording if item["error"]]:
+                totals.failed[_kind(_reason(failed[0]))] += 1
+                keys = ("recording", "uri", "start_s", "end_s")
+                failures += [{key: item[key] for key in keys} | {"error": _reason(item)} for item in failed]
+                continue
+            totals.done += 1
+            for kind in output.formats:
+                name = f"{recording[0]['stem']}.{kind}"
+                write_atomic(Path(output.folder, name), format_transcript(transcript, kind, output.cues))
     return totals, failures
 
 
 def _transcript_row(items: Sequence[dict[str, Any]], transcript: Transcript) -> dict[str, Any]:
     """Make a recording's row of TRANSCRIPTS."""
+    # Segments are weighted by the lengths of their texts: how many tokens each had is not kept.
+    known = [one for one in transcript.segments if one.text and one.mean_logprob is not None]
+    weights = [len(one.text) for one in known]
     return transcript.to_dict() | {
         "id": items[0]["recording"],
         "uri": items[0]["uri"],
-        "confidence": _confidence(transcript.segments),
+        "confidence": math.exp(np.average([one.mean_logprob for one in known], weights=weights)) if known else None,
         "flags": sorted({flag for segment in transcript.segments for flag in segment.flags}),
         "error": join_errors(items),
         "read_s": sum(item["read_s"] for item in items),
@@ -203,29 +225,6 @@ def _segment(values: dict[str, Any]) -> Segment:
     return Segment(**values | {"flags": tuple(values["flags"]), "words": words})
 
 
-def _confidence(segments: Sequence[Segment]) -> float | None:
-    """Average over segments by the lengths of their texts: how many tokens each had is not kept."""
-    known = [(one.mean_logprob, len(one.text)) for one in segments if one.text and one.mean_logprob is not None]
-    return (
-        math.exp(sum(mean * weight for mean, weight in known) / sum(weight for _, weight in known)) if known else None
-    )
-
-
-def _count(totals: Totals, row: dict[str, Any], items: Sequence[dict[str, Any]]) -> None:
-    totals.audio_s += row["duration_s"]
-    totals.read_s += row["read_s"]
-    totals.flagged.update(flag for segment in row["segments"] for flag in segment["flags"])
-    if row["error"]:
-        totals.failed[_kind(next(_reason(item) for item in items if item["error"]))] += 1
-    else:
-        totals.done += 1
-
-
-def _failure(item: dict[str, Any]) -> dict[str, Any]:
-    """Make a line of errors.jsonl."""
-    return {key: item[key] for key in ("recording", "uri", "start_s", "end_s")} | {"error": _reason(item)}
-
-
 def _reason(item: dict[str, Any]) -> str:
     return str(item["error"]).removeprefix(f"{name_of(item)}: ")
 
@@ -233,9 +232,3 @@ def _reason(item: dict[str, Any]) -> str:
 def _kind(reason: str) -> str:
     """Strip a reason of its numbers and its remedy, so that equal ones are counted together."""
     return re.sub(r"\d[\d.,]*", "N", re.split(r"[:(]", reason)[0]).strip()
-
-
-def _write_files(transcript: Transcript, stem: str, output: OutputSettings) -> None:
-    for kind in output.formats:
-        path = Path(output.folder) / f"{stem}.{kind}"
-        write_atomic(path, format_transcript(transcript, kind, output.cues))

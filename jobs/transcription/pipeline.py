@@ -4,28 +4,54 @@
                                                                           \\-> done/: the ids of all that is written
 
 A run that is started again reads the same plan and leaves out the ids in done/. What goes wrong with one item is a
-value, its `error`; a model that cannot be opened ends the run.
+value, its `error`; a model that cannot be opened ends the run. Models are grafts, or plain Whisper as the baseline.
 """
 
 import asyncio
+import functools
 import math
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from graft.audio.chunking import Chunk, windows
+from graft.checkpoints.names import absolute_checkpoint
+from graft.data.dataset import RowTable
 from graft.errors import GraftError, ModelError
 from graft.inference.transcript import Segment
+from graft.storage.atomic import atomic_file
 from graft.storage.locations import one_line_error
 
 from ..common.cli import user_message
-from .models import ChunkTranscriber, Opener
+from .assembly import (
+    SEGMENTS,
+    join_errors,
+    join_items,
+    plan_parts,
+    read_index,
+    recordings_in,
+    whole_files,
+    with_files,
+)
+from .discovery import recordings_of_rows
+from .progress import BulkProgress
 from .reader import FAULTS_IN_A_ROW, KEYS, MEASURED, READ, ItemReader, Reading, chunk_of
+from .work_items import durations, plan_items
+
+if TYPE_CHECKING:
+    from graft.audio.clip import AudioClip
+    from graft.inference.engines.whisper_baseline import WhisperBaseline, WhisperTranscript
+    from graft.inference.transcriber import Transcriber
 
 GIB = 2**30
 CONCURRENT_BATCHES = 3
@@ -39,24 +65,21 @@ freed: 700 MB of 2,300 MB on ten hours of audio."""
 PER_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "runtime_env": MALLOC_ENV}
 """A call of both steps takes a whole block, which is a batch of items."""
 
-WORDS = pa.list_(pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("text", pa.string())]))
-SEGMENTS = pa.list_(
-    pa.struct(
-        [
-            ("start_s", pa.float64()),
-            ("end_s", pa.float64()),
-            ("text", pa.string()),
-            ("mean_logprob", pa.float64()),
-            ("flags", pa.list_(pa.string())),
-            ("words", WORDS),
-            ("channel", pa.int32()),
-        ]
-    )
-)
 RESULTS = pa.schema([*KEYS, *MEASURED, ("started_at", pa.float64()), ("heard_s", pa.float64()), ("segments", SEGMENTS)])
 """The result of an item. `error` is null or says in one line what failed; `duration_s` is the length of the decoded
 audio; `read_s` is the CPU time of reading; `started_at` (Unix time) and `heard_s` are when transcription began and how
 many seconds it took, beside other items."""
+
+
+class ChunkTranscriber(Protocol):
+    """A model that transcribes chunks, called from several threads and event loops; graft's Transcriber is one."""
+
+    @property
+    def transcribe_chunks(self) -> Callable[..., Awaitable[Sequence[Segment]]]:
+        """Chunks that are cut already, and options -> a segment for each, in their order."""
+
+
+Opener = Callable[[], ChunkTranscriber]
 
 
 class ItemTranscriber:
@@ -192,3 +215,117 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
             if message := user_message(error):
                 raise ModelError(message) from error
             raise
+
+
+@dataclass(frozen=True)
+class ClipTranscript:
+    """The transcript of a clip, or the error that says why it has none."""
+
+    text: str = ""
+    error: str | None = None
+    duration_s: float = 0.0
+    mean_logprob: float | None = None
+    """Mean natural log-probability of the text's tokens; None where there are none."""
+
+
+def run_plan(plan: pa.Table, done: pa.Table, home: Path, pipeline: Pipeline) -> float | None:
+    """Transcribe the items of a plan that are not `done`, the index of `home`, and print how it goes.
+
+    Returns the seconds of audio for each second of this run, None where nothing was left to do. Raises as
+    transcribe_items.
+    """
+    if pc.all(pc.is_in(plan["id"], done["id"])).as_py():
+        return None
+    with atomic_file(home / "plan.parquet") as temporary:
+        pq.write_table(plan, temporary, row_group_size=50_000)
+    with BulkProgress(plan, done, home) as progress:
+        transcribe_items(home / "plan.parquet", home, pipeline)
+    return progress.rtfx
+
+
+def transcribe_rows(rows: RowTable, home: Path, pipeline: Pipeline) -> Iterator[ClipTranscript]:
+    """Transcribe the rows of a corpus and yield a transcript for each, in their order; no row may stand there twice.
+
+    `home` is a folder that every node sees. A run that was cut off goes on there. Raises as transcribe_items.
+    """
+    home.mkdir(exist_ok=True)
+    places = zip(rows.file.tolist(), rows.row_group.tolist(), rows.row.tolist(), strict=True)
+    versions = pa.array([f"{rows.files[file].uri}:{group}:{row}" for file, group, row in places])
+    plan = plan_items(recordings_of_rows(rows, versions), probe=durations)
+    run_plan(plan, read_index(home), home, pipeline)
+    for part in plan_parts(with_files(plan, read_index(home))):
+        for items in recordings_in(part, home / "items"):
+            transcript = join_items(items)
+            # Characters stand for tokens, whose number is not kept; one more stands for the end of a segment's answer.
+            known = [one for one in transcript.segments if one.mean_logprob is not None]
+            weights = [len(one.text) + 1 for one in known]
+            mean = float(np.average([one.mean_logprob for one in known], weights=weights)) if known else None
+            yield ClipTranscript(transcript.text, join_errors(items), transcript.duration_s, mean)
+
+
+def measured_rtfx(home: Path) -> float:
+    """Return seconds of audio per second, from when a model got the first item to when the last one was done."""
+    columns = ["duration_s", "started_at", "heard_s"]
+    results = pa.concat_tables(pq.read_table(path, columns=columns, partitioning=None) for path in whole_files(home))
+    ended_at = pc.max(pc.add(results["started_at"], results["heard_s"])).as_py()
+    seconds = ended_at - pc.min(results["started_at"]).as_py()
+    return float(pc.sum(results["duration_s"]).as_py() / max(seconds, 1e-9))
+
+
+def model_opener(kind: Literal["graft", "whisper"], model: str, *, threads: int, gpu: bool, **settings: Any) -> Opener:
+    """Return a function that opens a model in a worker; `settings` are graft.load's, for Whisper `dtype` alone."""
+    opener: Callable[..., ChunkTranscriber] = _open_graft if kind == "graft" else _open_whisper
+    return functools.partial(
+        opener, absolute_checkpoint(model), threads=threads, device="cuda" if gpu else "cpu", **settings
+    )
+
+
+def find_whisper(name: str) -> str:
+    """Return the Whisper checkpoint that a recipe names; `bundled` is Whisper base. Raises ModelError, MissingExtra."""
+    from graft.checkpoints.build import check_kind
+    from graft.checkpoints.bundled.cache import bundled_whisper
+
+    path = str(bundled_whisper()) if name == "bundled" else name
+    check_kind(path, "whisper")
+    return path
+
+
+class WhisperTranscriber:
+    """Plain Whisper as a ChunkTranscriber; the chunks of all items on one event loop are decoded together."""
+
+    def __init__(self, whisper: "WhisperBaseline") -> None:
+        self._whisper = whisper
+        self._lock = threading.Lock()  # PyTorch's threads serve one batch at a time
+        self._batches: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, tuple[list[AudioClip], list[WhisperTranscript]]
+        ] = weakref.WeakKeyDictionary()
+
+    async def transcribe_chunks(self, chunks: Sequence[Chunk]) -> list[Segment]:
+        """Transcribe chunks of at most 30 s; a segment for each, in their order."""
+        clips, answers = self._batches.setdefault(asyncio.get_running_loop(), ([], []))
+        start = len(clips)
+        clips += [chunk.clip for chunk in chunks]
+        await asyncio.sleep(0)  # every other item adds its chunks before the first one goes on
+        if len(answers) < len(clips):
+            with self._lock:
+                answers += self._whisper.transcribe_many(clips[len(answers) :])
+        return [
+            Segment(chunk.start_s, chunk.start_s + chunk.clip.duration_s, answer.text, answer.mean_logprob)
+            for chunk, answer in zip(chunks, answers[start : start + len(chunks)], strict=True)
+        ]
+
+
+def _open_graft(model: str, **settings: Any) -> "Transcriber":
+    from graft.inference.transcriber import open_transcriber
+
+    return open_transcriber(model, chunker=windows, **settings)  # readers cut the audio; the chunker is not called
+
+
+def _open_whisper(checkpoint: str, *, threads: int, device: str, dtype: str | None) -> WhisperTranscriber:
+    import torch
+
+    from graft.checkpoints.loading import DTYPES
+    from graft.inference.engines.whisper_baseline import WhisperBaseline
+
+    torch.set_num_threads(threads)
+    return WhisperTranscriber(WhisperBaseline(checkpoint, device=device, dtype=DTYPES[dtype] if dtype else None))

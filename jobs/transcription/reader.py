@@ -3,8 +3,11 @@
 What goes wrong with one item is a value, its `error`.
 """
 
+import contextlib
 import functools
 import time
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +26,18 @@ from graft.errors import AudioError, DataError
 from graft.storage.locations import one_line_error, redact_uri
 from graft.storage.source import AudioSource
 
-from .crash_guard import LONE_CRASHES, CrashTracker
 from .work_items import ITEMS
 
 FAULTS_IN_A_ROW = 3
 """Items in a row on which an engine or a reader may fail; when more do, the fault is its own and the run ends."""
+
+LONE_CRASHES = 2
+"""Crashes of processes while they read an item, after the first one of its batch, that make it poisoned. A killed node
+counts as a crash, too."""
+POISONED = (
+    f"the decoder crashed on this file {LONE_CRASHES + 1} times; it is skipped: {CONVERT}, "
+    "or take a smaller item_s if memory ran out"
+)
 
 KEYS = [(name, ITEMS.field(name).type) for name in ("id", "item", "attempt", "item_count")]
 MEASURED = [("error", pa.string()), ("duration_s", pa.float64()), ("read_s", pa.float64())]
@@ -56,8 +66,10 @@ WINDOWS = Reading(None, ChunkSettings(max_s=30.0))
 class ItemReader:
     """Decode items and cut them into chunks, for Ray Data: rows of ITEMS -> rows of READ.
 
-    With a folder for notes, an item whose decoding crashes the process again and again becomes an error
-    (jobs.transcription.crash_guard).
+    Some files make a decoder crash, or take more memory than there is. Ray starts another process and gives it the same
+    batch, without end. So a reader with a folder for notes writes there which batch it reads, and the notes of crashed
+    processes stay. When a batch has crashed a process, its items are noted one by one, and an item that crashes its
+    process LONE_CRASHES times more is poisoned: it becomes an error.
     """
 
     def __init__(self, reading: Reading, notes: Path | None = None) -> None:
@@ -72,23 +84,32 @@ class ItemReader:
         )
         self._corpora = RowReader([])  # one reader for all parquet files, so that few row groups are held
         self._file_numbers: dict[CorpusFile, int] = {}  # a parquet file -> its place in the reader's list
-        self._crashes = CrashTracker(notes) if notes else None
+        self._note = notes / uuid.uuid4().hex if notes else None
+        self._crashes: Counter[str] = Counter()  # by what the crashed processes had noted
+        for path in notes.iterdir() if notes else ():
+            with contextlib.suppress(FileNotFoundError):  # the note of a living process, which has just finished
+                self._crashes[path.read_text()] += 1
         self._faults = 0
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        items, crashes = batch.to_pylist(), self._crashes
-        if crashes is None or not items:
+        items, note = batch.to_pylist(), self._note
+        if note is None or not items:
             yield from map(self._read, items)
             return
-        with crashes.note_while_reading(first := items[0]["id"]):
-            is_suspected = crashes.has_crashed(first)
+        batch_note = f"batch of {items[0]['id']}"
+        is_suspected = self._crashes[batch_note] > 0
+        try:
+            note.write_text(batch_note)
             for item in items:
                 if is_suspected:
-                    crashes.note_item(item["id"])
-                row = self._skip(item) if crashes.is_poisoned(item["id"]) else self._read(item)
+                    note.write_text(item["id"])
+                is_poisoned = self._crashes[item["id"]] >= LONE_CRASHES
+                row = _row(item, error=f"{name_of(item)}: {POISONED}") if is_poisoned else self._read(item)
                 if is_suspected:  # the item is read; its row may wait long until Ray takes it
-                    crashes.note_batch(first)
+                    note.write_text(batch_note)
                 yield row
+        finally:
+            note.unlink(missing_ok=True)
 
     def _read(self, item: dict[str, Any]) -> pa.Table:
         start, error, duration_s, chunks = time.process_time(), None, 0.0, NO_CHUNKS
@@ -105,13 +126,6 @@ class ItemReader:
                 raise
             error = f"{name_of(item)}: reading it failed: {type(fault).__name__}: {one_line_error(fault)}"
         return _row(item, error=error, duration_s=duration_s, read_s=time.process_time() - start, chunks=chunks)
-
-    def _skip(self, item: dict[str, Any]) -> pa.Table:
-        error = (
-            f"{name_of(item)}: the decoder crashed on this file {LONE_CRASHES + 1} times; it is skipped: {CONVERT}, "
-            "or take a smaller item_s if memory ran out"
-        )
-        return _row(item, error=error, duration_s=0.0, read_s=0.0, chunks=NO_CHUNKS)
 
     def _decode(self, item: dict[str, Any]) -> tuple[np.ndarray, int]:
         """Return an item's samples, (samples, channels), and where in its recording the first of them is."""
@@ -167,9 +181,16 @@ def name_of(item: dict[str, Any]) -> str:
     return redact_uri(item["uri"]) if item["row"] is None else item["recording"]
 
 
-def _row(item: dict[str, Any], *, chunks: pa.Array, **measured: object) -> pa.Table:
+def _row(
+    item: dict[str, Any],
+    *,
+    error: str | None,
+    duration_s: float = 0.0,
+    read_s: float = 0.0,
+    chunks: pa.Array = NO_CHUNKS,
+) -> pa.Table:
     """Make the row of READ of one item."""
-    values = item | measured
+    values = item | {"error": error, "duration_s": duration_s, "read_s": read_s}
     columns = [chunks if name == "chunks" else pa.array([values[name]], READ.field(name).type) for name in READ.names]
     return pa.table(columns, schema=READ)
 

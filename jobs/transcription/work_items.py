@@ -47,7 +47,7 @@ Probe = Callable[[Sequence[str]], list[float | None]]
 """URIs -> seconds of audio in each; None where the number is not known."""
 
 
-def plan_items(recordings: pa.Table, *, item_s: float, probe: Probe) -> pa.Table:
+def plan_items(recordings: pa.Table, *, item_s: float = 1800.0, probe: Probe) -> pa.Table:
     """Cut recordings (discovery.RECORDINGS) into ITEMS of about `item_s` seconds, in their order.
 
     `probe` returns the durations of files that may be longer than an item.
@@ -63,7 +63,8 @@ def plan_items(recordings: pa.Table, *, item_s: float, probe: Probe) -> pa.Table
     place = np.repeat(np.arange(len(recordings)), counts)
     index = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
     is_last = index == counts[place] - 1
-    ids = _recording_ids(recordings)
+    batches = recordings.select(["recording", "version"]).to_batches(max_chunksize=_BLOCK)
+    ids = pa.chunked_array([_recording_ids(batch) for batch in batches], pa.string())
     start_s = index * item_s
     chosen = recordings.select(["recording", "uri", "row_group", "row", "audio_column"]).take(pa.array(place))
     item_ids = pc.binary_join_element_wise(ids.take(pa.array(place)), pa.array(index).cast(pa.string()), "-")
@@ -81,16 +82,10 @@ def plan_items(recordings: pa.Table, *, item_s: float, probe: Probe) -> pa.Table
     return pa.table([columns[name] for name in ITEMS.names], schema=ITEMS)
 
 
-def _recording_ids(recordings: pa.Table) -> pa.Array:
-    batches = recordings.select(["recording", "version"]).to_batches(max_chunksize=_BLOCK)
-    lists = ((column.to_pylist() for column in batch.columns) for batch in batches)
-    ids = (pa.array(map(recording_id, *columns), pa.string()) for columns in lists)
-    return pa.chunked_array(ids, pa.string()).combine_chunks()
-
-
-def recording_id(name: str, version: str) -> str:
-    """Return a short id of a recording as it is now; equal names and versions have equal ids."""
-    return hashlib.sha256(f"{name}\0{version}".encode()).hexdigest()[:20]
+def _recording_ids(names: pa.RecordBatch) -> pa.Array:
+    """Return short ids of recordings as they are now; equal names and versions have equal ids."""
+    rows = zip(*(column.to_pylist() for column in names.columns), strict=True)
+    return pa.array([hashlib.sha256(f"{name}\0{version}".encode()).hexdigest()[:20] for name, version in rows])
 
 
 def at_attempts(items: pa.Table, results: pa.Table, *, retry_errors: bool) -> pa.Table:
@@ -105,7 +100,10 @@ def at_attempts(items: pa.Table, results: pa.Table, *, retry_errors: bool) -> pa
     attempts = pc.fill_null(joined["attempt"], 0).to_numpy().copy()
     if retry_errors:
         attempts += joined["failed"].to_numpy(zero_copy_only=False) == True  # noqa: E712 - null is not
-    return _identified(items, attempts)
+    attempt = pa.array(attempts, pa.int32())
+    retried = pc.binary_join_element_wise(items["item"], attempt.cast(pa.string()), "~")
+    ids = pc.if_else(pa.array(attempts == 0), items["item"], retried)
+    return items.set_column(0, "id", ids).set_column(items.schema.get_field_index("attempt"), "attempt", attempt)
 
 
 def last_attempts(results: pa.Table) -> pa.Table:
@@ -115,13 +113,6 @@ def last_attempts(results: pa.Table) -> pa.Table:
     last = pa.table({"item": results["item"], "rank": rank}).group_by("item").aggregate([("rank", "max")])
     ranks = last["rank_max"].to_numpy()
     return pa.table({"item": last["item"], "attempt": ranks // 2, "failed": ranks % 2 == 1})
-
-
-def _identified(items: pa.Table, attempts: np.ndarray) -> pa.Table:
-    attempt = pa.array(attempts, pa.int32())
-    retried = pc.binary_join_element_wise(items["item"], attempt.cast(pa.string()), "~")
-    ids = pc.if_else(pa.array(attempts == 0), items["item"], retried)
-    return items.set_column(0, "id", ids).set_column(items.schema.get_field_index("attempt"), "attempt", attempt)
 
 
 def durations(uris: Sequence[str]) -> list[float | None]:

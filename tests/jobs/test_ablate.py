@@ -9,9 +9,8 @@ import yaml
 
 from graft.config import read_recipe
 from graft.errors import RecipeError
-from jobs.ablate import AblateRecipe, run, trials
+from jobs.ablate import AblateRecipe, run, table, trials
 from jobs.common.cli import run_job
-from jobs.evaluation.ablation_table import table
 from tests.support import tiny_models
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import corpus, row

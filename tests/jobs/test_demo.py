@@ -8,7 +8,7 @@ import pytest
 from jobs import demo as demo_job
 from jobs.common.cli import run_job
 from jobs.common.outputs import claim_output
-from jobs.demo import Demo, DemoRecipe
+from jobs.demo import DemoRecipe
 from jobs.stage1 import Stage1Recipe
 
 
@@ -37,22 +37,20 @@ def test_only_a_demos_own_folder_is_emptied(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_both_stages_read_what_the_steps_before_them_wrote(tmp_path: Path) -> None:
-    demo = Demo(DemoRecipe(out=str(tmp_path), stage1_epochs=4, stage2_epochs=5, workers=3))
-    first, second, score = (
-        demo_job._stage1_recipe(demo),
-        demo_job._stage2_recipe(demo),
-        demo_job._evaluate_recipe(demo, "merged"),
-    )
-    before = demo_job._evaluate_recipe(demo, "graft")
+    recipe = DemoRecipe(out=str(tmp_path), stage1_epochs=4, stage2_epochs=5, workers=3)
+    recipes = demo_job.step_recipes(recipe)
+    assert recipes.keys() == {name for name, _, _ in demo_job.STEPS}
+    first, second, score = (recipes[name] for name in ("stage1", "stage2", "evaluate merged"))
+    before = recipes["evaluate graft"]
     assert (first.epochs, second.epochs, first.workers, second.workers) == (4, 5, 3, 3)
     assert first.backend == "deepspeed"
-    assert second.quantize == demo.recipe.quantize
+    assert second.quantize == recipe.quantize
     assert second.projector == first.out
     assert first.data == second.data == [score.data["trained"]]
     assert score.audio_check == "trained"
     assert score.limit is not None
     assert score.limit <= len(demo_job._manifest("train"))
-    sources = demo_job._prepare_recipe(demo).long_sources()
+    sources = recipes["prepare"].long_sources()
     assert [(source.split, Path(source.manifest).is_file()) for source in sources] == [
         ("train", True),
         ("unseen", True),
@@ -62,11 +60,11 @@ def test_both_stages_read_what_the_steps_before_them_wrote(tmp_path: Path) -> No
     assert before.data == {"unseen": score.data["unseen"]}
 
 
-def test_the_summary_has_the_keys_that_others_read(tmp_path: Path) -> None:
-    demo = Demo(DemoRecipe(out=str(tmp_path)))
-    assert demo.step("prepare", "rows", lambda: 7) == 7
-    for _ in range(2):
-        demo.step("evaluate", "scores", lambda: time.sleep(0.06))
+def test_the_summary_has_the_keys_that_others_read() -> None:
+    steps = [("prepare", lambda recipe: 7, "rows")]
+    steps += [(f"evaluate {model}", lambda recipe: time.sleep(0.06), "scores") for model in ("graft", "merged")]
+    results, seconds = demo_job._run_steps(steps, dict.fromkeys((name for name, _, _ in steps), DemoRecipe()))
+    assert results["prepare"] == 7
     scores = {
         name: {"graft": {"wer": place, "clips": 20}, "whisper": {"wer": place / 2}}
         for place, name in enumerate(["trained", "unseen"])
@@ -74,7 +72,8 @@ def test_the_summary_has_the_keys_that_others_read(tmp_path: Path) -> None:
     report = {"sets": {**scores, "swapped": {"graft": {"wer": 2}}}, "rtfx": {"graft": 3.0}}
     stage = {"loss_first": 6.0, "loss_last": 1.0, "steps": 9, "seconds": 5.0}
     before = {"sets": {"unseen": {"graft": {"wer": 3}}}}
-    summary = demo_job._summarize(demo, stage, stage, before, report)
+    results = {"stage1": stage, "stage2": stage, "evaluate graft": before, "evaluate merged": report}
+    summary = demo_job._summarize(results, seconds)
     assert summary["stage1"] == summary["stage2"] == {"loss_first": 6.0, "loss_last": 1.0, "seconds": 5.0}
     assert summary["wer"] == {
         "trained": 0,

@@ -20,9 +20,8 @@ from graft.text.punctuation import transfer_formatting
 from jobs.common.cli import run_job
 from jobs.format import FormatRecipe
 from jobs.format import run as run_format
-from jobs.transcription.pipeline import Pipeline, Workers
+from jobs.transcription.pipeline import Pipeline, Workers, transcribe_rows
 from jobs.transcription.reader import WINDOWS
-from jobs.transcription.runs import transcribe_rows
 from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
 
 pytestmark = pytest.mark.usefixtures("ray_started")

@@ -13,7 +13,7 @@ from graft.inference.engines.whisper_baseline import WhisperBaseline
 from jobs.common.cli import run_job
 from jobs.label import LabelRecipe, doubt
 from jobs.label import run as run_label
-from jobs.transcription.runs import ClipTranscript
+from jobs.transcription.pipeline import ClipTranscript
 from tests.support.speech_corpus import BROKEN, corpus, flac, row, save_tiny_whisper
 
 pytestmark = pytest.mark.usefixtures("ray_started")

@@ -26,7 +26,6 @@ from graft.inference.transcript import Transcript
 from graft.text.wer import score
 from graft.training.stages import ComputeSettings, Stage, open_for_stage
 from jobs import check, evaluate, merge, stage1, stage2
-from jobs.evaluation import scoring
 from tests.support import tiny_models
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
@@ -349,7 +348,7 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
         "windows": True,
     }
     recipe = evaluate.EvaluateRecipe.model_validate({**settings, "limit": 5, "audio_check": "trained"})
-    report = scoring.run(recipe)
+    report = evaluate.evaluate(recipe)
     out = Path(recipe.out)
     assert {path.name for path in out.iterdir()} == {"report.json", "predictions.jsonl", "recipe.yaml"}
     assert report == json.loads((out / "report.json").read_text())
@@ -395,5 +394,5 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
     # What is there stays as it is.
     for again in (recipe, recipe.model_copy(update={"limit": 2})):
         with pytest.raises(OutputError, match="evaluation exists: choose another out= or remove it"):
-            scoring.run(again)
+            evaluate.evaluate(again)
     assert report == json.loads((out / "report.json").read_text())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from graft.inference.transcriber import Transcriber, open_transcriber
 from graft.inference.transcript import Transcript
 from jobs.common.outputs import holds_results
-from jobs.transcription.recipe import EXECUTION_KEYS, TranscribeRecipe
+from jobs.transcribe import EXECUTION_KEYS, TranscribeRecipe
 from tests.support import hub_server, media, tiny_models
 from tests.support.jobs import transcribe
 from tests.support.paths import ROOT

@@ -15,8 +15,8 @@ from graft.model.tokens import LETTERS
 from graft.processor import GraftProcessor
 from graft.text.wer import score
 from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage, trainable_module
+from jobs.ablate import score_ctc
 from jobs.evaluate import EvaluateRecipe
-from jobs.evaluation.ctc import score_ctc
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, flac
 from tests.support.speech_corpus import row as corpus_row

@@ -17,8 +17,7 @@ from graft.audio.chunking import ChunkSettings
 from graft.audio.clip import SAMPLE_RATE, read_audio
 from graft.data.dataset import write_corpus
 from jobs.transcription import assembly
-from jobs.transcription.crash_guard import LONE_CRASHES
-from jobs.transcription.reader import FAULTS_IN_A_ROW, ItemReader, Reading
+from jobs.transcription.reader import FAULTS_IN_A_ROW, LONE_CRASHES, ItemReader, Reading
 from tests.support import media
 from tests.support.work_items import QUICK, chunks_of, items_of, long_recording, read
 

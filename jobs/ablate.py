@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from graft.config import R, Recipe, read_recipe
-from graft.data.dataset import RowReader, RowTable, read_rows
 from graft.data.settings import Sources
 from graft.errors import RecipeError
 from graft.storage.atomic import write_atomic
@@ -26,7 +26,6 @@ from . import build, stage1, stage2
 from .common.cli import run_job
 from .common.outputs import claim_output, holds_results
 from .evaluate import REPORT_FILE, EvaluateRecipe, evaluate
-from .evaluation.test_sets import as_rows, labelled
 from .training.recipe import EXECUTION_KEYS
 
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
@@ -85,6 +84,8 @@ class Trial:
 
 def run(recipe: AblateRecipe) -> None:
     """Train and score all variants. Raises RecipeError before the first of them, and the errors of the commands."""
+    from graft.data.dataset import read_rows
+
     from .training.samples import trainable
 
     planned = trials(recipe)
@@ -99,7 +100,7 @@ def run(recipe: AblateRecipe) -> None:
         change = ", ".join(_describe_changes(changes, base)) or "-"
         print(f"\n== {trial.variant}-{trial.seed}, {len(results) + 1} of {len(planned)}: {change}", flush=True)
         names = {"variant": trial.variant, "seed": trial.seed, "change": change}
-        results.append(names | _run_trial(trial, rows, recipe.last_stage))
+        results.append(names | _run_trial(trial, rows.duration_s, recipe.last_stage))
         write_atomic(out / RESULT_FILE, json.dumps(results, indent=2) + "\n")
         write_atomic(out / TABLE_FILE, table(results))
     print(f"\n{table(results)}", end="", flush=True)
@@ -170,7 +171,7 @@ def _describe_changes(changes: Mapping[Any, Any], base: Mapping[Any, Any] | None
         yield from _describe_changes(value, old) if isinstance(value, dict) else [f"{key} {value} instead of {old}"]
 
 
-def _run_trial(trial: Trial, rows: RowTable, last_stage: int) -> dict[str, Any]:
+def _run_trial(trial: Trial, durations_s: np.ndarray, last_stage: int) -> dict[str, Any]:
     """Build, train and score, or read what an earlier run left; returns the results by stage."""
     from graft.checkpoints.loading import open_processor
 
@@ -178,9 +179,9 @@ def _run_trial(trial: Trial, rows: RowTable, last_stage: int) -> dict[str, Any]:
 
     if not holds_results(trial.build.out, build.with_trained_settings(trial.build)):
         build.run(trial.build)
-    counts = audio_counts(open_processor(trial.build.out), rows.duration_s)
+    counts = audio_counts(open_processor(trial.build.out), durations_s)
     results: dict[str, Any] = {
-        "audio_tokens_per_s": float(counts.sum() / rows.duration_s.sum()),
+        "audio_tokens_per_s": float(counts.sum() / durations_s.sum()),
         "stage1": stage1.run(trial.stage1),
     }
     scored1, scored2 = (
@@ -212,8 +213,10 @@ def score_ctc(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float
     import torch
 
     from graft.checkpoints.loading import open_graft
+    from graft.data.dataset import RowReader
     from graft.model.ctc import CtcPrealignment
 
+    from .evaluation.test_sets import as_rows, labelled
     from .training.validation import readable
 
     path = claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS) / REPORT_FILE

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -27,17 +27,10 @@ from graft.text.wer import score
 from .common.cli import run_job
 from .common.cluster import connect
 from .common.outputs import staged_output
-from .evaluation.test_sets import SWAPPED, Item, as_rows, joined, joined_name, labelled, sounds, swapped
-from .transcription.pipeline import (
-    ClipTranscript,
-    Pipeline,
-    Workers,
-    find_whisper,
-    measured_rtfx,
-    model_opener,
-    transcribe_rows,
-)
-from .transcription.reader import WINDOWS, Reading
+from .transcription import ClipTranscript
+
+if TYPE_CHECKING:
+    from .evaluation.test_sets import Item
 
 REPORT_FILE = "report.json"
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -48,7 +41,7 @@ PIPELINES = {
     "windows": "windows (all of each clip, without the speech detector)",
 }
 
-Transcripts = Mapping[Item, ClipTranscript]
+Transcripts = Mapping["Item", ClipTranscript]
 
 
 class EvaluateRecipe(Recipe):
@@ -140,6 +133,8 @@ def _check_sets(recipe: EvaluateRecipe) -> None:
         )
     from graft.data.nonspeech import SOUNDS
 
+    from .evaluation.test_sets import SWAPPED, joined_name
+
     recordings = map(joined_name, recipe.data if recipe.recordings_s else [])
     for name in (SWAPPED, *recordings, *(SOUNDS if recipe.sounds else [])):
         if name in recipe.data:
@@ -150,6 +145,8 @@ def _check_models(recipe: EvaluateRecipe) -> str | None:
     """Check the models before a cluster starts for them; returns the baseline's checkpoint. Raises ModelError."""
     from graft.checkpoints.loading import check_graft, open_processor
 
+    from .transcription.pipeline import find_whisper
+
     check_graft(recipe.model)
     if recipe.instructions:
         processor = open_processor(recipe.model)
@@ -158,8 +155,10 @@ def _check_models(recipe: EvaluateRecipe) -> str | None:
     return find_whisper(recipe.baseline) if recipe.baseline else None
 
 
-def _items(recipe: EvaluateRecipe, folder: Path) -> list[Item]:
+def _items(recipe: EvaluateRecipe, folder: Path) -> "list[Item]":
     """List all that is scored, set by set; what has to be made for it is written into the folder."""
+    from .evaluation.test_sets import joined, labelled, sounds, swapped
+
     items = []
     for name, sources in recipe.data.items():
         own = labelled(name, sources, limit=recipe.limit)
@@ -172,12 +171,16 @@ def _items(recipe: EvaluateRecipe, folder: Path) -> list[Item]:
 
 
 def _transcribe_models(
-    items: Sequence[Item], baseline: str | None, recipe: EvaluateRecipe, work: Path
+    items: "Sequence[Item]", baseline: str | None, recipe: EvaluateRecipe, work: Path
 ) -> tuple[dict[str, Transcripts], dict[str, float]]:
     """Transcribe the items with the graft, again with each instruction, and with the baseline.
 
     Returns the transcripts of each, and how many seconds of audio it transcribed per second.
     """
+    from .evaluation.test_sets import SWAPPED, as_rows
+    from .transcription.pipeline import Pipeline, Workers, measured_rtfx, model_opener, transcribe_rows
+    from .transcription.reader import WINDOWS, Reading
+
     settings: dict[str, Any] = {"threads": recipe.threads_per_worker, "gpu": recipe.gpu, "dtype": recipe.dtype}
     workers = Workers(
         recipe.readers, recipe.workers, recipe.threads_per_worker, int(recipe.gpu), items_per_batch=recipe.batch_clips
@@ -204,7 +207,7 @@ def _transcribe_models(
 
 
 def _report(
-    models: Mapping[str, Transcripts], rtfx: Mapping[str, float], items: Sequence[Item], recipe: EvaluateRecipe
+    models: Mapping[str, Transcripts], rtfx: Mapping[str, float], items: "Sequence[Item]", recipe: EvaluateRecipe
 ) -> dict[str, Any]:
     sets: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(item.set_name for item in items):
@@ -228,7 +231,7 @@ def _report(
     }
 
 
-def _scores(items: Sequence[Item], texts: Sequence[str], *, seed: int) -> dict[str, float]:
+def _scores(items: "Sequence[Item]", texts: Sequence[str], *, seed: int) -> dict[str, float]:
     """Return the error rates of a set's texts or, where nobody speaks, how much was written."""
     if any(item.text for item in items):
         return score([item.text for item in items], texts, seed=seed).to_dict()
@@ -242,7 +245,7 @@ def _scores(items: Sequence[Item], texts: Sequence[str], *, seed: int) -> dict[s
     }
 
 
-def _predictions(models: Mapping[str, Transcripts], items: Sequence[Item]) -> Iterator[dict[str, Any]]:
+def _predictions(models: Mapping[str, Transcripts], items: "Sequence[Item]") -> Iterator[dict[str, Any]]:
     for item in items:
         clips = {kind: model.get(item) for kind, model in models.items()}
         texts = {kind: clip.text if clip and not clip.error else None for kind, clip in clips.items()}

@@ -11,8 +11,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from graft.errors import require
@@ -21,7 +19,7 @@ from graft.text.punctuation import transfer_formatting
 
 from .common.cli import run_job
 from .preparation.pseudo_labels import TextsRecipe, write_texts
-from .transcription.pipeline import ClipTranscript
+from .transcription import ClipTranscript
 
 COLUMNS = {"ID": "string", "text": "string", "words": "int32", "agreed": "int32", "state": "string"}
 FORMATTED, KEPT, OWN, UNHEARD = STATES = ("formatted", "kept", "own", "unheard")
@@ -58,6 +56,9 @@ def _line(text: str, clip: ClipTranscript | None, *, least: float) -> dict[str, 
 
 
 def _report(texts: Path) -> tuple[dict[str, Any], str]:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     lines = pq.read_table(texts, columns=["words", "agreed", "state"])
     states = Counter(lines["state"].to_pylist())
     agreement = pc.sum(lines["agreed"]).as_py() / max(1, pc.sum(lines["words"]).as_py())

@@ -14,16 +14,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from graft.data.splits import comparable_text
 
 from .common.cli import run_job
 from .preparation.pseudo_labels import TextsRecipe, write_texts
-from .transcription.pipeline import ClipTranscript
+from .transcription import ClipTranscript
 
 COLUMNS = {
     "ID": "string",
@@ -88,9 +85,13 @@ def doubt(clip: ClipTranscript, recipe: LabelRecipe) -> str | None:
 
 
 def _report(texts: Path) -> tuple[dict[str, Any], str]:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     lines = pq.read_table(texts, columns=["duration", "state"])
     states = Counter(lines["state"].to_pylist())
-    hours, hours_heard = _hours(lines.filter(pc.equal(lines["state"], LABELLED))), _hours(lines)
+    parts = (lines.filter(pc.equal(lines["state"], LABELLED)), lines)
+    hours, hours_heard = (round((pc.sum(part["duration"]).as_py() or 0) / 3600, 4) for part in parts)
     rejected = {reason: states[reason] for reason in REASONS}
     result = {
         "clips": len(lines),
@@ -105,10 +106,6 @@ def _report(texts: Path) -> tuple[dict[str, Any], str]:
         f"of {len(lines)} clips {states[LABELLED]} are labelled, {hours:.2f} of {hours_heard:.2f} h, "
         f"{states[OWN]} had a text, rejected {why or 'none'}"
     )
-
-
-def _hours(lines: pa.Table) -> float:
-    return round((pc.sum(lines["duration"]).as_py() or 0) / 3600, 4)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from graft.audio.chunking import ChunkSettings
@@ -31,11 +29,11 @@ from graft.storage.atomic import write_atomic
 from .common.cli import run_job
 from .common.cluster import connect
 from .common.outputs import claim_output
-from .transcription.assembly import OutputSettings, join_recordings, read_index
-from .transcription.discovery import find_recordings
-from .transcription.pipeline import Opener, Pipeline, Workers, model_opener, run_plan
-from .transcription.reader import Reading
-from .transcription.work_items import FILES_PER_TASK, at_attempts, durations, plan_items
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from .transcription.pipeline import Opener
 
 PARTLY_FAILED = 3
 EXECUTION_KEYS = frozenset(
@@ -122,6 +120,8 @@ def run(recipe: TranscribeRecipe) -> int:
 
     Raises DataError when there are none, ModelError, OutputError.
     """
+    from .transcription.discovery import find_recordings
+
     recordings = find_recordings([recipe.audio] if isinstance(recipe.audio, str) else recipe.audio, recipe.columns)
     _check_model(recipe)
     with tempfile.TemporaryDirectory(prefix="graft-transcripts-") as scratch:
@@ -134,12 +134,17 @@ def run(recipe: TranscribeRecipe) -> int:
 
 
 def transcribe(
-    recordings: pa.Table, recipe: TranscribeRecipe, out: Path, opener: Opener | None = None
+    recordings: "pa.Table", recipe: TranscribeRecipe, out: Path, opener: "Opener | None" = None
 ) -> dict[str, Any]:
     """Transcribe recordings (discovery.RECORDINGS) that are not done in `out`; returns the summary.
 
     `opener` opens the model in each worker; by default it is the recipe's.
     """
+    from .transcription.assembly import OutputSettings, join_recordings, read_index
+    from .transcription.pipeline import Pipeline, Workers, model_opener, run_plan
+    from .transcription.reader import Reading
+    from .transcription.work_items import at_attempts, plan_items
+
     start = time.monotonic()
     aligner, aligner_name = find_aligner(recipe.aligner) if recipe.aligner else (None, None)
     workers = Workers(recipe.readers, recipe.workers, recipe.threads, recipe.gpus_per_worker, recipe.items_per_batch)
@@ -211,6 +216,8 @@ def _probe(uris: Sequence[str]) -> list[float | None]:
     """Return the durations of files in seconds, asked in parallel; None where a file's is not known."""
     import ray
 
+    from .transcription.work_items import FILES_PER_TASK, durations
+
     ask = ray.remote(num_cpus=0.5)(durations)
     parts = [ask.remote(uris[start : start + FILES_PER_TASK]) for start in range(0, len(uris), FILES_PER_TASK)]
     return [seconds for part in parts for seconds in ray.get(part)]
@@ -227,6 +234,8 @@ def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _print_transcripts(out: Path) -> None:
+    import pyarrow.parquet as pq
+
     for path in sorted((out / "recordings").glob("*.parquet")):
         for row in pq.read_table(path, columns=["uri", "text", "error"], partitioning=None).to_pylist():
             if row["error"]:

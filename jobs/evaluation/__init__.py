@@ -1,1 +1,1 @@
-"""Test sets, their scores and comparisons: the parts of jobs.evaluate, jobs.ablate and jobs.merge."""
+"""Test sets, and the comparison of merged weights: parts of jobs.evaluate, jobs.ablate and jobs.merge."""

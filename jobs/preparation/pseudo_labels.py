@@ -15,20 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from graft.config import Recipe
-from graft.data.dataset import read_rows
 from graft.data.settings import Sources
 from graft.errors import DataError
 from graft.storage.atomic import atomic_file, write_atomic
 
 from ..common.cluster import connect
 from ..common.outputs import claim_output, holds_results
-from ..transcription.pipeline import ClipTranscript, Pipeline, Workers, find_whisper, model_opener, transcribe_rows
-from ..transcription.reader import WINDOWS
+from ..transcription import ClipTranscript
 
 TEXTS_FILE, RESULT_FILE, WORK_FOLDER = "texts.parquet", "result.json", "work"
 EXECUTION_KEYS = frozenset({"readers", "workers", "threads_per_worker", "gpu"})
@@ -78,6 +74,14 @@ def write_texts(
 
     Raises DataError, ModelError, OutputError, MissingExtra.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from graft.data.dataset import read_rows
+
+    from ..transcription.pipeline import Pipeline, Workers, find_whisper, model_opener, transcribe_rows
+    from ..transcription.reader import WINDOWS
+
     out = Path(recipe.out).absolute()
     if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and (out / RESULT_FILE).is_file():
         print(f"{name}: {recipe.out} is done already")

@@ -1,1 +1,14 @@
 """Bulk transcription on Ray Data: recordings become work items, chunks, results and transcripts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ClipTranscript:
+    """The transcript of a clip, or the error that says why it has none."""
+
+    text: str = ""
+    error: str | None = None
+    duration_s: float = 0.0
+    mean_logprob: float | None = None
+    """Mean natural log-probability of the text's tokens; None where there are none."""

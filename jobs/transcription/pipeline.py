@@ -33,6 +33,7 @@ from graft.storage.atomic import atomic_file
 from graft.storage.locations import one_line_error
 
 from ..common.cli import user_message
+from . import ClipTranscript
 from .assembly import (
     SEGMENTS,
     join_errors,
@@ -215,17 +216,6 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
             if message := user_message(error):
                 raise ModelError(message) from error
             raise
-
-
-@dataclass(frozen=True)
-class ClipTranscript:
-    """The transcript of a clip, or the error that says why it has none."""
-
-    text: str = ""
-    error: str | None = None
-    duration_s: float = 0.0
-    mean_logprob: float | None = None
-    """Mean natural log-probability of the text's tokens; None where there are none."""
 
 
 def run_plan(plan: pa.Table, done: pa.Table, home: Path, pipeline: Pipeline) -> float | None:

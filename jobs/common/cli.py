@@ -13,19 +13,22 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import traceback
+import typing
 from collections.abc import Callable, Iterator, Sequence, Set
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any
 
-from pydantic import Field, create_model
+import yaml
+from pydantic import BaseModel, Field, create_model
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
-from graft.config import Recipe, read_recipe
+from graft.config import R, Recipe, read_recipe
 from graft.errors import GraftError, RecipeError
 
 from .console import quiet_libraries
-from .recipe_help import describe_keys
-
-R = TypeVar("R", bound=Recipe)
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a job that was stopped by SIGTERM and saved its state first."""
@@ -39,6 +42,7 @@ _INNER_ERRORS = (
     "health_check_failure",
     "__cause__",
 )
+TYPE_NAMES: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true | false", NoneType: "null"}
 _GRAFT_ERROR_LINE = re.compile(r"^graft\.errors\.\w+: (.+)$", re.MULTILINE)
 
 
@@ -223,3 +227,89 @@ def _requiring_model_only(recipe_class: type[R]) -> type[R]:
         name: (annotation | None, None) for name, annotation in required.items() if annotation is not None
     }
     return create_model(recipe_class.__name__, __base__=recipe_class, **optional)
+
+
+KeyGroup = tuple[type[BaseModel], BaseModel | None, list[str]]
+"""A recipe class or a group inside it, the default values of its keys there, and the keys that hold it."""
+
+
+def describe_keys(recipe_class: type[BaseModel], *, width: int) -> Iterator[str]:
+    """Yield the lines that document each key: the recipe's own first, then one section for each nested group."""
+    for model, defaults, holders in _key_groups(recipe_class):
+        prefix = f"{holders[0]}." if holders else ""
+        if prefix:
+            heading = f"{', '.join(holders)}: {_one_line(model.__doc__)}"
+            yield from ["", *textwrap.wrap(heading, width, subsequent_indent="  ")]
+        for name, field in model.model_fields.items():
+            yield f"  {prefix}{name}{_value_text(field, _default(defaults, name, field))}"
+            indent = " " * 6
+            yield from textwrap.wrap(
+                _one_line(field.description), width, initial_indent=indent, subsequent_indent=indent
+            )
+
+
+def _key_groups(recipe_class: type[BaseModel]) -> list[KeyGroup]:
+    """List a recipe class and the groups inside it, each once though several keys hold it with the same defaults."""
+    groups: list[KeyGroup] = [(recipe_class, None, [])]
+    for owner, defaults, holders in groups:  # the list grows while it is read
+        prefix = f"{holders[0]}." if holders else ""
+        for name, field in owner.model_fields.items():
+            for model, suffix in _nested_models(field.annotation).items():
+                default = _default(defaults, name, field)
+                own = default if isinstance(default, model) else None
+                known = [group for group in groups if group[0] is model and group[1] == own]
+                groups += [] if known else [(model, own, [])]
+                (known or groups)[-1][2].append(f"{prefix}{name}{suffix}")
+    return groups
+
+
+def _nested_models(annotation: Any) -> dict[type[BaseModel], str]:
+    """Map each recipe class inside an annotation to the suffix of its key: .NAME in a dict, [] in a list, or none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation: ""}
+    origin, found = typing.get_origin(annotation), dict[type[BaseModel], str]()
+    suffix = ".NAME" if origin is dict else "[]" if origin in (list, tuple, Sequence) else ""
+    for part in typing.get_args(annotation):
+        for model, inner in _nested_models(part).items():
+            found.setdefault(model, f"{suffix}{inner}")
+    return found
+
+
+def _default(defaults: BaseModel | None, name: str, field: FieldInfo) -> Any:
+    """Return the default of a key in its group; pydantic's undefined value where the key is required."""
+    if defaults is not None:
+        return getattr(defaults, name)
+    return field.get_default(call_default_factory=True, validated_data={})
+
+
+def _value_text(field: FieldInfo, default: Any) -> str:
+    """Write a key's default and allowed values: ` = nf4 (nf4 | none)`, ` (text, required)`."""
+    if default is PydanticUndefined:
+        return f" ({_type_text(field.annotation)}, required)"
+    if isinstance(default, BaseModel):
+        return f" ({_type_text(field.annotation)})"
+    value = yaml.safe_dump(default, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    return f" = {value} ({_type_text(field.annotation)})"
+
+
+def _type_text(annotation: Any) -> str:
+    """Write which values an annotation allows: `a | b`, `[text, ...]`, `{text: number}`, `{...}` for a group."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(map(str, parts))
+    if origin in (typing.Union, UnionType):
+        return " | ".join(dict.fromkeys(map(_type_text, parts)))
+    if origin is typing.Annotated:
+        return _type_text(parts[0])
+    if origin is dict:
+        return f"{{{_type_text(parts[0])}: {_type_text(parts[1])}}}"
+    if origin in (list, tuple, Sequence):
+        is_open = origin is not tuple or parts[-1] is ...
+        return f"[{_type_text(parts[0])}, ...]" if is_open else f"[{', '.join(map(_type_text, parts))}]"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{...}"
+    return TYPE_NAMES.get(annotation, "value")
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())

@@ -34,39 +34,33 @@ def connect(*, cpus: int | None = None) -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     if ray.is_initialized():
         return
-    is_joining = bool(os.environ.get("RAY_ADDRESS"))
-    variables = WORKER_VARIABLES | ({} if is_joining else _local_paths())
+    variables, local = dict(WORKER_VARIABLES), dict[str, Any]()
+    if not os.environ.get("RAY_ADDRESS"):
+        for name, value in SERVE_VARIABLES.items():
+            os.environ.setdefault(name, value)  # inherited by Ray's own processes, also for `serve run`
+        # A local Ray's workers find the caches and programs that this process finds. DeepSpeed compiles with ninja,
+        # which is installed beside this interpreter.
+        caches = ("HF_HUB_OFFLINE", "HF_HOME", "GRAFT_CACHE", "TORCH_EXTENSIONS_DIR")
+        variables |= {name: os.environ[name] for name in caches if name in os.environ}
+        variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        local = {
+            "address": "local",
+            "num_cpus": max(4, os.cpu_count() or 1, cpus or 0),
+            "object_store_memory": 512 * 2**20,
+            # Ray Train asks the dashboard whether its controller lives. Without one of its own it would ask another
+            # Ray on this machine (port 8265), which does not know the controller, and end the workers.
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+        }
     # Ray refuses a variable that the runtime environment of `ray job submit` sets as well.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     submitted = job.get("runtime_env", {}).get("env_vars", {})
-    settings: dict[str, Any] = {
-        "log_to_driver": False,  # commands print their own progress; Ray's processes write to its log folder
-        "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": {name: value for name, value in variables.items() if name not in submitted}},
-    }
-    if is_joining:
-        ray.init(**settings)
-    else:
-        for name, value in SERVE_VARIABLES.items():
-            os.environ.setdefault(name, value)  # inherited by Ray's own processes, also for `serve run`
-        ray.init(
-            address="local",
-            num_cpus=max(4, os.cpu_count() or 1, cpus or 0),
-            object_store_memory=512 * 2**20,
-            # Ray Train asks the dashboard whether its controller lives. Without one of its own it would ask another
-            # Ray on this machine (port 8265), which does not know the controller, and end the workers.
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            **settings,
-        )
+    ray.init(
+        log_to_driver=False,  # commands print their own progress; Ray's processes write to its log folder
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {name: value for name, value in variables.items() if name not in submitted}},
+        **local,
+    )
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.print_on_execution_start = False
-
-
-def _local_paths() -> dict[str, str]:
-    """Return the variables that let a local Ray's workers find the caches and programs that this process finds."""
-    names = ("HF_HUB_OFFLINE", "HF_HOME", "GRAFT_CACHE", "TORCH_EXTENSIONS_DIR")
-    # DeepSpeed compiles with ninja, which is installed beside this interpreter.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {"PATH": path, **{name: os.environ[name] for name in names if name in os.environ}}

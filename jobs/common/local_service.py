@@ -66,11 +66,25 @@ def serving(
 
 @contextlib.contextmanager
 def running(command: list[str], ready_url: str, log: Path) -> Iterator[None]:
-    """Run a server until the block ends, which begins when the URL answers with 200. Raises ServerFailed."""
+    """Run a server until the block ends, which begins when the URL answers with 200.
+
+    Raises ServerFailed with the last line, or graft's error, of the log.
+    """
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output)
         try:
-            _wait_until_ready(server, ready_url, log)
+            deadline, status = time.monotonic() + START_S, 0
+            while time.monotonic() < deadline and server.poll() is None and not _ERROR_LINE.search(log.read_text()):
+                with contextlib.suppress(requests.RequestException):
+                    status = requests.get(ready_url, timeout=5).status_code
+                if status == 200:
+                    break
+                time.sleep(0.5)
+            else:
+                text = log.read_text()
+                error = _ERROR_LINE.search(text)
+                reason = error[1] if error else (text.strip().splitlines() or ["it said nothing"])[-1]
+                raise ServerFailed(f"{ready_url} does not answer: {reason}")
             yield
         finally:
             server.send_signal(signal.SIGINT)
@@ -96,17 +110,3 @@ def post(url: str, file: Path, model: str) -> str:
         )
     answer.raise_for_status()
     return str(answer.json()["text"])
-
-
-def _wait_until_ready(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    """Return when the URL answers with 200. Raises ServerFailed with the last line, or graft's error, of the log."""
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and server.poll() is None and not _ERROR_LINE.search(log.read_text()):
-        with contextlib.suppress(requests.RequestException):
-            if requests.get(url, timeout=5).status_code == 200:
-                return
-        time.sleep(0.5)
-    output = log.read_text()
-    error = _ERROR_LINE.search(output)
-    reason = error[1] if error else (output.strip().splitlines() or ["it said nothing"])[-1]
-    raise ServerFailed(f"{url} does not answer: {reason}")

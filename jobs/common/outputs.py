@@ -52,14 +52,12 @@ def holds_results(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozense
     if not path.is_file():
         return False
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        old = _dotted_keys(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:  # AttributeError: YAML of other things
         raise OutputError(
-            f"output {out}: its {RECIPE_FILE} is not readable: choose another out= or remove the folder"
+            f"output {out}: its {RECIPE_FILE} is not a readable recipe: choose another out= or remove the folder"
         ) from error
-    if not isinstance(found, dict):
-        raise OutputError(f"output {out}: its {RECIPE_FILE} is not a recipe: choose another out= or remove the folder")
-    old, new = _dotted_keys(found), _dotted_keys(yaml.safe_load(recipe_yaml(recipe)))
+    new = _dotted_keys(yaml.safe_load(recipe_yaml(recipe)))
     for key in dict.fromkeys([*new, *old]):
         if key not in ignore and (key not in old or key not in new or old[key] != new[key]):
             was, wanted = (f"{values[key]!r:.80}" if key in values else "absent" for values in (old, new))

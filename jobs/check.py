@@ -4,17 +4,12 @@ first clips -> one training batch -> the answers' logits with the clips' own aud
 labels
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from graft.config import Recipe
 from graft.data.settings import Sources
 
 from .common.cli import run_job
-
-if TYPE_CHECKING:
-    import torch
-
-    from graft.processor import GraftProcessor
 
 
 class CheckRecipe(Recipe):
@@ -34,34 +29,28 @@ class CheckRecipe(Recipe):
 
 def run(recipe: CheckRecipe) -> tuple[float, int]:
     """Run the stages' preflight on a few clips. Raises ModelError for a deaf model, DataError for wrong labels."""
-    from graft.checkpoints.loading import DTYPES, open_graft
-    from graft.training.preflight import preflight
-
-    model, processor = open_graft(recipe.model, dtype=DTYPES[recipe.dtype], device="cuda" if recipe.gpu else "cpu")
-    batch = _first_batch(recipe, processor)
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    logit_change, label_count = preflight(model, inputs, processor.prompt_end_ids())
-    print(f"check: {recipe.model} hears: other audio changes the answer's logits by {logit_change:.2g}")
-    print(f"check: {label_count} labels, all of them in answers")
-    return logit_change, label_count
-
-
-def _first_batch(recipe: CheckRecipe, processor: "GraftProcessor") -> "dict[str, torch.Tensor]":
-    """Make one training batch of the first clips, as the stages would."""
     import torch
 
     from graft.audio.clip import read_audio
+    from graft.checkpoints.loading import DTYPES, open_graft
     from graft.data.dataset import RowReader, read_rows
+    from graft.training.preflight import preflight
 
     from .training.samples import trainable
 
+    model, processor = open_graft(recipe.model, dtype=DTYPES[recipe.dtype], device="cuda" if recipe.gpu else "cpu")
     rows, _ = trainable(read_rows(recipe.data))
     reader = RowReader(rows.files)
     examples = []
     for row in range(min(recipe.clips, len(rows))):
         wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
         examples.append(processor.example(read_audio(wav, name=path or rows.id(row)), rows.text(row)))
-    return {name: torch.from_numpy(array) for name, array in processor.training_batch(examples).items()}
+    batch = processor.training_batch(examples)  # as the stages make it
+    inputs = {name: torch.from_numpy(array).to(model.device) for name, array in batch.items()}
+    logit_change, label_count = preflight(model, inputs, processor.prompt_end_ids())
+    print(f"check: {recipe.model} hears: other audio changes the answer's logits by {logit_change:.2g}")
+    print(f"check: {label_count} labels, all of them in answers")
+    return logit_change, label_count
 
 
 if __name__ == "__main__":

@@ -72,17 +72,13 @@ class PrepareRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check_splits(self) -> "PrepareRecipe":
-        if any(source.split is None for source in self.long_sources()) and abs(sum(self.splits.values()) - 1) > 1e-6:
+        pinned = [source.split for source in self.long_sources()]
+        if None in pinned and abs(sum(self.splits.values()) - 1) > 1e-6:
             raise ValueError(f"splits add up to {sum(self.splits.values()):g}, want 1")
-        return self
-
-    @model_validator(mode="after")
-    def _check_joined(self) -> "PrepareRecipe":
         if self.joined and self.joined.longest_s > self.max_duration_s:
             raise ValueError(
                 f"joined.longest_s is {self.joined.longest_s:g}, over max_duration_s {self.max_duration_s:g}: lower it"
             )
-        pinned = [source.split for source in self.long_sources()]
         known = {*filter(None, pinned), *(self.splits if None in pinned else [])}
         if self.joined and (unknown := set(self.joined.splits or []) - known):
             raise ValueError(
@@ -127,13 +123,9 @@ def run(recipe: PrepareRecipe) -> None:
 
 def _keep_rows(results: Iterable[Row | DroppedLine], dropped: dict[DroppedLine, None]) -> list[Row]:
     """Return the rows among the results, and add the dropped lines to `dropped`."""
-    rows = []
-    for result in results:
-        if isinstance(result, Row):
-            rows.append(result)
-        else:
-            dropped[result] = None
-    return rows
+    results = list(results)
+    dropped.update(dict.fromkeys(result for result in results if isinstance(result, DroppedLine)))
+    return [result for result in results if isinstance(result, Row)]
 
 
 def _check_row(row: Row, recipe: PrepareRecipe) -> Row | DroppedLine:

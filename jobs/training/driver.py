@@ -40,7 +40,7 @@ from .batches import ROWS, cached_rows, check_plan, plan_run, remaining_batches,
 from .loader import LoaderSpec
 from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
 from .ray_dataset import RemainingBatches
-from .ray_entry import make_trainer, run_worker
+from .ray_entry import ordered_data_config, run_worker
 from .recipe import EXECUTION_KEYS, TrainRecipe
 from .samples import check_ctc_lengths
 from .worker import FAULT_FILE, Run
@@ -65,6 +65,7 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     if stage.projector:
         read_projector(stage.projector, config)
     processor = GraftProcessor.from_pretrained(graft)
+    computing = ComputeSettings(**{name: getattr(recipe, name) for name in ComputeSettings.__dataclass_fields__})
     with cached_rows(out) as cache_folder:
         rows, variation, plan = plan_run(recipe, processor, cache=cache_folder)
         if stage.letters:
@@ -72,13 +73,20 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
         progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
         batches, total_steps = remaining_batches(plan, progress, recipe)
         validation = validation_spec(recipe, graft, processor)
-        cache = _encoder_cache(recipe, stage, config, graft, processor)
+        cache = _encoder_cache(recipe, stage, config, graft, processor, is_sharded=computing.is_sharded)
         claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)  # only now: a wrong recipe leaves no folder
     check_plan(out, plan)
     hours = rows.duration_s.sum() / 3600
     totals = f"{len(rows)} clips, {hours:.2f} h, {total_steps} steps, padding {plan.padding_waste():.1%}"
     print(f"stage {stage.number}: {totals}", flush=True)
-    settings = loop_settings(recipe, stage)
+    names = ("learning_rate", "schedule", "warmup_steps", "accumulation", "seed", "log_every", "checkpoint_every")
+    settings = LoopSettings(
+        **{name: getattr(recipe, name) for name in names},
+        # CTC's loss grows with the audio tokens, of which there are many per label.
+        max_loss=math.inf if stage.letters else recipe.max_loss,
+        validate_every=recipe.validation.every if recipe.validation else None,
+        patience=recipe.validation.patience if recipe.validation else None,
+    )
     if not is_finished(progress, settings, total_steps):
         connect(cpus=recipe.workers + recipe.data_workers)
         spec = LoaderSpec(
@@ -87,7 +95,7 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
         run = Run(
             recipe.model_dump(),
             stage,
-            compute_settings(recipe),
+            computing,
             settings,
             graft,
             str(out),
@@ -107,26 +115,14 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     return _finish(out, config, stage, graft=graft, words=words, seconds=time.perf_counter() - started)
 
 
-def loop_settings(recipe: TrainRecipe, stage: Stage) -> LoopSettings:
-    """Select the training loop's settings from a recipe."""
-    names = ("learning_rate", "schedule", "warmup_steps", "accumulation", "seed", "log_every", "checkpoint_every")
-    validation = recipe.validation
-    return LoopSettings(
-        **{name: getattr(recipe, name) for name in names},
-        # CTC's loss grows with the audio tokens, of which there are many per label.
-        max_loss=math.inf if stage.letters else recipe.max_loss,
-        validate_every=validation.every if validation else None,
-        patience=validation.patience if validation else None,
-    )
-
-
-def compute_settings(recipe: TrainRecipe) -> ComputeSettings:
-    """Select the settings of the arithmetic from a recipe."""
-    return ComputeSettings(**{name: getattr(recipe, name) for name in ComputeSettings.__dataclass_fields__})
-
-
 def _encoder_cache(
-    recipe: TrainRecipe, stage: Stage, config: GraftConfig, graft: str, processor: GraftProcessor
+    recipe: TrainRecipe,
+    stage: Stage,
+    config: GraftConfig,
+    graft: str,
+    processor: GraftProcessor,
+    *,
+    is_sharded: bool,
 ) -> EncoderCache | None:
     """Open the recipe's encoder cache. Raises RecipeError where cached outputs would differ from the encoder's."""
     if recipe.encoder_cache is None:
@@ -135,7 +131,7 @@ def _encoder_cache(
         raise RecipeError("encoder_cache needs unchanged clips: leave out augment, or encoder_cache")
     if stage.lora and stage.lora.encoder:
         raise RecipeError("encoder_cache needs a frozen encoder: leave out lora.encoder, or encoder_cache")
-    if compute_settings(recipe).is_sharded:
+    if is_sharded:
         raise RecipeError(
             "encoder_cache needs an unsharded encoder on each worker: use zero_stage 1 or 2, or leave it out"
         )
@@ -144,37 +140,52 @@ def _encoder_cache(
 
 
 def _train(recipe: TrainRecipe, run: Run, spec: LoaderSpec) -> None:
-    import ray
+    """Train with Ray Train until all steps are done. Raises GraftError when workers died more than `retries` times."""
+    import ray.train
+    from ray.exceptions import RayActorError
+    from ray.train.torch import TorchTrainer
 
     out = Path(run.out)
     for stale in (STOP_FILE, FAULT_FILE):
         (out / stale).unlink(missing_ok=True)
-    remaining = RemainingBatches(
-        ray.put(spec),
-        spec.batches.step_positions,
-        str(out / CHECKPOINTS),
-        recipe.data_workers,
-        recipe.data_resource,
-    )
-    config = {"run": pickle.dumps(run)}
     for resource in {recipe.device_resource, recipe.data_resource} - {None} - ray.cluster_resources().keys():
         print(f"stage {run.stage.number}: no node has the resource {resource} yet: waiting for one", flush=True)
-    workers = make_trainer(
+    worker_resources = {"CPU": 1.0, **({"GPU": 1.0} if recipe.gpu else {})}
+    if recipe.device_resource:
+        worker_resources[recipe.device_resource] = 1.0
+    workers = TorchTrainer(
         run_worker,
-        config,
-        remaining,
-        workers=recipe.workers,
-        gpu=recipe.gpu,
-        retries=recipe.retries,
-        storage=str(out / "ray"),
-        resource=recipe.device_resource,
+        train_loop_config={"run": pickle.dumps(run)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=recipe.workers, use_gpu=recipe.gpu, resources_per_worker=worker_resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{time.time_ns()}",  # Ray Train resumes silently where a name was used before
+            storage_path=str(out / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=recipe.retries),
+        ),
+        datasets={
+            "train": RemainingBatches(
+                ray.put(spec),
+                spec.batches.step_positions,
+                str(out / CHECKPOINTS),
+                recipe.data_workers,
+                recipe.data_resource,
+            )
+        },
+        dataset_config=ordered_data_config(),
     )
-    with (
-        follow(out / LOG_FILE),
-        _on_sigterm((out / STOP_FILE).touch),
-        _report_dead_workers(out, retries=recipe.retries),
-    ):
-        workers.fit()
+    try:
+        with follow(out / LOG_FILE), _on_sigterm((out / STOP_FILE).touch):
+            workers.fit()
+    except ray.train.WorkerGroupError as error:
+        causes = [getattr(failure, "health_check_failure", failure) for failure in error.worker_failures.values()]
+        if (out / FAULT_FILE).is_file() or not any(isinstance(cause, RayActorError) for cause in causes):
+            raise
+        raise GraftError(
+            f"a training worker died (killed, out of memory or crashed) and retries={recipe.retries} are used up: "
+            "give the same command again to go on from the newest checkpoint"
+        ) from error
     if (out / FAULT_FILE).is_file():
         fault = json.loads((out / FAULT_FILE).read_text())
         raise (
@@ -183,24 +194,6 @@ def _train(recipe: TrainRecipe, run: Run, spec: LoaderSpec) -> None:
             else RuntimeError(f"a training worker failed:\n{fault['bug']}")
         )
     shutil.rmtree(out / "ray", ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _report_dead_workers(out: Path, *, retries: int) -> Iterator[None]:
-    """Raise GraftError when workers died more than `retries` times; other errors pass unchanged."""
-    import ray.train
-    from ray.exceptions import RayActorError
-
-    try:
-        yield
-    except ray.train.WorkerGroupError as error:
-        causes = [getattr(failure, "health_check_failure", failure) for failure in error.worker_failures.values()]
-        if (out / FAULT_FILE).is_file() or not any(isinstance(cause, RayActorError) for cause in causes):
-            raise
-        raise GraftError(
-            f"a training worker died (killed, out of memory or crashed) and retries={retries} are used up: "
-            "give the same command again to go on from the newest checkpoint"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -48,9 +48,6 @@ class TrainedParts:
     """Whether the language model is used; CTC pre-alignment does not use it."""
 
 
-PROJECTOR_ALONE = TrainedParts()
-
-
 @dataclass(frozen=True)
 class Work:
     """Totals of a run over all epochs."""
@@ -77,7 +74,7 @@ def print_plan(
     config: GraftConfig,
     is_built: bool,
     *,
-    trained: TrainedParts = PROJECTOR_ALONE,
+    trained: TrainedParts,
 ) -> None:
     """Print what a run of this recipe takes on a graft of this configuration.
 
@@ -90,12 +87,8 @@ def print_plan(
         if recipe.data is not None and is_built
         else _assumed_work(recipe, config, trained, hours=options.hours, clip_s=options.clip_s)
     )
-    lines = [
-        *_work_lines(recipe, options, parameters, work),
-        "",
-        *_memory_lines(recipe, config, parameters, work, trained),
-    ]
-    print("\n".join(lines), flush=True)
+    print("\n".join(_work_lines(recipe, options, parameters, work)))
+    print("\n".join(["", *_memory_lines(recipe, config, parameters, work, trained)]), flush=True)
 
 
 def _read_work(recipe: TrainRecipe, config: GraftConfig, trained: TrainedParts) -> Work:

@@ -47,7 +47,16 @@ class RunObserver(Observer):
         if self.tracker:
             self.tracker.write(asdict(log))
         self.say(log.line())
-        self._list_skipped()
+        # Newly masked clips are listed, each once over all epochs and resumptions.
+        skipped = self.skipped[:]
+        del self.skipped[: len(skipped)]  # a thread may append meanwhile
+        path = self.out / SKIPPED_FILE
+        listed = set(path.read_text().splitlines()) if path.is_file() else set()
+        if new := [line for line in dict.fromkeys(map(json.dumps, skipped)) if line not in listed]:
+            _append(path, new)
+            _append(
+                self.out / LOG_FILE, [f"{len(new)} clips could not be decoded and are left out, see {SKIPPED_FILE}"]
+            )
 
     def validate(self, step: int) -> float:
         if self.validation is None:
@@ -93,18 +102,6 @@ class RunObserver(Observer):
             self.writer.wait()
         if self.tracker:
             self.tracker.close()
-
-    def _list_skipped(self) -> None:
-        """Append newly masked clips to skipped.jsonl, each once over all epochs and resumptions."""
-        skipped = self.skipped[:]
-        del self.skipped[: len(skipped)]  # a thread may append meanwhile
-        path = self.out / SKIPPED_FILE
-        listed = set(path.read_text().splitlines()) if path.is_file() else set()
-        if new := [line for line in dict.fromkeys(map(json.dumps, skipped)) if line not in listed]:
-            _append(path, new)
-            _append(
-                self.out / LOG_FILE, [f"{len(new)} clips could not be decoded and are left out, see {SKIPPED_FILE}"]
-            )
 
 
 def _append(path: Path, lines: Sequence[str]) -> None:

@@ -55,7 +55,13 @@ class Validation:
             inputs = self.processor(audio=clip).to(self.device)
             with self.backend.evaluating():
                 samples.append({"id": name, "text": text, "heard": decode(inputs, clip.duration_s)})
-        return samples if self.is_sharded else _gather_in_turns(samples)
+        if self.is_sharded:
+            return samples
+        shares: list[Any] = [samples] * rank_and_world_size()[1]
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(shares, samples)
+        # One sample of each worker in turn restores their order.
+        return [sample for turn in itertools.zip_longest(*shares) for sample in turn if sample is not None]
 
     def _transcript(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
         limits = {"max_new_tokens": max_new_tokens(duration_s), "synced_gpus": self.is_sharded}
@@ -74,14 +80,6 @@ def readable(rows: RowTable, reader: RowReader) -> Iterator[tuple[str, str, Audi
         with contextlib.suppress(AudioError, DataError):
             wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
             yield rows.id(row), rows.text(row), read_audio(wav, name=path or rows.id(row))
-
-
-def _gather_in_turns(share: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Gather all workers' samples, one of each worker in turn, which restores their order."""
-    shares: list[Any] = [share] * rank_and_world_size()[1]
-    if torch.distributed.is_initialized():
-        torch.distributed.all_gather_object(shares, share)
-    return [sample for turn in itertools.zip_longest(*shares) for sample in turn if sample is not None]
 
 
 def summed_loss(model: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> Tensor:

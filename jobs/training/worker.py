@@ -66,7 +66,9 @@ def work(run: Run) -> None:
     from ray.train.torch import get_device
 
     out, device = Path(run.out), get_device()
-    checkpoint = _same_on_all_workers(latest_checkpoint(out / CHECKPOINTS))
+    newest = [latest_checkpoint(out / CHECKPOINTS)]
+    torch.distributed.broadcast_object_list(newest, src=0)  # a shared file system may show others an older state
+    (checkpoint,) = newest
     peak_flops = device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     settings = replace(run.settings, peak_flops=peak_flops)
     progress = read_progress(checkpoint)
@@ -79,7 +81,11 @@ def work(run: Run) -> None:
         del graft  # frees the language model where CTC pre-alignment does not use it
         limits = {name: run.recipe[name] for name in ("weight_decay", "max_grad_norm")}
         backend = make_backend(model, run.computing, accumulation=settings.accumulation, **limits)
-        validation = _validation(run, backend, processor)
+        validation = None
+        if run.validation:
+            samples = max(run.recipe["validation"][name] for name in ("transcripts", "wer_clips"))
+            is_sharded = run.computing.is_sharded
+            validation = Validation(run.validation, backend, processor, samples=samples, is_sharded=is_sharded)
         observer = RunObserver(run.recipe, out, backend, from_step=progress.step, validation=validation)
         if run.computing.dtype == "bf16" and not computes_bf16(device):
             observer.say("this processor has no fast bf16: dtype=fp32 takes a fraction of the time")
@@ -109,13 +115,6 @@ def work(run: Run) -> None:
         observer.close()
         if encoder:
             encoder.close()
-
-
-def _validation(run: Run, backend: Backend, processor: GraftProcessor) -> Validation | None:
-    if run.validation is None:
-        return None
-    samples = max(run.recipe["validation"][name] for name in ("transcripts", "wer_clips"))
-    return Validation(run.validation, backend, processor, samples=samples, is_sharded=run.computing.is_sharded)
 
 
 def _preflight_line(
@@ -158,13 +157,6 @@ def _make_flop_counter(run: Run, config: GraftConfig) -> Callable[[Mapping[str, 
         )
 
     return cost
-
-
-def _same_on_all_workers(path: Path | None) -> Path | None:
-    """Return the first worker's path on all workers: a shared file system may show others an older state."""
-    answers = [path]
-    torch.distributed.broadcast_object_list(answers, src=0)
-    return answers[0]
 
 
 @contextlib.contextmanager

@@ -135,15 +135,20 @@ def _make_trial(recipe: AblateRecipe, name: str, changes: Settings, seed: int, f
     keys1, keys2 = (_merged(shared, settings[stage]) for stage in ("stage1", "stage2"))
     graft, first, second = str(built / "graft"), str(trained / "stage1"), str(folder / "stage2")
     training = {"model": graft, "data": given["data"], "seed": seed}
-    sets = given["evaluate"] or {"validation": given["validation"]}
-    scoring = {"baseline": None, **recipe.scoring}
     return Trial(
         name,
         seed,
         _recipe(build.BuildRecipe, f"{name}.build", settings["build"], out=graft, seed=seed),
         _recipe(stage1.Stage1Recipe, f"{name}.stage1", keys1, out=first, **training),
         _recipe(stage2.Stage2Recipe, f"{name}.stage2", keys2, out=second, projector=first, **training),
-        _recipe(EvaluateRecipe, "scoring", scoring, model="", out="", data=sets),
+        _recipe(
+            EvaluateRecipe,
+            "scoring",
+            {"baseline": None, **recipe.scoring},
+            model="",
+            out="",
+            data=given["evaluate"] or {"validation": given["validation"]},
+        ),
     )
 
 

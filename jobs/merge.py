@@ -47,8 +47,9 @@ def run(recipe: MergeRecipe) -> None:
     """Merge recipe.model into recipe.out. Raises ModelError if it is not a stage's output, DataError."""
     import torch
 
-    from graft.checkpoints.loading import DTYPES, base_graft, computes_bf16
-    from graft.checkpoints.lora import has_adapters
+    from graft.checkpoints.loading import DTYPES, base_graft, computes_bf16, open_graft
+    from graft.checkpoints.lora import ADAPTER_FILES, has_adapters, merge_adapters
+    from graft.checkpoints.projector_file import PROJECTOR_FILE
     from graft.model.configuration import GraftConfig
 
     from .evaluation.merge_check import compare
@@ -56,7 +57,19 @@ def run(recipe: MergeRecipe) -> None:
     read_stage_output(recipe.model)
     with staged_output(recipe.out, recipe) as out:
         dtype = DTYPES.get(recipe.dtype) or GraftConfig.from_pretrained(base_graft(recipe.model)).dtype
-        _merge(recipe, out, dtype)
+        model, processor = open_graft(recipe.model, dtype=torch.float32, rounded_to_nf4=recipe.onto == "nf4")
+        trained_files = [PROJECTOR_FILE]
+        if has_adapters(recipe.model):
+            merge_adapters(model)
+            trained_files += ADAPTER_FILES
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
+        del model  # a large one leaves no room for those that are compared
+        (out / ADAPTER_FOLDER).mkdir()
+        for name in trained_files:
+            shutil.copyfile(Path(recipe.model, name), out / ADAPTER_FOLDER / name)
         if recipe.data is not None and has_adapters(recipe.model):
             device = "cuda" if recipe.gpu else "cpu"
             fast = torch.bfloat16 if computes_bf16(device) else torch.float32
@@ -74,28 +87,6 @@ def read_stage_output(model: str) -> dict[str, Any]:
             f"{model} is no stage's output (it has no stage.json): give the out folder of jobs.stage1 or jobs.stage2"
         )
     return stage
-
-
-def _merge(recipe: MergeRecipe, out: Path, dtype: Any) -> None:
-    """Write the merged model, its processor, and the trained parts as they were."""
-    import torch
-
-    from graft.checkpoints.loading import open_graft
-    from graft.checkpoints.lora import ADAPTER_FILES, has_adapters, merge_adapters
-    from graft.checkpoints.projector_file import PROJECTOR_FILE
-
-    model, processor = open_graft(recipe.model, dtype=torch.float32, rounded_to_nf4=recipe.onto == "nf4")
-    trained_files = [PROJECTOR_FILE]
-    if has_adapters(recipe.model):
-        merge_adapters(model)
-        trained_files += ADAPTER_FILES
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    (out / ADAPTER_FOLDER).mkdir()
-    for name in trained_files:
-        shutil.copyfile(Path(recipe.model, name), out / ADAPTER_FOLDER / name)
 
 
 if __name__ == "__main__":

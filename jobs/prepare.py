@@ -109,7 +109,14 @@ def run(recipe: PrepareRecipe) -> None:
         for split, members in splits.items():
             _write_split(folder / split, [*members, *joined.get(split, [])], recipe)
         summary: dict[str, Any] = {
-            "splits": {split: _measure(members) for split, members in splits.items()},
+            "splits": {
+                split: {
+                    "rows": len(members),
+                    "hours": _hours(members),
+                    "speakers": len({row.speaker for row in members} - {None}),
+                }
+                for split, members in splits.items()
+            },
             "dropped": _count_reasons(dropped),
         }
         if recipe.joined:
@@ -201,13 +208,14 @@ def _corpus_row(row: Row | JoinedRow) -> dict[str, Any]:
         return joined_corpus_row(row)
     clip = row_audio(row)
     content, suffix = (clip, ".flac") if isinstance(clip, bytes) else (clip.read_bytes(), row.audio.suffix)
-    wav = {"bytes": content, "path": row.audio.stem + suffix}
-    columns = {"ID": row.id, "duration": row.duration_s, "wav": wav}
-    return {**columns, "spk_id": row.speaker, "sex": row.sex, "text": row.text}
-
-
-def _measure(rows: Sequence[Row]) -> dict[str, float]:
-    return {"rows": len(rows), "hours": _hours(rows), "speakers": len({row.speaker for row in rows if row.speaker})}
+    return {
+        "ID": row.id,
+        "duration": row.duration_s,
+        "wav": {"bytes": content, "path": row.audio.stem + suffix},
+        "spk_id": row.speaker,
+        "sex": row.sex,
+        "text": row.text,
+    }
 
 
 def _hours(rows: Sequence[Row | JoinedRow]) -> float:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
+from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.data.dataset import CorpusFile, RowReader, RowTable, clip_row, read_rows, write_corpus
 from graft.data.settings import Sources
-from graft.errors import AudioError, DataError
+from graft.errors import DataError
 
 SWAPPED = "swapped"
 PAUSE_S = 0.5
@@ -115,29 +115,20 @@ def _items(name: str, sources: Sources, *, limit: int | None = None) -> list[Ite
 
 
 def _recordings(items: Sequence[Item], recording_s: float) -> Iterator[Mapping[str, Any]]:
-    waiting: list[tuple[Item, AudioClip]] = []
-    for item, clip in _readable(items):
-        waiting.append((item, clip))
-        if sum(clip.duration_s + PAUSE_S for _, clip in waiting) >= recording_s:
+    from ..training.validation import readable
+
+    rows = as_rows(items)
+    waiting: list[tuple[str, str, AudioClip]] = []
+    for part in readable(rows, RowReader(rows.files)):  # the report lists the others in the set that they come from
+        waiting.append(part)
+        if sum(clip.duration_s + PAUSE_S for _, _, clip in waiting) >= recording_s:
             yield _recording(waiting)
             waiting = []
     if waiting:
         yield _recording(waiting)
 
 
-def _readable(items: Sequence[Item]) -> Iterator[tuple[Item, AudioClip]]:
-    rows = as_rows(items)
-    reader = RowReader(rows.files)
-    for item, *place in zip(items, rows.file, rows.row_group, rows.row, strict=True):
-        try:
-            yield item, read_audio(reader.wav(*place)[0])
-        except (AudioError, DataError):
-            continue  # the report lists it in the set that it comes from
-
-
-def _recording(parts: Sequence[tuple[Item, AudioClip]]) -> Mapping[str, Any]:
+def _recording(parts: Sequence[tuple[str, str, AudioClip]]) -> Mapping[str, Any]:
     pause = np.zeros(round(PAUSE_S * SAMPLE_RATE), np.float32)
-    samples = np.concatenate([piece for _, clip in parts for piece in (clip.samples, pause)])
-    return clip_row(
-        f"{parts[0][0].id}..{parts[-1][0].id}", AudioClip(samples), " ".join(item.text for item, _ in parts)
-    )
+    samples = np.concatenate([piece for _, _, clip in parts for piece in (clip.samples, pause)])
+    return clip_row(f"{parts[0][0]}..{parts[-1][0]}", AudioClip(samples), " ".join(text for _, text, _ in parts))

@@ -3,6 +3,7 @@
 The plan counts a sample's tokens before a loader in another process makes the sample; both ask the same Variation.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -124,9 +125,8 @@ def plan_training(
 ) -> Plan:
     """Plan a run over rows that can be trained on."""
     columns = plan_columns(rows, processor, variation)
-    return Plan(
-        columns, settings, _SampleCounts(rows, processor, variation, columns) if variation.changes_lengths else None
-    )
+    count = functools.partial(_count_samples, rows, processor, variation, columns.label_counts)
+    return Plan(columns, settings, count if variation.changes_lengths else None)
 
 
 def plan_columns(rows: RowTable, processor: GraftProcessor, variation: Variation = NO_VARIATION) -> PlanColumns:
@@ -145,45 +145,37 @@ def plan_columns(rows: RowTable, processor: GraftProcessor, variation: Variation
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _SampleCounts:
-    """Counts tokens and label tokens where speed or instruction vary; `columns` has the default instruction's."""
+def _count_samples(
+    table: RowTable,
+    processor: GraftProcessor,
+    variation: Variation,
+    default_label_counts: np.ndarray,
+    rows: np.ndarray,
+    sample_seeds: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Count the tokens and label tokens of samples where speed or instruction vary, each (samples,).
 
-    rows: RowTable
-    processor: GraftProcessor
-    variation: Variation
-    columns: PlanColumns
-
-    def __call__(self, rows: np.ndarray, sample_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        durations_s = np.concatenate([self.rows.duration_s, self.variation.no_speech_s])[rows]
-        if self.variation.augment:
-            speeds = sample_speeds(self.variation.augment.speed, durations_s, sample_seeds)
-            durations_s = np.where(rows < len(self.rows), durations_s / speeds, durations_s)
-        prompt_counts = self.processor.prompt_lengths([DEFAULT_INSTRUCTION])[0]
-        label_counts = self.columns.label_counts[rows]
-        if self.variation.instruction_sampler and not self.variation.instruction_sampler.is_default:
-            blocks = [
-                self._count_with_instructions(rows[start:stop], sample_seeds[start:stop])
-                for start, stop in _blocks(len(rows))
-            ]
-            prompt_counts, label_counts = np.concatenate(blocks, axis=1)
-        return prompt_counts + audio_counts(self.processor, durations_s) + label_counts, label_counts
-
-    def _count_with_instructions(self, rows: np.ndarray, sample_seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Count the prompts' tokens without the audio, and the answers' tokens, each (samples,)."""
-        texts = np.full(len(rows), "", object)
-        speaks = rows < len(self.rows)
-        texts[speaks] = self.rows.texts.take(rows[speaks]).to_pylist()
-        instructions = [
-            self.variation.instruction(text, sample_seed)
-            for text, sample_seed in zip(texts, sample_seeds.tolist(), strict=True)
-        ]
-        prompt_counts = self.processor.prompt_lengths([instruction.text for instruction in instructions])
-        label_counts = self.columns.label_counts[rows]
-        styled = [index for index, instruction in enumerate(instructions) if instruction.style]
-        styles = [instructions[index].style for index in styled]
-        label_counts[styled] = self.processor.target_lengths(texts[styled].tolist(), styles)
-        return prompt_counts, label_counts
+    `default_label_counts` are those of all rows with the default instruction.
+    """
+    durations_s = np.concatenate([table.duration_s, variation.no_speech_s])[rows]
+    if variation.augment:
+        speeds = sample_speeds(variation.augment.speed, durations_s, sample_seeds)
+        durations_s = np.where(rows < len(table), durations_s / speeds, durations_s)
+    prompt_counts = processor.prompt_lengths([DEFAULT_INSTRUCTION])[0]
+    label_counts = default_label_counts[rows]
+    if variation.instruction_sampler and not variation.instruction_sampler.is_default:
+        prompt_counts = np.empty(len(rows), int)
+        for start, stop in _blocks(len(rows)):
+            block, texts = rows[start:stop], np.full(stop - start, "", object)
+            speaks = block < len(table)
+            texts[speaks] = table.texts.take(block[speaks]).to_pylist()
+            seeds = sample_seeds[start:stop].tolist()
+            instructions = [variation.instruction(text, seed) for text, seed in zip(texts, seeds, strict=True)]
+            prompt_counts[start:stop] = processor.prompt_lengths([one.text for one in instructions])
+            styled = [index for index, one in enumerate(instructions) if one.style]
+            styles = [instructions[index].style for index in styled]
+            label_counts[start + np.array(styled, int)] = processor.target_lengths(texts[styled].tolist(), styles)
+    return prompt_counts + audio_counts(processor, durations_s) + label_counts, label_counts
 
 
 def audio_counts(processor: GraftProcessor, durations_s: np.ndarray) -> np.ndarray:

@@ -163,7 +163,11 @@ def recordings_in(plan: pa.Table, items: Path) -> Iterator[list[dict[str, Any]]]
 
 def join_items(items: Sequence[dict[str, Any]], *, model: str = "", aligner: str | None = None) -> Transcript:
     """Join the items of one recording."""
-    segments = [_segment(values) for item in items for values in item["segments"]]
+    segments = [
+        Segment(**values | {"flags": tuple(values["flags"]), "words": tuple(Word(**word) for word in values["words"])})
+        for item in items
+        for values in item["segments"]
+    ]
     return stitch(segments, duration_s=sum(item["duration_s"] for item in items), model=model, aligner=aligner)
 
 
@@ -218,11 +222,6 @@ def _transcript_row(items: Sequence[dict[str, Any]], transcript: Transcript) -> 
         "read_s": sum(item["read_s"] for item in items),
         "heard_s": sum(item["heard_s"] for item in items),
     }
-
-
-def _segment(values: dict[str, Any]) -> Segment:
-    words = tuple(Word(**word) for word in values["words"])
-    return Segment(**values | {"flags": tuple(values["flags"]), "words": words})
 
 
 def _reason(item: dict[str, Any]) -> str:

@@ -75,7 +75,8 @@ def _recordings_of(source: str, columns: Columns) -> Iterator[pa.Table]:
     is_named = any(sign in source for sign in "*?[") or [file.name for file in found] == [PurePosixPath(source).name]
     yield _files(audio if is_named else [file for file in audio if _suffix(file.name) in AUDIO_SUFFIXES])
     for file in corpora:
-        yield _rows(file, columns)
+        rows = read_rows(Source(files=file.uri, columns=columns))
+        yield recordings_of_rows(rows, versions=pa.repeat(file.version, len(rows)))
 
 
 def _found(place: str) -> list[StoredFile]:
@@ -128,11 +129,6 @@ def _files(files: Sequence[StoredFile]) -> pa.Table:
         "size": pa.array((file.size for file in files), pa.int64()),
     }
     return _table(values, len(files))
-
-
-def _rows(file: StoredFile, columns: Columns) -> pa.Table:
-    rows = read_rows(Source(files=file.uri, columns=columns))
-    return recordings_of_rows(rows, versions=pa.repeat(file.version, len(rows)))
 
 
 def recordings_of_rows(rows: RowTable, versions: pa.Array) -> pa.Table:

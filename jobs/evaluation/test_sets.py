@@ -29,15 +29,9 @@ class Item:
     id: str
     text: str
     audio_id: str
-    file: CorpusFile
-    row_group: int
-    row: int
+    clip: tuple[CorpusFile, int, int]
+    """Place of the audio: file, row group and row."""
     duration_s: float
-
-    @property
-    def clip(self) -> tuple[CorpusFile, int, int]:
-        """The place of the audio."""
-        return self.file, self.row_group, self.row
 
 
 def labelled(name: str, sources: Sources, *, limit: int | None) -> list[Item]:
@@ -89,15 +83,15 @@ def sounds(seed: int, folder: Path) -> list[Item]:
 
 def as_rows(items: Sequence[Item]) -> RowTable:
     """Return the rows whose audio is transcribed."""
-    files = {file: index for index, file in enumerate(dict.fromkeys(item.file for item in items))}
+    files = {file: index for index, file in enumerate(dict.fromkeys(item.clip[0] for item in items))}
     return RowTable(
         ids=pa.array([item.audio_id for item in items], pa.large_string()),
         texts=pa.array([item.text for item in items], pa.large_string()),
         duration_s=np.array([item.duration_s for item in items]),
         source=np.zeros(len(items), np.int16),
-        file=np.array([files[item.file] for item in items], np.int32),
-        row_group=np.array([item.row_group for item in items], np.int32),
-        row=np.array([item.row for item in items], np.int32),
+        file=np.array([files[item.clip[0]] for item in items], np.int32),
+        row_group=np.array([item.clip[1] for item in items], np.int32),
+        row=np.array([item.clip[2] for item in items], np.int32),
         files=list(files),
         weights=[1.0],
     )
@@ -107,7 +101,7 @@ def _items(name: str, sources: Sources, *, limit: int | None = None) -> list[Ite
     rows = read_rows(sources)
     columns = (rows.file, rows.row_group, rows.row, np.nan_to_num(rows.duration_s))
     return [
-        Item(name, rows.id(index), rows.text(index), rows.id(index), rows.files[file], row_group, row, duration_s)
+        Item(name, rows.id(index), rows.text(index), rows.id(index), (rows.files[file], row_group, row), duration_s)
         for index, (file, row_group, row, duration_s) in enumerate(
             zip(*(column[:limit].tolist() for column in columns), strict=True)
         )

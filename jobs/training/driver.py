@@ -76,9 +76,11 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
         cache = _encoder_cache(recipe, stage, config, graft, processor, is_sharded=computing.is_sharded)
         claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)  # only now: a wrong recipe leaves no folder
     check_plan(out, plan)
-    hours = rows.duration_s.sum() / 3600
-    totals = f"{len(rows)} clips, {hours:.2f} h, {total_steps} steps, padding {plan.padding_waste():.1%}"
-    print(f"stage {stage.number}: {totals}", flush=True)
+    print(
+        f"stage {stage.number}: {len(rows)} clips, {rows.duration_s.sum() / 3600:.2f} h, "
+        f"{total_steps} steps, padding {plan.padding_waste():.1%}",
+        flush=True,
+    )
     names = ("learning_rate", "schedule", "warmup_steps", "accumulation", "seed", "log_every", "checkpoint_every")
     settings = LoopSettings(
         **{name: getattr(recipe, name) for name in names},

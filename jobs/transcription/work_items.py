@@ -5,6 +5,7 @@ has no end. An item's id is made of its recording's name and version, its place 
 later run knows what is done.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -125,10 +126,7 @@ def durations(uris: Sequence[str]) -> list[float | None]:
 
 
 def _duration(uri: str) -> float | None:
-    try:
-        with open_audio(uri) as audio:
-            if audio.info.duration_s is not None:
-                return audio.info.duration_s
-            return sum(map(len, audio.frames())) / audio.info.rate
-    except AudioError:
-        return None
+    with contextlib.suppress(AudioError), open_audio(uri) as audio:
+        seconds = audio.info.duration_s
+        return sum(map(len, audio.frames())) / audio.info.rate if seconds is None else seconds
+    return None

@@ -99,8 +99,8 @@ def run(recipe: AblateRecipe) -> None:
         base = {command: getattr(unchanged, command).model_dump() for command in changes}
         change = ", ".join(_describe_changes(changes, base)) or "-"
         print(f"\n== {trial.variant}-{trial.seed}, {len(results) + 1} of {len(planned)}: {change}", flush=True)
-        names = {"variant": trial.variant, "seed": trial.seed, "change": change}
-        results.append(names | _run_trial(trial, rows.duration_s, recipe.last_stage))
+        scores = _run_trial(trial, rows.duration_s, recipe.last_stage)
+        results.append({"variant": trial.variant, "seed": trial.seed, "change": change} | scores)
         write_atomic(out / RESULT_FILE, json.dumps(results, indent=2) + "\n")
         write_atomic(out / TABLE_FILE, table(results))
     print(f"\n{table(results)}", end="", flush=True)

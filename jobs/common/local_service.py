@@ -45,15 +45,16 @@ def serving(
     import ray
 
     port = free_port()
-    application = {
-        "name": app,
-        "route_prefix": "/",
-        "import_path": SERVICE,
-        "args": {"model": absolute_checkpoint(model)} | settings,
-    }
     config = {
         "http_options": {"host": "127.0.0.1", "port": port, "request_timeout_s": request_timeout_s},
-        "applications": [application],
+        "applications": [
+            {
+                "name": app,
+                "route_prefix": "/",
+                "import_path": SERVICE,
+                "args": {"model": absolute_checkpoint(model)} | settings,
+            }
+        ],
     }
     path = folder / CONFIG_FILE
     path.write_text(yaml.safe_dump(config))

@@ -89,8 +89,6 @@ def _dotted_keys(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested groups: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _dotted_keys(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        is_group = isinstance(value, dict) and value
+        flat |= _dotted_keys(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
     return flat

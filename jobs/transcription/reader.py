@@ -129,7 +129,15 @@ class ItemReader:
 
     def _decode(self, item: dict[str, Any]) -> tuple[np.ndarray, int]:
         """Return an item's samples, (samples, channels), and where in its recording the first of them is."""
-        source, name = self._source(item)
+        source: AudioSource = item["uri"]
+        name: str | None = None  # messages call it by its URI
+        if item["row"] is not None:
+            file = CorpusFile(item["uri"], item["audio_column"])
+            number = self._file_numbers.setdefault(file, len(self._file_numbers))
+            if number == len(self._corpora.files):
+                self._corpora.files.append(file)
+            source, _ = self._corpora.wav(number, item["row_group"], item["row"])
+            name = name_of(item)
         rate = probe(source, name=name).rate if item["item_count"] > 1 else 0
         start, end = (None if second is None else round(second * rate) for second in (item["start_s"], item["end_s"]))
         blocks = list(read_span(source, start or 0, end, borders="quiet", channels=self._channels, name=name))
@@ -137,17 +145,6 @@ class ItemReader:
             return np.zeros((0, 1), np.float32), 0
         samples = np.concatenate([block.samples for block in blocks])
         return samples.reshape(len(samples), -1), blocks[0].start
-
-    def _source(self, item: dict[str, Any]) -> tuple[AudioSource, str | None]:
-        """Return an item's audio, as a URI or as bytes, and the name that messages call it, None for its URI."""
-        if item["row"] is None:
-            return item["uri"], None
-        file = CorpusFile(item["uri"], item["audio_column"])
-        number = self._file_numbers.setdefault(file, len(self._file_numbers))
-        if number == len(self._corpora.files):
-            self._corpora.files.append(file)
-        audio, _ = self._corpora.wav(number, item["row_group"], item["row"])
-        return audio, name_of(item)
 
     def _cut(self, samples: np.ndarray, start_sample: int) -> pa.Array:
         """Cut every channel of (samples, channels) into chunks; returns them as one row of READ's `chunks`."""

@@ -124,6 +124,10 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
 
 
 def _check_sets(recipe: EvaluateRecipe) -> None:
+    from graft.data.nonspeech import SOUNDS
+
+    from .evaluation.test_sets import SWAPPED, joined_name
+
     for key, name in [("audio_check", recipe.audio_check), *(("expected", name) for name in recipe.expected)]:
         if name and name not in recipe.data:
             raise DataError(f"{key}={name} is no set of data ({', '.join(recipe.data)}): give one of them")
@@ -131,10 +135,6 @@ def _check_sets(recipe: EvaluateRecipe) -> None:
         raise RecipeError(
             f"recordings_s would join the clips of audio_check={recipe.audio_check} too: leave one out, or run twice"
         )
-    from graft.data.nonspeech import SOUNDS
-
-    from .evaluation.test_sets import SWAPPED, joined_name
-
     recordings = map(joined_name, recipe.data if recipe.recordings_s else [])
     for name in (SWAPPED, *recordings, *(SOUNDS if recipe.sounds else [])):
         if name in recipe.data:

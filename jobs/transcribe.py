@@ -225,7 +225,8 @@ def _probe(uris: Sequence[str]) -> list[float | None]:
 
 def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     rtfx, cost = summary["rtfx"], summary["cost_per_audio_hour"]
-    speed = ", nothing was left to do" if rtfx is None else f", {rtfx:.1f} times as fast as real time in this run"
+    speed = f", {rtfx:.1f} times as fast as real time in this run" if rtfx else ""
+    speed = ", nothing was left to do" if rtfx is None else speed
     price = f", {cost:.4f} an hour of audio" if cost is not None else ""
     counts = f"{summary['done']} recordings done, {summary['failed']} failed"
     yield f"{counts}; {summary['audio_hours']:.2f} h of audio{speed}{price}"

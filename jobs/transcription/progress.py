@@ -51,16 +51,18 @@ class BulkProgress:
         return (self._audio_s - self._audio_before_s) / max(time.monotonic() - self._start, 1e-9)
 
     def line(self) -> str:
-        """Return the line as of the last count. An item of unknown length counts as long as the mean of those done."""
-        left = "?"
-        if self.rtfx:
-            mean_s = self._audio_s / max(self._items, 1)
-            expected_s = (pc.sum(self._expected_s).as_py() or 0.0) + mean_s * self._expected_s.null_count
-            is_left = self._items < self._item_count
-            seconds = round(max(0.0, expected_s - self._audio_s) / self.rtfx) if is_left else 0
-            left = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        """Return the line as of the last count."""
+        seconds = round(self._left_s()) if self.rtfx else 0
+        left = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}" if self.rtfx else "?"
         done = f"{int(self._recordings + 1e-6)}/{self._recording_count} recordings"
         return f"{done}  {self._audio_s / 3600:.2f} h  RTFx {self.rtfx:.1f}  left {left}  {self._errors} errors"
+
+    def _left_s(self) -> float:
+        """Estimate the seconds that are left; an item of unknown length counts as long as the mean of those done."""
+        known = pc.sum(self._expected_s).as_py() or 0.0
+        mean = self._audio_s / max(self._items, 1)
+        expected_s = known + mean * self._expected_s.null_count
+        return max(0.0, expected_s - self._audio_s) / self.rtfx if self._items < self._item_count else 0.0
 
     def _watch(self) -> None:
         while not self._ended.wait(self._every_s):

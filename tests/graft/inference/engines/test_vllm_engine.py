@@ -226,6 +226,7 @@ def test_an_error_at_vllms_start_is_raised_and_leaves_no_thread(folder, monkeypa
     assert {thread.name for thread in threading.enumerate()} <= before
 
 
+@pytest.mark.bundled
 def test_real_weights_answer_the_same_until_the_engine_is_closed(tmp_path, monkeypatch) -> None:
     model, processor = build_graft(str(bundled_whisper()), str(bundled_qwen2vl()))
     model.save_pretrained(tmp_path / "graft")

@@ -34,7 +34,7 @@ H200_RATE = 370.0
 DATA_WORKERS = 2
 # The fewest batches that a worker takes: at the first and the last one nothing is measured.
 FEWEST_BATCHES = 4
-CLIPS, FED_CLIPS, STEPS = 100, 1000, 24
+CLIPS, FED_CLIPS, FED_EPOCHS, STEPS = 100, 1000, 3, 24
 # About as many batches as a split passes on in a second, to make a stream that lasts as long as asked.
 QUICK_BATCHES_PER_S = 200
 WORKER_BUDGET = 1024
@@ -43,7 +43,8 @@ KINDS = {"coordinator": "SplitCoordinator", "loaders": "MapBatches", "workers": 
 
 ABOUT_INGEST = f"""\
 A worker is fed FLAC in parquet by {DATA_WORKERS} Ray Data loaders; its step sleeps as long as an H200
-takes in stage 1 of a 7B graft, {H200_RATE:.0f} s of audio a second. fed_percent: the share of this speed left."""
+takes in stage 1 of a 7B graft, {H200_RATE:.0f} s of audio a second. fed_percent: the share of this speed left.
+loaders_ms_per_audio_s: the loaders' CPU time where a worker takes each batch at once."""
 ABOUT_SPLIT = f"""\
 One batch of 8192 tokens, made beforehand, without its features, goes again and again from {DATA_WORKERS} loaders by
 Ray Data's streaming_split, as in Ray Train, to processes that take each batch at once: the cost of the split itself.
@@ -87,14 +88,14 @@ class MadeBatches:
 def bench_ingest(graft: str) -> Numbers:
     """Measure whether Ray keeps an H200 busy, and what the loaders work for that."""
     with tempfile.TemporaryDirectory() as folder:
-        spec = _loader_spec(graft, folder, clips=FED_CLIPS)
+        spec = _loader_spec(graft, folder, clips=FED_CLIPS, epochs=FED_EPOCHS)
         positions = [batch.position for batch in spec.batches]
-        passed = measured(watch(pass_through, 1, positions, spec, H200_RATE))
-    loaders_ms = passed["loaders ms"] / passed["audio s/batch"]
+        fed, flat_out = (measured(watch(pass_through, 1, positions, spec, rate)) for rate in (H200_RATE, math.inf))
+    loaders_ms = flat_out["loaders ms"] / flat_out["audio s/batch"]
     numbers = {
         "steps": len(positions),
-        "fed_percent": 100 - passed["wait %"],
-        "wait_percent": passed["wait %"],
+        "fed_percent": 100 - fed["wait %"],
+        "wait_percent": fed["wait %"],
         "loaders_ms_per_audio_s": loaders_ms,
         "extrapolated_cores_per_h200": H200_RATE * loaders_ms / 1000,
     }
@@ -131,7 +132,7 @@ def bench_split(graft: str, consumers: Sequence[int], seconds: float) -> Numbers
     return numbers | report(ABOUT_LIMITS, limits)
 
 
-def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS) -> Any:
+def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS, epochs: int = 1) -> Any:
     """Write a corpus and plan a run, with a 7B graft's mel bands."""
     from transformers import WhisperFeatureExtractor
 
@@ -147,7 +148,7 @@ def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS) -> Any:
     processor.feature_extractor = WhisperFeatureExtractor(feature_size=MEL_COUNT)
     processor.save_pretrained(folder)
     rows = read_rows(write_speech_corpus(Path(folder, "speech.parquet"), clips))
-    batches = plan_training(rows, processor, PlanSettings()).batches(position=0, step_batches=1)
+    batches = plan_training(rows, processor, PlanSettings(epochs=epochs)).batches(position=0, step_batches=1)
     return LoaderSpec(rows, batches, folder)
 
 
@@ -180,7 +181,8 @@ def measured(watched: Watched[list[Taken]]) -> Numbers:
     taken = watched.result
     start, stop = max(mine[0, 0] for mine in taken), min(mine[-1, 0] for mine in taken)
     inside = [look for look in watched.looks if start <= look[0] <= stop]
-    (begin, before), (end, after) = (inside[0], inside[-1]) if inside else ((0.0, {}), (0.0, {}))
+    (begin, before), (end, _) = (inside[0], inside[-1]) if inside else ((0.0, {}), (0.0, {}))
+    after = {pid: process for _, look in inside for pid, process in look.items()}  # also of processes that have ended
     batches = np.concatenate(taken)
     batches = batches[(batches[:, 0] > begin) & (batches[:, 0] <= end)]
     if not len(batches):

@@ -12,6 +12,7 @@ import itertools
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -244,14 +245,18 @@ def _ffmpeg_blocks(container: Any, stream: Any, info: AudioInfo, file: SourceFil
     layout, position = stream.codec_context.layout, 0
     # Planar samples are faster, but PyAV crashes on those of more than 8 channels.
     sample_format = "fltp" if layout.nb_channels <= 8 else "flt"
+    block: Any = av.AudioFifo()  # a resampler with a frame_size makes blocks too, but takes a fifth more CPU time
     frames = _decode_packets(container, stream)
     try:
         for _, run in itertools.groupby(frames, lambda one: (one.format.name, one.layout.name, one.sample_rate)):
-            resampler = av.AudioResampler(sample_format, layout, info.rate, BLOCK_SAMPLES // info.channels)
+            resampler = av.AudioResampler(sample_format, layout, info.rate)
             for frame in itertools.chain(run, [None]):  # None flushes the resampler.
-                position += frame.samples if frame else 0
-                for block in resampler.resample(frame):
-                    samples = block.to_ndarray()  # (channels, frames) if planar, else (1, frames * channels)
+                for part in filter(None, resampler.resample(frame)):
+                    position += part.samples
+                    part.pts, part.time_base = None, Fraction(1, info.rate)
+                    block.write(part)
+                if position and block.samples >= (BLOCK_SAMPLES // info.channels if frame else 1):
+                    samples = block.read().to_ndarray()  # (channels, frames) if planar, else (1, frames * channels)
                     yield np.ascontiguousarray(samples.T) if len(samples) > 1 else samples.reshape(-1, info.channels)
     except av.FFmpegError as error:
         raise _damaged(file, position / info.rate, str(error.strerror)) from error

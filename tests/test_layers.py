@@ -151,6 +151,7 @@ def test_the_model_travels_as_remote_code(path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["graft", "graft.config", "jobs.common.cli"])
+@pytest.mark.processes
 def test_what_every_command_imports_is_cheap(module: str) -> None:
     code = f"import sys, {module}; sys.exit(bool({{'ray', 'torch', 'transformers', 'fastapi'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -173,6 +173,7 @@ def test_too_large_an_upload_is_413_announced_or_not(service):
     assert_error(chunked, 413, param=None, code="upload_too_large", message=message)
 
 
+@pytest.mark.processes
 def test_an_ingress_imports_no_torch():
     subprocess.run([sys.executable, "-c", "import sys, serve.app; sys.exit('torch' in sys.modules)"], check=True)
 

@@ -113,6 +113,7 @@ def overlap(sent: tuple[str, int, int], start: int, end: int) -> int:
     return max(0, min(end, sent[2]) - max(start, sent[1]))
 
 
+@pytest.mark.processes
 def test_the_hub_gives_the_same_rows_through_faults_that_pass(folder, hub):
     hub.faults.update(info=["503"], list=["503", "drop"], data=["503", "drop", "cut", "short"])
     ((files, *rows),) = from_hub(hub, "hf://datasets/speech/clips@v1/large")
@@ -122,6 +123,7 @@ def test_the_hub_gives_the_same_rows_through_faults_that_pass(folder, hub):
     assert not any(hub.faults.values())
 
 
+@pytest.mark.processes
 def test_a_second_planning_reads_nothing_where_the_first_is_kept(folder, hub, tmp_path):
     first = from_hub(hub, "hf://datasets/speech/clips@v1/large", chosen="[]", cache=tmp_path)
     assert hub.sent
@@ -130,6 +132,7 @@ def test_a_second_planning_reads_nothing_where_the_first_is_kept(folder, hub, tm
     assert hub.sent == []
 
 
+@pytest.mark.processes
 def test_planning_reads_no_audio_and_reading_one_row_only_its_row_group(folder, hub):
     ranges = audio_ranges(folder)
     from_hub(hub, "hf://datasets/speech/clips@v1/*/train-?*.parquet", chosen="[]")
@@ -153,6 +156,7 @@ def test_planning_reads_no_audio_and_reading_one_row_only_its_row_group(folder, 
     assert {sent[0] for sent in read} == {FILES[0]}
 
 
+@pytest.mark.processes
 def test_lasting_faults_of_the_hub_are_one_line(hub):
     hub.faults.update(data=["403"])
     places = ["@v1/large/train-0.parquet", "@v2/large", "@v1/small", "@v1/large/none-*.parquet"]

@@ -91,6 +91,7 @@ def hold_memory(own_mb: int, child: str = "") -> str:
     )
 
 
+@pytest.mark.processes
 def test_the_memory_of_a_process_and_of_those_below_it_is_seen() -> None:
     seen = watch(exec, hold_memory(100, hold_memory(300)))
     assert 100 < seen.peak_mb() < 300

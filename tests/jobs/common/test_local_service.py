@@ -16,6 +16,8 @@ import requests
 
 from jobs.common.local_service import ServerFailed, post, running, serving
 
+pytestmark = pytest.mark.processes
+
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(300)"]
 
 

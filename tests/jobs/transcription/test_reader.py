@@ -117,6 +117,7 @@ def read_until_death(items: pa.Table, notes: Path, results: Path) -> None:
     pq.write_table(pa.concat_tables(Dying(Reading(QUICK, ChunkSettings()), notes)(items)), results)
 
 
+@pytest.mark.processes
 def test_an_item_that_ends_its_reader_every_time_becomes_an_error(tmp_path):
     """The batch is given to one process after the other, as Ray does."""
     (tmp_path / "notes").mkdir()

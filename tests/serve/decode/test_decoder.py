@@ -16,6 +16,8 @@ from tests.support.faults import until
 from tests.support.http_service import open_decoder
 from tests.support.isolated import isolated_processes
 
+pytestmark = pytest.mark.processes
+
 CLIPS = [str(path) for path in media.PROMPTS[:4]]
 LIMITS = {"memory_bytes": 2**28, "max_duration_s": 40_000}
 
@@ -91,7 +93,6 @@ def test_an_upload_that_takes_too_long_harms_no_other(endless, undisturbed):
     assert "decoding took longer than 3 s" in str(error)
 
 
-@pytest.mark.processes
 def test_an_upload_that_takes_too_much_memory_harms_no_other(tmp_path, undisturbed):
     (tmp_path / "long.flac").write_bytes(hostile_files.silence(36_000))
     results, error = asyncio.run(decode_beside(str(tmp_path / "long.flac"), do_nothing))

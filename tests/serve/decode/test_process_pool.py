@@ -24,6 +24,8 @@ from tests.support.isolated import (
     make_upper,
 )
 
+pytestmark = pytest.mark.processes
+
 LARGE = 60_000_000
 """Bytes of a result that take tens of milliseconds to send."""
 

@@ -48,7 +48,7 @@ def trained(
 def test_two_instructions_give_two_formats(tmp_path):
     sampler = InstructionSampler(InstructionRecipe(styles={"formatted": 0.5}), "lower")
     audios, texts = [flac(0.4 + 0.2 * seed, seed) for seed in range(3)], ["Yes, Bob.", "It is? No!", "GO ON"]
-    transcriber = open_transcriber(trained(tmp_path, sampler, audios, texts, seed_count=12), chunker=windows)
+    transcriber = open_transcriber(trained(tmp_path, sampler, audios, texts, seed_count=8), chunker=windows)
     for instruction in (None, "lower", DEFAULT_INSTRUCTION):
         heard = transcriber.transcribe_many(audios, instruction=instruction)
         assert [one.text for one in heard] == ["yes bob", "it is no", "go on"]

@@ -52,7 +52,6 @@ READING = Reading(SpeechSettings(), ChunkSettings())
 WORKERS = Workers(
     readers=1, transcribers=1, cpus_per_transcriber=1, gpus_per_transcriber=0, items_per_batch=ITEMS_PER_BATCH
 )
-ITEM_S = 1800.0
 FEW, MANY, PLANNED = 100, 10_000, 1_000_000
 SHORT_S, LONG_HOURS = 0.3, 10.0
 
@@ -121,7 +120,7 @@ def bench_pipeline(graft: str, seconds: float) -> Numbers:
         for name, rate in {"device": H200_RATE, "slowed": min(H200_RATE, one_core / HEADROOM)}.items():
             clips = max(round(seconds * rate / MEAN_S), ITEMS_PER_BATCH * 3 * STARTING)
             write_archive(folder / name, clips)
-            plan = plan_items(find_recordings([str(folder / name)]), item_s=ITEM_S, probe=durations)
+            plan = plan_items(find_recordings([str(folder / name)]), probe=durations)
             for way, work in {"bare": transcribe_bare, "ray": transcribe_on_ray}.items():
                 home = folder / f"{name}-{way}"
                 home.mkdir()
@@ -204,7 +203,7 @@ def _transcribe(graft: str, audio: Path) -> float:
 def _plan(audio: Path) -> float:
     """Plan an archive as jobs.transcribe does; returns the seconds."""
     start = time.monotonic()
-    plan = plan_items(find_recordings([str(audio)]), item_s=ITEM_S, probe=durations)
+    plan = plan_items(find_recordings([str(audio)]), probe=durations)
     plan = at_attempts(plan, read_index(audio.parent), retry_errors=False)
     pq.write_table(plan, audio.parent / "plan.parquet", row_group_size=50_000)
     return time.monotonic() - start

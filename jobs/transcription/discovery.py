@@ -157,17 +157,21 @@ def _each_once(table: pa.Table) -> pa.Table:
     """
     keys = ["recording", "uri", "row_group", "row"]
     table = table.take(pc.sort_indices(table, [(key, "ascending") for key in keys]))
-    names, others = table["recording"].combine_chunks(), table.select(keys[1:]).to_struct_array().combine_chunks()
+    names = table["recording"].combine_chunks()
     same_name = pc.equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
-    for place in np.flatnonzero(same_name):
-        if others[int(place)] != others[int(place) + 1]:
-            one, other = (redact_uri(str(others[int(index)]["uri"])) for index in (place, place + 1))
+    for place in np.flatnonzero(same_name).tolist():
+        one, other = table.select(keys[1:]).slice(place, 2).to_pylist()
+        if one != other:
             raise DataError(
-                f"{one} and {other} would both be called {names[int(place)]}: "
+                f"{redact_uri(one['uri'])} and {redact_uri(other['uri'])} would both be called {names[place]}: "
                 "give a folder that holds both, or two runs"
             )
-    table = table.filter(pa.array(np.concatenate([[True], ~same_name])))
+    # A filter copies the table, so an archive of files without repetitions is left as it is.
+    if same_name.any():
+        table = table.filter(pa.array(np.concatenate([[True], ~same_name])))
     is_row = table["row"].is_valid()
+    if not pc.any(is_row).as_py():
+        return table
     rows = table.filter(is_row).sort_by([(key, "ascending") for key in keys[1:]])
     return pa.concat_tables([table.filter(pc.invert(is_row)), rows])
 

@@ -117,6 +117,7 @@ def test_labelled_speech_is_read_whole_or_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.bundled
 def test_peers_transcribe_and_missing_ones_are_named(
     graft: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

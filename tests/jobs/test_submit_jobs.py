@@ -62,6 +62,7 @@ def send(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sender]:
         yield Sender(cluster, checkout, tmp_path_factory.mktemp("shared"))
 
 
+@pytest.mark.bundled
 def test_every_job_can_be_sent_to_a_cluster(send: Sender) -> None:
     home = send.home
     bases = {

@@ -18,6 +18,7 @@ from tests.support.speech_corpus import flac, save_tiny_whisper
 PROMPTS = ROOT / "jobs" / "data" / "prompts"
 
 
+@pytest.mark.slow
 @pytest.mark.bundled
 def test_speech_comes_out_right_batched_alone_and_over_30_s():
     rows = [json.loads(line) for line in (PROMPTS / "unseen.jsonl").read_text().splitlines()[:4]]

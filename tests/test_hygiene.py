@@ -65,6 +65,7 @@ def test_two_names():
 """
 
 
+@pytest.mark.processes
 def test_what_is_left_behind_or_not_marked_fails(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("GRAFT_CACHE", "given")

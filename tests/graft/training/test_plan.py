@@ -101,10 +101,10 @@ def test_any_number_of_workers_gets_the_same_batches_in_the_same_order(plan, ste
 
 
 @settings(deadline=None, max_examples=50)
-@given(plans(), st.integers(1, 5), st.integers(1, 5))
-def test_a_run_resumes_from_any_step_with_any_number_of_workers(plan, step_batches, other):
+@given(plans(), st.integers(1, 5), st.integers(1, 5), st.integers(0, 2))
+def test_a_run_resumes_from_any_step_with_any_number_of_workers(plan, step_batches, other, first):
     whole = plan.batches(position=0, step_batches=step_batches, slots=step_batches + 1)
-    for start in range(0, len(whole) + 1, step_batches + 1):
+    for start in range(0, len(whole) + 1, step_batches + 1)[first::3]:  # every third step, from one of the first three
         position = whole[start - 1].step_position if start else 0
         rest = list(whole[start:])
         assert list(plan.batches(position=position, step_batches=step_batches, slots=step_batches + 1)) == rest

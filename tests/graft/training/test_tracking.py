@@ -34,6 +34,7 @@ def test_resumed_metrics_continue_from_the_checkpoint_and_are_drawn(tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.processes
 def test_a_wandb_run_is_written_offline_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):

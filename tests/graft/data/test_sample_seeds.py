@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from graft.data.sample_seeds import generator, make_sample_seeds, uniform
 
@@ -31,6 +32,7 @@ def test_numbers_are_uniform_and_independent_of_each_other():
     assert abs(np.corrcoef(speed[1:], speed[:-1])[0, 1]) < 0.02
 
 
+@pytest.mark.processes
 def test_one_sample_in_another_process_gets_what_many_get_here():
     sample_seeds = make_sample_seeds(3, 1, np.arange(5), np.zeros(5, int))
     code = (

@@ -221,6 +221,7 @@ def test_exported_names():
         _ = graft.unload
 
 
+@pytest.mark.processes
 def test_import_graft_is_cheap():
     heavy = "('torch', 'transformers', 'numpy', 'ray')"
     script = f"import sys, graft; print(graft.__version__, [m for m in {heavy} if m in sys.modules])"

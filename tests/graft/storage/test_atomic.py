@@ -115,6 +115,7 @@ with atomic_folder(sys.argv[1] + "/folder", replace=True) as folder, atomic_file
 """
 
 
+@pytest.mark.processes
 def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("folder/a", "file"):

@@ -60,6 +60,7 @@ def run(arguments: list[str], *, cwd: Path, code: str | None = None) -> subproce
         (["-out=x"], "argument '-out=x' is not key=value"),
     ],
 )
+@pytest.mark.processes
 def test_a_bad_command_line_ends_in_one_line(arguments, words, tmp_path):
     result = run(arguments, cwd=tmp_path)
     assert result.returncode == 2
@@ -70,6 +71,7 @@ def test_a_bad_command_line_ends_in_one_line(arguments, words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_debug_shows_the_traceback_before_the_line(tmp_path):
     result = run(["out=x", "--debug", "sources=[missing.jsonl]"], cwd=tmp_path)
     assert result.returncode == 2
@@ -174,6 +176,7 @@ for command in sys.argv[1:]:
 """
 
 
+@pytest.mark.processes
 def test_help_and_a_wrong_key_are_answered_without_heavy_imports(tmp_path):
     result = run(COMMAND_LIST, cwd=tmp_path, code=ANSWERS)
     assert result.returncode == 0, result.stderr

@@ -53,10 +53,11 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
     assert transcribe(f"model={graft}", f"audio={data}", f"out={tmp_path / 'transcripts'}", *settings) == 0
     table = pq.read_table(tmp_path / "transcripts" / "recordings")
     transcripts = {one["id"]: one for one in table.to_pylist()}
-    given = [f"model={graft}", f"data.test={data}", f"baseline={whisper}"]
+    given = [f"model={graft}", f"data.test={data}", f"baseline={whisper}", "expected.test.wer_raw=[0, 99]"]
     assert run(*given, f"out={tmp_path / 'out'}", "audio_check=test", "batch_clips=3", *settings) == 0
     report, predictions = left_by(tmp_path / "out")
-    assert (report["pipeline"], report["expected"]) == ("speech", [])
+    assert report["pipeline"] == "speech"
+    assert [verdict["agrees"] for verdict in report["expected"]] == [True]
     assert "pipeline: speech (detected and cut into chunks, as jobs.transcribe does)" in capsys.readouterr().out
     heard = {line["id"]: line for line in predictions if line["set"] == "test"}
     assert heard.keys() == transcripts.keys()
@@ -84,10 +85,11 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
 def test_windows_are_of_all_of_a_clip_and_the_report_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The exit code is 1, because one of the rates is not as expected."""
+    """The exit code is 1, because two of the rates are not as expected."""
     graft, data = tiny_models.save_tiny_graft(tmp_path / "graft"), spoken_corpus(tmp_path)
     given = [f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}", "baseline=", "windows=true"]
-    assert run(*given, "expected.test.wer_raw=[0.5, 99]", "expected.test.cer_raw=[98.5, 99]") == 1
+    expected = {"wer_raw": [0.5, 99], "cer_raw": [98.5, 99], "wer": [0, 0.001]}
+    assert run(*given, *(f"expected.test.{rate}={bounds}" for rate, bounds in expected.items())) == 1
     report, predictions = left_by(tmp_path / "out")
     assert report["pipeline"] == "windows"
     printed = capsys.readouterr().out
@@ -106,6 +108,7 @@ def test_windows_are_of_all_of_a_clip_and_the_report_says_so(
     assert report["expected"] == [
         {"set": "test", "rate": "wer_raw", "found": found["wer_raw"], "low": 0.5, "high": 99, "agrees": True},
         {"set": "test", "rate": "cer_raw", "found": found["cer_raw"], "low": 98.5, "high": 99, "agrees": False},
+        {"set": "test", "rate": "wer", "found": found["wer"], "low": 0, "high": 0.001, "agrees": False},
     ]
     assert f"test: wer_raw {found['wer_raw']:.2%} agrees with the expected 50.00% to 9900.00%" in printed
     assert f"test: cer_raw {found['cer_raw']:.2%} does not agree with the expected" in printed

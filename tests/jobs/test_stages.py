@@ -178,11 +178,15 @@ def test_stage1_leaves_what_it_promises(home: Home, first: Path) -> None:
     assert not torch.equal(trained, load_file(Path(home.graft, "model.safetensors"))["audio_projector.linear.weight"])
 
 
-def test_ctc_prealignment_is_a_start_for_transcripts(home: Home) -> None:
+@pytest.fixture(scope="module")
+def prealigned(home: Home) -> Path:
     validation = {"data": [home.other], "every": 10, "transcripts": 1, "wer_clips": 3}
     recipe = home.stage1_recipe("ctc", objective="ctc", backend="torch", max_steps=30, validation=validation)
     stage1.run(recipe)
-    prealigned = Path(recipe.out)
+    return Path(recipe.out)
+
+
+def test_ctc_prealignment_is_a_start_for_transcripts(home: Home, prealigned: Path) -> None:
     losses = [line["loss"] for line in lines(prealigned / "metrics.jsonl") if "loss" in line]
     assert sum(losses[-10:]) / 10 < 0.8 * losses[0]
     assert (prealigned / "log.txt").read_text().startswith("preflight: ")
@@ -198,6 +202,16 @@ def test_ctc_prealignment_is_a_start_for_transcripts(home: Home) -> None:
     started, _ = open_for_stage(Stage(1, projector=str(prealigned)), home.graft, ComputeSettings("fp32"))
     expected = load_file(prealigned / "projector.safetensors")["linear.weight"]
     torch.testing.assert_close(started.audio_projector.linear.weight.data, expected)
+
+
+@pytest.mark.slow
+def test_stage1_starts_from_the_projector_of_its_recipe(home: Home, prealigned: Path) -> None:
+    after = home.stage1_recipe("after-ctc", projector=str(prealigned), max_steps=1, learning_rate=1e-30)
+    stage1.run(after)
+    started, expected = (
+        load_file(Path(folder, "projector.safetensors"))["linear.weight"] for folder in (after.out, prealigned)
+    )
+    torch.testing.assert_close(started, expected)
 
 
 @pytest.mark.slow

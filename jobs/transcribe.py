@@ -6,6 +6,7 @@ out/ holds recordings/*.parquet, files/NAME.txt and the like, errors.jsonl, summ
 later runs go on from.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -124,11 +125,14 @@ def run(recipe: TranscribeRecipe) -> int:
 
     recordings = find_recordings([recipe.audio] if isinstance(recipe.audio, str) else recipe.audio, recipe.columns)
     _check_model(recipe)
-    with tempfile.TemporaryDirectory(prefix="graft-transcripts-") as scratch:
-        out = Path(scratch) if recipe.out is None else _claim_output(recipe, recipe.out)
-        summary = transcribe(recordings, recipe, out)
+    with (
+        tempfile.TemporaryDirectory(prefix="graft-transcripts-")
+        if recipe.out is None
+        else contextlib.nullcontext(_claim_output(recipe, recipe.out))
+    ) as out:
+        summary = transcribe(recordings, recipe, Path(out))
         if recipe.out is None:
-            _print_transcripts(out)
+            _print_transcripts(Path(out))
     print("\n".join(_summary_lines(summary)))
     return PARTLY_FAILED if summary["failed"] and recipe.strict else 0
 

@@ -34,7 +34,7 @@ help: ## list the targets
 demo: $(READY) ## transcribe, train, merge, evaluate and serve with the bundled speech (10 minutes on 2 cores); results in runs/demo
 	python -m jobs.demo
 
-test: $(READY) ## run the tests in two processes (8 minutes on 2 cores)
+test: $(READY) ## run the tests in two processes (9 minutes on 2 cores)
 	python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(READY) ## run those of them that need no Ray, no bundled weights and no other processes

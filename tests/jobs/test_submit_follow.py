@@ -34,7 +34,7 @@ class Client:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "PATIENCE_S", 2)
+    monkeypatch.setattr(submit, "PATIENCE_S", 0.5)
 
 
 def test_a_broken_connection_prints_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,17 +9,18 @@ import pytest
 
 from tests.support.paths import ROOT
 
-DOCUMENTS = ["README.md", "cluster/README.md"]
+DOCUMENTS = ["README.md", "cluster/README.md", "docs/BENCHMARKS.md", "graft/pretrained/small/README.md"]
 ELSEWHERE = {"docker", "kubectl", "curl", ".", "export", "apt", "pip"}
 """Commands of other projects; of their arguments, only the files of this repository are checked."""
 
 
 def commands(document: str) -> Iterator[str]:
-    """The commands in the fenced shell blocks and in the indented lines of a document, continued lines joined."""
+    """Commands in fenced shell blocks, with their lines joined, in indented lines, and benchmarks in a sentence."""
     text = (ROOT / document).read_text()
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     indented = re.findall(r"^    (?:make|python -m|ray|serve|kubectl|docker) .+$", text, re.MULTILINE)
-    for line in "\n".join([*blocks, *indented]).replace("\\\n", " ").splitlines():
+    measured = re.findall(r"`(python -m jobs\.bench [^`]+)`", text)
+    for line in "\n".join([*blocks, *indented, *measured]).replace("\\\n", " ").splitlines():
         if words := shlex.split(line, comments=True):
             yield shlex.join(words)
 

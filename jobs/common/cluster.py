@@ -42,6 +42,7 @@ def connect(*, cpus: int | None = None) -> None:
         # which is installed beside this interpreter.
         caches = ("HF_HUB_OFFLINE", "HF_HOME", "GRAFT_CACHE", "TORCH_EXTENSIONS_DIR")
         variables |= {name: os.environ[name] for name in caches if name in os.environ}
+        variables["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody announces that this machine will be taken away
         variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         local = {
             "address": "local",

@@ -82,49 +82,21 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
         assert heard[name]["whisper"] == " ".join(answer.text for answer in answers if answer.text)
 
 
-def test_windows_are_of_all_of_a_clip_and_the_report_says_so(
+def test_windows_instructions_and_recordings_are_scored_beside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The exit code is 1, because two of the rates are not as expected."""
-    graft, data = tiny_models.save_tiny_graft(tmp_path / "graft"), spoken_corpus(tmp_path)
-    given = [f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}", "baseline=", "windows=true"]
-    expected = {"wer_raw": [0.5, 99], "cer_raw": [98.5, 99], "wer": [0, 0.001]}
-    assert run(*given, *(f"expected.test.{rate}={bounds}" for rate, bounds in expected.items())) == 1
-    report, predictions = left_by(tmp_path / "out")
-    assert report["pipeline"] == "windows"
-    printed = capsys.readouterr().out
-    assert "pipeline: windows (all of each clip, without the speech detector)" in printed
-    assert report["errors"].keys() == {"broken"}
-    transcriber = open_transcriber(graft, chunker=windows)
-    clips = {one["ID"]: one["wav"]["bytes"] for one in pq.read_table(data).to_pylist()}
-    for line in predictions:
-        if line["id"] != "broken":
-            assert line["graft"] == transcriber.transcribe(clips[line["id"]]).text
-    transcriber.close()
-    assert [line["graft"] is None for line in predictions].count(True) == 1
-    assert next(line for line in predictions if line["id"] == "silence")["graft"]
-
-    found = report["sets"]["test"]["graft"]
-    assert report["expected"] == [
-        {"set": "test", "rate": "wer_raw", "found": found["wer_raw"], "low": 0.5, "high": 99, "agrees": True},
-        {"set": "test", "rate": "cer_raw", "found": found["cer_raw"], "low": 98.5, "high": 99, "agrees": False},
-        {"set": "test", "rate": "wer", "found": found["wer"], "low": 0, "high": 0.001, "agrees": False},
-    ]
-    assert f"test: wer_raw {found['wer_raw']:.2%} agrees with the expected 50.00% to 9900.00%" in printed
-    assert f"test: cer_raw {found['cer_raw']:.2%} does not agree with the expected" in printed
-
-
-def test_other_instructions_and_recordings_are_scored_beside(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     graft = tiny_models.save_tiny_graft(tmp_path / "graft", trained_styles=["formatted"])
     rows = [row(f"t{seed}", seed) for seed in range(26)]
     rows.insert(3, row("broken", 30, **BROKEN))
     data = corpus(tmp_path / "test.parquet", rows)
-    other = corpus(tmp_path / "other.parquet", [row("u0", 40), row("u1", 41)])
+    other = spoken_corpus(tmp_path)
     given = [f"model={graft}", f"data={{test: {data}, a/b: {other}}}", f"out={tmp_path / 'out'}", "baseline="]
-    assert run(*given, "instructions=[formatted]", "recordings_s=31", "windows=true") == 0
+    expected = {"wer_raw": [0.5, 99], "cer_raw": [98.5, 99], "wer": [0, 0.001]}
+    given += [f"expected.a/b.{rate}={bounds}" for rate, bounds in expected.items()]
+    assert run(*given, "instructions=[formatted]", "recordings_s=31", "windows=true") == 1
     report, predictions = left_by(tmp_path / "out")
+    printed = capsys.readouterr().out
     kinds = {"graft", "graft formatted"}
     sets = {"test", "test joined", "a/b", "a/b joined"}
     assert {name: scores.keys() for name, scores in report["sets"].items()} == dict.fromkeys(sets, kinds)
@@ -150,11 +122,31 @@ def test_other_instructions_and_recordings_are_scored_beside(
             one.text for one in transcriber.transcribe_many(clips, instruction=instruction)
         ]
         assert recordings[0][kind] == transcriber.transcribe(recording, instruction=instruction).text
-    transcriber.close()
     assert any(line["graft"] != line["graft formatted"] for line in plain)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    lines = [line.split() for line in printed.splitlines()]
     shown = [line[:4] for line in lines if line[:2] == ["test", "joined"]]
     assert shown == [["test", "joined", "graft", "2"], ["test", "joined", "graft", "formatted"]]
+
+    # Windows are of all of a clip, its silence and what is over 30 s included, and the report says so.
+    assert report["pipeline"] == "windows"
+    assert "pipeline: windows (all of each clip, without the speech detector)" in printed
+    assert report["errors"].keys() == {"broken"}
+    spoken = {one["ID"]: one["wav"]["bytes"] for one in pq.read_table(other).to_pylist()}
+    heard = {line["id"]: line["graft"] for line in predictions if line["set"] == "a/b"}
+    assert heard.keys() == spoken.keys()
+    assert heard.pop("broken") is None
+    assert heard["silence"]
+    assert heard == {name: transcriber.transcribe(spoken[name]).text for name in heard}
+    transcriber.close()
+
+    found = report["sets"]["a/b"]["graft"]
+    assert report["expected"] == [
+        {"set": "a/b", "rate": "wer_raw", "found": found["wer_raw"], "low": 0.5, "high": 99, "agrees": True},
+        {"set": "a/b", "rate": "cer_raw", "found": found["cer_raw"], "low": 98.5, "high": 99, "agrees": False},
+        {"set": "a/b", "rate": "wer", "found": found["wer"], "low": 0, "high": 0.001, "agrees": False},
+    ]
+    assert f"a/b: wer_raw {found['wer_raw']:.2%} agrees with the expected 50.00% to 9900.00%" in printed
+    assert f"a/b: cer_raw {found['cer_raw']:.2%} does not agree with the expected" in printed
 
 
 @pytest.mark.slow

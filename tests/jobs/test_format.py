@@ -66,7 +66,7 @@ def test_a_corpus_is_formatted_and_read_again(whisper, tmp_path, capsys):
         [*clips, own, row("broken", 8, text="BROKEN WORDS", **BROKEN), row("empty", 9, text=" ")],
     )
     arguments = [f"data={data}", f"out={tmp_path / 'out'}", f"model={whisper}", "least_agreement=0.6"]
-    assert run(*arguments, "batch_clips=2", "part_clips=4", "workers=2") == 0
+    assert run(*arguments, "batch_clips=2", "part_clips=4") == 0
 
     expected = {
         clip["ID"]: transfer_formatting(clip["text"], transcript) for clip, transcript in zip(clips, heard, strict=True)

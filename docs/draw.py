@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import MaxNLocator
 
 HERE = Path(__file__).parent
 DATA, PICTURES = HERE / "data", HERE / "pictures"
@@ -371,6 +372,62 @@ def training_step(theme: Theme) -> Picture:
     return picture
 
 
+def demo(theme: Theme) -> Picture:
+    """Chart the losses of a demo's two stages."""
+    table = read_table("demo")
+    first, last = (table.column("loss", stage=stage) for stage in ("stage 1", "stage 2"))
+    title = f"make demo: the loss falls from {first[0]:.2f} to {first[-1]:.2f}, then to {last[-1]:.3f} with adapters"
+    picture = Picture(theme, 7.4, 3.4, title, source=table.source())
+    axes = picture.axes(0.6, 0.85, 6.0, 1.95)
+    steps = [0.0]
+    for stage, color, label in (("stage 1", theme.others, "projector"), ("stage 2", theme.ours, "adapters")):
+        start = steps[-1]
+        steps = [start + step for step in table.column("step", stage=stage)]
+        losses = table.column("loss", stage=stage)
+        (line,) = axes.plot(steps, losses, color=color, linewidth=2, marker="o", markersize=4)
+        line.set_gid(f"{MARK}loss")
+        place = (steps[1], losses[1])
+        axes.annotate(f"{stage}: {label}", place, (10, 8), textcoords="offset points", color=color)
+    axes.set(ylim=(0, None), xlabel="optimizer step of both stages")
+    axes.xaxis.label.set_color(theme.faint)
+    picture.text(0.15, 2.88, "loss for a label token, nats", color=theme.faint, size=8.5)
+    return picture
+
+
+def dashboard(theme: Theme) -> Picture:
+    """Chart the panels of cluster/dashboard.json as they were under a real load."""
+    table = read_table("dashboard")
+    panels = list(dict.fromkeys(row["panel"] for row in table.rows))
+    height = 1.45 * -(-len(panels) // 2) + 0.95
+    title = "The dashboard's panels while 1, then 8, then 1 client asked the service"
+    source = f"{table.source()} Drawn from the dashboard's own queries; Grafana looks different."
+    picture = Picture(theme, 9.2, height, title, source=source)
+    colors = (theme.ours, theme.others, theme.faint, theme.ink)
+    for number, panel in enumerate(panels):
+        left, bottom = 0.55 + 4.6 * (number % 2), height - 1.85 - 1.45 * (number // 2)
+        axes = picture.axes(left, bottom, 2.85, 0.9)
+        axes.tick_params(labelsize=7.5)
+        names = list(dict.fromkeys(row["series"] for row in table.rows if row["panel"] == panel))
+        for index, (name, color) in enumerate(zip(names, colors, strict=False)):
+            wanted = {"panel": panel, "series": name}
+            seconds, values = table.column("second", **wanted), table.column("value", **wanted)
+            (line,) = axes.plot(seconds, values, color=color, linewidth=1.3, linestyle=("-", "--", ":", "-.")[index])
+            line.set_gid(f"{MARK}series")
+            picture.text(left + 2.95, bottom + 0.78 - 0.19 * index, name, color=color, size=7.5)
+        axes.set(ylim=(0, None), xlim=(0, max(map(float, (row["second"] for row in table.rows)))))
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        picture.text(left - 0.35, bottom + 1.02, f"{panel}{UNITS.get(panel, '')}", size=8.5, weight="bold")
+    return picture
+
+
+UNITS = {
+    "Requests by status": ", a second",
+    "Latency": ", s",
+    "Time to first text": ", s",
+    "Queue: speech": ", s",
+    "Failed requests": ", share",
+    "Busy": ", share of the time",
+}
 STEP_NAMES = {
     "graft": "graft",
     "seed-style": "the reference system's way",
@@ -387,6 +444,8 @@ PICTURES_BY_NAME: dict[str, Callable[[Theme], Picture]] = {
     "transcribers": transcribers,
     "service": service,
     "training-step": training_step,
+    "demo": demo,
+    # "dashboard": dashboard,
 }
 
 

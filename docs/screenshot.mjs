@@ -17,7 +17,7 @@ const browser = await puppeteer.launch({
 });
 try {
   const page = await browser.newPage();
-  await page.setViewport({ width: 1100, height: 820, deviceScaleFactor: 1 });
+  await page.setViewport({ width: 1100, height: 1480, deviceScaleFactor: 0.8 });
   await page.setRequestInterception(true);
   page.on('request', (request) => {
     const asked = new URL(request.url());

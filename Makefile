@@ -61,7 +61,7 @@ venv: $(READY) ## make the environment: packages, bundled weights, DeepSpeed's c
 	@echo "environment: $(VENV)"
 
 clean: ## remove the environment and caches, but not runs/
-	rm -rf "$(VENV)" "$(VLLM_VENV)" graft.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" "$(VLLM_VENV)" graft_asr.egg-info build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find graft jobs serve tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml

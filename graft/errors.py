@@ -11,6 +11,7 @@ GraftError
 """
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 
@@ -46,6 +47,19 @@ class MissingExtra(GraftError):
     """A package of an optional extra is not installed."""
 
 
+def checkout() -> Path | None:
+    """Return the folder of the checkout that this code is run from; None where graft is installed from a wheel."""
+    package = Path(__file__).parent
+    return None if (package / "jobs").is_dir() else package.parent  # a wheel holds the jobs inside this package
+
+
+def install_command(extra: str = "") -> str:
+    """Return the command that installs graft with an optional extra, from the checkout or from the package index."""
+    source = checkout()
+    extras = f"[{extra}]" if extra else ""
+    return f"pip install -e '{source}{extras}'" if source else f"pip install 'graft-asr{extras}'"
+
+
 def require(module: str, *, extra: str) -> ModuleType:
     """Import a module of an optional extra. Raises MissingExtra with the command that installs it."""
     try:
@@ -53,4 +67,4 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not module.startswith(error.name.split(".")[0]):
             raise
-        raise MissingExtra(f"{module} is not installed: pip install 'graft[{extra}]'") from error
+        raise MissingExtra(f"{module} is not installed: {install_command(extra)}") from error

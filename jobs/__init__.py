@@ -1,10 +1,13 @@
-"""The commands of graft: each module here is one, run as `python -m jobs.COMMAND --recipe FILE key=value ...`."""
+"""The commands of graft: each module here is one, run as `graft COMMAND --recipe NAME key=value ...`.
 
-COMMANDS = (
-    ("prepare", "label", "format"),
-    ("build", "stage1", "stage2", "check", "merge", "export"),
-    ("transcribe",),
-    ("evaluate", "ablate"),
-    ("demo", "submit", "bench"),
-)
-"""The commands in the order of a project's life, in groups."""
+In a checkout `python -m jobs.COMMAND` is the same command.
+"""
+
+COMMANDS = {
+    "transcribe and serve": ("transcribe", "serve"),
+    "prepare speech": ("prepare", "label", "format"),
+    "train": ("build", "stage1", "stage2", "check", "merge", "export"),
+    "measure": ("evaluate", "ablate", "bench"),
+    "try and submit": ("demo", "submit"),
+}
+"""The commands by what they are for. `serve` is not a module here: it is in the package of the service."""

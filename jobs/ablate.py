@@ -10,6 +10,7 @@ bounds a batch, and token_budget never does.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,7 +162,7 @@ def _merged(base: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[str, An
 def _recipe(recipe_class: type[R], where: str, settings: Mapping[str, Any], **given: Any) -> R:
     """Make a command's recipe. Raises RecipeError that begins with `where` its settings are."""
     if taken := settings.keys() & given.keys():
-        raise RecipeError(f"{where}.{min(taken)} is for jobs.ablate to give: leave it out")
+        raise RecipeError(f"{where}.{min(taken)} is for `graft ablate` to give: leave it out")
     overrides = [f"{key}={json.dumps(value)}" for key, value in {**settings, **given}.items()]
     try:
         return read_recipe(recipe_class, None, overrides)
@@ -273,5 +274,7 @@ def _number_text(number: float | None) -> str:
     return "-" if number is None else f"{number:.4g}" if number < 1000 else f"{number:.0f}"
 
 
+main = partial(run_job, AblateRecipe, run, summary=__doc__)
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(AblateRecipe, run, summary=__doc__))
+    raise SystemExit(main())

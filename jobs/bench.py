@@ -1,6 +1,6 @@
 """Measure a part of graft: features, training, the service, bulk transcription, scaling or a GPU.
 
-`python -m jobs.bench NAME [--json FILE]` prints what it measures and writes the numbers as JSON."""
+`graft bench NAME [--json FILE]` prints what it measures and writes the numbers as JSON."""
 
 import argparse
 import importlib
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.bench", description="Measure a part of graft.")
+    parser = argparse.ArgumentParser(prog="graft bench", description="Measure a part of graft.")
     commands = parser.add_subparsers(metavar="NAME", required=True, dest="name")
     for name, (text, parts, options) in BENCHMARKS.items():
         command = commands.add_parser(name, help=text, description=text)

@@ -4,6 +4,7 @@ two checkpoints, or a published one -> model and processor -> out/ as a Hugging 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -161,5 +162,7 @@ def _with_settings(recipe: BuildRecipe, key: str, settings: Mapping[str, Any]) -
     return recipe.model_copy(update=dict(settings))
 
 
+main = partial(run_job, BuildRecipe, run, summary=__doc__)
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(BuildRecipe, run, summary=__doc__))
+    raise SystemExit(main())

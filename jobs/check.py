@@ -4,6 +4,7 @@ first clips -> one training batch -> the answers' logits with the clips' own aud
 labels
 """
 
+from functools import partial
 from typing import Literal
 
 from graft.config import Recipe
@@ -53,5 +54,7 @@ def run(recipe: CheckRecipe) -> tuple[float, int]:
     return logit_change, label_count
 
 
+main = partial(run_job, CheckRecipe, run, summary=__doc__)
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(CheckRecipe, run, summary=__doc__))
+    raise SystemExit(main())

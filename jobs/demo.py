@@ -10,6 +10,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +70,7 @@ def run(recipe: DemoRecipe) -> None:
     print("\nseconds: " + "  ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items()))
     print(f"\nfiles in {recipe.out}:{FILES}\nthree transcripts, before and after training:")
     _print_transcripts(f"{recipe.out}/transcripts-graft", f"{recipe.out}/transcripts-merged")
-    print(f"\nyour own file: python -m {__package__}.transcribe model={recipe.out}/merged audio=YOUR_FILE", flush=True)
+    print(f"\nyour own file: graft transcribe YOUR_FILE model={recipe.out}/merged", flush=True)
 
 
 def step_recipes(recipe: DemoRecipe) -> dict[str, Recipe]:
@@ -252,5 +253,7 @@ FILES = """
 """
 
 
+main = partial(run_job, DemoRecipe, run, summary=__doc__)
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(DemoRecipe, run, summary=__doc__))
+    raise SystemExit(main())

@@ -11,6 +11,7 @@ test sets -> the bulk pipeline, once for each model and instruction -> error rat
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -284,5 +285,7 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"seconds of audio per second: {speeds}"])
 
 
+main = partial(run_job, EvaluateRecipe, run, summary=__doc__)
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(EvaluateRecipe, run, summary=__doc__))
+    raise SystemExit(main())

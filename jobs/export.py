@@ -7,6 +7,7 @@ pretrained.json, the recipes of its training, a model card. `jobs.build pretrain
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +33,7 @@ The trained part of a graft: the projector between a Whisper encoder and a Qwen2
 It holds none of the weights of its bases. This command puts it onto them, whose tensors must have the digests in
 pretrained.json (audio_base={audio_base}, text_base={text_base}):
 
-    python -m jobs.build pretrained={name} out=FOLDER
+    graft build pretrained={name} out=FOLDER
 
 pretrained= also takes this folder. recipes/ holds the recipes of its training, without the folders of the data."""
 
@@ -163,14 +164,14 @@ def _base_names(recipe: ExportRecipe, build: Mapping[str, Any], graft: str, conf
     names = {key: getattr(recipe, key) or build.get(key) for key in ("audio_base", "text_base")}
     for key, name in names.items():
         if name is None:
-            raise ModelError(f"{graft} has no {RECIPE_FILE} of jobs.build that names its bases: give {key}=")
+            raise ModelError(f"{graft} has no {RECIPE_FILE} of `graft build` that names its bases: give {key}=")
     if has_adapters(Path(graft, ADAPTER_FOLDER)):
         raise ModelError(
             f"{graft} holds merged adapters, so the stage belongs onto no two bases: "
             "export one that was trained on a new graft"
         )
     if not config.base_digests:
-        raise ModelError(f"{graft} has no digests of its bases: build it with jobs.build and train on that")
+        raise ModelError(f"{graft} has no digests of its bases: build it with `graft build` and train on that")
     return _without_paths(names)
 
 
@@ -252,7 +253,7 @@ def _evaluation(path: str) -> str:
     try:
         lines = table(json.loads(_read_text(path))).splitlines()
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"report {path} is no report.json of jobs.evaluate ({error!r}): give one") from error
+        raise DataError(f"report {path} is no report.json of `graft evaluate` ({error!r}): give one") from error
     return "\n".join(f"    {line}".rstrip() for line in lines)
 
 
@@ -270,5 +271,7 @@ def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in cells)
 
 
+main = partial(run_job, ExportRecipe, run, summary=__doc__)
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(ExportRecipe, run, summary=__doc__))
+    raise SystemExit(main())

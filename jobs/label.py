@@ -108,5 +108,7 @@ def _report(texts: Path) -> tuple[dict[str, Any], str]:
     )
 
 
+main = functools.partial(run_job, LabelRecipe, run, summary=__doc__)
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(LabelRecipe, run, summary=__doc__))
+    raise SystemExit(main())

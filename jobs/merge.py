@@ -6,6 +6,7 @@ comparison.json: loss and WER of the adapters on an NF4 base, on the plain base,
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,10 +85,12 @@ def read_stage_output(model: str) -> dict[str, Any]:
 
     if (stage := read_stage(model)) is None:
         raise ModelError(
-            f"{model} is no stage's output (it has no stage.json): give the out folder of jobs.stage1 or jobs.stage2"
+            f"{model} is no stage's output (it has no stage.json): give the folder of `graft stage1` or `graft stage2`"
         )
     return stage
 
 
+main = partial(run_job, MergeRecipe, run, summary=__doc__)
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(MergeRecipe, run, summary=__doc__))
+    raise SystemExit(main())

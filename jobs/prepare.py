@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -237,5 +238,7 @@ def _print_table(out: str, summary: dict[str, Any]) -> None:
     print(f"in {out}; dropped rows in {out}/dropped.jsonl")
 
 
+main = partial(run_job, PrepareRecipe, run, summary=__doc__)
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(PrepareRecipe, run, summary=__doc__))
+    raise SystemExit(main())

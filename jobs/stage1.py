@@ -4,6 +4,7 @@ The projector learns from transcripts, by the language model's loss or by CTC pr
 """
 
 import os
+from functools import partial
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -58,5 +59,7 @@ def plan(recipe: Stage1Recipe, options: PlanOptions) -> None:
     )
 
 
+main = partial(run_job, Stage1Recipe, run, summary=__doc__, plan=plan)
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(Stage1Recipe, run, summary=__doc__, plan=plan))
+    raise SystemExit(main())

@@ -4,6 +4,7 @@ The frozen weights of the language model are quantized to NF4 (QLoRA), or left i
 """
 
 import os
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
@@ -105,5 +106,7 @@ def plan(recipe: Stage2Recipe, options: PlanOptions) -> None:
     print_plan(recipe, options, *planned_graft(recipe.model), trained=trained)
 
 
+main = partial(run_job, Stage2Recipe, run, summary=__doc__, plan=plan)
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(Stage2Recipe, run, summary=__doc__, plan=plan))
+    raise SystemExit(main())

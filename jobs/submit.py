@@ -1,6 +1,6 @@
 """Run a command on a Ray cluster, follow its output and end with its exit code.
 
-Usage: `python -m jobs.submit [--address URL] COMMAND key=value ...`
+Usage: `graft submit [--address URL] COMMAND key=value ...`
 
 A checkout is sent along, without the files that git ignores; an installed graft must be installed on the cluster too.
 Paths in a recipe are the cluster's own. `ray job submit` does the same, but ends with 0 or 1 whatever the job's exit
@@ -15,10 +15,9 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from graft.errors import GraftError, RecipeError, require
+from graft.errors import GraftError, RecipeError, checkout, require
 
 from . import COMMANDS
 from .common.cli import STOPPED
@@ -34,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     name = None
     try:
-        if options.command not in [command for group in COMMANDS for command in group]:
-            raise RecipeError(f"there is no command {options.command}: `python -m {__package__}` lists them")
+        if options.command not in [command for group in COMMANDS.values() for command in group if command != "serve"]:
+            raise RecipeError(f"there is no command {options.command} that runs as a job: `graft` lists the commands")
         client = _client(options.address)
         name = _submit(client, options)
         print(f"graft: job {name}", file=sys.stderr, flush=True)
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}.submit", description=__doc__, formatter_class=formatter, allow_abbrev=False
+        prog="graft submit", description=__doc__, formatter_class=formatter, allow_abbrev=False
     )
     address = "URL of the cluster's dashboard (default: the variables RAY_API_SERVER_ADDRESS, RAY_ADDRESS)"
     parser.add_argument("--address", metavar="URL", help=address)
@@ -96,9 +95,11 @@ def _submit(client: Any, options: argparse.Namespace) -> str:
             raise RecipeError(f"--env {variable} has no value, and none is set here")
         variables[variable] = value if equals else os.environ[variable]
     environment: dict[str, Any] = {"env_vars": variables}
-    if __package__ == "jobs":  # in a checkout; in an installed graft it is a package inside graft
-        environment["working_dir"] = str(Path(__file__).parents[1])
-    command = shlex.join(["python", "-m", f"{__package__}.{options.command}", *options.arguments])
+    source = checkout()
+    if source:
+        environment["working_dir"] = str(source)
+    package = "jobs" if source else "graft.jobs"
+    command = shlex.join(["python", "-m", f"{package}.{options.command}", *options.arguments])
     try:
         return client.submit_job(entrypoint=command, runtime_env=environment)
     except _client_errors() as error:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,7 +89,7 @@ class TranscribeRecipe(Recipe):
     dtype: Literal["fp32", "bf16"] | None = None
     """Precision of the weights; null takes the one that they are stored in."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """Engine of the language model; vllm schedules its own batches and needs `pip install 'graft[vllm]'`."""
+    """Engine of the language model; vllm schedules its own batches and needs the extra `vllm`."""
     quantization: str | None = None
     """Method by which vLLM quantizes the language model, such as fp8; null does not quantize it."""
     item_s: float = Field(default=1800.0, ge=10)
@@ -249,5 +250,7 @@ def _print_transcripts(out: Path) -> None:
                 print(f"{row['uri']}: {row['text']}")
 
 
+main = partial(run_job, TranscribeRecipe, run, summary=__doc__, words="audio")
+
 if __name__ == "__main__":
-    raise SystemExit(run_job(TranscribeRecipe, run, summary=__doc__))
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Serve graft on Ray Serve: `serve run serve.app:build model=FOLDER`, or `serve deploy serve/serve.yaml`.
+"""Serve graft on Ray Serve: `graft serve`, `serve run serve.app:build model=FOLDER` or `serve deploy serve/serve.yaml`.
 
 client -> Ingress (HTTP, decode, cut; scaled by requests) -> Engine (Transcriber; scaled by chunks) -> text -> client
 """

@@ -1,20 +1,20 @@
-"""Define the arguments of the application, for `serve run serve.app:build key=value ...` and serve.yaml."""
+"""Define the arguments of the application, for `graft serve`, `serve run serve.app:build key=value ...`, serve.yaml."""
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from graft.config import Recipe
 
 from .decode.decoder import DecodeArgs
 
 
-class ServeArgs(BaseModel):
+class ServeArgs(Recipe):
     """The served model, the resources of its replicas, and the limits on requests."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
-
     model: str
-    """Folder of a graft, output folder of a training stage, or hub id. `user_config: {model: ...}` of the deployment
-    Engine overrides it and can be changed while the service runs."""
+    """Folder of a graft, output folder of a training stage, hub id, or the name of a graft that comes with the package.
+    `user_config: {model: ...}` of the deployment Engine overrides it and can be changed while the service runs."""
     name: str | None = None
     """Name by which clients call the model, also after another one was loaded. By default it is the folder's name."""
     dtype: Literal["fp32", "bf16"] | None = None

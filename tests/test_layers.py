@@ -19,7 +19,7 @@ COMMANDS = "prepare label format build stage1 stage2 check merge export transcri
 ROOMS = {
     "graft": "errors config storage model audio text data processor checkpoints training inference __init__",
     "jobs": f"common transcription training preparation evaluation {COMMANDS} __main__",
-    "serve": "logs decode config service metrics backends http app",
+    "serve": "logs decode config service metrics backends http app command",
 }
 """The rooms of each package, the lowest first: a room imports from those before it."""
 

@@ -43,9 +43,7 @@ def open_encoder_model(
     """
     check_graft(path)
     if has_adapters(path):
-        raise ModelError(
-            f"{path} holds adapters that are not merged: merge them (python -m jobs.merge) and give the result"
-        )
+        raise ModelError(f"{path} holds adapters that are not merged: merge them (`graft merge`) and give the result")
     graft = base_graft(path)
     config: Any = GraftConfig.from_pretrained(graft)
     with torch.device("meta"):

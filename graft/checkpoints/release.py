@@ -90,7 +90,7 @@ def pretrained_folder(source: str) -> Path:
         if (folder / SETTINGS_FILE).is_file():
             return folder
     known = ", ".join(known_names()) or "none come with this installation"
-    raise ModelError(f"{source} is no pretrained graft: give a name ({known}) or a folder written by jobs.export")
+    raise ModelError(f"{source} is no pretrained graft: give a name ({known}) or a folder written by `graft export`")
 
 
 @functools.cache

@@ -49,7 +49,7 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
             if found.get("model_type") != GraftConfig.model_type:
                 raise ValueError(
                     f"{pretrained_model_name_or_path} is a {found.get('model_type')} checkpoint, not a graft: "
-                    "build one from it with python -m jobs.build"
+                    "build one from it with `graft build`"
                 )
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded

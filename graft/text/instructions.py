@@ -157,7 +157,7 @@ def make_instruction_sampler(
     if formatted and not any(is_formatted(str(text)) for text in texts):
         raise DataError(
             f"none of {len(texts)} texts is formatted: "
-            "make them with python -m jobs.format, and name its output in data's texts"
+            "make them with `graft format`, and name its output in data's texts"
         )
     words = rare_words(texts) if settings.context else []
     if settings.context and not words:

@@ -1,1 +1,1 @@
-"""The measurements of `python -m jobs.bench`, a module for each part of graft."""
+"""The measurements of `graft bench`, a module for each part of graft."""

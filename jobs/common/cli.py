@@ -1,12 +1,13 @@
 """Run a command: arguments -> recipe -> the command's `run`, or its `plan` -> exit code.
 
-Every command is called as `python -m jobs.COMMAND --recipe FILE key=value ... [--plan] [--debug]`. `--key=value` and
+Every command is called as `graft COMMAND --recipe NAME key=value ... [--plan] [--debug]`. `--key=value` and
 `--key value` mean key=value, and `--some-key` means some_key=true where the key is a switch. An error that a user can
 mend (GraftError, also one raised in Ray's workers) ends as one line on stderr with exit code 2; any other error is a
 bug and keeps its traceback.
 """
 
 import argparse
+import difflib
 import importlib.metadata
 import json
 import re
@@ -17,6 +18,7 @@ import textwrap
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence, Set
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
@@ -26,12 +28,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from graft.config import R, Recipe, read_recipe
-from graft.errors import GraftError, RecipeError
+from graft.errors import GraftError, RecipeError, install_command
 
 from .console import quiet_libraries
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a job that was stopped by SIGTERM and saved its state first."""
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""Folder of the recipes that come with graft, which are taken by their names."""
 
 # The attributes in which Ray and Ray Train keep the error that they wrap.
 _INNER_ERRORS = (
@@ -43,6 +48,7 @@ _INNER_ERRORS = (
     "__cause__",
 )
 TYPE_NAMES: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true | false", NoneType: "null"}
+_KEY = re.compile(r"[A-Za-z_][\w.]*=")
 _GRAFT_ERROR_LINE = re.compile(r"^graft\.errors\.\w+: (.+)$", re.MULTILINE)
 
 
@@ -68,20 +74,29 @@ def run_job(
     summary: str | None,
     argv: Sequence[str] | None = None,
     plan: Callable[[R, PlanOptions], None] | None = None,
+    command: str | None = None,
+    words: str | None = None,
 ) -> int:
     """Run a command on the recipe that the command line gives, or `plan` if --plan is given; returns the exit code.
+
+    `command` is the command's name, by default that of the module that `run` stands in. `words` is the key of which
+    arguments without a `=` are the values, such as the files of `graft transcribe a.flac b.flac`.
 
     The code is 0 or the integer that `run` returns, 2 after a GraftError, which is printed as one line, and 130 after
     Ctrl-C. Other exceptions pass through. With --plan only `model` is required: other required keys default to None.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        options, overrides = _read_arguments(recipe_class, summary, argv, plans=plan is not None)
+        command = command or _command_of(run)
+        options, overrides = _read_arguments(
+            recipe_class, summary, argv, plans=plan is not None, command=command, words=words
+        )
+        recipe_path = options.recipe and find_recipe(options.recipe, recipe_class, command)
         quiet_libraries()
         if plan and (plan_options := _plan_options(options)):
-            plan(read_recipe(_requiring_model_only(recipe_class), options.recipe, overrides), plan_options)
+            plan(read_recipe(_requiring_model_only(recipe_class), recipe_path, overrides), plan_options)
             return 0
-        result = run(read_recipe(recipe_class, options.recipe, overrides))
+        result = run(read_recipe(recipe_class, recipe_path, overrides))
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         print("graft: interrupted", file=sys.stderr)
@@ -104,8 +119,8 @@ def user_message(error: BaseException) -> str | None:
         if isinstance(inner, GraftError) and not isinstance(getattr(inner, "cause", None), BaseException):
             return str(inner)
     for inner in chain:
-        if isinstance(inner, ModuleNotFoundError) and (extra := _extra_that_installs(inner.name or "")):
-            return f"{inner.name} is not installed: pip install 'graft{extra}'"
+        if isinstance(inner, ModuleNotFoundError) and (extra := _extra_that_installs(inner.name or "")) is not None:
+            return f"{inner.name} is not installed: {install_command(extra)}"
     # Ray Data and dying actors send only the traceback's text across processes.
     lines = [
         line
@@ -133,26 +148,39 @@ def _errors_inside(error: BaseException) -> Iterator[BaseException]:
 
 
 def _extra_that_installs(module: str) -> str | None:
-    """Name the extra of graft that installs a package: "ray" -> "[jobs]"; "" for a core dependency, None if unknown."""
+    """Name the extra of graft that installs a package: "ray" -> "jobs"; "" for a core dependency, None if unknown."""
     try:
-        requirements = importlib.metadata.requires("graft") or []
+        requirements = importlib.metadata.requires("graft-asr") or []
     except importlib.metadata.PackageNotFoundError:  # run from a source folder
         return None
     for requirement in requirements:
         name = re.match(r"[\w.-]+", requirement)
         if name and name[0].replace("-", "_").lower() == module.lower():
             extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
-            return f"[{extra[1]}]" if extra else ""
+            return extra[1] if extra else ""
     return None
 
 
+def _command_of(run: Callable[..., object]) -> str:
+    """Name the command whose module a function stands in, also where that module is the one that Python runs."""
+    spec = getattr(sys.modules[run.__module__], "__spec__", None)
+    return spec.name.rpartition(".")[2] if spec else "COMMAND"
+
+
 def _read_arguments(
-    recipe_class: type[Recipe], summary: str | None, argv: Sequence[str], *, plans: bool
+    recipe_class: type[Recipe],
+    summary: str | None,
+    argv: Sequence[str],
+    *,
+    plans: bool,
+    command: str = "COMMAND",
+    words: str | None = None,
 ) -> tuple[argparse.Namespace, list[str]]:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    command = spec.name if spec else "jobs.COMMAND"
+    given = [f"[{words} ...]"] if words else []
+    planned = ["[--plan ...]"] if plans else []
+    usage = ["graft", command, *given, "[--recipe NAME]", "[key=value ...]", *planned, "[--debug]"]
     parser = argparse.ArgumentParser(
-        usage=f"python -m {command} [--recipe FILE] [key=value ...] {'[--plan ...] ' if plans else ''}[--debug]",
+        usage=" ".join(usage),
         description=summary,
         epilog="\n".join(
             [
@@ -167,7 +195,9 @@ def _read_arguments(
         exit_on_error=False,
     )
     parser.add_argument(
-        "--recipe", metavar="FILE", help="YAML file with keys of the recipe; key=value (or key.sub=value) overrides it"
+        "--recipe",
+        metavar="NAME",
+        help="recipe of graft by its name, or a YAML file with keys; key=value (or key.sub=value) overrides it",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if plans:
@@ -183,13 +213,19 @@ def _read_arguments(
     except argparse.ArgumentError as error:
         raise RecipeError(f"{error}: see --help") from error
     switches = {name for name, field in recipe_class.model_fields.items() if field.annotation is bool}
-    return options, list(_overrides(overrides, switches))
+    return options, list(_overrides(overrides, switches, words))
 
 
-def _overrides(arguments: Sequence[str], switches: Set[str]) -> Iterator[str]:
-    """Yield the arguments that argparse left over, each as key=value; `switches` are the keys that need no value."""
-    left = iter(arguments)
+def _overrides(arguments: Sequence[str], switches: Set[str], words: str | None = None) -> Iterator[str]:
+    """Yield the arguments that argparse left over, each as key=value; `switches` are the keys that need no value.
+
+    Arguments without a key are values of the key that `words` names.
+    """
+    left, given = iter(arguments), list[str]()
     for argument in left:
+        if words and not argument.startswith("-") and not _KEY.match(argument):
+            given.append(argument)
+            continue
         override = argument.removeprefix("--")
         if override != argument:
             key, equals, value = override.partition("=")
@@ -201,7 +237,32 @@ def _overrides(arguments: Sequence[str], switches: Set[str]) -> Iterator[str]:
             override = f"{key}{equals}{value}" if equals else ""
         if "=" not in override or override.startswith("-"):
             raise RecipeError(f"argument {argument!r} is not key=value or --key value: see --help")
+        if given and override.startswith(f"{words}="):
+            raise RecipeError(
+                f"argument {argument!r} says again what {given[0]!r} says: give all of {words} in one way"
+            )
         yield override
+    if given:
+        yield f"{words}={json.dumps(given, ensure_ascii=False)}"
+
+
+def find_recipe(name: str, recipe_class: type[Recipe], command: str) -> str:
+    """Find the file of a recipe: a path, or the name of one that comes with graft. A path that exists is preferred.
+
+    Raises RecipeError, which lists the recipes that have only keys of `recipe_class`, the one with the closest name
+    first.
+    """
+    if Path(name).exists() and not Path(name).is_dir():
+        return name
+    known = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    stem = name.removesuffix(".yaml")
+    if stem in known:
+        return str(known[stem])
+    keys = recipe_class.model_fields.keys()
+    fitting = [one for one, path in known.items() if yaml.safe_load(path.read_text(encoding="utf-8")).keys() <= keys]
+    close = difflib.get_close_matches(f"{stem.removesuffix(f'-{command}')}-{command}", fitting, n=len(known), cutoff=0)
+    listed = f"; recipes of graft for {command} are {', '.join(close)}" if close else ""
+    raise RecipeError(f"recipe {name}: no such file{listed}")
 
 
 def _plan_options(options: argparse.Namespace) -> PlanOptions | None:

@@ -39,7 +39,7 @@ def labelled(name: str, sources: Sources, *, limit: int | None) -> list[Item]:
     items = _items(name, sources, limit=limit)
     if empty := [item.id for item in items if not item.text.strip()]:
         raise DataError(
-            f"{len(empty)} rows of data.{name} have no text, {empty[0]} first: drop them with python -m jobs.prepare"
+            f"{len(empty)} rows of data.{name} have no text, {empty[0]} first: drop them with `graft prepare`"
         )
     return items
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from graft.audio.chunking import Chunk, Chunker, ChunkSettings
 from graft.audio.clip import AudioClip
 from graft.audio.vad import SpeechSettings
+from graft.config import Recipe
 from graft.errors import AudioError
 
 from ..logs import LOG
@@ -24,14 +25,12 @@ UPLOADS_PER_PROCESS = 1_000
 """Uploads after which a process is replaced, so that memory that decoders leak does not accumulate."""
 SHORT_BYTES = 2**20
 """Larger uploads (over half a minute if uncompressed) leave the first process to short ones, which then wait less."""
-PRELOAD = ["av", "torch", "graft.audio.decoding", "graft.audio.vad", "serve.decode.decoder"]
+PRELOAD = ["av", "torch", "graft.audio.decoding", "graft.audio.vad", __name__]
 """Modules that the forkserver imports, so that a new process is ready within a second."""
 
 
-class DecodeArgs(BaseModel):
+class DecodeArgs(Recipe):
     """Limits on uploads, and how they are cut into chunks."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     processes: int = Field(default=2, ge=1)
     """Processes, each of which decodes one upload at a time. With two or more, one of them takes short uploads only."""

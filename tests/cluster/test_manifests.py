@@ -24,6 +24,7 @@ from tests.support.paths import ROOT
 CLUSTER = ROOT / "cluster"
 DOCKERFILE = (CLUSTER / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NAME = PROJECT["name"]
 JOBS = ["rayjob-train.yaml", "rayjob-transcribe.yaml"]
 MANIFESTS = [*JOBS, "rayservice.yaml", "outputs.yaml"]
 KUBERNETES = ["1.30", "1.37"]
@@ -231,7 +232,7 @@ def test_ray_and_graft_have_the_same_version_everywhere() -> None:
 
     requested = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in image_extras())]
     for requirement in map(Requirement, (line for lines in requested for line in lines)):
-        if requirement.name != "graft":
+        if requirement.name != NAME:
             assert requirement.specifier.contains(pinned[requirement.name.lower()]), requirement
 
 
@@ -242,7 +243,7 @@ def test_all_packages_of_the_image_are_pinned_to_matching_versions() -> None:
     pinned = dict(
         line.split("==") for line in (CLUSTER / "constraints.txt").read_text().splitlines() if not line.startswith("#")
     )
-    for requirement in required("graft", frozenset(image_extras()), pinned, set()):
+    for requirement in required(NAME, frozenset(image_extras()), pinned, set()):
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{requirement} is not pinned"
         assert requirement.specifier.contains(pinned[name], prereleases=True), f"{requirement}, not {pinned[name]}"
@@ -260,7 +261,7 @@ def required(
     seen.add((package, extras))
     for requirement in map(Requirement, requires(package) or []):
         if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {""}):
-            if requirement.name != "graft":
+            if requirement.name != NAME:
                 yield requirement
             yield from required(canonicalize_name(requirement.name), frozenset(requirement.extras), pinned, seen)
 
@@ -274,7 +275,7 @@ def image_extras() -> set[str]:
         extras |= {
             one
             for line in PROJECT["optional-dependencies"][extra]
-            if line.startswith("graft[")
+            if line.startswith(f"{NAME}[")
             for one in Requirement(line).extras
         }
     return extras

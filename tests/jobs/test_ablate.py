@@ -171,7 +171,7 @@ def test_what_can_not_be_compared_is_refused_at_once(
     for argument, words in [
         ("variants.late.stage1.epoch=2", "late.stage1: recipe: unknown key epoch=2 (did you mean 'epochs'?"),
         ("variants.late.stage3.epochs=2", "variants.late.stage3"),
-        ("variants.late.stage2.model=m", "late.stage2.model is for jobs.ablate to give: leave it out"),
+        ("variants.late.stage2.model=m", "late.stage2.model is for `graft ablate` to give: leave it out"),
         ("variants.base.build.audio_pool=4", "variants.base: that name is the unchanged recipe's"),
         ("seeds.other=[1]", "seeds.other: there is no such variant: give base, rank"),
         ("evaluate={}", "there is nothing to score: give evaluate.NAME=DATA, or validation=DATA"),

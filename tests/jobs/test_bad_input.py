@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from graft.checkpoints.loading import open_graft, write_stage
 from graft.checkpoints.projector_file import PROJECTOR_FILE
 from graft.config import Recipe, recipe_yaml
+from graft.errors import install_command
 from jobs import check, evaluate, merge, stage1, stage2
 from jobs.common.cli import run_job
 from tests.support import tiny_models
@@ -120,7 +121,7 @@ FAULTS = {
     ),
     "no stage to merge": Fault("merge", "model={graft}", ("is no stage's output", "give the out folder of")),
     "row without text to score": Fault(
-        "evaluate", f"{SCORE} data.test={{no_text.parquet}}", ("2 rows of", "silent first", "jobs.prepare")
+        "evaluate", f"{SCORE} data.test={{no_text.parquet}}", ("2 rows of", "silent first", "`graft prepare`")
     ),
     "audio check of no set": Fault(
         "evaluate", f"{SCORE} audio_check=tset", ("audio_check=tset is no set of data (test)",)
@@ -205,7 +206,7 @@ def test_real_commands_say_one_line_too(things: dict[str, str], tmp_path: Path) 
         (["-m", "jobs.evaluate", *filled(f"{SCORE} data.test={{nothing}}", things)], ("no such file or folder",)),
         (
             ["-c", WITHOUT.format(package="ray", module="jobs.stage1"), *filled(STAGE1, things)],
-            ("pip install 'graft[train]'", "ray"),
+            (install_command("train"), "ray"),
         ),
     ]
 

@@ -206,7 +206,7 @@ def test_a_name_stands_for_a_folder_of_the_package(exported, built, tmp_path, mo
         shutil.copytree(exported, tmp_path / "pretrained" / name)
     assert job(build, "pretrained=tyni", arguments[1]) == 2
     assert (
-        "tyni is no pretrained graft: give a name (large, tiny) or a folder written by jobs.export"
+        "tyni is no pretrained graft: give a name (large, tiny) or a folder written by `graft export`"
         in capsys.readouterr().err
     )
     assert yaml.safe_load((built("tiny") / "recipe.yaml").read_text())["pretrained"] == "tiny"
@@ -284,7 +284,7 @@ def test_what_has_no_two_bases_is_not_exported(home, exported, tmp_path, built, 
     nameless = shutil.copytree(home / "graft", tmp_path / "nameless")
     (nameless / "recipe.yaml").unlink()
     write_stage(further_stage, stage=1, graft=nameless)
-    assert "has no recipe.yaml of jobs.build that names its bases: give audio_base=" in refused(further_stage)
+    assert "has no recipe.yaml of `graft build` that names its bases: give audio_base=" in refused(further_stage)
 
 
 def test_the_card_tells_data_and_scores(home, tmp_path):
@@ -303,7 +303,7 @@ def test_the_card_tells_data_and_scores(home, tmp_path):
         "# tiny",
         "| Prompts | 2 | CC BY 4.0 |",
         "| audio_pool | 1 |",
-        "    python -m jobs.build pretrained=tiny out=FOLDER",
+        "    graft build pretrained=tiny out=FOLDER",
     ]:
         assert line in card.splitlines()
     assert "LoRA adapters of rank 2" in card

@@ -52,7 +52,10 @@ def test_a_log_that_is_gone_is_not_waited_for_for_ever(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("verb", ["nothing", "compare", "stage1.fit"])
 def test_what_is_no_job_is_not_sent(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert submit.main(["--address", "http://127.0.0.1:1", verb]) == 2
-    assert capsys.readouterr().err == f"graft: error: there is no command {verb}: `python -m jobs` lists them\n"
+    assert (
+        capsys.readouterr().err
+        == f"graft: error: there is no command {verb} that runs as a job: `graft` lists the commands\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import yaml
 from ray.data._internal.planner.planner import Planner
 from safetensors.torch import load_file, save_file
 
+from graft.errors import install_command
 from graft.inference.transcriber import Transcriber, open_transcriber
 from graft.inference.transcript import Transcript
 from jobs.common.outputs import holds_results
@@ -254,7 +255,7 @@ def test_the_command_prints_nothing_else_on_stderr(deaf, tmp_path):
         (["model={folder}", "audio=a.wav", "workers=0"], "workers=0"),
         (["model={folder}"], "key audio is required"),
         (["model={folder}", "audio=a.wav", "quantization=fp8"], "quantization=fp8 goes with engine=vllm"),
-        (["model={folder}", "audio=a.wav", "engine=vllm"], "vllm is not installed: pip install 'graft[vllm]'"),
+        (["model={folder}", "audio=a.wav", "engine=vllm"], f"vllm is not installed: {install_command('vllm')}"),
         (
             ["model={folder}", "audio=a.wav", "instruction=formatted"],
             "instruction 'formatted': this checkpoint was trained for lower: give",

@@ -98,7 +98,7 @@ def test_a_stages_projector_is_loaded_into_its_graft(tmp_path: Path, folder: Pat
     )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "stage1" / name).touch()
-    with pytest.raises(ModelError, match=r"not merged: merge them \(python -m jobs\.merge\)"):
+    with pytest.raises(ModelError, match=r"not merged: merge them \(`graft merge`\)"):
         open_encoder_model(tmp_path / "stage1")
 
 

@@ -209,7 +209,7 @@ def test_a_corpus_must_hold_what_is_to_be_trained():
         (InstructionRecipe(styles={"formatted": 0.1}), "lower"),
         (InstructionRecipe(), "formatted"),
     ):
-        with pytest.raises(DataError, match=r"none of 2 texts is formatted: make them with python -m jobs\.format"):
+        with pytest.raises(DataError, match=r"none of 2 texts is formatted: make them with `graft format`"):
             make_instruction_sampler(settings, [UPPER, LOWER], prompt_style="graft", text_style=style)
         assert make_instruction_sampler(
             settings, pa.array([UPPER, FORMATTED]), prompt_style="graft", text_style=style

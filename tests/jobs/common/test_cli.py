@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -11,9 +12,11 @@ import pytest
 from pydantic import Field
 
 from graft.config import Recipe
-from graft.errors import AudioError, DataError
+from graft.errors import AudioError, DataError, RecipeError, install_command
 from jobs import COMMANDS
-from jobs.common.cli import PlanOptions, run_job, user_message
+from jobs.__main__ import main
+from jobs.common.cli import PlanOptions, find_recipe, run_job, user_message
+from jobs.stage1 import Stage1Recipe
 from jobs.stage2 import Stage2Recipe
 from tests.support.paths import ROOT
 
@@ -90,12 +93,12 @@ sys.exit(run_job(PrepareRecipe, {main}, summary='x'))
 @pytest.mark.parametrize(
     ("module", "main", "remedy"),
     [
-        ("pyarrow", "run", "pyarrow is not installed: pip install 'graft[jobs]'"),
-        ("ray", "lambda recipe: __import__('ray')", "ray is not installed: pip install 'graft[jobs]'"),
+        ("pyarrow", "run", f"pyarrow is not installed: {install_command('jobs')}"),
+        ("ray", "lambda recipe: __import__('ray')", f"ray is not installed: {install_command('jobs')}"),
         (
             "flash_attn",
             "lambda recipe: __import__('flash_attn')",
-            "flash_attn is not installed: pip install 'graft[flash]'",
+            f"flash_attn is not installed: {install_command('flash')}",
         ),
     ],
 )
@@ -125,7 +128,7 @@ def test_help_documents_every_key(tmp_path, capsys):
         assert key in text
     result = run(["--help"], cwd=tmp_path)
     assert result.returncode == 0
-    assert result.stdout.startswith("usage: python -m jobs.prepare [--recipe FILE]")
+    assert result.stdout.startswith("usage: graft prepare [--recipe NAME]")
 
 
 def test_a_plan_takes_the_place_of_the_job(capsys):
@@ -158,15 +161,18 @@ def test_a_plan_takes_the_place_of_the_job(capsys):
     assert "Price of one device-hour in your currency" in capsys.readouterr().out
 
 
-COMMAND_LIST = [command for group in COMMANDS for command in group]
+COMMAND_LIST = [command for group in COMMANDS.values() for command in group]
 ANSWERS = """
 import contextlib, io, runpy, sys
+from jobs.__main__ import main
 
 for command in sys.argv[1:]:
     for argument in ("--help", "wrong=key"):
         sys.argv = [command, argument]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             try:
+                if command == "serve":
+                    sys.exit(main(sys.argv))
                 runpy.run_module(f"jobs.{command}", run_name="__main__")
             except SystemExit as end:
                 code = end.code
@@ -183,14 +189,61 @@ def test_help_and_a_wrong_key_are_answered_without_heavy_imports(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_list_of_commands_gives_each_its_line(tmp_path):
-    for argument, code in (("--help", 0), ("stage3", 2)):
-        command = [sys.executable, "-m", "jobs", argument]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert result.returncode == code
-        lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()[1:] if line]
+def test_the_list_of_commands_gives_each_its_line(capsys):
+    for arguments in ([], ["--help"]):
+        assert main(arguments) == 0
+        lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
         assert [name for name, _ in lines] == COMMAND_LIST
         assert all(summary.endswith(".") for _, summary in lines)
+
+
+def test_a_wrong_command_is_answered_with_a_close_one(capsys):
+    assert main(["stage3", "out=x"]) == 2
+    told = "graft: error: there is no command stage3: did you mean stage2? `graft` lists the commands\n"
+    assert capsys.readouterr() == ("", told)
+    assert main(["nonsense"]) == 2
+    assert capsys.readouterr().err == "graft: error: there is no command nonsense: `graft` lists the commands\n"
+
+
+def test_the_version_is_the_projects(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"graft {version('graft-asr')}\n"
+
+
+def test_a_recipe_is_found_by_its_name_and_a_path_is_preferred(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    packaged = ROOT / "jobs" / "recipes" / "fast-7b-stage1.yaml"
+    for name in ("fast-7b-stage1", "fast-7b-stage1.yaml"):
+        assert find_recipe(name, Stage1Recipe, "stage1") == str(packaged)
+    Path("fast-7b-stage1.yaml").write_text("seed: 3\n")
+    assert find_recipe("fast-7b-stage1.yaml", Stage1Recipe, "stage1") == "fast-7b-stage1.yaml"
+    told = "^recipe fast-7b: no such file; recipes of graft for stage1 are fast-7b-stage1, "
+    with pytest.raises(RecipeError, match=told):
+        find_recipe("fast-7b", Stage1Recipe, "stage1")
+    with pytest.raises(RecipeError) as caught:
+        find_recipe("reference-7b-stgae2", Stage2Recipe, "stage2")
+    first, *others = str(caught.value).partition(" are ")[2].split(", ")
+    assert first == "reference-7b-stage2"
+    assert "small-weights-further" in others
+    assert not [name for name in others if name.endswith(("-build", "-data", "-evaluate"))]
+
+
+def test_words_are_values_of_the_key_that_takes_them():
+    class Listing(Recipe):
+        files: list[str]
+        deep: bool = False
+
+    def read(*argv: str) -> Listing | int:
+        seen: list[Listing] = []
+        code = run_job(Listing, seen.append, summary="", argv=argv, words="files")
+        return seen[0] if seen else code
+
+    named = ["a b.flac", "call #1.wav", "./x=1.wav", "2024-05-01"]
+    assert read(*named) == Listing(files=named)
+    assert read("a.flac", "--deep", "b.flac") == Listing(files=["a.flac", "b.flac"], deep=True)
+    assert read("files=[c]") == Listing(files=["c"])
+    assert read("a.flac", "files=[c]") == 2
+    assert run_job(Listing, lambda recipe: None, summary="", argv=["a.flac"]) == 2
 
 
 def test_main_gets_the_recipe_and_gives_the_exit_code(capsys):
@@ -288,7 +341,7 @@ def test_errors_are_found_inside_rays_wrappers(tmp_path):
     told = "| row 7: no text: drop it"
     assert messages == [
         f"RayTaskError(DataError) {told}",
-        "RayTaskError(MissingExtra) | no_such_package is not installed: pip install 'graft[train]'",
+        f"RayTaskError(MissingExtra) | no_such_package is not installed: {install_command('train')}",
         f"ActorDiedError {told}",
         f"RayTaskError(UserCodeException) {told}",
         "RayTaskError(ZeroDivisionError) | None",

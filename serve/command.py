@@ -1,0 +1,110 @@
+"""Serve a model over HTTP, at OpenAI's transcription endpoint, until Ctrl-C.
+
+The service runs on the Ray cluster that RAY_ADDRESS names, or else on a Ray of its own on this machine. Ray Serve's
+commands `serve run` and `serve deploy` run it from a configuration file, and replace the model while it runs.
+"""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field
+
+from graft.checkpoints.names import checkpoint_name
+from graft.errors import GraftError, require
+
+from .config import ServeArgs
+
+
+class ServeRecipe(ServeArgs):
+    """The arguments of the service, and the address on which it listens."""
+
+    host: str = "127.0.0.1"
+    """Address on which the service listens; 0.0.0.0 makes it listen on all addresses of the machine."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    """Port on which the service listens."""
+
+
+def run(recipe: ServeRecipe) -> None:
+    """Run the service until SIGINT or SIGTERM. Raises GraftError where it cannot start, ModelError, RecipeError."""
+    for package in ("fastapi", "ray"):
+        require(package, extra="serve")
+    _check_address(recipe.host, recipe.port)
+    _set_ray_variables()
+    import ray
+    from ray import serve
+
+    from .app import build
+
+    application = build(ServeArgs(**recipe.model_dump(exclude={"host", "port"})))
+    print(f"graft: starting a service of {recipe.model}", flush=True)
+    _start_ray(recipe)
+    try:
+        serve.start(http_options={"host": recipe.host, "port": recipe.port, "request_timeout_s": 600})
+        try:
+            serve.run(application)
+        except RuntimeError as error:
+            raise GraftError(f"the service did not start: {str(error).strip().splitlines()[-1]}") from error
+        print("\n".join(_how_to_ask(recipe)), flush=True)
+        _wait_for_a_signal()
+        print("graft: stopping the service", flush=True)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise GraftError where another program listens, or this machine has no such address."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise GraftError(f"{host}:{port}: {error.strerror}: give another host= or port=") from error
+
+
+def _set_ray_variables() -> None:
+    """Set what Ray reads when it is imported or started, unless the user has set it."""
+    middlewares = f"{__package__}.http.proxy_middleware:middlewares"
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", middlewares)
+    # The controller kills a proxy that is not ready after three checks of this length: the default of 5 s is too short
+    # on a busy machine.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+
+
+def _start_ray(recipe: ServeRecipe) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a Ray with the CPUs that the replicas ask for."""
+    import ray
+
+    local: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        cpus = recipe.max_replicas * recipe.threads + recipe.max_ingress_replicas + 1
+        local = {
+            "address": "local",
+            "num_cpus": max(cpus, os.cpu_count() or 1),
+            "object_store_memory": 512 * 2**20,
+            "include_dashboard": False,
+        }
+    ray.init(namespace="serve", log_to_driver=False, logging_level=logging.ERROR, **local)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _how_to_ask(recipe: ServeRecipe) -> Iterator[str]:
+    from .http.middleware import ApiKeys
+
+    url = f"http://{'127.0.0.1' if recipe.host == '0.0.0.0' else recipe.host}:{recipe.port}"
+    key = ' -H "Authorization: Bearer $KEY"' if ApiKeys.from_environment(recipe.key_file) else ""
+    model = recipe.name or checkpoint_name(recipe.model)
+    yield f"graft: {model} is served at {url} until Ctrl-C; {url}/docs describes it. Ask it, for example:"
+    yield f"  curl{key} -F file=@a.flac -F model={model} {url}/v1/audio/transcriptions"
+
+
+def _wait_for_a_signal() -> None:
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()

@@ -35,7 +35,10 @@ from .common.outputs import claim_output
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .transcription.assembly import Totals
     from .transcription.pipeline import Opener
+    from .transcription.printing import TranscriptPrinter
+    from .transcription.reader import Reading
 
 PARTLY_FAILED = 3
 EXECUTION_KEYS = frozenset(
@@ -59,7 +62,7 @@ EXECUTION_KEYS = frozenset(
 class TranscribeRecipe(Recipe):
     """The audio to transcribe, the model, and how the run works."""
 
-    model: str
+    model: str = "small"
     """Folder or hub id of a graft, the output folder of a stage, or the name of a graft that comes with the package."""
     model_digest: str | None = None
     """SHA-256 over the model's files, which a run checks; null takes the model as it is. Results of different models
@@ -68,7 +71,8 @@ class TranscribeRecipe(Recipe):
     """Files, folders (at any depth), globs, s3:// and other URIs, .txt lists of them with one in each line, and
     parquet files with audio in them."""
     out: str | None = None
-    """Folder for the transcripts, which every machine of a cluster must see; null only prints them."""
+    """Folder for the transcripts, which every machine of a cluster must see; null only prints them, and transcribes a
+    few local files without Ray."""
     columns: Columns = Columns()
     """Names of the columns of parquet files."""
     channels: Literal["mix", "split"] = "mix"
@@ -96,7 +100,8 @@ class TranscribeRecipe(Recipe):
     """Approximate seconds of audio in a work item. Longer recordings are shared out to several workers, and a killed
     run loses at most the items that it was transcribing."""
     formats: tuple[Format, ...] = ("txt", "json")
-    """Formats of the files that are written for each recording besides its parquet row."""
+    """Formats of the files that are written for each recording besides its parquet row. Without out, the text is
+    printed, or a single recording in the one format that is given."""
     cues: CueLimits = CueLimits()
     """How much text a subtitle shows at a time."""
     workers: int = Field(default=1, ge=1)
@@ -124,17 +129,16 @@ def run(recipe: TranscribeRecipe) -> int:
     """
     from .transcription.discovery import find_recordings
 
-    recordings = find_recordings([recipe.audio] if isinstance(recipe.audio, str) else recipe.audio, recipe.columns)
-    _check_model(recipe)
-    with (
-        tempfile.TemporaryDirectory(prefix="graft-transcripts-")
-        if recipe.out is None
-        else contextlib.nullcontext(_claim_output(recipe, recipe.out))
-    ) as out:
-        summary = transcribe(recordings, recipe, Path(out))
-        if recipe.out is None:
-            _print_transcripts(Path(out))
-    print("\n".join(_summary_lines(summary)))
+    if "model" not in recipe.model_fields_set:
+        print(f"graft: model={recipe.model}, a small graft that comes with the package", file=sys.stderr)
+    sources = [recipe.audio] if isinstance(recipe.audio, str) else recipe.audio
+    recordings = find_recordings(sources, recipe.columns)
+    if recipe.out is None:
+        summary, lines = _print_transcripts(sources, recordings, recipe), sys.stderr
+    else:
+        _check_model(recipe)
+        summary, lines = transcribe(recordings, recipe, _claim_output(recipe, recipe.out)), sys.stdout
+    print("\n".join(_summary_lines(summary)), file=lines)
     return PARTLY_FAILED if summary["failed"] and recipe.strict else 0
 
 
@@ -146,8 +150,7 @@ def transcribe(
     `opener` opens the model in each worker; by default it is the recipe's.
     """
     from .transcription.assembly import OutputSettings, join_recordings, read_index
-    from .transcription.pipeline import Pipeline, Workers, model_opener, run_plan
-    from .transcription.reader import Reading
+    from .transcription.pipeline import Pipeline, Workers, run_plan
     from .transcription.work_items import at_attempts, plan_items
 
     start = time.monotonic()
@@ -159,9 +162,30 @@ def transcribe(
     done = read_index(home)
     items = plan_items(recordings, item_s=recipe.item_s, probe=_probe)
     plan = at_attempts(items, done, retry_errors=recipe.retry_errors)
-    reading = Reading(recipe.speech, recipe.chunks, recipe.channels)
-    options = {"instruction": recipe.instruction, "context": recipe.context}
-    opener = opener or model_opener(
+    pipeline = Pipeline(_reading(recipe), opener or _opener(recipe, aligner), workers, _options(recipe))
+    rtfx = run_plan(plan, done, home, pipeline)
+    formats = recipe.formats if recipe.out else ()
+    output = OutputSettings(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner_name)
+    totals = join_recordings(plan, read_index(home), home, out, output)
+    summary = _summary(recipe, totals, rtfx, time.monotonic() - start)
+    write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _reading(recipe: TranscribeRecipe) -> "Reading":
+    from .transcription.reader import Reading
+
+    return Reading(recipe.speech, recipe.chunks, recipe.channels)
+
+
+def _options(recipe: TranscribeRecipe) -> dict[str, Any]:
+    return {"instruction": recipe.instruction, "context": recipe.context}
+
+
+def _opener(recipe: TranscribeRecipe, aligner: str | None) -> "Opener":
+    from .transcription.pipeline import model_opener
+
+    return model_opener(
         "graft",
         recipe.model,
         threads=recipe.threads,
@@ -171,11 +195,10 @@ def transcribe(
         quantization=recipe.quantization,
         aligner=aligner,
     )
-    rtfx = run_plan(plan, done, home, Pipeline(reading, opener, workers, options))
-    formats = recipe.formats if recipe.out else ()
-    output = OutputSettings(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner_name)
-    totals = join_recordings(plan, read_index(home), home, out, output)
-    summary = {
+
+
+def _summary(recipe: TranscribeRecipe, totals: "Totals", rtfx: float | None, seconds: float) -> dict[str, Any]:
+    return {
         "done": totals.done,
         "failed": totals.failed.total(),
         "failed_by_reason": dict(totals.failed.most_common()),
@@ -184,10 +207,8 @@ def transcribe(
         "rtfx": rtfx,
         "read_cpu_s_per_audio_s": totals.read_s / totals.audio_s if totals.audio_s else None,
         "cost_per_audio_hour": recipe.price / rtfx if recipe.price is not None and rtfx else None,
-        "seconds": time.monotonic() - start,
+        "seconds": seconds,
     }
-    write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
 
 
 def _check_model(recipe: TranscribeRecipe) -> None:
@@ -239,15 +260,57 @@ def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     yield from (f"  flagged: {count} segments {flag}" for flag, count in summary["flagged_segments"].items())
 
 
-def _print_transcripts(out: Path) -> None:
+def _print_transcripts(sources: Sequence[str], recordings: "pa.Table", recipe: TranscribeRecipe) -> dict[str, Any]:
+    """Transcribe recordings and print them; returns the summary. Few local files are transcribed in this process."""
+    from .transcription.local import is_too_long, needs_ray
+    from .transcription.printing import TranscriptPrinter, printed_format
+    from .transcription.work_items import durations, plan_items
+
+    formats = recipe.formats if "formats" in recipe.model_fields_set else ("txt",)
+    form = printed_format(formats, len(recordings))
+    _check_model(recipe)
+    printer = TranscriptPrinter(
+        form, recipe.cues, recording_count=len(recordings), splits_channels=recipe.channels == "split"
+    )
+    if (reason := needs_ray(sources, recipe.workers)) is None:
+        plan = plan_items(recordings, item_s=recipe.item_s, probe=durations)
+        if (reason := is_too_long(plan)) is None:
+            return _print_from_here(plan, recipe, printer)
+    print(f"graft: {reason}, so Ray transcribes it in processes of its own", file=sys.stderr)
+    return _print_from_ray(recordings, recipe, printer)
+
+
+def _print_from_here(plan: "pa.Table", recipe: TranscribeRecipe, printer: "TranscriptPrinter") -> dict[str, Any]:
+    from .transcription.assembly import Totals, join_errors, join_items
+    from .transcription.local import LocalTranscriber, recordings_of
+    from .transcription.reader import name_of
+
+    start, totals = time.monotonic(), Totals()
+    opener = _opener(recipe, recipe.aligner)
+    with contextlib.closing(LocalTranscriber(_reading(recipe), opener, _options(recipe), printer.show)) as transcriber:
+        ready = time.monotonic()
+        for items in recordings_of(plan):
+            printer.begin(name_of(items[0]))
+            results = transcriber.transcribe(items)
+            printer.end(join_items(results), join_errors(results))
+            totals.add_recording(results)
+    end = time.monotonic()
+    return _summary(recipe, totals, totals.audio_s / (end - ready), end - start)
+
+
+def _print_from_ray(recordings: "pa.Table", recipe: TranscribeRecipe, printer: "TranscriptPrinter") -> dict[str, Any]:
     import pyarrow.parquet as pq
 
-    for path in sorted((out / "recordings").glob("*.parquet")):
-        for row in pq.read_table(path, columns=["uri", "text", "error"], partitioning=None).to_pylist():
-            if row["error"]:
-                print(f"graft: {row['uri']}: {row['error']}", file=sys.stderr)
-            else:
-                print(f"{row['uri']}: {row['text']}")
+    from .transcription.assembly import join_items
+
+    with tempfile.TemporaryDirectory(prefix="graft-transcripts-") as out:
+        with contextlib.redirect_stdout(sys.stderr):
+            summary = transcribe(recordings, recipe, Path(out))
+        for path in sorted(Path(out, "recordings").glob("*.parquet")):
+            for row in pq.read_table(path, partitioning=None).to_pylist():
+                printer.begin(row["id"] if row["uri"].endswith(".parquet") else row["uri"])
+                printer.end(join_items([row]), row["error"])
+    return summary
 
 
 main = partial(run_job, TranscribeRecipe, run, summary=__doc__, words="audio")

@@ -99,6 +99,15 @@ class Totals:
         for name, count in vars(other).items():
             setattr(self, name, getattr(self, name) + count)
 
+    def add_recording(self, items: Sequence[dict[str, Any]]) -> None:
+        """Add a recording, given its items with their results."""
+        self.audio_s += sum(item["duration_s"] for item in items)
+        self.read_s += sum(item["read_s"] for item in items)
+        self.flagged.update(flag for item in items for segment in item["segments"] for flag in segment["flags"])
+        errors = [_reason(item) for item in items if item["error"]]
+        self.failed.update(_kind(error) for error in errors[:1])
+        self.done += not errors
+
 
 def read_index(home: Path) -> pa.Table:
     """List every whole result without its text: whether it failed, and the file that holds it."""
@@ -191,17 +200,12 @@ def _join_part(plan: pa.Table, items: str, path: str, output: OutputSettings) ->
     with atomic_file(path) as temporary, pq.ParquetWriter(temporary, TRANSCRIPTS) as writer:
         for recording in recordings_in(plan, Path(items)):
             transcript = join_items(recording, model=output.model, aligner=output.aligner)
-            row = _transcript_row(recording, transcript)
-            writer.write_table(pa.Table.from_pylist([row], TRANSCRIPTS))
-            totals.audio_s += row["duration_s"]
-            totals.read_s += row["read_s"]
-            totals.flagged.update(flag for segment in row["segments"] for flag in segment["flags"])
+            writer.write_table(pa.Table.from_pylist([_transcript_row(recording, transcript)], TRANSCRIPTS))
+            totals.add_recording(recording)
             if failed := [item for item in recording if item["error"]]:
-                totals.failed[_kind(_reason(failed[0]))] += 1
                 keys = ("recording", "uri", "start_s", "end_s")
                 failures += [{key: item[key] for key in keys} | {"error": _reason(item)} for item in failed]
                 continue
-            totals.done += 1
             for kind in output.formats:
                 name = f"{recording[0]['stem']}.{kind}"
                 write_atomic(Path(output.folder, name), format_transcript(transcript, kind, output.cues))

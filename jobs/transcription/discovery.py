@@ -65,15 +65,15 @@ def find_recordings(sources: Sequence[str], columns: Columns | None = None) -> p
 
 
 def _recordings_of(source: str, columns: Columns) -> Iterator[pa.Table]:
-    suffix = _suffix(source)
+    suffix = suffix_of(source)
     if suffix in LIST_SUFFIXES:
         yield _files(_listed(source))
         return
     found = _found(source)
-    audio = [file for file in found if _suffix(file.name) != PARQUET]
-    corpora = [file for file in found if _suffix(file.name) == PARQUET]
+    audio = [file for file in found if suffix_of(file.name) != PARQUET]
+    corpora = [file for file in found if suffix_of(file.name) == PARQUET]
     is_named = any(sign in source for sign in "*?[") or [file.name for file in found] == [PurePosixPath(source).name]
-    yield _files(audio if is_named else [file for file in audio if _suffix(file.name) in AUDIO_SUFFIXES])
+    yield _files(audio if is_named else [file for file in audio if suffix_of(file.name) in AUDIO_SUFFIXES])
     for file in corpora:
         rows = read_rows(Source(files=file.uri, columns=columns))
         yield recordings_of_rows(rows, versions=pa.repeat(file.version, len(rows)))
@@ -83,7 +83,7 @@ def _found(place: str) -> list[StoredFile]:
     try:
         return find_files(place)
     except DataError:
-        if _suffix(place) not in AUDIO_SUFFIXES:
+        if suffix_of(place) not in AUDIO_SUFFIXES:
             raise  # it may be a folder; a missing recording gets a row that says so
     uri = place if "://" in place else os.path.abspath(os.path.expanduser(place))
     return [StoredFile(uri, PurePosixPath(place).name, None, "")]
@@ -176,5 +176,6 @@ def _each_once(table: pa.Table) -> pa.Table:
     return pa.concat_tables([table.filter(pc.invert(is_row)), rows])
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
+    """Return the suffix of a path or URI in lower case."""
     return PurePosixPath(name.partition("?")[0]).suffix.lower()

@@ -1,0 +1,107 @@
+"""Transcribe a few files in this process, without Ray, and pass on each chunk's text as it is decoded.
+
+plan -> ItemReader -> ItemTranscriber, those of the pipeline, one item at a time -> the results of each recording
+"""
+
+import asyncio
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from graft.audio.chunking import Chunk
+from graft.inference.transcript import Segment
+
+from .discovery import LIST_SUFFIXES, PARQUET, suffix_of
+from .pipeline import ChunkTranscriber, ItemTranscriber, Opener
+from .reader import ItemReader, Reading
+from .work_items import ITEMS
+
+MOST_FILES = 8
+MOST_HOURS = 1.0
+"""Files, and hours of audio in them, up to which starting Ray would take longer than it saves."""
+CHUNKS_AT_ONCE = 4
+"""Chunks that are decoded together. The engine takes hardly longer for them than for one; with more of them, the first
+text appears later."""
+
+
+def needs_ray(sources: Sequence[str], workers: int) -> str | None:
+    """Say why Ray is to transcribe what `sources` name, where they are not a few local files; else return None."""
+    if os.environ.get("RAY_ADDRESS"):
+        return "RAY_ADDRESS names a cluster"
+    if workers > 1:
+        return f"workers={workers} are asked for"
+    is_named = (os.path.isfile(source) and suffix_of(source) not in (*LIST_SUFFIXES, PARQUET) for source in sources)
+    if not all(is_named):
+        return "this is more than files that are named one by one"
+    return f"these are over {MOST_FILES} files" if len(sources) > MOST_FILES else None
+
+
+def is_too_long(plan: pa.Table) -> str | None:
+    """Say so where a plan (ITEMS) holds over MOST_HOURS of audio; short files of unknown duration count nothing."""
+    hours = (pc.sum(plan["expected_s"]).as_py() or 0.0) / 3600
+    return f"these are {hours:.1f} h of audio" if hours > MOST_HOURS else None
+
+
+def recordings_of(plan: pa.Table) -> Iterator[list[dict[str, Any]]]:
+    """Yield the items of each recording of a plan."""
+    for _, items in itertools.groupby(plan.to_pylist(), key=lambda item: str(item["item"]).rpartition("-")[0]):
+        yield list(items)
+
+
+class LocalTranscriber:
+    """Transcribes the items of recordings with one model; `show` gets each segment when all before it are known.
+
+    Close it after use. Raises GraftError for options that the model does not take, and what a model raises that fails
+    on several items one after the other.
+    """
+
+    def __init__(
+        self, reading: Reading, opener: Opener, options: dict[str, Any], show: Callable[[Segment], None]
+    ) -> None:
+        self._read = ItemReader(reading)  # which takes one thread; the model is opened after it, and may take more
+        self._model: Any = opener()
+        self._transcribe = ItemTranscriber(lambda: _ShowingTranscriber(self._model, show), options)
+
+    def close(self) -> None:
+        """Release the model."""
+        self._model.close()
+
+    def transcribe(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Transcribe the items of a recording; returns them with their results (pipeline.RESULTS)."""
+        return [
+            item | result
+            for item in items
+            for chunks in self._read(pa.Table.from_pylist([item], ITEMS))
+            for result in self._transcribe(chunks).to_pylist()
+        ]
+
+
+class _ShowingTranscriber:
+    """A ChunkTranscriber that passes on every segment in the order of the chunks, as soon as it is known."""
+
+    def __init__(self, model: ChunkTranscriber, show: Callable[[Segment], None]) -> None:
+        self._model, self._show = model, show
+
+    async def transcribe_chunks(self, chunks: Sequence[Chunk], **options: Any) -> list[Segment]:
+        """Transcribe chunks; a segment for each, in their order."""
+        places = asyncio.Semaphore(CHUNKS_AT_ONCE)
+
+        async def transcribe(chunk: Chunk) -> Segment:
+            async with places:
+                (segment,) = await self._model.transcribe_chunks([chunk], **options)
+            return segment
+
+        tasks = [asyncio.create_task(transcribe(chunk)) for chunk in chunks]
+        segments = []
+        try:
+            for task in tasks:
+                segments.append(await task)
+                self._show(segments[-1])
+        finally:
+            for task in tasks:
+                task.cancel()
+        return segments

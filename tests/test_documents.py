@@ -18,7 +18,7 @@ def commands(document: str) -> Iterator[str]:
     """Commands in fenced shell blocks, with their lines joined, in indented lines, and benchmarks in a sentence."""
     text = (ROOT / document).read_text()
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    indented = re.findall(r"^    (?:make|python -m|ray|serve|kubectl|docker) .+$", text, re.MULTILINE)
+    indented = re.findall(r"^    (?:make|graft|python -m|ray|serve|kubectl|docker) .+$", text, re.MULTILINE)
     measured = re.findall(r"`(python -m jobs\.bench [^`]+)`", text)
     for line in "\n".join([*blocks, *indented, *measured]).replace("\\\n", " ").splitlines():
         if words := shlex.split(line, comments=True):
@@ -52,13 +52,15 @@ def files_named(words: list[str]) -> Iterator[str]:
 def check(words: list[str]) -> None:
     """Raise what a tool would say of a command."""
     match words:
-        case ["python", "-m", "jobs.submit", *arguments]:
+        case ["python", "-m", "jobs.submit", *arguments] | ["graft", "submit", *arguments]:
             from jobs.submit import _parser
 
             options = _parser().parse_args(arguments)
             check_job(options.command, options.arguments)
-        case ["python", "-m", "jobs"]:
+        case ["python", "-m", "jobs"] | ["graft"] | ["graft", "--version"]:
             return
+        case ["graft", verb, *arguments]:
+            check_job(verb, arguments)
         case ["python", "-m", module, *arguments] if module.startswith("jobs."):
             check_job(module.removeprefix("jobs."), arguments)
         case ["ray", *arguments]:
@@ -74,9 +76,9 @@ def check(words: list[str]) -> None:
 
 def check_job(verb: str, arguments: list[str]) -> None:
     from graft.config import Recipe, read_recipe
-    from jobs.common.cli import PlanOptions, _plan_options, _read_arguments, _requiring_model_only
+    from jobs.common.cli import PlanOptions, _plan_options, _read_arguments, _requiring_model_only, find_recipe
 
-    job = importlib.import_module(f"jobs.{verb}")
+    job = importlib.import_module(f"jobs.{verb}" if verb != "serve" else "serve.command")
     if verb == "bench":
         job._parser().parse_args(arguments)
         return
@@ -86,11 +88,15 @@ def check_job(verb: str, arguments: list[str]) -> None:
     recipe_class = command.__annotations__["recipe"]
     assert issubclass(recipe_class, Recipe)
     plans = hasattr(job, "plan")
-    options, overrides = _read_arguments(recipe_class, "", arguments, plans=plans)
+    words = job.main.keywords.get("words") if verb != "serve" else None
+    options, overrides = _read_arguments(recipe_class, "", arguments, plans=plans, words=words)
+    recipe = options.recipe
+    if recipe and not (ROOT / recipe).is_file():
+        recipe = find_recipe(recipe, recipe_class, verb)
     if plans and options.plan:
         assert isinstance(_plan_options(options), PlanOptions)
         recipe_class = _requiring_model_only(recipe_class)
-    read_recipe(recipe_class, options.recipe and str(ROOT / options.recipe), overrides)
+    read_recipe(recipe_class, recipe and str(ROOT / recipe), overrides)
 
 
 def check_ray(arguments: list[str]) -> None:

@@ -1,0 +1,162 @@
+"""Test jobs.transcribe without a folder for results: few local files are transcribed in this process and printed."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from graft.audio.chunking import Chunk
+from graft.audio.clip import AudioClip
+from graft.inference.transcriber import open_transcriber
+from graft.inference.transcript import Segment
+from jobs.transcription.local import CHUNKS_AT_ONCE, MOST_FILES, _ShowingTranscriber, needs_ray
+from tests.support import media, tiny_models
+from tests.support.jobs import transcribe
+from tests.support.paths import ROOT
+
+PROMPTS = media.SHORTEST_FIRST
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("here")
+    return tiny_models.save_tiny_graft(home / "tiny", trained_styles=["formatted"], trained_context=True)
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder with a short recording, a long one, one of two channels, and a broken one."""
+    root = tmp_path / "calls"
+    root.mkdir()
+    shutil.copy(PROMPTS[0], root / "short.flac")
+    sound = media.speech(48_000, seconds=25.0)
+    (root / "long.webm").write_bytes(media.encode(sound, 48_000, "libopus", "webm", seekable=False))
+    one, two = (soundfile.read(path, dtype="float32")[0] for path in PROMPTS[:2])
+    silence = np.zeros_like
+    left, right = [one, silence(two), one], [silence(one), two, silence(one)]
+    soundfile.write(root / "call.wav", np.stack([np.concatenate(left), np.concatenate(right)], axis=1), 16_000)
+    (root / "broken.mp3").write_bytes(b"no audio")
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.mark.usefixtures("ray_started")
+def test_texts_are_the_same_as_with_a_folder(folder: Path, calls: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [f"model={folder}", "item_s=10", "chunks.max_s=8", "chunks.max_pause_s=0.5"]
+    arguments += ["instruction=formatted", "context=[Aachen, New York]"]
+    for name, more in [("short.flac", []), ("long.webm", []), ("call.wav", ["channels=split"])]:
+        given = [f"audio={name}", *arguments, *more]
+        assert transcribe(*given, f"out={calls / f'{name}.out'}", "formats=[txt, json]") == 0
+        files = calls / f"{name}.out" / "files"
+        stem = name.partition(".")[0]
+        capsys.readouterr()
+        assert transcribe(*given) == 0
+        assert capsys.readouterr().out == (files / f"{stem}.txt").read_text()
+        assert transcribe(*given, "formats=[json]") == 0
+        printed = json.loads(capsys.readouterr().out)
+        expected = json.loads((files / f"{stem}.json").read_text())
+        assert len(printed["segments"]) == len(expected["segments"]) > (name != "short.flac")
+        for ours, theirs in zip(printed["segments"], expected["segments"], strict=True):
+            assert ours.pop("mean_logprob") == pytest.approx(theirs.pop("mean_logprob"), abs=1e-5)
+        assert printed == expected
+
+
+def test_files_are_named_and_a_bad_one_does_not_end_the_run(
+    folder: Path, calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.closing(open_transcriber(folder)) as transcriber:
+        text = transcriber.transcribe("short.flac").text
+    given = ["short.flac", "broken.mp3", "call.wav", f"model={folder}"]
+    assert transcribe(*given) == 0
+    printed = capsys.readouterr()
+    assert [line.partition(": ")[0] for line in printed.out.splitlines()] == ["call.wav", "short.flac"]
+    assert printed.out.endswith(f"short.flac: {text}\n")
+    first, *others = printed.err.splitlines()
+    assert first.startswith("graft: broken.mp3: not readable as audio")
+    assert others[0].startswith("2 recordings done, 1 failed; 0.00 h of audio, ")
+    assert others[1:] == ["  failed: 1 x not readable as audio", *others[2:]]
+    assert transcribe(*given, "--strict") == 3
+    assert transcribe("short.flac", f"model={folder}") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == text
+
+
+def test_subtitles_are_printed_of_one_recording(folder: Path, calls: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert transcribe("short.flac", f"model={folder}", "formats=[srt]") == 0
+    assert capsys.readouterr().out.startswith("1\n00:00:00,")
+    for arguments, words in [
+        (["short.flac", "formats=[srt, txt]"], "formats=srt,txt needs out="),
+        (["short.flac", "call.wav", "formats=[srt]"], "formats=srt prints one recording, not 2: give out="),
+    ]:
+        assert transcribe(*arguments, f"model={folder}") == 2
+        assert words in capsys.readouterr().err
+
+
+def test_silence_is_told(folder: Path, calls: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write("silence.wav", np.zeros(16_000), 16_000)
+    assert transcribe("silence.wav", f"model={folder}") == 0
+    printed = capsys.readouterr()
+    assert printed.out == "\n"
+    assert printed.err.startswith("graft: silence.wav: nobody speaks in it\n")
+
+
+WITHOUT = """
+import sys
+from jobs.__main__ import main
+
+assert main(["transcribe", *sys.argv[1:]]) == 0
+heavy = {"ray", "pyarrow.dataset", "pandas", "fastapi"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.processes
+def test_neither_ray_nor_pandas_is_imported(folder: Path, calls: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT, "short.flac", f"model={folder}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_is_more_than_a_few_local_files_goes_to_ray(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert needs_ray(["short.flac", "call.wav"], 1) is None
+    Path("list.txt").write_text("short.flac\n")
+    for sources in (["."], ["*.flac"], ["http://127.0.0.1:1/a.flac"], ["list.txt"]):
+        assert needs_ray(sources, 1) == "this is more than files that are named one by one"
+    assert needs_ray(["short.flac"] * (MOST_FILES + 1), 1) == f"these are over {MOST_FILES} files"
+    assert needs_ray(["short.flac"], 2) == "workers=2 are asked for"
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    assert needs_ray(["short.flac"], 1) == "RAY_ADDRESS names a cluster"
+
+
+class Turns:
+    """A ChunkTranscriber that writes each chunk's number, and one chunk only when an earlier one was shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+        self.running = self.most = 0
+
+    async def transcribe_chunks(self, chunks: list[Chunk]) -> list[Segment]:
+        (chunk,) = chunks
+        self.running += 1
+        self.most = max(self.most, self.running)
+        while len(self.shown) < chunk.start_s - CHUNKS_AT_ONCE + 1:
+            await asyncio.sleep(0)
+        self.running -= 1
+        return [Segment(chunk.start_s, chunk.start_s + 1, f"{chunk.start_s:g}")]
+
+
+def test_a_segment_is_shown_before_the_last_ones_are_decoded() -> None:
+    model, clip = Turns(), AudioClip(np.zeros(16_000, np.float32))
+    showing = _ShowingTranscriber(model, lambda segment: model.shown.append(segment.text))
+    chunks = [Chunk(float(number), clip) for number in range(10)]
+    segments = asyncio.run(asyncio.wait_for(showing.transcribe_chunks(chunks), 10))
+    assert model.shown == [segment.text for segment in segments] == [str(number) for number in range(10)]
+    assert model.most == CHUNKS_AT_ONCE

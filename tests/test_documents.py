@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from jobs import COMMANDS
 from tests.support.paths import ROOT
 
 DOCUMENTS = ["README.md", "cluster/README.md", "docs/BENCHMARKS.md", "graft/pretrained/small/README.md"]
@@ -18,8 +19,9 @@ def commands(document: str) -> Iterator[str]:
     """Commands in fenced shell blocks, with their lines joined, in indented lines, and benchmarks in a sentence."""
     text = (ROOT / document).read_text()
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    indented = re.findall(r"^    (?:make|graft|python -m|ray|serve|kubectl|docker) .+$", text, re.MULTILINE)
-    measured = re.findall(r"`(python -m jobs\.bench [^`]+)`", text)
+    graft = f"graft (?:{'|'.join(command for group in COMMANDS.values() for command in group)})"
+    indented = re.findall(rf"^    (?:make|{graft}|python -m|ray|serve|kubectl|docker) .+$", text, re.MULTILINE)
+    measured = re.findall(r"`((?:python -m jobs\.|graft )bench [^`]+)`", text)
     for line in "\n".join([*blocks, *indented, *measured]).replace("\\\n", " ").splitlines():
         if words := shlex.split(line, comments=True):
             yield shlex.join(words)

@@ -1,4 +1,4 @@
-"""Transcribe archives of recordings of any length.
+"""Transcribe recordings of any length, a few files or archives.
 
 audio -> recordings (discovery) -> work items -> their text, on Ray Data (pipeline) -> recordings with text (assembly)
 
@@ -287,12 +287,16 @@ def _print_from_here(plan: "pa.Table", recipe: TranscribeRecipe, printer: "Trans
 
     start, totals = time.monotonic(), Totals()
     opener = _opener(recipe, recipe.aligner)
+    names = {
+        "model": checkpoint_name(recipe.model),
+        "aligner": find_aligner(recipe.aligner)[1] if recipe.aligner else None,
+    }
     with contextlib.closing(LocalTranscriber(_reading(recipe), opener, _options(recipe), printer.show)) as transcriber:
         ready = time.monotonic()
         for items in recordings_of(plan):
             printer.begin(name_of(items[0]))
             results = transcriber.transcribe(items)
-            printer.end(join_items(results), join_errors(results))
+            printer.end(join_items(results, **names), join_errors(results))
             totals.add_recording(results)
     end = time.monotonic()
     return _summary(recipe, totals, totals.audio_s / (end - ready), end - start)
@@ -309,7 +313,7 @@ def _print_from_ray(recordings: "pa.Table", recipe: TranscribeRecipe, printer: "
         for path in sorted(Path(out, "recordings").glob("*.parquet")):
             for row in pq.read_table(path, partitioning=None).to_pylist():
                 printer.begin(row["id"] if row["uri"].endswith(".parquet") else row["uri"])
-                printer.end(join_items([row]), row["error"])
+                printer.end(join_items([row], model=row["model"], aligner=row["aligner"]), row["error"])
     return summary
 
 

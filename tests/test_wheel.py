@@ -58,7 +58,10 @@ def install(home: Path, *options: str) -> Installation:
     venv.create(environment, symlinks=True)
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    subprocess.run([*PIP, "--python", str(environment), "install", "--no-deps", "--no-index", *options], check=True)
+    subprocess.run(
+        [*PIP, "--python", str(environment), "install", "--no-deps", "--no-index", "--ignore-installed", *options],
+        check=True,
+    )
     for name in ("jobs", "serve"):
         (project / name).mkdir(parents=True)
         (project / name / "__init__.py").write_text(OURS)

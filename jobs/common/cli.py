@@ -163,7 +163,7 @@ def _extra_that_installs(module: str) -> str | None:
 
 def _command_of(run: Callable[..., object]) -> str:
     """Name the command whose module a function stands in, also where that module is the one that Python runs."""
-    spec = getattr(sys.modules[run.__module__], "__spec__", None)
+    spec = getattr(sys.modules.get(run.__module__ or ""), "__spec__", None)
     return spec.name.rpartition(".")[2] if spec else "COMMAND"
 
 

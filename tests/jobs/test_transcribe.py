@@ -201,6 +201,7 @@ def test_a_run_without_checkpoints_is_an_error(folder, tmp_path, monkeypatch):
 def test_without_out_it_prints_only_and_instruction_and_context_reach_the_workers(tmp_path, capsys, monkeypatch):
     (tmp_path / "calls").mkdir()
     shutil.copy(PROMPTS[0], tmp_path / "calls" / "a.flac")
+    (tmp_path / "calls" / "broken.mp3").write_bytes(b"no audio")
     monkeypatch.chdir(tmp_path / "calls")
     folder = tiny_models.save_tiny_graft(tmp_path / "worded", trained_styles=["formatted"], trained_context=True)
     words = {"instruction": "formatted", "context": ["Aachen", "New York"]}
@@ -208,12 +209,13 @@ def test_without_out_it_prints_only_and_instruction_and_context_reach_the_worker
     asked, plain = opened.transcribe(PROMPTS[0], **words), opened.transcribe(PROMPTS[0])
     opened.close()
     assert asked.text != plain.text
-    arguments = [f"model={folder}", "audio=[a.flac, gone.wav]", "instruction=formatted", "context=[Aachen, New York]"]
+    arguments = [f"model={folder}", "audio=.", "instruction=formatted", "context=[Aachen, New York]"]
     assert transcribe(*arguments) == 0
     output = capsys.readouterr()
-    assert f"\n{tmp_path / 'calls' / 'a.flac'}: {asked.text}\n" in output.out
-    assert f"graft: {tmp_path / 'calls' / 'gone.wav'}: No such file" in output.err
-    assert [path.name for path in Path().iterdir()] == ["a.flac"]
+    assert output.out == f"a.flac: {asked.text}\n"
+    assert "so Ray transcribes it in processes of its own\n" in output.err
+    assert "graft: broken.mp3: not readable as audio" in output.err
+    assert sorted(path.name for path in Path().iterdir()) == ["a.flac", "broken.mp3"]
 
 
 @pytest.fixture

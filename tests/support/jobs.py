@@ -1,9 +1,8 @@
 """Run commands in this process."""
 
-from jobs.common.cli import run_job
-from jobs.transcribe import TranscribeRecipe, run
+from jobs.transcribe import main
 
 
 def transcribe(*arguments: str) -> int:
-    """Run `python -m jobs.transcribe` with arguments; returns the exit code."""
-    return run_job(TranscribeRecipe, run, summary="", argv=list(arguments))
+    """Run `graft transcribe` with arguments; returns the exit code."""
+    return main(argv=list(arguments))

@@ -287,7 +287,7 @@ def _print_from_here(plan: "pa.Table", recipe: TranscribeRecipe, printer: "Trans
 
     start, totals = time.monotonic(), Totals()
     opener = _opener(recipe, recipe.aligner)
-    names = {
+    names: dict[str, Any] = {
         "model": checkpoint_name(recipe.model),
         "aligner": find_aligner(recipe.aligner)[1] if recipe.aligner else None,
     }

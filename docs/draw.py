@@ -400,13 +400,14 @@ def dashboard(theme: Theme) -> Picture:
     panels = list(dict.fromkeys(row["panel"] for row in table.rows))
     height = 1.45 * -(-len(panels) // 2) + 0.95
     title = "The dashboard's panels while 1, then 8, then 1 client asked the service"
-    source = f"{table.source()} Drawn from the dashboard's own queries; Grafana looks different."
+    source = f"{table.source()} Drawn by docs/draw.py, not by Grafana."
     picture = Picture(theme, 9.2, height, title, source=source)
     colors = (theme.ours, theme.others, theme.faint, theme.ink)
     for number, panel in enumerate(panels):
         left, bottom = 0.55 + 4.6 * (number % 2), height - 1.85 - 1.45 * (number // 2)
         axes = picture.axes(left, bottom, 2.85, 0.9)
-        axes.tick_params(labelsize=7.5)
+        is_last = number >= len(panels) - 2
+        axes.tick_params(labelsize=7.5, labelbottom=is_last)
         names = list(dict.fromkeys(row["series"] for row in table.rows if row["panel"] == panel))
         for index, (name, color) in enumerate(zip(names, colors, strict=False)):
             wanted = {"panel": panel, "series": name}
@@ -415,7 +416,9 @@ def dashboard(theme: Theme) -> Picture:
             line.set_gid(f"{MARK}series")
             picture.text(left + 2.95, bottom + 0.78 - 0.19 * index, name, color=color, size=7.5)
         axes.set(ylim=(0, None), xlim=(0, max(map(float, (row["second"] for row in table.rows)))))
-        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+        if is_last:
+            picture.text(left + 2.95, bottom - 0.15, "seconds", size=7.5, color=theme.faint)
         picture.text(left - 0.35, bottom + 1.02, f"{panel}{UNITS.get(panel, '')}", size=8.5, weight="bold")
     return picture
 
@@ -445,7 +448,7 @@ PICTURES_BY_NAME: dict[str, Callable[[Theme], Picture]] = {
     "service": service,
     "training-step": training_step,
     "demo": demo,
-    # "dashboard": dashboard,
+    "dashboard": dashboard,
 }
 
 

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import json
+import math
 import re
 import tempfile
 import time
@@ -30,6 +31,8 @@ from jobs.common.local_service import free_port, running
 ROOT = Path(__file__).parents[1]
 DASHBOARD, TABLE = ROOT / "cluster" / "dashboard.json", ROOT / "docs" / "data" / "dashboard.csv"
 SCRAPE_S, STEP_S = 2, 5
+Row = tuple[str, str, int, str]
+"""Panel, series, second and value."""
 LOADS = ((1, 40.0), (8, 90.0), (1, 80.0))
 """Clients, and for how many seconds they ask."""
 ABOUT = """\
@@ -70,21 +73,29 @@ def ask(url: str, clients: int, seconds: float) -> None:
         list(pool.map(send, range(clients)))
 
 
-def series(
-    url: str, panel: dict[str, Any], start: float, end: float
-) -> Iterator[tuple[str, list[tuple[float, float]]]]:
-    """Evaluate the queries of a panel; yields the name of each series, and its seconds and values."""
+def panel_rows(url: str, panel: dict[str, Any], start: float, end: float, names: dict[str, str]) -> Iterator[Row]:
+    """Evaluate the queries of a panel; `names` keeps the short names of replicas.
+
+    A series of zeros is left out where there are others.
+    """
     for target in panel["targets"]:
         query = target["expr"].replace("$application", ".*").replace("$__rate_interval", f"{10 * SCRAPE_S}s")
         asked = {"query": query, "start": start, "end": end, "step": STEP_S}
         answer = requests.get(f"{url}/api/v1/query_range", params=asked, timeout=60)
         answer.raise_for_status()
-        for result in answer.json()["data"]["result"]:
-            name = target["legendFormat"]
+        found = answer.json()["data"]["result"]
+        for result in found:
+            points = [(round(at - start), float(value)) for at, value in result["values"]]
+            if len(found) > 1 and not any(value for _, value in points):
+                continue
+            labels, name = result["metric"], target["legendFormat"]
+            if "replica" in labels:
+                kind = "Ingress" if panel["title"].startswith("Queue") else "Engine"
+                count = sum(short.startswith(kind) for short in names.values())
+                labels["replica"] = names.setdefault(labels["replica"], f"{kind} {count + 1}")
             for label in re.findall(r"{{(\w+)}}", name):
-                name = name.replace(f"{{{{{label}}}}}", result["metric"].get(label, ""))
-            points = [(at - start, float(value)) for at, value in result["values"]]
-            yield name, [(second, value) for second, value in points if value == value]  # not NaN
+                name = name.replace(f"{{{{{label}}}}}", labels.get(label, ""))
+            yield from ((panel["title"], name, at, f"{value:.4g}") for at, value in points if not math.isnan(value))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,28 +104,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prometheus", default="prometheus", metavar="FILE", help="the program (default: %(default)s)")
     parser.add_argument("--machine", required=True, help="name of this machine, for the table")
     arguments = parser.parse_args(argv)
-    board = json.loads(DASHBOARD.read_text())
     with (
         tempfile.TemporaryDirectory() as folder,
         service("small", **SCALING) as (url, _),
         prometheus(arguments.prometheus, Path(folder)) as monitor,
-        TABLE.open("w", newline="") as file,
     ):
         start = time.time()
         for clients, seconds in LOADS:
             ask(url, clients, seconds)
-        end = time.time()
+        end, names = time.time(), dict[str, str]()
+        panels = json.loads(DASHBOARD.read_text())["panels"]
+        rows = [row for panel in panels for row in panel_rows(monitor, panel, start, end, names)]
+    with TABLE.open("w", newline="") as file:
         file.write(ABOUT.format(machine=arguments.machine, date=time.strftime("%Y-%m-%d")))
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(("panel", "series", "second", "value"))
-        replicas: dict[str, str] = {}
-        for panel in board["panels"]:
-            for name, points in series(monitor, panel, start, end):
-                kind = name.partition("#")[0] if "#" in name else ""
-                if kind:
-                    count = sum(short.startswith(kind) for short in replicas.values())
-                    name = replicas.setdefault(name, f"{kind} {count + 1}")
-                table.writerows((panel["title"], name, round(second), f"{value:.4g}") for second, value in points)
+        csv.writer(file, lineterminator="\n").writerows([("panel", "series", "second", "value"), *rows])
 
 
 if __name__ == "__main__":

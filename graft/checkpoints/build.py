@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from graft.checkpoints.projector_file import state_digest
+from graft.checkpoints.quiet import no_loading_bars
 from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
@@ -91,7 +92,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _load(model_class: Any, checkpoint: str) -> Any:
-    with reading(checkpoint):
+    with reading(checkpoint), no_loading_bars():
         model, found = model_class.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
         raise ModelError(f"{checkpoint} lacks {len(missing)} tensors, {missing[0]} first: copy or fetch it again")

@@ -13,8 +13,7 @@ QUIET_VARIABLES = {
     # Ray's C++ prints an error for every actor pool of Ray Data though nothing is wrong (ray-project/ray#53727).
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # the bars of transformers too
-    "TQDM_DISABLE": "1",  # the bar with which transformers reads GGUF files asks nobody
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
 

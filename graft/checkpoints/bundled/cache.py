@@ -27,6 +27,7 @@ from filelock import FileLock
 
 from graft.checkpoints.bundled.ctranslate2 import write_whisper
 from graft.checkpoints.bundled.gguf import llama_as_qwen2vl, read_llama_gguf
+from graft.checkpoints.quiet import quiet_conversion
 from graft.errors import MissingExtra, ModelError
 from graft.storage.atomic import atomic_folder
 
@@ -143,7 +144,8 @@ def write_cached(
     """
 
     def write_with_digests(building: Path) -> None:
-        write(building)
+        with quiet_conversion():
+            write(building)
         files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
         (building / DIGESTS_FILE).write_text(json.dumps({"sources": dict(sources), "files": files}, indent=2) + "\n")
 

@@ -15,6 +15,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+from graft.checkpoints.quiet import no_gguf_bars
 from graft.errors import ModelError, require
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -62,7 +63,8 @@ def read_llama_gguf(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFa
     require("accelerate", extra="bundled")  # transformers reads weights of GGUF files with it alone
     reader = require("gguf", extra="bundled").GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    llama = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with no_gguf_bars():
+        llama = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))

@@ -26,6 +26,7 @@ from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.audio.features import Featurizer
 from graft.audio.vad import FRAME as SCORE_FRAME
 from graft.audio.vad import Speech, SpeechDetector
+from graft.checkpoints.quiet import no_loading_bars
 from graft.errors import ModelError
 from graft.inference.aligners.ctc import best_paths, word_spans
 from graft.inference.aligners.protocol import spread_words, timed_words
@@ -74,7 +75,8 @@ class WhisperAligner:
         device: str = "cpu",
     ) -> None:
         self.name = name or f"{Path(folder).name}, cross-attention"
-        model: Any = WhisperForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        with no_loading_bars():
+            model: Any = WhisperForConditionalGeneration.from_pretrained(folder, dtype="auto")
         self._model = model.to(device).eval()
         generation = model.generation_config
         if getattr(generation, "no_timestamps_token_id", None) is None:

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip
+from graft.checkpoints.quiet import no_loading_bars
 from graft.errors import ModelError
 from graft.inference.aligners.protocol import spread_words, timed_words
 from graft.inference.transcript import Word
@@ -51,7 +52,8 @@ class CtcAligner:
     ) -> None:
         folder = os.fspath(folder)
         self.name = name or f"{Path(folder).name}, CTC"
-        model: Any = AutoModelForCTC.from_pretrained(folder, dtype="auto")
+        with no_loading_bars():
+            model: Any = AutoModelForCTC.from_pretrained(folder, dtype="auto")
         self._model = model.to(device).eval()
         self._extractor = AutoFeatureExtractor.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)

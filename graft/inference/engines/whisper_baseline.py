@@ -16,6 +16,7 @@ from transformers import (
 
 from graft.audio.chunking import windows
 from graft.audio.clip import SAMPLE_RATE, AudioClip
+from graft.checkpoints.quiet import no_loading_bars
 
 # Most tokens of the answer to a 30 s window: half of the decoder's positions, as in OpenAI's own decoding.
 MAX_TOKENS = 224
@@ -48,7 +49,8 @@ class WhisperBaseline:
         batch_size: int = 8,
     ) -> None:
         self.batch_size = batch_size
-        model: Any = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
+        with no_loading_bars():
+            model: Any = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
         self._model = model.to(device).eval()
         self._model.generation_config.max_length = MAX_TOKENS
         self._extractor = WhisperFeatureExtractor.from_pretrained(folder)

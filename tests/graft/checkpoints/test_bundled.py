@@ -1,8 +1,10 @@
 """Test the bundled weights: exact conversion, loading by transformers, plausible outputs, digests checked at use."""
 
+import contextlib
 import difflib
 import hashlib
 import importlib.metadata
+import io
 import json
 import re
 import shutil
@@ -61,7 +63,10 @@ def whisper_folder(cache: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def qwen2vl_folder(cache: Path) -> Path:
-    return bundled_qwen2vl(cache)
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        folder = bundled_qwen2vl(cache)
+    assert printed.getvalue() == ""  # neither the bar of reading GGUF files nor that of loading weights
+    return folder
 
 
 @pytest.fixture(scope="module")

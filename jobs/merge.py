@@ -48,7 +48,7 @@ def run(recipe: MergeRecipe) -> None:
     """Merge recipe.model into recipe.out. Raises ModelError if it is not a stage's output, DataError."""
     import torch
 
-    from graft.checkpoints.loading import DTYPES, base_graft, computes_bf16, open_graft
+    from graft.checkpoints.loading import DTYPES, base_graft, multiplies_bf16, open_graft
     from graft.checkpoints.lora import ADAPTER_FILES, has_adapters, merge_adapters
     from graft.checkpoints.projector_file import PROJECTOR_FILE
     from graft.model.configuration import GraftConfig
@@ -73,7 +73,7 @@ def run(recipe: MergeRecipe) -> None:
             shutil.copyfile(Path(recipe.model, name), out / ADAPTER_FOLDER / name)
         if recipe.data is not None and has_adapters(recipe.model):
             device = "cuda" if recipe.gpu else "cpu"
-            fast = torch.bfloat16 if computes_bf16(device) else torch.float32
+            fast = torch.bfloat16 if multiplies_bf16(device) else torch.float32
             figures = compare(recipe.model, out, recipe.data, clips=recipe.clips, dtype=fast, device=device)
             (out / COMPARISON_FILE).write_text(json.dumps(figures, indent=2) + "\n")
     print(f"merge: {recipe.model} -> {recipe.out} ({dtype}), trained parts kept in {ADAPTER_FOLDER}/", flush=True)

@@ -14,6 +14,7 @@ from graft.checkpoints.build import check_kind, reading
 from graft.checkpoints.bundled.cache import file_digest
 from graft.checkpoints.lora import attach_adapters, has_adapters, nf4_config, round_to_nf4
 from graft.checkpoints.projector_file import check_projector, load_projector, read_projector, weight_files
+from graft.checkpoints.quiet import no_loading_bars
 from graft.checkpoints.release import installed_graft, known_names
 from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
@@ -24,11 +25,15 @@ STAGE_FILE = "stage.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def computes_bf16(device: torch.device | str) -> bool:
-    """Tell whether a device multiplies bf16 matrices at full speed; on CPUs this takes AVX-512, AMX or Arm's BF16."""
+def multiplies_bf16(device: torch.device | str) -> bool:
+    """Tell whether a device multiplies bf16 matrices in hardware; elsewhere bf16 takes several times as long as fp32.
+
+    A CPU does so with AVX512-BF16, AMX or Arm's BF16. What oneDNN and torch call supported includes AVX-512 without
+    BF16, which converts the numbers to fp32 and back.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # torch.compile uses this check too
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def open_graft(
@@ -140,9 +145,10 @@ def _load_model(
     # Only a quantized model needs accelerate's device_map: its weights are quantized on their way to the device.
     options = {"quantization_config": nf4_config(dtype or torch.bfloat16), "device_map": {"": device}} if nf4 else {}
     try:
-        model = GraftForConditionalGeneration.from_pretrained(
-            path, dtype=dtype or "auto", attn_implementation=attention, **options
-        )
+        with no_loading_bars():
+            model = GraftForConditionalGeneration.from_pretrained(
+                path, dtype=dtype or "auto", attn_implementation=attention, **options
+            )
     except ValueError as error:
         raise ModelError(str(error).splitlines()[0]) from error
     except (OSError, SafetensorError) as error:

@@ -16,6 +16,7 @@ import torch
 from graft.audio.chunking import windows
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.checkpoints.bundled.cache import bundled_whisper
+from graft.checkpoints.loading import multiplies_bf16
 from graft.inference.transcriber import open_transcriber
 from graft.text.wer import score
 
@@ -37,6 +38,7 @@ faster-whisper  Whisper base converted for CTranslate2, one clip at a time
 All are greedy; CPU s: for a second of audio; MB: the most memory (2^20 bytes) that the process held."""
 ABOUT_BF16 = "the same clips in bf16, one by one and all together: texts that differ, and both word error rates"
 NO_GRAFT = "graft: --model names a trained one; the answers of an untrained one have neither words nor an end"
+NO_BF16 = "this processor does not multiply bf16, and nobody would transcribe in it here"
 NO_FASTER_WHISPER = "faster-whisper is not installed: pip install faster-whisper"
 
 
@@ -77,6 +79,9 @@ def bench_bf16(model: str | None, speech: Sequence[str] | None) -> Numbers:
     """Count the texts that a batch changes in bf16: clips one by one, and once more all together, by the same graft."""
     if not model:
         print(NO_GRAFT)
+        return {}
+    if not multiplies_bf16("cpu"):
+        print(NO_BF16)
         return {}
     clips, references = zip(*labelled_speech(speech), strict=True)
     transcribe = open_graft(model, "bf16")

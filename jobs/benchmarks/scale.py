@@ -229,10 +229,13 @@ def bench_workers(graft: str, workers: Sequence[int]) -> Numbers:
 
 
 def _run_stage1(settings: dict[str, Any]) -> None:
+    from graft.checkpoints.loading import multiplies_bf16
+
     from .. import stage1
     from ..common.console import quiet_libraries
 
     quiet_libraries()
     settings |= {"token_budget": WORKER_BUDGET, "epochs": 1000, "max_steps": STEPS, "log_every": STEPS // 2}
+    settings["dtype"] = "bf16" if multiplies_bf16("cpu") else "fp32"
     with contextlib.redirect_stdout(io.StringIO()):
         stage1.run(stage1.Stage1Recipe.model_validate(settings | {"backend": "torch"}))

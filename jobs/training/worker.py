@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from graft.checkpoints.loading import computes_bf16
+from graft.checkpoints.loading import multiplies_bf16
 from graft.errors import GraftError, ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.ctc import CtcPrealignment
@@ -87,7 +87,7 @@ def work(run: Run) -> None:
             is_sharded = run.computing.is_sharded
             validation = Validation(run.validation, backend, processor, samples=samples, is_sharded=is_sharded)
         observer = RunObserver(run.recipe, out, backend, from_step=progress.step, validation=validation)
-        if run.computing.dtype == "bf16" and not computes_bf16(device):
+        if run.computing.dtype == "bf16" and not multiplies_bf16(device):
             observer.say("this processor has no fast bf16: dtype=fp32 takes a fraction of the time")
         if checkpoint:
             backend.load_state(load_checkpoint(checkpoint)[0], step=progress.step)

@@ -1,15 +1,15 @@
 """Test opening stages and grafts: the trained instructions in stage.json reach model, processor and merged graft."""
 
 import json
-import platform
 import shutil
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 from graft.checkpoints.loading import (
     STAGE_FILE,
-    computes_bf16,
+    multiplies_bf16,
     open_graft,
     open_processor,
     read_stage,
@@ -17,6 +17,7 @@ from graft.checkpoints.loading import (
 )
 from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
+from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
 from jobs.merge import MergeRecipe, run
 from tests.support import tiny_models
@@ -82,7 +83,33 @@ def test_an_unknown_style_and_a_folder_that_is_no_graft_are_refused(tmp_path):
         open_processor(tmp_path)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of other processors have other names")
-def test_bf16_is_fast_where_the_processor_says_so():
-    flags = next(line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    assert computes_bf16("cpu") == ({"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= set(flags))
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the flags are read as Linux shows them")
+def test_bf16_is_chosen_where_the_processor_multiplies_it():
+    """Linux names Arm's flag `bf16` and those of x86 as torch does."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next(line.split() for line in lines if line.startswith(("flags", "Features")))
+    assert multiplies_bf16("cpu") is bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bw": True, "avx512_vl": True, "avx512_dq": True}, False),
+        ({"avx512_f": True, "avx512_bf16": True}, True),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": True}, True),
+        ({"neon": True, "bf16": True}, True),
+        ({"neon": True, "bf16": False}, False),
+    ],
+)
+def test_avx512_alone_does_not_multiply_bf16(monkeypatch, capabilities, expected):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+    assert multiplies_bf16("cpu") is expected
+
+
+def test_a_library_call_draws_no_bar_of_loading_weights(graft, monkeypatch, capfd):
+    monkeypatch.setattr(logging, "_tqdm_active", True)  # the tests, like commands, switch bars off
+    open_graft(graft)
+    assert capfd.readouterr().err == ""
+    assert logging._tqdm_hook is None
+    GraftForConditionalGeneration.from_pretrained(graft)
+    assert "Loading weights" in capfd.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graft.checkpoints.loading import computes_bf16, open_graft, write_stage
+from graft.checkpoints.loading import multiplies_bf16, open_graft, write_stage
 from graft.checkpoints.lora import (
     ADAPTER_FILES,
     LoraSettings,
@@ -224,7 +224,7 @@ def test_all_ways_to_use_adapters_are_compared(stage, tmp_path, capsys):
         == 0
     )
     figures = json.loads((tmp_path / "merged" / "comparison.json").read_text())
-    plain = "adapters on bfloat16" if computes_bf16("cpu") else "adapters on float32"
+    plain = "adapters on bfloat16" if multiplies_bf16("cpu") else "adapters on float32"
     assert list(figures) == ["adapters on NF4", plain, "merged"]
     assert all(4 < one["loss"] < 20 and one["wer"] > 0 for one in figures.values())
     assert figures["merged"]["loss"] == pytest.approx(figures[plain]["loss"], abs=0.02)

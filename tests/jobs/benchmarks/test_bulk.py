@@ -14,6 +14,7 @@ import soundfile
 
 from graft.audio.chunking import Chunk
 from graft.audio.clip import read_audio
+from graft.checkpoints.loading import multiplies_bf16
 from graft.errors import AudioError, DataError
 from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.hallucination import NO_REPEAT_NGRAM
@@ -131,7 +132,8 @@ def test_peers_transcribe_and_missing_ones_are_named(
     assert bench(["bulk", "--only", "peers,bf16", *arguments]) == 0
     numbers = json.loads(file.read_text())
     assert numbers["peers"]["transformers WER %"] < 30 < numbers["peers"]["graft WER %"]
-    assert numbers["peers"]["graft clips"] == numbers["bf16"]["clips"] == 3
+    assert numbers["peers"]["graft clips"] == 3
+    assert numbers["bf16"].get("clips") == (3 if multiplies_bf16("cpu") else None)
     assert numbers["peers"]["graft audio s"] == pytest.approx(sum(row["duration_s"] for row in rows), abs=0.1)
     assert numbers["peers"]["graft MB"] > 100
     assert ("faster-whisper is not installed: pip install faster-whisper" in capfd.readouterr().out) == (

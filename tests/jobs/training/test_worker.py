@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from graft.checkpoints.loading import computes_bf16
+from graft.checkpoints.loading import multiplies_bf16
 from graft.errors import DataError, ModelError
 from jobs import stage1
 from jobs.training import driver
@@ -51,7 +51,7 @@ def test_slow_bf16_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     stage1.run(stage1_recipe(tmp_path, dtype="bf16"))
     log = (tmp_path / "out" / "log.txt").read_text()
     assert re.search("^step 1/1 ", log, re.MULTILINE)
-    assert ("dtype=fp32 takes a fraction of the time" in log) is not computes_bf16("cpu")
+    assert ("dtype=fp32 takes a fraction of the time" in log) is not multiplies_bf16("cpu")
 
 
 @pytest.mark.parametrize(

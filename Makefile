@@ -31,7 +31,7 @@ fail = { echo "graft: error: $(1)" >&2; exit 1; }
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
-demo: $(READY) ## transcribe, train, merge, evaluate and serve with the bundled speech (10 minutes on 2 cores); results in runs/demo
+demo: $(READY) ## transcribe, train, merge, evaluate and serve with the bundled speech (6 minutes on 2 cores); results in runs/demo
 	python -m jobs.demo
 
 test: $(READY) ## run the tests in two processes (9 minutes on 2 cores)

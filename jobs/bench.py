@@ -1,6 +1,7 @@
 """Measure a part of graft: features, training, the service, bulk transcription, scaling or a GPU.
 
-`graft bench NAME [--json FILE]` prints what it measures and writes the numbers as JSON."""
+`graft bench NAME [--json FILE]` prints how long each part will take and what it measures, and writes the numbers as
+JSON."""
 
 import argparse
 import importlib
@@ -12,13 +13,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from graft.errors import GraftError, OutputError
 from graft.storage.atomic import write_atomic
 
 from .benchmarks.measuring import alone
 from .common.console import quiet_libraries
+from .common.speed import about, slowness
 
 # Options by name, as argparse takes them.
 Options = dict[str, dict[str, Any]]
@@ -34,32 +36,52 @@ RANDOM: Options = {
     "shape": dict(choices=("7b", "2b", "tiny"), default="7b", help="size of the model; tiny runs anywhere"),
     "dtype": dict(choices=("fp32", "bf16"), default="bf16", help="precision of its weights"),
 }
-# Each benchmark: its help, its parts with their modules, and its options. The part NAME is the function bench_NAME of
-# its module; it is given the options that its parameters name.
-BENCHMARKS: dict[str, tuple[str, Mapping[str, str], Options]] = {
+
+
+class Part(NamedTuple):
+    """A part of a benchmark: its module, and how many minutes it takes by default on the machine of common/speed.py."""
+
+    module: str
+    minutes: float
+
+
+# Each benchmark: its help, its parts, and its options. The part NAME is the function bench_NAME of its module; it is
+# given the options that its parameters name.
+BENCHMARKS: dict[str, tuple[str, Mapping[str, Part], Options]] = {
     "features": (
         "FLAC to log-mel on one core, beside soundfile and transformers' extractor",
-        {"features": "features"},
+        {"features": Part("features", 1)},
         {"seconds": dict(type=float, default=600.0, help="seconds of audio to decode")},
     ),
     "train": (
-        "training steps beside others', Ray's feeding, two workers (10 minutes on 2 idle cores)",
-        {"step": "training_step", "gains": "training_step", "ingest": "scale", "workers": "scale"},
+        "training steps beside others', Ray's feeding, two workers",
+        {
+            "step": Part("training_step", 3.5),
+            "gains": Part("training_step", 2.5),
+            "ingest": Part("scale", 2.5),
+            "workers": Part("scale", 3),
+        },
         MODEL
         | {
             "clips": dict(type=int, default=16, help="clips in a turn of steps"),
             "repetitions": dict(type=int, default=3, help="turns of steps"),
+            "seconds": dict(type=float, default=180.0, help="most seconds of steps; there are fewer turns and clips"),
             "workers": dict(type=int, nargs="+", default=[1, 2], help="workers of stage 1"),
         },
     ),
     "bulk": (
-        "Ray's transcription beside a bare loop, its memory, other transcribers (10 minutes on 2 idle cores)",
-        {"pipeline": "bulk", "peers": "peers", "memory": "bulk", "bf16": "peers"},
+        "Ray's transcription beside a bare loop, its memory, other transcribers",
+        {
+            "pipeline": Part("bulk", 4),
+            "peers": Part("peers", 5),
+            "memory": Part("bulk", 4),
+            "bf16": Part("peers", 2),
+        },
         MODEL | PEERS | {"seconds": dict(type=float, default=30.0, help="duration of each turn of a pipeline")},
     ),
     "serve": (
-        "the service beside its engine and beside another server, engines come and go (15 minutes on 2 idle cores)",
-        dict.fromkeys(("saturation", "servers", "replicas"), "service"),
+        "the service beside its engine and beside another server, engines come and go",
+        {"saturation": Part("service", 5), "servers": Part("service", 8), "replicas": Part("service", 5)},
         MODEL
         | PEERS
         | {
@@ -68,8 +90,8 @@ BENCHMARKS: dict[str, tuple[str, Mapping[str, str], Options]] = {
         },
     ),
     "scale": (
-        "a run's batches split over 64 stand-ins, Ray's feeding, stage 1 with up to four workers (half an hour)",
-        dict.fromkeys(("split", "ingest", "workers"), "scale"),
+        "a run's batches split over 64 stand-ins, Ray's feeding, stage 1 with up to four workers",
+        {"split": Part("scale", 15), "ingest": Part("scale", 2.5), "workers": Part("scale", 7)},
         MODEL
         | {
             "consumers": dict(type=int, nargs="+", default=[1, 8, 64], help="stand-ins for workers"),
@@ -79,7 +101,7 @@ BENCHMARKS: dict[str, tuple[str, Mapping[str, str], Options]] = {
     ),
     "gpu": (
         "training steps on this machine's GPU with random weights",
-        {"gpu": "gpu"},
+        {"gpu": Part("gpu", 3)},
         RANDOM
         | {
             "stage": dict(type=int, choices=(1, 2), nargs="+", default=[1, 2], help="stages to measure"),
@@ -90,7 +112,7 @@ BENCHMARKS: dict[str, tuple[str, Mapping[str, str], Options]] = {
     ),
     "engine": (
         "the transformers engine on this machine's GPU with random weights",
-        {"engine": "gpu"},
+        {"engine": Part("gpu", 5)},
         RANDOM
         | {
             "clip_s": dict(type=float, nargs="+", default=[10.0, 30.0], help="seconds of a clip"),
@@ -132,7 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="graft bench", description="Measure a part of graft.")
     commands = parser.add_subparsers(metavar="NAME", required=True, dest="name")
     for name, (text, parts, options) in BENCHMARKS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        minutes = sum(part.minutes for part in parts.values())
+        command = commands.add_parser(name, help=f"{text} (about {minutes:.0f} minutes)", description=text)
         command.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         parts_text = f"some of {','.join(parts)}" if len(parts) > 1 else argparse.SUPPRESS
@@ -143,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(parts: Mapping[str, str], options: dict[str, Any]) -> dict[str, Any]:
+def _run(parts: Mapping[str, Part], options: dict[str, Any]) -> dict[str, Any]:
     """Run parts, each in a process of its own where a benchmark has several; returns the numbers by part.
 
     Where no graft is given, an untrained one is built from the bundled weights for as long. Raises ModelError.
@@ -158,13 +181,15 @@ def _run(parts: Mapping[str, str], options: dict[str, Any]) -> dict[str, Any]:
             from .build import BuildRecipe, run
 
             run(BuildRecipe(out=options["graft"]))
-        if len(parts) == 1:
-            ((part, module),) = parts.items()
-            return _run_part(part, module, options)
+        # On a GPU the time is given, and the processor matters little.
+        factor = 1.0 if any(part.module == "gpu" for part in parts.values()) else slowness("fp32")
         numbers = {}
-        for part in options["only"]:
-            print(f"\n{part}", flush=True)
-            numbers[part] = alone(_run_part, part, parts[part], options)
+        for name in options["only"]:
+            part = parts[name]
+            print(f"\n{name}: {about(60 * part.minutes * factor)} with the default options", flush=True)
+            if len(parts) == 1:
+                return _run_part(name, part.module, options)
+            numbers[name] = alone(_run_part, name, part.module, options)
         return numbers
 
 

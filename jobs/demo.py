@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from . import build, check, evaluate, merge, prepare, stage1, stage2, transcribe
 from .common.cli import run_job
 from .common.cluster import connect
 from .common.outputs import RECIPE_FILE, claim_output
+from .common.speed import about, slowness
 from .preparation.manifests import Manifest
 
 SPEECH = Path(__file__).parent / "data" / "prompts"
@@ -40,24 +41,27 @@ class DemoRecipe(Recipe):
     pretrained: str = "small"
     """Trained graft to start from, on the bundled bases: a name that comes with graft, or a folder written by
     jobs.export."""
-    stage1_epochs: int = Field(default=2, ge=1)
+    stage1_epochs: int = Field(default=1, ge=1)
     """Epochs of stage 1 over the 64 training clips."""
-    stage2_epochs: int = Field(default=4, ge=1)
+    stage2_epochs: int = Field(default=2, ge=1)
     """Epochs of stage 2 over the 64 training clips."""
     workers: int = Field(default=2, ge=1)
     """Training workers, with one thread each."""
     quantize: Literal["nf4", "none"] = "none"
     """Quantization of the language model in stage 2. nf4 costs a model of 135 M parameters accuracy; the adapters are
     then merged into the rounded weights."""
-    scored_clips: int = Field(default=40, ge=1)
+    scored_clips: int = Field(default=24, ge=1)
     """Number of training clips to score."""
 
 
 def run(recipe: DemoRecipe) -> None:
     """Run the demo and write summary.json. Raises OutputError for a folder that is not a demo's."""
     _empty_folder(recipe)
+    recipes = step_recipes(recipe)
+    estimates = estimated_seconds(recipe, fp32=slowness("fp32"), training=slowness(_training_dtype()))
+    print(f"{len(STEPS)} steps take {about(sum(estimates.values()))} on this machine", flush=True)
     connect()
-    results, seconds = _run_steps(STEPS, step_recipes(recipe))
+    results, seconds = _run_steps(STEPS, recipes, estimates)
     summary = _summarize(results, seconds)
     write_atomic(Path(recipe.out, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
     print("\n== results")
@@ -75,20 +79,18 @@ def run(recipe: DemoRecipe) -> None:
 
 def step_recipes(recipe: DemoRecipe) -> dict[str, Recipe]:
     """Make the recipe of each of STEPS; both stages take small batches, for many updates from few clips."""
-    from graft.checkpoints.loading import computes_bf16
-
     out = recipe.out
     sets = {name: f"{out}/data/{split}" for name, split in SPLITS.items()}
     training = {
         "model": f"{out}/graft",
         "data": [sets["trained"]],
         "token_budget": 400,
-        "warmup_steps": 5,
-        "log_every": 6,
+        "warmup_steps": 3,
+        "log_every": 4,
         "workers": recipe.workers,
         "data_workers": 1,
         "encoder_cache": f"{out}/encoded",
-        "dtype": "bf16" if computes_bf16("cpu") else "fp32",
+        "dtype": _training_dtype(),
     }
     first = {"out": f"{out}/stage1", "epochs": recipe.stage1_epochs, "learning_rate": 2e-4}
     second = {
@@ -122,7 +124,7 @@ def step_recipes(recipe: DemoRecipe) -> dict[str, Recipe]:
             out=f"{out}/merged",
             onto="nf4" if recipe.quantize == "nf4" else "full",
             data=sets["trained"],
-            clips=16,
+            clips=8,
         ),
         "evaluate merged": evaluate.EvaluateRecipe.model_validate(
             {"model": f"{out}/merged", "out": f"{out}/evaluation-merged", "data": sets, "audio_check": "trained"}
@@ -135,15 +137,45 @@ def step_recipes(recipe: DemoRecipe) -> dict[str, Recipe]:
     }
 
 
+def _training_dtype() -> Literal["fp32", "bf16"]:
+    from graft.checkpoints.loading import multiplies_bf16
+
+    return "bf16" if multiplies_bf16("cpu") else "fp32"
+
+
+def estimated_seconds(recipe: DemoRecipe, *, fp32: float, training: float) -> dict[str, float]:
+    """Estimate how long each of STEPS takes, from its seconds on the reference machine of common/speed.py.
+
+    `fp32` and `training` are this machine's slowness in fp32 and in the precision of training. Starting processes and
+    opening models count apart, because they depend on it little.
+    """
+    scored = recipe.scored_clips
+    return {
+        "prepare": 1,
+        "build": 6,
+        "transcribe graft": 8 + 4 * fp32,
+        "evaluate graft": 12 + 13 * fp32,
+        "stage1": 20 + 31 * training * recipe.stage1_epochs,
+        "check": 2 + fp32,
+        "stage2": 20 + 31 * training * recipe.stage2_epochs,
+        "merge": 10 + 21 * training,
+        "evaluate merged": 25 + 2 * (20 + scored) * fp32,
+        "transcribe merged": 8 + 4 * fp32,
+        "serve": 22,
+    }
+
+
 def _run_steps(
-    steps: Iterable[tuple[str, Callable[[Any], Any], str]], recipes: Mapping[str, Recipe]
+    steps: Sequence[tuple[str, Callable[[Any], Any], str]],
+    recipes: Mapping[str, Recipe],
+    estimates: Mapping[str, float],
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Run steps by their recipes; returns the results by step, and the seconds by command."""
     results: dict[str, Any] = {}
     seconds: dict[str, float] = defaultdict(float)
-    for name, command, purpose in steps:
+    for number, (name, command, purpose) in enumerate(steps, 1):
         title = name.partition(" ")[0]
-        print(f"\n== {title}: {purpose}", flush=True)
+        print(f"\n== step {number} of {len(steps)}: {title}, {about(estimates[name])}: {purpose}", flush=True)
         start = time.perf_counter()
         results[name] = command(recipes[name])
         seconds[title] += time.perf_counter() - start

@@ -1,12 +1,14 @@
 """Measure stage 1's training step on one core, beside the reference system's and AudioFlamingo3's.
 
-All take the same clips, prepared beforehand, and train a projector alone between frozen bf16 weights of the same shape.
+All take the same clips, prepared beforehand, and train a projector alone between frozen weights of the same shape: in
+bf16 where the processor multiplies it, else in fp32. The first step of each way tells how many clips and turns fit into
+the time that is given.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from graft.checkpoints.loading import DTYPES, multiplies_bf16
 from graft.model.configuration import WINDOW_FRAMES, GraftConfig
 from graft.model.encoder import pad_with_silence
 from graft.model.modeling import GraftForConditionalGeneration
@@ -22,15 +25,12 @@ from graft.training.backends import trainable_parameters
 from graft.training.plan import Plan, PlanColumns, PlanSettings
 from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage
 
-from .measuring import Numbers, in_turns, report_table
+from ..common.speed import about
+from .measuring import Numbers, in_turns, report_table, seconds_of
 from .speech import spoken_clips
 
 Inputs = Mapping[str, Tensor]
 Step = Callable[[Inputs], object]
-# A way to train: its step, its batches, and the number of clips in them.
-Way = tuple[Step, list[Inputs], int]
-
-COMPUTE = ComputeSettings(dtype="bf16", backend="torch")
 # Clips of a batch where their number is fixed; a token budget holds so many clips of average length.
 BATCH_CLIPS = 4
 LEARNING_RATE = 1e-3
@@ -42,7 +42,21 @@ AudioFlamingo3  transformers' own, random weights: 25 Hz from a masked 30 s wind
 ABOUT_GAINS = "graft's step with one gain off at a time; x is how many times as long a clip takes without it"
 
 
-def bench_step(graft: str, clips: int, repetitions: int) -> Numbers:
+class Way(NamedTuple):
+    """A way to train: its step, its batches of the first clips by their number, and a batch of one average clip."""
+
+    step: Step
+    batches: Callable[[int], list[Inputs]]
+    most_clips: int
+    """Most clips that it takes; a few where all clips cost the same."""
+    average: Inputs
+
+    def clips(self, count: int) -> int:
+        """Return how many of `count` clips it takes."""
+        return min(count, self.most_clips)
+
+
+def bench_step(graft: str, clips: int, repetitions: int, seconds: float) -> Numbers:
     """Measure graft's step beside AudioFlamingo3's and the reference system's, for which all clips cost the same."""
     plain = functools.partial(plain_step, loss=all_logits_loss)
     seed: Any = {"checkpointing": True, "audio_pool": 1, "audio_context": "full"}
@@ -51,10 +65,10 @@ def bench_step(graft: str, clips: int, repetitions: int) -> Numbers:
         "seed-style": way(graft, BATCH_CLIPS, in_arrival_order, plain, **seed),
         "AudioFlamingo3": way(graft, clips, length_grouped, flamingo_step),
     }
-    return _compare(ABOUT_STEPS, ways, repetitions)
+    return _compare(ABOUT_STEPS, ways, clips, repetitions, seconds)
 
 
-def bench_gains(graft: str, clips: int) -> Numbers:
+def bench_gains(graft: str, clips: int, seconds: float) -> Numbers:
     """Measure graft's step with each gain switched off."""
     ways = {
         "graft": way(graft, clips),
@@ -64,24 +78,49 @@ def bench_gains(graft: str, clips: int) -> Numbers:
         "gradient checkpointing": way(graft, clips, checkpointing=True),
         "arrival order": way(graft, clips, in_arrival_order),
     }
-    return _compare(ABOUT_GAINS, ways, repetitions=1)
+    return _compare(ABOUT_GAINS, ways, clips, 1, seconds)
 
 
-def _compare(about: str, ways: Mapping[str, Way], repetitions: int) -> Numbers:
-    """Measure ways in turns: samples a second, and how many times as long as the first way each takes for a clip."""
+def _compare(description: str, ways: Mapping[str, Way], clips: int, repetitions: int, limit_s: float) -> Numbers:
+    """Measure ways in turns: samples a second, and how many times as long as the first way each takes for a clip.
+
+    There are fewer turns, and then fewer clips, where they would take longer than `limit_s`.
+    """
     torch.set_num_threads(1)
-    for step, batches, _ in ways.values():  # warm up
-        step({name: tensor[:1] for name, tensor in batches[0].items()})
+    for one in ways.values():  # warm up
+        one.step(one.average)
+    clip_s = {name: seconds_of(functools.partial(one.step, one.average))[0] for name, one in ways.items()}
+
+    def turn_s(count: int) -> float:
+        return sum(one.clips(count) * clip_s[name] for name, one in ways.items())
+
+    repetitions = max(1, min(repetitions, int(limit_s / turn_s(clips))))
+    while clips > BATCH_CLIPS and turn_s(clips) > limit_s:
+        clips = max(BATCH_CLIPS, clips // 2)
+    planned_s = repetitions * turn_s(clips)
+    print(f"{clips} clips in {compute_settings().dtype}, {repetitions} times each: {about(planned_s)}", flush=True)
+    batches = {name: one.batches(one.clips(clips)) for name, one in ways.items()}
     spent = in_turns(
-        {name: functools.partial(list, map(step, batches)) for name, (step, batches, _) in ways.items()}, repetitions
+        {name: functools.partial(_train, one.step, batches[name]) for name, one in ways.items()}, repetitions
     )
     rows = []
-    for name, (_, _, clip_count) in ways.items():
-        seconds = spent[name] / clip_count  # (turns, 2): wall and CPU
-        ratios = seconds / spent["graft"] * ways["graft"][-1]
+    for name, one in ways.items():
+        seconds = spent[name] / one.clips(clips)  # (turns, 2): wall and CPU
+        ratios = seconds / spent["graft"] * ways["graft"].clips(clips)
         (wall_s, cpu_s), (ratio, cpu_ratio) = np.median([seconds, ratios], axis=1).tolist()
         rows.append((name, {"samples/s": 1 / wall_s, "CPU s/sample": cpu_s, "x wall": ratio, "x CPU": cpu_ratio}))
-    return report_table(about, rows)
+    return report_table(description, rows)
+
+
+def _train(step: Step, batches: Sequence[Inputs]) -> None:
+    for batch in batches:
+        step(batch)
+
+
+@functools.cache
+def compute_settings() -> ComputeSettings:
+    """Return how all ways compute: in bf16 where the processor multiplies it, else in fp32."""
+    return ComputeSettings(dtype="bf16" if multiplies_bf16("cpu") else "fp32", backend="torch")
 
 
 def planned(examples: Sequence[Example]) -> list[Sequence[Example]]:
@@ -109,7 +148,7 @@ def _length(example: Example) -> int:
 
 def own_step(model: GraftForConditionalGeneration) -> Step:
     """Make graft's step."""
-    backend = make_backend(model, COMPUTE, accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
+    backend = make_backend(model, compute_settings(), accumulation=1, weight_decay=0.0, max_grad_norm=1.0)
 
     def step(inputs: Inputs) -> None:
         label_count = int((inputs["labels"] != IGNORED_LABEL).sum())
@@ -120,12 +159,13 @@ def own_step(model: GraftForConditionalGeneration) -> Step:
 
 
 def plain_step(model: Any, loss: Callable[..., Tensor]) -> Step:
-    """Make a step as others write it: autocast to bf16, backward, clipping, fused AdamW."""
+    """Make a step as others write it: autocast where it is in bf16, backward, clipping, fused AdamW."""
+    is_bf16 = compute_settings().dtype == "bf16"
     trained = list(trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def step(inputs: Inputs) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             value = loss(model, **inputs)
         value.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -153,16 +193,19 @@ def way(
     **audio: Any,
 ) -> Way:
     """Prepare a way to train, by default graft's own; `audio` holds settings of GraftConfig."""
-    model, processor = open_for_stage(Stage(1), graft, replace(COMPUTE, gradient_checkpointing=checkpointing))
+    settings = replace(compute_settings(), gradient_checkpointing=checkpointing)
+    model, processor = open_for_stage(Stage(1), graft, settings)
     for name, value in audio.items():
         setattr(model.config, name, value)
         setattr(processor, name, value)
     examples = [processor.example(clip, text) for clip, text in spoken_clips(clips)]
-    batches: list[Inputs] = []
-    for together in group(examples):
-        arrays = processor.training_batch(together)
-        batches.append({name: torch.from_numpy(array) for name, array in arrays.items()})
-    return step(model), batches, clips
+
+    def inputs(together: Sequence[Example]) -> Inputs:
+        return {name: torch.from_numpy(array) for name, array in processor.training_batch(together).items()}
+
+    mean_length = np.mean([_length(example) for example in examples])
+    average = min(examples, key=lambda example: abs(_length(example) - mean_length))
+    return Way(step(model), lambda count: [*map(inputs, group(examples[:count]))], clips, inputs([average]))
 
 
 def all_logits_loss(graft: GraftForConditionalGeneration, *, labels: Tensor, **inputs: Tensor) -> Tensor:
@@ -175,7 +218,7 @@ def flamingo_inputs(inputs: Inputs) -> dict[str, Tensor]:
     """Pad a batch of graft's to the 30 s window that AudioFlamingo3's encoder takes, and mask it."""
     counts = inputs["audio_frame_counts"]
     is_clip = torch.arange(WINDOW_FRAMES) < counts[:, None]  # (clips, 3000)
-    features = pad_with_silence(inputs["input_features"], counts, WINDOW_FRAMES).bfloat16()
+    features = pad_with_silence(inputs["input_features"], counts, WINDOW_FRAMES).to(DTYPES[compute_settings().dtype])
     window = {"input_features": features, "input_features_mask": is_clip.long()}
     return window | {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
 
@@ -194,6 +237,7 @@ def flamingo_model(config: GraftConfig) -> AudioFlamingo3ForConditionalGeneratio
     counts = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     decoder: Any = {name: getattr(text, name) for name in sizes + counts}
     settings = AudioFlamingo3Config(audio_config=encoder, text_config=decoder, audio_token_id=config.audio_token_id)
-    model = AudioFlamingo3ForConditionalGeneration(settings).bfloat16().train().requires_grad_(False)
+    model: Any = AudioFlamingo3ForConditionalGeneration(settings)
+    model.to(DTYPES[compute_settings().dtype]).train().requires_grad_(False)
     model.model.multi_modal_projector.float().requires_grad_(True)
     return model

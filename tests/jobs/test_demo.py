@@ -60,11 +60,29 @@ def test_both_stages_read_what_the_steps_before_them_wrote(tmp_path: Path) -> No
     assert before.data == {"unseen": score.data["unseen"]}
 
 
-def test_the_summary_has_the_keys_that_others_read() -> None:
+def test_every_step_has_an_estimate_that_grows_with_its_work() -> None:
+    recipe = DemoRecipe()
+    reference = demo_job.estimated_seconds(recipe, fp32=1.0, training=1.0)
+    assert list(reference) == [name for name, _, _ in demo_job.STEPS]
+    assert sum(reference.values()) < 480  # what the demo promises on the reference machine
+    slow = demo_job.estimated_seconds(recipe, fp32=2.0, training=1.0)
+    longer = {name for name in reference if slow[name] > reference[name]}
+    assert longer == {name for name in reference if name.partition(" ")[0] in ("transcribe", "evaluate", "check")}
+    more = demo_job.estimated_seconds(recipe.model_copy(update={"stage2_epochs": 9}), fp32=1.0, training=1.0)
+    assert {name for name in reference if more[name] > reference[name]} == {"stage2"}
+
+
+def test_the_summary_has_the_keys_that_others_read(capsys: pytest.CaptureFixture[str]) -> None:
     steps = [("prepare", lambda recipe: 7, "rows")]
     steps += [(f"evaluate {model}", lambda recipe: time.sleep(0.06), "scores") for model in ("graft", "merged")]
-    results, seconds = demo_job._run_steps(steps, dict.fromkeys((name for name, _, _ in steps), DemoRecipe()))
+    names = [name for name, _, _ in steps]
+    results, seconds = demo_job._run_steps(steps, dict.fromkeys(names, DemoRecipe()), dict.fromkeys(names, 30.0))
     assert results["prepare"] == 7
+    assert capsys.readouterr().out.splitlines()[1::2] == [
+        "== step 1 of 3: prepare, about 30 s: rows",
+        "== step 2 of 3: evaluate, about 30 s: scores",
+        "== step 3 of 3: evaluate, about 30 s: scores",
+    ]
     scores = {
         name: {"graft": {"wer": place, "clips": 20}, "whisper": {"wer": place / 2}}
         for place, name in enumerate(["trained", "unseen"])

@@ -1,6 +1,7 @@
 """The training benchmarks on a tiny graft: what they print and write, and that graft's peers do the same work."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,11 @@ from jobs.benchmarks.scale import bench_ingest
 from jobs.benchmarks.speech import durations, spoken_clips
 from jobs.benchmarks.training_step import (
     BATCH_CLIPS,
+    Inputs,
+    Way,
+    _compare,
     all_logits_loss,
+    compute_settings,
     flamingo_inputs,
     flamingo_model,
     in_arrival_order,
@@ -91,9 +96,10 @@ def test_the_seeds_step_and_logits_everywhere_come_to_grafts_own_loss(graft: str
 
 
 def test_flamingo_takes_grafts_tokens_and_trains_its_projector_alone(graft: str) -> None:
-    _, (inputs,), _ = way(graft, 2, in_arrival_order)
-    peer = flamingo_model(open_for_stage(Stage(1), graft, ComputeSettings("bf16"))[0].config)
-    with torch.autocast("cpu", torch.bfloat16):
+    (inputs,) = way(graft, 2, in_arrival_order).batches(2)
+    computing = compute_settings()
+    peer = flamingo_model(open_for_stage(Stage(1), graft, computing)[0].config)
+    with torch.autocast("cpu", torch.bfloat16, enabled=computing.dtype == "bf16"):
         peer(**flamingo_inputs(inputs), use_cache=False).loss.backward()
     trained = trainable_parameters(peer)
     assert all(
@@ -111,6 +117,30 @@ def test_every_way_to_batch_takes_every_clip_once(graft: str) -> None:
     lengths = [len(example.target_ids) for batch in groups[1] for example in batch]
     assert lengths[0] == max(lengths)
     assert lengths[-1] == min(lengths)
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "clips", "turns"),
+    [(60.0, 16, 3), (0.7, 16, 1), (0.15, 4, 1)],
+    ids=["as asked", "fewer turns", "fewer clips"],
+)
+def test_work_that_would_not_end_is_bounded(
+    limit_s: float, clips: int, turns: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[int] = []
+
+    def step(batch: Inputs) -> None:  # 20 ms a clip
+        taken.append(len(batch["clips"]))
+        time.sleep(0.02 * len(batch["clips"]))
+
+    def batches(count: int) -> list[Inputs]:
+        return [{"clips": torch.zeros(2)}] * (count // 2)
+
+    one = Way(step, batches, 16, {"clips": torch.zeros(1)})
+    numbers = _compare("", {"graft": one, "a few": one._replace(most_clips=4)}, 16, 3, limit_s)
+    assert sum(taken[4:]) == turns * (clips + 4)
+    assert numbers["a few x wall"] == pytest.approx(1, abs=0.2)
+    assert capsys.readouterr().out.startswith(f"{clips} clips in {compute_settings().dtype}, {turns} times each: about")
 
 
 @pytest.mark.slow

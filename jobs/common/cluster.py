@@ -1,9 +1,12 @@
 """Join the Ray cluster that runs this command, or start a local Ray on this machine."""
 
+import contextlib
 import json
 import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +59,34 @@ def connect(*, cpus: int | None = None) -> None:
     # Ray refuses a variable that the runtime environment of `ray job submit` sets as well.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     submitted = job.get("runtime_env", {}).get("env_vars", {})
-    ray.init(
-        log_to_driver=False,  # commands print their own progress; Ray's processes write to its log folder
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {name: value for name, value in variables.items() if name not in submitted}},
-        **local,
-    )
+    with _without_log_level_line():
+        ray.init(
+            log_to_driver=False,  # commands print their own progress; Ray's processes write to its log folder
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {name: value for name, value in variables.items() if name not in submitted}},
+            **local,
+        )
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.print_on_execution_start = False
+
+
+@contextlib.contextmanager
+def _without_log_level_line() -> Iterator[None]:
+    """Drop the line in which Ray's C++ says that RAY_BACKEND_LOG_LEVEL is set; all else on stderr follows the block.
+
+    C++ writes the line to file descriptor 2 before it applies the level, so no level hides it.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            with open(2, "wb", closefd=False) as restored:
+                restored.writelines(line for line in file if b"RAY_BACKEND_LOG_LEVEL" not in line)

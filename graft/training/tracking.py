@@ -5,6 +5,7 @@ validation.
 """
 
 import json
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,17 +97,19 @@ def draw_curves(folder: str | Path, *, title: str) -> list[dict[str, Any]]:
         (share, "memory_gb", "memory, GB (right)", gray),
     ]
     for panel, key, label, style in curves:
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        if points:
+        points = [(line["step"], line[key]) for line in lines if _is_drawable(key, line.get(key))]
+        if points:  # a right axis is made only for a curve
             axes = panel.twinx() if label.endswith("right)") else panel
-            axes.plot(*zip(*points, strict=True), linewidth=1.2, markersize=3, label=label, **style)
+            markers = {"marker": "o"} if len(points) == 1 else {}  # a single point makes no line
+            axes.plot(*zip(*points, strict=True), linewidth=1.2, markersize=3, label=label, **markers | style)
             axes.set(yscale="log" if key == "grad_norm" else "linear")
     drawn: list[Any] = [axes for axes in figure.axes if axes.lines]
     for axes in drawn:
         corner, anchor = ("lower left", (0, 1)) if axes in panels else ("lower right", (1, 1))  # where no curve runs
         axes.legend(fontsize=8, ncols=2, frameon=False, loc=corner, bbox_to_anchor=anchor)
         if axes.get_yscale() == "linear":
-            axes.set(ylim=(0, None))
+            highest = max(max(curve.get_ydata()) for curve in axes.lines)
+            axes.set(ylim=(0, 1.05 * highest or 1))
     loss.set(ylabel="loss per label token (nats)")
     rate.set(ylabel="learning rate")
     speed.set(ylabel="tokens/s", xlabel="step")
@@ -115,6 +118,11 @@ def draw_curves(folder: str | Path, *, title: str) -> list[dict[str, Any]]:
         panel.grid(alpha=0.3)
     figure.savefig(Path(folder) / "curves.png", dpi=110)
     return lines
+
+
+def _is_drawable(key: str, value: float | None) -> bool:
+    """Tell whether a value has a place in its panel; the gradient's axis is logarithmic and has no zero."""
+    return value is not None and math.isfinite(value) and (value > 0 or key != "grad_norm")
 
 
 def _wandb_run(folder: Path, recipe: Mapping[str, Any]) -> Any:

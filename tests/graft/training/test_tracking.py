@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from graft.training.tracking import Tracker, draw_curves
 
@@ -31,6 +32,30 @@ def test_resumed_metrics_continue_from_the_checkpoint_and_are_drawn(tmp_path: Pa
     picture = (tmp_path / "curves.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(picture) > 10_000
+
+
+@pytest.mark.parametrize(
+    ("values", "right"),
+    [
+        ({}, []),
+        ({"grad_norm": 0.0}, []),  # a logarithmic axis has no place for it
+        ({"grad_norm": 0.5, "memory_gb": None}, ["gradient norm (log, right)"]),
+        ({"samples_per_s": 2.0, "memory_gb": 1.0}, ["samples/s (right)", "memory, GB (right)"]),
+    ],
+)
+def test_a_right_axis_is_drawn_only_for_a_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], right: list[str]
+) -> None:
+    drawn: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *given, **how: (drawn.append(self), save(self, *given, **how)))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line(1, **values)) + "\n")
+    draw_curves(tmp_path, title="stage 1")
+    (figure,) = drawn
+    curves = {axes: axes.lines for axes in figure.axes[4:]}
+    assert [curve.get_label() for lines in curves.values() for curve in lines] == right
+    assert all(curves.values())
+    assert all(curve.get_marker() == "o" for lines in curves.values() for curve in lines)  # one point makes no line
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

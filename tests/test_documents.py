@@ -10,7 +10,14 @@ import pytest
 from jobs import COMMANDS
 from tests.support.paths import ROOT
 
-DOCUMENTS = ["README.md", "cluster/README.md", "docs/BENCHMARKS.md", "graft/pretrained/small/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "cluster/README.md",
+    "docs/BENCHMARKS.md",
+    "graft/pretrained/small/README.md",
+    "CONTRIBUTING.md",
+]
+PAGES = [*DOCUMENTS, "ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md"]
 ELSEWHERE = {"docker", "kubectl", "curl", ".", "export", "apt", "pip"}
 """Commands of other projects; of their arguments, only the files of this repository are checked."""
 
@@ -42,6 +49,23 @@ def test_commands_are_understood(command: str) -> None:
     for name in files_named(words):
         assert (ROOT / name).exists(), f"{name} does not exist"
     check(words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """Each relative link names a file or folder, and each anchor a heading of its page."""
+    text = (ROOT / page).read_text()
+    targets = re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", text)
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        if "://" in name:
+            continue
+        linked = (ROOT / page).parent / name if name else ROOT / page
+        assert linked.exists(), f"{page}: {target} leads nowhere"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page}: {linked.name} has no heading {anchor}"
 
 
 def files_named(words: list[str]) -> Iterator[str]:

@@ -2,6 +2,9 @@
 
 import asyncio
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import openai
@@ -11,6 +14,7 @@ import soundfile
 from graft.audio.clip import read_audio
 from graft.inference.subtitles import format_transcript
 from tests.support.media import SHORTEST_FIRST
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.xdist_group("serve")
 
@@ -49,6 +53,15 @@ def test_every_format_holds_the_transcribers_result(client, transcriber):
         assert (part.start, part.end, part.text) == (segment.start_s, segment.end_s, segment.text)
         assert part.flags == list(segment.flags)
         assert part.avg_logprob == pytest.approx(segment.mean_logprob, abs=1e-5)
+
+
+@pytest.mark.processes
+def test_the_example_prints_text_and_subtitles(service, transcriber):
+    environment = os.environ | {"OPENAI_BASE_URL": f"{service.url}/v1", "OPENAI_API_KEY": service.key}
+    command = [sys.executable, ROOT / "examples" / "openai_client.py", CLIP]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    transcript = transcriber.transcribe(CLIP)
+    assert shown == f"{CLIP.name}: {transcript.text}\n{format_transcript(transcript, 'srt')}\n"
 
 
 def test_a_stream_ends_with_its_deltas_joined(client, transcriber):

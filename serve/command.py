@@ -19,6 +19,9 @@ from graft.errors import GraftError, require
 
 from .config import ServeArgs
 
+APPLICATION = "graft"
+"""Name of the application on the cluster."""
+
 
 class ServeRecipe(ServeArgs):
     """The arguments of the service, and the address on which it listens."""
@@ -46,14 +49,14 @@ def run(recipe: ServeRecipe) -> None:
     try:
         serve.start(http_options={"host": recipe.host, "port": recipe.port, "request_timeout_s": 600})
         try:
-            serve.run(application)
+            serve.run(application, name=APPLICATION)
         except RuntimeError as error:
             raise GraftError(f"the service did not start: {str(error).strip().splitlines()[-1]}") from error
         print("\n".join(_how_to_ask(recipe)), flush=True)
         _wait_for_a_signal()
         print("graft: stopping the service", flush=True)
+        serve.delete(APPLICATION)  # after the requests that it has accepted
     finally:
-        serve.shutdown()
         ray.shutdown()
 
 

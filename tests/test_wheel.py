@@ -129,8 +129,14 @@ def test_the_command_of_a_wheel_works_beside_packages_of_the_same_names(wheel: I
     assert "pip install 'graft-asr[vllm]'" in extra
 
 
-def test_a_checkout_that_pip_knows_runs_both_as_a_command_and_by_its_modules(source: Path, tmp_path: Path) -> None:
-    checkout = install(tmp_path, "--no-build-isolation", "-e", str(source))
+@pytest.fixture(scope="module")
+def checkout(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    return install(tmp_path_factory.mktemp("checkout"), "--no-build-isolation", "-e", str(source))
+
+
+def test_a_checkout_that_pip_knows_runs_both_as_a_command_and_by_its_modules(
+    checkout: Installation, source: Path
+) -> None:
     assert checkout.run("graft", "--version") == f"graft {version('graft-asr')}\n"
     assert checkout.run("graft", "merge", "--help").startswith("usage: graft merge")
     assert checkout.run("python", "-m", "jobs.merge", "--help", cwd=source).startswith("usage: graft merge")
@@ -142,13 +148,15 @@ def test_a_checkout_that_pip_knows_runs_both_as_a_command_and_by_its_modules(sou
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_wheel_transcribes_on_ray(wheel: Installation, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["wheel", "checkout"])
+def test_the_command_works_with_ray(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    installation = request.getfixturevalue(kind)
     graft = tiny_models.save_tiny_graft(tmp_path / "tiny")
-    (wheel.project / "calls").mkdir()
-    shutil.copy(media.SHORTEST_FIRST[0], wheel.project / "calls" / "a.flac")
-    printed = wheel.run("graft", "transcribe", "calls", f"model={graft}", "out=transcripts")
+    (tmp_path / "calls").mkdir()
+    shutil.copy(media.SHORTEST_FIRST[0], tmp_path / "calls" / "a.flac")
+    printed = installation.run("graft", "transcribe", str(tmp_path / "calls"), f"model={graft}", f"out={tmp_path}/out")
     assert "1 recordings done, 0 failed" in printed
-    assert (wheel.project / "transcripts" / "files" / "a.txt").is_file()
+    assert (tmp_path / "out" / "files" / "a.txt").is_file()
 
 
 @pytest.mark.slow

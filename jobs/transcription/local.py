@@ -33,11 +33,11 @@ def needs_ray(sources: Sequence[str], workers: int) -> str | None:
     if os.environ.get("RAY_ADDRESS"):
         return "RAY_ADDRESS names a cluster"
     if workers > 1:
-        return f"workers={workers} are asked for"
+        return f"workers={workers} is more than one process"
     is_named = (os.path.isfile(source) and suffix_of(source) not in (*LIST_SUFFIXES, PARQUET) for source in sources)
     if not all(is_named):
-        return "this is more than files that are named one by one"
-    return f"these are over {MOST_FILES} files" if len(sources) > MOST_FILES else None
+        return "these are not only local files that are named one by one"
+    return f"these are more than {MOST_FILES} files" if len(sources) > MOST_FILES else None
 
 
 def is_too_long(plan: pa.Table) -> str | None:

@@ -213,7 +213,7 @@ def test_without_out_it_prints_only_and_instruction_and_context_reach_the_worker
     assert transcribe(*arguments) == 0
     output = capsys.readouterr()
     assert output.out == f"a.flac: {asked.text}\n"
-    assert "so Ray transcribes it in processes of its own\n" in output.err
+    assert "graft: transcribing on Ray, because these are not only local files" in output.err
     assert "graft: broken.mp3: not readable as audio" in output.err
     assert sorted(path.name for path in Path().iterdir()) == ["a.flac", "broken.mp3"]
 

@@ -7,9 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 
@@ -129,11 +131,33 @@ def test_what_is_more_than_a_few_local_files_goes_to_ray(calls: Path, monkeypatc
     assert needs_ray(["short.flac", "call.wav"], 1) is None
     Path("list.txt").write_text("short.flac\n")
     for sources in (["."], ["*.flac"], ["http://127.0.0.1:1/a.flac"], ["list.txt"]):
-        assert needs_ray(sources, 1) == "this is more than files that are named one by one"
-    assert needs_ray(["short.flac"] * (MOST_FILES + 1), 1) == f"these are over {MOST_FILES} files"
-    assert needs_ray(["short.flac"], 2) == "workers=2 are asked for"
+        assert needs_ray(sources, 1) == "these are not only local files that are named one by one"
+    assert needs_ray(["short.flac"] * (MOST_FILES + 1), 1) == f"these are more than {MOST_FILES} files"
+    assert needs_ray(["short.flac"], 2) == "workers=2 is more than one process"
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     assert needs_ray(["short.flac"], 1) == "RAY_ADDRESS names a cluster"
+
+
+@pytest.mark.slow
+@pytest.mark.bundled
+@pytest.mark.processes
+def test_a_clip_takes_little_processor_time_and_one_process(tmp_path: Path) -> None:
+    samples = np.concatenate([soundfile.read(path, dtype="float32")[0] for path in sorted(media.PROMPTS)])
+    soundfile.write(tmp_path / "clip.flac", samples[:160_000], 16_000)  # 10 s
+    command = [sys.executable, "-m", "jobs", "transcribe", str(tmp_path / "clip.flac")]
+    seconds = []
+    for _ in range(3):  # the first one may have to write the small graft into the cache
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            watched, children = psutil.Process(process.pid), []
+            while process.poll() is None:
+                children += watched.children()
+                used = watched.cpu_times()
+                time.sleep(0.05)
+            assert process.stdout
+            assert len(process.stdout.read().split()) > 10
+        assert not children
+        seconds.append(used.user + used.system)
+    assert min(seconds) < 11, seconds
 
 
 class Turns:

@@ -130,12 +130,12 @@ def run(recipe: TranscribeRecipe) -> int:
     from .transcription.discovery import find_recordings
 
     if "model" not in recipe.model_fields_set:
-        print(f"graft: model={recipe.model}, a small graft that comes with the package", file=sys.stderr)
+        print(f"graft: model={recipe.model} is taken, a graft that comes with the package", file=sys.stderr)
     sources = [recipe.audio] if isinstance(recipe.audio, str) else recipe.audio
-    recordings = find_recordings(sources, recipe.columns)
     if recipe.out is None:
-        summary, lines = _print_transcripts(sources, recordings, recipe), sys.stderr
+        summary, lines = _print_transcripts(sources, recipe), sys.stderr
     else:
+        recordings = find_recordings(sources, recipe.columns)
         _check_model(recipe)
         out = _claim_output(recipe, recipe.out)
         print("graft: transcribing on Ray, because the results go into a folder", flush=True)
@@ -262,31 +262,38 @@ def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     yield from (f"  flagged: {count} segments {flag}" for flag, count in summary["flagged_segments"].items())
 
 
-def _print_transcripts(sources: Sequence[str], recordings: "pa.Table", recipe: TranscribeRecipe) -> dict[str, Any]:
+def _print_transcripts(sources: Sequence[str], recipe: TranscribeRecipe) -> dict[str, Any]:
     """Transcribe recordings and print them; returns the summary. Few local files are transcribed in this process."""
-    from .transcription.local import is_too_long, needs_ray
-    from .transcription.printing import TranscriptPrinter, printed_format
-    from .transcription.work_items import durations, plan_items
+    from .transcription.discovery import find_recordings
+    from .transcription.local import is_too_long, local_plan, needs_ray
 
-    formats = recipe.formats if "formats" in recipe.model_fields_set else ("txt",)
-    form = printed_format(formats, len(recordings))
-    _check_model(recipe)
-    printer = TranscriptPrinter(
-        form, recipe.cues, recording_count=len(recordings), splits_channels=recipe.channels == "split"
-    )
     if (reason := needs_ray(sources, recipe.workers)) is None:
-        plan = plan_items(recordings, item_s=recipe.item_s, probe=durations)
+        plan = local_plan(sources, item_s=recipe.item_s)
         if (reason := is_too_long(plan)) is None:
-            return _print_from_here(plan, recipe, printer)
+            return _print_from_here(plan, len(sources), recipe)
+    recordings = find_recordings(sources, recipe.columns)
+    printer = _printer(recipe, len(recordings))
+    _check_model(recipe)
     print(f"graft: transcribing on Ray, because {reason}", file=sys.stderr, flush=True)
     return _print_from_ray(recordings, recipe, printer)
 
 
-def _print_from_here(plan: "pa.Table", recipe: TranscribeRecipe, printer: "TranscriptPrinter") -> dict[str, Any]:
+def _printer(recipe: TranscribeRecipe, recording_count: int) -> "TranscriptPrinter":
+    """Return what prints recordings. Raises RecipeError for formats that only files can have."""
+    from .transcription.printing import TranscriptPrinter, printed_format
+
+    form = printed_format(recipe.formats if "formats" in recipe.model_fields_set else ("txt",), recording_count)
+    is_split = recipe.channels == "split"
+    return TranscriptPrinter(form, recipe.cues, recording_count=recording_count, splits_channels=is_split)
+
+
+def _print_from_here(plan: "pa.Table", recording_count: int, recipe: TranscribeRecipe) -> dict[str, Any]:
     from .transcription.assembly import Totals, join_errors, join_items
     from .transcription.local import LocalTranscriber, recordings_of
     from .transcription.reader import name_of
 
+    printer = _printer(recipe, recording_count)
+    _check_model(recipe)
     start, totals = time.monotonic(), Totals()
     opener = _opener(recipe, recipe.aligner)
     names: dict[str, Any] = {

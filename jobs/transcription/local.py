@@ -4,7 +4,6 @@ plan -> ItemReader -> ItemTranscriber, those of the pipeline, one item at a time
 """
 
 import asyncio
-import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,10 +14,10 @@ import pyarrow.compute as pc
 from graft.audio.chunking import Chunk
 from graft.inference.transcript import Segment
 
-from .discovery import LIST_SUFFIXES, PARQUET, suffix_of
+from .discovery import LIST_SUFFIXES, PARQUET, find_recordings, suffix_of
 from .pipeline import ChunkTranscriber, ItemTranscriber, Opener
 from .reader import ItemReader, Reading
-from .work_items import ITEMS
+from .work_items import ITEMS, durations, plan_items
 
 MOST_FILES = 8
 MOST_HOURS = 1.0
@@ -46,10 +45,21 @@ def is_too_long(plan: pa.Table) -> str | None:
     return f"these are {hours:.1f} h of audio" if hours > MOST_HOURS else None
 
 
+def local_plan(sources: Sequence[str], *, item_s: float) -> pa.Table:
+    """Cut local files into items (ITEMS) in the order in which they are named; two may have one name."""
+    recordings = pa.concat_tables([find_recordings([source]) for source in sources])
+    return plan_items(recordings, item_s=item_s, probe=durations)
+
+
 def recordings_of(plan: pa.Table) -> Iterator[list[dict[str, Any]]]:
     """Yield the items of each recording of a plan."""
-    for _, items in itertools.groupby(plan.to_pylist(), key=lambda item: str(item["item"]).rpartition("-")[0]):
-        yield list(items)
+    items: list[dict[str, Any]] = []
+    for item in plan.to_pylist():
+        if item["index"] == 0 and items:
+            yield items
+            items = []
+        items.append(item)
+    yield items
 
 
 class LocalTranscriber:

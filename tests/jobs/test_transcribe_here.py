@@ -79,8 +79,8 @@ def test_files_are_named_and_a_bad_one_does_not_end_the_run(
     given = ["short.flac", "broken.mp3", "call.wav", f"model={folder}"]
     assert transcribe(*given) == 0
     printed = capsys.readouterr()
-    assert [line.partition(": ")[0] for line in printed.out.splitlines()] == ["call.wav", "short.flac"]
-    assert printed.out.endswith(f"short.flac: {text}\n")
+    assert [line.partition(": ")[0] for line in printed.out.splitlines()] == ["short.flac", "call.wav"]
+    assert printed.out.startswith(f"short.flac: {text}\n")
     first, *others = printed.err.splitlines()
     assert first.startswith("graft: broken.mp3: not readable as audio")
     assert others[0].startswith("2 recordings done, 1 failed; 0.00 h of audio, ")
@@ -88,6 +88,10 @@ def test_files_are_named_and_a_bad_one_does_not_end_the_run(
     assert transcribe(*given, "--strict") == 3
     assert transcribe("short.flac", f"model={folder}") == 0
     assert capsys.readouterr().out.splitlines()[-1] == text
+    Path("other").mkdir()
+    shutil.copy("short.flac", "other")
+    assert transcribe("short.flac", "other/short.flac", f"model={folder}") == 0
+    assert capsys.readouterr().out == f"short.flac: {text}\nother/short.flac: {text}\n"
 
 
 def test_subtitles_are_printed_of_one_recording(folder: Path, calls: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,4 +175,4 @@ def test_an_importer_sees_the_types(wheel: Installation) -> None:
     lines = [line.partition(": ")[2] for line in result.stdout.splitlines()]
     assert lines[:2] == ['note: Revealed type is "str"', 'note: Revealed type is "bool"']
     assert lines[2].startswith('error: Argument 1 to "open_transcriber" has incompatible type "int"')
-    assert lines[3].startswith("Found 1 error")
+    assert "Found 1 error" in result.stdout

@@ -1,10 +1,15 @@
-"""Turn clips, images and texts into the model's inputs, for training, bulk transcription and serving alike."""
+"""Turn clips, images and texts into the model's inputs, for training, bulk transcription and serving alike.
+
+A GraftProcessor serves training and inference of a graft; a WhisperPrompter serves inference of a plain Whisper. What a
+Transcriber uses of either is a SpeechProcessor.
+"""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +35,45 @@ from graft.text.prompts import (
 IGNORED_LABEL = -100
 IMAGE_TOKEN = "<|image_pad|>"
 TOKENIZED_TOGETHER = 8192
+
+
+class SpeechProcessor(Protocol):
+    """Makes the features and the prompt of a clip that is to be transcribed, and has the tokenizer of its answer."""
+
+    @property
+    def featurizer(self) -> Featurizer:
+        """Computes a clip's features."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Decodes the ids of an answer."""
+        ...
+
+    @property
+    def trained_context(self) -> bool:
+        """Whether the model takes lists of words that may occur."""
+        ...
+
+    def instruction(self, instruction: str | None = None, context: Sequence[str] | None = None) -> str:
+        """Write what `prompt_ids` takes for a request: a text style's name or a phrasing, and words that may occur.
+
+        Raises ModelError for a request that the model does not take.
+        """
+        ...
+
+    def prompt_ids(self, frame_count: int, instruction: str = ...) -> list[int]:
+        """Tokenize the prompt of a clip of `frame_count` mel frames."""
+        ...
+
+    def end_ids(self, generation_config: Any) -> set[int]:
+        """Return the ids that end an answer."""
+        ...
+
+
+def max_new_tokens(duration_s: float) -> int:
+    """Return the most tokens that speech of this duration can need: 10 a second and 16 more."""
+    return 16 + math.ceil(10 * duration_s)
 
 
 @dataclass(frozen=True)
@@ -129,8 +173,7 @@ class GraftProcessor(ProcessorMixin):
 
     def end_ids(self, generation_config: Any) -> set[int]:
         """Return the ids that end an answer: that of trained answers and those of the generation configuration."""
-        ends = generation_config.eos_token_id or []
-        return {self.target_ids("")[-1], *([ends] if isinstance(ends, int) else ends)}
+        return {self.target_ids("")[-1], *_as_ids(generation_config.eos_token_id)}
 
     def target_ids(self, text: str, style: str | None = None) -> list[int]:
         """Tokenize the answer to train for a transcript, in a text style or the graft's own.
@@ -246,6 +289,39 @@ class GraftProcessor(ProcessorMixin):
         return np.array(lengths, dtype=np.int64)
 
 
+class WhisperPrompter:
+    """The SpeechProcessor of a plain Whisper, which writes English, without timestamps, in no other style than its own.
+
+    `generation_config` is that of the checkpoint: it says how a text begins.
+    """
+
+    trained_context = False
+
+    def __init__(self, *, mel_count: int, tokenizer: Any, generation_config: Any) -> None:
+        self.featurizer = Featurizer(mel_count)
+        self.tokenizer = tokenizer
+        languages = getattr(generation_config, "lang_to_id", None)  # English-only checkpoints have none
+        task = [languages["<|en|>"], generation_config.task_to_id["transcribe"]] if languages else []
+        no_timestamps = getattr(generation_config, "no_timestamps_token_id", None)
+        ending = [] if no_timestamps is None else [no_timestamps]
+        self._start_ids = [generation_config.decoder_start_token_id, *task, *ending]
+
+    def instruction(self, instruction: str | None = None, context: Sequence[str] | None = None) -> str:
+        """See SpeechProcessor: Whisper takes no instruction but `raw`, its own style, and no words.
+
+        Raises ModelError for any other.
+        """
+        return request_instruction(instruction, context, text_style="raw", trained_styles=(), trained_context=False)
+
+    def prompt_ids(self, frame_count: int, instruction: str = DEFAULT_INSTRUCTION) -> list[int]:
+        """See SpeechProcessor: every prompt is the same."""
+        return list(self._start_ids)
+
+    def end_ids(self, generation_config: Any) -> set[int]:
+        """See SpeechProcessor."""
+        return _as_ids(generation_config.eos_token_id)
+
+
 def collate_features(features: Sequence[Features]) -> dict[str, np.ndarray]:
     """Pad log-mels with zeros to input_features, float32 (clips, mels, frames), with audio_frame_counts (clips,)."""
     length = max(one.mel.shape[1] for one in features)
@@ -261,6 +337,10 @@ def collate_features(features: Sequence[Features]) -> dict[str, np.ndarray]:
 def pad_prompts(rows: Sequence[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Pad prompts on the left: ids and attention mask, both int64 (rows, length)."""
     return _pad(rows, pad_id, left=True), _pad([[1] * len(row) for row in rows], 0, left=True)
+
+
+def _as_ids(ids: int | Sequence[int] | None) -> set[int]:
+    return {ids} if isinstance(ids, int) else set(ids or ())
 
 
 def _pad(rows: Sequence[list[int]], value: int, *, left: bool = False) -> np.ndarray:

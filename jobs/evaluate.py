@@ -1,4 +1,4 @@
-"""Score a graft on labelled clips by word and character error rates, beside plain Whisper.
+"""Score a model on labelled clips by word and character error rates, beside plain Whisper.
 
 The clips can also be scored with their audio swapped, which a model that listens fails.
 On request it also scores other instructions, clips joined to recordings, and sounds without speech, for which it counts
@@ -49,14 +49,16 @@ class EvaluateRecipe(Recipe):
     """The model to score, and the clips to score it on."""
 
     model: str
-    """Folder or hub id of a graft, or the output folder of a stage."""
+    """Folder or hub id of a graft or of a Whisper checkpoint, the output folder of a stage, the name of a graft that
+    comes with the package, or `whisper`, the bundled Whisper base."""
     data: dict[str, Sources]
     """Test sets by name: parquet files, a folder, a glob, or {files, columns}."""
     out: str
     """Folder for the report. While the job runs, its results, made sounds and joined recordings are there too: every
     machine of a cluster must see it."""
-    baseline: str | None = "bundled"
-    """Whisper checkpoint that is scored beside the model; `bundled` is Whisper base, null scores none."""
+    baseline: str | None = "whisper"
+    """Model that is scored beside it, as a rule plain Whisper; `whisper` is the bundled Whisper base, null scores
+    none."""
     limit: int | None = Field(default=None, ge=1)
     """Number of clips to score, the first ones of each set; null scores all."""
     audio_check: str | None = None
@@ -109,12 +111,12 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     """
     _check_sets(recipe)
     score(["a"], ["a"])  # a missing extra is reported now, not after hours
-    baseline = _check_models(recipe)
+    checkpoints = _check_models(recipe)
     with staged_output(recipe.out, recipe) as out:
         work = (out / WORK_FOLDER).absolute()
         work.mkdir()
         items = _items(recipe, work)
-        models, rtfx = _transcribe_models(items, baseline, recipe, work)
+        models, rtfx = _transcribe_models(items, checkpoints, recipe, work)
         report = _report(models, rtfx, items, recipe)
         (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         with (out / PREDICTIONS_FILE).open("w") as file:
@@ -142,18 +144,25 @@ def _check_sets(recipe: EvaluateRecipe) -> None:
             raise DataError(f"data.{name}: that name is taken by a set which is made here: give the set another one")
 
 
-def _check_models(recipe: EvaluateRecipe) -> str | None:
-    """Check the models before a cluster starts for them; returns the baseline's checkpoint. Raises ModelError."""
-    from graft.checkpoints.loading import check_graft, open_processor
+def _check_models(recipe: EvaluateRecipe) -> dict[str, str]:
+    """Check the models before a cluster starts for them; returns them by their names in the report.
 
-    from .transcription.pipeline import find_whisper
+    The recipe's model comes first. A model's name is its kind, graft or whisper; a baseline of the same kind is called
+    baseline, and one that is the model itself is left out. Raises ModelError.
+    """
+    from graft.checkpoints.loading import base_graft, check_model, open_speech_processor
 
-    check_graft(recipe.model)
+    own = check_model(recipe.model)
     if recipe.instructions:
-        processor = open_processor(recipe.model)
+        processor = open_speech_processor(recipe.model)
         for instruction in recipe.instructions:
             processor.instruction(instruction, None)
-    return find_whisper(recipe.baseline) if recipe.baseline else None
+    if not recipe.baseline:
+        return {own: recipe.model}
+    other = check_model(recipe.baseline)
+    if other == own == "whisper" and base_graft(recipe.baseline) == base_graft(recipe.model):
+        return {own: recipe.model}
+    return {own: recipe.model, other if other != own else "baseline": recipe.baseline}
 
 
 def _items(recipe: EvaluateRecipe, folder: Path) -> "list[Item]":
@@ -172,11 +181,11 @@ def _items(recipe: EvaluateRecipe, folder: Path) -> "list[Item]":
 
 
 def _transcribe_models(
-    items: "Sequence[Item]", baseline: str | None, recipe: EvaluateRecipe, work: Path
+    items: "Sequence[Item]", checkpoints: Mapping[str, str], recipe: EvaluateRecipe, work: Path
 ) -> tuple[dict[str, Transcripts], dict[str, float]]:
-    """Transcribe the items with the graft, again with each instruction, and with the baseline.
+    """Transcribe the items with the model, again with each instruction, and with the baseline.
 
-    Returns the transcripts of each, and how many seconds of audio it transcribed per second.
+    Returns the transcripts of each, the model's first, and how many seconds of audio it transcribed per second.
     """
     from .evaluation.test_sets import SWAPPED, as_rows
     from .transcription.pipeline import Pipeline, Workers, measured_rtfx, model_opener, transcribe_rows
@@ -188,12 +197,13 @@ def _transcribe_models(
     )
     connect(cpus=workers.cpus)
     reading = WINDOWS if recipe.windows else Reading(recipe.speech, recipe.chunks)
-    graft = model_opener("graft", recipe.model, **settings)
-    pipelines = {"graft": Pipeline(reading, graft, workers)}
+    openers = {kind: model_opener(checkpoint, **settings) for kind, checkpoint in checkpoints.items()}
+    own, *baselines = openers
+    pipelines = {own: Pipeline(reading, openers[own], workers)}
     for instruction in recipe.instructions:
-        pipelines[f"graft {instruction}"] = Pipeline(reading, graft, workers, {"instruction": instruction})
-    if baseline:
-        pipelines["whisper"] = Pipeline(reading, model_opener("whisper", baseline, **settings), workers)
+        pipelines[f"{own} {instruction}"] = Pipeline(reading, openers[own], workers, {"instruction": instruction})
+    for kind in baselines:
+        pipelines[kind] = Pipeline(reading, openers[kind], workers)
     models: dict[str, Transcripts] = {}
     rtfx = {}
     by_clip = {item.clip: item for item in items}  # items of swapped audio share the clips of others
@@ -201,9 +211,9 @@ def _transcribe_models(
         print(f"evaluate: {kind}", flush=True)
         home = work / f"model-{number}"
         clips = dict(zip(by_clip, transcribe_rows(as_rows([*by_clip.values()]), home, pipeline), strict=True))
-        # The audio check is of the graft alone.
-        own = [item for item in items if kind == "graft" or item.set_name != SWAPPED]
-        models[kind], rtfx[kind] = {item: clips[item.clip] for item in own}, measured_rtfx(home)
+        # The audio check is of the model alone.
+        scored = [item for item in items if kind == own or item.set_name != SWAPPED]
+        models[kind], rtfx[kind] = {item: clips[item.clip] for item in scored}, measured_rtfx(home)
     return models, rtfx
 
 
@@ -211,15 +221,16 @@ def _report(
     models: Mapping[str, Transcripts], rtfx: Mapping[str, float], items: "Sequence[Item]", recipe: EvaluateRecipe
 ) -> dict[str, Any]:
     sets: dict[str, dict[str, Any]] = {}
+    own = next(iter(models))
     for name in dict.fromkeys(item.set_name for item in items):
         for kind, clips in models.items():
             if scored := [item for item, clip in clips.items() if item.set_name == name and not clip.error]:
                 texts = [clips[item].text for item in scored]
                 sets.setdefault(name, {})[kind] = _scores(scored, texts, seed=recipe.seed)
-    verdicts = []  # the graft's rates beside the expected ones
+    verdicts = []  # the model's rates beside the expected ones
     for name, rates in recipe.expected.items():
         for rate, (low, high) in rates.items():
-            found = sets.get(name, {}).get("graft", {}).get(rate)  # None where no clip could be read
+            found = sets.get(name, {}).get(own, {}).get(rate)  # None where no clip could be read
             agrees = found is not None and low <= found <= high
             verdicts.append({"set": name, "rate": rate, "found": found, "low": low, "high": high, "agrees": agrees})
     return {
@@ -228,7 +239,7 @@ def _report(
         "sets": sets,
         "expected": verdicts,
         "rtfx": dict(rtfx),
-        "errors": {item.audio_id: clip.error for item, clip in models["graft"].items() if clip.error},
+        "errors": {item.audio_id: clip.error for item, clip in models[own].items() if clip.error},
     }
 
 

@@ -63,7 +63,8 @@ class TranscribeRecipe(Recipe):
     """The audio to transcribe, the model, and how the run works."""
 
     model: str = "small"
-    """Folder or hub id of a graft, the output folder of a stage, or the name of a graft that comes with the package."""
+    """Folder or hub id of a graft or of a Whisper checkpoint, the output folder of a stage, the name of a graft that
+    comes with the package, or `whisper`, the bundled Whisper base."""
     model_digest: str | None = None
     """SHA-256 over the model's files, which a run checks; null takes the model as it is. Results of different models
     are never mixed."""
@@ -93,7 +94,7 @@ class TranscribeRecipe(Recipe):
     dtype: Literal["fp32", "bf16"] | None = None
     """Precision of the weights; null takes the one that they are stored in."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """Engine of the language model; vllm schedules its own batches and needs the extra `vllm`."""
+    """Engine of a graft's language model; vllm schedules its own batches and needs the extra `vllm`."""
     quantization: str | None = None
     """Method by which vLLM quantizes the language model, such as fp8; null does not quantize it."""
     item_s: float = Field(default=1800.0, ge=10)
@@ -188,7 +189,6 @@ def _opener(recipe: TranscribeRecipe, aligner: str | None) -> "Opener":
     from .transcription.pipeline import model_opener
 
     return model_opener(
-        "graft",
         recipe.model,
         threads=recipe.threads,
         gpu=recipe.gpus_per_worker > 0,
@@ -215,15 +215,15 @@ def _summary(recipe: TranscribeRecipe, totals: "Totals", rtfx: float | None, sec
 
 def _check_model(recipe: TranscribeRecipe) -> None:
     """Check the model, the aligner, and what the model is asked for, before a cluster starts. Raises ModelError."""
-    from graft.checkpoints.loading import check_graft, open_processor
+    from graft.checkpoints.loading import check_model, open_speech_processor
 
     if recipe.quantization and recipe.engine != "vllm":
         raise RecipeError(f"quantization={recipe.quantization} goes with engine=vllm")
+    check_model(recipe.model, engine=recipe.engine)
     if recipe.engine == "vllm":
         require("vllm", extra="vllm")
-    check_graft(recipe.model)
     if recipe.instruction or recipe.context:
-        open_processor(recipe.model).instruction(recipe.instruction, recipe.context)
+        open_speech_processor(recipe.model).instruction(recipe.instruction, recipe.context)
     if recipe.aligner:
         find_aligner(recipe.aligner)
 

@@ -141,10 +141,10 @@ def build(args: ServeArgs) -> Application:
 
     Raises ModelError for an unusable model or aligner, and RecipeError for unreadable keys, before a replica starts.
     """
-    from graft.checkpoints.loading import check_graft
+    from graft.checkpoints.loading import check_model
     from graft.inference.aligners.loading import find_aligner
 
-    check_graft(args.model)
+    check_model(args.model, engine=args.engine)
     ApiKeys.from_environment(args.key_file)
     # Paths become absolute, because replicas have another working directory.
     absolute = {

@@ -13,14 +13,15 @@ class ServeArgs(Recipe):
     """The served model, the resources of its replicas, and the limits on requests."""
 
     model: str
-    """Folder of a graft, output folder of a training stage, hub id, or the name of a graft that comes with the package.
-    `user_config: {model: ...}` of the deployment Engine overrides it and can be changed while the service runs."""
+    """Folder or hub id of a graft or of a Whisper checkpoint, output folder of a training stage, name of a graft that
+    comes with the package, or `whisper`, the bundled Whisper base. `user_config: {model: ...}` of the deployment Engine
+    overrides it and can be changed while the service runs."""
     name: str | None = None
     """Name by which clients call the model, also after another one was loaded. By default it is the folder's name."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Precision of the weights. By default it is the one in which they are stored."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """Inference engine. `vllm` needs the extra of that name."""
+    """Inference engine. `vllm` runs grafts alone and needs the extra of that name."""
     quantization: str | None = None
     """vLLM's quantization of the language model's weights, such as fp8. By default there is none."""
     aligner: str | None = None

@@ -41,8 +41,8 @@ def build_graft(
     """
     check_kind(audio_base, "whisper")
     check_kind(text_base, "qwen2_vl")
-    encoder = _load(WhisperModel, audio_base).encoder
-    text = _load(Qwen2VLForConditionalGeneration, text_base)
+    encoder = load_whole(WhisperModel, audio_base).encoder
+    text = load_whole(Qwen2VLForConditionalGeneration, text_base)
     digests = {"audio": state_digest(encoder.state_dict()), "text": state_digest(text.state_dict())}
     with reading(text_base):
         tokenizer, image_processor = AutoTokenizer.from_pretrained(text_base), read_image_processor(text_base)
@@ -62,20 +62,22 @@ def build_graft(
     return model, GraftProcessor.for_config(config, **parts)
 
 
-def check_kind(checkpoint: str, kind: str) -> None:
-    """Raise ModelError unless a checkpoint's config.json names `kind` as its model_type."""
-    folder = Path(checkpoint)
+def check_kind(checkpoint: str, *kinds: str, remedy: str = "give a folder or a hub id that answers") -> str:
+    """Return the model_type that a checkpoint's config.json names. Raises ModelError unless it is one of `kinds`.
+
+    `remedy` ends the message where there is no such checkpoint.
+    """
+    folder, kind = Path(checkpoint), " or ".join(kinds)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ModelError(f"{checkpoint} has no config.json: give the folder of a {kind} checkpoint")
     try:
         found = AutoConfig.from_pretrained(checkpoint).model_type
     except (OSError, ValueError) as error:
         reason = f" ({_first_line(error)})" if folder.exists() else ""
-        raise ModelError(
-            f"{checkpoint} can't be read as a {kind} checkpoint{reason}: give a folder or a hub id that answers"
-        ) from error
-    if found != kind:
+        raise ModelError(f"{checkpoint} can't be read as a {kind} checkpoint{reason}: {remedy}") from error
+    if found not in kinds:
         raise ModelError(f"{checkpoint} is a {found} checkpoint, not {kind}: give another one")
+    return found
 
 
 @contextlib.contextmanager
@@ -91,9 +93,13 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0].rstrip(":. ")
 
 
-def _load(model_class: Any, checkpoint: str) -> Any:
+def load_whole(model_class: Any, checkpoint: str, *, dtype: torch.dtype | None = None) -> Any:
+    """Load a folder or hub id into a class of transformers, by default in the dtype of its weights.
+
+    Raises ModelError where files are broken or tensors are missing.
+    """
     with reading(checkpoint), no_loading_bars():
-        model, found = model_class.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
+        model, found = model_class.from_pretrained(checkpoint, dtype=dtype or "auto", output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
         raise ModelError(f"{checkpoint} lacks {len(missing)} tensors, {missing[0]} first: copy or fetch it again")
     return model

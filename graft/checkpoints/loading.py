@@ -1,28 +1,32 @@
-"""Open what graft's jobs write: a whole graft, or a stage's output together with the graft it was trained on."""
+"""Open models: a whole graft, a stage's output together with the graft it was trained on, or a plain Whisper."""
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from transformers import WhisperForConditionalGeneration
 
 from graft.checkpoints.build import check_kind, reading
-from graft.checkpoints.bundled.cache import file_digest
+from graft.checkpoints.bundled.cache import bundled_whisper, file_digest
 from graft.checkpoints.lora import attach_adapters, has_adapters, nf4_config, round_to_nf4
+from graft.checkpoints.names import WHISPER
 from graft.checkpoints.projector_file import check_projector, load_projector, read_projector, weight_files
 from graft.checkpoints.quiet import no_loading_bars
 from graft.checkpoints.release import installed_graft, known_names
+from graft.checkpoints.whisper import open_prompter, open_whisper
 from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
-from graft.processor import GraftProcessor
+from graft.processor import GraftProcessor, SpeechProcessor
 
 STAGE_FILE = "stage.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ModelKind = Literal["graft", "whisper"]
 
 
 def multiplies_bf16(device: torch.device | str) -> bool:
@@ -72,13 +76,43 @@ def open_graft(
     return model.eval(), processor
 
 
+def check_model(path: str | Path, *, engine: Literal["transformers", "vllm"] = "transformers") -> ModelKind:
+    """Return the kind of a model that transcribes: `graft` for one and for a stage's output, or `whisper`.
+
+    Raises ModelError for anything else, as check_graft does, and for a Whisper in vLLM. No weights are read but those
+    of a stage's projector.
+    """
+    remedy = f"give a folder, a hub id that answers, or one of {', '.join([*known_names(), WHISPER])}"
+    if check_kind(base_graft(path), "graft", "whisper", remedy=remedy) == "graft":
+        check_graft(path)
+        return "graft"
+    if engine == "vllm":
+        raise ModelError(f"{path} is a whisper checkpoint, which engine=vllm does not run: leave engine out")
+    return "whisper"
+
+
+def open_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[GraftForConditionalGeneration | WhisperForConditionalGeneration, SpeechProcessor]:
+    """Open a model that transcribes, a graft or a Whisper, with its processor. Raises ModelError as check_model."""
+    if check_model(path) == "graft":
+        return open_graft(path, dtype=dtype, device=device)
+    return open_whisper(base_graft(path), dtype=dtype, device=device)
+
+
+def open_speech_processor(path: str | Path) -> SpeechProcessor:
+    """Load the processor that open_model returns, without the model. Raises ModelError as check_model does."""
+    return open_processor(path) if check_model(path) == "graft" else open_prompter(base_graft(path))
+
+
 def model_digest(path: str | Path) -> str:
-    """Compute the SHA-256 of the weights and configurations that open_graft reads; a stage's includes its graft's."""
+    """Compute the SHA-256 of the weights and configurations that open_model reads; a stage's includes its graft's."""
     digest = hashlib.sha256()
+    names = ["config.json", STAGE_FILE, *(["generation_config.json"] if check_model(path) == "whisper" else [])]
     for part in [*([path] if read_stage(path) else []), base_graft(path)]:
         weights = weight_files(part)
         folder = weights[0].parent
-        for file in [*weights, *(folder / name for name in ("config.json", STAGE_FILE) if (folder / name).is_file())]:
+        for file in [*weights, *(folder / name for name in names if (folder / name).is_file())]:
             digest.update(f"{file.name} {file_digest(file)}\n".encode())
     return digest.hexdigest()
 
@@ -126,15 +160,18 @@ def read_stage(folder: str | Path) -> dict[str, Any] | None:
 
 
 def base_graft(path: str | Path) -> str:
-    """Return the whole graft behind a path, as an absolute path or a hub id.
+    """Return the whole checkpoint behind a path, as an absolute path or a hub id.
 
-    It is the path itself, or the graft that a stage's output was trained on. The name of a graft in the package, where
-    no folder has that name, stands for that graft, which is built at its first use.
+    It is the path itself, or the graft that a stage's output was trained on. Where no folder has that name, the name of
+    a graft in the package stands for that graft, which is built at its first use, and `whisper` for the bundled Whisper
+    base. Raises MissingExtra where the bundled weights are not installed.
     """
     stage = read_stage(path)
     folder = Path(path, stage["graft"]) if stage else Path(path)
     if folder.exists():
         return str(folder.resolve())
+    if str(path) == WHISPER:
+        return str(bundled_whisper())
     return str(installed_graft(str(path))) if str(path) in known_names() else str(path)
 
 

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Name of the bundled Whisper base, as a model and as an aligner.
+WHISPER = "whisper"
+
 
 def checkpoint_name(checkpoint: str | os.PathLike[str]) -> str:
     """Return the name that people use: the folder's own name, or the hub id."""

@@ -15,6 +15,7 @@ from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
 
 PROJECTOR_FILE = "projector.safetensors"
+VARIANTS = "model.*.safetensors"
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -38,13 +39,19 @@ def encoder_digest(graft: str | Path) -> str:
 
 
 def weight_files(graft: str | Path) -> list[Path]:
-    """List the safetensors files of a graft's folder or hub id; those of a hub id are downloaded."""
+    """List the safetensors files of a model's folder or hub id; those of a hub id are downloaded.
+
+    Variants that transformers reads on request alone, such as model.fp16.safetensors, are left out. Raises ModelError
+    where there are none.
+    """
     from huggingface_hub import snapshot_download
 
-    folder = (
-        Path(graft) if Path(graft).is_dir() else Path(snapshot_download(str(graft), allow_patterns="*.safetensors"))
-    )
-    return sorted(folder.glob("*.safetensors"))
+    folder = Path(graft)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(graft), allow_patterns="*.safetensors", ignore_patterns=VARIANTS))
+    if files := [path for path in sorted(folder.glob("*.safetensors")) if not path.match(VARIANTS)]:
+        return files
+    raise ModelError(f"{graft} has no *.safetensors file: save it again with save_pretrained of transformers")
 
 
 def write_projector(state: Mapping[str, Tensor], config: GraftConfig, folder: str | Path) -> None:

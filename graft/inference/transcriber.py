@@ -5,7 +5,6 @@ audio -> read_audio -> chunks of up to 30 s -> features and prompt -> Engine -> 
 """
 
 import asyncio
-import math
 import os
 import threading
 import uuid
@@ -16,21 +15,25 @@ from dataclasses import replace
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
+from transformers import WhisperForConditionalGeneration
 
 from graft.audio.chunking import Chunk, Chunker, windows
 from graft.audio.clip import AudioClip, read_audio
-from graft.checkpoints.loading import DTYPES, open_graft
+from graft.checkpoints.loading import DTYPES, check_model, open_model
 from graft.checkpoints.names import checkpoint_name
 from graft.errors import AudioError, ModelError
 from graft.inference.aligners.loading import open_aligner
 from graft.inference.aligners.protocol import Aligner
+from graft.inference.engines.graft_decoder import GraftDecoder
+from graft.inference.engines.kv_cache import SlotDecoder
 from graft.inference.engines.protocol import Engine, EngineCounts, EngineRequest, Token
 from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.engines.transformers_engine import TransformersEngine
+from graft.inference.engines.whisper_decoder import WhisperDecoder
 from graft.inference.hallucination import NO_REPEAT_NGRAM, QualityVerdict, check_quality, pick_better
 from graft.inference.transcript import Segment, Transcript, Word, stitch
 from graft.model.modeling import GraftForConditionalGeneration
-from graft.processor import GraftProcessor
+from graft.processor import SpeechProcessor, max_new_tokens
 
 # A path, the bytes of a file, or samples.
 Audio: TypeAlias = str | os.PathLike[str] | bytes | AudioClip
@@ -59,7 +62,7 @@ class Transcriber:
     def __init__(
         self,
         engine: Engine,
-        processor: GraftProcessor,
+        processor: SpeechProcessor,
         name: str,
         *,
         chunker: ChunkFunction = windows,
@@ -182,7 +185,7 @@ class Transcriber:
 
     @property
     def takes_context(self) -> bool:
-        """Whether the model was trained for lists of words that may occur."""
+        """Whether the model takes lists of words that may occur."""
         return self._processor.trained_context
 
     @property
@@ -282,13 +285,14 @@ def open_transcriber(
 ) -> Transcriber:
     """Open a model for transcription; `graft.load` is this function.
 
-    `model` is a graft's folder, a stage's output folder, a hub id, or the name of a graft that comes with the package.
-    `device` defaults to cuda where there is a GPU, `dtype` ("fp32", "bf16" or torch's) to the precision that the
-    weights are stored in, `name` to the folder's name. `chunker` defaults to a Chunker, which skips what is no speech;
-    pass `chunking.windows` to transcribe all of a clip, or for chunks that are cut already. `aligner` times words:
-    "whisper" is the bundled one, any other string the folder or hub id of a Whisper or CTC model. `quantization` is
-    vLLM's name of a method. `threads` sets the number of torch's CPU threads in this process. Raises ModelError,
-    ValueError for an unknown dtype, MissingExtra where the bundled Whisper or vLLM is not installed.
+    `model` is the folder or hub id of a graft or of a Whisper checkpoint, a stage's output folder, the name of a graft
+    that comes with the package, or `whisper`, the bundled Whisper base. `device` defaults to cuda where there is a GPU,
+    `dtype` ("fp32", "bf16" or torch's) to the precision that the weights are stored in, `name` to the folder's name.
+    `chunker` defaults to a Chunker, which skips what is no speech; pass `chunking.windows` to transcribe all of a clip,
+    or for chunks that are cut already. `aligner` times words: "whisper" is the bundled one, any other string the folder
+    or hub id of a Whisper or CTC model. `engine` and `quantization`, vLLM's name of a method, are of a graft's language
+    model. `threads` sets the number of torch's CPU threads in this process. Raises ModelError, ValueError for an
+    unknown dtype, MissingExtra where bundled weights or vLLM are not installed.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
@@ -302,35 +306,36 @@ def open_transcriber(
     if engine == "vllm":
         from graft.inference.engines.vllm_engine import open_vllm_engine
 
+        check_model(os.fspath(model), engine=engine)
         opened = open_vllm_engine(os.fspath(model), device=device, dtype=weights, quantization=quantization)
         return Transcriber(*opened, name, chunker=chunker, aligner=aligner)
     return make_transcriber(
-        *open_graft(os.fspath(model), device=device, dtype=weights), name=name, chunker=chunker, aligner=aligner
+        *open_model(os.fspath(model), device=device, dtype=weights), name=name, chunker=chunker, aligner=aligner
     )
 
 
 def make_transcriber(
-    model: GraftForConditionalGeneration,
-    processor: GraftProcessor,
+    model: GraftForConditionalGeneration | WhisperForConditionalGeneration,
+    processor: SpeechProcessor,
     *,
     name: str,
     chunker: ChunkFunction = windows,
     aligner: Aligner | None = None,
 ) -> Transcriber:
     """Make a Transcriber of a model that is open already, with the transformers engine."""
+    pad_id = processor.tokenizer.pad_token_id or 0  # a Whisper's tokenizer may have none; what pads is masked
+    decoder: SlotDecoder
+    if isinstance(model, WhisperForConditionalGeneration):
+        decoder = WhisperDecoder(model, pad_id=pad_id)
+    else:
+        decoder = GraftDecoder(model, pad_id=pad_id)
     engine = TransformersEngine(
-        model,
-        pad_id=processor.tokenizer.pad_token_id,
+        decoder,
         eos_ids=processor.end_ids(model.generation_config),
         max_batch_tokens=BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]),
         max_prefill_tokens=PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"]),
     )
     return Transcriber(engine, processor, name, chunker=chunker, aligner=aligner)
-
-
-def max_new_tokens(duration_s: float) -> int:
-    """Return the most tokens that speech of this duration can need: 10 a second and 16 more."""
-    return 16 + math.ceil(10 * duration_s)
 
 
 def _run(coroutine: Coroutine[object, object, T]) -> T:

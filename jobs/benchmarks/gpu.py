@@ -22,6 +22,7 @@ from graft.checkpoints.known_bases import AUDIO_BASES, TEXT_BASES
 from graft.checkpoints.loading import DTYPES
 from graft.checkpoints.lora import LoraSettings
 from graft.errors import GraftError
+from graft.inference.engines.graft_decoder import GraftDecoder
 from graft.inference.engines.kv_cache import round_up_columns
 from graft.inference.engines.protocol import Engine, EngineRequest
 from graft.inference.engines.transformers_engine import TransformersEngine
@@ -143,7 +144,7 @@ def bench_engine(shape: str, clip_s: Sequence[float], rounds: float, batch_clips
             request = _request(config, each_s)
             tokens = batch_clips * round_up_columns(len(request.prompt_ids) + request.max_new_tokens)
             budgets: Any = {"max_batch_tokens": tokens, "max_prefill_tokens": PREFILL_TOKENS}
-            with contextlib.closing(TransformersEngine(model, pad_id=0, eos_ids=(), **budgets)) as engine:
+            with contextlib.closing(TransformersEngine(GraftDecoder(model, pad_id=0), eos_ids=(), **budgets)) as engine:
                 asyncio.run(_transcribe(engine, request, count))  # steps become CUDA graphs when their shapes recur
                 before, start = engine.counts(), time.perf_counter()
                 if torch.cuda.is_available():

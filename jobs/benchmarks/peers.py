@@ -1,4 +1,4 @@
-"""Measure others that transcribe on a CPU, on the same clips: Whisper base by transformers and by faster-whisper.
+"""Measure ways to transcribe on a CPU, on the same clips: Whisper base by graft, transformers and faster-whisper.
 
 Each transcribes decoded clips in a fresh process on one thread, greedily, after one clip to warm up. As a program with
 the arguments FOLDER PORT this module serves faster-whisper behind a plain FastAPI server.
@@ -17,6 +17,7 @@ from graft.audio.chunking import windows
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.checkpoints.bundled.cache import bundled_whisper
 from graft.checkpoints.loading import multiplies_bf16
+from graft.checkpoints.names import WHISPER
 from graft.inference.transcriber import open_transcriber
 from graft.text.wer import score
 
@@ -33,6 +34,7 @@ KINDS = ("float32", "int8")
 
 ABOUT_PEERS = f"""\
 graft           its Transcriber, all clips at once
+graft whisper   the same with Whisper base
 transformers    Whisper base, pipeline("automatic-speech-recognition"), {BATCH_CLIPS} clips to a batch
 faster-whisper  Whisper base converted for CTranslate2, one clip at a time
 All are greedy; CPU s: for a second of audio; MB: the most memory (2^20 bytes) that the process held."""
@@ -47,7 +49,10 @@ def bench_peers(model: str | None, speech: Sequence[str] | None) -> Numbers:
     with tempfile.TemporaryDirectory() as folder:
 
         def rows() -> Iterator[Row]:
-            openers: dict[str, Callable[[], Transcribe]] = {"transformers": open_pipeline}
+            openers: dict[str, Callable[[], Transcribe]] = {
+                "graft whisper": functools.partial(open_graft, WHISPER),
+                "transformers": open_pipeline,
+            }
             if model:
                 openers = {"graft": functools.partial(open_graft, model)} | openers
             if convert_whisper(folder):
@@ -97,7 +102,7 @@ def bench_bf16(model: str | None, speech: Sequence[str] | None) -> Numbers:
 
 
 def open_graft(model: str, dtype: str | None = None) -> Transcribe:
-    """Open a graft in a precision, by default the one that its weights are stored in."""
+    """Open a graft or a Whisper in a precision, by default the one that its weights are stored in."""
     transcriber: Any = open_transcriber(model, device="cpu", dtype=dtype, chunker=windows, threads=1)
     return lambda clips: [transcript.text for transcript in transcriber.transcribe_many(clips)]
 

@@ -32,14 +32,15 @@ EXECUTION_KEYS = frozenset({"readers", "workers", "threads_per_worker", "gpu"})
 
 
 class TextsRecipe(Recipe):
-    """The clips that get texts, and the Whisper that transcribes them."""
+    """The clips that get texts, and the model that transcribes them."""
 
     data: Sources
     """Clips: parquet files, folders or globs, or {files, columns}."""
     out: str
     """Folder for texts.parquet, which every machine of a cluster must see; a run that was cut off goes on there."""
-    model: str = "bundled"
-    """Folder or hub id of the Whisper checkpoint that transcribes; `bundled` is Whisper base."""
+    model: str = "whisper"
+    """Model that transcribes: folder or hub id of a Whisper checkpoint or of a graft; `whisper` is the bundled Whisper
+    base."""
     batch_clips: int = Field(default=32, ge=1)
     """Number of clips that a worker reads and transcribes together."""
     part_clips: int = Field(default=8192, ge=1)
@@ -77,16 +78,17 @@ def write_texts(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from graft.checkpoints.loading import check_model
     from graft.data.dataset import read_rows
 
-    from ..transcription.pipeline import Pipeline, Workers, find_whisper, model_opener, transcribe_rows
+    from ..transcription.pipeline import Pipeline, Workers, model_opener, transcribe_rows
     from ..transcription.reader import WINDOWS
 
     out = Path(recipe.out).absolute()
     if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and (out / RESULT_FILE).is_file():
         print(f"{name}: {recipe.out} is done already")
         return
-    whisper = find_whisper(recipe.model)
+    check_model(recipe.model)
     rows = read_rows(recipe.data)
     if repeated := len(rows) - len(rows.ids.unique()):
         raise DataError(
@@ -100,7 +102,7 @@ def write_texts(
         threads, gpu = recipe.threads_per_worker, recipe.gpu
         workers = Workers(recipe.readers, recipe.workers, threads, int(gpu), recipe.batch_clips)
         connect(cpus=workers.cpus)
-        opener = model_opener("whisper", whisper, threads=threads, gpu=gpu, dtype=recipe.dtype)
+        opener = model_opener(recipe.model, threads=threads, gpu=gpu, dtype=recipe.dtype)
         clips = transcribe_rows(rows.select(is_needed), out / WORK_FOLDER, Pipeline(WINDOWS, opener, workers))
     with atomic_file(out / TEXTS_FILE) as temporary, pq.ParquetWriter(temporary, pa.schema(columns)) as writer:
         for start in range(0, len(rows), recipe.part_clips):

@@ -4,27 +4,25 @@
                                                                           \\-> done/: the ids of all that is written
 
 A run that is started again reads the same plan and leaves out the ids in done/. What goes wrong with one item is a
-value, its `error`; a model that cannot be opened ends the run. Models are grafts, or plain Whisper as the baseline.
+value, its `error`; a model that cannot be opened ends the run.
 """
 
 import asyncio
 import functools
 import math
-import threading
 import time
 import warnings
-import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from graft.audio.chunking import Chunk, windows
+from graft.audio.chunking import windows
 from graft.checkpoints.names import absolute_checkpoint
 from graft.data.dataset import RowTable
 from graft.errors import GraftError, ModelError
@@ -50,8 +48,6 @@ from .reader import FAULTS_IN_A_ROW, KEYS, MEASURED, READ, ItemReader, Reading, 
 from .work_items import durations, plan_items
 
 if TYPE_CHECKING:
-    from graft.audio.clip import AudioClip
-    from graft.inference.engines.whisper_baseline import WhisperBaseline, WhisperTranscript
     from graft.inference.transcriber import Transcriber
 
 GIB = 2**30
@@ -264,60 +260,13 @@ def measured_rtfx(home: Path) -> float:
     return float(pc.sum(results["duration_s"]).as_py() / max(seconds, 1e-9))
 
 
-def model_opener(kind: Literal["graft", "whisper"], model: str, *, threads: int, gpu: bool, **settings: Any) -> Opener:
-    """Return a function that opens a model in a worker; `settings` are graft.load's, for Whisper `dtype` alone."""
-    opener: Callable[..., ChunkTranscriber] = _open_graft if kind == "graft" else _open_whisper
-    return functools.partial(
-        opener, absolute_checkpoint(model), threads=threads, device="cuda" if gpu else "cpu", **settings
-    )
+def model_opener(model: str, *, threads: int, gpu: bool, **settings: Any) -> Opener:
+    """Return a function that opens a model in a worker; `settings` are graft.load's."""
+    device = "cuda" if gpu else "cpu"
+    return functools.partial(_open_model, absolute_checkpoint(model), threads=threads, device=device, **settings)
 
 
-def find_whisper(name: str) -> str:
-    """Return the Whisper checkpoint that a recipe names; `bundled` is Whisper base. Raises ModelError, MissingExtra."""
-    from graft.checkpoints.build import check_kind
-    from graft.checkpoints.bundled.cache import bundled_whisper
-
-    path = str(bundled_whisper()) if name == "bundled" else name
-    check_kind(path, "whisper")
-    return path
-
-
-class WhisperTranscriber:
-    """Plain Whisper as a ChunkTranscriber; the chunks of all items on one event loop are decoded together."""
-
-    def __init__(self, whisper: "WhisperBaseline") -> None:
-        self._whisper = whisper
-        self._lock = threading.Lock()  # PyTorch's threads serve one batch at a time
-        self._batches: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, tuple[list[AudioClip], list[WhisperTranscript]]
-        ] = weakref.WeakKeyDictionary()
-
-    async def transcribe_chunks(self, chunks: Sequence[Chunk]) -> list[Segment]:
-        """Transcribe chunks of at most 30 s; a segment for each, in their order."""
-        clips, answers = self._batches.setdefault(asyncio.get_running_loop(), ([], []))
-        start = len(clips)
-        clips += [chunk.clip for chunk in chunks]
-        await asyncio.sleep(0)  # every other item adds its chunks before the first one goes on
-        if len(answers) < len(clips):
-            with self._lock:
-                answers += self._whisper.transcribe_many(clips[len(answers) :])
-        return [
-            Segment(chunk.start_s, chunk.start_s + chunk.clip.duration_s, answer.text, answer.mean_logprob)
-            for chunk, answer in zip(chunks, answers[start : start + len(chunks)], strict=True)
-        ]
-
-
-def _open_graft(model: str, **settings: Any) -> "Transcriber":
+def _open_model(model: str, **settings: Any) -> "Transcriber":
     from graft.inference.transcriber import open_transcriber
 
     return open_transcriber(model, chunker=windows, **settings)  # readers cut the audio; the chunker is not called
-
-
-def _open_whisper(checkpoint: str, *, threads: int, device: str, dtype: str | None) -> WhisperTranscriber:
-    import torch
-
-    from graft.checkpoints.loading import DTYPES
-    from graft.inference.engines.whisper_baseline import WhisperBaseline
-
-    torch.set_num_threads(threads)
-    return WhisperTranscriber(WhisperBaseline(checkpoint, device=device, dtype=DTYPES[dtype] if dtype else None))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from graft.audio.features import Features
+from graft.inference.engines.graft_decoder import GraftDecoder
 from graft.inference.engines.protocol import EngineRequest, Token
 from graft.inference.engines.transformers_engine import TransformersEngine
 from graft.model.modeling import GraftForConditionalGeneration
@@ -51,9 +52,8 @@ def test_tokens_equal_generate_with_graphs_and_without(device: torch.device, gra
     async def all_at_once(engine: TransformersEngine) -> list[list[Token]]:
         return await asyncio.gather(*(collect(engine, request) for request in requests))
 
-    engine = TransformersEngine(
-        model, pad_id=0, eos_ids=(), max_batch_tokens=1536, max_prefill_tokens=300, graphs=graphs
-    )
+    decoder = GraftDecoder(model, pad_id=0, graphs=graphs)
+    engine = TransformersEngine(decoder, eos_ids=(), max_batch_tokens=1536, max_prefill_tokens=300)
     with contextlib.closing(engine):
         for _ in range(2):  # the second time the graphs are there
             answers = asyncio.run(all_at_once(engine))
@@ -64,7 +64,7 @@ def test_memory_for_the_rows_is_taken_once(cuda: torch.device) -> None:
     model = wide_models.wide_model(cuda, dtype=torch.bfloat16)
     model.generation_config.suppress_tokens = SUPPRESSED
     requests = [request_of(model, index) for index in range(len(FRAMES))]
-    with contextlib.closing(TransformersEngine(model, pad_id=0, eos_ids=())) as engine:
+    with contextlib.closing(TransformersEngine(GraftDecoder(model, pad_id=0), eos_ids=())) as engine:
         held = []
         for _ in range(3):
             for request in requests:

@@ -13,11 +13,11 @@ from graft.audio.clip import AudioClip, read_audio
 from graft.audio.vad import SpeechSettings
 from graft.data import nonspeech
 from graft.data.dataset import clip_row
-from graft.inference.engines.whisper_baseline import WhisperBaseline
 from graft.inference.transcriber import open_transcriber
 from graft.text.wer import score
 from jobs.common.cli import run_job
 from jobs.evaluate import EvaluateRecipe
+from jobs.evaluate import _check_models as check_models
 from jobs.evaluate import run as run_evaluate
 from tests.support import media, tiny_models
 from tests.support.jobs import transcribe
@@ -72,14 +72,12 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
     assert report["sets"]["swapped"].keys() == {"graft"}
 
     # Whisper transcribes the same chunks.
-    baseline = WhisperBaseline(whisper)
-    clips = {
-        one["ID"]: read_audio(one["wav"]["bytes"]) for one in pq.read_table(data).to_pylist() if one["ID"] != "broken"
-    }
     chunker = Chunker(SpeechSettings(threshold=0.4), ChunkSettings(max_pause_s=0.4))
-    for name, clip in clips.items():
-        answers = baseline.transcribe_many([chunk.clip for chunk in chunker(clip)])
-        assert heard[name]["whisper"] == " ".join(answer.text for answer in answers if answer.text)
+    baseline = open_transcriber(whisper, chunker=chunker)
+    for one in pq.read_table(data).to_pylist():
+        if one["ID"] != "broken":
+            assert heard[one["ID"]]["whisper"] == baseline.transcribe(one["wav"]["bytes"]).text
+    baseline.close()
 
 
 def test_windows_instructions_and_recordings_are_scored_beside(
@@ -147,6 +145,34 @@ def test_windows_instructions_and_recordings_are_scored_beside(
     ]
     assert f"a/b: wer_raw {found['wer_raw']:.2%} agrees with the expected 50.00% to 9900.00%" in printed
     assert f"a/b: cer_raw {found['cer_raw']:.2%} does not agree with the expected" in printed
+
+
+def test_a_model_is_named_by_its_kind_and_is_no_baseline_of_its_own(tmp_path: Path) -> None:
+    graft, whisper = str(tiny_models.save_tiny_graft(tmp_path / "graft")), save_tiny_whisper(tmp_path / "whisper")
+    other = save_tiny_whisper(tmp_path / "other")
+    for model, baseline, named in [
+        (graft, whisper, {"graft": graft, "whisper": whisper}),
+        (whisper, other, {"whisper": whisper, "baseline": other}),
+        (whisper, whisper, {"whisper": whisper}),
+        (whisper, graft, {"whisper": whisper, "graft": graft}),
+        (graft, None, {"graft": graft}),
+    ]:
+        recipe = EvaluateRecipe(model=model, data={}, out="unused", baseline=baseline)
+        assert list(check_models(recipe).items()) == list(named.items())
+
+
+def test_a_whisper_is_scored_as_a_graft_is(tmp_path: Path) -> None:
+    whisper = save_tiny_whisper(tmp_path / "whisper")
+    data = corpus(tmp_path / "test.parquet", [row("t0", 0), row("t1", 1)])
+    given = [f"model={whisper}", f"data.test={data}", f"out={tmp_path / 'out'}", "baseline=", "windows=true"]
+    assert run(*given, "audio_check=test", "expected.test.wer_raw=[0, 99]") == 0
+    report, predictions = left_by(tmp_path / "out")
+    assert {(name, *kinds) for name, kinds in report["sets"].items()} == {("test", "whisper"), ("swapped", "whisper")}
+    transcriber = open_transcriber(whisper, chunker=windows)
+    texts = [transcriber.transcribe(wav["bytes"]).text for wav in pq.read_table(data)["wav"].to_pylist()]
+    transcriber.close()
+    assert [line["whisper"] for line in predictions] == [*texts, *reversed(texts)]
+    assert all(texts)
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from graft.audio.chunking import Chunk
+from graft.audio.chunking import Chunk, windows
 from graft.audio.clip import read_audio
 from graft.data.dataset import read_rows
 from graft.data.settings import Source
-from graft.inference.engines.whisper_baseline import WhisperBaseline
+from graft.inference.transcriber import open_transcriber
 from graft.inference.transcript import Segment
 from graft.text.prompts import style_text
 from graft.text.punctuation import transfer_formatting
@@ -39,8 +39,9 @@ def run(*arguments: str) -> int:
 def labelled(whisper: str, count: int) -> tuple[list[dict], list[str]]:
     """Make clips whose labels agree with this Whisper's transcripts wholly or by half; returns both."""
     clips = [row(f"clip{seed}", seed) for seed in range(count)]
-    answers = WhisperBaseline(whisper).transcribe_many([read_audio(clip["wav"]["bytes"]) for clip in clips])
-    heard = [answer.text for answer in answers]
+    transcriber = open_transcriber(whisper, chunker=windows)
+    heard = [one.text for one in transcriber.transcribe_many([read_audio(clip["wav"]["bytes"]) for clip in clips])]
+    transcriber.close()
     for seed, (clip, transcript) in enumerate(zip(clips, heard, strict=True)):
         words = style_text(transcript, "lower").upper()
         clip["text"] = words if seed % 2 else f"{words} {' '.join(['OTHER'] * (len(words.split()) + 1))}"

@@ -6,10 +6,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from graft.audio.chunking import windows
 from graft.audio.clip import read_audio
 from graft.data.dataset import read_rows
 from graft.data.settings import Source
-from graft.inference.engines.whisper_baseline import WhisperBaseline
+from graft.inference.transcriber import open_transcriber
 from jobs.common.cli import run_job
 from jobs.label import LabelRecipe, doubt
 from jobs.label import run as run_label
@@ -34,7 +35,10 @@ def run(*arguments: str) -> int:
 
 def test_a_confident_transcript_becomes_the_text(whisper, tmp_path, capsys):
     clips = [clip_of(f"clip{seed}", seed, 3.0 + 6 * seed) for seed in range(5)]
-    heard = WhisperBaseline(whisper).transcribe_many([read_audio(clip["wav"]["bytes"]) for clip in clips])
+    transcriber = open_transcriber(whisper, chunker=windows)
+    transcripts = transcriber.transcribe_many([read_audio(clip["wav"]["bytes"]) for clip in clips])
+    transcriber.close()
+    heard = [segment for transcript in transcripts for segment in transcript.segments]  # one of each clip
     logprobs = sorted(hearing.mean_logprob for hearing in heard)
     least = (logprobs[1] + logprobs[2]) / 2
     assert logprobs[2] - logprobs[1] > 1e-3

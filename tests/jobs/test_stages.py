@@ -20,7 +20,6 @@ from graft.audio.clip import read_audio
 from graft.checkpoints.lora import LORA_TARGETS
 from graft.config import recipe_yaml
 from graft.errors import OutputError
-from graft.inference.engines.whisper_baseline import WhisperBaseline
 from graft.inference.transcriber import open_transcriber
 from graft.inference.transcript import Transcript
 from graft.text.wer import score
@@ -402,8 +401,9 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
     assert len(set(texts)) > 1
     assert [line["audio_id"] for line in heard["swapped"]] == ["t1", "t2", "t3", "t4", "t0"]
     assert [line["graft"] for line in heard["swapped"]] == [*texts[1:], texts[0]]
-    baseline = WhisperBaseline(whisper).transcribe_many(clips)
-    assert [line["whisper"] for line in heard["trained"]] == [answer.text for answer in baseline]
+    baseline = open_transcriber(whisper, chunker=windows)
+    assert [line["whisper"] for line in heard["trained"]] == [one.text for one in baseline.transcribe_many(clips)]
+    baseline.close()
 
     # What is there stays as it is.
     for again in (recipe, recipe.model_copy(update={"limit": 2})):

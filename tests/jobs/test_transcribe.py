@@ -23,6 +23,7 @@ from jobs.transcribe import EXECUTION_KEYS, TranscribeRecipe
 from tests.support import hub_server, media, tiny_models
 from tests.support.jobs import transcribe
 from tests.support.paths import ROOT
+from tests.support.speech_corpus import save_tiny_whisper
 
 pytestmark = pytest.mark.usefixtures("ray_started")
 
@@ -142,6 +143,29 @@ def test_an_archive_is_transcribed_once_and_what_failed_is_tried_again_only_when
     assert not (out / "errors.jsonl").read_text()
     assert transcribe(*arguments, "--strict") == 0
     assert "6 recordings done, 0 failed; 0.01 h of audio, nothing was left to do" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory) -> Path:
+    return Path(save_tiny_whisper(tmp_path_factory.mktemp("transcribe") / "tiny-whisper"))
+
+
+def test_a_whisper_transcribes_as_a_graft_does(whisper, calls, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [f"model={whisper}", f"audio={calls}", f"out={out}", "item_s=10", "formats=[txt, srt, vtt, json]"]
+    assert transcribe(*arguments, "--strict") == 3
+    opened = open_transcriber(whisper)
+    rows = rows_of(out)
+    is_as(rows["a.flac"], opened.transcribe(calls / "a.flac"))
+    opened.close()
+    assert (rows["a.wav"]["text"], rows["a.wav"]["segments"]) == ("", [])
+    assert rows["deep/b.webm"]["segments"][-1]["start_s"] > 5  # of its second item
+    assert "truncated" in rows["deep/b.webm"]["flags"]
+    assert rows["broken.mp3"]["error"].startswith("not readable as audio")
+    for kind in ("txt", "srt", "vtt", "json"):
+        assert (out / "files" / "deep" / f"b.{kind}").stat().st_size > 0
+    assert json.loads((out / "files" / "a.flac.json").read_text())["model"] == "tiny-whisper"
+    assert "3 recordings done, 1 failed; 0.01 h of audio" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -269,12 +293,20 @@ def test_the_command_prints_nothing_else_on_stderr(deaf, tmp_path):
             ["model={folder}", "audio=a.wav", "context=[Aachen]"],
             "context: this checkpoint was not trained for lists of words",
         ),
+        (["model={whisper}", "audio=a.wav", "engine=vllm"], "is a whisper checkpoint, which engine=vllm does not run"),
+        (
+            ["model={whisper}", "audio=a.wav", "instruction=lower"],
+            "instruction 'lower': this checkpoint was trained for",
+        ),
     ],
 )
-def test_what_is_wrong_from_the_start_is_one_line_and_exit_code_2(folder, tmp_path, capsys, arguments, message):
+def test_what_is_wrong_from_the_start_is_one_line_and_exit_code_2(
+    folder, whisper, tmp_path, capsys, arguments, message
+):
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
-    filled = [argument.format(folder=folder, empty=tmp_path / "empty") for argument in arguments]
+    places = {"folder": folder, "whisper": whisper, "empty": tmp_path / "empty"}
+    filled = [argument.format(**places) for argument in arguments]
     assert transcribe(*filled, f"out={out}") == 2
     errors = capsys.readouterr().err.strip()
     assert errors.startswith("graft: error: ")

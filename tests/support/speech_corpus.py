@@ -47,8 +47,8 @@ BROKEN = {"wav": {"bytes": b"no audio at all", "path": "broken.flac"}}
 
 
 @built_once
-def save_tiny_whisper(folder: Path) -> str:
-    """Write a whole tiny Whisper, which answers with random bytes."""
+def save_tiny_whisper(folder: Path, *, varied: bool = False) -> str:
+    """Write a whole tiny Whisper, which answers with random bytes; with `varied`, short answers have no loops."""
     words = tiny_models.tokenizer()
     config = tiny_models.whisper_config()
     config.vocab_size = len(words)
@@ -57,6 +57,8 @@ def save_tiny_whisper(folder: Path) -> str:
     model = WhisperForConditionalGeneration(config)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2)
+    if varied:
+        model.model.decoder.embed_positions.weight.data *= 10
     model.save_pretrained(folder)
     WhisperTokenizer(vocab=words.get_vocab(), merges=[]).save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)

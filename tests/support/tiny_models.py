@@ -11,6 +11,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     WhisperConfig,
     WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
     WhisperModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -112,6 +113,23 @@ def whisper_model(seed: int = 0) -> WhisperModel:
     model = WhisperModel(whisper_config()).eval()
     for parameter in model.encoder.parameters():
         parameter.data.normal_(std=0.2)
+    return model
+
+
+def whisper_for_generation(seed: int = 0) -> WhisperForConditionalGeneration:
+    """Make a whole Whisper whose text depends on the audio and on all tokens before."""
+    torch.manual_seed(seed)
+    config = whisper_config()
+    config.decoder_layers = 2
+    model = WhisperForConditionalGeneration(config).eval()
+    for parameter in model.model.encoder.parameters():
+        parameter.data.normal_(std=0.2)
+    for parameter in model.model.decoder.parameters():
+        if parameter.ndim > 1:
+            parameter.data = torch.randn(parameter.shape) / parameter.shape[1] ** 0.5
+    model.tie_weights()
+    model.generation_config.suppress_tokens = [5, 11]
+    model.generation_config.begin_suppress_tokens = [12]
     return model
 
 

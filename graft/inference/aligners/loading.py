@@ -2,12 +2,9 @@
 
 from typing import Any
 
-from graft.checkpoints.names import absolute_checkpoint, checkpoint_name
+from graft.checkpoints.names import WHISPER, absolute_checkpoint, checkpoint_name
 from graft.errors import ModelError
 from graft.inference.aligners.protocol import Aligner
-
-# Name of the bundled Whisper base.
-BUNDLED = "whisper"
 
 
 def open_aligner(model: str, *, device: str = "cpu") -> Aligner:
@@ -29,7 +26,7 @@ def find_aligner(model: str) -> tuple[str, str]:
 
     Reads no weights, except the bundled ones. Raises as `open_aligner` does, except for weights that cannot be read.
     """
-    return BUNDLED if model == BUNDLED else absolute_checkpoint(model), _resolve(model)[1]
+    return WHISPER if model == WHISPER else absolute_checkpoint(model), _resolve(model)[1]
 
 
 def _resolve(model: str) -> tuple[str, str, bool]:
@@ -38,9 +35,9 @@ def _resolve(model: str) -> tuple[str, str, bool]:
 
     from graft.checkpoints.bundled.cache import bundled_whisper
 
-    if model == BUNDLED:
+    if model == WHISPER:
         return str(bundled_whisper()), "whisper-base, cross-attention", True
-    remedy = f"give {BUNDLED}, or a folder or hub id of a Whisper or a CTC model"
+    remedy = f"give {WHISPER}, or a folder or hub id of a Whisper or a CTC model"
     try:
         config: Any = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -1,1 +1,1 @@
-"""Engines turn prompts with audio into tokens: in transformers, in vLLM, and plain Whisper as the baseline."""
+"""Engines turn prompts with audio into tokens: in transformers, a graft or a plain Whisper, or a graft in vLLM."""

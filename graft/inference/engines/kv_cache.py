@@ -8,25 +8,23 @@ column on, so that a token's column is its position, and rows join and leave at 
 others. A step writes nothing but the column of its tokens, so that a step that failed can be repeated.
 """
 
-from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from graft.inference.engines.cuda_graphs import StepGraphs
 from graft.inference.engines.protocol import EngineRequest
-from graft.model.modeling import GraftForConditionalGeneration
-from graft.processor import collate_features, pad_prompts
+from graft.processor import pad_prompts
 
 # Slots grow and shrink by this many columns, so that few shapes occur.
 COLUMNS = 128
-# Name under which `_attend` is registered with transformers.
-ATTENTION = "graft_grouped_queries"
+
+# Writes a layer's keys and values of a step's tokens, as transformers calls a cache: keys, values and the layer's
+# index -> all keys and values of the rows' slots.
+Update: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
 
 def round_up_columns(length: int) -> int:
@@ -34,53 +32,73 @@ def round_up_columns(length: int) -> int:
     return -(-length // COLUMNS) * COLUMNS
 
 
-class SlotDecoder:
-    """Reads prompts and takes decode steps with a model whose rows share a KV cache of `tokens` columns over all slots.
+class SlotDecoder(ABC):
+    """Reads prompts and takes decode steps with a model whose rows share a KV cache; `reserve` gives it memory.
 
-    With `graphs`, steps are CUDA graphs over rounded numbers of slots and columns; on a CPU they have the same shapes,
-    but run without a graph. The model's attention is replaced by one that gives the same answers faster.
+    With `graphs`, by default on CUDA, steps are CUDA graphs over rounded numbers of slots and columns; on a CPU they
+    have the same shapes, but run without a graph. Ids in the generation config's `suppress_tokens` are never to be
+    chosen (`suppressed_ids`), those in `begin_suppress_tokens` not as the first token (`first_suppressed_ids`).
     """
 
-    def __init__(self, model: GraftForConditionalGeneration, *, pad_id: int, tokens: int, graphs: bool) -> None:
-        model.set_attn_implementation({"text_config": ATTENTION})
+    # Most tokens of a prompt and its answer; None where the model states no limit.
+    max_length: int | None = None
+
+    def __init__(self, model: Any, slots: "Slots", *, pad_id: int, graphs: bool | None = None) -> None:
+        self.device: torch.device = model.device
+        self.slots = slots
         self._model = model.eval()
         self._pad_id = pad_id
-        self.slots = Slots(model.config.get_text_config(), device=model.device, dtype=model.dtype)
-        self._steps = StepGraphs(self._forward, model.device) if graphs else None
-        self.reserve(tokens)
+        self._tokens = 0
+        use_graphs = self.device.type == "cuda" if graphs is None else graphs
+        self._steps = StepGraphs(self._forward, self.device) if use_graphs else None
+        settings = model.generation_config
+        suppressed = settings.suppress_tokens or []
+        options: dict[str, Any] = {"dtype": torch.long, "device": self.device}
+        self.suppressed_ids = torch.tensor(suppressed, **options)
+        self.first_suppressed_ids = torch.tensor([*suppressed, *(settings.begin_suppress_tokens or [])], **options)
 
     def reserve(self, tokens: int) -> None:
-        """Allocate memory for at least `tokens` tokens; no row may hold a slot then."""
-        if tokens > self.slots.tokens:
+        """Allocate memory for at least `tokens` tokens, windows included; no row may hold a slot then."""
+        if tokens > self._tokens:
             if self._steps:
                 self._steps.clear()
             self.slots.allocate(tokens)
+            self._tokens = tokens
 
-    def prefill(self, requests: Sequence[EngineRequest]) -> tuple[DynamicCache, Tensor]:
+    @abstractmethod
+    def prefill(self, requests: Sequence[EngineRequest]) -> tuple[Any, Tensor]:
         """Encode the clips and read the prompts.
 
         Returns the prompts' cache, padded on the left, and the logits (rows, vocabulary) of the next tokens.
         """
-        device = self._model.device
-        # (rows, length) each
-        ids, mask = map(torch.from_numpy, pad_prompts([request.prompt_ids for request in requests], self._pad_id))
-        audio = collate_features([request.features for request in requests])
-        inputs = {"input_ids": ids, **{name: torch.from_numpy(array) for name, array in audio.items()}}
-        embeddings = self._model.embed(**{name: tensor.to(device) for name, tensor in inputs.items()})
-        cache = DynamicCache(config=self._model.config.get_text_config())
-        mask = mask.to(device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # a prompt's first token is at 0, whatever the padding
-        return cache, self._read(embeddings, mask, positions, cache)
+
+    @abstractmethod
+    def join(self, cache: Any, lengths: Sequence[int]) -> None:
+        """Move prompts of these lengths from the cache of `prefill` into the next free slots."""
 
     def step(self, ids: Sequence[int], positions: Sequence[int], *, first: int = 0) -> Tensor:
         """Append a token to each row from slot `first` on, at its position.
 
         Returns the logits (rows, vocabulary) of the next tokens.
         """
-        inputs = torch.tensor([ids, positions]).to(self._model.device)
+        inputs = torch.tensor([ids, positions]).to(self.device)
         if self._steps and len(ids) == self.slots.taken:  # all later slots are free: a graph may write there
             return self._steps(inputs, columns=self.slots.columns, most_rows=self.slots.count)
         return self._forward(inputs, first)
+
+    @abstractmethod
+    def _read_tokens(self, ids: Tensor, positions: Tensor, mask: Tensor, update: Update, slots: slice) -> Tensor:
+        """Run the model on a token of each row in these slots: ids and positions (rows, 1), mask (rows, 1, 1, columns).
+
+        Returns the logits (rows, vocabulary) of the next tokens.
+        """
+
+    def _pad_prompts(self, requests: Sequence[EngineRequest]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the ids, the attention mask and the positions of prompts, padded on the left: (rows, length) each."""
+        rows = [request.prompt_ids for request in requests]
+        ids, mask = (torch.from_numpy(array).to(self.device) for array in pad_prompts(rows, self._pad_id))
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # a prompt's first token is at 0, whatever the padding
+        return ids, mask, positions
 
     def _forward(self, inputs: Tensor, first: int = 0) -> Tensor:
         ids, positions = inputs[..., None]  # (rows, 1) each
@@ -95,50 +113,59 @@ class SlotDecoder:
             all_keys, all_values = (view[slots] for view in self.slots.views[2 * layer : 2 * layer + 2])
             return all_keys.scatter_(2, targets, keys), all_values.scatter_(2, targets, values)
 
-        cache = SimpleNamespace(update=update)  # all that the layers use of a cache
-        return self._read(self._model.get_input_embeddings()(ids), mask, positions, cache)
-
-    def _read(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        # Explicit positions (rows, length), equal in time, height and width: those that the model works out by itself
-        # depend on its last call (rope_deltas).
-        output = self._model(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+        return self._read_tokens(ids, positions, mask, update, slots)
 
 
 class Slots:
     """Slots in flat memory, viewed as (slots, heads, columns, width): for each layer its keys, then its values.
 
-    There are as many slots as the memory holds with the present number of columns.
+    There are as many slots as the memory holds with the present number of columns. With a `window`, each slot also
+    holds the keys and values of so many states of an encoder, in `windows` (slots, heads, window, width); no slot then
+    grows beyond `max_length` tokens.
     """
 
-    def __init__(self, config: Any, *, device: torch.device, dtype: torch.dtype) -> None:
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._token_shape = (config.num_key_value_heads, width)
-        self._memory_count = 2 * config.num_hidden_layers
+    def __init__(
+        self,
+        *,
+        layers: int,
+        heads: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        window: int = 0,
+        max_length: int = 0,
+    ) -> None:
+        self.window = window
+        self._token_shape = (heads, width)
+        self._memory_count = 2 * layers
+        self._most_columns = round_up_columns(max_length)
         self._options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.tokens, self.columns, self.taken = 0, COLUMNS, 0
+        self.columns, self.taken = COLUMNS, 0
+        self._tokens = self._window_count = 0
         self.views: list[Tensor] = []
+        self.windows: list[Tensor] = []
 
     @property
     def count(self) -> int:
         """Number of slots, taken or free."""
-        return self.tokens // self.columns
+        count = self._tokens // self.columns
+        return min(count, self._window_count) if self.window else count
 
     def allocate(self, tokens: int) -> None:
-        """Replace the memory by one of `tokens` columns over all slots."""
+        """Replace the memory by one of `tokens` columns over all slots, windows included."""
         self._memory: list[Tensor] = []
-        self.tokens, self.views = 0, []  # the old memory is freed before more is allocated
-        size = tokens * self._token_shape[0] * self._token_shape[1]
+        self._tokens, self.views, self.windows = 0, [], []  # the old memory is freed before more is allocated
+        if self.window:
+            self._window_count = tokens // (self.window + COLUMNS)  # as many rows as can be admitted
+            tokens = self._window_count * self._most_columns
+        heads, width = self._token_shape
+        size = tokens * heads * width
         self._memory = [torch.empty(size, **self._options) for _ in range(self._memory_count)]
         self._spare = torch.empty(size, **self._options)  # with it, `fit` allocates nothing and cannot fail halfway
-        self.tokens = tokens
+        if self.window:
+            shape = (self._window_count, heads, self.window, width)
+            self.windows = [torch.empty(shape, **self._options) for _ in range(self._memory_count)]
+        self._tokens = tokens
         self.views = [self._view(memory) for memory in self._memory]
 
     def fit(self, length: int) -> None:
@@ -155,8 +182,12 @@ class Slots:
             self.views[index][: self.taken, :, :kept] = copies
             self.views[index][: self.taken, :, kept:] = 0  # masked columns must be finite too: 0 x inf is nan
 
-    def join(self, cache: DynamicCache, lengths: Sequence[int]) -> None:
-        """Copy prompts of these lengths from their cache into the next free slots, which must have enough columns."""
+    def join(self, layers: Sequence[Any], lengths: Sequence[int], window_layers: Sequence[Any] = ()) -> None:
+        """Copy prompts of these lengths into the next free slots, which must have enough columns.
+
+        `layers` are those of the prompts' cache, `window_layers` those of the encoder's states; they have `keys` and
+        `values`.
+        """
         longest = max(lengths)
         device = self._options["device"]
         # In the prompts' cache rows are padded on the left; in a slot the last token also fills the columns after it.
@@ -165,9 +196,10 @@ class Slots:
         columns = (torch.arange(self.columns, device=device) + padding[:, None]).clamp(max=longest - 1)
         new = slice(self.taken, self.taken + len(lengths))
         for index, view in enumerate(self.views):
-            layer: Any = cache.layers[index // 2]
-            source = layer.values if index % 2 else layer.keys  # (rows, heads, longest, width)
+            source = _keys_or_values(layers, index)  # (rows, heads, longest, width)
             view[new] = torch.take_along_dim(source, columns[:, None, :, None], dim=2)
+        for index, view in enumerate(self.windows):
+            view[new] = _keys_or_values(window_layers, index)  # (rows, heads, window, width)
         self.taken = new.stop
 
     def keep(self, kept: Sequence[int]) -> list[int]:
@@ -177,7 +209,7 @@ class Slots:
         last = [slot for slot in kept if slot >= len(kept)]
         if gaps:
             source, target = torch.tensor([last, gaps], device=self._options["device"])
-            for view in self.views:
+            for view in (*self.views, *self.windows):
                 view[target] = view[source]
         for gap, slot in zip(gaps, last, strict=True):
             order[gap] = slot
@@ -189,30 +221,6 @@ class Slots:
         return memory[: self.count * self.columns * heads * width].view(self.count, heads, self.columns, width)
 
 
-def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Compute SDPA; in a decode step, query heads that share a key head become that head's queries.
-
-    Keys and values so need not be repeated for each query head.
-    """
-    rows, _, length, width = query.shape
-    if length > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # (rows, heads, 1, width) -> (rows, key heads, query heads of each, width)
-    queries = query.reshape(rows, key.shape[1], -1, width)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        queries, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    return output.reshape(rows, 1, -1, width), None
-
-
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+def _keys_or_values(layers: Sequence[Any], index: int) -> Tensor:
+    """Return what the view at `index` holds: a layer's keys, then its values."""
+    return layers[index // 2].values if index % 2 else layers[index // 2].keys

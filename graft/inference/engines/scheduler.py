@@ -43,10 +43,15 @@ class Row:
 
 
 def pick_admissible(
-    waiting: Sequence[Row], running: Sequence[Row], max_batch_tokens: int, max_prefill_tokens: int
+    waiting: Sequence[Row],
+    running: Sequence[Row],
+    max_batch_tokens: int,
+    max_prefill_tokens: int,
+    *,
+    window: int = 0,
 ) -> list[Row]:
     """Pick the rows to admit next: the one that has waited longest, as soon as it fits beside the running rows, and as
-    many of those nearest to it in length as fit with it.
+    many of those nearest to it in length as fit with it. Each row takes `window` tokens more than its own.
     """
     picked: list[Row] = []
     longest = max((row.length for row in running), default=0)
@@ -54,8 +59,8 @@ def pick_admissible(
     for row in heapq.nsmallest(ENCODER_ROWS, waiting, key=lambda row: abs(row.length - waiting[0].length)):
         longest, longest_prompt = max(longest, row.length), max(longest_prompt, row.prompt_length)
         count = len(picked) + 1
-        exceeds_batch = (running or picked) and longest * (len(running) + count) > max_batch_tokens
-        if exceeds_batch or (picked and longest_prompt * count > max_prefill_tokens):
+        exceeds_batch = (running or picked) and (window + longest) * (len(running) + count) > max_batch_tokens
+        if exceeds_batch or (picked and (window + longest_prompt) * count > max_prefill_tokens):
             break
         picked.append(row)
     return picked

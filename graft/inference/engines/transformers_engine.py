@@ -18,43 +18,34 @@ from graft.inference.engines.kv_cache import SlotDecoder
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
 from graft.inference.engines.sampling import choose_tokens, repeating_ids
 from graft.inference.engines.scheduler import Row, deliver, next_token, pick_admissible
-from graft.model.modeling import GraftForConditionalGeneration
 
 
 class TransformersEngine:
     """Decodes greedily with transformers, in a batch that rows join and leave at any step.
 
-    Tokens equal those of `model.generate(..., do_sample=False)`; ids in the generation config's `suppress_tokens` are
-    never chosen. `max_batch_tokens` bounds the rows that decode together times the length of the longest (prompt and
-    most answer, rounded up to kv_cache.COLUMNS); `max_prefill_tokens` bounds the rows whose prompts are read between
-    two steps times the longest prompt. One row alone may exceed both. An idle engine waits for more requests as long as
-    another one arrives every `gather_s` seconds, at most ten times as long. Where the model fails on several rows, it
-    is tried again on each half of them: only the rows that fail alone end, with the model's error, or with MemoryError.
-    `graphs` says whether steps are CUDA graphs; by default they are on CUDA. Call `close` to release the model.
+    Tokens equal those of `model.generate(..., do_sample=False)`. `max_batch_tokens` bounds the rows that decode
+    together times the length of the longest: prompt and most answer, rounded up to kv_cache.COLUMNS, and a Whisper's
+    window. `max_prefill_tokens` bounds the rows whose prompts are read between two steps times the longest prompt,
+    window included. One row alone may exceed both. An idle engine waits for more requests as long as another one
+    arrives every `gather_s` seconds, at most ten times as long. Where the model fails on several rows, it is tried
+    again on each half of them: only the rows that fail alone end, with the model's error, or with MemoryError. Call
+    `close` to release the model.
     """
 
     def __init__(
         self,
-        model: GraftForConditionalGeneration,
+        decoder: SlotDecoder,
         *,
-        pad_id: int,
         eos_ids: Collection[int],
         max_batch_tokens: int = 16_384,
         max_prefill_tokens: int = 4_096,
         gather_s: float = 0.01,
-        graphs: bool | None = None,
     ) -> None:
-        self._device = model.device
-        self._decoder = SlotDecoder(
-            model,
-            pad_id=pad_id,
-            tokens=max_batch_tokens,
-            graphs=graphs if graphs is not None else self._device.type == "cuda",
-        )
+        decoder.reserve(max_batch_tokens)
+        self._decoder = decoder
+        self._device = decoder.device
+        self._max_length = decoder.max_length
         self._eos_ids = frozenset(eos_ids)
-        self._suppressed_ids = torch.tensor(
-            model.generation_config.suppress_tokens or [], dtype=torch.long, device=self._device
-        )
         self._max_batch_tokens = max_batch_tokens
         self._max_prefill_tokens = max_prefill_tokens
         self._gather_s = gather_s
@@ -69,8 +60,14 @@ class TransformersEngine:
         self._thread.start()
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Token, None]:
-        """Stream an answer, as Engine says. Raises ValueError for an id under way, RuntimeError for a closed engine."""
+        """Stream an answer, as Engine says.
+
+        Raises ValueError for an id under way or too long a request, RuntimeError for a closed engine.
+        """
         row = Row(request)
+        length = row.prompt_length + request.max_new_tokens
+        if self._max_length and length > self._max_length:
+            raise ValueError(f"prompt and answer may have {length} tokens: the model takes {self._max_length}")
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the engine is closed")
@@ -145,7 +142,13 @@ class TransformersEngine:
     def _run_turn(self) -> None:
         self._retire()
         with self._changed:
-            group = pick_admissible(self._waiting, self._running, self._max_batch_tokens, self._max_prefill_tokens)
+            group = pick_admissible(
+                self._waiting,
+                self._running,
+                self._max_batch_tokens,
+                self._max_prefill_tokens,
+                window=self._decoder.slots.window,
+            )
             if picked := set(group):
                 self._waiting = [row for row in self._waiting if row not in picked]
         if group:
@@ -187,10 +190,12 @@ class TransformersEngine:
     def _prefill(self, rows: list[Row]) -> None:
         together = [*self._running, *rows]
         cache, logits = self._decoder.prefill([row.request for row in rows])
-        chosen = choose_tokens(logits, self._suppressed_ids, {})
-        self._decoder.reserve(max(self._max_batch_tokens, len(together) * max(row.length for row in together)))
-        self._decoder.slots.fit(max(row.position for row in together) + 1)
-        self._decoder.slots.join(cache, [row.prompt_length for row in rows])
+        chosen = choose_tokens(logits, self._decoder.first_suppressed_ids, {})
+        slots = self._decoder.slots
+        longest = slots.window + max(row.length for row in together)
+        self._decoder.reserve(max(self._max_batch_tokens, len(together) * longest))
+        slots.fit(max(row.position for row in together) + 1)
+        self._decoder.join(cache, [row.prompt_length for row in rows])
         self._running = together
         self._prefills += 1
         self._send_tokens(rows, *chosen)
@@ -199,7 +204,8 @@ class TransformersEngine:
         first = self._running.index(rows[0])
         logits = self._decoder.step([row.tokens[-1] for row in rows], [row.position for row in rows], first=first)
         blocked = {index: repeating_ids(row.tokens, row.request.no_repeat_ngram) for index, row in enumerate(rows)}
-        chosen = choose_tokens(logits, self._suppressed_ids, {index: ids for index, ids in blocked.items() if ids})
+        suppressed = self._decoder.suppressed_ids
+        chosen = choose_tokens(logits, suppressed, {index: ids for index, ids in blocked.items() if ids})
         self._steps += 1
         self._send_tokens(rows, *chosen)
 

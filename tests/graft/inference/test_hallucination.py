@@ -13,7 +13,7 @@ import torch
 
 from graft.audio.chunking import Chunk, Chunker
 from graft.audio.clip import AudioClip, read_audio
-from graft.checkpoints.loading import open_graft
+from graft.checkpoints.loading import open_graft, open_model
 from graft.data.nonspeech import SOUNDS, generate_sounds
 from graft.inference.engines.protocol import EngineRequest
 from graft.inference.engines.sampling import has_repeated_ngram
@@ -29,8 +29,10 @@ from graft.inference.hallucination import (
 )
 from graft.inference.transcriber import Transcriber, make_transcriber, max_new_tokens, open_transcriber
 from graft.inference.transcript import Segment
+from graft.processor import GraftProcessor
 from tests.support import tiny_models
 from tests.support.paths import ROOT
+from tests.support.speech_corpus import save_tiny_whisper
 
 PROMPTS = ROOT / "jobs" / "data" / "prompts"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -129,17 +131,32 @@ GREETING = {"\n": {"h": 4}, "h": {"i": 4}, "i": {"<|im_end|>": 4}}
 
 
 def open_with_chain(folder: Path, chain: dict[str, dict[str, float]] | None, **options) -> Transcriber:
-    model, processor = open_graft(folder)
+    model, processor = open_model(folder)
     if chain:
-        id_of = processor.tokenizer.get_vocab() | {mark: processor.tokenizer(mark).input_ids[0] for mark in "\n "}
-        for layer in model.model.language_model.layers:
-            layer.self_attn.o_proj.weight.data.zero_()
-            layer.mlp.down_proj.weight.data.zero_()
-        model.lm_head.weight.data.zero_()
+        id_of = processor.tokenizer.get_vocab()
+        (start,) = processor.prompt_ids(100)[-1:]  # "\n", or what begins a Whisper's text
+        id_of |= {" ": id_of["Ġ"], "\n": start, "<|im_end|>": min(processor.end_ids(model.generation_config))}
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))  # a Whisper's is that of its embeddings
+        if isinstance(processor, GraftProcessor):
+            for layer in model.model.language_model.layers:
+                layer.self_attn.o_proj.weight.data.zero_()
+                layer.mlp.down_proj.weight.data.zero_()
+        else:
+            decoder = model.get_decoder()
+            decoder.embed_positions.weight.data.zero_()
+            for layer in decoder.layers:
+                for last in (layer.self_attn.out_proj, layer.encoder_attn.out_proj, layer.fc2):
+                    last.weight.data.zero_()
+                    last.bias.data.zero_()
+            # Of a vector of one, the norm makes as much as a graft's does.
+            decoder.layer_norm.weight.data.fill_(1.4)
+            decoder.layer_norm.bias.data.zero_()
+        embeddings = model.get_input_embeddings().weight.data
         for index, (token, nexts) in enumerate(chain.items()):
-            model.get_input_embeddings().weight.data[id_of[token]] = torch.eye(32)[index]
+            embeddings[id_of[token]] = torch.eye(embeddings.shape[1])[index]
             for following, score in nexts.items():
-                model.lm_head.weight.data[id_of[following], index] = score
+                head.weight.data[id_of[following], index] = score
     transcriber = make_transcriber(model, processor, name="tiny")
     return Transcriber(transcriber._engine, processor, "tiny", **options)
 
@@ -149,8 +166,10 @@ def folder(tmp_path_factory) -> Path:
     return tiny_models.save_tiny_graft(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-def opened(folder):
+@pytest.fixture(params=["graft", "whisper"])
+def opened(folder, request, tmp_path):
+    if request.param == "whisper":
+        folder = Path(save_tiny_whisper(tmp_path / "whisper"))
     with contextlib.ExitStack() as stack:
 
         def open_one(chain=None, **options) -> Transcriber:

@@ -1,27 +1,39 @@
-"""The Transcriber: the text of the model's generate, long audio, bad audio as a value, and a cheap `import graft`."""
+"""The Transcriber, of a graft and of a Whisper: the text of the model's generate, long audio, bad audio as a value."""
 
 import asyncio
 import io
+import json
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import WhisperFeatureExtractor
 
 import graft
 from graft.audio.chunking import windows
-from graft.audio.clip import AudioClip
-from graft.checkpoints.loading import open_graft
+from graft.audio.clip import AudioClip, read_audio
+from graft.checkpoints.loading import open_graft, open_model
 from graft.errors import AudioError, ModelError
+from graft.inference.engines.graft_decoder import GraftDecoder
 from graft.inference.engines.sampling import has_repeated_ngram
+from graft.inference.engines.transformers_engine import TransformersEngine
 from graft.inference.hallucination import NO_REPEAT_NGRAM
 from graft.inference.transcriber import Transcriber, max_new_tokens, open_transcriber
 from graft.inference.transcript import Segment
+from graft.processor import GraftProcessor
+from graft.text.wer import score
 from tests.support import tiny_models
+from tests.support.paths import ROOT
+from tests.support.speech_corpus import save_tiny_whisper
+
+PROMPTS = ROOT / "jobs" / "data" / "prompts"
 
 
 def make_clip(seconds: float, seed: int = 0) -> AudioClip:
@@ -32,9 +44,18 @@ def make_clip(seconds: float, seed: int = 0) -> AudioClip:
     return AudioClip((generator.standard_normal(count) * loudness).astype(np.float32))
 
 
+def save_tiny(kind: str, folder: Path) -> Path:
+    return Path(tiny_models.save_tiny_graft(folder) if kind == "graft" else save_tiny_whisper(folder, varied=True))
+
+
+@pytest.fixture(scope="module", params=["graft", "whisper"])
+def folder(request, tmp_path_factory) -> Path:
+    return save_tiny(request.param, tmp_path_factory.mktemp("tiny") / f"tiny-{request.param}")
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_models.save_tiny_graft(tmp_path_factory.mktemp("tiny") / "tiny-graft")
+def graft_folder(tmp_path_factory) -> Path:
+    return save_tiny("graft", tmp_path_factory.mktemp("tiny") / "tiny-graft")
 
 
 @pytest.fixture(scope="module")
@@ -44,28 +65,35 @@ def transcriber(folder):
     transcriber.close()
 
 
-def test_text_equals_the_models_own_generate(folder, transcriber):
-    model, processor = open_graft(folder)
-    clip = make_clip(0.5)
-    ids = model.generate(**processor(audio=clip), max_new_tokens=max_new_tokens(0.5), do_sample=False)
+def generated(model, processor, clip: AudioClip, count: int) -> list[int]:
+    """Return the answer of the model's own generate, of at most `count` tokens."""
+    if isinstance(processor, GraftProcessor):
+        inputs = processor(audio=clip)
+    else:
+        extractor = WhisperFeatureExtractor(feature_size=80)
+        inputs = extractor(clip.samples, sampling_rate=16_000, return_tensors="pt", return_attention_mask=True)
+    ids = model.generate(**inputs, max_new_tokens=count, do_sample=False)[0].tolist()
     prompt = processor.prompt_ids(processor.featurizer(clip).frame_count)
+    return ids[len(prompt) :] if ids[: len(prompt)] == prompt else ids  # Whisper's leaves out how the text begins
+
+
+def test_text_equals_the_models_own_generate(folder, transcriber):
+    model, processor = open_model(folder)
+    clip = make_clip(0.5)
+    ids = generated(model, processor, clip, max_new_tokens(0.5))
     transcript = transcriber.transcribe(clip)
-    assert not has_repeated_ngram(ids[0, len(prompt) :].tolist(), NO_REPEAT_NGRAM)  # so the chunk is not decoded again
-    assert (
-        transcript.text
-        == " ".join(processor.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).split())
-        != ""
-    )
-    assert (transcript.model, transcript.duration_s) == ("tiny-graft", 0.5)
+    assert not has_repeated_ngram(ids, NO_REPEAT_NGRAM)  # so the chunk is not decoded again
+    assert transcript.text == " ".join(processor.tokenizer.decode(ids, skip_special_tokens=True).split()) != ""
+    assert (transcript.model, transcript.duration_s) == (folder.name, 0.5)
     (segment,) = transcript.segments
     assert (segment.start_s, segment.end_s, segment.flags) == (0.0, 0.5, ("low_confidence", "truncated"))
     assert segment.mean_logprob < -1
 
 
 def test_an_answer_that_ends_by_itself_is_not_flagged_as_truncated(folder, tmp_path):
-    model, processor = open_graft(folder)
+    model, processor = open_model(folder)
     clip = make_clip(0.5)
-    ids = model.generate(**processor(audio=clip), max_new_tokens=8, do_sample=False)[0, -8:].tolist()
+    ids = generated(model, processor, clip, 8)
     end = ids[2]
     other = shutil.copytree(folder, tmp_path / "ending")
     model.generation_config.eos_token_id = end
@@ -81,7 +109,7 @@ def test_paths_bytes_and_clips_give_the_same_text(transcriber, tmp_path):
     clip = make_clip(0.8)
     soundfile.write(tmp_path / "a.flac", clip.samples, 16_000)
     data = (tmp_path / "a.flac").read_bytes()
-    read = graft.audio.clip.read_audio(data)
+    read = read_audio(data)
     texts = {
         transcriber.transcribe(audio).text for audio in (tmp_path / "a.flac", str(tmp_path / "a.flac"), data, read)
     }
@@ -133,12 +161,14 @@ def test_instruction_and_context_reach_the_model(tmp_path):
     transcriber.close()
 
 
-def test_styles_and_context_that_the_model_was_not_trained_for_are_refused(transcriber):
+def test_styles_and_context_that_the_model_was_not_trained_for_are_refused(folder, transcriber):
     clip = make_clip(0.2)
+    own, other = ("lower", "raw") if folder.name == "tiny-graft" else ("raw", "lower")
     with pytest.raises(
-        ModelError, match=r"instruction 'raw': this checkpoint was trained for lower: give one of these"
+        ModelError, match=rf"instruction '{other}': this checkpoint was trained for {own}: give one of these"
     ):
-        transcriber.transcribe(clip, instruction="raw")
+        transcriber.transcribe(clip, instruction=other)
+    assert transcriber.transcribe(clip, instruction=own) == transcriber.transcribe(clip)
     with pytest.raises(ModelError, match="context: this checkpoint was not trained for lists of words"):
         transcriber.transcribe_many([clip], context=["Aachen"])
     assert transcriber.transcribe(clip, context=[]) == transcriber.transcribe(clip)
@@ -170,11 +200,37 @@ def test_threads_and_coroutines_may_share_a_transcriber(transcriber):
         assert [one.text for one in threads.map(transcriber.transcribe, clips)] == alone
 
 
-def test_concurrent_requests_share_batches(folder):
-    model, processor = open_graft(folder)
+def test_a_request_that_is_cancelled_leaves_the_engine_at_once(transcriber):
+    async def cancel(request) -> None:
+        task = asyncio.create_task(request)
+        while not transcriber.counts().running:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    async def read_one_part() -> None:
+        async with aclosing(transcriber.stream_chunk(windows(make_clip(20.0))[0])) as parts:
+            assert await anext(parts)
+
+    async def run() -> None:
+        before = transcriber.counts().tokens
+        await cancel(transcriber.transcribe_async(make_clip(64.0)))
+        await cancel(transcriber.transcribe_chunks(windows(make_clip(64.0))))
+        await read_one_part()
+        while transcriber.counts().running:
+            await asyncio.sleep(0.001)
+        assert transcriber.counts().waiting == 0
+        assert transcriber.counts().tokens - before < 7 * max_new_tokens(20.0)
+
+    asyncio.run(run())
+
+
+def test_concurrent_requests_share_batches(graft_folder):
+    model, processor = open_graft(graft_folder)
     clip_counts: list[int] = []
     model.audio_tower.conv1.register_forward_hook(lambda _, inputs, __: clip_counts.append(inputs[0].shape[0]))
-    engine = graft.inference.transcriber.TransformersEngine(model, pad_id=processor.tokenizer.pad_token_id, eos_ids=())
+    engine = TransformersEngine(GraftDecoder(model, pad_id=processor.tokenizer.pad_token_id), eos_ids=())
     transcriber = Transcriber(engine, processor, "tiny")
     clips = [make_clip(3.0, seed) for seed in range(6)]
     transcriber.transcribe_many(clips)
@@ -248,3 +304,22 @@ def test_a_streamed_chunk_has_the_text_of_a_whole_one(transcriber):
     assert len(parts) > 3
     assert "".join(parts) == segment.text == whole.text != ""
     assert (segment.start_s, segment.end_s, segment.flags) == (whole.start_s, whole.end_s, whole.flags)
+
+
+@pytest.mark.slow
+@pytest.mark.bundled
+def test_the_bundled_whisper_transcribes_speech_alone_together_and_over_30_s():
+    rows = [json.loads(line) for line in (PROMPTS / "unseen.jsonl").read_text().splitlines()[:4]]
+    texts = [row["text"] for row in rows]
+    clips = [read_audio(PROMPTS / row["audio"]) for row in rows]
+    pause = np.zeros(16_000, np.float32)
+    long = AudioClip(np.concatenate([part for clip in clips * 3 for part in (clip.samples, pause)]))
+    assert long.duration_s > 30
+    transcriber = open_transcriber("whisper")
+    *together, long_text = transcriber.transcribe_many([*clips, long])
+    assert all(-1 < one.segments[0].mean_logprob < 0 for one in together)
+    assert score(texts, [one.text for one in together]).wer < 0.15
+    assert score([" ".join(texts * 3)], [long_text.text]).wer < 0.25
+    assert transcriber.transcribe(clips[1]).text == together[1].text
+    assert (long_text.model, {flag for one in long_text.segments for flag in one.flags}) == ("whisper", set())
+    transcriber.close()

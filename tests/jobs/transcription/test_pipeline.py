@@ -12,6 +12,7 @@ from jobs.transcription.discovery import find_recordings
 from jobs.transcription.pipeline import RESULTS, ItemTranscriber
 from jobs.transcription.reader import FAULTS_IN_A_ROW
 from tests.support import media, tiny_models
+from tests.support.speech_corpus import save_tiny_whisper
 from tests.support.work_items import items_of, long_recording, read
 
 
@@ -20,9 +21,10 @@ def recording(tmp_path_factory) -> Path:
     return long_recording(tmp_path_factory.mktemp("bulk"))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny_models.save_tiny_graft(tmp_path_factory.mktemp("bulk") / "tiny")
+@pytest.fixture(scope="module", params=["graft", "whisper"])
+def folder(request, tmp_path_factory) -> Path:
+    save = tiny_models.save_tiny_graft if request.param == "graft" else save_tiny_whisper
+    return Path(save(tmp_path_factory.mktemp("bulk") / "tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from graft.inference.transcript import Segment
 from serve.http.middleware import CLIENT_CLOSED_REQUEST, KEYS_VARIABLE, ApiKeys
 from serve.logs import Observer
 from serve.service import ModelInfo, TranscriptionBackend, TranscriptionOptions
-from tests.support import media, spoken_words, tiny_models
+from tests.support import media, speech_corpus, spoken_words, tiny_models
 from tests.support.faults import until
 from tests.support.http_service import make_api, open_backend, run_server, serve_api
 
@@ -395,6 +395,22 @@ def test_context_words_are_refused_where_the_model_was_not_trained_for_them(deco
             error = read_error(post(url, form), 400)
             assert (error["param"], error["code"]) == (next(iter(form)), "unsupported_parameter")
             assert "not trained for lists of words" in error["message"]
+
+
+def test_a_whisper_is_served_in_every_format(decoder, tmp_path):
+    folder = Path(speech_corpus.save_tiny_whisper(tmp_path / "tiny-graft"))
+    with open_backend(folder) as backend, serve_api(decoder, backend) as url:
+        whole = post(url, {"response_format": "verbose_json"}, file=LONGER).json()
+        assert whole["text"] == " ".join(segment["text"] for segment in whole["segments"]) != ""
+        assert all(segment["avg_logprob"] < 0 for segment in whole["segments"])
+        assert post(url, file=LONGER).json()["text"] == whole["text"]
+        assert post(url, {"response_format": "text"}, file=LONGER).text == whole["text"] + "\n"
+        assert " --> " in post(url, {"response_format": "vtt"}, file=LONGER).text
+        events = post(url, {"stream": "true"}, file=LONGER).text
+        deltas = [json.loads(line[6:]) for line in events.splitlines() if line.startswith('data: {"type"')]
+        assert "".join(event.get("delta", "") for event in deltas)
+        error = read_error(post(url, {"prompt": "Aachen"}, file=LONGER), 400)
+        assert (error["param"], error["code"]) == ("prompt", "unsupported_parameter")
 
 
 def test_words_have_timestamps_where_an_aligner_is_loaded(decoder, graft_folder, tmp_path):

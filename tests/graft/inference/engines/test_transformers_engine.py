@@ -1,4 +1,4 @@
-"""The transformers engine returns the tokens of generate in any batch, while rows join and leave."""
+"""The transformers engine returns the tokens of generate in any batch, while rows join and leave: graft and Whisper."""
 
 import asyncio
 import contextlib
@@ -6,21 +6,33 @@ import itertools
 import json
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+from transformers import (
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    WhisperFeatureExtractor,
+)
 
 from graft.audio.clip import read_audio
 from graft.audio.features import Features
 from graft.checkpoints.build import build_graft
 from graft.checkpoints.bundled.cache import bundled_qwen2vl, bundled_whisper
+from graft.checkpoints.whisper import open_whisper
+from graft.inference.engines.graft_decoder import GraftDecoder
 from graft.inference.engines.kv_cache import COLUMNS
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
 from graft.inference.engines.sampling import choose_tokens, has_repeated_ngram, repeating_ids
 from graft.inference.engines.scheduler import ENCODER_ROWS
 from graft.inference.engines.transformers_engine import TransformersEngine
+from graft.inference.engines.whisper_decoder import WhisperDecoder
+from graft.model.configuration import WINDOW_FRAMES
+from graft.model.encoder import pad_with_silence
 from tests.support import tiny_models
 from tests.support.paths import ROOT
 
@@ -34,21 +46,43 @@ VARIANTS = [
 FRAME_COUNTS = [37, 250, 8, 120, 121]
 
 
-def make_model(**audio):
-    model = tiny_models.pay_attention(tiny_models.graft_model(**audio))
-    model.generation_config.suppress_tokens = PLACEHOLDERS
-    return model
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model that the engine runs: how a tiny one is made and asked, and where its parts are."""
+
+    decoder: Any
+    layer: str
+    """Name of a module that all tokens pass: (rows, length, width)."""
+    conv: str
+    head: str
+
+    def model(self, **audio):
+        if self is WHISPER:
+            return tiny_models.whisper_for_generation()
+        model = tiny_models.pay_attention(tiny_models.graft_model(**audio))
+        model.generation_config.suppress_tokens = PLACEHOLDERS
+        return model
+
+    def request(self, model, index, frame_count, *, max_new_tokens=12) -> EngineRequest:
+        features, _ = tiny_models.log_mels([frame_count], seed=index)
+        text = [7, 8, 9] + [10 + index % 5] * (index % 3)
+        prompt = text if self is WHISPER else tiny_models.prompt(model, frame_count, text)
+        return EngineRequest(f"r{index}", Features(features[0].numpy(), frame_count), prompt, max_new_tokens)
+
+    def inputs(self, request: EngineRequest) -> dict[str, torch.Tensor]:
+        """Return what transformers' own generate takes for a request."""
+        ids, mel = torch.tensor([request.prompt_ids]), torch.from_numpy(request.features.mel)[None]
+        count = torch.tensor([request.features.frame_count])
+        if self is WHISPER:
+            return {"decoder_input_ids": ids, "input_features": pad_with_silence(mel, count, WINDOW_FRAMES)}
+        return {"input_ids": ids, "input_features": mel, "audio_frame_counts": count}
 
 
-def make_request(model, index, frame_count, *, max_new_tokens=12) -> EngineRequest:
-    features, _ = tiny_models.log_mels([frame_count], seed=index)
-    text = [7, 8, 9] + [10 + index % 5] * (index % 3)
-    return EngineRequest(
-        f"r{index}",
-        Features(features[0].numpy(), frame_count),
-        tiny_models.prompt(model, frame_count, text),
-        max_new_tokens,
-    )
+GRAFT = Kind(GraftDecoder, "model.language_model.layers.1.mlp", "audio_tower.conv1", "lm_head")
+WHISPER = Kind(WhisperDecoder, "model.decoder.layers.0.fc1", "model.encoder.conv1", "proj_out")
+BUDGETS = {"max_batch_tokens": 40 * (WINDOW_FRAMES // 2 + COLUMNS), "max_prefill_tokens": 40 * WINDOW_FRAMES}
+"""Budgets of forty rows of a Whisper, as the default ones are of as many rows of a graft or more."""
+BOTH = pytest.mark.parametrize("kind", [GRAFT, WHISPER], ids=["graft", "whisper"])
 
 
 class AnswerOnly(LogitsProcessor):
@@ -62,27 +96,32 @@ class AnswerOnly(LogitsProcessor):
         return self.processor(answer, scores) if answer.shape[1] else scores
 
 
+def kind_of(model) -> Kind:
+    return GRAFT if hasattr(model, "audio_tower") else WHISPER
+
+
 def generated(model, request, eos_ids=()) -> tuple[list[int], list[float]]:
-    """Return the answer of transformers' own generate to this request alone: ids and log-probabilities."""
+    """Return the answer of transformers' own greedy decoding to this request alone: ids and log-probabilities."""
     blocking = [NoRepeatNGramLogitsProcessor(request.no_repeat_ngram)] if request.no_repeat_ngram else []
-    output = model.generate(
-        input_ids=torch.tensor([request.prompt_ids]),
-        input_features=torch.from_numpy(request.features.mel)[None],
-        audio_frame_counts=torch.tensor([request.features.frame_count]),
+    output = GenerationMixin.generate(  # Whisper's own generate calls it with a prompt that it chooses
+        model,
+        **kind_of(model).inputs(request),
         max_new_tokens=request.max_new_tokens,
         do_sample=False,
         eos_token_id=list(eos_ids) or None,
         pad_token_id=0,
         suppress_tokens=model.generation_config.suppress_tokens,
+        begin_suppress_tokens=model.generation_config.begin_suppress_tokens,
         logits_processor=LogitsProcessorList([AnswerOnly(one, len(request.prompt_ids)) for one in blocking]),
         return_dict_in_generate=True,
         output_logits=True,
     )
     ids = output.sequences[0, len(request.prompt_ids) :].tolist()
     suppressed = torch.tensor(model.generation_config.suppress_tokens)
+    first = torch.tensor([*suppressed, *(model.generation_config.begin_suppress_tokens or [])])
     logprobs = [
-        logits[0].index_fill(0, suppressed, float("-inf")).log_softmax(-1)[id].item()
-        for id, logits in zip(ids, output.logits, strict=True)
+        logits[0].index_fill(0, suppressed if place else first, float("-inf")).log_softmax(-1)[id].item()
+        for place, (id, logits) in enumerate(zip(ids, output.logits, strict=True))
     ]
     end = len(ids) - 1 if ids[-1] in eos_ids else len(ids)
     return ids[:end], logprobs[:end]
@@ -105,8 +144,9 @@ async def collect_all(engine, requests):
 
 
 @contextlib.contextmanager
-def running(model, *, eos_ids=(), **options):
-    engine = TransformersEngine(model, pad_id=0, eos_ids=eos_ids, **options)
+def running(model, *, eos_ids=(), graphs=None, **budgets):
+    budgets = (BUDGETS if kind_of(model) is WHISPER else {}) | budgets
+    engine = TransformersEngine(kind_of(model).decoder(model, pad_id=0, graphs=graphs), eos_ids=eos_ids, **budgets)
     try:
         yield engine
     finally:
@@ -116,15 +156,17 @@ def running(model, *, eos_ids=(), **options):
 def watch_rows(model) -> tuple[list[int], list[int]]:
     """Record the number of rows of every forward pass, and the number of clips of every encoding."""
     rows, clips = [], []
-    model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
-    model.audio_tower.conv1.register_forward_hook(lambda _, inputs, __: clips.append(inputs[0].shape[0]))
+    for counts, name in ((rows, kind_of(model).head), (clips, kind_of(model).conv)):
+        model.get_submodule(name).register_forward_hook(
+            lambda _, inputs, __, counts=counts: counts.append(inputs[0].shape[0])
+        )
     return rows, clips
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant["audio_context"])
 def test_tokens_and_logprobs_equal_generate_in_a_batch_and_alone(variant):
-    model = make_model(**variant)
-    requests = [make_request(model, index, count) for index, count in enumerate(FRAME_COUNTS)]
+    model = GRAFT.model(**variant)
+    requests = [GRAFT.request(model, index, count) for index, count in enumerate(FRAME_COUNTS)]
     # Ending tokens from the middle of two answers: rows end at different steps.
     eos_ids = {generated(model, requests[0])[0][3], generated(model, requests[1])[0][7]}
     expected = [generated(model, request, eos_ids) for request in requests]
@@ -147,15 +189,16 @@ def assert_close(tokens, logprobs) -> None:
 
 
 @pytest.fixture(scope="module")
-def crowd():
+def crowd(request):
     """A model, requests of mixed lengths, some with blocked n-grams, the ids that end answers, generate's answers."""
-    model = make_model()
+    kind, count = request.param
+    model = kind.model()
     mixed = random.Random(0)
     requests = []
-    for index in range(44):
+    for index in range(count):
         frame_count = mixed.choice([mixed.randint(8, 60), mixed.randint(60, 400), mixed.randint(400, 1100)])
-        request = make_request(model, index, frame_count, max_new_tokens=mixed.choice([1, 2, 10, 25, 40]))
-        requests.append(replace(request, no_repeat_ngram=mixed.choice([0, 0, 1, 2, 4])))
+        one = kind.request(model, index, frame_count, max_new_tokens=mixed.choice([1, 2, 10, 25, 40]))
+        requests.append(replace(one, no_repeat_ngram=mixed.choice([0, 0, 1, 2, 4])))
     # Ids from the middle of some answers end those of others.
     eos_ids = {generated(model, requests[index])[0][-1] for index in (3, 11)}
     return model, requests, eos_ids, [generated(model, request, eos_ids) for request in requests]
@@ -185,13 +228,20 @@ async def come_and_go(engine, requests, seed) -> dict[str, list[Token]]:
     return answers
 
 
+CROWD_RUNS = [(0, False, 0), (1, False, 0.01), (2, True, 0), (3, True, 0.01)]
+"""Seed, graphs and gather_s."""
+
+
 @pytest.mark.parametrize(
-    ("seed", "graphs", "gather_s"), [(0, False, 0), (1, False, 0.01), (2, True, 0), (3, True, 0.01)]
+    ("crowd", "seed", "graphs", "gather_s"),
+    [((GRAFT, 44), *run) for run in CROWD_RUNS] + [((WHISPER, 24), *run) for run in CROWD_RUNS[1:3]],
+    indirect=["crowd"],
 )
 def test_tokens_equal_generate_while_rows_join_and_leave(crowd, seed, graphs, gather_s):
     model, requests, eos_ids, expected = crowd
     rows, _ = watch_rows(model)
-    budgets = {"max_batch_tokens": 9 * COLUMNS, "max_prefill_tokens": 400}
+    window = WINDOW_FRAMES // 2 if kind_of(model) is WHISPER else 0
+    budgets = {"max_batch_tokens": 9 * (window + COLUMNS), "max_prefill_tokens": 2 * window + 400}
     with running(model, eos_ids=eos_ids, graphs=graphs, gather_s=gather_s, **budgets) as engine:
         answers = asyncio.run(come_and_go(engine, requests, seed))
         assert (engine.counts().running, engine.counts().waiting) == (0, 0)
@@ -204,9 +254,10 @@ def test_tokens_equal_generate_while_rows_join_and_leave(crowd, seed, graphs, ga
     assert max(rows) >= 4
 
 
-def test_n_grams_are_blocked_by_row_and_log_probabilities_stay():
-    model = make_model()
-    requests = [make_request(model, index, 100 + index, max_new_tokens=40) for index in range(6)]
+@BOTH
+def test_n_grams_are_blocked_by_row_and_log_probabilities_stay(kind):
+    model = kind.model()
+    requests = [kind.request(model, index, 100 + index, max_new_tokens=40) for index in range(6)]
     mixed = [replace(request, no_repeat_ngram=index % 3) for index, request in enumerate(requests)]
     plain, expected = (
         [generated(model, request) for request in requests],
@@ -240,28 +291,30 @@ def test_blocked_ids_keep_their_probability_and_suppressed_ids_have_none():
     assert logprobs == pytest.approx(torch.tensor([1.0, 2.0, 0.0]).log_softmax(-1)[[1, 0]].tolist())
 
 
-def test_max_new_tokens_holds_for_each_row():
-    model = make_model()
-    requests = [make_request(model, index, 60, max_new_tokens=count) for index, count in enumerate([1, 5, 3])]
+@BOTH
+def test_max_new_tokens_holds_for_each_row(kind):
+    model = kind.model()
+    requests = [kind.request(model, index, 60, max_new_tokens=count) for index, count in enumerate([1, 5, 3])]
     with running(model) as engine:
         answers = asyncio.run(collect_all(engine, requests))
     assert [len(tokens) for tokens in answers] == [1, 5, 3]
 
 
-def test_suppressed_ids_are_never_chosen():
-    model = make_model()
-    request = make_request(model, 0, 60)
+@BOTH
+def test_suppressed_ids_are_never_chosen(kind):
+    model = kind.model()
+    request = kind.request(model, 0, 60)
     with running(model) as engine:
         first = asyncio.run(collect(engine, request))[0].id
-    model.generation_config.suppress_tokens = [*PLACEHOLDERS, first]
+    model.generation_config.suppress_tokens = [*model.generation_config.suppress_tokens, first]
     with running(model) as engine:
         assert first not in {token.id for token in asyncio.run(collect(engine, request))}
 
 
 def test_batches_keep_to_the_token_budget_and_rows_of_similar_length_share_them():
-    model = make_model()
+    model = GRAFT.model()
     requests = [
-        make_request(model, index, count, max_new_tokens=4) for index, count in enumerate([40, 800, 44, 804, 2000])
+        GRAFT.request(model, index, count, max_new_tokens=4) for index, count in enumerate([40, 800, 44, 804, 2000])
     ]
     expected = [generated(model, request)[0] for request in requests]
     rows, clips = watch_rows(model)
@@ -272,8 +325,8 @@ def test_batches_keep_to_the_token_budget_and_rows_of_similar_length_share_them(
 
 
 def test_between_two_prefills_there_is_a_step_and_no_prefill_is_over_its_budget():
-    model = make_model()
-    requests = [make_request(model, index, 200 + index, max_new_tokens=20) for index in range(12)]
+    model = GRAFT.model()
+    requests = [GRAFT.request(model, index, 200 + index, max_new_tokens=20) for index in range(12)]
     rows, clips = watch_rows(model)
     longest = max(len(request.prompt_ids) for request in requests)
     with running(model, max_prefill_tokens=2 * longest, gather_s=0.05) as engine:
@@ -283,9 +336,9 @@ def test_between_two_prefills_there_is_a_step_and_no_prefill_is_over_its_budget(
 
 
 def test_the_row_that_has_waited_longest_is_next_even_where_others_would_fit():
-    model = make_model()
-    short = [make_request(model, index, 40, max_new_tokens=60) for index in range(12)]
-    long = make_request(model, 12, 1100, max_new_tokens=60)
+    model = GRAFT.model()
+    short = [GRAFT.request(model, index, 40, max_new_tokens=60) for index in range(12)]
+    long = GRAFT.request(model, 12, 1100, max_new_tokens=60)
     order = []
 
     async def send(engine, request) -> None:
@@ -306,8 +359,8 @@ def test_the_row_that_has_waited_longest_is_next_even_where_others_would_fit():
 
 
 def test_slots_shrink_to_the_rows_that_are_left():
-    model = make_model()
-    short, long = make_request(model, 0, 40, max_new_tokens=200), make_request(model, 1, 2000, max_new_tokens=3)
+    model = GRAFT.model()
+    short, long = GRAFT.request(model, 0, 40, max_new_tokens=200), GRAFT.request(model, 1, 2000, max_new_tokens=3)
     expected = [generated(model, request)[0] for request in (short, long)]
     columns = []
 
@@ -324,9 +377,10 @@ def test_slots_shrink_to_the_rows_that_are_left():
     assert [size for size, _ in itertools.groupby(columns)] == [COLUMNS, 4 * COLUMNS, COLUMNS, 2 * COLUMNS]
 
 
-def test_counts():
-    model = make_model()
-    requests = [make_request(model, index, 60, max_new_tokens=5 + index) for index in range(3)]
+@BOTH
+def test_counts(kind):
+    model = kind.model()
+    requests = [kind.request(model, index, 60, max_new_tokens=5 + index) for index in range(3)]
     with running(model, gather_s=0.05) as engine:
         assert engine.counts() == EngineCounts(0, 0, 0, 0, 0, 0.0)
         asyncio.run(collect_all(engine, requests))
@@ -335,9 +389,10 @@ def test_counts():
     assert counts.busy_s > 0
 
 
-def test_many_clips_are_encoded_in_parts():
-    model = make_model()
-    requests = [make_request(model, index, 30 + index, max_new_tokens=2) for index in range(ENCODER_ROWS + 3)]
+@BOTH
+def test_many_clips_are_encoded_in_parts(kind):
+    model = kind.model()
+    requests = [kind.request(model, index, 30 + index, max_new_tokens=2) for index in range(ENCODER_ROWS + 3)]
     rows, clips = watch_rows(model)
     with running(model, gather_s=0.05) as engine:
         answers = asyncio.run(collect_all(engine, requests))
@@ -347,9 +402,10 @@ def test_many_clips_are_encoded_in_parts():
     ]
 
 
-def test_an_aborted_row_leaves_the_batch_and_the_others_go_on():
-    model = make_model()
-    requests = [make_request(model, index, 60 + 10 * index, max_new_tokens=200) for index in range(3)]
+@BOTH
+def test_an_aborted_row_leaves_the_batch_and_the_others_go_on(kind):
+    model = kind.model()
+    requests = [kind.request(model, index, 60 + 10 * index, max_new_tokens=200) for index in range(3)]
     expected = [generated(model, request)[0] for request in requests]
     rows, _ = watch_rows(model)
 
@@ -381,9 +437,10 @@ def test_an_aborted_row_leaves_the_batch_and_the_others_go_on():
     assert rows.count(1) >= 100
 
 
-def test_a_waiting_request_that_is_cancelled_is_never_decoded():
-    model = make_model()
-    requests = [make_request(model, index, 60, max_new_tokens=300) for index in range(2)]
+@BOTH
+def test_a_waiting_request_that_is_cancelled_is_never_decoded(kind):
+    model = kind.model()
+    requests = [kind.request(model, index, 60, max_new_tokens=300) for index in range(2)]
     _, clips = watch_rows(model)
 
     async def run(engine):
@@ -400,22 +457,28 @@ def test_a_waiting_request_that_is_cancelled_is_never_decoded():
         assert clips == [1]
 
 
-def test_an_error_of_one_clip_ends_that_row_alone():
-    model = make_model()
-    requests = [make_request(model, index, 60 + index) for index in range(5)]
+@BOTH
+def test_an_error_of_one_clip_ends_that_row_alone(kind):
+    model = kind.model()
+    requests = [kind.request(model, index, 60 + index) for index in range(5)]
     expected = [generated(model, request)[0] for request in requests]
-    requests[2] = replace(requests[2], prompt_ids=[*requests[2].prompt_ids, tiny_models.AUDIO_ID])
+    if kind is GRAFT:
+        requests[2] = replace(requests[2], prompt_ids=[*requests[2].prompt_ids, tiny_models.AUDIO_ID])
+    else:
+        requests[2] = replace(requests[2], features=Features(requests[2].features.mel[:40], 62))
     with running(model, gather_s=0.05) as engine:
         answers = asyncio.run(collect_all(engine, requests))
-        assert isinstance(answers[2], ValueError)
-        assert "16 audio placeholders in input_ids, but 15 audio tokens" in str(answers[2])
+        assert isinstance(answers[2], ValueError if kind is GRAFT else RuntimeError)
+        fault = "16 audio placeholders in input_ids, but 15 audio tokens" if kind is GRAFT else "to have 80 channels"
+        assert fault in str(answers[2])
         assert [[token.id for token in tokens] for tokens in answers[:2] + answers[3:]] == expected[:2] + expected[3:]
 
 
+@BOTH
 @pytest.mark.parametrize("graphs", [False, True])
-def test_an_error_in_a_step_ends_only_the_rows_that_it_concerns(graphs):
-    model = make_model()
-    requests = [make_request(model, index, 60 + 9 * index, max_new_tokens=30) for index in range(10)]
+def test_an_error_in_a_step_ends_only_the_rows_that_it_concerns(kind, graphs):
+    model = kind.model()
+    requests = [kind.request(model, index, 60 + 9 * index, max_new_tokens=30) for index in range(10)]
     expected = {request.request_id: generated(model, request) for request in requests}
     ((bad_id, _),) = Counter(id for ids, _ in expected.values() for id in set(ids[:-1])).most_common()[-1:]
     # Rows that fail come last: the others are decoded in halves and quarters of the batch.
@@ -438,32 +501,37 @@ def test_an_error_in_a_step_ends_only_the_rows_that_it_concerns(graphs):
             assert_close(tokens, expected[request.request_id][1])
 
 
+@BOTH
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
 )
-def test_without_memory_halves_are_tried_and_a_row_too_large_alone_ends_with_an_error(error):
-    model = make_model()
-    requests = [make_request(model, index, 60 + index) for index in range(5)]
+def test_without_memory_halves_are_tried_and_a_row_too_large_alone_ends_with_an_error(kind, error):
+    model = kind.model()
+    requests = [kind.request(model, index, 60 + index) for index in range(5)]
     expected = [generated(model, request)[0] for request in requests]
-    huge = make_request(model, 5, 900)
+    huge = kind.request(model, 5, 900)
+    if kind is WHISPER:
+        huge = replace(huge, prompt_ids=[7] * 200)
 
     def fail(_, inputs) -> None:
         rows, length, _ = inputs[0].shape
         if rows > 2 or rows * length > 150:
             raise error
 
-    model.model.language_model.layers[1].mlp.register_forward_pre_hook(fail)
+    model.get_submodule(kind.layer).register_forward_pre_hook(fail)
     with running(model, gather_s=0.05) as engine:
         *answers, failed = asyncio.run(collect_all(engine, [*requests, huge]))
     assert [[token.id for token in tokens] for tokens in answers] == expected
     assert isinstance(failed, MemoryError)
-    assert str(failed) == "not enough memory for one request: lower max_batch_tokens, now 16384"
+    budget = 16384 if kind is GRAFT else BUDGETS["max_batch_tokens"]
+    assert str(failed) == f"not enough memory for one request: lower max_batch_tokens, now {budget}"
     assert failed.__cause__ is error
 
 
-def test_an_error_outside_the_model_ends_all_streams_and_the_engine_goes_on():
-    model = make_model()
-    requests = [make_request(model, index, 60, max_new_tokens=8 + index) for index in range(3)]
+@BOTH
+def test_an_error_outside_the_model_ends_all_streams_and_the_engine_goes_on(kind):
+    model = kind.model()
+    requests = [kind.request(model, index, 60, max_new_tokens=8 + index) for index in range(3)]
     with running(model, gather_s=0.05) as engine:
         keep = engine._decoder.slots.keep
 
@@ -480,19 +548,21 @@ def test_an_error_outside_the_model_ends_all_streams_and_the_engine_goes_on():
         assert [token.id for token in asyncio.run(collect(engine, requests[2]))] == generated(model, requests[2])[0]
 
 
-def test_an_id_that_is_under_way_is_refused():
-    model = make_model()
-    request = make_request(model, 0, 60)
+@BOTH
+def test_an_id_that_is_under_way_is_refused(kind):
+    model = kind.model()
+    request = kind.request(model, 0, 60)
     with running(model, gather_s=0.05) as engine:
         first, second = asyncio.run(collect_all(engine, [request, request]))
     assert len(first) == 12
     assert isinstance(second, ValueError)
 
 
-def test_a_closed_engine_ends_its_streams_with_an_error():
-    model = make_model()
-    engine = TransformersEngine(model, pad_id=0, eos_ids=())
-    requests = [make_request(model, index, 60, max_new_tokens=3000) for index in range(2)]
+@BOTH
+def test_a_closed_engine_ends_its_streams_with_an_error(kind):
+    model = kind.model()
+    engine = TransformersEngine(kind.decoder(model, pad_id=0), eos_ids=())
+    requests = [kind.request(model, index, 60, max_new_tokens=440) for index in range(2)]
 
     async def run():
         async for _ in engine.stream(requests[0]):
@@ -502,6 +572,67 @@ def test_a_closed_engine_ends_its_streams_with_an_error():
         asyncio.run(run())
     with pytest.raises(RuntimeError, match="closed"):
         asyncio.run(collect(engine, requests[1]))
+
+
+def test_a_whispers_rows_keep_to_the_budgets_with_their_windows():
+    model = WHISPER.model()
+    requests = [WHISPER.request(model, index, 60, max_new_tokens=20) for index in range(7)]
+    expected = [generated(model, request)[0] for request in requests]
+    rows, clips = watch_rows(model)
+    row = WINDOW_FRAMES // 2 + COLUMNS
+    with running(model, max_batch_tokens=3 * row + 50, max_prefill_tokens=2 * row, gather_s=0.05) as engine:
+        answers = asyncio.run(collect_all(engine, requests))
+        tokens = engine._decoder.slots.windows[0].shape[0]
+    assert (clips, max(rows), tokens) == ([2, 1, 2, 1, 1], 3, 3)
+    assert [[token.id for token in tokens] for tokens in answers] == expected
+
+
+def test_an_answer_that_a_whisper_has_no_positions_for_is_refused():
+    model = WHISPER.model()
+    request = WHISPER.request(model, 0, 60, max_new_tokens=446)
+    with running(model) as engine:
+        assert len(asyncio.run(collect(engine, replace(request, max_new_tokens=445)))) == 445
+        with pytest.raises(ValueError, match="prompt and answer may have 449 tokens: the model takes 448"):
+            asyncio.run(collect(engine, request))
+        assert engine.counts().waiting == 0
+
+
+def test_what_may_not_begin_an_answer_may_come_later():
+    model = WHISPER.model()
+    request = WHISPER.request(model, 0, 60, max_new_tokens=60)
+    ids, _ = generated(model, request)
+    assert ids[0] in ids[1:]
+    model.generation_config.begin_suppress_tokens = [ids[0]]
+    expected, logprobs = generated(model, request)
+    with running(model) as engine:
+        tokens = asyncio.run(collect(engine, request))
+    assert [token.id for token in tokens] == expected
+    assert_close(tokens, logprobs)
+    assert expected[0] != ids[0] in expected
+
+
+@pytest.mark.slow
+@pytest.mark.bundled
+def test_on_bundled_weights_tokens_equal_those_of_whispers_own_generate():
+    """It takes audio through transformers' extractor, and begins the text by itself."""
+    model, prompter = open_whisper(bundled_whisper())
+    extractor = WhisperFeatureExtractor.from_pretrained(bundled_whisper())
+    rows = [json.loads(line) for line in (PROMPTS / "train.jsonl").read_text().splitlines()[:12]]
+    clips = [read_audio(PROMPTS / row["audio"]) for row in rows]
+    requests, expected = [], []
+    for index, clip in enumerate(clips):
+        features = prompter.featurizer(clip)
+        requests.append(EngineRequest(f"r{index}", features, prompter.prompt_ids(features.frame_count), 60))
+        mel = extractor(clip.samples, sampling_rate=16_000, return_tensors="pt").input_features
+        ids = model.generate(mel, language="en", task="transcribe", do_sample=False, max_new_tokens=60)[0].tolist()
+        expected.append([id for id in ids if id < 50257])  # without the ids that begin and end a text
+    assert all(len(ids) > 2 for ids in expected)
+    with running(model, eos_ids=prompter.end_ids(model.generation_config), max_prefill_tokens=3_100) as engine:
+        answers = asyncio.run(come_and_go(engine, requests, seed=0))
+    for request, ids in zip(requests, expected, strict=True):
+        assert [token.id for token in answers[request.request_id]] == ids
+        end_ids = prompter.end_ids(model.generation_config)
+        assert_close(answers[request.request_id], generated(model, request, end_ids)[1])
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from graft.checkpoints.build import build_graft
 from graft.checkpoints.bundled.cache import bundled_qwen2vl, bundled_whisper
 from graft.checkpoints.language_model import open_encoder_model
 from graft.checkpoints.loading import open_graft
+from graft.inference.engines.graft_decoder import GraftDecoder
 from graft.inference.engines.protocol import EngineRequest, Token
 from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.engines.transformers_engine import TransformersEngine
@@ -52,7 +53,7 @@ async def collect_all(engine, requests):
 def reference(path, requests, *, eos_ids) -> list[list[Token]]:
     """Return the answers of the transformers engine."""
     model, processor = open_graft(path)
-    engine = TransformersEngine(model, pad_id=processor.tokenizer.pad_token_id, eos_ids=eos_ids)
+    engine = TransformersEngine(GraftDecoder(model, pad_id=processor.tokenizer.pad_token_id), eos_ids=eos_ids)
     try:
         return asyncio.run(collect_all(engine, requests))
     finally:

@@ -1,7 +1,7 @@
 """Turn clips, images and texts into the model's inputs, for training, bulk transcription and serving alike.
 
-A GraftProcessor serves training and inference of a graft; a WhisperPrompter serves inference of a plain Whisper. What a
-Transcriber uses of either is a SpeechProcessor.
+A GraftProcessor serves training and inference of a graft, a PlainWhisperProcessor inference of a Whisper checkpoint.
+What a Transcriber uses of either is a SpeechProcessor.
 """
 
 import itertools
@@ -289,7 +289,7 @@ class GraftProcessor(ProcessorMixin):
         return np.array(lengths, dtype=np.int64)
 
 
-class WhisperPrompter:
+class PlainWhisperProcessor:
     """The SpeechProcessor of a plain Whisper, which writes English, without timestamps, in no other style than its own.
 
     `generation_config` is that of the checkpoint: it says how a text begins.

@@ -18,7 +18,7 @@ from graft.checkpoints.names import WHISPER
 from graft.checkpoints.projector_file import check_projector, load_projector, read_projector, weight_files
 from graft.checkpoints.quiet import no_loading_bars
 from graft.checkpoints.release import installed_graft, known_names
-from graft.checkpoints.whisper import open_prompter, open_whisper
+from graft.checkpoints.whisper import open_whisper, open_whisper_processor
 from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
@@ -102,7 +102,7 @@ def open_model(
 
 def open_speech_processor(path: str | Path) -> SpeechProcessor:
     """Load the processor that open_model returns, without the model. Raises ModelError as check_model does."""
-    return open_processor(path) if check_model(path) == "graft" else open_prompter(base_graft(path))
+    return open_processor(path) if check_model(path) == "graft" else open_whisper_processor(base_graft(path))
 
 
 def model_digest(path: str | Path) -> str:

@@ -38,9 +38,9 @@ def test_the_bundled_whisper_opens_by_its_name_where_no_folder_has_it(
     monkeypatch.chdir(tmp_path)
     assert check_model("whisper") == "whisper"
     assert base_graft("whisper") == str(bundled_whisper())
-    prompter = open_processor("whisper")
-    ids = prompter.prompt_ids(100)
-    assert prompter.tokenizer.decode(ids) == "<|startoftranscript|><|en|><|transcribe|><|notimestamps|>"
+    processor = open_processor("whisper")
+    ids = processor.prompt_ids(100)
+    assert processor.tokenizer.decode(ids) == "<|startoftranscript|><|en|><|transcribe|><|notimestamps|>"
     save_tiny_whisper(tmp_path / "whisper")
     assert base_graft("whisper") == str(tmp_path / "whisper")
 

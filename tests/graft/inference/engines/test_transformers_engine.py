@@ -615,23 +615,23 @@ def test_what_may_not_begin_an_answer_may_come_later():
 @pytest.mark.bundled
 def test_on_bundled_weights_tokens_equal_those_of_whispers_own_generate():
     """It takes audio through transformers' extractor, and begins the text by itself."""
-    model, prompter = open_whisper(bundled_whisper())
+    model, processor = open_whisper(bundled_whisper())
     extractor = WhisperFeatureExtractor.from_pretrained(bundled_whisper())
     rows = [json.loads(line) for line in (PROMPTS / "train.jsonl").read_text().splitlines()[:12]]
     clips = [read_audio(PROMPTS / row["audio"]) for row in rows]
     requests, expected = [], []
     for index, clip in enumerate(clips):
-        features = prompter.featurizer(clip)
-        requests.append(EngineRequest(f"r{index}", features, prompter.prompt_ids(features.frame_count), 60))
+        features = processor.featurizer(clip)
+        requests.append(EngineRequest(f"r{index}", features, processor.prompt_ids(features.frame_count), 60))
         mel = extractor(clip.samples, sampling_rate=16_000, return_tensors="pt").input_features
         ids = model.generate(mel, language="en", task="transcribe", do_sample=False, max_new_tokens=60)[0].tolist()
         expected.append([id for id in ids if id < 50257])  # without the ids that begin and end a text
     assert all(len(ids) > 2 for ids in expected)
-    with running(model, eos_ids=prompter.end_ids(model.generation_config), max_prefill_tokens=3_100) as engine:
+    with running(model, eos_ids=processor.end_ids(model.generation_config), max_prefill_tokens=3_100) as engine:
         answers = asyncio.run(come_and_go(engine, requests, seed=0))
     for request, ids in zip(requests, expected, strict=True):
         assert [token.id for token in answers[request.request_id]] == ids
-        end_ids = prompter.end_ids(model.generation_config)
+        end_ids = processor.end_ids(model.generation_config)
         assert_close(answers[request.request_id], generated(model, request, end_ids)[1])
 
 

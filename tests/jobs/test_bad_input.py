@@ -126,10 +126,12 @@ FAULTS = {
     "audio check of no set": Fault(
         "evaluate", f"{SCORE} audio_check=tset", ("audio_check=tset is no set of data (test)",)
     ),
-    "model to score missing": Fault("evaluate", f"{SCORE} model={{nothing}}", ("can't be read as a graft checkpoint",)),
+    "model to score missing": Fault(
+        "evaluate", f"{SCORE} model={{nothing}}", ("can't be read as a graft or whisper checkpoint",)
+    ),
     "model to score deaf": Fault("evaluate", f"{SCORE} model={{zeros}}", ("all zeros, so audio has no effect",)),
     "baseline is no Whisper": Fault(
-        "evaluate", f"{SCORE} baseline={{qwen2vl}}", ("is a qwen2_vl checkpoint, not whisper",)
+        "evaluate", f"{SCORE} baseline={{qwen2vl}}", ("is a qwen2_vl checkpoint, not graft or whisper",)
     ),
 }
 

@@ -124,6 +124,6 @@ def test_an_application_that_can_not_be_built_is_told_at_once(tmp_path: Path, mo
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_started")
 def test_a_model_is_served_by_the_name_it_was_given(tmp_path: Path) -> None:
-    refusal = "not answer: nowhere can't be read as a graft checkpoint"  # not a folder of that name here
+    refusal = "not answer: nowhere can't be read as a graft or whisper checkpoint"  # not a folder of that name here
     with pytest.raises(ServerFailed, match=refusal), serving("nowhere", tmp_path, app="wrong"):
         pass

@@ -14,7 +14,7 @@ from graft.config import Recipe, read_recipe
 from graft.errors import ModelError, RecipeError
 
 from .common.cli import run_job
-from .common.outputs import RECIPE_FILE, staged_output
+from .common.outputs import RECIPE_FILE, holds_results, staged_output
 from .merge import ADAPTER_FOLDER
 
 if TYPE_CHECKING:
@@ -60,11 +60,15 @@ class BuildRecipe(Recipe):
 
 
 def run(recipe: BuildRecipe) -> None:
-    """Build a graft and its processor into recipe.out.
+    """Build a graft and its processor into recipe.out, unless that is done already.
 
-    Raises ModelError for bases that cannot be joined, RecipeError for settings other than the trained weights'.
+    Raises ModelError for bases that cannot be joined, RecipeError for settings other than the trained weights',
+    OutputError.
     """
     recipe = with_trained_settings(recipe)
+    if holds_results(recipe.out, recipe):
+        print(f"build: {recipe.out} is done already", flush=True)
+        return
     with staged_output(recipe.out, recipe) as out:
         model, processor, source = _open(recipe)
         model.save_pretrained(out)

@@ -27,7 +27,7 @@ from graft.text.wer import score
 
 from .common.cli import run_job
 from .common.cluster import connect
-from .common.outputs import staged_output
+from .common.outputs import holds_results, staged_output
 from .transcription import ClipTranscript
 
 if TYPE_CHECKING:
@@ -104,11 +104,16 @@ def run(recipe: EvaluateRecipe) -> int:
 
 
 def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """Score recipe.model; returns the content of report.json.
+    """Score recipe.model, unless that is done already; returns the content of report.json.
 
-    Raises DataError for rows without text and for names of sets, RecipeError, MissingExtra, and ModelError, also for an
-    instruction that the model was not trained for.
+    Raises DataError for rows without text and for names of sets, RecipeError, MissingExtra, OutputError, and
+    ModelError, also for an instruction that the model was not trained for.
     """
+    if holds_results(recipe.out, recipe):
+        print(f"evaluate: {recipe.out} is done already", flush=True)
+        report = json.loads(Path(recipe.out, REPORT_FILE).read_text())
+        print(table(report), flush=True)
+        return report
     _check_sets(recipe)
     score(["a"], ["a"])  # a missing extra is reported now, not after hours
     checkpoints = _check_models(recipe)

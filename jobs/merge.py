@@ -17,7 +17,7 @@ from graft.data.settings import Sources
 from graft.errors import ModelError
 
 from .common.cli import run_job
-from .common.outputs import staged_output
+from .common.outputs import holds_results, staged_output
 
 ADAPTER_FOLDER = "adapter"
 COMPARISON_FILE = "comparison.json"
@@ -45,7 +45,13 @@ class MergeRecipe(Recipe):
 
 
 def run(recipe: MergeRecipe) -> None:
-    """Merge recipe.model into recipe.out. Raises ModelError if it is not a stage's output, DataError."""
+    """Merge recipe.model into recipe.out, unless that is done already.
+
+    Raises ModelError if it is not a stage's output, DataError, OutputError.
+    """
+    if holds_results(recipe.out, recipe):
+        print(f"merge: {recipe.out} is done already", flush=True)
+        return
     import torch
 
     from graft.checkpoints.loading import DTYPES, base_graft, multiplies_bf16, open_graft

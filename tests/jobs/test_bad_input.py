@@ -178,8 +178,8 @@ def test_a_folder_of_another_recipe_is_refused_untouched(
     )
     for job, arguments, words in [
         ("stage1", f"{STAGE1} seed=8", ("holds another recipe's results", "choose another out= or remove the folder")),
-        ("merge", "model={good_stage}", ("exists: choose another out= or remove it",)),
-        ("evaluate", SCORE, ("exists: choose another out= or remove it",)),
+        ("merge", "model={good_stage}", ("holds another recipe's results", "choose another out= or remove the folder")),
+        ("evaluate", SCORE, ("holds another recipe's results", "choose another out= or remove the folder")),
     ]:
         recipe_class, main = JOBS[job]
         assert run_job(recipe_class, main, summary="", argv=[*filled(arguments, things), f"out={out}"]) == 2

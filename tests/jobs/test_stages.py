@@ -406,7 +406,9 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
     baseline.close()
 
     # What is there stays as it is.
-    for again in (recipe, recipe.model_copy(update={"limit": 2})):
-        with pytest.raises(OutputError, match="evaluation exists: choose another out= or remove it"):
-            evaluate.evaluate(again)
+    written = (out / "report.json").stat().st_mtime_ns
+    assert evaluate.evaluate(recipe) == report
+    with pytest.raises(OutputError, match="evaluation holds another recipe's results: limit was 5 there and is 2 now"):
+        evaluate.evaluate(recipe.model_copy(update={"limit": 2}))
     assert report == json.loads((out / "report.json").read_text())
+    assert (out / "report.json").stat().st_mtime_ns == written

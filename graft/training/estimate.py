@@ -6,7 +6,7 @@ encoder only runs forward, and the backward pass of a frozen language model cost
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +43,19 @@ PEAKS: dict[tuple[str, ...], float | None] = {
     ("5090",): 210,
     ("4090",): 165,
     ("3090",): 71,
+}
+
+# GB/s that a device sends by NVLink to the others of its machine: half of what makers state, which is both directions.
+# Keys match as those of PEAKS; None has no NVLink, or only one to a single neighbour.
+NVLINKS: dict[tuple[str, ...], float | None] = {
+    ("mig",): None,
+    ("pcie",): None,
+    ("nvl",): None,
+    ("b200",): 900,
+    ("gh200",): 450,
+    ("h200",): 450,
+    ("h100",): 450,
+    ("a100",): 300,
 }
 
 Layout = Literal["ddp", "zero 1", "zero 2", "zero 3"]
@@ -177,9 +190,20 @@ def device_peak_flops(name: str) -> float | None:
 
     Returns None where it is not known.
     """
-    words = name_words(name)
-    peak = next((peak for key, peak in PEAKS.items() if words.issuperset(key)), None)
+    peak = _look_up(name, PEAKS)
     return None if peak is None else peak * 1e12
+
+
+def device_nvlink(name: str) -> float | None:
+    """Look up the bytes per second that a GPU sends by NVLink, by a name as for device_peak_flops; None for none."""
+    speed = _look_up(name, NVLINKS)
+    return None if speed is None else speed * 1e9
+
+
+def _look_up(name: str, table: Mapping[tuple[str, ...], float | None]) -> float | None:
+    """Return the first entry whose key is among the words of a GPU's name."""
+    words = name_words(name)
+    return next((value for key, value in table.items() if words.issuperset(key)), None)
 
 
 def name_words(name: str) -> frozenset[str]:
@@ -242,6 +266,43 @@ def device_memory(
         optimizer=8 * parameters.trained * moments,
         activations=saved + label_count * text.vocab_size * LOGIT_BYTES,
     )
+
+
+def network_bytes(
+    config: GraftConfig,
+    parameters: Parameters,
+    *,
+    layout: Layout,
+    workers: int,
+    accumulation: int,
+    dtype_bytes: int = 2,
+    gradient_checkpointing: bool = False,
+) -> float:
+    """Count the bytes that each worker sends to the others for one update of the weights.
+
+    Around a ring of W workers an all-reduce sends 2 (W - 1) / W times its tensor from each, a gather or a scatter half
+    of that (Patarasuk and Yuan 2009). DDP reduces gradients in float32 once. DeepSpeed uses the dtype of the
+    arithmetic: ZeRO 1 reduces gradients once and ZeRO 2 after each batch, and both then gather the updated weights;
+    ZeRO 3 gathers all weights in each forward pass and the language model's in each backward pass, and scatters
+    gradients (Rajbhandari et al. 2020, section 7).
+
+    Args:
+        layout: plain DDP, or the ZeRO stage.
+        workers: number of workers.
+        accumulation: number of batches of each worker in one update.
+        dtype_bytes: bytes of a weight in the dtype of the arithmetic.
+        gradient_checkpointing: whether the backward pass repeats the forward pass of the language model's layers.
+    """
+    trained = parameters.trained * dtype_bytes
+    if layout == "ddp":
+        tensors = 2 * parameters.trained * 4.0
+    elif layout == "zero 3":
+        forward = parameters.total - parameters.vision + parameters.lora
+        backward = matrix_parameters(config) * (2 if gradient_checkpointing else 1) + parameters.lm_head
+        tensors = accumulation * ((forward + backward + parameters.trained) * dtype_bytes + trained)
+    else:
+        tensors = (2 * (accumulation if layout == "zero 2" else 1) + 1) * trained
+    return tensors * (workers - 1) / workers
 
 
 def activation_bytes(config: GraftConfig, token_count: int, *, lora: bool, checkpointing: bool) -> float:

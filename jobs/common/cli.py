@@ -65,6 +65,8 @@ class PlanOptions(Recipe):
     """Hours of speech to plan for when data= is not given."""
     clip_s: float = Field(default=10.0, ge=0.1, le=30)
     """Mean length of a clip in seconds when data= is not given."""
+    network_gbit: float | None = Field(default=None, gt=0)
+    """Gbit/s by which each worker reaches the others over a network; without it the plan compares 25, 100 and 400."""
 
 
 def run_job(

@@ -4,6 +4,7 @@ Nothing is started. A graft is read for its configuration only, and need not be 
 will build it is enough.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -16,13 +17,16 @@ from graft.processor import GraftProcessor
 from graft.training.estimate import (
     LAYOUTS,
     PEAKS,
+    Layout,
     Parameters,
     batch_flops,
     count_parameters,
     device_memory,
+    device_nvlink,
     device_peak_flops,
     encoded_frames,
     encoder_flops,
+    network_bytes,
 )
 
 from ..common.cli import PlanOptions
@@ -32,6 +36,8 @@ from .recipe import TrainRecipe
 FRAMES_PER_S = WINDOW_FRAMES // 30
 PROMPT_TOKENS = {"graft": 16, "reference": 27}
 """Number of tokens of a prompt without its audio, by prompt style."""
+NETWORKS_GBIT = (25.0, 100.0, 400.0)
+"""Networks that a plan compares where its options name none."""
 LABELS_PER_S = {"raw": 4.0, "lower": 3.0, "formatted": 3.2}
 """Label tokens per second of speech, by text style: 2.7 words of English, of 1.45 (raw is in capitals), 1.09 and 1.16
 tokens each in Qwen2's tokenizer."""
@@ -88,7 +94,10 @@ def print_plan(
         else _assumed_work(recipe, config, trained, hours=options.hours, clip_s=options.clip_s)
     )
     print("\n".join(_work_lines(recipe, options, parameters, work)))
-    print("\n".join(["", *_memory_lines(recipe, config, parameters, work, trained)]), flush=True)
+    print("\n".join(["", *_memory_lines(recipe, config, parameters, work, trained)]))
+    if recipe.workers > 1:
+        print("\n".join(["", *_network_lines(recipe, options, config, parameters, work, trained)]))
+    sys.stdout.flush()
 
 
 def _read_work(recipe: TrainRecipe, config: GraftConfig, trained: TrainedParts) -> Work:
@@ -183,14 +192,11 @@ def _work(
 def _work_lines(recipe: TrainRecipe, options: PlanOptions, parameters: Parameters, work: Work) -> Iterator[str]:
     parts = ("audio_tower", "projector", "text", "lm_head", "vision", "lora")
     counts = {name: count for name in parts if (count := getattr(parameters, name))}
-    peak = device_peak_flops(options.device)
-    if peak is None:
-        known = ", ".join(" ".join(words) for words, flops in PEAKS.items() if flops)
-        raise RecipeError(f"--device {options.device} is not known: give one of {known}")
+    peak = _peak_flops(options)
     step_batches = recipe.step_batches or recipe.workers
-    busy = step_batches / recipe.accumulation  # number of devices that have work, on average
-    rate = busy * peak * options.share / (work.flops / work.clips)
-    hours = work.clips / rate / 3600
+    busy = _busy_devices(recipe)
+    hours = _hours(recipe, options, work)
+    rate = work.clips / hours / 3600
     yield "parameters  " + ", ".join(f"{name} {_millions(count)}" for name, count in counts.items())
     yield f"            {_millions(parameters.total)} without adapters, {_millions(parameters.trained)} trained"
     yield f"data        {work.clips:,} clips, {work.audio_s / 3600:,.2f} h, epochs: {recipe.epochs} ({work.source})"
@@ -211,20 +217,36 @@ def _work_lines(recipe: TrainRecipe, options: PlanOptions, parameters: Parameter
     yield f"time        {hours:,.2f} h, {hours * recipe.workers:,.2f} device hours{cost}"
 
 
+def _peak_flops(options: PlanOptions) -> float:
+    """Return the peak FLOP/s of the device to plan for. Raises RecipeError where it is not known."""
+    peak = device_peak_flops(options.device)
+    if peak is None:
+        known = ", ".join(" ".join(words) for words, flops in PEAKS.items() if flops)
+        raise RecipeError(f"--device {options.device} is not known: give one of {known}")
+    return peak
+
+
+def _busy_devices(recipe: TrainRecipe) -> float:
+    """Count the devices that have work, on average over the batches of a step."""
+    return (recipe.step_batches or recipe.workers) / recipe.accumulation
+
+
+def _hours(recipe: TrainRecipe, options: PlanOptions, work: Work) -> float:
+    """Estimate the hours of arithmetic of the whole run."""
+    return work.flops / (_busy_devices(recipe) * _peak_flops(options) * options.share) / 3600
+
+
 def _memory_lines(
     recipe: TrainRecipe, config: GraftConfig, parameters: Parameters, work: Work, trained: TrainedParts
 ) -> Iterator[str]:
     """Tabulate the memory of each layout, and mark the recipe's own."""
     tokens = min(recipe.token_budget, recipe.max_batch_clips * work.longest)
-    own = f"zero {recipe.zero_stage}" if recipe.backend == "deepspeed" else "ddp"
-    shards = trained.language_model and not trained.nf4  # ZeRO-3 cannot shard 4-bit weights
-    layouts = [layout for layout in LAYOUTS if shards or layout != "zero 3"]
     if not trained.language_model:
         parameters, tokens = replace(parameters, text=0, lm_head=0, vision=0), 0
     precision = "NF4" if trained.nf4 else recipe.dtype
     yield f"memory      GB a device, {recipe.workers} workers, for {tokens:,} tokens, {precision}"
     yield f"            {'':<8}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'total':>9}"
-    for layout in layouts:
+    for layout in _layouts(trained):
         memory = device_memory(
             config,
             parameters,
@@ -245,8 +267,50 @@ def _memory_lines(
             (memory.total, 9),
         )
         sizes = "".join(f"{size / 1e9:>{width}.2f}" for size, width in columns)
-        yield f"            {layout:<8}{sizes}{'  <- this recipe' if layout == own else ''}"
+        yield f"            {layout:<8}{sizes}{_mark(recipe, layout)}"
     yield "            activations as measured at 7B, scaled by width and layers; the allocator takes more memory"
+
+
+def _network_lines(
+    recipe: TrainRecipe,
+    options: PlanOptions,
+    config: GraftConfig,
+    parameters: Parameters,
+    work: Work,
+    trained: TrainedParts,
+) -> Iterator[str]:
+    """Tabulate what the workers' exchange of gradients and weights costs in each layout, by each kind of network."""
+    networks = NETWORKS_GBIT if options.network_gbit is None else (options.network_gbit,)
+    links = {f"{gbit:g} Gbit/s": gbit * 1e9 / 8 for gbit in networks}  # bytes per second
+    if nvlink := device_nvlink(options.device):
+        links = {"NVLink": nvlink, **links}
+    step_s = _hours(recipe, options, work) * 3600 / work.steps
+    yield f"network     GB that each of {recipe.workers} workers sends a step, and the seconds that this takes"
+    yield f"            {'':<8}{'GB':>10}{''.join(f'{name:>13}' for name in links)}"
+    for layout in _layouts(trained):
+        sent = network_bytes(
+            config,
+            parameters,
+            layout=layout,
+            workers=recipe.workers,
+            accumulation=recipe.accumulation,
+            dtype_bytes=4 if recipe.dtype == "fp32" else 2,
+            gradient_checkpointing=recipe.gradient_checkpointing,
+        )
+        seconds = "".join(f"{sent / speed:>13.3f}" for speed in links.values())
+        yield f"            {layout:<8}{sent / 1e9:>10.3f}{seconds}{_mark(recipe, layout)}"
+    yield f"            a step has {step_s:.3f} s of arithmetic, with which part of the exchange overlaps"
+
+
+def _layouts(trained: TrainedParts) -> list[Layout]:
+    """List the layouts that a stage can train in: ZeRO-3 cannot shard 4-bit weights, and CTC has nothing to shard."""
+    shards = trained.language_model and not trained.nf4
+    return [layout for layout in LAYOUTS if shards or layout != "zero 3"]
+
+
+def _mark(recipe: TrainRecipe, layout: Layout) -> str:
+    own = f"zero {recipe.zero_stage}" if recipe.backend == "deepspeed" else "ddp"
+    return "  <- this recipe" if layout == own else ""
 
 
 def _millions(count: int) -> str:

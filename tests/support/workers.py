@@ -15,6 +15,7 @@ from graft.training.backends import TrainingBatch
 from graft.training.checkpoint import State
 from graft.training.progress import Progress
 from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage
+from tests.support.network import sent_bytes
 from tests.support.training import example, filler, run_steps, step_batches, weights
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
@@ -41,10 +42,10 @@ class Case:
 
 
 def train_share(case: Case, *, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
-    """Train this process's share of the steps; returns weights, optimizer state and losses."""
+    """Train this process's share of the steps; returns weights, optimizer state, losses and bytes sent."""
     torch.set_num_threads(1)
     accumulation = -(-STEP_BATCHES // world_size)
-    progress, state, losses, resident = Progress(step=case.first), case.begin, [], 0
+    progress, state, losses, resident, sent = Progress(step=case.first), case.begin, [], 0, 0
     for leg, name in enumerate(case.backends):
         computing = (
             ComputeSettings(case.dtype, "torch")
@@ -58,10 +59,12 @@ def train_share(case: Case, *, rank: int = 0, world_size: int = 1) -> dict[str, 
             trainer.load_state(state, step=progress.step)
         steps = range(case.first + leg, case.first + leg + 1) if len(case.backends) > 1 else range(case.first, case.end)
         share = step_share(processor, steps, rank, world_size)
+        before = sent_bytes()
         progress, logs = run_steps(share, trainer, progress=progress, accumulation=accumulation, learning_rate=1e-4)
+        sent += sent_bytes() - before
         state = trainer.state()
         losses += [log.loss for log in logs]
-    return {"weights": weights(model), "state": state, "losses": losses, "resident": resident}
+    return {"weights": weights(model), "state": state, "losses": losses, "resident": resident, "sent": sent}
 
 
 def resident_bytes(model: torch.nn.Module) -> int:

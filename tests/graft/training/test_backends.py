@@ -1,13 +1,16 @@
 """Test that several processes, and DeepSpeed ZeRO in one or several, train to the weights of plain torch in one."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from graft.model.configuration import GraftConfig
+from graft.training.estimate import count_parameters, network_bytes
 from tests.support import tiny_models
 from tests.support.training import furthest
-from tests.support.workers import Case, in_processes, train_share
+from tests.support.workers import LORA, STEP_BATCHES, STEPS, Case, in_processes, train_share
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.processes
@@ -67,6 +70,29 @@ def test_two_processes_of_zero_equal_torch(cases, trained, alone) -> None:
             check_same(shared, alone[case.stage])
     for whole, sharded in ((results[0], results[2]), (results[1], results[3])):
         assert all(one["resident"] <= 0.55 * other["resident"] for one, other in zip(sharded, whole, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts the bytes that a socket sends")
+def test_two_workers_send_as_many_bytes_as_a_plan_says(folder: str, cases, trained) -> None:
+    """Gloo's headers and the losses add to them: at most a tenth, and 3 kB a batch.
+
+    ZeRO-3 is left out: weights as small as these it keeps on each worker between the batches of a step.
+    """
+    config = GraftConfig.from_pretrained(folder)
+    layouts = {("torch",): "ddp", ZERO2: "zero 2"}
+    seen = []
+    for case, together in zip(cases[2], trained[2], strict=True):
+        if not (layout := layouts.get(case.backends)):
+            continue
+        parameters = count_parameters(config, lora_rank=None if case.stage == "stage1" else LORA.rank)
+        batches = STEP_BATCHES // 2
+        planned = STEPS * network_bytes(
+            config, parameters, layout=layout, workers=2, accumulation=batches, dtype_bytes=4
+        )
+        for result in together:
+            assert planned <= result["sent"] <= 1.1 * planned + 3000 * STEPS * batches, case
+        seen.append((layout, case.stage))
+    assert sorted(seen) == [("ddp", "stage1"), ("ddp", "stage2"), ("zero 2", "stage1"), ("zero 2", "stage2")]
 
 
 def test_one_process_of_zero_equals_torch_and_resumes_exactly(cases, trained, alone) -> None:

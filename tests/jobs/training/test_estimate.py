@@ -64,6 +64,21 @@ def test_a_known_pair_is_planned_without_its_weights(capsys):
     assert text.count("this recipe") == 1
 
 
+def test_the_plan_of_several_workers_tells_what_their_network_costs(capsys):
+    recipe = ["--recipe", str(RECIPES / "fast-7b-stage1.yaml"), "model=fast-7b", "workers=8", "--hours", "250"]
+    assert plan_of(*recipe, "--device", "h100") == 0
+    network = capsys.readouterr().out.partition("network ")[2]
+    assert re.search(r"GB +NVLink +25 Gbit/s +100 Gbit/s +400 Gbit/s\n", network)
+    assert re.search(r"zero 2 +0\.024 .*<- this recipe", network)
+    # An L40S has no NVLink, and ZeRO-3 then sends 27 GB through the network of 10 Gbit/s.
+    assert plan_of(*recipe, "--device", "l40s", "--network_gbit", "10") == 0
+    network = capsys.readouterr().out.partition("network ")[2]
+    assert re.search(r"GB +10 Gbit/s\n", network)
+    assert number(network, r"zero 3 +26\.839 +#") == pytest.approx(26.839 * 8 / 10, rel=1e-3)
+    assert plan_of(*recipe, "--network_gbit", "0") == 2
+    assert "network_gbit" in capsys.readouterr().err
+
+
 @pytest.mark.processes
 def test_a_plan_neither_imports_ray_nor_writes(tmp_path):
     code = "import sys; from jobs import stage1; from jobs.common import cli\n"

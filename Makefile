@@ -44,7 +44,7 @@ test-slow: $(READY) ## run the tests that take long or kill workers, drivers and
 	python -m pytest -m slow
 
 test-cluster: $(READY) ## run every job on a cluster, and kill nodes under training, transcription and service (14 minutes on 2 cores)
-	python -m pytest -m cluster -rA --show-capture=no --disable-warnings tests/jobs/test_submit.py tests/jobs/test_submit_jobs.py tests/cluster/test_faults.py
+	python -m pytest -m cluster -rA --show-capture=no --disable-warnings tests/jobs/test_submit.py tests/jobs/test_submit_jobs.py tests/cluster/test_submitter.py tests/cluster/test_faults.py
 
 test-gpu: ## run the tests for a machine with a GPU with its own Python; tests of missing packages are skipped by name
 	$(PYTHON) -m pytest -m gpu -rs tests/gpu

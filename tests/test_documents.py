@@ -18,7 +18,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
 ]
 PAGES = [*DOCUMENTS, "ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md"]
-ELSEWHERE = {"docker", "kubectl", "curl", ".", "export", "apt", "pip"}
+ELSEWHERE = {"docker", "kubectl", "helm", "curl", ".", "export", "apt", "pip"}
 """Commands of other projects; of their arguments, only the files of this repository are checked."""
 
 

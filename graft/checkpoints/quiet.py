@@ -39,7 +39,8 @@ def quiet_conversion() -> Iterator[None]:
     with no_loading_bars():
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
-        loggers = [logging.getLogger(name) for name in _HINTING_LOGGERS]
+        found = map(logging.getLogger, _HINTING_LOGGERS)
+        loggers = [logger for logger in found if _is_error not in logger.filters]  # one conversion may need another
         for logger in loggers:
             logger.addFilter(_is_error)
         try:

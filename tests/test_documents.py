@@ -345,6 +345,13 @@ def test_the_fields_of_a_manifest_are_those_that_are_read() -> None:
     assert not told
 
 
+def test_readme_comes_to_the_point() -> None:
+    """It has at most 150 lines, and the first command stands in its first 200 words."""
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 150
+    assert len(text[: text.index("graft transcribe")].split()) <= 200
+
+
 def test_page_of_the_repository_is_in_the_list() -> None:
     names = {page.name for page in PAGES}
     assert {"README.md", "jobs/README.md", "jobs/ARCHIVES.md", "serve/README.md", "graft/README.md"} <= names

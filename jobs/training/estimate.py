@@ -14,16 +14,16 @@ from graft.checkpoints.loading import base_graft
 from graft.errors import RecipeError
 from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_count
 from graft.processor import GraftProcessor
+from graft.training.devices import KNOWN_DEVICES, device_nvlink, device_peak_flops
 from graft.training.estimate import (
+    LABELS_PER_S,
     LAYOUTS,
-    PEAKS,
+    PROMPT_TOKENS,
     Layout,
     Parameters,
     batch_flops,
     count_parameters,
     device_memory,
-    device_nvlink,
-    device_peak_flops,
     encoded_frames,
     encoder_flops,
     network_bytes,
@@ -34,13 +34,8 @@ from .batches import plan_run
 from .recipe import TrainRecipe
 
 FRAMES_PER_S = WINDOW_FRAMES // 30
-PROMPT_TOKENS = {"graft": 16, "reference": 27}
-"""Number of tokens of a prompt without its audio, by prompt style."""
 NETWORKS_GBIT = (25.0, 100.0, 400.0)
 """Networks that a plan compares where its options name none."""
-LABELS_PER_S = {"raw": 4.0, "lower": 3.0, "formatted": 3.2}
-"""Label tokens per second of speech, by text style: 2.7 words of English, of 1.45 (raw is in capitals), 1.09 and 1.16
-tokens each in Qwen2's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +216,7 @@ def _peak_flops(options: PlanOptions) -> float:
     """Return the peak FLOP/s of the device to plan for. Raises RecipeError where it is not known."""
     peak = device_peak_flops(options.device)
     if peak is None:
-        known = ", ".join(" ".join(words) for words, flops in PEAKS.items() if flops)
-        raise RecipeError(f"--device {options.device} is not known: give one of {known}")
+        raise RecipeError(f"--device {options.device} is not known: give one of {KNOWN_DEVICES}")
     return peak
 
 

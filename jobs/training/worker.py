@@ -25,8 +25,9 @@ from graft.processor import GraftProcessor
 from graft.storage.atomic import write_atomic
 from graft.training.backends import Backend, TrainingBatch
 from graft.training.checkpoint import load_checkpoint
+from graft.training.devices import device_peak_flops
 from graft.training.encoder_cache import CachingEncoder, EncoderCache
-from graft.training.estimate import batch_flops, device_peak_flops
+from graft.training.estimate import batch_flops
 from graft.training.loop import LoopSettings, is_finished, train
 from graft.training.preflight import check_labels, preflight
 from graft.training.progress import latest_checkpoint, read_progress

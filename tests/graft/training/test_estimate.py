@@ -9,10 +9,10 @@ from graft.checkpoints.lora import LoraSettings, add_adapters
 from graft.model.configuration import GraftConfig, audio_token_count
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.projector import AudioProjector
+from graft.training.devices import device_peak_flops
 from graft.training.estimate import (
     batch_flops,
     count_parameters,
-    device_peak_flops,
     encoder_flops,
     lora_parameters,
     matrix_parameters,

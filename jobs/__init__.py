@@ -8,6 +8,6 @@ COMMANDS = {
     "prepare speech": ("prepare", "label", "format"),
     "train": ("build", "stage1", "stage2", "check", "merge", "export"),
     "measure": ("evaluate", "ablate", "bench"),
-    "try and submit": ("demo", "submit"),
+    "try and submit": ("demo", "submit", "schema"),
 }
 """The commands by what they are for. `serve` is not a module here: it is in the package of the service."""

@@ -52,7 +52,8 @@ def _run(command: str, arguments: Sequence[str]) -> int:
     from .common.cli import run_job
 
     service = importlib.import_module(f"{str(__package__).removesuffix('jobs')}{SERVICE}")
-    return run_job(service.ServeRecipe, service.run, summary=service.__doc__, argv=arguments, command=command)
+    texts = {"summary": service.__doc__, "examples": service.EXAMPLES}
+    return run_job(service.ServeRecipe, service.run, **texts, argv=arguments, command=command)
 
 
 def _summary(command: str) -> str:

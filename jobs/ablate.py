@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from graft.config import R, Recipe, read_recipe
+from graft.config import R, Recipe, make_recipe
 from graft.data.settings import Sources
 from graft.errors import RecipeError
+from graft.keys import DataKey, OutputKey, ScheduleKey
 from graft.storage.atomic import write_atomic
 from graft.text.wer import score
 
@@ -49,24 +50,24 @@ Settings = dict[Literal["build", "stage1", "stage2"], dict[str, Any]]
 class AblateRecipe(Recipe):
     """The variants to compare, and the data to train and score them on."""
 
-    data: Sources
+    data: DataKey[Sources]
     """Training data, as in jobs.stage1."""
-    out: str
+    out: OutputKey[str]
     """Folder for everything; a run that was cut off continues there, also with more variants and seeds."""
-    validation: Sources | None = None
+    validation: DataKey[Sources | None] = None
     """Clips on which the loss is measured in training; the best weights are then the result of a stage."""
-    evaluate: dict[str, Sources] = Field(default={})
+    evaluate: DataKey[dict[str, Sources]] = Field(default={})
     """Test sets to score: names of your own and their data, as in jobs.evaluate; by default the validation clips."""
-    scoring: dict[str, Any] = Field(default={})
+    scoring: OutputKey[dict[str, Any]] = Field(default={})
     """Further keys of jobs.evaluate, such as limit and batch_clips."""
-    base: Settings = Field(default={})
+    base: ScheduleKey[Settings] = Field(default={})
     """The recipe that the variants change. The encoder_cache of a stage is OUT/encoded unless it is given here."""
-    variants: dict[str, Settings] = Field(default={})
+    variants: ScheduleKey[dict[str, Settings]] = Field(default={})
     """Variants: a name, which is also that of its folder, and the keys that it changes; groups such as lora are changed
     key by key."""
-    last_stage: Literal[1, 2] = 2
+    last_stage: ScheduleKey[Literal[1, 2]] = 2
     """Last stage to train; 1 compares the joins alone, which takes minutes with objective=ctc."""
-    seeds: list[int] | dict[str, list[int]] = Field(default=[0])
+    seeds: ScheduleKey[list[int] | dict[str, list[int]]] = Field(default=[0])
     """Random seeds of every variant, or by variant, `base` among them; variants that are not named take seed 0."""
 
 
@@ -163,11 +164,7 @@ def _recipe(recipe_class: type[R], where: str, settings: Mapping[str, Any], **gi
     """Make a command's recipe. Raises RecipeError that begins with `where` its settings are."""
     if taken := settings.keys() & given.keys():
         raise RecipeError(f"{where}.{min(taken)} is for `graft ablate` to give: leave it out")
-    overrides = [f"{key}={json.dumps(value)}" for key, value in {**settings, **given}.items()]
-    try:
-        return read_recipe(recipe_class, None, overrides)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from error
+    return make_recipe(recipe_class, {**settings, **given}, name=f"{where}: recipe")
 
 
 def _describe_changes(changes: Mapping[Any, Any], base: Mapping[Any, Any] | None) -> Iterator[str]:
@@ -274,7 +271,12 @@ def _number_text(number: float | None) -> str:
     return "-" if number is None else f"{number:.4g}" if number < 1000 else f"{number:.0f}"
 
 
-main = partial(run_job, AblateRecipe, run, summary=__doc__)
+EXAMPLES = (
+    "--recipe small-ablation data=runs/data/train validation=runs/data/dev out=runs/ablation",
+    "--recipe small-ablation data=runs/data/train validation=runs/data/dev last_stage=1 seeds=0,1 out=runs/ablation",
+)
+"""Arguments that --help shows."""
+main = partial(run_job, AblateRecipe, run, summary=__doc__, examples=EXAMPLES)
 
 if __name__ == "__main__":
     raise SystemExit(main())

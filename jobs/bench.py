@@ -19,6 +19,7 @@ from graft.errors import GraftError, OutputError
 from graft.storage.atomic import write_atomic
 
 from .benchmarks.measuring import alone
+from .common.cli import with_examples
 from .common.console import quiet_libraries
 from .common.speed import about, slowness
 
@@ -122,6 +123,9 @@ BENCHMARKS: dict[str, tuple[str, Mapping[str, Part], Options]] = {
     ),
 }
 
+EXAMPLES = ("features", "train --only step,gains --json train.json", "serve --model small --clients 16")
+"""Arguments that --help shows."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; bad input ends it with exit code 2 and one line on stderr."""
@@ -151,7 +155,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="graft bench", description="Measure a part of graft.")
+    parser = argparse.ArgumentParser(
+        prog="graft bench",
+        description=with_examples("Measure a part of graft.", [f"bench {example}" for example in EXAMPLES]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(metavar="NAME", required=True, dest="name")
     for name, (text, parts, options) in BENCHMARKS.items():
         minutes = sum(part.minutes for part in parts.values())

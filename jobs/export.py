@@ -16,6 +16,7 @@ from pydantic import Field
 
 from graft.config import Recipe
 from graft.errors import DataError, ModelError
+from graft.keys import Location, ModelKey, OutputKey, StageFolder
 
 from .build import SETTINGS
 from .common.cli import run_job
@@ -41,29 +42,29 @@ pretrained= also takes this folder. recipes/ holds the recipes of its training, 
 class ExportRecipe(Recipe):
     """The stage to export, and the size and description of the result."""
 
-    model: str
+    model: ModelKey[StageFolder]
     """Output folder of stage 1 or stage 2."""
-    out: str
+    out: OutputKey[str]
     """Folder for the trained part; a folder below graft/pretrained/ becomes part of the package."""
-    name: str | None = None
+    name: OutputKey[str | None] = None
     """Name of the graft in its model card; null takes the name of the folder."""
-    rank: int = Field(default=16, ge=1)
+    rank: OutputKey[int] = Field(default=16, ge=1)
     """Largest rank of the adapters; adapters of a larger one are cut to their best approximation."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: OutputKey[Literal["bf16", "fp32"]] = "bf16"
     """Precision of the tensors on disk."""
-    shard_mb: float = Field(default=4.5, gt=0)
+    shard_mb: OutputKey[float] = Field(default=4.5, gt=0)
     """Largest size of a file in megabytes."""
-    onto: Literal["full", "nf4"] = "full"
+    onto: ModelKey[Literal["full", "nf4"]] = "full"
     """Text base that the adapters belong onto: full as it is, nf4 with the values that NF4 rounds it to, on which QLoRA
     trained them (see jobs.merge)."""
-    audio_base: str | None = None
+    audio_base: ModelKey[str | None] = None
     """Name of the Whisper checkpoint, as jobs.build takes it; null takes it from the graft's own recipe."""
-    text_base: str | None = None
+    text_base: ModelKey[str | None] = None
     """Name of the Qwen2-VL checkpoint, as jobs.build takes it; null takes it from the graft's own recipe."""
-    data_list: str | None = None
+    data_list: OutputKey[Location | None] = None
     """File that lists the training data and their licences for the model card, as Markdown or a JSON list of
     objects."""
-    report: str | None = None
+    report: OutputKey[Location | None] = None
     """A report.json of jobs.evaluate, whose scores the model card quotes."""
 
 
@@ -271,7 +272,12 @@ def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in cells)
 
 
-main = partial(run_job, ExportRecipe, run, summary=__doc__)
+EXAMPLES = (
+    "model=runs/stage2 out=my-graft",
+    "model=runs/stage2 rank=32 report=runs/evaluation/report.json out=my-graft",
+)
+"""Arguments that --help shows."""
+main = partial(run_job, ExportRecipe, run, summary=__doc__, examples=EXAMPLES)
 
 if __name__ == "__main__":
     raise SystemExit(main())

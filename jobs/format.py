@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from graft.errors import require
+from graft.keys import OutputKey
 from graft.text.prompts import is_formatted
 from graft.text.punctuation import transfer_formatting
 
@@ -30,7 +31,7 @@ label is formatted or empty already; the audio cannot be read."""
 class FormatRecipe(TextsRecipe):
     """The clips whose labels are formatted, and the Whisper that transcribes them."""
 
-    least_agreement: float = Field(default=0.7, ge=0, le=1)
+    least_agreement: OutputKey[float] = Field(default=0.7, ge=0, le=1)
     """A row keeps its label if a smaller share of words is transcribed as it is labelled."""
 
 
@@ -70,7 +71,12 @@ def _report(texts: Path) -> tuple[dict[str, Any], str]:
     )
 
 
-main = functools.partial(run_job, FormatRecipe, run, summary=__doc__)
+EXAMPLES = (
+    "data=runs/data/train out=runs/formatted",
+    "data=runs/data/train model=openai/whisper-large-v3 gpu=true dtype=bf16 out=runs/formatted",
+)
+"""Arguments that --help shows."""
+main = functools.partial(run_job, FormatRecipe, run, summary=__doc__, examples=EXAMPLES)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from graft.data.splits import comparable_text
+from graft.keys import OutputKey
 
 from .common.cli import run_job
 from .preparation.pseudo_labels import TextsRecipe, write_texts
@@ -39,14 +40,14 @@ for its length, or has a low confidence; or its audio cannot be read."""
 class LabelRecipe(TextsRecipe):
     """The clips to label, the Whisper that labels them, and which of its labels are kept."""
 
-    least_confidence: float = Field(default=-0.25, le=0)
+    least_confidence: OutputKey[float] = Field(default=-0.25, le=0)
     """A row whose tokens have a smaller mean log-probability is rejected. At -0.25, Whisper base keeps 78 % of 3.7 min
     of LibriSpeech's test-other, with a WER of 8.8 % where all of it has 11.2 %; at -0.15 it keeps 35 % with 5.7 %."""
-    most_compression: float = Field(default=2.4, gt=0)
+    most_compression: OutputKey[float] = Field(default=2.4, gt=0)
     """A row whose text zlib makes more times as small is rejected: the text repeats itself."""
-    least_chars_per_s: float = Field(default=2, ge=0)
+    least_chars_per_s: OutputKey[float] = Field(default=2, ge=0)
     """A row with fewer characters a second is rejected: most of its speech was not transcribed."""
-    most_chars_per_s: float = Field(default=30, gt=0)
+    most_chars_per_s: OutputKey[float] = Field(default=30, gt=0)
     """A row with more characters a second is rejected: nobody speaks as fast."""
 
 
@@ -108,7 +109,12 @@ def _report(texts: Path) -> tuple[dict[str, Any], str]:
     )
 
 
-main = functools.partial(run_job, LabelRecipe, run, summary=__doc__)
+EXAMPLES = (
+    "data=runs/unlabelled/train out=runs/labels",
+    "data=runs/unlabelled/train model=openai/whisper-large-v3 gpu=true dtype=bf16 out=runs/labels",
+)
+"""Arguments that --help shows."""
+main = functools.partial(run_job, LabelRecipe, run, summary=__doc__, examples=EXAMPLES)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -15,6 +15,7 @@ from pydantic import Field
 from graft.config import Recipe
 from graft.data.settings import Sources
 from graft.errors import ModelError
+from graft.keys import DataKey, MachineKey, ModelKey, OutputKey, StageFolder
 
 from .common.cli import run_job
 from .common.outputs import holds_results, staged_output
@@ -26,21 +27,21 @@ COMPARISON_FILE = "comparison.json"
 class MergeRecipe(Recipe):
     """The stage to merge, and onto which base."""
 
-    model: str
+    model: ModelKey[StageFolder]
     """Output folder of stage 1 or stage 2."""
-    out: str
+    out: OutputKey[str]
     """Folder for the merged graft."""
-    onto: Literal["full", "nf4"] = "full"
+    onto: ModelKey[Literal["full", "nf4"]] = "full"
     """Base that the adapters are added to: the full-precision base, or the base with the values that NF4 rounds it to,
     on which QLoRA trained the adapters. Neither result is quantized."""
-    dtype: Literal["fp32", "bf16", "base"] = "base"
+    dtype: OutputKey[Literal["fp32", "bf16", "base"]] = "base"
     """Precision of the weights on disk; base keeps that of the graft. The merge itself is computed in float32."""
-    data: Sources | None = None
+    data: DataKey[Sources | None] = None
     """Labelled clips on which to compare the adapters on NF4, the adapters on the plain base and the merged graft; null
     compares nothing."""
-    clips: int = Field(default=64, ge=1)
+    clips: DataKey[int] = Field(default=64, ge=1)
     """Number of clips to compare on, the first of `data`."""
-    gpu: bool = False
+    gpu: MachineKey[bool] = False
     """Compare on a GPU."""
 
 
@@ -96,7 +97,12 @@ def read_stage_output(model: str) -> dict[str, Any]:
     return stage
 
 
-main = partial(run_job, MergeRecipe, run, summary=__doc__)
+EXAMPLES = (
+    "model=runs/stage2 out=runs/merged",
+    "model=runs/stage2 onto=nf4 data=runs/data/dev out=runs/merged",
+)
+"""Arguments that --help shows."""
+main = partial(run_job, MergeRecipe, run, summary=__doc__, examples=EXAMPLES)
 
 if __name__ == "__main__":
     raise SystemExit(main())

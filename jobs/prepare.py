@@ -24,6 +24,7 @@ from graft.audio.clip import read_audio
 from graft.config import Recipe
 from graft.data.splits import Candidate, assign_splits, seeded_hash
 from graft.errors import AudioError, DataError, require
+from graft.keys import DataKey, Location, OutputKey
 
 from .common.cli import run_job
 from .common.outputs import holds_results, staged_output
@@ -42,33 +43,33 @@ from .preparation.manifests import (
 class PrepareRecipe(Recipe):
     """The manifests, the splits, and which rows are dropped."""
 
-    sources: list[str | Manifest] = Field(min_length=1)
+    sources: DataKey[list[Location | Manifest]] = Field(min_length=1)
     """Manifests: paths, or groups such as {manifest, split} to pin one to a split, {manifest, columns} for other names
     of its fields, {manifest, only} for some of its lines, and {manifest, unlabelled: keep} for lines without text."""
-    out: str
+    out: OutputKey[str]
     """Folder that the splits are written to."""
-    splits: dict[SplitName, Annotated[float, Field(ge=0, le=1)]] = Field(
+    splits: DataKey[dict[SplitName, Annotated[float, Field(ge=0, le=1)]]] = Field(
         default_factory=lambda: {"train": 0.95, "dev": 0.05}
     )
     """Splits and their shares of the rows that no source pins; the shares add up to 1."""
-    disjoint_speakers: bool = False
+    disjoint_speakers: DataKey[bool] = False
     """Keep every speaker within one split; rows without a speaker are dropped."""
-    seed: int = 0
+    seed: DataKey[int] = 0
     """Random seed of the splits and of the order of rows."""
-    min_duration_s: float = Field(default=0.1, ge=0)
+    min_duration_s: DataKey[float] = Field(default=0.1, ge=0)
     """Shortest clip in seconds; shorter ones are dropped."""
-    max_duration_s: float = Field(default=30, gt=0)
+    max_duration_s: DataKey[float] = Field(default=30, gt=0)
     """Longest clip in seconds; longer ones are dropped, because a cut clip would keep its whole text."""
-    min_text_chars: int = Field(default=2, ge=1)
+    min_text_chars: DataKey[int] = Field(default=2, ge=1)
     """Shortest text in characters; rows with a shorter one are dropped, but for unlabelled rows that are kept."""
-    max_chars_per_s: float = Field(default=40, gt=0)
+    max_chars_per_s: DataKey[float] = Field(default=40, gt=0)
     """Highest number of characters a second; rows with more are dropped, because their text belongs to other audio."""
-    joined: JoinedRecipe | None = None
+    joined: DataKey[JoinedRecipe | None] = None
     """Add longer clips, joined from clips of one speaker: a model trained on single sentences alone does not learn to
     transcribe 30 s. null adds none."""
-    rows_per_file: int = Field(default=1000, ge=1)
+    rows_per_file: OutputKey[int] = Field(default=1000, ge=1)
     """Rows of one parquet file."""
-    rows_per_group: int = Field(default=100, ge=1)
+    rows_per_group: OutputKey[int] = Field(default=100, ge=1)
     """Rows of one row group, the unit in which files are read."""
 
     @model_validator(mode="after")
@@ -238,7 +239,12 @@ def _print_table(out: str, summary: dict[str, Any]) -> None:
     print(f"in {out}; dropped rows in {out}/dropped.jsonl")
 
 
-main = partial(run_job, PrepareRecipe, run, summary=__doc__)
+EXAMPLES = (
+    "sources=my/manifest.jsonl out=runs/data",
+    "sources=a.csv,b.jsonl splits.train=0.9 splits.dev=0.1 disjoint_speakers=true out=runs/data",
+)
+"""Arguments that --help shows."""
+main = partial(run_job, PrepareRecipe, run, summary=__doc__, examples=EXAMPLES)
 
 if __name__ == "__main__":
     raise SystemExit(main())

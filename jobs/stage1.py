@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from graft.keys import ModelKey, ScheduleKey, StageFolder
 from graft.model.tokens import LETTERS
 
 from .build import planned_graft
@@ -19,12 +20,12 @@ from .training.recipe import TrainRecipe
 class Stage1Recipe(TrainRecipe):
     """Settings of stage 1, which trains the projector, by default under DeepSpeed ZeRO-2."""
 
-    objective: Literal["transcript", "ctc"] = "transcript"
+    objective: ScheduleKey[Literal["transcript", "ctc"]] = "transcript"
     """Loss to train with: `transcript` is the language model's loss on the transcript; `ctc` is CTC pre-alignment
     against the text embeddings of `letters`, without the language model. Minutes of ctc save hours of either stage."""
-    letters: str = Field(default=LETTERS, min_length=1)
+    letters: ScheduleKey[str] = Field(default=LETTERS, min_length=1)
     """Characters of CTC's targets besides the space, in lower case and without accents; all others count as spaces."""
-    projector: str | None = None
+    projector: ModelKey[StageFolder | None] = None
     """Output folder of an earlier stage 1 to start from. null starts from the graft's own projector, or with ctc from
     zero."""
 
@@ -59,7 +60,12 @@ def plan(recipe: Stage1Recipe, options: PlanOptions) -> None:
     )
 
 
-main = partial(run_job, Stage1Recipe, run, summary=__doc__, plan=plan)
+EXAMPLES = (
+    "--recipe small-stage1 model=runs/graft data=runs/data/train out=runs/stage1",
+    "--recipe fast-7b-stage1 model=fast-7b workers=8 --plan --hours 2500 --price 3.5",
+)
+"""Arguments that --help shows."""
+main = partial(run_job, Stage1Recipe, run, summary=__doc__, plan=plan, examples=EXAMPLES)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from graft.config import Recipe
 from graft.errors import ModelError
+from graft.keys import MachineKey, ModelKey, ScheduleKey, StageFolder
 
 from .build import is_untrained, planned_graft
 from .common.cli import PlanOptions, run_job
@@ -33,18 +34,18 @@ class LoraRecipe(Recipe):
 class Stage2Recipe(TrainRecipe):
     """Settings of stage 2, which trains adapters and projector."""
 
-    projector: str | None = None
+    projector: ModelKey[StageFolder | None] = None
     """Output folder of stage 1, whose projector is trained on. null takes that of `adapters`, or the graft's own where
     it is trained, as a pretrained or merged graft's is."""
-    adapters: str | None = None
+    adapters: ModelKey[StageFolder | None] = None
     """Output folder of an earlier stage 2 on the same graft, whose adapters are trained on. null makes fresh ones."""
-    quantize: Literal["nf4", "none"] = "nf4"
+    quantize: ModelKey[Literal["nf4", "none"]] = "nf4"
     """Quantization of the language model: nf4 is QLoRA, none keeps it in `dtype`."""
-    lora: LoraRecipe = LoraRecipe()
+    lora: ModelKey[LoraRecipe] = LoraRecipe()
     """Shape of the adapters."""
-    backend: Literal["deepspeed", "torch"] = "torch"
+    backend: MachineKey[Literal["deepspeed", "torch"]] = "torch"
     """Training backend: plain torch, with DDP where there are several workers, or DeepSpeed ZeRO."""
-    learning_rate: float = Field(default=2e-4, gt=0)
+    learning_rate: ScheduleKey[float] = Field(default=2e-4, gt=0)
     """Learning rate after the warm-up."""
 
 
@@ -106,7 +107,12 @@ def plan(recipe: Stage2Recipe, options: PlanOptions) -> None:
     print_plan(recipe, options, *planned_graft(recipe.model), trained=trained)
 
 
-main = partial(run_job, Stage2Recipe, run, summary=__doc__, plan=plan)
+EXAMPLES = (
+    "--recipe small-stage2 model=runs/graft projector=runs/stage1 data=runs/data/train out=runs/stage2",
+    "--recipe fast-7b-stage2 model=fast-7b workers=8 --plan --device h100 --hours 2500",
+)
+"""Arguments that --help shows."""
+main = partial(run_job, Stage2Recipe, run, summary=__doc__, plan=plan, examples=EXAMPLES)
 
 if __name__ == "__main__":
     raise SystemExit(main())

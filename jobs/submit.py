@@ -1,7 +1,5 @@
 """Run a command on a Ray cluster, follow its output and end with its exit code.
 
-Usage: `graft submit [--address URL] COMMAND key=value ...`
-
 A checkout is sent along, without the files that git ignores; an installed graft must be installed on the cluster too.
 Paths in a recipe are the cluster's own. `ray job submit` does the same, but ends with 0 or 1 whatever the job's exit
 code, with 0 after a stop too, and gives a stopped job 3 s to save.
@@ -20,10 +18,15 @@ from typing import Any
 from graft.errors import GraftError, RecipeError, checkout, require
 
 from . import COMMANDS
-from .common.cli import STOPPED
+from .common.cli import STOPPED, with_examples
 
 STOP_WAIT_S = 120
 """Seconds between SIGTERM and SIGKILL for a job that is stopped, in which training saves a checkpoint."""
+EXAMPLES = (
+    "--address http://head:8265 stage1 --recipe fast-7b-stage1 model=/shared/graft data=/shared/data out=/shared/7b",
+    "--env HF_TOKEN --no-wait build --recipe fast-7b-build out=/shared/graft",
+)
+"""Arguments that --help shows."""
 PATIENCE_S = 120
 """Seconds for which a cluster may not answer before following a job ends."""
 
@@ -51,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="graft submit", description=__doc__, formatter_class=formatter, allow_abbrev=False
+        prog="graft submit",
+        description=with_examples(__doc__, [f"submit {example}" for example in EXAMPLES]),
+        formatter_class=formatter,
+        allow_abbrev=False,
     )
     address = "URL of the cluster's dashboard (default: the variables RAY_API_SERVER_ADDRESS, RAY_ADDRESS)"
     parser.add_argument("--address", metavar="URL", help=address)

@@ -26,17 +26,20 @@ from graft.data.settings import Columns
 from graft.errors import OutputError, RecipeError, require
 from graft.inference.aligners.loading import find_aligner
 from graft.inference.subtitles import CueLimits, Format
+from graft.keys import Checkpoint, DataKey, Location, MachineKey, ModelKey, OutputKey
 from graft.storage.atomic import write_atomic
 
 from .common.cli import run_job
 from .common.cluster import connect
+from .common.inputs import check_inputs
 from .common.outputs import claim_output
+from .transcription.plan_options import TranscriptionPlanOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from .transcription.assembly import Totals
-    from .transcription.pipeline import Opener
+    from .transcription.pipeline import Opener, Workers
     from .transcription.printing import TranscriptPrinter
     from .transcription.reader import Reading
 
@@ -62,64 +65,64 @@ EXECUTION_KEYS = frozenset(
 class TranscribeRecipe(Recipe):
     """The audio to transcribe, the model, and how the run works."""
 
-    model: str = "small"
+    model: ModelKey[Checkpoint] = "small"
     """Folder or hub id of a graft or of a Whisper checkpoint, the output folder of a stage, the name of a graft that
     comes with the package, or `whisper`, the bundled Whisper base."""
-    model_digest: str | None = None
+    model_digest: ModelKey[str | None] = None
     """SHA-256 over the model's files, which a run checks; null takes the model as it is. Results of different models
     are never mixed."""
-    audio: str | list[str]
+    audio: DataKey[Location | list[Location]]
     """Files, folders (at any depth), globs, s3:// and other URIs, .txt lists of them with one in each line, and
     parquet files with audio in them."""
-    out: str | None = None
+    out: OutputKey[str | None] = None
     """Folder for the transcripts, which every machine of a cluster must see; null only prints them, and transcribes a
     few local files without Ray."""
-    columns: Columns = Columns()
+    columns: DataKey[Columns] = Columns()
     """Names of the columns of parquet files."""
-    channels: Literal["mix", "split"] = "mix"
+    channels: DataKey[Literal["mix", "split"]] = "mix"
     """mix transcribes the mean of all channels; split transcribes each by itself and orders the labelled segments by
     time, for calls with one speaker on each channel."""
-    instruction: str | None = None
+    instruction: ModelKey[str | None] = None
     """Text style (raw, lower, formatted) that the model was trained for, or a phrasing that asks for one; null takes
     the model's own."""
-    context: list[str] | None = None
+    context: ModelKey[list[str] | None] = None
     """Words that may occur (names, terms), for a model that was trained for lists of words."""
-    aligner: str | None = None
+    aligner: ModelKey[Checkpoint | None] = None
     """Model that finds the times of words: whisper (the bundled one), or folder or hub id of a Whisper or a CTC model;
     with null, words have no times."""
-    speech: SpeechSettings = SpeechSettings()
+    speech: DataKey[SpeechSettings] = SpeechSettings()
     """How speech is found in the audio."""
-    chunks: ChunkSettings = ChunkSettings()
+    chunks: DataKey[ChunkSettings] = ChunkSettings()
     """How speech is cut into chunks for the model."""
-    dtype: Literal["fp32", "bf16"] | None = None
+    dtype: ModelKey[Literal["fp32", "bf16"] | None] = None
     """Precision of the weights; null takes the one that they are stored in."""
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: ModelKey[Literal["transformers", "vllm"]] = "transformers"
     """Engine of a graft's language model; vllm schedules its own batches and needs the extra `vllm`."""
-    quantization: str | None = None
+    quantization: ModelKey[str | None] = None
     """Method by which vLLM quantizes the language model, such as fp8; null does not quantize it."""
-    item_s: float = Field(default=1800.0, ge=10)
+    item_s: DataKey[float] = Field(default=1800.0, ge=10)
     """Approximate seconds of audio in a work item. Longer recordings are shared out to several workers, and a killed
     run loses at most the items that it was transcribing."""
-    formats: tuple[Format, ...] = ("txt", "json")
+    formats: OutputKey[tuple[Format, ...]] = ("txt", "json")
     """Formats of the files that are written for each recording besides its parquet row. Without out, the text is
     printed, or a single recording in the one format that is given."""
-    cues: CueLimits = CueLimits()
+    cues: OutputKey[CueLimits] = CueLimits()
     """How much text a subtitle shows at a time."""
-    workers: int = Field(default=1, ge=1)
+    workers: MachineKey[int] = Field(default=1, ge=1)
     """Number of models that transcribe side by side."""
-    threads: int = Field(default=1, ge=1)
+    threads: MachineKey[int] = Field(default=1, ge=1)
     """CPU threads of each worker, and CPUs that it takes from the cluster."""
-    gpus_per_worker: float = Field(default=0, ge=0)
+    gpus_per_worker: MachineKey[float] = Field(default=0, ge=0)
     """GPUs, or share of one, that each worker takes; 0 transcribes on CPUs."""
-    readers: int = Field(default=1, ge=1)
+    readers: MachineKey[int] = Field(default=1, ge=1)
     """Most processes that decode audio and find speech; each takes one CPU."""
-    items_per_batch: int = Field(default=16, ge=1)
+    items_per_batch: MachineKey[int] = Field(default=16, ge=1)
     """Number of items that are read, transcribed and written together."""
-    strict: bool = False
+    strict: OutputKey[bool] = False
     """Whether the exit code is 3 if a recording failed."""
-    retry_errors: bool = False
+    retry_errors: OutputKey[bool] = False
     """Whether recordings that failed in an earlier run are tried again."""
-    price: float | None = Field(default=None, ge=0)
+    price: MachineKey[float | None] = Field(default=None, ge=0)
     """Price of an hour of the whole cluster in your currency; the summary then has the cost of an hour of audio."""
 
 
@@ -132,7 +135,7 @@ def run(recipe: TranscribeRecipe) -> int:
 
     if "model" not in recipe.model_fields_set:
         print(f"graft: model={recipe.model} is taken, a graft that comes with the package", file=sys.stderr)
-    sources = [recipe.audio] if isinstance(recipe.audio, str) else recipe.audio
+    sources = _sources(recipe)
     if recipe.out is None:
         summary, lines = _print_transcripts(sources, recipe), sys.stderr
     else:
@@ -145,6 +148,27 @@ def run(recipe: TranscribeRecipe) -> int:
     return PARTLY_FAILED if summary["failed"] and recipe.strict else 0
 
 
+def plan(recipe: TranscribeRecipe, options: TranscriptionPlanOptions) -> None:
+    """Print the hours, the cost and the memory that a run is estimated to take."""
+    from .build import planned_model
+    from .transcription.discovery import find_recordings
+    from .transcription.estimate import PlannedRun, assumed_audio, measure_recordings, print_plan
+
+    check_inputs(recipe)
+    audio = assumed_audio(options, "audio")
+    if recipe.audio is not None:
+        audio = measure_recordings(find_recordings(_sources(recipe), recipe.columns), options)
+    planned = PlannedRun(
+        [planned_model(recipe.model, recipe.dtype)],
+        audio,
+        _workers(recipe),
+        longest_s=recipe.chunks.max_s,
+        is_detected=recipe.speech.detector == "silero",
+        price=recipe.price,
+    )
+    print_plan(planned, options)
+
+
 def transcribe(
     recordings: "pa.Table", recipe: TranscribeRecipe, out: Path, opener: "Opener | None" = None
 ) -> dict[str, Any]:
@@ -153,12 +177,12 @@ def transcribe(
     `opener` opens the model in each worker; by default it is the recipe's.
     """
     from .transcription.assembly import OutputSettings, join_recordings, read_index
-    from .transcription.pipeline import Pipeline, Workers, run_plan
+    from .transcription.pipeline import Pipeline, run_plan
     from .transcription.work_items import at_attempts, plan_items
 
     start = time.monotonic()
     aligner, aligner_name = find_aligner(recipe.aligner) if recipe.aligner else (None, None)
-    workers = Workers(recipe.readers, recipe.workers, recipe.threads, recipe.gpus_per_worker, recipe.items_per_batch)
+    workers = _workers(recipe)
     connect(cpus=workers.cpus)
     home = out / "work"
     home.mkdir(exist_ok=True)
@@ -211,6 +235,16 @@ def _summary(recipe: TranscribeRecipe, totals: "Totals", rtfx: float | None, sec
         "cost_per_audio_hour": recipe.price / rtfx if recipe.price is not None and rtfx else None,
         "seconds": seconds,
     }
+
+
+def _sources(recipe: TranscribeRecipe) -> list[str]:
+    return [recipe.audio] if isinstance(recipe.audio, str) else recipe.audio
+
+
+def _workers(recipe: TranscribeRecipe) -> "Workers":
+    from .transcription.pipeline import Workers
+
+    return Workers(recipe.readers, recipe.workers, recipe.threads, recipe.gpus_per_worker, recipe.items_per_batch)
 
 
 def _check_model(recipe: TranscribeRecipe) -> None:
@@ -326,7 +360,22 @@ def _print_from_ray(recordings: "pa.Table", recipe: TranscribeRecipe, printer: "
     return summary
 
 
-main = partial(run_job, TranscribeRecipe, run, summary=__doc__, words="audio")
+EXAMPLES = (
+    "talk.mp3",
+    "model=runs/merged audio=calls,s3://bucket/talks out=runs/transcripts formats=txt,srt",
+    "model=fast-7b gpus_per_worker=1 workers=8 readers=8 price=28 --plan --hours 5000",
+)
+"""Arguments that --help shows."""
+main = partial(
+    run_job,
+    TranscribeRecipe,
+    run,
+    summary=__doc__,
+    words="audio",
+    examples=EXAMPLES,
+    plan=plan,
+    plan_options=TranscriptionPlanOptions,
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

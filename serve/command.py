@@ -16,19 +16,22 @@ from pydantic import Field
 
 from graft.checkpoints.names import checkpoint_name
 from graft.errors import GraftError, require
+from graft.keys import MachineKey
 
 from .config import ServeArgs
 
 APPLICATION = "graft"
 """Name of the application on the cluster."""
+EXAMPLES = ("model=small", "model=runs/merged host=0.0.0.0 gpus_per_replica=1 max_replicas=4 key_file=keys.txt")
+"""Arguments that --help shows."""
 
 
 class ServeRecipe(ServeArgs):
     """The arguments of the service, and the address on which it listens."""
 
-    host: str = "127.0.0.1"
+    host: MachineKey[str] = "127.0.0.1"
     """Address on which the service listens; 0.0.0.0 makes it listen on all addresses of the machine."""
-    port: int = Field(default=8000, ge=1, le=65535)
+    port: MachineKey[int] = Field(default=8000, ge=1, le=65535)
     """Port on which the service listens."""
 
 

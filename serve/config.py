@@ -1,60 +1,64 @@
 """Define the arguments of the application, for `graft serve`, `serve run serve.app:build key=value ...`, serve.yaml."""
 
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from graft.config import Recipe
+from graft.keys import Checkpoint, Heading, Location, MachineKey, ModelKey
 
 from .decode.decoder import DecodeArgs
+
+T = TypeVar("T")
+RequestKey = Annotated[T, Heading("requests")]
 
 
 class ServeArgs(Recipe):
     """The served model, the resources of its replicas, and the limits on requests."""
 
-    model: str
+    model: ModelKey[Checkpoint]
     """Folder or hub id of a graft or of a Whisper checkpoint, output folder of a training stage, name of a graft that
     comes with the package, or `whisper`, the bundled Whisper base. `user_config: {model: ...}` of the deployment Engine
     overrides it and can be changed while the service runs."""
-    name: str | None = None
+    name: ModelKey[str | None] = None
     """Name by which clients call the model, also after another one was loaded. By default it is the folder's name."""
-    dtype: Literal["fp32", "bf16"] | None = None
+    dtype: ModelKey[Literal["fp32", "bf16"] | None] = None
     """Precision of the weights. By default it is the one in which they are stored."""
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: ModelKey[Literal["transformers", "vllm"]] = "transformers"
     """Inference engine. `vllm` runs grafts alone and needs the extra of that name."""
-    quantization: str | None = None
+    quantization: ModelKey[str | None] = None
     """vLLM's quantization of the language model's weights, such as fp8. By default there is none."""
-    aligner: str | None = None
+    aligner: ModelKey[Checkpoint | None] = None
     """Model that computes word timestamps: `whisper` (the bundled one), or the folder or hub id of a Whisper or CTC
     model. Without one, requests for word timestamps get a 400."""
-    min_replicas: int = Field(default=1, ge=1)
+    min_replicas: MachineKey[int] = Field(default=1, ge=1)
     """Engine replicas that always run."""
-    max_replicas: int = Field(default=1, ge=1)
+    max_replicas: MachineKey[int] = Field(default=1, ge=1)
     """Engine replicas that run under load."""
-    gpus_per_replica: float = Field(default=0, ge=0)
+    gpus_per_replica: MachineKey[float] = Field(default=0, ge=0)
     """GPUs of each engine replica. 0 serves on the CPU."""
-    threads: int = Field(default=1, ge=1)
+    threads: MachineKey[int] = Field(default=1, ge=1)
     """CPU threads of each engine replica, and the CPUs that it reserves in the cluster."""
-    max_ongoing_chunks: int = Field(default=64, ge=1)
+    max_ongoing_chunks: RequestKey[int] = Field(default=64, ge=1)
     """Chunks (of up to 28 s) that an engine replica accepts at a time. Half as many make another replica start."""
-    min_ingress_replicas: int = Field(default=1, ge=1)
+    min_ingress_replicas: MachineKey[int] = Field(default=1, ge=1)
     """Ingress replicas, which answer HTTP and decode audio, that always run."""
-    max_ingress_replicas: int = Field(default=1, ge=1)
+    max_ingress_replicas: MachineKey[int] = Field(default=1, ge=1)
     """Ingress replicas that run under load."""
-    max_ongoing_requests: int = Field(default=64, ge=1)
+    max_ongoing_requests: RequestKey[int] = Field(default=64, ge=1)
     """Uploads that an ingress replica accepts at a time. More of them get a 429."""
-    max_queued_s: float = Field(default=7_200, gt=0)
+    max_queued_s: RequestKey[float] = Field(default=7_200, gt=0)
     """Seconds of speech that an ingress replica accepts at a time. Uploads beyond that get a 429."""
-    max_upload_bytes: int = Field(default=25_000_000, ge=1)
+    max_upload_bytes: RequestKey[int] = Field(default=25_000_000, ge=1)
     """Largest request body in bytes. Larger ones get a 413."""
-    key_file: str | None = None
+    key_file: RequestKey[Location | None] = None
     """File of API keys, one a line, in addition to those in GRAFT_API_KEYS, which are separated by commas. Without any
     key, requests are not authenticated."""
-    decode: DecodeArgs = DecodeArgs()
+    decode: RequestKey[DecodeArgs] = DecodeArgs()
     """Settings of the processes that decode uploads."""
-    upscale_delay_s: float = Field(default=10, ge=0)
+    upscale_delay_s: MachineKey[float] = Field(default=10, ge=0)
     """Seconds of load after which a replica is added."""
-    downscale_delay_s: float = Field(default=300, ge=0)
+    downscale_delay_s: MachineKey[float] = Field(default=300, ge=0)
     """Seconds without load after which a replica is removed."""
 
     @model_validator(mode="after")

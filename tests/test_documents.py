@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_commands_are_understood(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     # The files that a command reads exist where it is executed: see test_documents_run.py.
-    monkeypatch.setattr("jobs.common.cli.check_inputs", lambda recipe: None, raising=False)
+    monkeypatch.setattr("jobs.common.cli.check_inputs", lambda recipe: None)
     words = [word for word in shlex.split(command) if word]
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]

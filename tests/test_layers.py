@@ -14,10 +14,12 @@ from tests.support.paths import ROOT
 FILES = sorted(path.relative_to(ROOT) for name in ("graft", "jobs", "serve") for path in (ROOT / name).rglob("*.py"))
 EDGE = {"ray", "fastapi", "starlette", "uvicorn"}
 OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "vllm", "torchaudio")
-COMMANDS = "prepare label format build stage1 stage2 check merge export transcribe evaluate ablate demo submit bench"
+COMMANDS = (
+    "prepare label format build stage1 stage2 check merge export transcribe evaluate ablate demo submit bench schema"
+)
 
 ROOMS = {
-    "graft": "errors config storage model audio text data processor checkpoints training inference __init__",
+    "graft": "errors keys config storage model audio text data processor checkpoints training inference __init__",
     "jobs": f"common transcription training preparation evaluation {COMMANDS} __main__",
     "serve": "logs decode config service metrics backends http app command",
 }

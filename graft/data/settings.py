@@ -9,6 +9,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from graft.config import Recipe
+from graft.keys import Location
 
 Range = tuple[float, float]
 
@@ -29,19 +30,19 @@ class Columns(Recipe):
 class Source(Recipe):
     """Parquet files of one kind."""
 
-    files: str | Annotated[list[str], Field(min_length=1)]
+    files: Location | Annotated[list[Location], Field(min_length=1)]
     """Files, folders or globs: local, hf://datasets/OWNER/NAME@REVISION/FOLDER, s3://BUCKET/KEY, or files at
     http(s)://."""
     weight: float = Field(default=1.0, gt=0)
     """Times that a row occurs in an epoch: 2 is twice, 0.5 is in every other epoch."""
     columns: Columns = Columns()
     """Names of the files' columns."""
-    texts: str | None = None
+    texts: Location | None = None
     """Parquet files with the columns ID and text, which replace the corpus's texts; a row that they lack has no
     text."""
 
 
-Sources = str | Source | Sequence[str | Source]
+Sources = Location | Source | Sequence[Location | Source]
 
 
 class NoiseRecipe(Recipe):

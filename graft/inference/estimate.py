@@ -8,12 +8,15 @@ audio a second at 7B in clips of 10 and 30 s, where its peaks would allow twice 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from graft.inference.engines.kv_cache import round_up_columns
+import torch
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+from graft.inference.engines.kv_cache import COLUMNS, round_up_columns
 from graft.inference.engines.scheduler import ENCODER_ROWS
-from graft.inference.transcriber import BATCH_TOKENS, PREFILL_TOKENS, max_new_tokens
+from graft.inference.transcriber import BATCH_TOKENS, PREFILL_TOKENS
 from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_count
+from graft.processor import max_new_tokens
 from graft.training.devices import Device
 from graft.training.estimate import (
     LABELS_PER_S,
@@ -86,7 +89,7 @@ def graft_work(config: GraftConfig, *, chunk_s: float, dtype_bytes: int, kind: s
     )
 
 
-def whisper_work(config: Any, *, chunk_s: float, dtype_bytes: int, rows: int) -> ChunkWork:
+def whisper_work(config: WhisperConfig, *, chunk_s: float, dtype_bytes: int, kind: str = "cuda") -> ChunkWork:
     """Count plain Whisper's work for chunks that last `chunk_s`, of which it encodes the whole 30 s window."""
     width, layers = config.d_model, config.decoder_layers
     window = WINDOW_FRAMES // 2
@@ -98,7 +101,7 @@ def whisper_work(config: Any, *, chunk_s: float, dtype_bytes: int, rows: int) ->
     token = 2.0 * weights + 4 * layers * width * (window + answer / 2)
     prompt = encoder_flops(as_graft, [WINDOW_FRAMES]) + 2 * width * states + WHISPER_PROMPT_TOKENS * token
     cache = (states + layers * width * answer) * dtype_bytes
-    return ChunkWork(chunk_s, prompt, token, answer, weights * dtype_bytes, cache, rows)
+    return ChunkWork(chunk_s, prompt, token, answer, weights * dtype_bytes, cache, _whisper_rows(config, kind))
 
 
 def audio_rate(work: ChunkWork, device: Device, share: float) -> float:
@@ -132,6 +135,25 @@ def graft_memory(config: GraftConfig, *, chunk_s: float, dtype_bytes: int, kind:
     logits = max(rows, tokens // slot) * text.vocab_size * (4 + dtype_bytes)
     weights = count_parameters(config).total * dtype_bytes
     return InferenceMemory(weights, cache + spare, max(hidden, encoded) + read + logits)
+
+
+def whisper_memory(config: WhisperConfig, *, dtype_bytes: int, kind: str = "cuda") -> InferenceMemory:
+    """Estimate the memory of the transformers engine with plain Whisper, full batches and one prefill."""
+    with torch.device("meta"):
+        model = WhisperForConditionalGeneration(config)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype_bytes
+    rows, width, window = _whisper_rows(config, kind), config.d_model, config.max_source_positions
+    columns = round_up_columns(config.max_target_positions)
+    layer = rows * width * dtype_bytes  # keys of one position of all rows in one layer
+    cache = layer * (2 * config.decoder_layers * (columns + window) + columns)  # the slots keep room to move rows
+    read = min(rows, ENCODER_ROWS)
+    encoded = read * window * (4 * width + 2 * config.encoder_ffn_dim) * dtype_bytes
+    states = 2 * config.decoder_layers * read * window * width * dtype_bytes
+    return InferenceMemory(weights, cache, encoded + states + rows * config.vocab_size * (4 + dtype_bytes))
+
+
+def _whisper_rows(config: WhisperConfig, kind: str) -> int:
+    return max(1, BATCH_TOKENS[kind] // (config.max_source_positions + COLUMNS))
 
 
 def token_cache_bytes(config: GraftConfig, dtype_bytes: int) -> int:

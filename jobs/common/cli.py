@@ -14,23 +14,21 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import traceback
-import typing
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, create_model
+from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from graft.config import R, Recipe, read_recipe
 from graft.errors import GraftError, RecipeError, install_command
+from graft.keys import first_sentence, help_lines, values_text
 
 from .console import quiet_libraries
+from .inputs import check_inputs
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a job that was stopped by SIGTERM and saved its state first."""
@@ -47,9 +45,15 @@ _INNER_ERRORS = (
     "health_check_failure",
     "__cause__",
 )
-TYPE_NAMES: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true | false", NoneType: "null"}
 _KEY = re.compile(r"[A-Za-z_][\w.]*=")
 _GRAFT_ERROR_LINE = re.compile(r"^graft\.errors\.\w+: (.+)$", re.MULTILINE)
+
+
+VALUES = """\
+Text is taken as it is typed. A list [...] is one value, or several as a,b; a value with a comma stands in brackets and
+quotes, as in '["a, b.wav"]'. A group {...} is given as group.key=value or {key: value}. key= or key=null gives a key no
+value where null is allowed. Of a key that is given twice, the last value counts."""
+"""How values are written, for --help."""
 
 
 class PlanOptions(Recipe):
@@ -75,14 +79,18 @@ def run_job(
     *,
     summary: str | None,
     argv: Sequence[str] | None = None,
-    plan: Callable[[R, PlanOptions], None] | None = None,
+    plan: Callable[[R, Any], None] | None = None,
+    plan_options: type[Recipe] = PlanOptions,
+    examples: Sequence[str] = (),
     command: str | None = None,
     words: str | None = None,
 ) -> int:
     """Run a command on the recipe that the command line gives, or `plan` if --plan is given; returns the exit code.
 
     `command` is the command's name, by default that of the module that `run` stands in. `words` is the key of which
-    arguments without a `=` are the values, such as the files of `graft transcribe a.flac b.flac`.
+    arguments without a `=` are the values, such as the files of `graft transcribe a.flac b.flac`. `examples` are
+    arguments that --help shows, and `plan_options` the class of the options that go with --plan. Files that the recipe
+    names must exist.
 
     The code is 0 or the integer that `run` returns, 2 after a GraftError, which is printed as one line, and 130 after
     Ctrl-C. Other exceptions pass through. With --plan only `model` is required: other required keys default to None.
@@ -90,15 +98,19 @@ def run_job(
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         command = command or _command_of(run)
+        texts = _help_texts(recipe_class, summary, [f"{command} {example}" for example in examples])
+        usage = _usage(command, words, plans=plan is not None)
         options, overrides = _read_arguments(
-            recipe_class, summary, argv, plans=plan is not None, command=command, words=words
+            recipe_class, argv, usage=usage, texts=texts, plan_options=plan_options if plan else None, words=words
         )
         recipe_path = options.recipe and find_recipe(options.recipe, recipe_class, command)
         quiet_libraries()
-        if plan and (plan_options := _plan_options(options)):
-            plan(read_recipe(_requiring_model_only(recipe_class), recipe_path, overrides), plan_options)
+        if plan and (assumptions := _plan_options(options, plan_options)):
+            plan(read_recipe(_requiring_model_only(recipe_class), recipe_path, overrides), assumptions)
             return 0
-        result = run(read_recipe(recipe_class, recipe_path, overrides))
+        recipe = read_recipe(recipe_class, recipe_path, overrides)
+        check_inputs(recipe)
+        result = run(recipe)
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         print("graft: interrupted", file=sys.stderr)
@@ -169,32 +181,39 @@ def _command_of(run: Callable[..., object]) -> str:
     return spec.name.rpartition(".")[2] if spec else "COMMAND"
 
 
+def _usage(command: str, words: str | None, *, plans: bool) -> str:
+    given, planned = f" [{words} ...]" if words else "", " [--plan ...]" if plans else ""
+    return f"graft {command}{given} [--recipe NAME] [key=value ...]{planned} [--debug]"
+
+
+def _help_texts(recipe_class: type[Recipe], summary: str | None, examples: Sequence[str]) -> str:
+    """Write what --help says before the options: what the command does, examples, and its keys."""
+    lines = [with_examples(summary, examples)]
+    lines += ["", "keys, given as key=value, --key=value or --key value (--key alone for true):"]
+    width = min(100, shutil.get_terminal_size().columns)
+    return "\n".join([*lines, *help_lines(recipe_class, width=width), "", VALUES])
+
+
+def with_examples(summary: str | None, examples: Sequence[str]) -> str:
+    """Put examples, given without `graft`, after the first line of what a command does."""
+    title, _, more = (summary or "").strip().partition("\n")
+    lines = ["", "examples:", *(f"  graft {example}".rstrip() for example in examples)] if examples else []
+    return "\n".join([title, *lines, *(["", more.strip()] if more.strip() else [])])
+
+
 def _read_arguments(
     recipe_class: type[Recipe],
-    summary: str | None,
     argv: Sequence[str],
     *,
-    plans: bool,
-    command: str = "COMMAND",
+    usage: str = "",
+    texts: str = "",
+    plan_options: type[Recipe] | None = None,
     words: str | None = None,
 ) -> tuple[argparse.Namespace, list[str]]:
-    given = [f"[{words} ...]"] if words else []
-    planned = ["[--plan ...]"] if plans else []
-    usage = ["graft", command, *given, "[--recipe NAME]", "[key=value ...]", *planned, "[--debug]"]
+    """Read the options of a command line, and all else as `key=value`. --help prints and exits."""
+    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        usage=" ".join(usage),
-        description=summary,
-        epilog="\n".join(
-            [
-                "keys of the recipe, given as key=value, --key=value or --key value (--key alone for true):",
-                *describe_keys(recipe_class, width=min(100, shutil.get_terminal_size().columns)),
-                "",
-                "Values are YAML; {...} is a group of keys, given as group.key=value; [...] is a list.",
-            ]
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
+        usage=usage, description=texts, formatter_class=formatter, allow_abbrev=False, exit_on_error=False
     )
     parser.add_argument(
         "--recipe",
@@ -202,24 +221,27 @@ def _read_arguments(
         help="recipe of graft by its name, or a YAML file with keys; key=value (or key.sub=value) overrides it",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if plans:
+    if plan_options:
         planning = parser.add_argument_group("planning")
         planning.add_argument(
-            "--plan", action="store_true", help="print memory, steps, hours and cost of the run and start nothing"
+            "--plan", action="store_true", help="print memory, hours and cost of the run and start nothing"
         )
-        for name, field in PlanOptions.model_fields.items():
+        for name, field in plan_options.model_fields.items():
             default = "" if field.default is None else f" (default {field.default})"
-            planning.add_argument(f"--{name}", metavar="...", help=f"{field.description}{default}")
+            text = f"{first_sentence(field.description)}{default}".replace("%", "%%")
+            metavar = values_text(field.annotation).removesuffix(" | null").upper()
+            planning.add_argument(
+                *dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), metavar=metavar, help=text
+            )
     try:
         options, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise RecipeError(f"{error}: see --help") from error
-    switches = {name for name, field in recipe_class.model_fields.items() if field.annotation is bool}
-    return options, list(_overrides(overrides, switches, words))
+    return options, list(_overrides(overrides, recipe_class.model_fields, words))
 
 
-def _overrides(arguments: Sequence[str], switches: Set[str], words: str | None = None) -> Iterator[str]:
-    """Yield the arguments that argparse left over, each as key=value; `switches` are the keys that need no value.
+def _overrides(arguments: Sequence[str], keys: Mapping[str, FieldInfo], words: str | None = None) -> Iterator[str]:
+    """Yield the arguments that argparse left over, each as key=value; of the `keys`, switches need no value.
 
     Arguments without a key are values of the key that `words` names.
     """
@@ -232,13 +254,19 @@ def _overrides(arguments: Sequence[str], switches: Set[str], words: str | None =
         if override != argument:
             key, equals, value = override.partition("=")
             key = key.replace("-", "_")
-            if not equals and key in switches:
+            if not equals and key in keys and keys[key].annotation is bool:
                 equals, value = "=", "true"
             elif not equals and not (value := next(left, "--")).startswith("--"):
                 equals = "="
+            elif not equals and (name := key.partition(".")[0]) not in keys:
+                longer = [known for known in keys if known.startswith(name)]
+                close = longer or difflib.get_close_matches(name, keys, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise RecipeError(f"unknown key {key} ({hint}known here: {', '.join(sorted(keys))})")
             override = f"{key}{equals}{value}" if equals else ""
         if "=" not in override or override.startswith("-"):
-            raise RecipeError(f"argument {argument!r} is not key=value or --key value: see --help")
+            hint = "" if argument.startswith("-") else " (a value with spaces stands in quotes)"
+            raise RecipeError(f"argument {argument!r} is not key=value or --key value{hint}: see --help")
         if given and override.startswith(f"{words}="):
             raise RecipeError(
                 f"argument {argument!r} says again what {given[0]!r} says: give all of {words} in one way"
@@ -267,16 +295,13 @@ def find_recipe(name: str, recipe_class: type[Recipe], command: str) -> str:
     raise RecipeError(f"recipe {name}: no such file{listed}")
 
 
-def _plan_options(options: argparse.Namespace) -> PlanOptions | None:
+def _plan_options(options: argparse.Namespace, plan_options: type[R]) -> R | None:
     """Read the options of --plan; None when --plan is not given. Raises RecipeError for an option without it."""
-    given = {name: value for name in PlanOptions.model_fields if (value := getattr(options, name)) is not None}
+    given = {name: value for name in plan_options.model_fields if (value := getattr(options, name)) is not None}
     if given and not options.plan:
-        raise RecipeError(f"argument --{next(iter(given))} goes with --plan: see --help")
-    return (
-        read_recipe(PlanOptions, None, [f"{name}={json.dumps(value)}" for name, value in given.items()])
-        if options.plan
-        else None
-    )
+        raise RecipeError(f"argument --{next(iter(given)).replace('_', '-')} goes with --plan: see --help")
+    assumptions = [f"{name}={value}" for name, value in given.items()]
+    return read_recipe(plan_options, None, assumptions) if options.plan else None
 
 
 def _requiring_model_only(recipe_class: type[R]) -> type[R]:
@@ -290,89 +315,3 @@ def _requiring_model_only(recipe_class: type[R]) -> type[R]:
         name: (annotation | None, None) for name, annotation in required.items() if annotation is not None
     }
     return create_model(recipe_class.__name__, __base__=recipe_class, **optional)
-
-
-KeyGroup = tuple[type[BaseModel], BaseModel | None, list[str]]
-"""A recipe class or a group inside it, the default values of its keys there, and the keys that hold it."""
-
-
-def describe_keys(recipe_class: type[BaseModel], *, width: int) -> Iterator[str]:
-    """Yield the lines that document each key: the recipe's own first, then one section for each nested group."""
-    for model, defaults, holders in _key_groups(recipe_class):
-        prefix = f"{holders[0]}." if holders else ""
-        if prefix:
-            heading = f"{', '.join(holders)}: {_one_line(model.__doc__)}"
-            yield from ["", *textwrap.wrap(heading, width, subsequent_indent="  ")]
-        for name, field in model.model_fields.items():
-            yield f"  {prefix}{name}{_value_text(field, _default(defaults, name, field))}"
-            indent = " " * 6
-            yield from textwrap.wrap(
-                _one_line(field.description), width, initial_indent=indent, subsequent_indent=indent
-            )
-
-
-def _key_groups(recipe_class: type[BaseModel]) -> list[KeyGroup]:
-    """List a recipe class and the groups inside it, each once though several keys hold it with the same defaults."""
-    groups: list[KeyGroup] = [(recipe_class, None, [])]
-    for owner, defaults, holders in groups:  # the list grows while it is read
-        prefix = f"{holders[0]}." if holders else ""
-        for name, field in owner.model_fields.items():
-            for model, suffix in _nested_models(field.annotation).items():
-                default = _default(defaults, name, field)
-                own = default if isinstance(default, model) else None
-                known = [group for group in groups if group[0] is model and group[1] == own]
-                groups += [] if known else [(model, own, [])]
-                (known or groups)[-1][2].append(f"{prefix}{name}{suffix}")
-    return groups
-
-
-def _nested_models(annotation: Any) -> dict[type[BaseModel], str]:
-    """Map each recipe class inside an annotation to the suffix of its key: .NAME in a dict, [] in a list, or none."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return {annotation: ""}
-    origin, found = typing.get_origin(annotation), dict[type[BaseModel], str]()
-    suffix = ".NAME" if origin is dict else "[]" if origin in (list, tuple, Sequence) else ""
-    for part in typing.get_args(annotation):
-        for model, inner in _nested_models(part).items():
-            found.setdefault(model, f"{suffix}{inner}")
-    return found
-
-
-def _default(defaults: BaseModel | None, name: str, field: FieldInfo) -> Any:
-    """Return the default of a key in its group; pydantic's undefined value where the key is required."""
-    if defaults is not None:
-        return getattr(defaults, name)
-    return field.get_default(call_default_factory=True, validated_data={})
-
-
-def _value_text(field: FieldInfo, default: Any) -> str:
-    """Write a key's default and allowed values: ` = nf4 (nf4 | none)`, ` (text, required)`."""
-    if default is PydanticUndefined:
-        return f" ({_type_text(field.annotation)}, required)"
-    if isinstance(default, BaseModel):
-        return f" ({_type_text(field.annotation)})"
-    value = yaml.safe_dump(default, default_flow_style=True, width=1000).removesuffix("...\n").strip()
-    return f" = {value} ({_type_text(field.annotation)})"
-
-
-def _type_text(annotation: Any) -> str:
-    """Write which values an annotation allows: `a | b`, `[text, ...]`, `{text: number}`, `{...}` for a group."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return " | ".join(map(str, parts))
-    if origin in (typing.Union, UnionType):
-        return " | ".join(dict.fromkeys(map(_type_text, parts)))
-    if origin is typing.Annotated:
-        return _type_text(parts[0])
-    if origin is dict:
-        return f"{{{_type_text(parts[0])}: {_type_text(parts[1])}}}"
-    if origin in (list, tuple, Sequence):
-        is_open = origin is not tuple or parts[-1] is ...
-        return f"[{_type_text(parts[0])}, ...]" if is_open else f"[{', '.join(map(_type_text, parts))}]"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "{...}"
-    return TYPE_NAMES.get(annotation, "value")
-
-
-def _one_line(text: str | None) -> str:
-    return " ".join((text or "").split())

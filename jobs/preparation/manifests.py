@@ -19,6 +19,7 @@ from pydantic import Field
 from graft.config import Recipe
 from graft.data.splits import comparable_text
 from graft.errors import AudioError, DataError
+from graft.keys import Location
 
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 FieldName = Literal["id", "audio", "text", "speaker", "sex", "offset", "duration"]
@@ -46,7 +47,7 @@ LONGEST_S = 1e6
 class Manifest(Recipe):
     """A manifest, and how to read it."""
 
-    manifest: str
+    manifest: Location
     """File of JSON lines, or CSV (*.csv, *.tsv or a given delimiter), with the fields audio and text and optionally id,
     speaker, sex, offset and duration."""
     split: SplitName | None = None

@@ -20,6 +20,7 @@ from pydantic import Field
 from graft.config import Recipe
 from graft.data.settings import Sources
 from graft.errors import DataError
+from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey, OutputKey
 from graft.storage.atomic import atomic_file, write_atomic
 
 from ..common.cluster import connect
@@ -34,26 +35,26 @@ EXECUTION_KEYS = frozenset({"readers", "workers", "threads_per_worker", "gpu"})
 class TextsRecipe(Recipe):
     """The clips that get texts, and the model that transcribes them."""
 
-    data: Sources
+    data: DataKey[Sources]
     """Clips: parquet files, folders or globs, or {files, columns}."""
-    out: str
+    out: OutputKey[str]
     """Folder for texts.parquet, which every machine of a cluster must see; a run that was cut off goes on there."""
-    model: str = "whisper"
+    model: ModelKey[Checkpoint] = "whisper"
     """Model that transcribes: folder or hub id of a Whisper checkpoint or of a graft; `whisper` is the bundled Whisper
     base."""
-    batch_clips: int = Field(default=32, ge=1)
+    batch_clips: MachineKey[int] = Field(default=32, ge=1)
     """Number of clips that a worker reads and transcribes together."""
-    part_clips: int = Field(default=8192, ge=1)
+    part_clips: OutputKey[int] = Field(default=8192, ge=1)
     """Number of rows that are written to texts.parquet at a time."""
-    readers: int = Field(default=1, ge=1)
+    readers: MachineKey[int] = Field(default=1, ge=1)
     """Most processes that decode audio; each takes one CPU."""
-    workers: int = Field(default=1, ge=1)
+    workers: MachineKey[int] = Field(default=1, ge=1)
     """Number of models that transcribe side by side."""
-    threads_per_worker: int = Field(default=1, ge=1)
+    threads_per_worker: MachineKey[int] = Field(default=1, ge=1)
     """CPU threads of each worker, and CPUs that it takes from the cluster."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: ModelKey[Literal["fp32", "bf16"]] = "fp32"
     """Precision of the weights."""
-    gpu: bool = False
+    gpu: MachineKey[bool] = False
     """Whether each worker takes a GPU."""
 
 

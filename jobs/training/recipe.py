@@ -6,6 +6,7 @@ from pydantic import Field
 
 from graft.config import Recipe
 from graft.data.settings import AugmentRecipe, Sources
+from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey, OutputKey, ScheduleKey
 from graft.text.instructions import InstructionRecipe
 from graft.training.tracking import WandbRecipe
 
@@ -43,94 +44,94 @@ class ValidationRecipe(Recipe):
 class TrainRecipe(Recipe):
     """Settings of a training stage."""
 
-    model: str
+    model: ModelKey[Checkpoint]
     """Graft to train: a folder written by jobs.build, or a hub id."""
-    data: Sources
+    data: DataKey[Sources]
     """Parquet files with labelled clips in the schema of SpeechBrain's LargeScaleASR, local, hf:// or s3://: files,
     folders or globs, or groups with the keys files, weight and columns."""
-    out: str
+    out: OutputKey[str]
     """Folder for the results. The same command resumes an interrupted run from its newest checkpoint there."""
-    validation: ValidationRecipe | None = None
+    validation: DataKey[ValidationRecipe | None] = None
     """Validation on other clips; the result then has the weights with the best validation loss. null trains without."""
-    seed: int = 0
+    seed: ScheduleKey[int] = 0
     """Seed of the batches' order, of augmentation, and of fresh adapters."""
-    epochs: int = Field(default=1, ge=1)
+    epochs: ScheduleKey[int] = Field(default=1, ge=1)
     """Number of passes over the data."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: ScheduleKey[int | None] = Field(default=None, ge=1)
     """Stop after this many updates of the weights. null trains all epochs."""
-    token_budget: int = Field(default=8192, ge=1)
+    token_budget: ScheduleKey[int] = Field(default=8192, ge=1)
     """Most tokens in a batch of one worker: number of clips times the tokens of the longest, audio tokens included."""
-    max_batch_clips: int = Field(default=64, ge=1)
+    max_batch_clips: ScheduleKey[int] = Field(default=64, ge=1)
     """Most clips in one batch."""
-    window_row_groups: int = Field(default=16, ge=1)
+    window_row_groups: DataKey[int] = Field(default=16, ge=1)
     """Number of Parquet row groups that are read and shuffled together. More shuffles better and takes more memory."""
-    short_first: bool = False
+    short_first: DataKey[bool] = False
     """Order the first epoch from the shortest to the longest clips. It reads all row groups at once, so set
     window_row_groups to their number where memory allows, or each is read many times."""
-    step_batches: int | None = Field(default=None, ge=1)
+    step_batches: ScheduleKey[int | None] = Field(default=None, ge=1)
     """Number of batches in one update, divided among the workers. Where it is given, the number of workers does not
     change the result. null gives each worker one."""
-    no_speech: float = Field(default=0.0, ge=0)
+    no_speech: DataKey[float] = Field(default=0.0, ge=0)
     """Generated clips without speech and with an empty transcript to add, as a share of the number of other clips."""
-    augment: AugmentRecipe | None = None
+    augment: DataKey[AugmentRecipe | None] = None
     """Random changes of the audio in every epoch. null trains on the clips as they are."""
-    token_noise: float = Field(default=0.0, ge=0, le=0.9)
+    token_noise: DataKey[float] = Field(default=0.0, ge=0, le=0.9)
     """Share of the answer's input tokens that are replaced by tokens of another clip's answer, so that the model must
     use the audio instead of guessing from the words before (Xie et al. 2017, Data noising as smoothing in neural
     network language models)."""
-    words: InstructionRecipe = InstructionRecipe()
+    words: DataKey[InstructionRecipe] = InstructionRecipe()
     """Instructions and word lists to train besides the default instruction."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: ScheduleKey[float] = Field(default=1e-3, gt=0)
     """Learning rate after the warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: ScheduleKey[Literal["constant", "linear", "cosine"]] = "cosine"
     """Course of the learning rate after the warm-up: constant, or a linear or cosine decay to zero at the last step."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: ScheduleKey[int] = Field(default=0, ge=0)
     """Number of first steps in which the learning rate rises linearly from zero."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: ScheduleKey[float] = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: ScheduleKey[float] = Field(default=1.0, gt=0)
     """Norm to which larger gradients are clipped."""
-    max_loss: float = Field(default=24.0, gt=0)
+    max_loss: ScheduleKey[float] = Field(default=24.0, gt=0)
     """End the run with an error when a step's loss exceeds this, in nats per label token. CTC has no such limit."""
-    dtype: Literal["fp32", "bf16"] = "bf16"
+    dtype: ModelKey[Literal["fp32", "bf16"]] = "bf16"
     """Precision of the frozen weights and of the arithmetic. Trained weights are always float32."""
-    backend: Literal["deepspeed", "torch"] = "deepspeed"
+    backend: MachineKey[Literal["deepspeed", "torch"]] = "deepspeed"
     """Training backend: DeepSpeed ZeRO, or plain torch with DDP where there are several workers."""
-    zero_stage: Literal[1, 2, 3] = 2
+    zero_stage: MachineKey[Literal[1, 2, 3]] = 2
     """ZeRO stage of the deepspeed backend: 1 shards the optimizer's states over the workers, 2 the gradients too, 3 all
     weights too, for devices that cannot hold the frozen ones."""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    attention: ModelKey[Literal["sdpa", "flash_attention_2", "eager"]] = "sdpa"
     """Attention implementation of transformers. flash_attention_2 needs the package flash_attn."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: MachineKey[bool] = False
     """Recompute the language model's activations in the backward pass instead of keeping them: less memory, a third
     more time."""
-    compile: bool = False
+    compile: MachineKey[bool] = False
     """Compile the layers with torch.compile; the first steps then take minutes."""
-    encoder_cache: str | None = None
+    encoder_cache: DataKey[str | None] = None
     """Folder that keeps the encoder's outputs, so that each clip is encoded once. It pays from three epochs on, and
     excludes augment. null encodes each clip in every epoch."""
-    workers: int = Field(default=1, ge=1)
+    workers: MachineKey[int] = Field(default=1, ge=1)
     """Number of training workers, one process each."""
-    threads_per_worker: int = Field(default=1, ge=1)
+    threads_per_worker: MachineKey[int] = Field(default=1, ge=1)
     """Number of CPU threads of each training worker."""
-    data_workers: int = Field(default=2, ge=1)
+    data_workers: MachineKey[int] = Field(default=2, ge=1)
     """Number of processes that decode audio and compute features, on one CPU each."""
-    gpu: bool = False
+    gpu: MachineKey[bool] = False
     """Give each training worker a GPU."""
-    device_resource: str | None = None
+    device_resource: MachineKey[str | None] = None
     """Custom resource of the Ray cluster of which each training worker takes one, which puts workers on nodes that have
     it. null needs none."""
-    data_resource: str | None = None
+    data_resource: MachineKey[str | None] = None
     """Custom resource of the Ray cluster of which each data worker takes one. null needs none."""
-    retries: int = Field(default=3, ge=0)
+    retries: MachineKey[int] = Field(default=3, ge=0)
     """Number of times that the workers are restarted from the newest checkpoint after one of them or its node died."""
-    log_every: int = Field(default=10, ge=1)
+    log_every: OutputKey[int] = Field(default=10, ge=1)
     """Steps between two lines of the log."""
-    checkpoint_every: int = Field(default=500, ge=1)
+    checkpoint_every: OutputKey[int] = Field(default=500, ge=1)
     """Steps between two checkpoints. The last step and the best validation are always saved."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: OutputKey[int] = Field(default=2, ge=1)
     """Number of newest checkpoints to keep, besides that of the best validation."""
-    wandb: WandbRecipe | None = None
+    wandb: OutputKey[WandbRecipe | None] = None
     """Log the run to Weights & Biases, too. null does not."""
 
     @property

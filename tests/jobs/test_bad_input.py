@@ -94,15 +94,16 @@ FAULTS = {
         "stage1", f"{STAGE1} data=[{{useless.parquet}}]", ("none of 2 rows", "(1 no words, 1 over 30 s)")
     ),
     "token budget too small": Fault("stage1", f"{STAGE1} token_budget=10", ("more than token_budget=10", "raise it")),
-    "data missing": Fault("stage1", f"{STAGE1} data=[{{nothing}}]", ("no such file or folder",)),
+    "data missing": Fault("stage1", f"{STAGE1} data=[{{nothing}}]", ("no such file or folder: data=",)),
     "unknown key": Fault("stage1", f"{STAGE1} learning_rte=1", ("learning_rte=1", "did you mean 'learning_rate'")),
-    "wrong value": Fault("stage1", f"{STAGE1} workers=0", ("workers=0", "greater than or equal to 1")),
-    "wrong choice": Fault("stage2", f"{STAGE2} quantize=int3", ("quantize='int3'", "'nf4' or 'none'")),
-    "model missing": Fault("stage1", f"{STAGE1} model={{nothing}}", ("can't be read as a graft checkpoint",)),
-    "plain Qwen2-VL to train": Fault("stage1", f"{STAGE1} model={{qwen2vl}}", ("is a qwen2_vl checkpoint, not graft",)),
-    "no projector": Fault(
-        "stage2", f"{STAGE2} projector={{nothing}}", ("projector.safetensors is missing", "finished stage")
+    "wrong value": Fault("stage1", f"{STAGE1} workers=0", ("workers=0: give an integer of at least 1",)),
+    "wrong choice": Fault("stage2", f"{STAGE2} quantize=int3", ("quantize=int3: give nf4 or none",)),
+    "model missing": Fault("stage1", f"{STAGE1} model={{nothing}}", ("no such file or folder: model=",)),
+    "hub id that does not answer": Fault(
+        "stage1", f"{STAGE1} model=no/graft", ("can't be read as a graft checkpoint",)
     ),
+    "plain Qwen2-VL to train": Fault("stage1", f"{STAGE1} model={{qwen2vl}}", ("is a qwen2_vl checkpoint, not graft",)),
+    "no projector": Fault("stage2", f"{STAGE2} projector={{nothing}}", ("no such file or folder: projector=",)),
     "projector of zeros": Fault("stage2", f"{STAGE2} projector={{zeros}}", ("all zeros", "train stage 1")),
     "projector of other bases": Fault(
         "stage2", f"{STAGE2} projector={{other_bases}}", ("was trained with base_digests", "sha256:c")
@@ -119,16 +120,14 @@ FAULTS = {
     "truncated projector": Fault(
         "stage2", f"{STAGE2} projector={{cut_short}}", ("projector.safetensors can't be read",)
     ),
-    "no stage to merge": Fault("merge", "model={graft}", ("is no stage's output", "give the out folder of")),
+    "no stage to merge": Fault("merge", "model={graft}", ("is no stage's output", "give the folder of")),
     "row without text to score": Fault(
         "evaluate", f"{SCORE} data.test={{no_text.parquet}}", ("2 rows of", "silent first", "`graft prepare`")
     ),
     "audio check of no set": Fault(
         "evaluate", f"{SCORE} audio_check=tset", ("audio_check=tset is no set of data (test)",)
     ),
-    "model to score missing": Fault(
-        "evaluate", f"{SCORE} model={{nothing}}", ("can't be read as a graft or whisper checkpoint",)
-    ),
+    "model to score missing": Fault("evaluate", f"{SCORE} model={{nothing}}", ("no such file or folder: model=",)),
     "model to score deaf": Fault("evaluate", f"{SCORE} model={{zeros}}", ("all zeros, so audio has no effect",)),
     "baseline is no Whisper": Fault(
         "evaluate", f"{SCORE} baseline={{qwen2vl}}", ("is a qwen2_vl checkpoint, not graft or whisper",)

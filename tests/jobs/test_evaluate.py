@@ -223,7 +223,7 @@ def test_what_can_not_be_scored_is_refused_before_anything_runs(
             ["recordings_s=60", "audio_check=test"],
             "recordings_s would join the clips of audio_check=test too: leave one out",
         ),
-        (["recordings_s=20"], "recordings_s=20: input should be greater than 30"),
+        (["recordings_s=20"], "recordings_s=20: give a number over 30 or null"),
         (["expected.nothing.wer=[0, 1]"], "expected=nothing is no set of data (test)"),
         (["sounds=true", f"data.noise={data}"], "data.noise: that name is taken by a set which is made here"),
         (["recordings_s=60", f"data.test joined={data}"], "data.test joined: that name is taken"),

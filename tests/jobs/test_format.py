@@ -132,7 +132,7 @@ def test_a_corpus_is_formatted_and_read_again(whisper, tmp_path, capsys):
         ({"model": "{data}"}, "config.json"),
         ({"data": "[{missing}]"}, "missing.parquet"),
         ({"data": "[{twice}]"}, "1 rows have the ID of another one"),
-        ({"least_agreement": "2"}, "less than or equal to 1"),
+        ({"least_agreement": "2"}, "least_agreement=2: give a number from 0 to 1"),
     ],
 )
 def test_errors_are_reported_before_anything_is_transcribed(whisper, tmp_path, capsys, changed, message):

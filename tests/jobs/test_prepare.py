@@ -332,7 +332,7 @@ def test_no_rows_is_a_data_error_and_leaves_nothing_behind(tmp_path, lines, word
 def test_wrong_splits_are_recipe_errors():
     for override, words in [
         ("splits={train: 0.5}", "splits add up to 0.5, want 1"),
-        ("splits={a/b: 1}", "a/b"),
+        ("splits={a/b: 1}", "key splits.a/b: string should match pattern"),
         ("sources=[]", "sources"),
     ]:
         with pytest.raises(RecipeError, match=words):
@@ -451,7 +451,7 @@ def test_clips_that_cannot_be_joined_are_a_data_error(tmp_path):
     ("joined", "words"),
     [
         ("{}", "joined.share is required"),
-        ("{share: 0}", "joined.share=0: input should be greater than 0"),
+        ("{share: 0}", "joined.share=0: give a number over 0 and of at most 10"),
         ("{share: 1, shortest_s: 29}", r"shortest_s and longest_s are \[29.0, 28.0\]: give the smaller number first"),
         ("{share: 1, pause_s: [1, 0.5]}", r"pause_s is \[1.0, 0.5\]: give the smaller number first"),
         ("{share: 1, longest_s: 31}", "joined.longest_s is 31, over max_duration_s 30"),

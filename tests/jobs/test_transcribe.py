@@ -275,27 +275,30 @@ def test_the_command_prints_nothing_else_on_stderr(deaf, tmp_path):
     ("arguments", "message"),
     [
         (["model={folder}", "audio=[{empty}]"], "no audio in"),
-        (["model={empty}", "audio=a.wav"], "has no config.json"),
-        (["model={folder}", "audio=a.wav", "wrokers=2"], "did you mean 'workers'"),
-        (["model={folder}", "audio=a.wav", "workers=0"], "workers=0"),
+        (["model={empty}", "audio={sound}"], "has no config.json"),
+        (["model={folder}", "audio={sound}", "wrokers=2"], "did you mean 'workers'"),
+        (["model={folder}", "audio={sound}", "workers=0"], "workers=0"),
         (["model={folder}"], "key audio is required"),
-        (["model={folder}", "audio=a.wav", "quantization=fp8"], "quantization=fp8 goes with engine=vllm"),
-        (["model={folder}", "audio=a.wav", "engine=vllm"], f"vllm is not installed: {install_command('vllm')}"),
+        (["model={folder}", "audio={sound}", "quantization=fp8"], "quantization=fp8 goes with engine=vllm"),
+        (["model={folder}", "audio={sound}", "engine=vllm"], f"vllm is not installed: {install_command('vllm')}"),
         (
-            ["model={folder}", "audio=a.wav", "instruction=formatted"],
+            ["model={folder}", "audio={sound}", "instruction=formatted"],
             "instruction 'formatted': this checkpoint was trained for lower: give",
         ),
         (
-            ["model={folder}", "audio=a.wav", "instruction=Write a poem."],
+            ["model={folder}", "audio={sound}", "instruction=Write a poem."],
             "instruction 'Write a poem.': this checkpoint was trained for",
         ),
         (
-            ["model={folder}", "audio=a.wav", "context=[Aachen]"],
+            ["model={folder}", "audio={sound}", "context=[Aachen]"],
             "context: this checkpoint was not trained for lists of words",
         ),
-        (["model={whisper}", "audio=a.wav", "engine=vllm"], "is a whisper checkpoint, which engine=vllm does not run"),
         (
-            ["model={whisper}", "audio=a.wav", "instruction=lower"],
+            ["model={whisper}", "audio={sound}", "engine=vllm"],
+            "is a whisper checkpoint, which engine=vllm does not run",
+        ),
+        (
+            ["model={whisper}", "audio={sound}", "instruction=lower"],
             "instruction 'lower': this checkpoint was trained for",
         ),
     ],
@@ -305,9 +308,9 @@ def test_what_is_wrong_from_the_start_is_one_line_and_exit_code_2(
 ):
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
-    places = {"folder": folder, "whisper": whisper, "empty": tmp_path / "empty"}
-    filled = [argument.format(**places) for argument in arguments]
-    assert transcribe(*filled, f"out={out}") == 2
+    places = {"folder": folder, "whisper": whisper, "empty": tmp_path / "empty", "sound": tmp_path / "a.wav"}
+    places["sound"].touch()
+    assert transcribe(*(argument.format(**places) for argument in arguments), f"out={out}") == 2
     errors = capsys.readouterr().err.strip()
     assert errors.startswith("graft: error: ")
     assert message in errors

@@ -145,7 +145,8 @@ def test_wrong_bases_end_in_one_line_and_leave_nothing(bases, tmp_path, capsys):
     cases = [
         (text, text, "is a qwen2_vl checkpoint, not whisper"),
         (audio, audio, "is a whisper checkpoint, not qwen2_vl"),
-        (str(tmp_path / "nowhere"), text, "nowhere can't be read as a whisper checkpoint"),
+        (str(tmp_path / "nowhere"), text, "no such file or folder: audio_base="),
+        ("no/where", text, "no/where can't be read as a whisper checkpoint"),
         (str(tmp_path / "empty"), text, "empty has no config.json"),
         (
             broken(audio, tmp_path / "json", "config.json", b"{"),

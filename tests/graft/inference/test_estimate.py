@@ -8,8 +8,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import WhisperForConditionalGeneration
 
 from graft.checkpoints.known_bases import known_config
+from graft.inference.engines.graft_decoder import GraftDecoder
 from graft.inference.engines.kv_cache import Slots
-from graft.inference.estimate import GPU_SHARE, audio_rate, cpu, graft_memory, graft_work, whisper_work
+from graft.inference.engines.whisper_decoder import WhisperDecoder
+from graft.inference.estimate import (
+    GPU_SHARE,
+    audio_rate,
+    cpu,
+    graft_memory,
+    graft_work,
+    whisper_memory,
+    whisper_work,
+)
 from graft.inference.transcriber import BATCH_TOKENS
 from graft.model.configuration import GraftConfig
 from graft.training.devices import DEVICES, find_device
@@ -22,14 +32,29 @@ def seven() -> GraftConfig:
     return known_config("openai/whisper-large-v3-turbo", "Qwen/Qwen2-VL-7B-Instruct", audio_margin_s=0.0)
 
 
+def cache_bytes(slots: Slots) -> int:
+    return sum(one.numel() * one.element_size() for one in [*slots._memory, *slots.windows, slots._spare])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_cache_of_a_whisper_are_those_of_a_real_model(dtype):
+    model = WhisperForConditionalGeneration(tiny_models.whisper_config()).to(dtype)
+    memory = whisper_memory(model.config, dtype_bytes=dtype.itemsize, kind="cpu")
+    assert memory.weights == sum(one.numel() * one.element_size() for one in model.parameters())
+    decoder = WhisperDecoder(model, pad_id=0)
+    decoder.reserve(BATCH_TOKENS["cpu"])
+    assert memory.cache == cache_bytes(decoder.slots)
+    assert whisper_work(model.config, chunk_s=10.0, dtype_bytes=4, kind="cpu").rows == len(decoder.slots.windows[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_and_cache_are_those_of_a_real_model(dtype):
     model = tiny_models.graft_model().to(dtype)
     memory = graft_memory(model.config, chunk_s=28.0, dtype_bytes=dtype.itemsize, kind="cpu")
     assert memory.weights == sum(one.numel() * one.element_size() for one in model.parameters())
-    slots = Slots(model.config.get_text_config(), device=torch.device("cpu"), dtype=dtype)
-    slots.allocate(BATCH_TOKENS["cpu"])
-    assert memory.cache == sum(one.numel() * one.element_size() for one in [*slots._memory, slots._spare])
+    decoder = GraftDecoder(model, pad_id=0)
+    decoder.reserve(BATCH_TOKENS["cpu"])
+    assert memory.cache == cache_bytes(decoder.slots)
     assert memory.activations > 0
 
 
@@ -65,7 +90,7 @@ def test_torch_counts_the_same_flops_of_whispers_encoder_and_decoder():
     model = WhisperForConditionalGeneration(config).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_features=torch.zeros(1, 80, 3000), decoder_input_ids=torch.tensor([[3, 4, 5, 6]]))
-    work = whisper_work(config, chunk_s=4.0, dtype_bytes=4, rows=1)
+    work = whisper_work(config, chunk_s=4.0, dtype_bytes=4)
     assert counter.get_total_flops() == pytest.approx(work.prompt_flops, rel=0.01)
 
 

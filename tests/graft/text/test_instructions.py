@@ -236,8 +236,8 @@ def test_what_stage_json_keeps():
     ("override", "message"),
     [
         ("styles={raw: 0.6, lower: 0.6}", "shares of styles add up to 1.2: leave some samples the default instruction"),
-        ("styles={upper: 0.6}", "'raw', 'lower' or 'formatted'"),
-        ("context=2", "less than or equal to 1"),
+        ("styles={upper: 0.6}", r"unknown key styles.upper \(known here: raw, lower or formatted\)"),
+        ("context=2", "context=2: give a number from 0 to 1"),
         ("context_absent=0.95", "add up to more than 1"),
     ],
 )

@@ -1,5 +1,6 @@
 """Tests of the command line: errors in one line, --help, plans, keys as options, and errors inside Ray's wrappers."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from pydantic import Field
 
 from graft.config import Recipe
 from graft.errors import AudioError, DataError, RecipeError, install_command
+from graft.keys import HEADINGS, OutputKey, first_sentence, key_groups
 from jobs import COMMANDS
 from jobs.__main__ import main
 from jobs.common.cli import PlanOptions, find_recipe, run_job, user_message
+from jobs.schema import NAMES, recipe_class
 from jobs.stage1 import Stage1Recipe
-from jobs.stage2 import Stage2Recipe
 from tests.support.paths import ROOT
 
 
@@ -30,8 +32,8 @@ class Group(Recipe):
 
 
 class Job(Recipe):
-    out: str
-    """The folder for the results."""
+    out: OutputKey[str]
+    """The folder for the results. It is made."""
     kind: Literal["a", "b"] = "a"
     """Which."""
     names: list[str] = Field(default=["x"])
@@ -50,17 +52,23 @@ def run(arguments: list[str], *, cwd: Path, code: str | None = None) -> subproce
     ("arguments", "words"),
     [
         (["out=x", "sources=[m.jsonl]", "sede=3"], "unknown key sede=3 (did you mean 'seed'?"),
-        (["out=x", "sources=[m.jsonl]", "seed=three", "splits.train=2"], "seed='three'"),
-        (["out=x", "sources=[missing.jsonl]"], "manifest missing.jsonl: No such file"),
+        (
+            ["out=x", "sources=m.jsonl", "seed=three", "splits.train=2"],
+            "splits.train=2: give a number from 0 to 1; seed=",
+        ),
+        (["out=x", "sources=missing.jsonl,b.csv"], "no such file or folder: sources=missing.jsonl, sources=b.csv\n"),
         (["out=x"], "key sources is required"),
         (["--recipe", "none.yaml"], "recipe none.yaml: no such file"),
         (["--recipe"], "expected one argument"),
         (["out"], "argument 'out' is not key=value"),
         (["--out=x", "--sede", "3", "--sources", "[m.jsonl]"], "unknown key sede=3 (did you mean 'seed'?"),
-        (["--out", "x", "--sources=[missing.jsonl]"], "manifest missing.jsonl: No such file"),
+        (["--out", "x", "--sources=call #1, *.jsonl"], "no such file or folder: sources=call #1\n"),
         (["--sources", "[m.jsonl]", "--out"], "argument '--out' is not key=value or --key value: see --help"),
         (["--out", "--sources", "[m.jsonl]"], "argument '--out' is not key=value or --key value"),
         (["-out=x"], "argument '-out=x' is not key=value"),
+        (["out=x", "--gpu"], "unknown key gpu (known here: "),
+        (["out=x", "--joind.share"], "unknown key joind.share (did you mean 'joined'? known here: "),
+        (["out=x", "sources=[m.jsonl,", "b]"], "argument 'b]' is not key=value or --key value (a value with spaces"),
     ],
 )
 @pytest.mark.processes
@@ -79,7 +87,7 @@ def test_debug_shows_the_traceback_before_the_line(tmp_path):
     result = run(["out=x", "--debug", "sources=[missing.jsonl]"], cwd=tmp_path)
     assert result.returncode == 2
     assert "Traceback (most recent call last)" in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("graft: error: manifest missing.jsonl")
+    assert result.stderr.splitlines()[-1].startswith("graft: error: no such file or folder")
 
 
 # None in sys.modules is Python's own way to hide a package.
@@ -103,7 +111,8 @@ sys.exit(run_job(PrepareRecipe, {main}, summary='x'))
     ],
 )
 def test_a_missing_extra_ends_in_one_line(module, main, remedy, tmp_path):
-    result = run(["out=x", "sources=[m.jsonl]"], cwd=tmp_path, code=HIDDEN.format(module=module, main=main))
+    (tmp_path / "m.jsonl").touch()
+    result = run(["out=x", "sources=m.jsonl"], cwd=tmp_path, code=HIDDEN.format(module=module, main=main))
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("graft: error: ")
     assert result.stderr.endswith(f"{remedy}\n")
@@ -111,21 +120,25 @@ def test_a_missing_extra_ends_in_one_line(module, main, remedy, tmp_path):
 
 
 def test_help_documents_every_key(tmp_path, capsys):
+    examples = ("out=x", "out=y kind=b")
     with pytest.raises(SystemExit) as caught:
-        run_job(Job, lambda recipe: None, summary="Does it.", argv=["--help"])
+        run_job(Job, lambda recipe: None, summary="Does it.\n\nMore.", examples=examples, command="do", argv=["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert "Does it." in text
-    for key in [
-        "  out (text, required)\n      The folder for the results.\n",
-        "  kind = a (a | b)\n      Which.\n",
+    parts = [
+        "usage: graft do [--recipe NAME] [key=value ...] [--debug]\n",
+        "Does it.\n\nexamples:\n  graft do out=x\n  graft do out=y kind=b\n\nMore.\n",
+        "\noutput:\n  out (text, required)\n      The folder for the results.\n",
+        "\nkeys:\n  kind = a (a | b)\n      Which.\n",
         "  names = [x] ([text, ...])\n",
-        "  group ({...})\n      A group.\n",
+        "  group = {rate: 0.25} ({...})\n      A group.\n",
         "  others = null ({text: [{...}, ...]} | null)\n",
-        "\ngroup: How things go.\n  group.rate = 0.25 (number)\n      How fast.\n",
-        "\nothers.NAME[]: How things go.\n  others.NAME[].rate = 0.5 (number)\n      How fast.\n",
-    ]:
-        assert key in text
+        "\ngroup, others.NAME[]: How things go.\n  group.rate = 0.5 (number)\n      How fast.\n",
+        "\nText is taken as it is typed.",
+    ]
+    places = [text.find(part) for part in parts]
+    assert -1 not in places, parts[places.index(-1)]
+    assert places == sorted(places)
     result = run(["--help"], cwd=tmp_path)
     assert result.returncode == 0
     assert result.stdout.startswith("usage: graft prepare [--recipe NAME]")
@@ -150,12 +163,12 @@ def test_a_plan_takes_the_place_of_the_job(capsys):
         (["model=m"], "key out is required"),
         (["--plan"], "key model is required"),
         (["model=m", "out=o", "--price", "2"], "argument --price goes with --plan"),
-        (["model=m", "--plan", "--share", "2"], "share='2': input should be less than or equal to 1"),
+        (["model=m", "--plan", "--share", "2"], "share=2: give a number over 0 and of at most 1"),
     ]:
         assert told(*argv) == 2
         assert words in capsys.readouterr().err
     assert told("model=m", "--plan", planner=None) == 2
-    assert "argument '--plan' is not key=value" in capsys.readouterr().err
+    assert "unknown key plan (known here: " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         told("--help")
     assert "Price of one device-hour in your currency" in capsys.readouterr().out
@@ -221,7 +234,7 @@ def test_a_recipe_is_found_by_its_name_and_a_path_is_preferred(tmp_path, monkeyp
     with pytest.raises(RecipeError, match=told):
         find_recipe("fast-7b", Stage1Recipe, "stage1")
     with pytest.raises(RecipeError) as caught:
-        find_recipe("reference-7b-stgae2", Stage2Recipe, "stage2")
+        find_recipe("reference-7b-stgae2", recipe_class("stage2"), "stage2")
     first, *others = str(caught.value).partition(" are ")[2].split(", ")
     assert first == "reference-7b-stage2"
     assert "small-weights-further" in others
@@ -275,9 +288,21 @@ def test_keys_may_be_written_as_options(argv, tmp_path):
     assert seen == [Job(out="a b", group=Group(rate=-2))]
 
 
-def test_no_key_of_a_stage_is_an_option_too():
+@pytest.mark.parametrize("command", ["stage1", "stage2", "transcribe", "evaluate"])
+def test_no_key_of_a_command_is_an_option_too(command):
     """A key with the name of an option could be given only as key=value."""
-    assert not {"recipe", "debug", "plan", "help", *PlanOptions.model_fields} & Stage2Recipe.model_fields.keys()
+    planned = importlib.import_module(f"jobs.{command}").main
+    options = planned.keywords.get("plan_options", PlanOptions).model_fields
+    assert not {"recipe", "debug", "plan", "help", *options} & planned.args[0].model_fields.keys()
+
+
+@pytest.mark.parametrize("command", NAMES)
+def test_every_key_stands_under_a_heading_and_says_what_it_is(command):
+    for group in key_groups(recipe_class(command)):
+        for key in group.members:
+            assert first_sentence(key.meaning).endswith("."), key
+            assert key.meaning[0].isupper() or key.meaning.split()[0].strip("`:") in key.values, key
+            assert key.heading in HEADINGS or group.holders, key
 
 
 def test_a_bug_keeps_its_traceback():

@@ -81,9 +81,7 @@ def test_the_plan_of_several_workers_tells_what_their_network_costs(capsys):
 
 @pytest.mark.processes
 def test_a_plan_neither_imports_ray_nor_writes(tmp_path):
-    code = "import sys; from jobs import stage1; from jobs.common import cli\n"
-    code += "status = cli.run_job(stage1.Stage1Recipe, None, summary='', plan=stage1.plan, argv=sys.argv[1:])\n"
-    code += "sys.exit(status or 'ray' in sys.modules)"
+    code = "import sys; from jobs import stage1\nsys.exit(stage1.main(argv=sys.argv[1:]) or 'ray' in sys.modules)"
     command = [sys.executable, "-c", code, "model=small", "out=results", "--plan"]
     result = subprocess.run(
         command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
@@ -155,7 +153,7 @@ def test_data_is_planned_as_it_is_trained(graft, data, capsys, settings):
     ("arguments", "words"),
     [
         (["model=small", "--device", "abacus"], "--device abacus is not known: give one of b200, gh200, h200"),
-        (["model=small", "--price", "free"], "price='free'"),
+        (["model=small", "--price", "free"], "price=free: give a number of at least 0 or null"),
         (["model=small", "token_budget=10"], "a clip makes 299 tokens, more than token_budget=10"),
         (["model=medium-9b"], "medium-9b can't be read as a graft checkpoint"),
         (["data=d"], "key model is required"),

@@ -38,7 +38,7 @@ SERVICE, ARCHIVES = Page("serve/README.md"), Page("jobs/ARCHIVES.md")
 FAST, ASKED, SERVED, WALKED = "in this process", "to a service of tiny models", "as a service", "on its page's walk"
 ROADS = {
     # a pattern of commands -> how they are executed, or why they are not; the first that matches counts
-    r"small-weights|speech/": "no: it takes hours, and its speech is not in the repository",
+    r"small-weights|speech/|runs/small/": "no: it takes hours, and its speech is not in the repository",
     r"--plan\b|^graft prepare |^graft(?: --version)?$|^graft \w+ --help$|^graft schema \w+$|^python -m jobs$": FAST,
     r"\b(?:s3|hf|https?)://|/shared/|/outputs/|example\.com": "no: it needs a bucket, the hub or a cluster",
     r"gpu=true|gpus_per_\w+=[1-9]|-7b|-2b|engine=vllm": "no: it needs GPUs and checkpoints from the hub",

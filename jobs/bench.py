@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="NAME", required=True, dest="name")
     for name, (text, parts, options) in BENCHMARKS.items():
         minutes = sum(part.minutes for part in parts.values())
-        command = commands.add_parser(name, help=f"{text} (about {minutes:.0f} minutes)", description=text)
+        command = commands.add_parser(name, help=f"{text} ({about(60 * minutes)})", description=text)
         command.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         parts_text = f"some of {','.join(parts)}" if len(parts) > 1 else argparse.SUPPRESS

@@ -95,8 +95,8 @@ def _compare(description: str, ways: Mapping[str, Way], clips: int, repetitions:
         return sum(one.clips(count) * clip_s[name] for name, one in ways.items())
 
     repetitions = max(1, min(repetitions, int(limit_s / turn_s(clips))))
-    while clips > BATCH_CLIPS and turn_s(clips) > limit_s:
-        clips = max(BATCH_CLIPS, clips // 2)
+    while clips > 1 and turn_s(clips) > limit_s:
+        clips //= 2
     planned_s = repetitions * turn_s(clips)
     print(f"{clips} clips in {compute_settings().dtype}, {repetitions} times each: {about(planned_s)}", flush=True)
     batches = {name: one.batches(one.clips(clips)) for name, one in ways.items()}

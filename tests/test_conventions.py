@@ -79,6 +79,7 @@ def test_the_demos_numbers_are_checked(tmp_path: Path, wer: float, fault: str) -
     assert fault in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.bundled
 @pytest.mark.processes
 def test_the_notebook_runs_and_says_what_it_shows() -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from jobs import stage1, stage2
 from jobs.common.cli import run_job
+from tests.support.documents import Page
 from tests.support.kuberay import VERSIONS, schema
 from tests.support.manifests import MANIFESTS, kubectl, resources
 from tests.support.paths import ROOT
-from tests.test_documents import commands
 
 GUIDE = (ROOT / "cluster" / "README.md").read_text()
 ROW = re.compile(
@@ -90,7 +90,7 @@ def test_the_table_of_the_network_holds_what_plan_prints(capsys: pytest.CaptureF
         assert float(step_s[1]) == pytest.approx(0.5, abs=0.05)
 
 
-COMMANDS = list(dict.fromkeys(commands("cluster/README.md")))
+COMMANDS = Page("cluster/README.md").commands()
 KUBECTL = [words[1:] for words in map(shlex.split, COMMANDS) if words[0] == "kubectl"]
 CONDITIONS = {"rayservice": {"Ready", "UpgradeInProgress", "Suspended"}, "pod": {"Ready"}}
 """Types of conditions that KubeRay (1.3 and newer) and Kubernetes set."""

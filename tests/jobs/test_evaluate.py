@@ -161,6 +161,7 @@ def test_a_model_is_named_by_its_kind_and_is_no_baseline_of_its_own(tmp_path: Pa
         assert list(check_models(recipe).items()) == list(named.items())
 
 
+@pytest.mark.slow
 def test_a_whisper_is_scored_as_a_graft_is(tmp_path: Path) -> None:
     whisper = save_tiny_whisper(tmp_path / "whisper")
     data = corpus(tmp_path / "test.parquet", [row("t0", 0), row("t1", 1)])

@@ -57,6 +57,8 @@ def seconds(clock: str) -> float:
 
 
 def test_what_is_no_aligner_is_one_line_before_anything_starts(graft, tmp_path, capsys):
-    assert transcribe(f"model={graft}", "audio=a.wav", f"aligner={graft}", f"out={tmp_path / 'out'}") == 2
+    (tmp_path / "a.wav").write_bytes(b"not read")
+    given = [f"model={graft}", f"audio={tmp_path / 'a.wav'}", f"aligner={graft}", f"out={tmp_path / 'out'}"]
+    assert transcribe(*given) == 2
     assert "tiny-graft is a graft checkpoint, no aligner: give whisper" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

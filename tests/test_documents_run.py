@@ -224,7 +224,10 @@ def test_programs_that_read_an_archive(workspace: Path) -> None:
     assert duckdb.sql(query).fetchall() == [("one", 0.0, ["repetition"], "a a a a")]
 
 
-@pytest.mark.parametrize("name", ["README.md", "graft/README.md", "graft/pretrained/small/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", pytest.param("graft/README.md", marks=pytest.mark.slow), "graft/pretrained/small/README.md"],
+)
 def test_programs_that_load_the_small_graft(name: str, workspace: Path, bundled_weights: None) -> None:
     page, library = Page(name), Page("graft/README.md")
     if page != library and set(page.blocks("python")) <= set(library.blocks("python")):

@@ -80,6 +80,7 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
     baseline.close()
 
 
+@pytest.mark.slow
 def test_windows_instructions_and_recordings_are_scored_beside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ class Echo:
         return [Segment(0.0, chunk.clip.duration_s, f"{next(self._texts).capitalize()}!") for chunk in chunks]
 
 
+@pytest.mark.slow
 def test_a_corpus_is_formatted_and_read_again(whisper, tmp_path, capsys):
     """A second run changes nothing, and one that begins with results of another model keeps them."""
     clips, heard = labelled(whisper, 6)

@@ -185,6 +185,7 @@ def prealigned(home: Home) -> Path:
     return Path(recipe.out)
 
 
+@pytest.mark.slow
 def test_ctc_prealignment_is_a_start_for_transcripts(home: Home, prealigned: Path) -> None:
     losses = [line["loss"] for line in lines(prealigned / "metrics.jsonl") if "loss" in line]
     assert sum(losses[-10:]) / 10 < 0.8 * losses[0]

@@ -150,6 +150,7 @@ def whisper(tmp_path_factory) -> Path:
     return Path(save_tiny_whisper(tmp_path_factory.mktemp("transcribe") / "tiny-whisper"))
 
 
+@pytest.mark.slow
 def test_a_whisper_transcribes_as_a_graft_does(whisper, calls, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [f"model={whisper}", f"audio={calls}", f"out={out}", "item_s=10", "formats=[txt, srt, vtt, json]"]

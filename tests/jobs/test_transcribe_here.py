@@ -50,6 +50,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_started")
 def test_texts_are_the_same_as_with_a_folder(folder: Path, calls: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"model={folder}", "item_s=10", "chunks.max_s=8", "chunks.max_pause_s=0.5"]

@@ -34,13 +34,13 @@ help: ## list the targets
 demo: $(READY) ## transcribe, train, merge, evaluate and serve with the bundled speech (6 minutes on 2 cores); results in runs/demo
 	python -m jobs.demo
 
-test: $(READY) ## run the tests in two processes (9 minutes on 2 cores)
+test: $(READY) ## run the tests in two processes (8 minutes on 2 cores)
 	python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(READY) ## run those of them that need no Ray, no bundled weights and no other processes
 	python -m pytest -n 2 --dist loadgroup -m "not ray and not bundled and not processes and not slow and not cluster and not gpu and not vllm"
 
-test-slow: $(READY) ## run the tests that take long or kill workers, drivers and nodes (three quarters of an hour on 2 cores)
+test-slow: $(READY) ## run the tests that take long or kill workers, drivers and nodes (over an hour on 2 cores)
 	python -m pytest -m slow
 
 test-cluster: $(READY) ## run every job on a cluster, and kill nodes under training, transcription and service (14 minutes on 2 cores)

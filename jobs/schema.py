@@ -23,10 +23,11 @@ NAMES = [command for group in COMMANDS.values() for command in group if command 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a schema; returns 0, or 2 for a command without recipes."""
+    """Print a schema; returns 0, or 2 for no command or one without recipes."""
     options = _parser().parse_args(argv)
     if options.command not in NAMES:
-        print(f"graft: error: no recipes of {options.command}: give one of {', '.join(NAMES)}", file=sys.stderr)
+        fault = f"no recipes of {options.command}" if options.command else "no command is named"
+        print(f"graft: error: {fault}: give one of {', '.join(NAMES)}", file=sys.stderr)
         return 2
     print(json.dumps(recipe_schema(recipe_class(options.command)), indent=2, ensure_ascii=False))
     return 0
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         description=with_examples(__doc__, [f"schema {example}" for example in EXAMPLES]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", metavar="COMMAND", help=f"one of {', '.join(NAMES)}")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help=f"one of {', '.join(NAMES)}")
     return parser
 
 

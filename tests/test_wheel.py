@@ -125,6 +125,8 @@ def test_the_command_of_a_wheel_works_beside_packages_of_the_same_names(wheel: I
     assert error.startswith(
         "graft: error: recipe fast-7b-stage: no such file; recipes of graft for stage1 are fast-7b-"
     )
+    error = wheel.run("graft", "transcribe", "nowhere.flac", code=2)
+    assert error == "graft: error: no such file or folder: audio=nowhere.flac\n"
     extra = wheel.run("python", "-c", "from graft.errors import require; require('no_such', extra='vllm')", code=1)
     assert "pip install 'graft-asr[vllm]'" in extra
 

@@ -177,7 +177,7 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
     context.checkpoint_config = CheckpointConfig(
         id_column="id", checkpoint_path=str(home / "done"), delete_checkpoint_on_success=False
     )
-    # One process drops a million finished items in seconds; Ray would start up to ten, each with a gigabyte reserved.
+    # One process is enough to drop finished items; Ray would start up to ten, each with a gigabyte reserved.
     context.checkpoint_config.checkpoint_actor_pool_max_size = 1
     workers = pipeline.workers
     batch_count = math.ceil(pq.read_metadata(plan).num_rows / workers.items_per_batch)

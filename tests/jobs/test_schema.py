@@ -45,6 +45,8 @@ def test_packaged_recipes_fulfil_their_schemas(path, capsys):
 def test_a_command_without_recipes_is_refused(capsys):
     assert main(["bench"]) == 2
     assert capsys.readouterr().err.startswith("graft: error: no recipes of bench: give one of transcribe, prepare")
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("graft: error: no command is named: give one of transcribe, prepare")
 
 
 @pytest.mark.parametrize(

@@ -13,26 +13,16 @@ from jobs.common.cli import run_job
 from jobs.training.batches import plan_run
 from tests.support import tiny_models
 from tests.support.paths import ROOT
+from tests.support.plans import never, number
 from tests.support.speech_corpus import corpus, row
 
 RECIPES = ROOT / "jobs" / "recipes"
-
-
-def never(recipe: object) -> None:
-    raise AssertionError("a plan starts nothing")
 
 
 def plan_of(*arguments: str, stage: int = 1) -> int:
     if stage == 1:
         return run_job(stage1.Stage1Recipe, never, summary="", plan=stage1.plan, argv=[*arguments, "--plan"])
     return run_job(stage2.Stage2Recipe, never, summary="", plan=stage2.plan, argv=[*arguments, "--plan"])
-
-
-def number(text: str, pattern: str) -> float:
-    """Return the number in place of # in a pattern."""
-    found = re.search(pattern.replace("#", r"([\d,.]*\d)"), text)
-    assert found, f"{pattern} is not in\n{text}"
-    return float(found[1].replace(",", ""))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Test --plan of transcription and evaluation: real files are measured, and the hours and the cost follow from them."""
 
-import re
-
 import numpy as np
 import pytest
 import soundfile
@@ -9,24 +7,14 @@ import soundfile
 from jobs import evaluate, transcribe
 from jobs.transcription import estimate
 from tests.support import tiny_models
+from tests.support.plans import never, number
 from tests.support.speech_corpus import corpus, row
-
-
-def never(recipe: object) -> None:
-    raise AssertionError("a plan starts nothing")
 
 
 def plan_of(capsys, module, *arguments: str) -> str:
     main = module.main
     assert main.func(main.args[0], never, **main.keywords, argv=[*arguments, "--plan"]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
-
-
-def number(text: str, pattern: str) -> float:
-    """Return the number in place of # in a pattern."""
-    found = re.search(pattern.replace("#", r"([\d,.]*\d)"), text)
-    assert found, f"{pattern} is not in\n{text}"
-    return float(found[1].replace(",", ""))
 
 
 @pytest.fixture(scope="module")

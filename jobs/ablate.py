@@ -51,15 +51,15 @@ class AblateRecipe(Recipe):
     """The variants to compare, and the data to train and score them on."""
 
     data: DataKey[Sources]
-    """Training data, as in jobs.stage1."""
+    """Training data, as in graft stage1."""
     out: OutputKey[str]
     """Folder for everything; a run that was cut off continues there, also with more variants and seeds."""
     validation: DataKey[Sources | None] = None
     """Clips on which the loss is measured in training; the best weights are then the result of a stage."""
     evaluate: DataKey[dict[str, Sources]] = Field(default={})
-    """Test sets to score: names of your own and their data, as in jobs.evaluate; by default the validation clips."""
+    """Test sets to score: names of your own and their data, as in graft evaluate; by default the validation clips."""
     scoring: OutputKey[dict[str, Any]] = Field(default={})
-    """Further keys of jobs.evaluate, such as limit and batch_clips."""
+    """Further keys of graft evaluate, such as limit and batch_clips."""
     base: ScheduleKey[Settings] = Field(default={})
     """The recipe that the variants change. The encoder_cache of a stage is OUT/encoded unless it is given here."""
     variants: ScheduleKey[dict[str, Settings]] = Field(default={})
@@ -81,7 +81,7 @@ class Trial:
     stage1: stage1.Stage1Recipe
     stage2: stage2.Stage2Recipe
     scoring: EvaluateRecipe
-    """The recipe of jobs.evaluate, without its model and folder."""
+    """The recipe of graft evaluate, without its model and folder."""
 
 
 def run(recipe: AblateRecipe) -> None:

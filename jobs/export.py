@@ -1,7 +1,7 @@
 """Write the trained part of a graft, without its bases, for others to build the graft from.
 
 stage's output -> projector, adapters cut to a smaller rank, the audio tokens' embeddings -> small shards,
-pretrained.json, the recipes of its training, a model card. `jobs.build pretrained=FOLDER` puts it onto its bases again.
+pretrained.json, the recipes of its training, a model card. `graft build pretrained=FOLDER` puts it on its bases again.
 """
 
 import json
@@ -56,16 +56,16 @@ class ExportRecipe(Recipe):
     """Largest size of a file in megabytes."""
     onto: ModelKey[Literal["full", "nf4"]] = "full"
     """Text base that the adapters belong onto: full as it is, nf4 with the values that NF4 rounds it to, on which QLoRA
-    trained them (see jobs.merge)."""
+    trained them (see graft merge)."""
     audio_base: ModelKey[str | None] = None
-    """Name of the Whisper checkpoint, as jobs.build takes it; null takes it from the graft's own recipe."""
+    """Name of the Whisper checkpoint, as graft build takes it; null takes it from the graft's own recipe."""
     text_base: ModelKey[str | None] = None
-    """Name of the Qwen2-VL checkpoint, as jobs.build takes it; null takes it from the graft's own recipe."""
+    """Name of the Qwen2-VL checkpoint, as graft build takes it; null takes it from the graft's own recipe."""
     data_list: OutputKey[Location | None] = None
     """File that lists the training data and their licences for the model card, as Markdown or a JSON list of
     objects."""
     report: OutputKey[Location | None] = None
-    """A report.json of jobs.evaluate, whose scores the model card quotes."""
+    """A report.json of graft evaluate, whose scores the model card quotes."""
 
 
 def run(recipe: ExportRecipe) -> None:
@@ -250,7 +250,7 @@ def _training_data(path: str) -> str:
 
 
 def _evaluation(path: str) -> str:
-    """Quote the table of a report of jobs.evaluate as a code block."""
+    """Quote the table of a report of graft evaluate as a code block."""
     try:
         lines = table(json.loads(_read_text(path))).splitlines()
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Read and write the trained part of a graft without its bases, which jobs.export writes and jobs.build loads.
+"""Read and write the trained part of a graft without its bases, which graft export writes and graft build loads.
 
     pretrained.json                   the bases, the graft's settings, and what it was trained for
     adapter*.safetensors              projector, adapters and audio tokens' embeddings, in one file or in shards
@@ -59,7 +59,7 @@ class Pretrained:
     """The content of pretrained.json besides the format's version."""
 
     audio_base: str
-    """Whisper checkpoint that it was trained on, as jobs.build takes it."""
+    """Whisper checkpoint that it was trained on, as graft build takes it."""
     text_base: str
     """Qwen2-VL checkpoint that it was trained on."""
     base_digests: dict[str, str]

@@ -22,7 +22,7 @@ class Columns(Recipe):
     duration: str | None = "duration"
     """Column of durations in seconds. null measures them, for which all audio is read once while planning."""
     text: str | None = "text"
-    """Column of transcripts. null is for audio without transcripts, for which jobs.label writes texts."""
+    """Column of transcripts. null is for audio without transcripts, for which graft label writes texts."""
     audio: str = "wav"
     """Column of whole audio files: bytes, or a struct of `bytes` and, optionally, `path`."""
 

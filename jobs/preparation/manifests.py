@@ -63,7 +63,7 @@ class Manifest(Recipe):
     """Patterns that select lines: a field by its name in this manifest and a glob, as {source: "LibriSpeech*"}. Other
     lines are passed over and not counted as dropped, so a manifest can be given once for each split that it holds."""
     unlabelled: Literal["drop", "keep"] = "drop"
-    """Lines without a text are dropped, or kept with an empty text for jobs.label."""
+    """Lines without a text are dropped, or kept with an empty text for graft label."""
 
 
 @dataclass(frozen=True)

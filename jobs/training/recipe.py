@@ -45,7 +45,7 @@ class TrainRecipe(Recipe):
     """Settings of a training stage."""
 
     model: ModelKey[Checkpoint]
-    """Graft to train: a folder written by jobs.build, or a hub id."""
+    """Graft to train: a folder written by graft build, or a hub id."""
     data: DataKey[Sources]
     """Parquet files with labelled clips in the schema of SpeechBrain's LargeScaleASR, local, hf:// or s3://: files,
     folders or globs, or groups with the keys files, weight and columns."""

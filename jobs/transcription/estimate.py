@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, WhisperConfig
 
 from graft.checkpoints.known_bases import AUDIO_BASES
+from graft.checkpoints.names import WHISPER
 from graft.errors import RecipeError
 from graft.inference.estimate import (
     GPU_SHARE,
@@ -43,8 +44,6 @@ READER_S = {"detected": 1.30e-3, "decoded": 0.21e-3}
 """CPU seconds of a reader for a second of audio, with and without the speech detector: FLAC, measured on an AMD EPYC
 (2026-11-27)."""
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
-BUNDLED_WHISPER = ("bundled", "whisper")
-"""Names of the bundled Whisper base."""
 WHISPER_BASE_DECODER = {"decoder_layers": 6, "decoder_attention_heads": 8, "decoder_ffn_dim": 2048}
 
 
@@ -81,13 +80,12 @@ class PlannedModel:
 
 def planned_graft_model(name: str, config: GraftConfig, dtype: str | None, *, passes: int = 1) -> PlannedModel:
     """Describe a graft that computes in `dtype`, by default in the one that its weights are stored in."""
-    stored = "bf16" if config.dtype == torch.bfloat16 else "fp32"
-    return PlannedModel(name, config, dtype or stored, passes)
+    return PlannedModel(name, config, dtype or _stored_dtype(config), passes)
 
 
 def planned_whisper(name: str, dtype: str | None, *, passes: int = 1) -> PlannedModel | None:
     """Describe plain Whisper: the bundled one, a folder or a hub id; None for any other model."""
-    if name in BUNDLED_WHISPER:
+    if name == WHISPER:
         shapes: dict[str, Any] = AUDIO_BASES["bundled"] | WHISPER_BASE_DECODER
         config = WhisperConfig(**shapes)
         return PlannedModel("Whisper base", config, dtype or "fp32", passes)
@@ -97,8 +95,14 @@ def planned_whisper(name: str, dtype: str | None, *, passes: int = 1) -> Planned
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
         return None
-    stored = "bf16" if config.dtype == torch.bfloat16 else "fp32"
-    return PlannedModel(name, config, dtype or stored, passes) if isinstance(config, WhisperConfig) else None
+    if not isinstance(config, WhisperConfig):
+        return None
+    return PlannedModel(name, config, dtype or _stored_dtype(config), passes)
+
+
+def _stored_dtype(config: Any) -> str:
+    """Return the precision in which a model's configuration says that its weights are stored."""
+    return "bf16" if config.dtype == torch.bfloat16 else "fp32"
 
 
 @dataclass(frozen=True)

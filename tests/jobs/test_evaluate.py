@@ -58,7 +58,7 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
     report, predictions = left_by(tmp_path / "out")
     assert report["pipeline"] == "speech"
     assert [verdict["agrees"] for verdict in report["expected"]] == [True]
-    assert "pipeline: speech (detected and cut into chunks, as jobs.transcribe does)" in capsys.readouterr().out
+    assert "pipeline: speech (detected and cut into chunks, as graft transcribe does)" in capsys.readouterr().out
     heard = {line["id"]: line for line in predictions if line["set"] == "test"}
     assert heard.keys() == transcripts.keys()
     for name, line in heard.items():

@@ -144,7 +144,8 @@ class AccessMiddleware:
             if is_complete:
                 return await receive()  # waits until the client disconnects
             try:
-                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    message = await receive()
             except TimeoutError as error:
                 raise ApiError(408, f"the upload took longer than {self._max_s:g} s: send it again") from error
             received += len(message.get("body", b""))

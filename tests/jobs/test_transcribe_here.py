@@ -186,6 +186,11 @@ def test_a_segment_is_shown_before_the_last_ones_are_decoded() -> None:
     model, clip = Turns(), AudioClip(np.zeros(16_000, np.float32))
     showing = _ShowingTranscriber(model, lambda segment: model.shown.append(segment.text))
     chunks = [Chunk(float(number), clip) for number in range(10)]
-    segments = asyncio.run(asyncio.wait_for(showing.transcribe_chunks(chunks), 10))
+
+    async def transcribe_all() -> list[Segment]:
+        async with asyncio.timeout(10):
+            return await showing.transcribe_chunks(chunks)
+
+    segments = asyncio.run(transcribe_all())
     assert model.shown == [segment.text for segment in segments] == [str(number) for number in range(10)]
     assert model.most == CHUNKS_AT_ONCE

@@ -1,8 +1,11 @@
 """Say what the service reports: requests to an Observer, and records that Ray Serve logs (one JSON object a line)."""
 
 import logging
+import re
 
 LOG = logging.getLogger("graft.serve")
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+"""Form of a client's request id that is taken over: it can neither break nor forge a line of a log."""
 
 
 class Observer:

@@ -117,7 +117,7 @@ def _add_transcriptions(api: FastAPI, service: Service, settings: dict[str, Any]
 
             if form.stream:
                 return await _stream_events(service, path, options)  # returns once the file has been decoded
-            if idempotency_key is None:
+            if not idempotency_key:
                 return await respond(files.pop_all())
             request = f"{await asyncio.to_thread(_file_digest, path)} {form.model_dump(exclude={'file'})}"
             # Clients with different API keys may use the same idempotency key.

@@ -4,17 +4,17 @@ import asyncio
 import hashlib
 import hmac
 import os
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graft.errors import RecipeError
 
-from ..logs import LOG, Observer
+from ..logs import LOG, REQUEST_ID, Observer
 from ..service import ServiceBusy
 from .errors import ApiError, describe_exception, error_response
 
@@ -40,7 +40,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("ascii", "replace")
-        request_id = given if re.fullmatch(r"[\w.-]{1,100}", given) else uuid.uuid4().hex
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         start, status, has_begun, has_left = time.monotonic(), CLIENT_CLOSED_REQUEST, False, False
 
         async def watched_receive() -> Message:
@@ -69,7 +69,8 @@ class RequestMiddleware:
             seconds = time.monotonic() - start
             # The route's template, not the requested path, so that metrics have few distinct labels.
             self._observer.on_response(getattr(scope.get("route"), "path", "other"), status, seconds)
-            fields = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
+            path = quote(scope["path"])  # a decoded path may hold line ends
+            fields = {"request_id": request_id, "method": scope["method"], "path": path, "status": status}
             LOG.info("%(method)s %(path)s %(status)s", fields, extra=fields | {"seconds": round(seconds, 3)})
 
 

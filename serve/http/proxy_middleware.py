@@ -1,14 +1,18 @@
 """Complete the responses of failed ingress replicas, and translate Ray Serve's own errors, in Ray Serve's HTTP proxies.
 
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.http.proxy_middleware:middlewares loads it, if it is set before Ray
-starts. Without it, a client whose ingress replica dies gets a bare 500 or a stream that breaks off, and what Ray Serve
-refuses itself (an unknown address, a request that times out or finds no ingress replica) is plain text.
+starts. Without it, a client whose ingress replica dies gets a bare 500 or a stream that breaks off, what Ray Serve
+refuses itself (an unknown address, a request that times out or finds no ingress replica) is plain text, and clients'
+headers reach Ray Serve unchecked.
 """
+
+from collections.abc import Iterable, Iterator
 
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..logs import REQUEST_ID
 from .schema import ErrorDetail, ErrorResponse, format_event
 
 CUT_OFF = ErrorDetail(message="the server failed on this request: try again", type="server_error", code="cut_off")
@@ -21,6 +25,15 @@ ERRORS_BY_STATUS = {
         message="too many requests are waiting: try again in 1 s", type="rate_limit_error", code="rate_limit_exceeded"
     ),
 }
+STEERING_HEADERS = frozenset(
+    {
+        b"serve_multiplexed_model_id",
+        b"x_session_id",
+        b"x_request_timeout_seconds",
+        b"x_request_disconnect_disabled",
+    }
+)
+"""Headers, with underscores for hyphens, by which a client could route requests or lift their time limit."""
 
 
 def middlewares() -> list[Middleware]:
@@ -31,7 +44,8 @@ def middlewares() -> list[Middleware]:
 class ProxyErrorMiddleware:
     """ASGI middleware that sends a 503 where no response began, and an error event where an event stream breaks off.
 
-    Errors in plain text are Ray Serve's (the API's are JSON). They keep their status and get OpenAI's shape.
+    Errors in plain text are Ray Serve's (the API's are JSON). They keep their status and get OpenAI's shape. Headers
+    that Ray Serve would act on, write into its logs or fail to decode are removed.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -41,6 +55,7 @@ class ProxyErrorMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "headers": list(_harmless(scope["headers"]))}
         has_begun = is_complete = is_stream = False
         status = 503
 
@@ -67,3 +82,16 @@ class ProxyErrorMiddleware:
             await JSONResponse(error, status, headers)(scope, receive, send)
         elif is_stream and not is_complete:
             await send({"type": "http.response.body", "body": format_event(error)})
+
+
+def _harmless(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield headers without those that steer Ray Serve, and with one request id at most, which may be logged."""
+    has_id = False
+    for name, value in headers:
+        if name == b"x-request-id":
+            if has_id or not REQUEST_ID.fullmatch(value.decode("latin-1")):
+                continue
+            has_id = True
+        if name.replace(b"-", b"_") in STEERING_HEADERS or (name == b"traceparent" and not value.isascii()):
+            continue
+        yield name, value

@@ -122,6 +122,10 @@ def test_each_request_is_logged_with_its_id(service):
     assert named.headers["x-request-id"] == "mine-1"
     new_id = service.ask(b"no audio").headers["x-request-id"]
     assert re.fullmatch(r"[\w-]{8,}", new_id)
+    for hostile in (b"\xff", "\u2028INFO forged".encode(), b"x -- POST / 200"):
+        answer = service.ask(b"no audio", headers={"X-Request-Id": hostile, "Serve-Multiplexed-Model-Id": b"\xff"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_audio")
+        assert re.fullmatch(r"[\w-]{8,}", answer.headers["x-request-id"])
 
     def records(request_id: str, message: str) -> list[dict]:
         return [

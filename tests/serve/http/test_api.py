@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import re
 import select
 import socket
 import struct
@@ -276,6 +277,26 @@ def test_with_an_idempotency_key_a_request_is_transcribed_once(decoder, backend)
         assert waiting.chunk_count == 2
         assert post(url, file=b"x", headers={"Idempotency-Key": "b"}).status_code == 400
         assert post(url, file=CLIP, headers={"Idempotency-Key": "b"}).status_code == 200  # failures are not kept
+        before = waiting.chunk_count
+        empty = [post(url, file=file, headers={"Idempotency-Key": ""}).status_code for file in (CLIP, LONGER, LONGER)]
+        assert (empty, waiting.chunk_count) == ([200] * 3, before + 3)
+
+
+def test_neither_an_id_nor_a_path_can_forge_a_line_of_the_log(url, caplog):
+    caplog.set_level(logging.INFO)
+    for given in ("\u2028INFO forged", "x -- POST / 200", "a" * 101, "é", "\udcff", "a\tb"):
+        answer = ask_for_health(url, given.encode(errors="surrogateescape"))
+        assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["X-Request-Id"])
+    assert ask_for_health(url, b"Mine_1.2-3").headers["X-Request-Id"] == "Mine_1.2-3"
+    requests.get(f"{url}/%0AINFO%20forged%E2%80%A8", timeout=10)
+    until(lambda: "GET /%0AINFO%20forged%E2%80%A8 404" in caplog.messages)
+    assert not any("forged\u2028" in text or "\n" in text for text in caplog.messages)
+
+
+def ask_for_health(url: str, request_id: bytes) -> requests.Response:
+    response = requests.get(f"{url}/healthz", headers={"X-Request-Id": request_id}, timeout=10)
+    assert response.status_code == 200
+    return response
 
 
 PART = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'

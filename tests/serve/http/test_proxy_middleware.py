@@ -75,3 +75,39 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event():
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
     assert get(*events, body(b"")).text == "data: {}\n\n"
     assert get(start("application/json"), body(b"{}")).text == "{}"
+
+
+HOSTILE_IDS = ["\u2028INFO forged", "x -- POST / 200 1ms", "a" * 101, "é", "\udcff", "a\tb", ""]
+
+
+@pytest.mark.parametrize("given", HOSTILE_IDS, ids=ascii)
+def test_a_request_id_that_may_not_be_logged_does_not_reach_ray_serve(given):
+    assert "x-request-id" not in forwarded(("X-Request-Id", given))
+    assert forwarded(("X-Request-Id", given), ("X-Request-Id", "mine"))["x-request-id"] == "mine"
+
+
+def test_headers_that_steer_ray_serve_are_removed_and_others_pass():
+    steering = ["serve_multiplexed_model_id", "Serve-Multiplexed-Model-Id", "X-Session-Id", "x_session_id"]
+    steering += ["X-Request-Timeout-Seconds", "X-Request-Disconnect-Disabled"]
+    passed = {"x-request-id": "mine", "traceparent": "00-1-1-01", "authorization": "Bearer \udcff"}
+    got = forwarded(*((name, "0") for name in steering), ("traceparent", "\udcff"), *passed.items())
+    assert passed.items() <= got.items()
+    assert not {name.lower() for name in steering} & set(got)
+    assert forwarded(("X-Request-Id", "one"), ("X-Request-Id", "two"))["x-request-id"] == "one"
+
+
+def forwarded(*headers: tuple[str, str]) -> dict[str, str]:
+    """Return the headers with which a request reaches the application behind the middleware; the last ones count."""
+    seen: dict[str, str] = {}
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        seen.update((name.decode(), value.decode(errors="surrogateescape")) for name, value in scope["headers"])
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(ProxyErrorMiddleware(application))
+        raw = [(name.encode(), value.encode(errors="surrogateescape")) for name, value in headers]
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            await client.get("/", headers=raw)
+
+    asyncio.run(run())
+    return seen

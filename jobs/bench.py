@@ -1,7 +1,7 @@
 """Measure a part of graft: features, training, the service, bulk transcription, scaling or a GPU.
 
-`graft bench NAME [--json FILE]` prints how long each part will take and what it measures, and writes the numbers as
-JSON."""
+`graft bench NAME [--json FILE]` prints each part's time and what it measures, and writes the numbers as JSON.
+"""
 
 import argparse
 import importlib
@@ -26,13 +26,8 @@ from .common.speed import about, slowness
 # Options by name, as argparse takes them.
 Options = dict[str, dict[str, Any]]
 
-
-MODEL: Options = {
-    "model": dict(metavar="DIR", help="a graft; by default an untrained one is built from the bundled weights")
-}
-PEERS: Options = {
-    "speech": dict(nargs="+", metavar="FILE", help="manifests of labelled clips; by default the bundled prompts")
-}
+MODEL: Options = {"model": dict(metavar="DIR", help="a graft; by default the bundled weights are built into one")}
+PEERS: Options = {"speech": dict(nargs="+", metavar="FILE", help="manifests of labelled clips; by default the prompts")}
 RANDOM: Options = {
     "shape": dict(choices=("7b", "2b", "tiny"), default="7b", help="size of the model; tiny runs anywhere"),
     "dtype": dict(choices=("fp32", "bf16"), default="bf16", help="precision of its weights"),
@@ -72,12 +67,7 @@ BENCHMARKS: dict[str, tuple[str, Mapping[str, Part], Options]] = {
     ),
     "bulk": (
         "Ray's transcription beside a bare loop, its memory, other transcribers",
-        {
-            "pipeline": Part("bulk", 4),
-            "peers": Part("peers", 5),
-            "memory": Part("bulk", 4),
-            "bf16": Part("peers", 2),
-        },
+        {"pipeline": Part("bulk", 4), "peers": Part("peers", 5), "memory": Part("bulk", 4), "bf16": Part("peers", 2)},
         MODEL | PEERS | {"seconds": dict(type=float, default=30.0, help="duration of each turn of a pipeline")},
     ),
     "serve": (

@@ -82,18 +82,16 @@ def bench_gpu(
                     print(f"stage{number} {budget}: the device's memory ran out", flush=True)
                     break
                 clips, length = inputs["input_ids"].shape
-                yield (
-                    f"stage{number} {budget}",
-                    {
-                        "samples/s": clips / step_s,
-                        "clips": clips,
-                        "tokens": clips * length,
-                        "ms/step": 1000 * step_s,
-                        "TFLOP/s": flops / step_s / 1e12,
-                        "MFU %": 100 * flops / step_s / peak_flops if peak_flops else None,
-                        "GB": torch.cuda.max_memory_allocated() / 1e9 or None,
-                    },
-                )
+                numbers = {
+                    "samples/s": clips / step_s,
+                    "clips": clips,
+                    "tokens": clips * length,
+                    "ms/step": 1000 * step_s,
+                    "TFLOP/s": flops / step_s / 1e12,
+                    "MFU %": 100 * flops / step_s / peak_flops if peak_flops else None,
+                    "GB": torch.cuda.max_memory_allocated() / 1e9 or None,
+                }
+                yield f"stage{number} {budget}", numbers
             del model, backend, inputs
             gc.collect()
             torch.cuda.empty_cache()
@@ -153,20 +151,18 @@ def bench_engine(shape: str, clip_s: Sequence[float], rounds: float, batch_clips
                 asyncio.run(_transcribe(engine, request, count))
                 seconds, after = time.perf_counter() - start, engine.counts()
             rtfx, most = count * each_s / seconds, ceiling(shape, machine["device"], each_s)
-            yield (
-                f"{each_s:g} s",
-                {
-                    "clips": count,
-                    "prompt": len(request.prompt_ids),
-                    "answer": request.max_new_tokens,
-                    "RTFx": rtfx,
-                    "ceiling": most,
-                    "share %": 100 * rtfx / most if most else None,
-                    "rows": (after.tokens - before.tokens) / max(1, after.steps - before.steps),
-                    "busy %": 100 * (after.busy_s - before.busy_s) / seconds,
-                    "GB": torch.cuda.max_memory_allocated() / 1e9 or None,
-                },
-            )
+            numbers = {
+                "clips": count,
+                "prompt": len(request.prompt_ids),
+                "answer": request.max_new_tokens,
+                "RTFx": rtfx,
+                "ceiling": most,
+                "share %": 100 * rtfx / most if most else None,
+                "rows": (after.tokens - before.tokens) / max(1, after.steps - before.steps),
+                "busy %": 100 * (after.busy_s - before.busy_s) / seconds,
+                "GB": torch.cuda.max_memory_allocated() / 1e9 or None,
+            }
+            yield f"{each_s:g} s", numbers
 
     try:
         return machine | report_table(ABOUT_ENGINE.format(dtype=dtype, **machine), rows())

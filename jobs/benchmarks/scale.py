@@ -211,17 +211,15 @@ def bench_workers(graft: str, workers: Sequence[int]) -> Numbers:
             watched = watch(_run_stage1, {"model": graft, "data": data, "out": str(out), "workers": count})
             line = json.loads((out / METRICS_FILE).read_text().splitlines()[-1])
             first = first or line["audio_s_per_s"]
-            yield (
-                f"workers {count}",
-                {
-                    "audio s/s": line["audio_s_per_s"],
-                    "x": line["audio_s_per_s"] / first,
-                    "wait %": 100 * line["data_wait"],
-                    "coordinator MB": watched.peak_mb(KINDS["coordinator"]),
-                    "controller MB": watched.peak_mb("TrainController"),
-                    "driver MB": watched.peak_mb(),
-                },
-            )
+            numbers = {
+                "audio s/s": line["audio_s_per_s"],
+                "x": line["audio_s_per_s"] / first,
+                "wait %": 100 * line["data_wait"],
+                "coordinator MB": watched.peak_mb(KINDS["coordinator"]),
+                "controller MB": watched.peak_mb("TrainController"),
+                "driver MB": watched.peak_mb(),
+            }
+            yield f"workers {count}", numbers
 
     with tempfile.TemporaryDirectory() as folder:
         data = write_speech_corpus(Path(folder, "speech.parquet"), CLIPS)

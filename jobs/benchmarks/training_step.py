@@ -1,13 +1,12 @@
 """Measure stage 1's training step on one core, beside the reference system's and AudioFlamingo3's.
 
 All take the same clips, prepared beforehand, and train a projector alone between frozen weights of the same shape: in
-bf16 where the processor multiplies it, else in fp32. The first step of each way tells how many clips and turns fit into
-the time that is given.
+bf16 where the processor multiplies it, else in fp32. Each way's first step tells how many clips fit the given time.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +57,7 @@ class Way(NamedTuple):
 
 def bench_step(graft: str, clips: int, repetitions: int, seconds: float) -> Numbers:
     """Measure graft's step beside AudioFlamingo3's and the reference system's, for which all clips cost the same."""
-    plain = functools.partial(plain_step, loss=all_logits_loss)
+    plain = partial(plain_step, loss=all_logits_loss)
     seed: Any = {"checkpointing": True, "audio_pool": 1, "audio_context": "full"}
     ways = {
         "graft": way(graft, clips),
@@ -74,7 +73,7 @@ def bench_gains(graft: str, clips: int, seconds: float) -> Numbers:
         "graft": way(graft, clips),
         "50 Hz (no pooling)": way(graft, clips, audio_pool=1),
         "30 s window (750 tokens)": way(graft, BATCH_CLIPS, in_arrival_order, audio_context="full"),
-        "logits at all positions": way(graft, clips, step=functools.partial(plain_step, loss=all_logits_loss)),
+        "logits at all positions": way(graft, clips, step=partial(plain_step, loss=all_logits_loss)),
         "gradient checkpointing": way(graft, clips, checkpointing=True),
         "arrival order": way(graft, clips, in_arrival_order),
     }
@@ -89,7 +88,7 @@ def _compare(description: str, ways: Mapping[str, Way], clips: int, repetitions:
     torch.set_num_threads(1)
     for one in ways.values():  # warm up
         one.step(one.average)
-    clip_s = {name: seconds_of(functools.partial(one.step, one.average))[0] for name, one in ways.items()}
+    clip_s = {name: seconds_of(partial(one.step, one.average))[0] for name, one in ways.items()}
 
     def turn_s(count: int) -> float:
         return sum(one.clips(count) * clip_s[name] for name, one in ways.items())
@@ -99,10 +98,8 @@ def _compare(description: str, ways: Mapping[str, Way], clips: int, repetitions:
         clips //= 2
     planned_s = repetitions * turn_s(clips)
     print(f"{clips} clips in {compute_settings().dtype}, {repetitions} times each: {about(planned_s)}", flush=True)
-    batches = {name: one.batches(one.clips(clips)) for name, one in ways.items()}
-    spent = in_turns(
-        {name: functools.partial(_train, one.step, batches[name]) for name, one in ways.items()}, repetitions
-    )
+    works = {name: partial(_train, one.step, one.batches(one.clips(clips))) for name, one in ways.items()}
+    spent = in_turns(works, repetitions)
     rows = []
     for name, one in ways.items():
         seconds = spent[name] / one.clips(clips)  # (turns, 2): wall and CPU
@@ -117,7 +114,7 @@ def _train(step: Step, batches: Sequence[Inputs]) -> None:
         step(batch)
 
 
-@functools.cache
+@cache
 def compute_settings() -> ComputeSettings:
     """Return how all ways compute: in bf16 where the processor multiplies it, else in fp32."""
     return ComputeSettings(dtype="bf16" if multiplies_bf16("cpu") else "fp32", backend="torch")
@@ -177,10 +174,8 @@ def plain_step(model: Any, loss: Callable[..., Tensor]) -> Step:
 
 def flamingo_step(model: GraftForConditionalGeneration) -> Step:
     """Make the step of an AudioFlamingo3 of a graft's size; padding the features takes no thousandth of it."""
-    return plain_step(
-        flamingo_model(model.config),
-        lambda flamingo, **inputs: flamingo(**flamingo_inputs(inputs), use_cache=False).loss,
-    )
+    own = flamingo_model(model.config)
+    return plain_step(own, lambda flamingo, **inputs: flamingo(**flamingo_inputs(inputs), use_cache=False).loss)
 
 
 def way(

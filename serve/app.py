@@ -133,6 +133,9 @@ class Ingress:
             max_upload_bytes=self._args.max_upload_bytes,
             observer=self._metrics,
             sends_id=False,
+            aliases=self._args.aliases,
+            cors_origins=self._args.cors_origins,
+            strict=self._args.strict,
         )
 
 

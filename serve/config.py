@@ -1,8 +1,9 @@
 """Define the arguments of the application, for `graft serve`, `serve run serve.app:build key=value ...`, serve.yaml."""
 
+import re
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from graft.config import Recipe
 from graft.keys import Checkpoint, Heading, Location, MachineKey, ModelKey
@@ -11,6 +12,15 @@ from .decode.decoder import DecodeArgs
 
 T = TypeVar("T")
 RequestKey = Annotated[T, Heading("requests")]
+
+
+def _check_origin(origin: str) -> str:
+    if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+        raise ValueError("give an origin without a path, such as https://app.example.com, or *")
+    return origin
+
+
+Origin = Annotated[str, AfterValidator(_check_origin)]
 
 
 class ServeArgs(Recipe):
@@ -22,6 +32,8 @@ class ServeArgs(Recipe):
     overrides it and can be changed while the service runs."""
     name: ModelKey[str | None] = None
     """Name by which clients call the model, also after another one was loaded. By default it is the folder's name."""
+    aliases: ModelKey[tuple[str, ...]] = ()
+    """Other names by which clients may call the model, such as whisper-1 for programs that know OpenAI's names only."""
     dtype: ModelKey[Literal["fp32", "bf16"] | None] = None
     """Precision of the weights. By default it is the one in which they are stored."""
     engine: ModelKey[Literal["transformers", "vllm"]] = "transformers"
@@ -54,6 +66,11 @@ class ServeArgs(Recipe):
     key_file: RequestKey[Location | None] = None
     """File of API keys, one a line, in addition to those in GRAFT_API_KEYS, which are separated by commas. Without any
     key, requests are not authenticated."""
+    strict: RequestKey[bool] = False
+    """Refuse requests with fields that the model cannot honour. By default such fields are ignored, and the header
+    X-Graft-Ignored names them. The form field `strict` overrides it."""
+    cors_origins: RequestKey[tuple[Origin, ...]] = ()
+    """Origins of web pages that may call the service from a browser, such as https://app.example.com; `*` is any."""
     decode: RequestKey[DecodeArgs] = DecodeArgs()
     """Settings of the processes that decode uploads."""
     upscale_delay_s: MachineKey[float] = Field(default=10, ge=0)

@@ -22,7 +22,7 @@ SERVICE, ARCHIVES = Page("serve/README.md"), Page("jobs/ARCHIVES.md")
 COMMANDS = [pytest.param(command, id=f"{page.name}: {command:.60}") for page in PAGES for command in page.commands()]
 ENGLISH = re.compile(r"\b[A-Za-z]+(?:_[A-Za-z0-9]+)+\b")
 """A name of code: a word with an underscore."""
-OF_OTHERS = re.compile(r"(?:AWS|CUDA|HF|NCCL|PIP|RAY)_\w+|api_key|base_url|session_latest")
+OF_OTHERS = re.compile(r"(?:AWS|CUDA|HF|NCCL|PIP|RAY)_\w+|api_base|api_key|base_url|session_latest|vad_filter")
 """Names of other projects."""
 
 
@@ -188,12 +188,12 @@ def keys() -> set[str]:
     from jobs import COMMANDS
     from jobs.common.cli import PlanOptions
     from serve.command import ServeRecipe
-    from serve.http.schema import TranscriptionForm
+    from serve.http.schema import TranscriptionRequest
 
     verbs = [verb for group in COMMANDS.values() for verb in group]
     mains = [getattr(importlib.import_module(f"jobs.{verb}"), "main", None) for verb in verbs if verb != "serve"]
     recipes = [main.args[0] for main in mains if getattr(main, "args", None)]
-    return {key for recipe in (*recipes, PlanOptions, ServeRecipe, TranscriptionForm) for key in keys_of(recipe)}
+    return {key for recipe in (*recipes, PlanOptions, ServeRecipe, TranscriptionRequest) for key in keys_of(recipe)}
 
 
 def keys_of(model: type[BaseModel]) -> Iterator[str]:
@@ -278,9 +278,9 @@ def test_the_table_of_metrics_is_complete() -> None:
 
 
 def test_the_table_of_form_fields_is_complete() -> None:
-    from serve.http.schema import TranscriptionForm
+    from serve.http.schema import request_body_schema
 
-    fields = [field.alias or name for name, field in TranscriptionForm.model_fields.items()]
+    fields = request_body_schema()["content"]["multipart/form-data"]["schema"]["properties"]
     assert sorted(codes(row["field"])[0] for row in SERVICE.table("## Ask it", column="field")) == sorted(fields)
 
 

@@ -6,44 +6,75 @@ import zlib
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from graft.inference.transcript import Segment, Transcript
 
 
-class TranscriptionForm(BaseModel):
-    """Form fields of a transcription request. Values that the served model does not support get a 400."""
+class TranscriptionRequest(BaseModel):
+    """Fields of a transcription request beside its audio.
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    Values on which the answer's language or shape depends get a 400 where the service does not provide them. Hints that
+    cannot be honoured, and other fields, are ignored.
+    """
 
-    file: UploadFile
-    """The audio or video file."""
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), use_attribute_docstrings=True)
+
     model: str
     """Id of the served model, as listed by GET /v1/models."""
-    language: str | None = None
-    """ISO 639-1 code of the spoken language. By default it is the model's language."""
-    prompt: str | None = Field(default=None, max_length=4_000)
-    """Words that may occur (names, terms), separated by commas or line ends. Some models are not trained for them."""
-    keywords: list[Annotated[str, Field(max_length=100)]] = Field(default=[], alias="keywords[]", max_length=100)
-    """Words that may occur, one in each field, in addition to those in `prompt`."""
     response_format: Literal["json", "text", "srt", "vtt", "verbose_json"] = "json"
     """Format of the response."""
-    timestamp_granularities: list[Literal["word", "segment"]] = Field(
-        default=["segment"], alias="timestamp_granularities[]"
-    )
+    timestamp_granularities: list[Literal["word", "segment"]] = ["segment"]
     """`word` adds timestamps of words to verbose_json and times each word in srt and vtt. It needs a loaded aligner."""
-    temperature: Annotated[float, Field(ge=0, le=1)] = 0
-    """Only 0 is supported: decoding is greedy, so that equal requests get equal responses."""
     stream: bool = False
     """Send the text in server-sent events while it is decoded."""
+    language: str | None = None
+    """Language of the speech: a code such as `en` or `en-US`, its English name, or `auto`. It must be the model's."""
+    task: Literal["transcribe"] = "transcribe"
+    """Accepted for compatibility."""
+    strict: bool | None = None
+    """Refuse the request with a 400 where one of its fields would be ignored."""
+    prompt: str | None = Field(default=None, max_length=4_000)
+    """Words that may occur (names, terms), separated by commas or line ends. It is ignored if the model was not trained
+    for them."""
+    keywords: list[Annotated[str, Field(max_length=100)]] = Field(default=[], max_length=100)
+    """Words that may occur, one in each field, in addition to those in `prompt`."""
+    temperature: Annotated[float, Field(ge=0, le=1)] = 0
+    """Any other than 0 is ignored: decoding is greedy, so that equal requests get equal responses."""
     chunking_strategy: Literal["auto"] | None = None
-    """Accepted for compatibility. Long audio is always cut where there is no speech."""
+    """Any other than `auto` is ignored. Long audio is always cut where there is no speech."""
 
-    @field_validator("prompt", "language", mode="after")
+    @field_validator("prompt", mode="after")
     @classmethod
-    def _none_for_blank(cls, value: str | None) -> str | None:
-        return value.strip() or None if value else None
+    def _strip(cls, value: str | None) -> str | None:
+        return value.strip() if value else None
+
+
+LISTS = frozenset(name for name, field in TranscriptionRequest.model_fields.items() if isinstance(field.default, list))
+"""Fields that hold lists; in forms their names end in `[]`, and they occur once for each item."""
+HINTS = frozenset({"prompt", "keywords", "temperature", "chunking_strategy"})
+"""Fields that are ignored where they are malformed or cannot be honoured."""
+
+
+def request_body_schema() -> dict[str, Any]:
+    """Describe the two kinds of body in OpenAPI's form: multipart/form-data with a file, and JSON with base64."""
+    schema = TranscriptionRequest.model_json_schema()
+    fields, description = schema.pop("properties"), "The audio or video file."
+    audio = {"type": "string", "format": "binary", "description": description}
+    encoded = {"type": "string", "description": f"{description} It is sent in base64."}
+    format_hint = {"type": "string", "description": "It is not needed: the format is read from the audio."}
+    form = {f"{name}[]" if name in LISTS else name: field for name, field in fields.items()}
+    spoken = {"type": "object", "required": ["data"], "properties": {"data": encoded, "format": format_hint}}
+    return {
+        "required": True,
+        "content": {
+            kind: {"schema": schema | {"properties": {name: field} | others, "required": [name, *schema["required"]]}}
+            for kind, name, field, others in (
+                ("multipart/form-data", "file", audio, form),
+                ("application/json", "input_audio", spoken, fields),
+            )
+        },
+    }
 
 
 class Usage(BaseModel):

@@ -1,12 +1,14 @@
 """The HTTP API over real connections, without Ray: keys, limits, forms and errors."""
 
 import asyncio
+import base64
 import hashlib
 import json
 import logging
 import re
 import select
 import socket
+import string
 import struct
 import subprocess
 import tempfile
@@ -328,7 +330,14 @@ BODIES = {
         FILE % (b"a", b"x") + MODEL + PART % (b"stream", b"\xff") + b"--x--\r\n",
         "stream",
     ),
-    "JSON": ("application/json", b'{"model": "tiny-graft"}', "'file' is missing"),
+    "raw audio": ("audio/flac", b"fLaC", "'file' is missing: send the audio as the part `file`"),
+    "JSON without audio": ("application/json", b'{"model": "tiny-graft"}', "'input_audio' is missing"),
+    "a JSON list": ("application/json", b"[]", "not an object"),
+    "no JSON": ("application/json", b"{\xff", "is not JSON"),
+    "deep JSON": ("application/json", b"[" * 9_000, "is not JSON"),
+    "JSON of many values": ("application/json", b"[" + b"{}," * 500_000 + b"{}]", "more than 10000 values"),
+    "a number for audio": ("application/json; charset=utf-8", b'{"input_audio": 5}', "input_audio: send the audio"),
+    "no base64": ("application/json", b'{"input_audio": {"data": "*"}}', "is not base64"),
     "a query": ("application/x-www-form-urlencoded", b"model=tiny-graft&file=x", "with a filename"),
     "nothing": ("", b"", "'file' is missing"),
 }
@@ -363,19 +372,47 @@ def test_other_paths_and_methods_are_errors(url, method, path, status):
 
 
 @pytest.mark.parametrize(
-    ("data", "param"),
+    ("data", "message"),
     [
-        ({"include[]": "logprobs"}, "include[]"),
+        ({"timestamp_granularities[]": "phoneme"}, "should be 'word' or 'segment'"),
+        ({"timestamp_granularities[]": "word", "response_format": "srt"}, "no aligner is loaded"),
+        ({"stream": "perhaps"}, "valid boolean"),
+        ({"stream": "true", "response_format": "srt"}, "needs response_format json or text"),
+        ({"response_format": "yaml"}, "should be 'json'"),
+        ({"response_format": "diarized_json"}, "does not tell speakers apart"),
+        ({"task": "translate"}, "does not translate"),
+        ({"language": "german"}, "transcribes 'en' only"),
+        ({"language": "de-AT"}, "transcribes 'en' only"),
+        ({"language": "中文"}, "transcribes 'en' only"),
+        ({"strict": "perhaps"}, "valid boolean"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join([*value, next(iter(value.values()))]),
+)
+def test_what_would_change_the_language_or_shape_of_the_answer_is_refused(url, data, message):
+    error = read_error(post(url, data), 400)
+    assert (error["param"], error["code"]) == (next(iter(data)), "unsupported_value")
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize("language", ["en", "EN", "en-US", "en_GB", "english", "English (US)", "eng", "auto", " "])
+def test_english_has_many_names(url, language):
+    response = post(url, {"language": language, "response_format": "verbose_json"})
+    assert (response.json()["language"], response.headers.get("X-Graft-Ignored")) == ("en", None)
+
+
+@pytest.mark.parametrize(
+    ("data", "ignored"),
+    [
         ({"chunking_strategy": "server_vad"}, "chunking_strategy"),
-        ({"known_speaker_names[]": "me"}, "known_speaker_names[]"),
-        ({"timestamp_granularities[]": "phoneme"}, "timestamp_granularities[]"),
+        ({"chunking_strategy[type]": "server_vad", "chunking_strategy[threshold]": "0.5"}, "chunking_strategy"),
+        ({"known_speaker_names[]": ["me", "you"]}, "known_speaker_names[]"),
+        ({"languages[]": ["en", "de"]}, "languages[]"),
+        ({"vad_filter": "true"}, "vad_filter"),
         ({"timestamp_granularities[]": "word"}, "timestamp_granularities[]"),
+        ({"temperature": "0.2"}, "temperature"),
         ({"temperature": "2"}, "temperature"),
         ({"temperature": "nan"}, "temperature"),
         ({"temperature": "warm"}, "temperature"),
-        ({"stream": "perhaps"}, "stream"),
-        ({"response_format": "diarized_json"}, "response_format"),
-        ({"language": "german"}, "language"),
         ({"prompt": "a" * 101}, "prompt"),
         ({"prompt": ",".join(map(str, range(101)))}, "prompt"),
         ({"prompt": "a," * 2001}, "prompt"),
@@ -384,8 +421,120 @@ def test_other_paths_and_methods_are_errors(url, method, path, status):
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join([*value, str(next(iter(value.values())))[:12]]),
 )
-def test_an_unsupported_field_is_named(url, data, param):
-    assert read_error(post(url, data), 400)["param"] == param
+def test_a_hint_that_cannot_be_honoured_is_ignored_and_named_and_refused_where_that_is_asked(url, data, ignored):
+    plain, response = post(url), post(url, data)
+    assert (response.status_code, response.text) == (200, plain.text)
+    assert (response.headers["X-Graft-Ignored"], plain.headers.get("X-Graft-Ignored")) == (ignored, None)
+    assert post(url, data | {"stream": "true"}).headers["X-Graft-Ignored"] == ignored
+    error = read_error(post(url, data | {"strict": "true"}), 400)
+    assert error["param"] == ignored
+    assert error["code"] in ("unsupported_parameter", "unsupported_value")
+
+
+def test_what_is_blank_or_usual_is_not_named(url):
+    blank = {name: "" for name in ("prompt", "language", "temperature", "response_format", "stream", "vad_filter")}
+    usual = {"temperature": "0.0", "chunking_strategy": "auto", "task": "transcribe", "language": "en"}
+    lists = {"timestamp_granularities[]": "", "keywords[]": ["", " "], "include[]": "", "timestamp_granularities": "[]"}
+    for data in (blank, usual, lists, {"strict": "true"} | blank | usual | lists):
+        response = post(url, data)
+        assert (response.status_code, response.headers.get("X-Graft-Ignored")) == (200, None), response.text
+
+
+def test_lists_have_several_names(url, decoder, graft_folder, tmp_path):
+    aligner = spoken_words.save_ctc(tmp_path / "ctc", spoken_words.VOCABULARY)
+    with open_backend(graft_folder, aligner=str(aligner)) as timing, serve_api(decoder, timing) as url:
+        for name, value in (
+            ("timestamp_granularities[]", ["word", "segment"]),
+            ("timestamp_granularities", ["word", "segment"]),
+            ("timestamp_granularities[0]", "word"),
+            ("timestamp_granularities", '["word"]'),
+        ):
+            response = post(url, {name: value, "response_format": "verbose_json"}, file=LONGER)
+            assert response.json()["words"], (name, value)
+
+
+def test_names_of_ignored_fields_cannot_forge_headers(url):
+    names = ["bad\r\nX-Evil: 1", "ümlaut", "a" * 200, 'quo"te', "\u2028"]
+    response = post(url, dict.fromkeys(names, "1"))
+    assert response.status_code == 200
+    assert not any("evil" in name.lower() for name in response.headers)
+    header = response.headers["X-Graft-Ignored"]
+    assert set(header) <= set(string.ascii_letters + string.digits + "_.[]-, ")
+    assert f", {'a' * 40}, " in header
+    many = post(url, {f"{'x' * 60}{number}": "1" for number in range(3)} | {f"f{number}": "1" for number in range(500)})
+    header = many.headers["X-Graft-Ignored"]
+    assert header.endswith(", f18, ...")
+    assert len(header) < 1_000
+
+
+def test_a_service_may_be_strict_by_default(decoder, backend):
+    with serve_api(decoder, backend, strict=True) as url:
+        assert read_error(post(url, {"vad_filter": "1"}), 400)["code"] == "unsupported_parameter"
+        assert post(url, {"vad_filter": "1", "strict": "false"}).headers["X-Graft-Ignored"] == "vad_filter"
+        assert post(url).status_code == 200
+
+
+def test_the_model_has_aliases(decoder, backend):
+    with serve_api(decoder, backend, aliases=("whisper-1", "openai/gpt-4o-transcribe")) as url:
+        names = ["tiny-graft", "whisper-1", "openai/gpt-4o-transcribe"]
+        assert [card["id"] for card in requests.get(f"{url}/v1/models", timeout=10).json()["data"]] == names
+        for name in names:
+            assert requests.get(f"{url}/v1/models/{name}", timeout=10).json()["id"] == name
+            assert post(url, {"model": name}).json() == post(url).json()
+        assert read_error(post(url, {"model": "whisper-2"}), 404)["code"] == "model_not_found"
+
+
+def test_browsers_may_call_from_the_origins_that_are_allowed(decoder, backend):
+    allowed, other = "https://app.example.com", "https://evil.example.com"
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    with serve_api(decoder, backend, keys=(KEY,), cors_origins=(allowed,)) as url:
+        endpoint = f"{url}/v1/audio/transcriptions"
+        preflight = requests.options(endpoint, headers=asked | {"Origin": allowed}, timeout=10)
+        assert preflight.status_code == 200
+        assert preflight.headers["Access-Control-Allow-Origin"] == allowed
+        assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+        assert "authorization" in preflight.headers["Access-Control-Allow-Headers"]
+        refused = requests.options(endpoint, headers=asked | {"Origin": other}, timeout=10)
+        assert (refused.status_code, refused.headers.get("Access-Control-Allow-Origin")) == (400, None)
+        answer = post(url, {"vad_filter": "1"}, headers={"Origin": allowed})
+        assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (200, allowed)
+        assert "X-Graft-Ignored" in answer.headers["Access-Control-Expose-Headers"]
+        unknown = post(url, key="sk-unknown", headers={"Origin": allowed})  # a page can read why it was refused
+        assert (unknown.status_code, unknown.headers["Access-Control-Allow-Origin"]) == (401, allowed)
+        assert "Access-Control-Allow-Origin" not in post(url, headers={"Origin": other}).headers
+    with serve_api(decoder, backend) as url:
+        assert requests.options(f"{url}/v1/models", headers=asked | {"Origin": allowed}, timeout=10).status_code == 405
+        assert "Access-Control-Allow-Origin" not in post(url, headers={"Origin": allowed}).headers
+
+
+def test_audio_may_come_in_base64(url):
+    encoded = base64.b64encode(CLIP.read_bytes()).decode()
+    expected = post(url).json()
+    headers = {"Authorization": f"Bearer {KEY}"}
+
+    def ask(**body):
+        return requests.post(
+            f"{url}/v1/audio/transcriptions", json={"model": "tiny-graft"} | body, headers=headers, timeout=60
+        )
+
+    lines = "\n".join(encoded[start : start + 76] for start in range(0, len(encoded), 76))
+    for audio in (encoded, lines, f"data:audio/flac;base64,{encoded}"):
+        assert ask(input_audio={"data": audio, "format": "flac"}).json() == expected
+        assert ask(input_audio=audio).json() == ask(file=audio).json() == expected
+    lists = {"timestamp_granularities": ["segment"], "keywords": [], "prompt": None}
+    whole = ask(input_audio=encoded, response_format="verbose_json", language="en", temperature=0.5, vad=True, **lists)
+    assert (whole.json()["text"], whole.headers["X-Graft-Ignored"]) == (expected["text"], "vad, temperature")
+    stream = ask(input_audio=encoded, stream=True)
+    assert stream.text.endswith("\n\n")
+    assert json.loads(stream.text.splitlines()[-2][6:])["text"] == expected["text"]
+    words = ask(input_audio=encoded, keywords=WORDS).json()
+    assert words == post(url, {"keywords[]": WORDS}).json() != expected
+    assert read_error(ask(input_audio=base64.b64encode(b"no audio").decode()), 400)["code"] == "invalid_audio"
+    assert read_error(ask(input_audio="/etc/passwd"), 400)["param"] == "input_audio"
+    assert read_error(ask(file="https://example.com/a.flac"), 400)["param"] == "file"
+    assert read_error(ask(input_audio=encoded, model=["a"]), 400)["param"] == "model"
+    assert read_error(ask(input_audio=encoded, language="de", strict=False), 400)["param"] == "language"
+    assert read_error(ask(input_audio=encoded + "A" * MAX_UPLOAD_BYTES), 413)["code"] == "upload_too_large"
 
 
 def test_context_words_come_by_prompt_or_keywords_and_appear_in_no_response(url, transcriber):
@@ -407,13 +556,15 @@ def test_context_words_come_by_prompt_or_keywords_and_appear_in_no_response(url,
         assert json.loads(events.removeprefix("data: ")) == {"type": "transcript.text.done", "text": ""}
 
 
-def test_context_words_are_refused_where_the_model_was_not_trained_for_them(decoder, tmp_path):
+def test_context_words_are_ignored_or_refused_where_the_model_was_not_trained_for_them(decoder, tmp_path):
     with (
         open_backend(tiny_models.save_tiny_graft(tmp_path / "tiny-graft")) as plain,
         serve_api(decoder, plain) as url,
     ):
         for form in ({"prompt": "names"}, {"keywords[]": "names"}):
-            error = read_error(post(url, form), 400)
+            ignoring = post(url, form)
+            assert (ignoring.text, ignoring.headers["X-Graft-Ignored"]) == (post(url).text, next(iter(form)))
+            error = read_error(post(url, form | {"strict": "true"}), 400)
             assert (error["param"], error["code"]) == (next(iter(form)), "unsupported_parameter")
             assert "not trained for lists of words" in error["message"]
 
@@ -430,7 +581,7 @@ def test_a_whisper_is_served_in_every_format(decoder, tmp_path):
         events = post(url, {"stream": "true"}, file=LONGER).text
         deltas = [json.loads(line[6:]) for line in events.splitlines() if line.startswith('data: {"type"')]
         assert "".join(event.get("delta", "") for event in deltas)
-        error = read_error(post(url, {"prompt": "Aachen"}, file=LONGER), 400)
+        error = read_error(post(url, {"prompt": "Aachen", "strict": "true"}, file=LONGER), 400)
         assert (error["param"], error["code"]) == ("prompt", "unsupported_parameter")
 
 
@@ -447,7 +598,11 @@ def test_words_have_timestamps_where_an_aligner_is_loaded(decoder, graft_folder,
         assert (plain["words"], plain["text"]) == (None, timed["text"])
         subtitles = post(url, words | {"response_format": "srt"}, file=LONGER).text
         assert subtitles.startswith("1\n00:00:0")
-        assert read_error(post(url, words, file=LONGER), 400)["param"] == "timestamp_granularities[]"
+        for response_format in ("json", "text"):  # which hold no words
+            untimed = post(url, words | {"response_format": response_format}, file=LONGER)
+            assert (untimed.status_code, untimed.headers["X-Graft-Ignored"]) == (200, "timestamp_granularities[]")
+        refused = post(url, words | {"strict": "true"}, file=LONGER)
+        assert read_error(refused, 400)["param"] == "timestamp_granularities[]"
 
 
 def test_an_unexpected_exception_in_a_decoder_is_bad_audio(url):
@@ -518,6 +673,20 @@ def test_curl(url, transcriber):
     assert json.loads(curl(url, "--json", "{}"))["error"]["code"] == "missing_required_parameter"
 
 
+def test_health_is_asked_without_a_body(url):
+    for path in ("/healthz", "/readyz"):
+        head, get = requests.head(url + path, timeout=10), requests.get(url + path, timeout=10)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["Content-Length"] == get.headers["Content-Length"]
+
+
+def test_translation_is_refused_with_the_reason(url):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    asked = {"files": {"file": CLIP.read_bytes()}, "data": {"model": "tiny-graft"}, "headers": headers}
+    error = read_error(requests.post(f"{url}/v1/audio/translations", timeout=10, **asked), 404)
+    assert "does not translate" in error["message"]
+
+
 def test_the_api_is_described(url):
     described = requests.get(f"{url}/openapi.json", timeout=10).json()
     assert set(described["paths"]) == {
@@ -528,5 +697,13 @@ def test_the_api_is_described(url):
         "/readyz",
     }
     assert "swagger" in requests.get(f"{url}/docs", timeout=10).text
+    asked = described["paths"]["/v1/audio/transcriptions"]["post"]["requestBody"]["content"]
+    assert {kind: body["schema"]["required"] for kind, body in asked.items()} == {
+        "multipart/form-data": ["file", "model"],
+        "application/json": ["input_audio", "model"],
+    }
+    assert all(body["schema"]["additionalProperties"] is True for body in asked.values())
+    assert "keywords[]" in asked["multipart/form-data"]["schema"]["properties"]
+    assert "keywords" in asked["application/json"]["schema"]["properties"]
     assert described["components"]["securitySchemes"]
     assert hashlib.sha256(KEY.encode()).hexdigest() not in json.dumps(described)

@@ -127,10 +127,9 @@ def test_responses_name_their_request_and_usage(client, transcriber):
 @pytest.mark.parametrize(
     ("options", "param"),
     [
-        ({"include": ["logprobs"]}, "include[]"),
-        ({"chunking_strategy": {"type": "server_vad"}}, "chunking_strategy[type]"),
-        ({"temperature": 0.5}, "temperature"),
         ({"response_format": "diarized_json"}, "response_format"),
+        ({"language": "de"}, "language"),
+        ({"temperature": 0.5, "extra_body": {"strict": True}}, "temperature"),
         ({"response_format": "verbose_json", "timestamp_granularities": ["word"]}, "timestamp_granularities[]"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
@@ -139,6 +138,22 @@ def test_unsupported_options_are_bad_requests(client, options, param):
     with pytest.raises(openai.BadRequestError) as refused:
         client.audio.transcriptions.create(file=SHORTEST_FIRST[0], model=MODEL, **options)
     assert refused.value.param == param
+
+
+def test_hints_are_ignored_and_named(client, transcriber):
+    raw = client.audio.transcriptions.with_raw_response.create(
+        file=CLIP,
+        model=MODEL,
+        language="en-US",
+        languages=["en", "de"],
+        temperature=0.2,
+        chunking_strategy={"type": "server_vad", "threshold": 0.5},
+        known_speaker_names=["agent"],
+        extra_body={"vad_filter": True},
+    )
+    assert raw.parse().text == transcriber.transcribe(CLIP).text
+    ignored = {"chunking_strategy", "known_speaker_names[]", "languages[]", "temperature", "vad_filter"}
+    assert set(raw.headers["x-graft-ignored"].split(", ")) == ignored
 
 
 def test_large_uploads_and_unknown_endpoints_are_refused(client):

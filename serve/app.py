@@ -138,6 +138,10 @@ class Ingress:
             strict=self._args.strict,
         )
 
+    async def stop(self) -> None:
+        """Accept no more requests, and return when those that were accepted have been transcribed."""
+        await self._service.stop()
+
 
 def build(args: ServeArgs) -> Application:
     """Build the Ray Serve application.

@@ -4,6 +4,7 @@ The service runs on the Ray cluster that RAY_ADDRESS names, or else on a Ray of 
 commands `serve run` and `serve deploy` run it from a configuration file, and replace the model while it runs.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -22,6 +23,10 @@ from .config import ServeArgs
 
 APPLICATION = "graft"
 """Name of the application on the cluster."""
+INGRESS = "Ingress"
+"""Name of the deployment that answers HTTP."""
+REQUEST_TIMEOUT_S = 600
+"""Seconds that a whole request may take."""
 EXAMPLES = ("model=small", "model=runs/merged host=0.0.0.0 gpus_per_replica=1 max_replicas=4 key_file=keys.txt")
 """Arguments that --help shows."""
 
@@ -36,13 +41,18 @@ class ServeRecipe(ServeArgs):
 
 
 def run(recipe: ServeRecipe) -> None:
-    """Run the service until SIGINT or SIGTERM. Raises GraftError where it cannot start, ModelError, RecipeError."""
+    """Run the service until SIGINT or SIGTERM, and then until its requests end or there is a second one.
+
+    Raises GraftError where it cannot start, ModelError, RecipeError.
+    """
     for package in ("fastapi", "ray"):
         require(package, extra="serve")
     _check_address(recipe.host, recipe.port)
     _set_ray_variables()
     import ray
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     from .app import build
 
@@ -50,15 +60,18 @@ def run(recipe: ServeRecipe) -> None:
     print(f"graft: starting a service of {recipe.model}", flush=True)
     _start_ray(recipe)
     try:
-        serve.start(http_options={"host": recipe.host, "port": recipe.port, "request_timeout_s": 600})
+        serve.start(http_options={"host": recipe.host, "port": recipe.port, "request_timeout_s": REQUEST_TIMEOUT_S})
         try:
             serve.run(application, name=APPLICATION)
         except RuntimeError as error:
             raise GraftError(f"the service did not start: {str(error).strip().splitlines()[-1]}") from error
         print("\n".join(_how_to_ask(recipe)), flush=True)
         _wait_for_a_signal()
-        print("graft: stopping the service", flush=True)
-        serve.delete(APPLICATION)  # after the requests that it has accepted
+        print("graft: the service ends after the requests that it has; Ctrl-C again ends it at once", flush=True)
+        # While the ingresses end their requests, the engines must stay: deleting the application stops both together.
+        with contextlib.suppress(RayError, RayServeException, TimeoutError):  # a replica that died has no requests
+            serve.get_deployment_handle(INGRESS, APPLICATION).broadcast("stop").results(timeout_s=REQUEST_TIMEOUT_S)
+        serve.delete(APPLICATION)
     finally:
         ray.shutdown()
 
@@ -110,7 +123,14 @@ def _how_to_ask(recipe: ServeRecipe) -> Iterator[str]:
 
 
 def _wait_for_a_signal() -> None:
+    """Wait for SIGINT or SIGTERM. The next one raises KeyboardInterrupt."""
     stopped = threading.Event()
+
+    def stop(*_: object) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+        signal.signal(number, stop)
     stopped.wait()

@@ -29,6 +29,10 @@ class ServiceBusy(Exception):
         self.retry_after_s = retry_after_s
 
 
+class ServiceStopping(Exception):
+    """The service answers the requests that it has accepted, accepts no other ones, and ends."""
+
+
 class ModelNotReady(Exception):
     """No model is loaded at the moment."""
 
@@ -84,6 +88,9 @@ class Service:
         self._max_queued_s = max_queued_s
         self.request_count = 0
         self._speech_s: list[float] = []  # of each decoded upload
+        self._is_stopping = False
+        self._is_idle = asyncio.Event()  # set where no request is being transcribed
+        self._is_idle.set()
 
     @property
     def queued_s(self) -> float:
@@ -126,15 +133,26 @@ class Service:
             self._observer.on_transcript(upload.duration_s, time.monotonic() - start)
 
     def check_capacity(self, receiving: int = 0) -> None:
-        """Raise ServiceBusy where one more request exceeds the limit; `receiving` is the number of arriving uploads."""
+        """Raise ServiceBusy where one more request exceeds the limit, ServiceStopping after `stop`.
+
+        `receiving` is the number of arriving uploads.
+        """
+        if self._is_stopping:
+            raise ServiceStopping
         if self.request_count + receiving >= self._max_requests:
             raise ServiceBusy(self._retry_after_s())
+
+    async def stop(self) -> None:
+        """Accept no more requests, and wait until those that were accepted have been transcribed."""
+        self._is_stopping = True
+        await self._is_idle.wait()
 
     @asynccontextmanager
     async def _admit(self, path: str) -> AsyncIterator[DecodedUpload]:
         """Decode a file and count it until the block ends. Raises ServiceBusy."""
         self.check_capacity()
         self.request_count += 1
+        self._is_idle.clear()
         try:
             upload = await self._decoder(path)
             speech_s = sum(chunk.clip.duration_s for chunk in upload.chunks)
@@ -148,6 +166,8 @@ class Service:
                 self._speech_s.remove(speech_s)
         finally:
             self.request_count -= 1
+            if not self.request_count:
+                self._is_idle.set()
 
     def _retry_after_s(self) -> int:
         return max(1, round(self.queued_s / 10))  # ten times real time is a cautious guess

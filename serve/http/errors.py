@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from graft.errors import AudioError, AudioTooLong, ModelError
 
-from ..service import ModelNotReady, ServiceBusy
+from ..service import ModelNotReady, ServiceBusy, ServiceStopping
 from .schema import ErrorDetail, ErrorResponse, ErrorType
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ SERVER_ERROR = ErrorDetail(
 )
 
 
-EXPECTED = (HTTPException, RequestValidationError, AudioError, ModelError, ServiceBusy, ModelNotReady)
+EXPECTED = (HTTPException, RequestValidationError, AudioError, ModelError, ServiceBusy, ServiceStopping, ModelNotReady)
 """Exceptions that FastAPI's handlers answer by `error_response`; RequestMiddleware answers the rest."""
 
 
@@ -75,6 +75,10 @@ def error_response(error: Exception) -> JSONResponse:
                 code="rate_limit_exceeded",
             )
             return _respond(429, detail, {"Retry-After": str(error.retry_after_s)})
+        case ServiceStopping():
+            message = "the service is about to end: try again"
+            detail = ErrorDetail(message=message, type="server_error", code="stopping")
+            return _respond(503, detail, {"Retry-After": "10"})
         case ModelNotReady():
             message = "no model is loaded at the moment: try again"
             detail = ErrorDetail(message=message, type="server_error", code="not_ready")

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from graft.errors import RecipeError
 
 from ..logs import LOG, REQUEST_ID, Observer
-from ..service import ServiceBusy
+from ..service import ServiceBusy, ServiceStopping
 from .errors import ApiError, describe_exception, error_response
 
 KEYS_VARIABLE = "GRAFT_API_KEYS"
@@ -134,7 +134,7 @@ class AccessMiddleware:
             if scope["method"] == "POST":
                 self._check_capacity(self._receiving)
             self._check_size(int(headers.get(b"content-length", b"0")))
-        except (ApiError, ServiceBusy) as error:
+        except (ApiError, ServiceBusy, ServiceStopping) as error:
             await error_response(error)(scope, receive, send)
             return
         received, is_complete, deadline = 0, False, time.monotonic() + self._max_s

@@ -1,6 +1,8 @@
 """Test `graft serve`: it starts a service, says how to ask it, and ends when it is told to."""
 
+import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -13,7 +15,9 @@ import pytest
 from jobs.__main__ import main
 from jobs.common.local_service import free_port
 from tests.support import media, tiny_models
+from tests.support.faults import until
 from tests.support.paths import ROOT
+from tests.support.ray_service import speech_flac
 
 
 def test_an_address_that_cannot_be_listened_on_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +51,9 @@ def test_the_service_answers_as_it_says_until_it_is_interrupted(tmp_path: Path) 
     clip.write_bytes(media.SHORTEST_FIRST[0].read_bytes())
     command = [sys.executable, "-m", "jobs", "serve", f"model={graft}", f"port={port}"]
     environment = {**os.environ, "GRAFT_API_KEYS": "secret", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as service:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as service:
         assert service.stdout
         printed = []
         try:
@@ -60,9 +66,28 @@ def test_the_service_answers_as_it_says_until_it_is_interrupted(tmp_path: Path) 
             assert answer.stdout.startswith('{"text":'), answer
             refused = [part for part in asked if part not in ("-H", "Authorization: Bearer secret")]
             assert "invalid_api_key" in subprocess.run(refused, cwd=tmp_path, capture_output=True, text=True).stdout
+            clip.write_bytes(speech_flac(1200))
+            with subprocess.Popen([*asked, "-F", "stream=true"], cwd=tmp_path, stdout=subprocess.PIPE) as running:
+                assert running.stdout
+                assert running.stdout.readline().startswith(b'data: {"type": "transcript.text.delta"')
+                os.killpg(service.pid, signal.SIGINT)  # as a terminal does
+                assert service.stdout.readline().startswith("graft: the service ends after the requests that it has")
+                clip.write_bytes(media.SHORTEST_FIRST[0].read_bytes())
+                late = ""
+
+                def is_refused() -> bool:
+                    nonlocal late
+                    late = subprocess.run([*asked, "-i"], cwd=tmp_path, capture_output=True, text=True).stdout
+                    return late.startswith("HTTP/1.1 503")
+
+                until(is_refused)  # soon after the line was printed
+                assert running.poll() is None
+                assert {"retry-after", '"code":"stopping"'} <= set(re.findall(r'retry-after|"code":"\w+"', late))
+                *_, last = running.stdout.read().decode().split("\n\n")[:-1]
+                assert json.loads(last.removeprefix("data: "))["type"] == "transcript.text.done"
+            assert (service.stdout.read(), service.wait(60)) == ("", 0)
         finally:
-            service.send_signal(signal.SIGINT)
-        assert service.stdout.read() == "graft: stopping the service\n"
-    assert service.returncode == 0
+            if service.poll() is None:
+                os.killpg(service.pid, signal.SIGKILL)
     assert printed[0] == f"graft: starting a service of {graft}\n"
     assert f"tiny is served at http://127.0.0.1:{port} until Ctrl-C" in "".join(printed)

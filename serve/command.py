@@ -45,7 +45,7 @@ def run(recipe: ServeRecipe) -> None:
 
     Raises GraftError where it cannot start, ModelError, RecipeError.
     """
-    for package in ("fastapi", "ray"):
+    for package in ("fastapi", "fastapi_offline", "ray"):
         require(package, extra="serve")
     _check_address(recipe.host, recipe.port)
     _set_ray_variables()

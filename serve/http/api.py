@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from graft.inference.subtitles import format_transcript
@@ -70,7 +71,10 @@ def transcription_api(
     `aliases` are other names of the model. Pages of `cors_origins` may call the API from a browser. With `strict`,
     requests get a 400 for fields that would be ignored, unless they say otherwise. `sends_id`: see RequestMiddleware.
     """
-    api = FastAPI(title="graft", description="Speech to text behind OpenAI's transcription endpoint.")
+    # The package holds the files of the page /docs, which FastAPI alone lets the browser fetch from a CDN.
+    api = FastAPIOffline(
+        title="graft", description="Speech to text behind OpenAI's transcription endpoint.", redoc_url=None
+    )
     # The middleware that is added last is the outermost.
     api.add_middleware(
         AccessMiddleware,

@@ -643,6 +643,20 @@ def test_an_unexpected_exception_is_reported_without_details(decoder, caplog, ca
     assert caplog.text.count("RuntimeError at tests.serve.http.test_api:") == 3
 
 
+def test_the_page_of_the_api_needs_no_other_server(decoder, backend):
+    api = make_api(decoder, backend)
+    for prefix in ("", "/asr"):
+        with run_server(Starlette(routes=[Mount(prefix, api)])) as url:
+            page = requests.get(f"{url}{prefix}/docs", timeout=10).text
+            loaded = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+            assert [path.rpartition(".")[2] for path in loaded] == ["css", "png", "js"]
+            assert f"{prefix}/openapi.json" in page
+            assert "://" not in page
+            for path in loaded:
+                assert path.startswith(f"{prefix}/")
+                assert requests.get(url + path, timeout=10).status_code == 200
+
+
 def curl(url: str, *arguments: str) -> str:
     command = [
         "curl",
@@ -696,7 +710,6 @@ def test_the_api_is_described(url):
         "/healthz",
         "/readyz",
     }
-    assert "swagger" in requests.get(f"{url}/docs", timeout=10).text
     asked = described["paths"]["/v1/audio/transcriptions"]["post"]["requestBody"]["content"]
     assert {kind: body["schema"]["required"] for kind, body in asked.items()} == {
         "multipart/form-data": ["file", "model"],

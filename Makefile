@@ -37,8 +37,8 @@ demo: $(READY) ## transcribe, train, merge, evaluate and serve with the bundled 
 test: $(READY) ## run the tests in two processes (8 minutes on 2 cores)
 	python -m pytest -n 2 --dist loadgroup
 
-test-fast: $(READY) ## run those of them that need no Ray, no bundled weights and no other processes
-	python -m pytest -n 2 --dist loadgroup -m "not ray and not bundled and not processes and not slow and not cluster and not gpu and not vllm"
+test-fast: $(READY) ## run those of them that need no Ray, no bundled weights, no other processes and no seconds each (90 s on 2 cores)
+	python -m pytest -n 2 --dist loadgroup -m "not seconds and not ray and not bundled and not processes and not slow and not cluster and not gpu and not vllm"
 
 test-slow: $(READY) ## run the tests that take long or kill workers, drivers and nodes (over an hour on 2 cores)
 	python -m pytest -m slow

@@ -4,9 +4,11 @@ A FLOP is one multiplication or one addition of a matrix product. Frozen weights
 encoder only runs forward, and the backward pass of a frozen language model costs one more forward pass instead of two.
 """
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -59,6 +61,13 @@ class Parameters:
 
 def count_parameters(config: GraftConfig, *, lora_rank: int | None = None, lora_encoder: bool = False) -> Parameters:
     """Count a graft's parameters on torch's meta device; `lora_rank` and `lora_encoder` describe stage 2's adapters."""
+    lora = lora_parameters(config, lora_rank) + (encoder_lora_parameters(config, lora_rank) if lora_encoder else 0)
+    return replace(_count_parts(config.to_json_string()), lora=lora)
+
+
+@cache
+def _count_parts(config_json: str) -> Parameters:
+    config = GraftConfig(**json.loads(config_json))
     with torch.device("meta"):
         model = GraftForConditionalGeneration(config)
     inner: Any = model.model
@@ -69,9 +78,8 @@ def count_parameters(config: GraftConfig, *, lora_rank: int | None = None, lora_
         "vision": inner.visual,
     }
     counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
-    lora = lora_parameters(config, lora_rank) + (encoder_lora_parameters(config, lora_rank) if lora_encoder else 0)
     lm_head = 0 if config.tie_word_embeddings else model.lm_head.weight.numel()
-    return Parameters(**counts, lm_head=lm_head, lora=lora)
+    return Parameters(**counts, lm_head=lm_head)
 
 
 def batch_flops(

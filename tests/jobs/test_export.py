@@ -78,6 +78,7 @@ def built(home: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("stage", "onto"), [("stage1", "full"), ("stage2", "full"), ("stage2", "nf4")])
 def test_built_from_an_export_equals_the_merged_graft(home, tmp_path, built, stage, onto):
     if onto == "nf4":

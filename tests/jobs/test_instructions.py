@@ -45,6 +45,7 @@ def trained(
     return folder / "trained"
 
 
+@pytest.mark.seconds
 def test_two_instructions_give_two_formats(tmp_path):
     sampler = InstructionSampler(InstructionRecipe(styles={"formatted": 0.5}), "lower")
     audios, texts = [flac(0.4 + 0.2 * seed, seed) for seed in range(3)], ["Yes, Bob.", "It is? No!", "GO ON"]
@@ -60,6 +61,7 @@ def test_two_instructions_give_two_formats(tmp_path):
     transcriber.close()
 
 
+@pytest.mark.seconds
 def test_a_listed_word_decides_what_is_heard(tmp_path):
     names = ["anna", "otto"]
     sampler = InstructionSampler(

@@ -5,6 +5,7 @@ bundled weights `bundled`: by the fixtures that MARKS names, which other fixture
 """
 
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -95,6 +96,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: item.path not in with_ray)
 
 
+def pytest_collection_finish() -> None:
+    """Exempt what is imported by now from garbage collections, which would look through it all again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     item.config.stash[WATCH].begin(item)
@@ -168,7 +175,7 @@ def loaded_twice(modules: Mapping[str, ModuleType]) -> list[list[str]]:
     """Return the sets of names under which one file of the product is loaded; `__main__` may be a second one."""
     names = defaultdict(list)
     for name, module in list(modules.items()):
-        file = getattr(module, "__file__", None)
+        file = vars(module).get("__file__")  # getattr would make transformers' lazy modules search
         if name != "__main__" and isinstance(file, str) and file.startswith(ROOMS):
             names[file].append(name)
     return [shared for shared in names.values() if len(shared) > 1]

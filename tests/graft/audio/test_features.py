@@ -54,6 +54,7 @@ def assert_equals_whisper(features: Features, clip: AudioClip, mel_count: int) -
     np.testing.assert_allclose(expected[:, length:], silence_value(features.mel.max()), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("mel_count", [80, 128])
 @pytest.mark.parametrize("sample_count", SAMPLE_COUNTS)
 def test_equals_whisper_at_every_kind_of_length(sample_count: int, mel_count: int) -> None:

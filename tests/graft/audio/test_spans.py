@@ -39,6 +39,8 @@ INEXACT = {
     "live.webm": lambda: media.encode(media.speech(48_000), 48_000, "libopus", "webm", seekable=False, live="1"),
 }
 
+KINDS = [*EXACT, *(pytest.param(kind, marks=pytest.mark.seconds) for kind in INEXACT)]
+
 
 @functools.cache
 def recording(kind: str) -> bytes:
@@ -62,7 +64,7 @@ def whole(kind: str) -> np.ndarray:
     return frames(recording(kind))
 
 
-@pytest.mark.parametrize("kind", [*EXACT, *INEXACT])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_header_says_what_there_is(kind: str) -> None:
     info = probe(recording(kind))
     assert (info.rate, info.channels) == (48_000 if "opus" in kind or "webm" in kind else 44_100, 2)
@@ -84,6 +86,7 @@ class Counted(io.BytesIO):
         return data
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("kind", ["wav", "flac", "mp3", "uncounted.mp3", "m4a", "live.webm"])
 def test_a_header_is_read_without_the_rest(kind: str) -> None:
     data = recording(kind)
@@ -92,7 +95,7 @@ def test_a_header_is_read_without_the_rest(kind: str) -> None:
     assert file.count < 5 * 2**20
 
 
-@pytest.mark.parametrize("kind", [*EXACT, *INEXACT])
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_span_is_a_part_of_the_whole_bit_by_bit(kind: str) -> None:
     count = len(whole(kind))
     assert count >= 46 * 44_100
@@ -135,6 +138,7 @@ def test_channels_are_mixed_or_split() -> None:
     np.testing.assert_allclose(split.mean(axis=1), joined(list(read_span(data, 44_100, 88_200))), atol=3e-7)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("item_s", [10.0, 12.7, 21.5])
 @pytest.mark.parametrize("kind", ["wav", "mp3", "uncounted.mp3", "live.webm"])
 def test_items_with_quiet_borders_lose_and_repeat_nothing(kind: str, item_s: float) -> None:
@@ -206,6 +210,7 @@ def test_no_more_is_decoded_than_allowed(kind: str) -> None:
             frames(data, start, end, max_s=40.0)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("kind", ["wav", "mp3"])
 def test_memory_is_bounded_however_long_the_recording(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"long.{kind}"

@@ -165,6 +165,7 @@ def test_a_published_checkpoint_has_the_logits_of_its_source(tmp_path):
     assert len(processor.prompt_ids(100)) - len(processor.prompt_ids(3000)) == 0
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("nested", [True, False])
 def test_matrices_quantized_by_bitsandbytes_are_dequantized(tmp_path, nested):
     model, words = source()

@@ -24,6 +24,7 @@ def loudness(sound: Sound) -> float:
     return float(10 * np.log10(np.mean(np.square(sound.clip.samples, dtype=np.float64))))
 
 
+@pytest.mark.seconds
 def test_a_few_dozen_sounds_of_each_kind_and_length(sounds: list[Sound]) -> None:
     assert 24 <= len(sounds) == len({sound.name for sound in sounds}) <= 60
     assert Counter(sound.kind for sound in sounds) == {
@@ -52,6 +53,7 @@ def share_below(sound: Sound, hertz: float) -> float:
     return float(power[: round(hertz * len(sound.clip.samples) / SAMPLE_RATE)].sum() / power.sum())
 
 
+@pytest.mark.seconds
 def test_sounds_are_where_their_names_say(sounds: list[Sound]) -> None:
     shares = {sound.name: share_below(sound, 1000) for sound in sounds if sound.clip.samples.any()}
     assert shares["noise-white-20dBFS-1"] == pytest.approx(1 / 8, abs=0.02)

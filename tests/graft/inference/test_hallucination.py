@@ -213,6 +213,7 @@ def test_a_loop_is_decoded_again_and_a_text_without_one_is_not_flagged(opened):
     assert [one.segments for one in transcriber.transcribe_many([clip, clip])] == [(segment,)] * 2
 
 
+@pytest.mark.seconds
 def test_a_chunk_is_decoded_again_the_same_way_in_every_batch(folder):
     """The second decoding depends on the chunk alone, in any batch, with a model that attends to all tokens."""
     model, processor = open_graft(folder)

@@ -116,6 +116,7 @@ def test_paths_bytes_and_clips_give_the_same_text(transcriber, tmp_path):
     assert len(texts) == 1
 
 
+@pytest.mark.seconds
 def test_over_30_s_every_second_is_in_one_segment(transcriber):
     clip = make_clip(64.0)
     transcript = transcriber.transcribe(clip)
@@ -127,6 +128,7 @@ def test_over_30_s_every_second_is_in_one_segment(transcriber):
     assert transcript.text == " ".join(segment.text for segment in transcript.segments if segment.text)
 
 
+@pytest.mark.seconds
 def test_many_together_equal_each_alone_and_bad_ones_are_values(transcriber, tmp_path):
     (tmp_path / "empty.wav").write_bytes(b"")
     clips = [make_clip(seconds, seed) for seed, seconds in enumerate([0.3, 2.0, 31.0, 0.05])]
@@ -188,6 +190,7 @@ def test_works_where_an_event_loop_already_runs(transcriber):
     assert asyncio.run(in_a_notebook()) == transcriber.transcribe(clip)
 
 
+@pytest.mark.seconds
 def test_threads_and_coroutines_may_share_a_transcriber(transcriber):
     clips = [make_clip(0.2 + seed / 10, seed) for seed in range(8)]
 

@@ -83,6 +83,7 @@ def test_a_clip_with_more_letters_than_audio_tokens_adds_nothing(graft: str) -> 
     assert float(prealignment.audio_projector.linear.weight.grad.abs().max()) == 0
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("dtype", "audio_projector"),
     [

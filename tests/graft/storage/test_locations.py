@@ -193,6 +193,7 @@ def test_arrow_reads_python_files_in_the_callers_thread_alone(folder, hub, monke
     assert len(hub.sent) == 6  # footer, the first ID, twice the text and the next ID, the last text, audio and its path
 
 
+@pytest.mark.seconds
 def test_planning_and_reading_are_tried_again_but_not_for_ever(folder, hub, monkeypatch):
     place = f"{hub.url}/files/speech/clips/{COMMIT}/large/{FILES[0]}"
     hub.faults.update(data=["503", "drop", "cut"])

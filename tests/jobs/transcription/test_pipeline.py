@@ -34,6 +34,7 @@ def transcriber(folder):
     opened.close()
 
 
+@pytest.mark.seconds
 def test_items_are_transcribed_as_by_the_transcriber(recording, transcriber):
     sources = [recording, *media.PROMPTS[:3]]
     reading = {"speech": SpeechSettings(), "chunks": ChunkSettings()}

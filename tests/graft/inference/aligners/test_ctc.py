@@ -82,6 +82,7 @@ def ctc(tmp_path_factory) -> CtcAligner:
     return CtcAligner(folder)
 
 
+@pytest.mark.seconds
 def test_a_trained_ctc_model_finds_words_where_they_sound(ctc):
     clip, spans, _ = make_tones("ab cda b dcb ca", np.random.default_rng(99))
     words = ctc.align(clip, "ab cda B dcb ca")

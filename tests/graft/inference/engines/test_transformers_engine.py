@@ -232,6 +232,7 @@ CROWD_RUNS = [(0, False, 0), (1, False, 0.01), (2, True, 0), (3, True, 0.01)]
 """Seed, graphs and gather_s."""
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("crowd", "seed", "graphs", "gather_s"),
     [((GRAFT, 44), *run) for run in CROWD_RUNS] + [((WHISPER, 24), *run) for run in CROWD_RUNS[1:3]],
@@ -254,6 +255,7 @@ def test_tokens_equal_generate_while_rows_join_and_leave(crowd, seed, graphs, ga
     assert max(rows) >= 4
 
 
+@pytest.mark.seconds
 @BOTH
 def test_n_grams_are_blocked_by_row_and_log_probabilities_stay(kind):
     model = kind.model()
@@ -389,6 +391,7 @@ def test_counts(kind):
     assert counts.busy_s > 0
 
 
+@pytest.mark.seconds
 @BOTH
 def test_many_clips_are_encoded_in_parts(kind):
     model = kind.model()
@@ -402,6 +405,7 @@ def test_many_clips_are_encoded_in_parts(kind):
     ]
 
 
+@pytest.mark.seconds
 @BOTH
 def test_an_aborted_row_leaves_the_batch_and_the_others_go_on(kind):
     model = kind.model()
@@ -474,6 +478,7 @@ def test_an_error_of_one_clip_ends_that_row_alone(kind):
         assert [[token.id for token in tokens] for tokens in answers[:2] + answers[3:]] == expected[:2] + expected[3:]
 
 
+@pytest.mark.seconds
 @BOTH
 @pytest.mark.parametrize("graphs", [False, True])
 def test_an_error_in_a_step_ends_only_the_rows_that_it_concerns(kind, graphs):
@@ -501,6 +506,7 @@ def test_an_error_in_a_step_ends_only_the_rows_that_it_concerns(kind, graphs):
             assert_close(tokens, expected[request.request_id][1])
 
 
+@pytest.mark.seconds
 @BOTH
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]

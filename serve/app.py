@@ -112,25 +112,27 @@ class Ingress:
 
     def __init__(self, args: ServeArgs, engine: DeploymentHandle, keys: ApiKeys) -> None:
         log_through_ray_serve()
-        self._args, self._keys = args, keys
+        self._args = args
+        self._keys = keys | ApiKeys.from_environment(args.key_file)
         self._metrics = RequestMetrics()
         self._service = Service(
             Decoder(args.decode),
             RayBackend(engine),
             max_requests=args.max_ongoing_requests,
             max_queued_s=args.max_queued_s,
+            max_requests_per_client=_requests_per_key(args, len(self._keys)),
             observer=self._metrics,
         )
         self._sampling = asyncio.create_task(call_every_second(lambda: self._metrics.sample(self._service)))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        keys = self._keys | ApiKeys.from_environment(self._args.key_file)
-        if not keys:
+        if not self._keys:
             LOG.warning("there are no API keys: requests are not authenticated")
         return transcription_api(
             self._service,
-            keys=keys,
+            keys=self._keys,
             max_upload_bytes=self._args.max_upload_bytes,
+            min_upload_bytes_per_s=self._args.min_upload_bytes_per_s,
             observer=self._metrics,
             sends_id=False,
             aliases=self._args.aliases,
@@ -141,6 +143,14 @@ class Ingress:
     async def stop(self) -> None:
         """Accept no more requests, and return when those that were accepted have been transcribed."""
         await self._service.stop()
+
+
+def _requests_per_key(args: ServeArgs, key_count: int) -> int:
+    """Return the requests that a client may have; all, where there are no keys by which clients can be told apart."""
+    total = args.max_ongoing_requests
+    if not key_count:
+        return total
+    return args.max_ongoing_requests_per_key or (total if key_count == 1 else max(1, total // 2))
 
 
 def build(args: ServeArgs) -> Application:
@@ -168,7 +178,8 @@ def build(args: ServeArgs) -> Application:
         **COMMON_SETTINGS,
     )(Engine).bind(args)
     ingress = serve.deployment(
-        max_ongoing_requests=4 * args.max_ongoing_requests,  # the ingress refuses requests itself, with a Retry-After
+        # The ingress refuses requests itself, with a Retry-After: it never has as many, those that arrive included.
+        max_ongoing_requests=8 * args.max_ongoing_requests,
         autoscaling_config=_autoscaling_config(
             args, args.min_ingress_replicas, args.max_ingress_replicas, args.max_ongoing_requests
         ),

@@ -59,13 +59,20 @@ class ServeArgs(Recipe):
     """Ingress replicas that run under load."""
     max_ongoing_requests: RequestKey[int] = Field(default=64, ge=1)
     """Uploads that an ingress replica accepts at a time. More of them get a 429."""
+    max_ongoing_requests_per_key: RequestKey[int | None] = Field(default=None, ge=1)
+    """Uploads of one API key that an ingress replica accepts at a time, those that are arriving included. More of them
+    get a 429. A key gets the same share of max_queued_s and of the engines' chunks. By default it is half of
+    max_ongoing_requests where there are several keys, and all of them where there is one or none."""
     max_queued_s: RequestKey[float] = Field(default=7_200, gt=0)
     """Seconds of speech that an ingress replica accepts at a time. Uploads beyond that get a 429."""
     max_upload_bytes: RequestKey[int] = Field(default=25_000_000, ge=1)
     """Largest request body in bytes. Larger ones get a 413."""
+    min_upload_bytes_per_s: RequestKey[float] = Field(default=4_000, ge=0)
+    """Bytes a second at which an upload must arrive, apart from pauses of up to 15 s. Slower ones get a 408. 0 accepts
+    any rate."""
     key_file: RequestKey[Location | None] = None
-    """File of API keys, one a line, in addition to those in GRAFT_API_KEYS, which are separated by commas. Without any
-    key, requests are not authenticated."""
+    """File of API keys, one a line, in addition to those in GRAFT_API_KEYS, which are separated by commas. An entry is
+    a key or `name: key`; logs and metrics use the name. Without any key, requests are not authenticated."""
     strict: RequestKey[bool] = False
     """Refuse requests with fields that the model cannot honour. By default such fields are ignored, and the header
     X-Graft-Ignored names them. The form field `strict` overrides it."""

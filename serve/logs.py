@@ -11,14 +11,14 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 class Observer:
     """Receives events of requests and ignores them; serve/metrics.py turns them into metrics."""
 
-    def on_response(self, endpoint: str, status: int, seconds: float) -> None:
-        """A request to an endpoint ended, with a complete response or because its client left (status 499)."""
+    def on_response(self, endpoint: str, status: int, seconds: float, *, key: str) -> None:
+        """A request with a key of this name ended, with a complete response or because its client left (status 499)."""
 
     def on_first_text(self, seconds: float) -> None:
         """A streamed transcription produced its first text, so many seconds after its request."""
 
-    def on_transcript(self, audio_s: float, seconds: float) -> None:
-        """An upload of `audio_s` seconds was transcribed completely within `seconds`."""
+    def on_transcript(self, audio_s: float, seconds: float, *, key: str) -> None:
+        """An upload of `audio_s` seconds, with a key of this name, was transcribed completely within `seconds`."""
 
 
 def log_through_ray_serve() -> None:

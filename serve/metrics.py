@@ -26,7 +26,7 @@ class RequestMetrics(Observer):
         self._responses = Counter(
             "graft_requests",
             "Requests answered, by endpoint and status; 499 means that the client left before the response began.",
-            ("endpoint", "status"),  # type: ignore[arg-type]  # Ray annotates a tuple of one tag
+            ("endpoint", "status", "key"),  # type: ignore[arg-type]  # Ray annotates a tuple of one tag
         )
         self._latency = Histogram(
             "graft_request_seconds", "Seconds from a request to the end of its response.", SECONDS, ("endpoint",)
@@ -39,22 +39,22 @@ class RequestMetrics(Observer):
             "Seconds of audio in an upload per second that its transcription took.",
             REAL_TIME_FACTORS,
         )
-        self._audio = Counter("graft_audio_seconds", "Seconds of audio in transcribed uploads.")
+        self._audio = Counter("graft_audio_seconds", "Seconds of audio in transcribed uploads.", ("key",))
         self._requests = Gauge("graft_requests_in_hand", "Uploads that an ingress is working on.")
         self._queue = Gauge("graft_queue_seconds", "Seconds of speech in the uploads that an ingress is working on.")
 
-    def on_response(self, endpoint: str, status: int, seconds: float) -> None:
+    def on_response(self, endpoint: str, status: int, seconds: float, *, key: str) -> None:
         """See Observer."""
-        self._responses.inc(tags={"endpoint": endpoint, "status": str(status)})
+        self._responses.inc(tags={"endpoint": endpoint, "status": str(status), "key": key})
         self._latency.observe(seconds, tags={"endpoint": endpoint})
 
     def on_first_text(self, seconds: float) -> None:
         """See Observer."""
         self._first_text.observe(seconds)
 
-    def on_transcript(self, audio_s: float, seconds: float) -> None:
+    def on_transcript(self, audio_s: float, seconds: float, *, key: str) -> None:
         """See Observer."""
-        self._audio.inc(audio_s)
+        self._audio.inc(audio_s, tags={"key": key})
         self._real_time_factor.observe(audio_s / seconds)
 
     def sample(self, service: Service) -> None:

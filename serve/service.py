@@ -5,6 +5,7 @@ upload -> Decoder -> chunks, a few of each request at a time -> TranscriptionBac
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -21,11 +22,15 @@ CHUNKS_PER_REQUEST = 4
 NO_SEGMENT = "the backend returned no segment for a chunk"
 
 
+ANONYMOUS = "anonymous"
+"""Name of clients that have no API key."""
+
+
 class ServiceBusy(Exception):
     """The service has no capacity for a request; `retry_after_s` is the number of seconds after which to try again."""
 
-    def __init__(self, retry_after_s: int) -> None:
-        super().__init__("too many requests are waiting")
+    def __init__(self, retry_after_s: int, reason: str = "too many requests are waiting") -> None:
+        super().__init__(reason)
         self.retry_after_s = retry_after_s
 
 
@@ -35,6 +40,22 @@ class ServiceStopping(Exception):
 
 class ModelNotReady(Exception):
     """No model is loaded at the moment."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """The sender of requests, among which the service shares its capacity.
+
+    `id` tells clients apart: by API key or, where there are no keys, by address. `name` is what logs and metrics call
+    the key.
+    """
+
+    id: str = ""
+    name: str = ANONYMOUS
+
+
+NOBODY = Client()
+"""The client of a service that has a single one."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +91,10 @@ class TranscriptionBackend(Protocol):
 
 
 class Service:
-    """Transcribes uploads, at most `max_requests` at once and `max_queued_s` seconds of speech in total."""
+    """Transcribes uploads, at most `max_requests` at once and `max_queued_s` seconds of speech in total.
+
+    A client gets at most `max_requests_per_client` of the requests, by default all, and the same share of the speech.
+    """
 
     def __init__(
         self,
@@ -79,46 +103,57 @@ class Service:
         *,
         max_requests: int,
         max_queued_s: float,
+        max_requests_per_client: int | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.backend = backend
         self._observer = observer or Observer()
         self._decoder = decoder
-        self._max_requests = max_requests
+        self.max_requests = max_requests
+        self._max_requests_per_client = min(max_requests_per_client or max_requests, max_requests)
         self._max_queued_s = max_queued_s
-        self.request_count = 0
-        self._speech_s: list[float] = []  # of each decoded upload
+        self._request_counts: Counter[str] = Counter()  # by client
+        self._speech_s: list[tuple[str, float]] = []  # client and seconds of each decoded upload
         self._is_stopping = False
         self._is_idle = asyncio.Event()  # set where no request is being transcribed
         self._is_idle.set()
 
     @property
+    def request_count(self) -> int:
+        """Uploads that are being transcribed."""
+        return self._request_counts.total()
+
+    @property
     def queued_s(self) -> float:
         """Seconds of speech in all uploads that are being transcribed."""
-        return sum(self._speech_s)  # a running total would not return to exactly 0
+        return sum(seconds for _, seconds in self._speech_s)  # a running total would not return to exactly 0
 
-    async def transcribe(self, path: str, options: TranscriptionOptions, *, model: str) -> Transcript:
+    async def transcribe(
+        self, path: str, options: TranscriptionOptions, *, model: str, client: Client = NOBODY
+    ) -> Transcript:
         """Transcribe a file; `model` is the name that the transcript states.
 
         Raises AudioError, ServiceBusy, ModelNotReady, ModelError.
         """
         start = time.monotonic()
         async with (
-            self._admit(path) as upload,
+            self._admit(path, client) as upload,
             aclosing(_transcribe_in_order(upload.chunks, self.backend, options, stream=False)) as parts,
         ):
             segments = [part async for part in parts if isinstance(part, Segment)]
-            self._observer.on_transcript(upload.duration_s, time.monotonic() - start)
+            self._observer.on_transcript(upload.duration_s, time.monotonic() - start, key=client.name)
             return stitch(segments, duration_s=upload.duration_s, model=model)
 
-    async def stream(self, path: str, options: TranscriptionOptions) -> AsyncGenerator[str, None]:
+    async def stream(
+        self, path: str, options: TranscriptionOptions, *, client: Client = NOBODY
+    ) -> AsyncGenerator[str, None]:
         """Yield the text of a file in parts, in order, as they are decoded; joined they are the transcript's text.
 
         Raises what `transcribe` raises.
         """
         start, has_begun, space = time.monotonic(), False, ""
         async with (
-            self._admit(path) as upload,
+            self._admit(path, client) as upload,
             aclosing(_transcribe_in_order(upload.chunks, self.backend, options, stream=True)) as parts,
         ):
             async for part in parts:
@@ -130,16 +165,21 @@ class Service:
                     has_begun = True
                 yield space + part
                 space = ""
-            self._observer.on_transcript(upload.duration_s, time.monotonic() - start)
+            self._observer.on_transcript(upload.duration_s, time.monotonic() - start, key=client.name)
 
-    def check_capacity(self, receiving: int = 0) -> None:
-        """Raise ServiceBusy where one more request exceeds the limit, ServiceStopping after `stop`.
+    def check_capacity(self, client: Client, arriving: int = 0) -> None:
+        """Raise ServiceBusy where one more request exceeds a limit, ServiceStopping after `stop`.
 
-        `receiving` is the number of arriving uploads.
+        `arriving` is the number of the client's uploads that are arriving. They count against its own limit; a place
+        that others could use is taken only by an upload that has arrived.
         """
         if self._is_stopping:
             raise ServiceStopping
-        if self.request_count + receiving >= self._max_requests:
+        own = self._max_requests_per_client
+        if own < self.max_requests and self._request_counts[client.id] + arriving >= own:
+            reason = f"this API key has {own} requests under way, which is its limit"
+            raise ServiceBusy(self._retry_after_s(client), reason)
+        if self.request_count >= self.max_requests:
             raise ServiceBusy(self._retry_after_s())
 
     async def stop(self) -> None:
@@ -148,29 +188,44 @@ class Service:
         await self._is_idle.wait()
 
     @asynccontextmanager
-    async def _admit(self, path: str) -> AsyncIterator[DecodedUpload]:
+    async def _admit(self, path: str, client: Client) -> AsyncIterator[DecodedUpload]:
         """Decode a file and count it until the block ends. Raises ServiceBusy."""
-        self.check_capacity()
-        self.request_count += 1
+        self.check_capacity(client)
+        self._request_counts[client.id] += 1
         self._is_idle.clear()
         try:
             upload = await self._decoder(path)
             speech_s = sum(chunk.clip.duration_s for chunk in upload.chunks)
-            # An idle service takes an upload that is longer than the limit.
-            if self.queued_s and self.queued_s + speech_s > self._max_queued_s:
-                raise ServiceBusy(self._retry_after_s())
-            self._speech_s.append(speech_s)
+            self._check_queue(client, speech_s)
+            self._speech_s.append((client.id, speech_s))
             try:
                 yield upload
             finally:
-                self._speech_s.remove(speech_s)
+                self._speech_s.remove((client.id, speech_s))
         finally:
-            self.request_count -= 1
+            self._request_counts[client.id] -= 1
+            if not self._request_counts[client.id]:
+                del self._request_counts[client.id]
             if not self.request_count:
                 self._is_idle.set()
 
-    def _retry_after_s(self) -> int:
-        return max(1, round(self.queued_s / 10))  # ten times real time is a cautious guess
+    def _check_queue(self, client: Client, speech_s: float) -> None:
+        """Raise ServiceBusy where one more upload exceeds the limit, unless there is no other one."""
+        own_s, limit_s = self._own_speech_s(client), self._max_queued_s
+        own_limit_s = limit_s * self._max_requests_per_client / self.max_requests
+        if own_limit_s < limit_s and own_s and own_s + speech_s > own_limit_s:
+            reason = f"this API key has {own_s:.0f} s of speech under way, and its limit is {own_limit_s:g} s"
+            raise ServiceBusy(self._retry_after_s(client), reason)
+        if self.queued_s and self.queued_s + speech_s > limit_s:
+            raise ServiceBusy(self._retry_after_s())
+
+    def _own_speech_s(self, client: Client) -> float:
+        return sum(seconds for id, seconds in self._speech_s if id == client.id)
+
+    def _retry_after_s(self, client: Client | None = None) -> int:
+        """Guess when there is capacity again, for one client or for all."""
+        waiting_s = self._own_speech_s(client) if client else self.queued_s
+        return max(1, round(waiting_s / 10))  # ten times real time is a cautious guess
 
 
 async def _transcribe_in_order(

@@ -287,6 +287,7 @@ def test_the_table_of_form_fields_is_complete() -> None:
 def test_the_table_of_limits_names_the_defaults() -> None:
     from serve.config import ServeArgs
     from serve.http.api import MAX_UPLOAD_S
+    from serve.http.uploads import PATIENCE_S
 
     rows = {row["argument"].strip("`"): row for row in SERVICE.table("## Limits", column="argument")}
     args = ServeArgs(model="small")
@@ -297,6 +298,8 @@ def test_the_table_of_limits_names_the_defaults() -> None:
     assert rows["decode.timeout_s"]["default"] == f"{args.decode.timeout_s:g} s"
     assert rows["max_ongoing_requests"]["default"] == str(args.max_ongoing_requests)
     assert rows["fixed"]["default"] == f"{MAX_UPLOAD_S:g} s"
+    assert rows["min_upload_bytes_per_s"]["default"] == f"{args.min_upload_bytes_per_s:,.0f} bytes a second"
+    assert f"pauses of up to {PATIENCE_S:g} s" in rows["min_upload_bytes_per_s"]["limit"]
     config = yaml.safe_load((ROOT / "serve" / "serve.yaml").read_text())
     (timeout,) = (row for argument, row in rows.items() if argument.startswith("request_timeout_s"))
     assert timeout["default"] == f"{config['http_options']['request_timeout_s']} s"

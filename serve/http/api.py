@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
@@ -22,7 +22,7 @@ from graft.inference.subtitles import format_transcript
 from graft.inference.transcript import Transcript
 
 from ..logs import LOG, Observer
-from ..service import ModelInfo, Service, TranscriptionOptions
+from ..service import ANONYMOUS, Client, ModelInfo, Service, TranscriptionOptions
 from .errors import ERROR_RESPONSES, EXPECTED, SERVER_ERROR, ApiError, describe_exception, error_response
 from .idempotency import ResponseCache
 from .middleware import AccessMiddleware, ApiKeys, RequestMiddleware
@@ -50,7 +50,7 @@ _TRANSCRIPTION = {
     "content": {kind: {"schema": {"type": "string"}} for kind in MEDIA_TYPES.values()} | {"text/event-stream": _EVENTS},
     "headers": {IGNORED_HEADER: {"schema": {"type": "string"}, "description": "Fields that were ignored."}},
 }
-# AccessMiddleware checks the key; this puts it into the description and into `transcribe`.
+# AccessMiddleware checks the key; this puts it into the description.
 _BEARER = HTTPBearer(auto_error=False, description="One of the service's API keys, where it has any.")
 
 
@@ -60,6 +60,7 @@ def transcription_api(
     keys: ApiKeys,
     max_upload_bytes: int,
     max_upload_s: float = MAX_UPLOAD_S,
+    min_upload_bytes_per_s: float = 0,
     observer: Observer | None = None,
     sends_id: bool = True,
     aliases: Sequence[str] = (),
@@ -80,8 +81,10 @@ def transcription_api(
         AccessMiddleware,
         keys=keys,
         check_capacity=service.check_capacity,
+        max_arriving=2 * service.max_requests,
         max_bytes=max_upload_bytes,
         max_s=max_upload_s,
+        min_bytes_per_s=min_upload_bytes_per_s,
     )
     api.add_middleware(RequestMiddleware, observer=observer or Observer(), sends_id=sends_id)
     if cors_origins:  # outside of the others: a browser asks without a key whether it may send one
@@ -137,9 +140,9 @@ def _add_transcriptions(
     )
     async def transcribe(
         request: Request,
-        key: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
         idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
     ) -> Response:
+        client: Client = request.state.client
         async with AsyncExitStack() as files:
             body, path = await files.enter_async_context(receive_body(request, json_lock))
             asked = body.validate()
@@ -152,20 +155,22 @@ def _add_transcriptions(
 
             async def respond(upload: AsyncExitStack) -> Response:
                 async with upload:  # the file is deleted here, because this may outlive the request
-                    response = _format_response(asked, await service.transcribe(path, options, model=info.name), info)
+                    transcript = await service.transcribe(path, options, model=info.name, client=client)
+                    response = _format_response(asked, transcript, info)
                     response.headers.update(headers)
                     return response
 
             if asked.stream:
-                response = await _stream_events(service, path, options)  # returns once the file has been decoded
+                # This returns once the file has been decoded.
+                response = await _stream_events(service, path, options, client)
                 response.headers.update(headers)
                 return response
             if not idempotency_key:
                 return await respond(files.pop_all())
             wanted = f"{await asyncio.to_thread(_file_digest, path)} {asked.model_dump()} {sorted(body.faults)}"
-            # Clients with different API keys may use the same idempotency key.
-            client_key = hashlib.sha256(f"{key and key.credentials} {idempotency_key}".encode()).hexdigest()
-            return await cache.get_or_create(client_key, wanted, lambda: respond(files.pop_all()))
+            # Clients with different API keys may use the same idempotency key. Those without keys may change addresses.
+            owner = "" if client.name == ANONYMOUS else client.id
+            return await cache.get_or_create(owner, idempotency_key, wanted, lambda: respond(files.pop_all()))
 
     @api.post("/v1/audio/translations", include_in_schema=False)
     async def translate() -> None:
@@ -198,9 +203,9 @@ def _format_response(asked: TranscriptionRequest, transcript: Transcript, info: 
             return PlainTextResponse(format_transcript(transcript, subtitles), media_type=MEDIA_TYPES[subtitles])
 
 
-async def _stream_events(service: Service, path: str, options: TranscriptionOptions) -> Response:
+async def _stream_events(service: Service, path: str, options: TranscriptionOptions, client: Client) -> Response:
     """Return a stream of events. An error before the first text is raised, so that the response gets its status."""
-    parts = service.stream(path, options)
+    parts = service.stream(path, options, client=client)
     first = await anext(parts, "")
 
     async def events() -> AsyncIterator[bytes]:

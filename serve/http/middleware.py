@@ -4,9 +4,11 @@ import asyncio
 import hashlib
 import hmac
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,11 +17,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from graft.errors import RecipeError
 
 from ..logs import LOG, REQUEST_ID, Observer
-from ..service import ServiceBusy, ServiceStopping
+from ..service import ANONYMOUS, NOBODY, Client, ServiceBusy, ServiceStopping
 from .errors import ApiError, describe_exception, error_response
+from .uploads import ArrivingUploads, UploadTimer
 
 KEYS_VARIABLE = "GRAFT_API_KEYS"
 PROTECTED_PREFIX = "/v1/"
+UNNAMED = "unnamed"
+"""Name of all keys that have none, in logs and metrics."""
+KEY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 CLIENT_CLOSED_REQUEST = 499
 """Status in logs and metrics of a request whose client left before the response began."""
 
@@ -67,42 +73,80 @@ class RequestMiddleware:
             await error_response(error)(scope, receive, watched_send)
         finally:
             seconds = time.monotonic() - start
+            key = scope.get("state", {}).get("client", NOBODY).name
             # The route's template, not the requested path, so that metrics have few distinct labels.
-            self._observer.on_response(getattr(scope.get("route"), "path", "other"), status, seconds)
+            self._observer.on_response(getattr(scope.get("route"), "path", "other"), status, seconds, key=key)
             path = quote(scope["path"])  # a decoded path may hold line ends
-            fields = {"request_id": request_id, "method": scope["method"], "path": path, "status": status}
+            fields = {"request_id": request_id, "method": scope["method"], "path": path, "status": status, "key": key}
             LOG.info("%(method)s %(path)s %(status)s", fields, extra=fields | {"seconds": round(seconds, 3)})
 
 
 class ApiKeys:
-    """A set of API keys, kept as SHA-256 digests. An empty set means that requests are not authenticated."""
+    """A set of API keys, kept as SHA-256 digests, some of which have names.
+
+    An empty set means that requests are not authenticated.
+    """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._digests = [_digest(key) for key in keys]
+        """Take entries of the form `key` or `name: key`. Raises RecipeError."""
+        self._clients: dict[bytes, Client] = {}
+        for entry in keys:
+            self._add(entry, "an API key")
 
     @classmethod
     def from_environment(cls, file: str | None = None) -> "ApiKeys":
         """Read the keys in GRAFT_API_KEYS, separated by commas, and those in a file, one a line. Raises RecipeError."""
-        keys = os.environ.get(KEYS_VARIABLE, "").split(",")
+        keys = cls()
+        for number, entry in enumerate(os.environ.get(KEYS_VARIABLE, "").split(","), 1):
+            keys._add(entry, f"{KEYS_VARIABLE}, entry {number}")
         if file is not None:
             try:
-                keys += Path(file).read_text(encoding="utf-8").splitlines()
+                lines = Path(file).read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise RecipeError(f"key_file {file} cannot be read: give a text file with one key a line") from error
-        return cls(key.strip() for key in keys if key.strip())
+            for number, line in enumerate(lines, 1):
+                keys._add(line, f"key_file {file}, line {number}")
+        return keys
+
+    def _add(self, entry: str, place: str) -> None:
+        """Add an entry, unless it is blank. A colon with nothing but more of the key behind it belongs to the key."""
+        match = re.fullmatch(r"(?:([^:]*):(?=\s|$))?(.*)", entry.strip())
+        name, key = match.groups() if match else (None, entry)
+        if name is None and not key:
+            return
+        if not (key := key.strip()):
+            raise RecipeError(f"{place}: the key is empty: write `name: key`, or the key alone")
+        if name is not None and not KEY_NAME.fullmatch(name):
+            message = "a name has 1 to 64 letters, digits, dots, hyphens and underscores, and is followed by a colon"
+            raise RecipeError(f"{place}: {message}")
+        if name in (ANONYMOUS, UNNAMED):
+            raise RecipeError(f"{place}: metrics use the name {name} for keys without one: choose another")
+        digest = _digest(key)
+        client = Client(digest.hex(), name or UNNAMED)
+        known = self._clients.get(digest, client)
+        if name and (known.name not in (name, UNNAMED) or self._has_other_key(name, digest)):
+            raise RecipeError(f"{place}: the name {name} or its key occurs twice: give each key one name of its own")
+        self._clients[digest] = client if known.name == UNNAMED else known
+
+    def _has_other_key(self, name: str, digest: bytes) -> bool:
+        return any(client.name == name and known != digest for known, client in self._clients.items())
 
     def __or__(self, other: "ApiKeys") -> "ApiKeys":
         union = ApiKeys()
-        union._digests = [*self._digests, *other._digests]
+        for digest, client in [*self._clients.items(), *other._clients.items()]:
+            if digest not in union._clients or client.name != UNNAMED:
+                union._clients[digest] = client
         return union
 
-    def __bool__(self) -> bool:
-        return bool(self._digests)
+    def __len__(self) -> int:
+        return len(self._clients)
 
-    def __contains__(self, key: str) -> bool:
+    def find(self, key: str) -> Client | None:
+        """Return the client that a key belongs to; None for an unknown key."""
         digest = _digest(key)
         # A list, so that every key is compared and the time does not tell which one matched.
-        return any([hmac.compare_digest(digest, known) for known in self._digests])
+        found = [client for known, client in self._clients.items() if hmac.compare_digest(digest, known)]
+        return found[0] if found else None
 
 
 def _digest(key: str) -> bytes:
@@ -113,16 +157,26 @@ class AccessMiddleware:
     """ASGI middleware that refuses requests to /v1/ before and while their body is read.
 
     Unknown keys (401), uploads beyond the capacity (429) and announced sizes over `max_bytes` (413) are refused before
-    the body is read; bodies that turn out larger (413), or take longer than `max_s` seconds (408), while it is read.
-    `check_capacity` gets the number of uploads that are being received, and raises ServiceBusy.
+    the body is read; bodies that turn out larger (413), or that take longer than `max_s` seconds or come at less than
+    `min_bytes_per_s` (408), while it is read. `check_capacity` gets the client and the number of its uploads that are
+    arriving, and raises ServiceBusy or ServiceStopping. At most `max_arriving` uploads arrive at a time, and more only
+    of clients that have less than their share of them.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: ApiKeys, check_capacity: Callable[[int], None], max_bytes: int, max_s: float
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        check_capacity: Callable[[Client, int], None],
+        *,
+        max_arriving: int,
+        max_bytes: int,
+        max_s: float,
+        min_bytes_per_s: float,
     ) -> None:
         self._app, self._keys, self._check_capacity = app, keys, check_capacity
-        self._max_bytes, self._max_s = max_bytes, max_s
-        self._receiving = 0
+        self._max_bytes, self._max_s, self._min_bytes_per_s = max_bytes, max_s, min_bytes_per_s
+        self._arriving = ArrivingUploads(max_arriving)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _path_in_app(scope).startswith(PROTECTED_PREFIX):
@@ -130,40 +184,49 @@ class AccessMiddleware:
             return
         headers = dict(scope["headers"])
         try:
-            self._check_key(headers.get(b"authorization", b"").decode("latin-1"))
+            client = self._find_client(scope, headers.get(b"authorization", b"").decode("latin-1"))
+            scope.setdefault("state", {})["client"] = client
             if scope["method"] == "POST":
-                self._check_capacity(self._receiving)
+                self._check_capacity(client, self._arriving[client])
+                self._arriving.check(client)
             self._check_size(int(headers.get(b"content-length", b"0")))
         except (ApiError, ServiceBusy, ServiceStopping) as error:
             await error_response(error)(scope, receive, send)
             return
-        received, is_complete, deadline = 0, False, time.monotonic() + self._max_s
-        self._receiving += 1  # until the body has ended; after that the service counts the request
+        received, is_complete = 0, False
+        timer = UploadTimer(self._max_s, self._min_bytes_per_s)
+        arriving = ExitStack()
 
         async def checked_receive() -> Message:
             nonlocal received, is_complete
             if is_complete:
                 return await receive()  # waits until the client disconnects
             try:
-                async with asyncio.timeout(deadline - time.monotonic()):
+                async with asyncio.timeout(timer.remaining_s):
                     message = await receive()
             except TimeoutError as error:
-                raise ApiError(408, f"the upload took longer than {self._max_s:g} s: send it again") from error
-            received += len(message.get("body", b""))
+                raise timer.error() from error
+            size = len(message.get("body", b""))
+            timer.on_part(size)
+            received += size
             self._check_size(received)
             if not message.get("more_body"):
                 is_complete = True
-                self._receiving -= 1
+                arriving.close()
             return message
 
-        try:
+        with arriving:  # until the body has ended; after that the service counts the request
+            arriving.enter_context(self._arriving.one_of(client))
             await self._app(scope, checked_receive, send)
-        finally:
-            self._receiving -= not is_complete
 
-    def _check_key(self, authorization: str) -> None:
+    def _find_client(self, scope: Scope, authorization: str) -> Client:
+        """Return who sends a request. Raises ApiError for an unknown key."""
+        if not self._keys:
+            host, _ = scope.get("client") or ("", 0)
+            return Client(host)
         scheme, _, key = authorization.partition(" ")
-        if self._keys and not (scheme.lower() == "bearer" and key.strip() in self._keys):
+        client = self._keys.find(key.strip())
+        if client is None or scheme.lower() != "bearer":
             raise ApiError(
                 401,
                 "the API key is missing or unknown",
@@ -171,6 +234,7 @@ class AccessMiddleware:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return client
 
     def _check_size(self, byte_count: int) -> None:
         if byte_count > self._max_bytes:

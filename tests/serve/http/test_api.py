@@ -13,17 +13,22 @@ import struct
 import subprocess
 import tempfile
 import threading
+import time
 import tracemalloc
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import requests
+import soundfile
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
+import serve.http.uploads
 from graft.audio.chunking import Chunk
 from graft.errors import RecipeError
 from graft.inference.transcript import Segment
@@ -149,22 +154,43 @@ def test_a_key_is_checked_before_the_body_arrives(url):
 
 
 def test_keys_come_from_the_environment_and_a_file_and_stay_digests(monkeypatch, tmp_path):
-    (tmp_path / "keys").write_text(f"\n{OTHER_KEY} \n", encoding="utf-8")
-    monkeypatch.setenv(KEYS_VARIABLE, f"{KEY}, ,")
+    (tmp_path / "keys").write_text(f"\n{OTHER_KEY} \n al.ice:\tsk-a=:b==\nuser:pass\n", encoding="utf-8")
+    monkeypatch.setenv(KEYS_VARIABLE, f"{KEY}, , bob: sk-b,")
     keys = ApiKeys.from_environment(str(tmp_path / "keys"))
-    assert [key in keys for key in (KEY, OTHER_KEY, "", " ", KEY + "x", "ä")] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-        False,
-    ]
-    assert not any(key in repr(vars(keys)) for key in (KEY, OTHER_KEY))
+    names = {KEY: "unnamed", OTHER_KEY: "unnamed", "sk-a=:b==": "al.ice", "user:pass": "unnamed", "sk-b": "bob"}
+    found = {key: keys.find(key) for key in names}
+    assert {key: client and client.name for key, client in found.items()} == names
+    assert len({client and client.id for client in found.values()}) == len(keys) == 5
+    assert [keys.find(key) for key in ("", " ", KEY + "x", "ä", "pass", "bob: sk-b")] == [None] * 6
+    assert not any(key in repr(vars(keys)) for key in names)
     monkeypatch.delenv(KEYS_VARIABLE)
     assert not ApiKeys.from_environment()
     with pytest.raises(RecipeError, match="cannot be read"):
         ApiKeys.from_environment(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("alice: sk-1,alice: sk-2", "entry 2: the name alice or its key occurs twice"),
+        ("alice: sk-1,bob: sk-1", "entry 2: the name bob or its key occurs twice"),
+        ("alice:", "entry 1: the key is empty"),
+        ("sk-1, : sk-2", "entry 2: a name has 1 to 64 letters"),
+        ("the team: sk-1", "entry 1: a name has 1 to 64 letters"),
+        ("anonymous: sk-1", "entry 1: metrics use the name anonymous"),
+    ],
+)
+def test_malformed_names_of_keys_are_refused_without_the_key(monkeypatch, entries, message):
+    monkeypatch.setenv(KEYS_VARIABLE, entries)
+    with pytest.raises(RecipeError, match=message) as refused:
+        ApiKeys.from_environment()
+    assert "sk-" not in str(refused.value)
+
+
+def test_the_same_key_may_come_from_several_places():
+    assert len(ApiKeys(["alice: sk-1", "alice: sk-1", "sk-1"])) == 1
+    for union in (ApiKeys(["sk-1", "sk-2"]) | ApiKeys(["alice: sk-1"]), ApiKeys(["alice: sk-1"]) | ApiKeys(["sk-1"])):
+        assert [client and client.name for client in map(union.find, ["sk-1"])] == ["alice"]
 
 
 def test_an_endless_upload_is_refused_at_the_limit(url):
@@ -199,18 +225,24 @@ def test_an_upload_that_takes_too_long_is_refused(decoder, backend):
         connection.close()
 
 
-class StatusRecorder(Observer):
-    """Keeps the statuses of responses."""
+class Recorder(Observer):
+    """Keeps the statuses of responses, the names of their keys, and seconds of audio."""
 
     def __init__(self) -> None:
         self.statuses: list[int] = []
+        self.keys: list[str] = []
+        self.transcripts: list[tuple[str, float]] = []
 
-    def on_response(self, endpoint: str, status: int, seconds: float) -> None:
+    def on_response(self, endpoint: str, status: int, seconds: float, *, key: str) -> None:
         self.statuses.append(status)
+        self.keys.append(key)
+
+    def on_transcript(self, audio_s: float, seconds: float, *, key: str) -> None:
+        self.transcripts.append((key, audio_s))
 
 
 def test_a_client_that_leaves_while_it_sends_is_reported_as_499(decoder, backend):
-    recorder = StatusRecorder()
+    recorder = Recorder()
     with serve_api(decoder, backend, observer=recorder) as url:
         connection = Connection(url, "Content-Length: 1000")
         connection.send(b"--x\r\n")
@@ -221,18 +253,125 @@ def test_a_client_that_leaves_while_it_sends_is_reported_as_499(decoder, backend
     assert recorder.statuses == [CLIENT_CLOSED_REQUEST, 400]
 
 
-def test_arriving_uploads_count_towards_the_limit(decoder, backend):
+def test_names_of_keys_are_counted_and_logged_and_keys_are_not(decoder, backend, caplog):
+    caplog.set_level(logging.INFO)
+    recorder = Recorder()
+    keys = (f"alice: {KEY}", OTHER_KEY)
+    with make_serving(decoder, backend, recorder, keys) as url:
+        for key, status in ((KEY, 200), (OTHER_KEY, 200), ("sk-unknown", 401)):
+            assert post(url, key=key).status_code == status
+        assert "transcript.text.done" in post(url, {"stream": "true"}).text
+        until(lambda: len(recorder.keys) == 4)
+    assert recorder.keys == ["alice", "unnamed", "anonymous", "alice"]
+    seconds = soundfile.info(CLIP).duration
+    assert recorder.transcripts == [(name, pytest.approx(seconds)) for name in ("alice", "unnamed", "alice")]
+    records = [record for record in caplog.records if record.name == "graft.serve"]
+    assert [vars(record)["key"] for record in records] == recorder.keys
+    assert KEY not in str([vars(record) for record in records])
+
+
+def make_serving(decoder, backend, recorder: Recorder, keys: tuple[str, ...], **limits) -> AbstractContextManager[str]:
+    """Serve the API with a recorder of what the API and the service report."""
+    limits = {"observer": recorder} | limits
+    return serve_api(decoder, backend, observer=recorder, keys=keys, limits=limits)
+
+
+def test_trickling_uploads_take_no_place_and_end_soon(decoder, backend, monkeypatch):
+    """One key opens 64 connections, each of which sends a byte now and then."""
+    monkeypatch.setattr(serve.http.uploads, "PATIENCE_S", 3.0)
+    limits = {"max_requests": 64, "max_requests_per_client": 32}
+    settings = {"keys": (KEY, OTHER_KEY), "limits": limits, "min_upload_bytes_per_s": 4_000}
+    with serve_api(decoder, backend, **settings) as url:
+        tricklers = [Connection(url, "Content-Length: 1000") for _ in range(64)]
+        for trickler in tricklers:
+            trickler.send(b"-")
+        sockets = {one.socket: one for one in tricklers}
+        until(lambda: len(select.select(sockets, [], [], 0)[0]) >= 32)
+        refused = [sockets[ready] for ready in select.select(sockets, [], [], 0)[0]]
+        assert [post(url, key=OTHER_KEY).status_code for _ in range(4)] == [200] * 4
+        error = read_error(post(url, key=KEY), 429)
+        assert "this API key has 32 requests under way" in error["message"]
+        assert {one.read_response()[0] for one in refused} == {429}
+        slow = [one for one in tricklers if one not in refused]
+        assert len(slow) == 32
+        for one in slow:
+            status, error = one.read_response()
+            assert (status, "less than 4000 bytes a second" in error["message"]) == (408, True)
+        assert post(url, key=KEY).status_code == 200
+        for one in tricklers:
+            one.close()
+
+
+def test_a_slow_upload_with_pauses_is_accepted(decoder, backend, monkeypatch):
+    monkeypatch.setattr(serve.http.uploads, "PATIENCE_S", 1.0)
+    body = FILE % (b"a.flac", CLIP.read_bytes()) + MODEL + b"--x--\r\n"
+    with serve_api(decoder, backend, min_upload_bytes_per_s=len(body) / 4) as url:
+        connection = Connection(url, f"Content-Length: {len(body)}")
+        step = len(body) // 5 + 1
+        for start in range(0, len(body), step):  # 2.5 s, which is faster than the rate, though not at its start
+            time.sleep(0.5)
+            connection.send(body[start : start + step])
+        connection.socket.settimeout(60)
+        assert connection.socket.recv(2**16).startswith(b"HTTP/1.1 200")
+        connection.close()
+
+
+def test_clients_without_keys_share_the_arriving_uploads_by_address(decoder, backend):
     with serve_api(decoder, backend, limits={"max_requests": 2}) as url:
-        arriving = [Connection(url, "Content-Length: 1000") for _ in range(2)]
+        slow = [Connection(url, "Content-Length: 1000") for _ in range(4)]
         until(lambda: post(url).status_code == 429)
         response = post(url)
         error = read_error(response, 429)
         assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+        assert "too many uploads are arriving" in error["message"]
         assert int(response.headers["Retry-After"]) >= 1
         assert requests.get(f"{url}/v1/models", timeout=10).status_code == 200
-        arriving[0].close()
+        assert post_from("127.0.0.2", url).status_code == 200
+        slow[0].close()
         until(lambda: post(url).status_code == 200)
-        arriving[1].close()
+        for one in slow[1:]:
+            one.close()
+
+
+def post_from(address: str, url: str) -> requests.Response:
+    """Post a clip from another address of this machine."""
+    with requests.Session() as session:
+        session.mount("http://", SourceAddressAdapter(address))
+        files = {"file": ("a.flac", CLIP.read_bytes())}
+        return session.post(f"{url}/v1/audio/transcriptions", files=files, data={"model": "tiny-graft"}, timeout=60)
+
+
+class SourceAddressAdapter(requests.adapters.HTTPAdapter):
+    """Connects from an address."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, source_address=(self._address, 0), **options)
+
+
+def test_a_key_has_a_limit_of_its_own(decoder, backend):
+    waiting = WaitingBackend(backend)
+    limits = {"max_requests": 4, "max_requests_per_client": 2}
+    with (
+        serve_api(decoder, waiting, keys=(KEY, OTHER_KEY), limits=limits) as url,
+        ThreadPoolExecutor() as threads,
+    ):
+        try:
+            own = [threads.submit(post, url, headers={"Idempotency-Key": str(number)}) for number in range(2)]
+            until(lambda: waiting.chunk_count == 2)
+            refused = post(url)
+            error = read_error(refused, 429)
+            assert (error["code"], int(refused.headers["Retry-After"]) >= 1) == ("rate_limit_exceeded", True)
+            assert "this API key has 2 requests under way, which is its limit" in error["message"]
+            others = [threads.submit(post, url, key=OTHER_KEY) for _ in range(2)]
+            until(lambda: waiting.chunk_count == 4)
+        finally:
+            waiting.may_start.set()
+        assert [one.result().status_code for one in [*own, *others]] == [200] * 4
+        assert post(url).status_code == 200
 
 
 class WaitingBackend(TranscriptionBackend):

@@ -35,13 +35,13 @@ def run_with_cache(test: Callable[[ResponseCache[int], Counter], Awaitable[None]
 
 def test_two_requests_at_once_get_one_response():
     async def test(cache: ResponseCache[int], create: Counter) -> None:
-        both = [asyncio.create_task(cache.get_or_create("key", "request", create)) for _ in range(2)]
+        both = [asyncio.create_task(cache.get_or_create("owner", "key", "request", create)) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(ApiError, match="the idempotency key belongs to another request"):
-            await cache.get_or_create("key", "another request", create)
+            await cache.get_or_create("owner", "key", "another request", create)
         create.may_end.set()
         assert await asyncio.gather(*both) == [1, 1]
-        assert await cache.get_or_create("key", "request", create) == 1
+        assert await cache.get_or_create("owner", "key", "request", create) == 1
 
     run_with_cache(test)
 
@@ -49,13 +49,13 @@ def test_two_requests_at_once_get_one_response():
 def test_a_response_is_created_completely_although_its_request_is_cancelled():
     async def test(cache: ResponseCache[int], create: Counter) -> None:
         REQUEST.set("a request")  # Ray Serve keeps the request in the context, and cancels the calls made in it
-        task = asyncio.create_task(cache.get_or_create("key", "request", create))
+        task = asyncio.create_task(cache.get_or_create("owner", "key", "request", create))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         create.may_end.set()
-        assert await cache.get_or_create("key", "request", create) == 1
+        assert await cache.get_or_create("owner", "key", "request", create) == 1
         assert create.request == "none"
 
     run_with_cache(test)
@@ -67,9 +67,9 @@ def test_failures_are_not_kept():
 
     async def test(cache: ResponseCache[int], create: Counter) -> None:
         with pytest.raises(ValueError, match="no answer"):
-            await cache.get_or_create("key", "request", fail)
+            await cache.get_or_create("owner", "key", "request", fail)
         create.may_end.set()
-        assert await cache.get_or_create("key", "another request", create) == 1
+        assert await cache.get_or_create("owner", "key", "another request", create) == 1
 
     run_with_cache(test)
 
@@ -78,13 +78,26 @@ def test_responses_are_limited_in_number_and_time(monkeypatch):
     async def test(cache: ResponseCache[int], create: Counter) -> None:
         create.may_end.set()
         for number in range(MAX_RESPONSES):
-            await cache.get_or_create(f"key {number}", "request", create)
-        assert await cache.get_or_create("key 0", "request", create) == 1
-        assert await cache.get_or_create("one more", "request", create) == MAX_RESPONSES + 1
-        assert await cache.get_or_create("key 1", "request", create) == 2
-        assert await cache.get_or_create("key 0", "request", create) == MAX_RESPONSES + 2  # the oldest was removed
+            await cache.get_or_create("owner", f"key {number}", "request", create)
+        assert await cache.get_or_create("owner", "key 0", "request", create) == 1
+        assert await cache.get_or_create("owner", "one more", "request", create) == MAX_RESPONSES + 1
+        assert await cache.get_or_create("owner", "key 1", "request", create) == 2
+        # The oldest was removed.
+        assert await cache.get_or_create("owner", "key 0", "request", create) == MAX_RESPONSES + 2
         monkeypatch.setattr(serve.http.idempotency, "KEEP_S", 0.0)
-        assert await cache.get_or_create("key 2", "request", create) == MAX_RESPONSES + 3
+        assert await cache.get_or_create("owner", "key 2", "request", create) == MAX_RESPONSES + 3
         assert len(cache._entries) == 1
+
+    run_with_cache(test)
+
+
+def test_a_client_with_many_responses_loses_its_own():
+    async def test(cache: ResponseCache[int], create: Counter) -> None:
+        create.may_end.set()
+        kept = await cache.get_or_create("careful", "key", "request", create)
+        for number in range(MAX_RESPONSES + 10):
+            await cache.get_or_create("greedy", f"key {number}", "request", create)
+        assert await cache.get_or_create("careful", "key", "request", create) == kept
+        assert len(cache._entries) == MAX_RESPONSES
 
     run_with_cache(test)

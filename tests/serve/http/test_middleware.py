@@ -26,7 +26,8 @@ def test_a_request_ends_whenever_it_is_cancelled() -> None:
 
         async def send(_: Message) -> None: ...
 
-        access = AccessMiddleware(transcribe, ApiKeys(), lambda receiving: None, max_bytes=1, max_s=60)
+        limits = {"max_arriving": 1, "max_bytes": 1, "max_s": 60, "min_bytes_per_s": 1}
+        access = AccessMiddleware(transcribe, ApiKeys(), lambda client, arriving: None, **limits)
         request = asyncio.create_task(RequestMiddleware(access, Observer())(SCOPE, receive, send))
         await asyncio.sleep(0.01)
         message.set_result(BODY)

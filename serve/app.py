@@ -8,21 +8,25 @@ import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.actor import ActorHandle
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from graft.audio.chunking import Chunk
 from graft.checkpoints.names import absolute_checkpoint
-from graft.errors import GraftError
 from graft.inference.engines.protocol import EngineCounts
 from graft.inference.transcript import Segment
 
-from .backends.local import LocalBackend
+from .backends.last_model import LastModel
+from .backends.local import LocalBackend, fits_beside
 from .backends.ray_handle import RayBackend
+from .backends.replaceable import ReplaceableModel
 from .config import ServeArgs
 from .decode.decoder import Decoder
 from .http.api import transcription_api
@@ -44,56 +48,77 @@ class Engine:
 
     def __init__(self, args: ServeArgs) -> None:
         log_through_ray_serve()
+        replica = serve.get_replica_context()
         self._args = args
         self._metrics = EngineMetrics()
-        self._model = ""
-        self._backend: LocalBackend | None = None
-        self._sampling: asyncio.Task[None] | None = None  # kept: the event loop holds tasks weakly
+        self._last = LastModel(replica.app_name, args.model)
+        self._model = ReplaceableModel(
+            replica.replica_tag, partial(LocalBackend.open, args), partial(fits_beside, args)
+        )
+        self._wanted: str | None = None
+        # Tasks are kept, because the event loop holds them weakly.
+        self._sampling: asyncio.Task[None] | None = None
+        self._changes: set[asyncio.Task[None]] = set()
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Load the model that `user_config` names; Ray Serve calls this at the start and when `user_config` changes.
+        """Open the model that `user_config` names; Ray Serve calls this at the start and when `user_config` changes.
 
-        Chunks that are being transcribed end on the old model. Where the new one cannot be loaded, the old one stays
-        and an error is logged.
+        At the start, the model that engines opened last, or else that of the arguments, takes the place of one that
+        cannot be opened. Later, the new model replaces the open one, which stays where the new one cannot be opened.
+        Ray Serve sends no chunks to a replica that is in here. It is left at once where both models fit into memory.
         """
-        model = config.get("model", self._args.model)
-        if model == self._model:
+        wanted = config.get("model", self._args.model)
+        if wanted == self._wanted:
             return
-        try:
-            new = await asyncio.to_thread(LocalBackend.open, self._args, model)
-        except GraftError as error:
-            if self._backend is None:
-                raise
-            LOG.error("the new model cannot be loaded, the old one stays: %s", error)
+        is_first, self._wanted = self._wanted is None, wanted
+        if is_first:
+            last = await asyncio.to_thread(self._last.read)
+            await self._model.open([wanted, *([last] if last else []), self._args.model])
+            self._sampling = asyncio.create_task(call_every_second(self._sample))
+            await self._remember()
             return
-        LOG.info("a model was loaded")
-        old, self._backend, self._model = self._backend, new, model
-        if old is None:
-            self._sampling = asyncio.create_task(
-                call_every_second(lambda: self._metrics.sample(self._loaded().counts()))
-            )
-        else:
-            await old.close()
+        fits = await self._model.fits(wanted)
+        change = asyncio.create_task(self._replace(wanted))
+        self._changes.add(change)
+        change.add_done_callback(self._changes.discard)
+        if not fits:  # meanwhile other replicas answer, if there are any: Ray Serve changes one after the other
+            await change
 
-    def _loaded(self) -> LocalBackend:
-        if self._backend is None:
+    async def _replace(self, model: str) -> None:
+        await self._model.replace(model)
+        await self._remember()
+
+    async def _remember(self) -> None:
+        if self._model.path == self._wanted:
+            await asyncio.to_thread(self._last.write, self._model.path)
+
+    def _sample(self) -> None:
+        self._metrics.sample(self._model.counts())
+        self._metrics.sample_model(self._model.model_info().replicas[0])
+
+    def check_health(self) -> None:
+        """Raise ModelNotReady where only another process can open a model: Ray Serve then replaces this one."""
+        if self._model.is_lost:
             raise ModelNotReady
-        return self._backend
 
-    async def model_info(self) -> ModelInfo:
+    async def replica(self) -> tuple[str, ActorHandle]:
+        """Return the replica's id and its actor, which can be asked for `model_info` while it takes no more calls."""
+        return serve.get_replica_context().replica_tag, ray.get_runtime_context().current_actor
+
+    def model_info(self) -> ModelInfo:
         """Return what is served now. Raises ModelNotReady."""
-        return await self._loaded().model_info()
+        return self._model.model_info()
 
     async def counts(self) -> EngineCounts:
-        """Return what the engine holds now and what it has done. Raises ModelNotReady."""
-        return self._loaded().counts()
+        """Return what the engine holds now and what it has done."""
+        return self._model.counts()
 
     async def transcribe_chunk(
         self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
     ) -> AsyncGenerator[str | Segment, None]:
         """See TranscriptionBackend."""
         start = time.monotonic()
-        async with aclosing(self._loaded().transcribe_chunk(chunk, options, stream=stream)) as parts:
+        async with aclosing(self._model.transcribe_chunk(chunk, options, stream=stream)) as parts:
             async for part in parts:
                 if isinstance(part, Segment):
                     audio_s, seconds = chunk.clip.duration_s, time.monotonic() - start
@@ -133,6 +158,7 @@ class Ingress:
             keys=self._keys,
             max_upload_bytes=self._args.max_upload_bytes,
             min_upload_bytes_per_s=self._args.min_upload_bytes_per_s,
+            request_timeout_s=self._args.request_timeout_s,
             observer=self._metrics,
             sends_id=False,
             aliases=self._args.aliases,

@@ -65,6 +65,8 @@ class ServeArgs(Recipe):
     max_ongoing_requests where there are several keys, and all of them where there is one or none."""
     max_queued_s: RequestKey[float] = Field(default=7_200, gt=0)
     """Seconds of speech that an ingress replica accepts at a time. Uploads beyond that get a 429."""
+    request_timeout_s: RequestKey[float] = Field(default=600, gt=0)
+    """Seconds that a request may take, from its first byte to the end of its answer. Longer ones get a 408."""
     max_upload_bytes: RequestKey[int] = Field(default=25_000_000, ge=1)
     """Largest request body in bytes. Larger ones get a 413."""
     min_upload_bytes_per_s: RequestKey[float] = Field(default=4_000, ge=0)

@@ -12,11 +12,10 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from graft.inference.engines.protocol import EngineCounts
 
 from .logs import Observer
-from .service import Service
+from .service import NO_COUNTS, ReplicaModel, Service
 
 SECONDS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0]
 REAL_TIME_FACTORS = [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0]
-NO_COUNTS = EngineCounts(running=0, waiting=0, prefills=0, steps=0, tokens=0, busy_s=0.0)
 
 
 class RequestMetrics(Observer):
@@ -74,11 +73,30 @@ class EngineMetrics:
         self._tokens = Counter("graft_tokens", "Tokens generated.")
         self._busy = Counter("graft_busy_seconds", "Seconds spent in prefills and decoding steps.")
         self._transcribed = Counter("graft_heard_seconds", "Seconds of audio in transcribed chunks.")
+        self._model = Gauge(
+            "graft_model_info",
+            "1 for the model that a replica serves, by its name and digest, and 0 for those before it.",
+            ("name", "digest"),  # type: ignore[arg-type]  # as above
+        )
+        self._failed_change = Gauge(
+            "graft_model_change_failed",
+            "1 while a replica serves another model than the configuration names, because that cannot be opened.",
+        )
         self._last = NO_COUNTS
+        self._last_model: dict[str, str] | None = None
 
     def on_chunk(self, audio_s: float) -> None:
         """Record a chunk that was transcribed completely."""
         self._transcribed.inc(audio_s)
+
+    def sample_model(self, model: ReplicaModel) -> None:
+        """Record which model a replica serves, and whether a change of it failed."""
+        labels = {"name": model.model, "digest": model.digest}
+        if self._last_model not in (None, labels):
+            self._model.set(0, tags=self._last_model)
+        self._last_model = labels
+        self._model.set(1, tags=labels)
+        self._failed_change.set(model.failure is not None)
 
     def sample(self, counts: EngineCounts) -> None:
         """Record an engine's counts, which start at zero again when another model is loaded."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from graft.audio.chunking import Chunk
+from graft.inference.engines.protocol import EngineCounts
 from graft.inference.transcript import Segment, Transcript, stitch
 
 from .decode.decoder import DecodedUpload, Decoder
@@ -20,8 +21,7 @@ from .logs import Observer
 CHUNKS_PER_REQUEST = 4
 """Chunks that one request has in the engine at a time, so that an upload of hours does not delay one of seconds."""
 NO_SEGMENT = "the backend returned no segment for a chunk"
-
-
+NO_COUNTS = EngineCounts(running=0, waiting=0, prefills=0, steps=0, tokens=0, busy_s=0.0)
 ANONYMOUS = "anonymous"
 """Name of clients that have no API key."""
 
@@ -59,13 +59,37 @@ NOBODY = Client()
 
 
 @dataclass(frozen=True)
+class FailedChange:
+    """A model that was to replace a replica's and could not be opened, and the class of the error, which is logged."""
+
+    model: str
+    error: str
+
+
+@dataclass(frozen=True)
+class ReplicaModel:
+    """What one engine replica serves."""
+
+    replica: str
+    model: str
+    """The checkpoint's own name, which changes with the model that is loaded."""
+    digest: str
+    """SHA-256 of its weights and configurations (graft.checkpoints.loading.model_digest)."""
+    is_open: bool = True
+    """False while the next model is opened because two do not fit into memory: chunks wait for it."""
+    failure: FailedChange | None = None
+    """The last change of the model, if it failed."""
+
+
+@dataclass(frozen=True)
 class ModelInfo:
-    """The served model's name, its language (ISO 639-1) and the optional features that it supports."""
+    """The served model's name, its language (ISO 639-1), the optional features that it supports, and its replicas."""
 
     name: str
     language: str
     supports_context: bool
     supports_word_timestamps: bool
+    replicas: tuple[ReplicaModel, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from graft.audio.chunking import Chunk
 from graft.checkpoints.names import checkpoint_name
+from graft.errors import GraftError
 from graft.inference.engines.protocol import EngineCounts
 from graft.inference.transcript import Segment
 
@@ -20,20 +21,23 @@ if TYPE_CHECKING:  # an ingress replica imports this file and starts sooner with
 class LocalBackend:
     """A TranscriptionBackend that calls a Transcriber in this process."""
 
-    def __init__(self, transcriber: "Transcriber", name: str | None = None) -> None:
+    def __init__(self, transcriber: "Transcriber", name: str | None = None, *, digest: str = "") -> None:
         self._transcriber = transcriber
         self._active_chunks = 0
-        self._info = ModelInfo(name or transcriber.name, "en", transcriber.takes_context, transcriber.times_words)
+        self.info = ModelInfo(name or transcriber.name, "en", transcriber.takes_context, transcriber.times_words)
+        self.digest = digest
 
     @classmethod
     def open(cls, args: ServeArgs, model: str) -> "LocalBackend":
         """Open a model with the application's settings. Raises ModelError, MissingExtra."""
         from graft.audio.chunking import windows
+        from graft.checkpoints.loading import model_digest
         from graft.inference.transcriber import open_transcriber
 
+        digest = model_digest(model)
         transcriber = open_transcriber(
             model,
-            device="cuda" if args.gpus_per_replica else "cpu",
+            device=_device(args),
             dtype=args.dtype,
             engine=args.engine,
             quantization=args.quantization,
@@ -42,7 +46,7 @@ class LocalBackend:
             threads=args.threads,
         )
         # The name by which clients call the model stays when another model is loaded.
-        return cls(transcriber, args.name or checkpoint_name(args.model))
+        return cls(transcriber, args.name or checkpoint_name(args.model), digest=digest)
 
     async def close(self) -> None:
         """Wait for the chunks that are being transcribed, then release the model."""
@@ -52,7 +56,7 @@ class LocalBackend:
 
     async def model_info(self) -> ModelInfo:
         """See TranscriptionBackend."""
-        return self._info
+        return self.info
 
     def counts(self) -> EngineCounts:
         """Return what the engine holds now and what it has done."""
@@ -75,3 +79,22 @@ class LocalBackend:
                 yield segment
         finally:
             self._active_chunks -= 1
+
+
+def fits_beside(args: ServeArgs, model: str) -> bool:
+    """Tell whether a model fits into memory beside the one that this process has opened with the same settings.
+
+    vLLM takes its share of a device, whatever the model's size, so that no two fit.
+    """
+    from graft.inference.memory import free_memory, model_memory
+
+    if args.engine == "vllm":
+        return False
+    try:
+        return model_memory(model, dtype=args.dtype, device=_device(args)) <= free_memory(_device(args))
+    except (GraftError, OSError, ValueError):  # not a model: opening it says why
+        return True
+
+
+def _device(args: ServeArgs) -> str:
+    return "cuda" if args.gpus_per_replica else "cpu"

@@ -1,14 +1,20 @@
-"""Use engine replicas behind Ray Serve as one TranscriptionBackend; a chunk whose replica dies is sent once more."""
+"""Use engine replicas behind Ray Serve as one TranscriptionBackend; a chunk whose replica dies is sent once more.
+
+Replicas are found by a broadcast, which waits while they have as many chunks as they take, and are then asked every two
+seconds, past Ray Serve's queues, what they serve: a replica that works answers, however much it has to do.
+"""
 
 import asyncio
 import contextlib
 import contextvars
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray import serve
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -21,10 +27,16 @@ from ..service import NO_SEGMENT, ModelInfo, ModelNotReady, TranscriptionOptions
 MAX_ATTEMPTS = 2
 """Replicas that a chunk is sent to: one that kills two of them is not sent to a third."""
 REPLICA_DIED = (RayActorError, ObjectLostError)
-INFO_MAX_AGE_S = 2.0
-"""Seconds for which a replica's ModelInfo is used before it is requested again."""
-INFO_TIMEOUT_S = 5.0
-"""Seconds that a request for ModelInfo may take."""
+ASK_PERIOD_S = 2.0
+"""Seconds between two questions to a replica."""
+ANSWER_TIMEOUT_S = 4.0
+"""Seconds that a replica has for its answer."""
+FIRST_ANSWER_TIMEOUT_S = 5.0
+"""Seconds that requests wait for the first answer of all."""
+MAX_SILENCE_S = 10.0
+"""Seconds without an answer after which new requests are refused."""
+MAX_WAIT_S = 60.0
+"""Seconds without an answer after which chunks that wait for a replica are given up; a restart takes less."""
 
 
 class ModelChanged(Exception):
@@ -37,33 +49,60 @@ class RayBackend:
     def __init__(self, engine: DeploymentHandle) -> None:
         self._engine = engine
         self._streaming_engine = engine.options(stream=True)
-        self._info: ModelInfo | None = None
-        self._refreshed_at = 0.0
-        self._refreshing: asyncio.Task[None] | None = None
+        self._actors: dict[str, Any] = {}  # of the replicas that live, by their ids
+        self._answers: dict[str, tuple[float, ModelInfo]] = {}  # the last of each replica, and when it came
+        self._has_answer = asyncio.Event()
+        self._waits: set[asyncio.Timeout] = set()  # for parts of chunks
+        self._watching: asyncio.Task[None] | None = None
 
     async def model_info(self) -> ModelInfo:
-        """See TranscriptionBackend.
+        """See TranscriptionBackend. Raises ModelNotReady where no replica has answered for MAX_SILENCE_S."""
+        if self._watching is None:
+            # In a context of its own, Ray Serve does not cancel it with the request.
+            self._watching = asyncio.create_task(self._watch(), context=contextvars.Context())
+        if not self._has_answer.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_ANSWER_TIMEOUT_S):
+                    await self._has_answer.wait()
+        oldest = time.monotonic() - MAX_SILENCE_S
+        return _merge([info for heard_at, info in self._answers.values() if heard_at >= oldest])
 
-        A known ModelInfo is returned at once, even while all replicas are busy or dead; it is refreshed afterwards.
-        """
-        if self._info is None or time.monotonic() - self._refreshed_at > INFO_MAX_AGE_S:
-            # One task refreshes for all callers. In a context of its own, Ray Serve does not cancel it with a request.
-            if self._refreshing is None or self._refreshing.done():
-                self._refreshing = asyncio.create_task(self._refresh(), context=contextvars.Context())
-            if self._info is None:
-                await asyncio.wait([self._refreshing])
-        if self._info is None:
-            raise ModelNotReady
-        return self._info
+    async def _watch(self) -> None:
+        """Ask the replicas for as long as the event loop runs."""
+        start, finding = time.monotonic(), asyncio.create_task(self._find_replicas())
+        while True:
+            await asyncio.gather(*map(self._ask, self._actors))
+            last = max([start, *(heard_at for heard_at, _ in self._answers.values())])
+            if time.monotonic() - last > MAX_WAIT_S:
+                for wait in self._waits:
+                    if not wait.expired():
+                        wait.reschedule(0)  # it ends now
+            await asyncio.sleep(ASK_PERIOD_S)
+            if finding.done():
+                finding = asyncio.create_task(self._find_replicas())
 
-    async def _refresh(self) -> None:
-        with contextlib.suppress(TimeoutError, RayActorError, RayServeException, RayTaskError):
-            async with asyncio.timeout(INFO_TIMEOUT_S):
-                try:
-                    self._info = await self._engine.model_info.remote()
-                except RayActorError:  # that replica has just died: ask another
-                    self._info = await self._engine.model_info.remote()
-        self._refreshed_at = time.monotonic()
+    async def _find_replicas(self) -> None:
+        with contextlib.suppress(RayServeException, RayError):
+            for found in await self._engine.broadcast("replica").results_async(return_exceptions=True):
+                if not isinstance(found, BaseException):
+                    replica, actor = found
+                    if replica not in self._actors:
+                        self._actors[replica] = actor
+                        await self._ask(replica)
+
+    async def _ask(self, replica: str) -> None:
+        """Ask a replica what it serves, and forget it where it has died, unless it was the last one."""
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                info = await self._actors[replica].__ray_call__.remote(_read_model_info)
+            self._answers[replica] = time.monotonic(), info
+            self._has_answer.set()
+        except RayActorError:
+            self._actors.pop(replica, None)
+        except Exception:  # it hangs, or has no model yet: that is no answer, whatever the reason
+            return
+        if living := {id: answer for id, answer in self._answers.items() if id in self._actors}:
+            self._answers = living
 
     async def transcribe_chunk(
         self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
@@ -104,10 +143,43 @@ class RayBackend:
     ) -> AsyncGenerator[Any, None]:
         """Yield what one replica yields. Its exceptions are unwrapped, because Ray's contain tracebacks with paths."""
         response: Any = self._streaming_engine.transcribe_chunk.remote(chunk, options, stream=stream)
+        parts = aiter(response)
         try:
-            async for part in response:
+            while (part := await self._next_part(parts)) is not None:
                 yield part
         except RayTaskError as error:
             raise error.cause from None
         finally:
             response.cancel()
+
+    async def _next_part(self, parts: AsyncIterator[Any]) -> Any:
+        """Wait for the next part; None after the last. Raises ModelNotReady where no replica answers for MAX_WAIT_S."""
+        wait = asyncio.timeout(None)
+        try:
+            async with wait:
+                self._waits.add(wait)
+                return await anext(parts, None)
+        except TimeoutError as error:
+            if wait.expired():
+                raise ModelNotReady from error
+            raise
+        finally:
+            self._waits.discard(wait)
+
+
+def _read_model_info(actor: Any) -> ModelInfo:
+    """Return what an engine replica serves; Ray runs this in the replica's process."""
+    engine: Any = serve.get_replica_context().servable_object
+    return engine.model_info()
+
+
+def _merge(infos: list[ModelInfo]) -> ModelInfo:
+    """Join what replicas tell; features count where all of them have them. Raises ModelNotReady for an empty list."""
+    if not infos:
+        raise ModelNotReady
+    return replace(
+        infos[0],
+        supports_context=all(info.supports_context for info in infos),
+        supports_word_timestamps=all(info.supports_word_timestamps for info in infos),
+        replicas=tuple(model for info in infos for model in info.replicas),
+    )

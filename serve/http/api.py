@@ -22,15 +22,17 @@ from graft.inference.subtitles import format_transcript
 from graft.inference.transcript import Transcript
 
 from ..logs import LOG, Observer
-from ..service import ANONYMOUS, Client, ModelInfo, Service, TranscriptionOptions
+from ..service import ANONYMOUS, Client, ModelInfo, ModelNotReady, ReplicaModel, Service, TranscriptionOptions
 from .errors import ERROR_RESPONSES, EXPECTED, SERVER_ERROR, ApiError, describe_exception, error_response
 from .idempotency import ResponseCache
 from .middleware import AccessMiddleware, ApiKeys, RequestMiddleware
 from .request import IGNORED_HEADER, ignored_header, read_options, receive_body
 from .schema import (
     ErrorResponse,
+    FailedChange,
     ModelCard,
     ModelList,
+    ReplicaCard,
     TranscriptionRequest,
     TranscriptionResponse,
     Usage,
@@ -39,6 +41,7 @@ from .schema import (
     request_body_schema,
     verbose_response,
 )
+from .timeout import TimeoutMiddleware
 
 MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
 MAX_UPLOAD_S = 300.0
@@ -61,6 +64,7 @@ def transcription_api(
     max_upload_bytes: int,
     max_upload_s: float = MAX_UPLOAD_S,
     min_upload_bytes_per_s: float = 0,
+    request_timeout_s: float | None = None,
     observer: Observer | None = None,
     sends_id: bool = True,
     aliases: Sequence[str] = (),
@@ -71,6 +75,7 @@ def transcription_api(
 
     `aliases` are other names of the model. Pages of `cors_origins` may call the API from a browser. With `strict`,
     requests get a 400 for fields that would be ignored, unless they say otherwise. `sends_id`: see RequestMiddleware.
+    A request that takes longer than `request_timeout_s`, from its header to the end of its response, gets a 408.
     """
     # The package holds the files of the page /docs, which FastAPI alone lets the browser fetch from a CDN.
     api = FastAPIOffline(
@@ -86,6 +91,7 @@ def transcription_api(
         max_s=max_upload_s,
         min_bytes_per_s=min_upload_bytes_per_s,
     )
+    api.add_middleware(TimeoutMiddleware, timeout_s=request_timeout_s)
     api.add_middleware(RequestMiddleware, observer=observer or Observer(), sends_id=sends_id)
     if cors_origins:  # outside of the others: a browser asks without a key whether it may send one
         api.add_middleware(
@@ -104,13 +110,13 @@ def transcription_api(
 
     @api.get("/v1/models", **protected)
     async def models() -> ModelList:
-        names = dict.fromkeys([(await service.backend.model_info()).name, *aliases])
-        return ModelList(data=[ModelCard(id=name) for name in names])
+        info = await service.backend.model_info()
+        return ModelList(data=[_describe_model(name, info) for name in dict.fromkeys([info.name, *aliases])])
 
     @api.get("/v1/models/{model:path}", **protected)
     async def model(model: str) -> ModelCard:
-        _check_model(model, await service.backend.model_info(), aliases)
-        return ModelCard(id=model)
+        _check_model(model, info := await service.backend.model_info(), aliases)
+        return _describe_model(model, info)
 
     @api.head("/healthz", include_in_schema=False)
     @api.get("/healthz")
@@ -120,10 +126,27 @@ def transcription_api(
     @api.head("/readyz", include_in_schema=False)
     @api.get("/readyz", responses={503: ERROR_RESPONSES[503]})
     async def readyz() -> dict[str, str]:
-        await service.backend.model_info()
+        replicas = (await service.backend.model_info()).replicas
+        if replicas and not any(replica.is_open for replica in replicas):
+            raise ModelNotReady  # requests wait for the next model
         return {"status": "ready"}
 
     return api
+
+
+def _describe_model(name: str, info: ModelInfo) -> ModelCard:
+    return ModelCard(id=name, replicas=[_describe_replica(replica) for replica in info.replicas])
+
+
+def _describe_replica(replica: ReplicaModel) -> ReplicaCard:
+    failure = replica.failure
+    return ReplicaCard(
+        replica=replica.replica,
+        model=replica.model,
+        digest=replica.digest,
+        state="ready" if replica.is_open else "changing",
+        failed_change=FailedChange(model=failure.model, error=failure.error) if failure else None,
+    )
 
 
 def _add_transcriptions(

@@ -13,14 +13,12 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..logs import REQUEST_ID
-from .schema import ErrorDetail, ErrorResponse, format_event
+from .schema import TIMED_OUT, ErrorDetail, ErrorResponse, format_event
 
 CUT_OFF = ErrorDetail(message="the server failed on this request: try again", type="server_error", code="cut_off")
 ERRORS_BY_STATUS = {
     404: ErrorDetail(message="nothing is served at this address"),
-    408: ErrorDetail(
-        message="the request timed out: split the audio, or try again", type="server_error", code="timeout"
-    ),
+    408: TIMED_OUT,
     429: ErrorDetail(
         message="too many requests are waiting: try again in 1 s", type="rate_limit_error", code="rate_limit_exceeded"
     ),

@@ -127,13 +127,34 @@ class VerboseTranscriptionResponse(BaseModel):
     usage: Usage
 
 
+class FailedChange(BaseModel):
+    """A model that was to replace a replica's and could not be opened, and the class of the error."""
+
+    model: str
+    error: str
+
+
+class ReplicaCard(BaseModel):
+    """What an engine replica serves."""
+
+    replica: str
+    model: str
+    """Name of the checkpoint's folder, or its hub id."""
+    digest: str
+    """SHA-256 of its weights and configuration, as `graft transcribe` records it."""
+    state: Literal["ready", "changing"]
+    """`changing` while the replica opens its next model and has closed the one before."""
+    failed_change: FailedChange | None = None
+
+
 class ModelCard(BaseModel):
-    """A model as listed by GET /v1/models."""
+    """A model as listed by GET /v1/models; `replicas` is graft's addition."""
 
     id: str
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "graft"
+    replicas: list[ReplicaCard] = []
 
 
 class ModelList(BaseModel):
@@ -153,6 +174,11 @@ class ErrorDetail(BaseModel):
     type: ErrorType = "invalid_request_error"
     param: str | None = None
     code: str | None = None
+
+
+TIMED_OUT = ErrorDetail(
+    message="the request timed out: split the audio, or try again", type="server_error", code="timeout"
+)
 
 
 class ErrorResponse(BaseModel):

@@ -174,7 +174,7 @@ class TransformersEngine:
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # they hold the rows' tensors
             failure = error
-            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in str(error):
+            if is_out_of_memory(error):
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
                 failure = MemoryError(
@@ -220,3 +220,8 @@ class TransformersEngine:
                 items.append((row, None))
         self._tokens += sum(item is not None for _, item in items)
         deliver(items)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the memory of a device or of the machine ran out."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in str(error)

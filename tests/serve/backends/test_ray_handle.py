@@ -1,7 +1,8 @@
 """RayBackend over engine replicas that die, are busy or raise; tests/serve/test_faults.py kills real ones."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,13 @@ from graft.audio.chunking import Chunk
 from graft.audio.clip import AudioClip
 from graft.errors import AudioError, ModelError
 from graft.inference.transcript import Segment
+from serve.backends import ray_handle
 from serve.backends.ray_handle import ModelChanged, RayBackend
-from serve.service import NO_SEGMENT, ModelInfo, ModelNotReady, TranscriptionOptions
+from serve.service import NO_SEGMENT, ModelInfo, ModelNotReady, ReplicaModel, TranscriptionOptions
 
 CHUNK = Chunk(0.0, AudioClip(np.zeros(16_000, np.float32)))
 SEGMENT = Segment(0.0, 1.0, "one two three")
 DEATH = ActorDiedError()
-INFO, NEWER_INFO = (
-    ModelInfo(name, "en", supports_context=False, supports_word_timestamps=False) for name in ("m", "newer")
-)
 
 
 def remote_error(cause: Exception) -> Exception:
@@ -30,27 +29,49 @@ def remote_error(cause: Exception) -> Exception:
     return RayTaskError("transcribe_chunk", message, cause).as_instanceof_cause()
 
 
-class FakeHandle:
-    """Stands in for a DeploymentHandle: each call gets the next of the given results, a list of parts or one value.
+class FakeActor:
+    """Stands in for a replica's actor: each question gets the next of the given results, and the last one for ever.
 
     An exception among the results is raised, and an event is waited for.
     """
 
     def __init__(self, *results: Any) -> None:
         self._results = list(results)
-        self.transcribe_chunk = self.model_info = self
+        self.__ray_call__ = self
+
+    def remote(self, function: Callable[[Any], Any]) -> Coroutine[None, None, Any]:
+        return resolve(self._results.pop(0) if len(self._results) > 1 else self._results[0])
+
+
+async def resolve(result: Any) -> Any:
+    if isinstance(result, Exception):
+        raise result
+    return await result.wait() if isinstance(result, asyncio.Event) else result
+
+
+class FakeHandle:
+    """Stands in for a DeploymentHandle: a broadcast finds the replicas that are given now, an exception, or waits.
+
+    Each chunk gets the next of the given lists of parts.
+    """
+
+    def __init__(self, *chunks: list[Any], replicas: Any = ()) -> None:
+        self._chunks, self.replicas = list(chunks), replicas
+        self.transcribe_chunk = self
 
     def options(self, *, stream: bool) -> "FakeHandle":
         return self
 
-    def remote(self, *arguments: Any, **options: Any) -> Any:
-        result = self._results.pop(0)
-        return FakeStream(result) if isinstance(result, list) else self._resolve(result)
+    def remote(self, *arguments: Any, **options: Any) -> "FakeStream":
+        return FakeStream(self._chunks.pop(0))
 
-    async def _resolve(self, result: Any) -> Any:
-        if isinstance(result, Exception):
-            raise result
-        return await result.wait() if isinstance(result, asyncio.Event) else result
+    def broadcast(self, method: str) -> "FakeHandle":
+        assert method == "replica"
+        return self
+
+    async def results_async(self, *, return_exceptions: bool) -> list[Any]:
+        found = await resolve(self.replicas)
+        return list(found.items()) if isinstance(found, dict) else found
 
 
 class FakeStream:
@@ -61,9 +82,7 @@ class FakeStream:
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         for part in self._parts:
-            if isinstance(part, Exception):
-                raise part
-            yield part
+            yield await resolve(part)
 
     def cancel(self) -> None:
         pass
@@ -108,64 +127,123 @@ def test_a_second_attempt_with_another_text_is_an_error(second):
         transcribe(["one", " two", DEATH], second)
 
 
-def test_model_info_is_requested_again_where_a_replica_has_just_died():
-    backend = RayBackend(FakeHandle(DEATH, INFO))
-
-    async def run() -> list[ModelInfo]:
-        return await asyncio.gather(*(backend.model_info() for _ in range(5)))
-
-    assert asyncio.run(run()) == [INFO] * 5
-    with pytest.raises(ModelNotReady):
-        asyncio.run(RayBackend(FakeHandle(DEATH, DEATH)).model_info())
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make all waiting fifty times as short, and that of chunks two hundred times."""
+    for name in ("ASK_PERIOD_S", "ANSWER_TIMEOUT_S", "FIRST_ANSWER_TIMEOUT_S", "MAX_SILENCE_S", "MAX_WAIT_S"):
+        monkeypatch.setattr(ray_handle, name, getattr(ray_handle, name) / (200 if name == "MAX_WAIT_S" else 50))
 
 
-@pytest.mark.parametrize(
-    "then",
-    [asyncio.Event(), DEATH, RayServeException(), remote_error(ModelNotReady())],
-    ids=["busy", "dead", "none", "new"],
-)
-def test_a_known_model_info_is_returned_at_once_while_no_replica_answers(monkeypatch, then):
-    monkeypatch.setattr("serve.backends.ray_handle.INFO_MAX_AGE_S", 0.0)
+def info_of(name: str, *, replica: str = "a", context: bool = True) -> ModelInfo:
+    return ModelInfo(name, "en", context, True, (ReplicaModel(replica, name, "digest"),))
 
+
+def test_what_all_replicas_tell_is_joined(quick: None) -> None:
     async def run() -> None:
-        backend = RayBackend(FakeHandle(INFO, then, *[DEATH] * 20))
-        for _ in range(5):
-            async with asyncio.timeout(1):
-                assert await backend.model_info() == INFO
-            await asyncio.sleep(0.01)
+        replicas = {"a": FakeActor(info_of("m")), "b": FakeActor(info_of("m", replica="b", context=False))}
+        backend = RayBackend(FakeHandle(replicas=replicas))
+        first, *others = await asyncio.gather(*(backend.model_info() for _ in range(5)))
+        assert {info.name for info in (first, *others)} == {"m"}
+        await asyncio.sleep(0.1)
+        info = await backend.model_info()
+        assert [one.replica for one in info.replicas] == ["a", "b"]
+        assert (info.supports_context, info.supports_word_timestamps) == (False, True)
 
     asyncio.run(run())
 
 
-def test_model_info_is_refreshed_by_one_request_for_all_callers(monkeypatch):
-    monkeypatch.setattr("serve.backends.ray_handle.INFO_MAX_AGE_S", 0.0)
+def test_a_change_is_seen_at_the_next_question(quick: None) -> None:
+    async def run() -> None:
+        backend = RayBackend(FakeHandle(replicas={"a": FakeActor(info_of("m"), info_of("newer"))}))
+        assert await backend.model_info() == info_of("m")
+        await asyncio.sleep(0.1)
+        assert await backend.model_info() == info_of("newer")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("then", [DEATH, asyncio.Event(), RayServeException()], ids=["dead", "hanging", "no answer"])
+def test_without_an_answer_for_ten_seconds_requests_are_refused(quick: None, then: Any) -> None:
+    async def run() -> None:
+        handle = FakeHandle(replicas={"a": FakeActor(info_of("m"), then)})
+        backend = RayBackend(handle)
+        assert await backend.model_info() == info_of("m")
+        handle.replicas = RayServeException("none")
+        await asyncio.sleep(ray_handle.MAX_SILENCE_S / 2)
+        assert await backend.model_info() == info_of("m")  # a short outage is not told
+        await asyncio.sleep(ray_handle.MAX_SILENCE_S)
+        for _ in range(3):
+            async with asyncio.timeout(0.05):
+                with pytest.raises(ModelNotReady):
+                    await backend.model_info()
+        handle.replicas = {"b": FakeActor(info_of("m", replica="b"))}
+        await asyncio.sleep(0.2)
+        assert await backend.model_info() == info_of("m", replica="b")
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_takes_no_more_calls_stays_ready(quick: None) -> None:
+    """A broadcast waits while a replica has as many chunks as it takes, and finds none while it changes its model."""
 
     async def run() -> None:
-        backend = RayBackend(FakeHandle(INFO, NEWER_INFO))
-        first = asyncio.create_task(backend.model_info())
-        others = [asyncio.create_task(backend.model_info()) for _ in range(5)]
-        await asyncio.sleep(0)
-        first.cancel()  # it has started the request, on which the others do not depend
-        assert await asyncio.gather(*others) == [INFO] * 5
+        handle = FakeHandle(replicas={"a": FakeActor(info_of("m"))})
+        backend = RayBackend(handle)
+        for replicas in ({"a": FakeActor(info_of("m"))}, asyncio.Event(), RayServeException("none")):
+            handle.replicas = replicas
+            await asyncio.sleep(2 * ray_handle.MAX_SILENCE_S)
+            assert await backend.model_info() == info_of("m")
+
+    asyncio.run(run())
+
+
+def test_a_dead_replica_is_not_listed_beside_one_that_lives(quick: None) -> None:
+    async def run() -> None:
+        replicas = {"a": FakeActor(info_of("m"), DEATH), "b": FakeActor(info_of("m", replica="b"))}
+        handle = FakeHandle(replicas=replicas)
+        backend = RayBackend(handle)
         await backend.model_info()
-        await asyncio.sleep(0.01)
-        assert backend._info == NEWER_INFO
+        handle.replicas = {"b": replicas["b"]}
+        await asyncio.sleep(0.1)
+        assert await backend.model_info() == info_of("m", replica="b")
 
     asyncio.run(run())
 
 
-def test_without_any_model_info_the_model_is_not_ready(monkeypatch):
-    monkeypatch.setattr("serve.backends.ray_handle.INFO_TIMEOUT_S", 0.2)
+def test_a_chunk_that_waits_is_given_up_where_no_replica_answers(quick: None) -> None:
+    async def run() -> None:
+        handle = FakeHandle(["one", asyncio.Event()], [asyncio.Event()], replicas={"a": FakeActor(info_of("m"), DEATH)})
+        backend = RayBackend(handle)
+        await backend.model_info()
+        handle.replicas = RayServeException("none")
+        start = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(ModelNotReady):
+                [part async for part in backend.transcribe_chunk(CHUNK, TranscriptionOptions(), stream=True)]
+        assert time.monotonic() - start < 2 * ray_handle.MAX_WAIT_S
 
-    async def run() -> list[BaseException]:
-        backend = RayBackend(FakeHandle(asyncio.Event()))
+    asyncio.run(run())
+
+
+def test_a_chunk_that_waits_for_long_is_not_given_up_while_a_replica_answers(quick: None) -> None:
+    async def run() -> None:
+        backend = RayBackend(FakeHandle([asyncio.Event()], replicas={"a": FakeActor(info_of("m"))}))
+        await backend.model_info()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2 * ray_handle.MAX_WAIT_S):
+                [part async for part in backend.transcribe_chunk(CHUNK, TranscriptionOptions(), stream=False)]
+
+    asyncio.run(run())
+
+
+def test_without_any_answer_the_model_is_not_ready(quick: None) -> None:
+    async def run(replicas: Any) -> list[BaseException]:
+        backend = RayBackend(FakeHandle(replicas=replicas))
         async with asyncio.timeout(1):  # the callers wait together, not in turn
             return await asyncio.gather(*(backend.model_info() for _ in range(10)), return_exceptions=True)
 
-    assert [type(error) for error in asyncio.run(run())] == [ModelNotReady] * 10
-    for error in (RayServeException(), remote_error(ModelNotReady())):
-        with pytest.raises(ModelNotReady):
-            asyncio.run(RayBackend(FakeHandle(error)).model_info())
+    for replicas in (asyncio.Event(), RayServeException(), {"a": FakeActor(remote_error(ModelNotReady()))}, [DEATH]):
+        assert [type(error) for error in asyncio.run(run(replicas))] == [ModelNotReady] * 10
 
 
 @pytest.mark.parametrize(

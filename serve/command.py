@@ -25,8 +25,8 @@ APPLICATION = "graft"
 """Name of the application on the cluster."""
 INGRESS = "Ingress"
 """Name of the deployment that answers HTTP."""
-REQUEST_TIMEOUT_S = 600
-"""Seconds that a whole request may take."""
+PROXY_GRACE_S = 60
+"""Seconds after request_timeout_s after which the proxy gives up an ingress that has not ended the request itself."""
 EXAMPLES = ("model=small", "model=runs/merged host=0.0.0.0 gpus_per_replica=1 max_replicas=4 key_file=keys.txt")
 """Arguments that --help shows."""
 
@@ -60,7 +60,8 @@ def run(recipe: ServeRecipe) -> None:
     print(f"graft: starting a service of {recipe.model}", flush=True)
     _start_ray(recipe)
     try:
-        serve.start(http_options={"host": recipe.host, "port": recipe.port, "request_timeout_s": REQUEST_TIMEOUT_S})
+        timeout_s = recipe.request_timeout_s + PROXY_GRACE_S
+        serve.start(http_options={"host": recipe.host, "port": recipe.port, "request_timeout_s": timeout_s})
         try:
             serve.run(application, name=APPLICATION)
         except RuntimeError as error:
@@ -70,7 +71,7 @@ def run(recipe: ServeRecipe) -> None:
         print("graft: the service ends after the requests that it has; Ctrl-C again ends it at once", flush=True)
         # While the ingresses end their requests, the engines must stay: deleting the application stops both together.
         with contextlib.suppress(RayError, RayServeException, TimeoutError):  # a replica that died has no requests
-            serve.get_deployment_handle(INGRESS, APPLICATION).broadcast("stop").results(timeout_s=REQUEST_TIMEOUT_S)
+            serve.get_deployment_handle(INGRESS, APPLICATION).broadcast("stop").results(timeout_s=timeout_s)
         serve.delete(APPLICATION)
     finally:
         ray.shutdown()

@@ -35,9 +35,7 @@ class ServerFailed(GraftError):
 
 
 @contextlib.contextmanager
-def serving(
-    model: str, folder: Path, *, app: str, request_timeout_s: float | None = None, **settings: Any
-) -> Iterator[str]:
+def serving(model: str, folder: Path, *, app: str, **settings: Any) -> Iterator[str]:
     """Serve a model until the block ends; yields the service's URL.
 
     `settings` are further arguments of the service. Its configuration and log go into the folder. Raises ServerFailed.
@@ -46,7 +44,7 @@ def serving(
 
     port = free_port()
     config = {
-        "http_options": {"host": "127.0.0.1", "port": port, "request_timeout_s": request_timeout_s},
+        "http_options": {"host": "127.0.0.1", "port": port},
         "applications": [
             {
                 "name": app,

@@ -30,7 +30,7 @@ from tests.support.pod_security import violations
 KUBERNETES = ["1.30", "1.37"]
 GPU, SPOT = "nvidia.com/gpu", {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"}
 AUTOSCALED = ["train/rayjob.yaml", "transcribe/rayjob.yaml", SERVICE]
-OTHER_SCHEMAS = {"PodMonitor"}
+OTHER_SCHEMAS = {"PodMonitor", "PrometheusRule"}
 """Kinds whose schema no package has."""
 
 
@@ -62,6 +62,7 @@ def test_the_folders_hold_these_manifests() -> None:
         "setup/storage.yaml",
         "setup/namespace.yaml",
         "monitoring/podmonitor.yaml",
+        "monitoring/alerts.yaml",
     }
     assert {path.parent.name for path in CLUSTER.glob("*/kustomization.yaml")} == {*FOLDERS, "common"}
 
@@ -329,3 +330,25 @@ def test_prometheus_is_told_of_kuberays_labels_and_port() -> None:
     assert expression == {"key": "ray.io/node-type", "operator": "In", "values": ["head", "worker"]}
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["port"] == "metrics"
+
+
+def test_alerts_are_rules_that_prometheus_reads() -> None:
+    (resource,) = resources("monitoring/alerts.yaml")
+    (monitor,) = resources("monitoring/podmonitor.yaml")
+    assert (resource["apiVersion"], resource["kind"]) == (monitor["apiVersion"], "PrometheusRule")
+    assert resource["metadata"] == monitor["metadata"]  # the operator selects both by the same label
+    (group,) = resource["spec"]["groups"]
+    assert set(group) == {"name", "rules"}
+    names = [rule["alert"] for rule in group["rules"]]
+    assert len(set(names)) == len(names)
+    for rule in group["rules"]:
+        assert set(rule) == {"alert", "expr", "for", "labels", "annotations"}
+        assert re.fullmatch(r"Graft[A-Za-z]+", rule["alert"])
+        assert re.fullmatch(r"[0-9]+[smh]", rule["for"])
+        assert rule["labels"]["severity"] in {"warning", "critical"}
+        assert set(rule["annotations"]) == {"summary", "description"}
+        kept = re.search(r"by \(([^)]*)\)", rule["expr"])  # the labels that the outermost aggregation keeps
+        told = set(re.findall(r"\$labels\.(\w+)", " ".join(rule["annotations"].values())))
+        assert kept
+        assert told <= set(kept[1].split(", "))
+        assert rule["expr"].count("(") == rule["expr"].count(")")

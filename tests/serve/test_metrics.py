@@ -6,8 +6,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import yaml
 
 from serve.metrics import EngineMetrics, RequestMetrics
+from serve.service import ReplicaModel
 from tests.support.faults import until
 from tests.support.media import SHORTEST_FIRST
 from tests.support.paths import ROOT
@@ -16,6 +18,7 @@ from tests.support.ray_service import replica_log_records, scrape_metrics, speec
 pytestmark = pytest.mark.xdist_group("serve")
 
 DASHBOARD = ROOT / "cluster" / "dashboard.json"
+ALERTS = ROOT / "cluster" / "monitoring" / "alerts.yaml"
 NAMES = re.compile(r"ray_\w+")
 SERVE_LABELS = {"application", "deployment", "replica"}
 SETTLE_S = 3
@@ -40,11 +43,12 @@ def exported_labels() -> dict[str, set[str]]:
 
 
 def queries() -> list[str]:
-    board = json.loads(DASHBOARD.read_text())
-    return [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    board, alerts = json.loads(DASHBOARD.read_text()), yaml.safe_load(ALERTS.read_text())
+    drawn = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    return drawn + [rule["expr"] for group in alerts["spec"]["groups"] for rule in group["rules"]]
 
 
-def test_the_dashboard_queries_exported_metrics():
+def test_the_dashboard_and_the_alerts_query_exported_metrics():
     series = exported_labels()
     for query in queries():
         names = NAMES.findall(query)
@@ -62,6 +66,8 @@ def test_the_dashboard_queries_exported_metrics():
         "ray_graft_request_rtfx_bucket",
         "ray_graft_first_text_seconds_bucket",
         "ray_graft_request_seconds_bucket",
+        "ray_graft_model_info",
+        "ray_graft_model_change_failed",
     }
 
 
@@ -75,6 +81,16 @@ def test_panels_of_the_dashboard_do_not_overlap():
     assert max(x for x, _ in cells) < 24
     assert len({panel["id"] for panel in board["panels"]}) == len(places)
     assert all(panel["title"] and panel["fieldConfig"]["defaults"]["unit"] for panel in board["panels"])
+
+
+def test_the_model_before_is_no_longer_the_served_one(monkeypatch):
+    """Ray cannot remove a series, so that the former model's gets 0."""
+    metrics = EngineMetrics()
+    set_to: list[tuple[float, dict[str, str]]] = []
+    monkeypatch.setattr(metrics._model, "set", lambda value, tags: set_to.append((value, tags)))
+    for name, digest in (("m", "a"), ("m", "a"), ("m", "b")):
+        metrics.sample_model(ReplicaModel("replica", name, digest))
+    assert [(value, tags["digest"]) for value, tags in set_to] == [(1, "a"), (1, "a"), (0, "a"), (1, "b")]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ commands `serve run` and `serve deploy` run it from a configuration file, and re
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -20,6 +21,7 @@ from graft.errors import GraftError, require
 from graft.keys import MachineKey
 
 from .config import ServeArgs
+from .proxy.variables import ray_variables
 
 APPLICATION = "graft"
 """Name of the application on the cluster."""
@@ -48,7 +50,11 @@ def run(recipe: ServeRecipe) -> None:
     for package in ("fastapi", "fastapi_offline", "ray"):
         require(package, extra="serve")
     _check_address(recipe.host, recipe.port)
-    _set_ray_variables()
+    with _ray_variables():
+        _serve_until_stopped(recipe)
+
+
+def _serve_until_stopped(recipe: ServeRecipe) -> None:
     import ray
     from ray import serve
     from ray.exceptions import RayError
@@ -87,13 +93,22 @@ def _check_address(host: str, port: int) -> None:
             raise GraftError(f"{host}:{port}: {error.strerror}: give another host= or port=") from error
 
 
-def _set_ray_variables() -> None:
-    """Set what Ray reads when it is imported or started, unless the user has set it."""
-    middlewares = f"{__package__}.http.proxy_middleware:middlewares"
-    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", middlewares)
-    # The controller kills a proxy that is not ready after three checks of this length: the default of 5 s is too short
-    # on a busy machine.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+@contextlib.contextmanager
+def _ray_variables() -> Iterator[None]:
+    """Set what Ray reads when it is imported and started, unless the user has set it, until the block ends.
+
+    A cluster that runs already has been told when it was started.
+    """
+    variables = {} if os.environ.get("RAY_ADDRESS") else ray_variables()
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+        if folder := added.get("RAY_SERVE_HAPROXY_SERVER_STATE_BASE"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start_ray(recipe: ServeRecipe) -> None:

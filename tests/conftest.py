@@ -53,10 +53,10 @@ def ray_started(_shared_ray: None) -> None:
     """
     from jobs.common.cluster import connect
     from tests.support.hygiene import CACHE, choose_cache
-    from tests.support.ray_service import RAY_VARIABLES
+    from tests.support.ray_service import service_variables
 
     with pytest.MonkeyPatch.context() as environment:  # what Ray itself adds must stay: those who join need its token
-        for name, value in RAY_VARIABLES.items():
+        for name, value in service_variables().items():
             environment.setenv(name, value)
         environment.setenv(CACHE, "")  # as it is now, it is to be again
         choose_cache(os.environ, bundled=True)  # its workers serve all tests

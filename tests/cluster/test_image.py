@@ -3,8 +3,10 @@
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import requires, version
@@ -15,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from serve.proxy.variables import HAPROXY_VARIABLES, VARIABLES, ray_variables
 from tests.support.manifests import CLUSTER, JOBS, MANIFESTS, SERVICE, cluster_of
 from tests.support.paths import ROOT
 
@@ -66,6 +69,23 @@ def test_ray_and_graft_have_the_same_version_everywhere() -> None:
     for requirement in map(Requirement, (line for lines in requested for line in lines)):
         if requirement.name != NAME:
             assert requirement.specifier.contains(pinned[requirement.name.lower()]), requirement
+
+
+def test_ray_serve_runs_haproxy_in_the_image_as_graft_serve_does() -> None:
+    """Folders and the port stay Ray's own: a container holds one service of one user."""
+    (block,) = re.findall(r"^ENV (GRAFT_HAPROXY=(?:.*\\\n)*.*)$", DOCKERFILE, re.MULTILINE)
+    told = dict(word.split("=") for word in block.replace("\\\n", " ").split())
+    variables = ray_variables()
+    shutil.rmtree(variables["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"])
+    expected = {name: value for name, value in variables.items() if name in told}
+    python = re.findall(r"^ARG PYTHON=(3\.\d+)", DOCKERFILE, re.MULTILINE)[0]
+    for name, home in [
+        ("RAY_SERVE_HAPROXY_BINARY_PATH", (str(ROOT), "/opt/graft")),
+        ("GRAFT_HAPROXY", (sysconfig.get_paths()["purelib"], f"/usr/local/lib/python{python}/site-packages")),
+    ]:
+        expected[name] = expected[name].replace(*home)
+    assert told == expected
+    assert {*VARIABLES, *HAPROXY_VARIABLES} < told.keys()
 
 
 def test_all_packages_of_the_image_are_pinned_to_matching_versions() -> None:

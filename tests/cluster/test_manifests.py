@@ -290,9 +290,6 @@ def test_the_service_fits_ray_serves_schema_and_the_application() -> None:
             f"localhost:{config.http_options.port}/-/healthz"
             in container(group)["readinessProbe"]["exec"]["command"][-1]
         )
-    variables = {variable["name"]: variable["value"] for variable in container(ingress)["env"]}
-    module, _, middlewares = variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
-    assert getattr(importlib.import_module(module), middlewares)()
 
     labels = [group["template"]["metadata"]["labels"] for group in groups(cluster_of(SERVICE))]
     assert [budget["spec"]["selector"]["matchLabels"] for budget in budgets] == labels

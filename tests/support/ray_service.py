@@ -1,11 +1,14 @@
 """Start the application on Ray Serve, send requests to it, read its metrics and logs, and kill its replicas."""
 
+import atexit
 import contextlib
+import functools
 import io
 import itertools
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,26 +24,29 @@ import soundfile
 from ray.exceptions import RayActorError
 
 from graft.inference.engines.protocol import EngineCounts
-from jobs.common.cluster import SERVE_VARIABLES
 from jobs.common.local_service import free_port
 from serve.config import ServeArgs
 from serve.decode.decoder import DecodeArgs
 from serve.http.middleware import KEYS_VARIABLE
+from serve.proxy.variables import ray_variables
 from tests.support.faults import processes, until
 from tests.support.media import SHORTEST_FIRST
 
 APP = "service"
 REQUEST_TIMEOUT_S = 240
-RAY_VARIABLES = {
-    **SERVE_VARIABLES,
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.http.proxy_middleware:middlewares",
-    "RAY_metrics_report_interval_ms": "1000",
-}
-"""Variables that a Ray must have when it starts, so that the tests see its services' last errors and metrics soon."""
+
 ENVIRONMENT_KEY, FILE_KEY = "sk-of-the-environment", "sk-of-the-file"
 """API keys of the shared application."""
 MAX_UPLOAD_BYTES, MAX_DURATION_S = 3_000_000, 70
 """Limits of the shared application."""
+
+
+@functools.cache
+def service_variables() -> dict[str, str]:
+    """Return what a Ray must be told when it starts, to run services as documented and to show their metrics soon."""
+    variables = ray_variables()
+    atexit.register(shutil.rmtree, variables["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"], ignore_errors=True)
+    return {**variables, "RAY_metrics_report_interval_ms": "1000"}
 
 
 @contextlib.contextmanager
@@ -50,7 +56,7 @@ def own_ray(cpus: int = 16) -> Iterator[None]:
 
     ray.shutdown()  # the shared one, which the next module that needs it starts again
     before = dict(os.environ)
-    os.environ.update(RAY_VARIABLES)
+    os.environ.update(service_variables())
     try:
         ray.init(
             address="local",

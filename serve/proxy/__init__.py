@@ -1,0 +1,1 @@
+"""How Ray Serve runs HAProxy: its variables, and what is added to its configuration."""

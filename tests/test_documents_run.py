@@ -47,7 +47,7 @@ ROADS = {
     r"^(?:graft bench|python -m jobs\.bench) ": "no: it takes idle cores; tests/jobs/benchmarks run its parts",
     r"^(?:graft ablate|python -m jobs\.ablate) ": "no: it takes hours; tests/jobs/test_ablate.py trains tiny models",
     r"^(?:graft demo|python -m jobs\.demo)|^make ": "no: continuous integration runs it",
-    r"^(?:apt|cd|export|git|pip|\.) ": "no: it changes the shell or the machine",
+    r"^(?:apt|cd|eval|export|git|pip|\.) ": "no: it changes the shell or the machine",
     r"^curl ": ASKED,
     r"^graft serve ": SERVED,
     r"^(?:graft|python -m jobs\.)": WALKED,

@@ -1,9 +1,11 @@
-"""Complete the responses of failed ingress replicas, and translate Ray Serve's own errors, in Ray Serve's HTTP proxies.
+"""Complete the responses of failed ingress replicas, and translate Ray Serve's own errors, in Ray Serve's HTTP servers.
 
+These are the server of each ingress replica, where HAProxy is the proxy, and Ray Serve's own proxies, of which there is
+one beside HAProxy, for the time without ingress replicas.
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.http.proxy_middleware:middlewares loads it, if it is set before Ray
-starts. Without it, a client whose ingress replica dies gets a bare 500 or a stream that breaks off, what Ray Serve
-refuses itself (an unknown address, a request that times out or finds no ingress replica) is plain text, and clients'
-headers reach Ray Serve unchecked.
+starts. Without it, what Ray Serve refuses itself (an unknown address, a request that times out) is plain text, clients'
+headers reach Ray Serve unchecked, and behind Ray Serve's own proxies, a client whose ingress replica dies gets a bare
+500 or a stream that breaks off.
 """
 
 from collections.abc import Iterable, Iterator

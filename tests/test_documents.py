@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from tests.support.documents import PAGES, Page, codes, shown_recipe
 from tests.support.paths import ROOT
 
-ELSEWHERE = {"docker", "kubectl", "helm", "curl", ".", "cd", "git", "export", "apt", "pip", "ssh"}
+ELSEWHERE = {"eval", "docker", "kubectl", "helm", "curl", ".", "cd", "git", "export", "apt", "pip", "ssh"}
 """Commands of other projects; of their arguments, only the files of this repository are checked."""
 SERVICE, ARCHIVES = Page("serve/README.md"), Page("jobs/ARCHIVES.md")
 COMMANDS = [pytest.param(command, id=f"{page.name}: {command:.60}") for page in PAGES for command in page.commands()]

@@ -56,7 +56,7 @@ def read_recipe(cls: type[R], path: str | None, overrides: Sequence[str] = ()) -
     data = _read_yaml(path) if path is not None else {}
     for override in overrides:
         _apply(cls, data, override)
-    return make_recipe(cls, data, name=f"recipe {path}" if path is not None else "recipe")
+    return make_recipe(cls, data, name=f"recipe {path}" if path is not None else "arguments")
 
 
 def make_recipe(cls: type[R], data: Mapping[str, Any], *, name: str = "recipe") -> R:
@@ -257,8 +257,8 @@ def _describe_fault(cls: type[BaseModel], detail: ErrorDetails, place: Sequence[
     if detail["type"] == "extra_forbidden":
         known = sorted({name for one in _types(outer) for name in getattr(one, "model_fields", ())})
         close = difflib.get_close_matches(str(place[-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown key {value} ({hint}known here: {', '.join(known)})"
+        hint = f"did you mean {close[0]!r}? --help lists all" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {value} ({hint})"
     if detail["type"] == "missing":
         return f"key {key} is required ({_allowed(slots)})"
     if detail["type"] == "value_error":

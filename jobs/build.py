@@ -124,13 +124,13 @@ def planned_graft(model: str) -> tuple["GraftConfig", bool]:
     recipe.
     """
     from graft.checkpoints.known_bases import AUDIO_BASES, TEXT_BASES, known_config
-    from graft.checkpoints.loading import base_graft, check_graft
+    from graft.checkpoints.loading import base_checkpoint, check_graft
     from graft.model.configuration import GraftConfig
 
     path = Path(model) if Path(model).is_file() else RECIPES / f"{model}-build.yaml"
     if not path.is_file():
         check_graft(model)
-        return GraftConfig.from_pretrained(base_graft(model)), True
+        return GraftConfig.from_pretrained(base_checkpoint(model)), True
     recipe = with_trained_settings(read_recipe(BuildRecipe, str(path), ["out=none"]))
     if recipe.audio_base not in AUDIO_BASES or recipe.text_base not in TEXT_BASES:
         known = ", ".join(dict.fromkeys([*AUDIO_BASES, *TEXT_BASES]))

@@ -183,7 +183,7 @@ def _check_models(recipe: EvaluateRecipe) -> dict[str, str]:
     The recipe's model comes first. A model's name is its kind, graft or whisper; a baseline of the same kind is called
     baseline, and one that is the model itself is left out. Raises ModelError.
     """
-    from graft.checkpoints.loading import base_graft, check_model, open_speech_processor
+    from graft.checkpoints.loading import base_checkpoint, check_model, open_speech_processor
 
     own = check_model(recipe.model)
     if recipe.instructions:
@@ -193,7 +193,7 @@ def _check_models(recipe: EvaluateRecipe) -> dict[str, str]:
     if not recipe.baseline:
         return {own: recipe.model}
     other = check_model(recipe.baseline)
-    if other == own == "whisper" and base_graft(recipe.baseline) == base_graft(recipe.model):
+    if other == own == "whisper" and base_checkpoint(recipe.baseline) == base_checkpoint(recipe.model):
         return {own: recipe.model}
     return {own: recipe.model, other if other != own else "baseline": recipe.baseline}
 

@@ -94,10 +94,10 @@ def _training_recipes(model: str) -> dict[str, dict[str, Any]]:
 
     Recipes whose folders are gone are left out. Raises ModelError for a folder that is no stage's output.
     """
-    from graft.checkpoints.loading import base_graft, read_stage
+    from graft.checkpoints.loading import base_checkpoint, read_stage
 
     folder, stage = model, read_stage_output(model)
-    found = {"build": _read_recipe_file(base_graft(model))}
+    found = {"build": _read_recipe_file(base_checkpoint(model))}
     while stage:
         name = f"stage{stage['stage']}"
         while name in found:
@@ -118,13 +118,13 @@ def _trained_part(
 ) -> "tuple[Pretrained, dict[str, Any], dict[str, float]]":
     """Return the description, the tensors, and for each adapted matrix the share of its adapter's energy that is
     kept."""
-    from graft.checkpoints.loading import DTYPES, base_graft, open_processor
+    from graft.checkpoints.loading import DTYPES, base_checkpoint, open_processor
     from graft.checkpoints.lora import LoraSettings, has_adapters, read_adapters, truncate_adapters
     from graft.checkpoints.projector_file import read_projector, state_digest
     from graft.checkpoints.release import AUDIO_TOKENS, PROJECTOR, Pretrained, audio_token_rows
     from graft.model.configuration import GraftConfig
 
-    graft = base_graft(recipe.model)
+    graft = base_checkpoint(recipe.model)
     config = GraftConfig.from_pretrained(graft)
     base_names = _base_names(recipe, build, graft, config)
     processor = open_processor(recipe.model)

@@ -55,7 +55,7 @@ def run(recipe: MergeRecipe) -> None:
         return
     import torch
 
-    from graft.checkpoints.loading import DTYPES, base_graft, multiplies_bf16, open_graft
+    from graft.checkpoints.loading import DTYPES, base_checkpoint, multiplies_bf16, open_graft
     from graft.checkpoints.lora import ADAPTER_FILES, has_adapters, merge_adapters
     from graft.checkpoints.projector_file import PROJECTOR_FILE
     from graft.model.configuration import GraftConfig
@@ -64,7 +64,7 @@ def run(recipe: MergeRecipe) -> None:
 
     read_stage_output(recipe.model)
     with staged_output(recipe.out, recipe) as out:
-        dtype = DTYPES.get(recipe.dtype) or GraftConfig.from_pretrained(base_graft(recipe.model)).dtype
+        dtype = DTYPES.get(recipe.dtype) or GraftConfig.from_pretrained(base_checkpoint(recipe.model)).dtype
         model, processor = open_graft(recipe.model, dtype=torch.float32, rounded_to_nf4=recipe.onto == "nf4")
         trained_files = [PROJECTOR_FILE]
         if has_adapters(recipe.model):

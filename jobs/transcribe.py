@@ -290,7 +290,7 @@ def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     speed = f", {rtfx:.1f} times as fast as real time in this run" if rtfx else ""
     speed = ", nothing was left to do" if rtfx is None else speed
     price = f", {cost:.4f} an hour of audio" if cost is not None else ""
-    counts = f"{summary['done']} recordings done, {summary['failed']} failed"
+    counts = f"{summary['done']} recording{'s' * (summary['done'] != 1)} done, {summary['failed']} failed"
     yield f"{counts}; {summary['audio_hours']:.2f} h of audio{speed}{price}"
     yield from (f"  failed: {count} x {reason}" for reason, count in summary["failed_by_reason"].items())
     yield from (f"  flagged: {count} segments {flag}" for flag, count in summary["flagged_segments"].items())

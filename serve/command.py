@@ -63,7 +63,7 @@ def _serve_until_stopped(recipe: ServeRecipe) -> None:
     from .app import build
 
     application = build(ServeArgs(**recipe.model_dump(exclude={"host", "port"})))
-    print(f"graft: starting a service of {recipe.model}", flush=True)
+    print(f"graft: starting a service of {recipe.model} (about a minute on two cores)", flush=True)
     _start_ray(recipe)
     try:
         timeout_s = recipe.request_timeout_s + PROXY_GRACE_S
@@ -132,10 +132,13 @@ def _how_to_ask(recipe: ServeRecipe) -> Iterator[str]:
     from .http.middleware import ApiKeys
 
     url = f"http://{'127.0.0.1' if recipe.host == '0.0.0.0' else recipe.host}:{recipe.port}"
-    key = ' -H "Authorization: Bearer $KEY"' if ApiKeys.from_environment(recipe.key_file) else ""
+    has_keys = bool(ApiKeys.from_environment(recipe.key_file))
+    key = ' -H "Authorization: Bearer $KEY"' if has_keys else ""
     model = recipe.name or checkpoint_name(recipe.model)
     yield f"graft: {model} is served at {url} until Ctrl-C; {url}/docs describes it. Ask it, for example:"
     yield f"  curl{key} -F file=@a.flac -F model={model} {url}/v1/audio/transcriptions"
+    if not has_keys:
+        yield "graft: there are no API keys, so everybody is answered; GRAFT_API_KEYS or key_file= sets them"
 
 
 def _wait_for_a_signal() -> None:

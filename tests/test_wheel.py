@@ -157,7 +157,7 @@ def test_the_command_works_with_ray(kind: str, tmp_path: Path, request: pytest.F
     (tmp_path / "calls").mkdir()
     shutil.copy(media.SHORTEST_FIRST[0], tmp_path / "calls" / "a.flac")
     printed = installation.run("graft", "transcribe", str(tmp_path / "calls"), f"model={graft}", f"out={tmp_path}/out")
-    assert "1 recordings done, 0 failed" in printed
+    assert "1 recording done, 0 failed" in printed
     assert (tmp_path / "out" / "files" / "a.txt").is_file()
 
 

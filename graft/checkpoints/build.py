@@ -68,6 +68,8 @@ def check_kind(checkpoint: str, *kinds: str, remedy: str = "give a folder or a h
     `remedy` ends the message where there is no such checkpoint.
     """
     folder, kind = Path(checkpoint), " or ".join(kinds)
+    if not folder.exists() and "/" not in checkpoint:  # hub ids have an owner, so that the hub need not be asked
+        raise ModelError(f"{checkpoint} can't be read as a {kind} checkpoint: {remedy}")
     if folder.exists() and not (folder / "config.json").is_file():
         raise ModelError(f"{checkpoint} has no config.json: give the folder of a {kind} checkpoint")
     try:

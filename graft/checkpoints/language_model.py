@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from graft.checkpoints.build import reading
 from graft.checkpoints.bundled.cache import cache_path, file_digest, write_once
-from graft.checkpoints.loading import base_graft, check_graft, open_processor, read_stage
+from graft.checkpoints.loading import base_checkpoint, check_graft, open_processor, read_stage
 from graft.checkpoints.lora import has_adapters
 from graft.checkpoints.projector_file import check_projector, load_projector, weight_files
 from graft.errors import ModelError
@@ -44,7 +44,7 @@ def open_encoder_model(
     check_graft(path)
     if has_adapters(path):
         raise ModelError(f"{path} holds adapters that are not merged: merge them (`graft merge`) and give the result")
-    graft = base_graft(path)
+    graft = base_checkpoint(path)
     config: Any = GraftConfig.from_pretrained(graft)
     with torch.device("meta"):
         model = GraftForConditionalGeneration(config)
@@ -73,7 +73,7 @@ def language_model_folder(path: str | Path, cache: Path | None = None) -> Path:
     ~/.cache/graft. It takes as much disk space as the language model, and as much memory as one shard. Raises
     ModelError when it cannot be written.
     """
-    graft = base_graft(path)
+    graft = base_checkpoint(path)
     config = _qwen2_config(GraftConfig.from_pretrained(graft))
     files = weight_files(graft)
     digest = hashlib.sha256(config.to_json_string().encode())

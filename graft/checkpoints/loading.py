@@ -1,5 +1,6 @@
 """Open models: a whole graft, a stage's output together with the graft it was trained on, or a plain Whisper."""
 
+import difflib
 import hashlib
 import json
 import os
@@ -62,7 +63,7 @@ def open_graft(
     and processor say which instructions it was trained for. Raises ModelError for anything else, and for a projector of
     zeros.
     """
-    model = _load_model(base_graft(path), dtype=dtype, device=device, nf4=nf4, attention=attention)
+    model = _load_model(base_checkpoint(path), dtype=dtype, device=device, nf4=nf4, attention=attention)
     if rounded_to_nf4:
         round_to_nf4(model)
     processor = open_processor(path)
@@ -82,8 +83,11 @@ def check_model(path: str | Path, *, engine: Literal["transformers", "vllm"] = "
     Raises ModelError for anything else, as check_graft does, and for a Whisper in vLLM. No weights are read but those
     of a stage's projector.
     """
-    remedy = f"give a folder, a hub id that answers, or one of {', '.join([*known_names(), WHISPER])}"
-    if check_kind(base_graft(path), "graft", "whisper", remedy=remedy) == "graft":
+    names = [*known_names(), WHISPER]
+    close = difflib.get_close_matches(str(path), names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    remedy = f"{hint}give a folder, a hub id that answers, or one of {', '.join(names)}"
+    if check_kind(base_checkpoint(path), "graft", "whisper", remedy=remedy) == "graft":
         check_graft(path)
         return "graft"
     if engine == "vllm":
@@ -97,19 +101,19 @@ def open_model(
     """Open a model that transcribes, a graft or a Whisper, with its processor. Raises ModelError as check_model."""
     if check_model(path) == "graft":
         return open_graft(path, dtype=dtype, device=device)
-    return open_whisper(base_graft(path), dtype=dtype, device=device)
+    return open_whisper(base_checkpoint(path), dtype=dtype, device=device)
 
 
 def open_speech_processor(path: str | Path) -> SpeechProcessor:
     """Load the processor that open_model returns, without the model. Raises ModelError as check_model does."""
-    return open_processor(path) if check_model(path) == "graft" else open_whisper_processor(base_graft(path))
+    return open_processor(path) if check_model(path) == "graft" else open_whisper_processor(base_checkpoint(path))
 
 
 def model_digest(path: str | Path) -> str:
     """Compute the SHA-256 of the weights and configurations that open_model reads; a stage's includes its graft's."""
     digest = hashlib.sha256()
     names = ["config.json", STAGE_FILE, *(["generation_config.json"] if check_model(path) == "whisper" else [])]
-    for part in [*([path] if read_stage(path) else []), base_graft(path)]:
+    for part in [*([path] if read_stage(path) else []), base_checkpoint(path)]:
         weights = weight_files(part)
         folder = weights[0].parent
         for file in [*weights, *(folder / name for name in names if (folder / name).is_file())]:
@@ -119,7 +123,7 @@ def model_digest(path: str | Path) -> str:
 
 def open_processor(path: str | Path) -> GraftProcessor:
     """Load the processor that open_graft returns, without the model. Raises ModelError as open_graft does."""
-    graft = base_graft(path)
+    graft = base_checkpoint(path)
     check_kind(graft, "graft")
     with reading(graft):
         processor = GraftProcessor.from_pretrained(graft)
@@ -133,7 +137,7 @@ def check_graft(path: str | Path) -> None:
 
     No other weights are read.
     """
-    graft = base_graft(path)
+    graft = base_checkpoint(path)
     check_kind(graft, "graft")
     if read_stage(path):
         read_projector(path, GraftConfig.from_pretrained(graft))
@@ -159,7 +163,7 @@ def read_stage(folder: str | Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def base_graft(path: str | Path) -> str:
+def base_checkpoint(path: str | Path) -> str:
     """Return the whole checkpoint behind a path, as an absolute path or a hub id.
 
     It is the path itself, or the graft that a stage's output was trained on. Where no folder has that name, the name of

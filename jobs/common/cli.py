@@ -10,6 +10,7 @@ import argparse
 import difflib
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import signal
@@ -92,8 +93,9 @@ def run_job(
     arguments that --help shows, and `plan_options` the class of the options that go with --plan. Files that the recipe
     names must exist.
 
-    The code is 0 or the integer that `run` returns, 2 after a GraftError, which is printed as one line, and 130 after
-    Ctrl-C. Other exceptions pass through. With --plan only `model` is required: other required keys default to None.
+    The code is 0 or the integer that `run` returns, 2 after a GraftError, which is printed as one line, 130 after
+    Ctrl-C, and 141 where nobody reads the output any more. Other exceptions pass through. With --plan only `model` is
+    required: other required keys default to None.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -106,15 +108,19 @@ def run_job(
         recipe_path = options.recipe and find_recipe(options.recipe, recipe_class, command)
         quiet_libraries()
         if plan and (assumptions := _plan_options(options, plan_options)):
-            plan(read_recipe(_requiring_model_only(recipe_class), recipe_path, overrides), assumptions)
-            return 0
-        recipe = read_recipe(recipe_class, recipe_path, overrides)
-        check_inputs(recipe)
-        result = run(recipe)
+            result = plan(read_recipe(_requiring_model_only(recipe_class), recipe_path, overrides), assumptions)
+        else:
+            recipe = read_recipe(recipe_class, recipe_path, overrides)
+            check_inputs(recipe)
+            result = run(recipe)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         print("graft: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output wants no more of it, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
+        return 128 + signal.SIGPIPE
     except Exception as error:
         message = user_message(error)
         if message is None:
@@ -247,7 +253,7 @@ def _overrides(arguments: Sequence[str], keys: Mapping[str, FieldInfo], words: s
     """
     left, given = iter(arguments), list[str]()
     for argument in left:
-        if words and not argument.startswith("-") and not _KEY.match(argument):
+        if words and not argument.startswith("-") and not _names_key(argument, keys):
             given.append(argument)
             continue
         override = argument.removeprefix("--")
@@ -261,8 +267,12 @@ def _overrides(arguments: Sequence[str], keys: Mapping[str, FieldInfo], words: s
             elif not equals and (name := key.partition(".")[0]) not in keys:
                 longer = [known for known in keys if known.startswith(name)]
                 close = longer or difflib.get_close_matches(name, keys, n=1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                raise RecipeError(f"unknown key {key} ({hint}known here: {', '.join(sorted(keys))})")
+                hint = (
+                    f"did you mean {close[0]!r}? --help lists all"
+                    if close
+                    else f"known here: {', '.join(sorted(keys))}"
+                )
+                raise RecipeError(f"unknown key {key} ({hint})")
             override = f"{key}{equals}{value}" if equals else ""
         if "=" not in override or override.startswith("-"):
             hint = "" if argument.startswith("-") else " (a value with spaces stands in quotes)"
@@ -276,20 +286,32 @@ def _overrides(arguments: Sequence[str], keys: Mapping[str, FieldInfo], words: s
         yield f"{words}={json.dumps(given, ensure_ascii=False)}"
 
 
+def _names_key(argument: str, keys: Mapping[str, FieldInfo]) -> bool:
+    """Return whether an argument begins with a key, and is not a file whose name holds an equals sign."""
+    key = _KEY.match(argument)
+    return key is not None and (key[0].partition("=")[0].partition(".")[0] in keys or not Path(argument).exists())
+
+
 def find_recipe(name: str, recipe_class: type[Recipe], command: str) -> str:
     """Find the file of a recipe: a path, or the name of one that comes with graft. A path that exists is preferred.
 
-    Raises RecipeError, which lists the recipes that have only keys of `recipe_class`, the one with the closest name
-    first.
+    Raises RecipeError, which lists the recipes that have only keys of `recipe_class` and are not named after another
+    command, the one with the closest name first.
     """
     if Path(name).exists() and not Path(name).is_dir():
         return name
     known = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
     stem = name.removesuffix(".yaml")
+    keys, others = recipe_class.model_fields.keys(), {path.stem for path in RECIPES.parent.glob("*.py")} - {command}
+    if stem in known and (other := stem.rpartition("-")[2]) in others:
+        raise RecipeError(f"recipe {name} is one of graft {other}: name one of graft {command}")
     if stem in known:
         return str(known[stem])
-    keys = recipe_class.model_fields.keys()
-    fitting = [one for one, path in known.items() if yaml.safe_load(path.read_text(encoding="utf-8")).keys() <= keys]
+    fitting = [
+        one
+        for one, path in known.items()
+        if one.rpartition("-")[2] not in others and yaml.safe_load(path.read_text(encoding="utf-8")).keys() <= keys
+    ]
     close = difflib.get_close_matches(f"{stem.removesuffix(f'-{command}')}-{command}", fitting, n=len(known), cutoff=0)
     listed = f"; recipes of graft for {command} are {', '.join(close)}" if close else ""
     raise RecipeError(f"recipe {name}: no such file{listed}")

@@ -37,6 +37,8 @@ def connect(*, cpus: int | None = None) -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     if ray.is_initialized():
         return
+    # Ray's C++ prints an error for every actor pool of Ray Data though nothing is wrong (ray-project/ray#53727).
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     variables, local = dict(WORKER_VARIABLES), dict[str, Any]()
     if not os.environ.get("RAY_ADDRESS"):
         for name, value in SERVE_VARIABLES.items():

@@ -10,8 +10,6 @@ from pathlib import Path
 
 POLL_S = 0.5
 QUIET_VARIABLES = {
-    # Ray's C++ prints an error for every actor pool of Ray Data though nothing is wrong (ray-project/ray#53727).
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }

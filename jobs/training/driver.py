@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from graft.checkpoints.loading import base_graft, check_graft, write_stage
+from graft.checkpoints.loading import base_checkpoint, check_graft, write_stage
 from graft.checkpoints.lora import save_adapters
 from graft.checkpoints.projector_file import encoder_digest, read_projector, write_projector
 from graft.errors import GraftError, RecipeError, require
@@ -60,7 +60,7 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     started = time.perf_counter()
     require("ray.train", extra="train")
     check_graft(recipe.model)
-    graft = base_graft(recipe.model)
+    graft = base_checkpoint(recipe.model)
     config = GraftConfig.from_pretrained(graft)
     if stage.projector:
         read_projector(stage.projector, config)

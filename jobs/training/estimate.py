@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from graft.checkpoints.loading import base_graft
+from graft.checkpoints.loading import base_checkpoint
 from graft.errors import RecipeError
 from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_count
 from graft.processor import GraftProcessor
@@ -97,7 +97,7 @@ def print_plan(
 
 def _read_work(recipe: TrainRecipe, config: GraftConfig, trained: TrainedParts) -> Work:
     """Read the data and plan the run, as training does."""
-    rows, variation, plan = plan_run(recipe, GraftProcessor.from_pretrained(base_graft(recipe.model)))
+    rows, variation, plan = plan_run(recipe, GraftProcessor.from_pretrained(base_checkpoint(recipe.model)))
     samples = np.concatenate([epoch.rows for epoch in plan.epochs])
     seconds = np.concatenate([rows.duration_s, variation.no_speech_s])[samples]
     return _work(

@@ -8,7 +8,7 @@ import pytest
 
 import graft
 from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
-from graft.checkpoints.loading import base_graft, model_digest, open_processor
+from graft.checkpoints.loading import base_checkpoint, model_digest, open_processor
 from graft.checkpoints.release import FOLDER, installed_graft, read_pretrained
 from graft.text.wer import score
 from tests.support.paths import ROOT
@@ -38,7 +38,7 @@ def test_its_files_are_small_and_say_what_they_are() -> None:
 @pytest.mark.bundled
 def test_its_name_opens_the_whole_graft() -> None:
     folder = installed_graft("small")
-    assert base_graft("small") == str(folder.resolve())
+    assert base_checkpoint("small") == str(folder.resolve())
     assert model_digest("small") == model_digest(folder)
     trained = read_pretrained(SMALL)
     processor = open_processor("small")
@@ -49,7 +49,7 @@ def test_its_name_opens_the_whole_graft() -> None:
 def test_a_folder_of_that_name_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "small").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert base_graft("small") == str(tmp_path / "small")
+    assert base_checkpoint("small") == str(tmp_path / "small")
 
 
 def test_it_transcribes_unseen_speakers(transcriber: graft.Transcriber) -> None:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, WhisperForConditionalGeneration
 
 from graft.checkpoints.bundled.cache import bundled_whisper
-from graft.checkpoints.loading import base_graft, check_graft, check_model, model_digest, open_model
+from graft.checkpoints.loading import base_checkpoint, check_graft, check_model, model_digest, open_model
 from graft.checkpoints.loading import open_speech_processor as open_processor
 from graft.errors import ModelError
 from graft.inference.transcriber import open_transcriber
@@ -37,12 +37,12 @@ def test_the_bundled_whisper_opens_by_its_name_where_no_folder_has_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert check_model("whisper") == "whisper"
-    assert base_graft("whisper") == str(bundled_whisper())
+    assert base_checkpoint("whisper") == str(bundled_whisper())
     processor = open_processor("whisper")
     ids = processor.prompt_ids(100)
     assert processor.tokenizer.decode(ids) == "<|startoftranscript|><|en|><|transcribe|><|notimestamps|>"
     save_tiny_whisper(tmp_path / "whisper")
-    assert base_graft("whisper") == str(tmp_path / "whisper")
+    assert base_checkpoint("whisper") == str(tmp_path / "whisper")
 
 
 def test_an_english_only_whisper_gets_no_language(folder: Path) -> None:
@@ -81,7 +81,8 @@ def test_dtype_is_the_one_given_or_the_stored_one_and_float16_is_widened_on_a_cp
 def test_what_is_no_model_is_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as error:
         check_model("smal")
-    assert str(error.value).startswith("smal can't be read as a graft or whisper checkpoint: give a folder, a hub id")
+    refusal = "smal can't be read as a graft or whisper checkpoint: did you mean small? give a folder, a hub id"
+    assert str(error.value).startswith(refusal)
     assert str(error.value).endswith("that answers, or one of small, whisper")
     with pytest.raises(ModelError, match="text is a qwen2_vl checkpoint, not graft or whisper: give another one"):
         check_model(tiny_models.save_text_base(tmp_path / "text"))

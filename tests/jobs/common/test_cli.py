@@ -67,7 +67,7 @@ def run(arguments: list[str], *, cwd: Path, code: str | None = None) -> subproce
         (["--out", "--sources", "[m.jsonl]"], "argument '--out' is not key=value or --key value"),
         (["-out=x"], "argument '-out=x' is not key=value"),
         (["out=x", "--gpu"], "unknown key gpu (known here: "),
-        (["out=x", "--joind.share"], "unknown key joind.share (did you mean 'joined'? known here: "),
+        (["out=x", "--joind.share"], "unknown key joind.share (did you mean 'joined'? --help lists all)"),
         (["out=x", "sources=[m.jsonl,", "b]"], "argument 'b]' is not key=value or --key value (a value with spaces"),
     ],
 )
@@ -228,6 +228,8 @@ def test_a_recipe_is_found_by_its_name_and_a_path_is_preferred(tmp_path, monkeyp
     packaged = ROOT / "jobs" / "recipes" / "fast-7b-stage1.yaml"
     for name in ("fast-7b-stage1", "fast-7b-stage1.yaml"):
         assert find_recipe(name, Stage1Recipe, "stage1") == str(packaged)
+    with pytest.raises(RecipeError, match=r"^recipe fast-7b-stage1 is one of graft stage1: name one of graft stage2$"):
+        find_recipe("fast-7b-stage1", recipe_class("stage2"), "stage2")
     Path("fast-7b-stage1.yaml").write_text("seed: 3\n")
     assert find_recipe("fast-7b-stage1.yaml", Stage1Recipe, "stage1") == "fast-7b-stage1.yaml"
     told = "^recipe fast-7b: no such file; recipes of graft for stage1 are fast-7b-stage1, "
@@ -238,10 +240,10 @@ def test_a_recipe_is_found_by_its_name_and_a_path_is_preferred(tmp_path, monkeyp
     first, *others = str(caught.value).partition(" are ")[2].split(", ")
     assert first == "reference-7b-stage2"
     assert "small-weights-further" in others
-    assert not [name for name in others if name.endswith(("-build", "-data", "-evaluate"))]
+    assert not [name for name in others if name.endswith(("-build", "-data", "-evaluate", "-stage1"))]
 
 
-def test_words_are_values_of_the_key_that_takes_them():
+def test_words_are_values_of_the_key_that_takes_them(tmp_path, monkeypatch):
     class Listing(Recipe):
         files: list[str]
         deep: bool = False
@@ -255,8 +257,21 @@ def test_words_are_values_of_the_key_that_takes_them():
     assert read(*named) == Listing(files=named)
     assert read("a.flac", "--deep", "b.flac") == Listing(files=["a.flac", "b.flac"], deep=True)
     assert read("files=[c]") == Listing(files=["c"])
+    monkeypatch.chdir(tmp_path)
+    Path("a=b.flac").touch()
+    Path("deep=false").touch()
+    assert read("a=b.flac", "deep=false") == Listing(files=["a=b.flac"], deep=False)
+    assert read("c=d.flac") == 2
     assert read("a.flac", "files=[c]") == 2
     assert run_job(Listing, lambda recipe: None, summary="", argv=["a.flac"]) == 2
+
+
+@pytest.mark.processes
+def test_output_that_nobody_reads_ends_a_command_quietly():
+    plan = [sys.executable, "-m", "jobs", "stage1", "--recipe", "fast-7b-stage1", "model=fast-7b", "--plan"]
+    with subprocess.Popen(plan, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 141)
 
 
 def test_main_gets_the_recipe_and_gives_the_exit_code(capsys):

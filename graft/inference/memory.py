@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import WhisperConfig
 
-from graft.checkpoints.loading import DTYPES, base_graft, check_model
+from graft.checkpoints.loading import DTYPES, base_checkpoint, check_model
 from graft.inference.estimate import graft_memory, whisper_memory
 from graft.model.configuration import GraftConfig
 
@@ -20,7 +20,7 @@ def model_memory(path: str | os.PathLike[str], *, dtype: str | None = None, devi
 
     Raises ModelError as check_model does.
     """
-    is_graft, folder = check_model(os.fspath(path)) == "graft", base_graft(os.fspath(path))
+    is_graft, folder = check_model(os.fspath(path)) == "graft", base_checkpoint(os.fspath(path))
     config = (GraftConfig if is_graft else WhisperConfig).from_pretrained(folder)
     stored = DTYPES[dtype] if dtype else config.dtype
     dtype_bytes = stored.itemsize if isinstance(stored, torch.dtype) else torch.float32.itemsize

@@ -146,6 +146,7 @@ class Ingress:
             max_requests=args.max_ongoing_requests,
             max_queued_s=args.max_queued_s,
             max_requests_per_client=_requests_per_key(args, len(self._keys)),
+            max_chunks=args.max_ongoing_chunks * args.max_replicas,
             observer=self._metrics,
         )
         self._sampling = asyncio.create_task(call_every_second(lambda: self._metrics.sample(self._service)))

@@ -16,6 +16,7 @@ from graft.inference.engines.protocol import EngineCounts
 from graft.inference.transcript import Segment, Transcript, stitch
 
 from .decode.decoder import DecodedUpload, Decoder
+from .fairness import FairSlots
 from .logs import Observer
 
 CHUNKS_PER_REQUEST = 4
@@ -117,7 +118,8 @@ class TranscriptionBackend(Protocol):
 class Service:
     """Transcribes uploads, at most `max_requests` at once and `max_queued_s` seconds of speech in total.
 
-    A client gets at most `max_requests_per_client` of the requests, by default all, and the same share of the speech.
+    The backend has at most `max_chunks` chunks at once. A client gets at most `max_requests_per_client` of the
+    requests, by default all, and the same share of the speech and of the chunks.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Service:
         max_requests: int,
         max_queued_s: float,
         max_requests_per_client: int | None = None,
+        max_chunks: int = 64,
         observer: Observer | None = None,
     ) -> None:
         self.backend = backend
@@ -138,6 +141,8 @@ class Service:
         self._max_queued_s = max_queued_s
         self._request_counts: Counter[str] = Counter()  # by client
         self._speech_s: list[tuple[str, float]] = []  # client and seconds of each decoded upload
+        share = self._max_requests_per_client / max_requests
+        self._chunk_slots = FairSlots(max_chunks, max(1, round(share * max_chunks)))
         self._is_stopping = False
         self._is_idle = asyncio.Event()  # set where no request is being transcribed
         self._is_idle.set()
@@ -162,7 +167,7 @@ class Service:
         start = time.monotonic()
         async with (
             self._admit(path, client) as upload,
-            aclosing(_transcribe_in_order(upload.chunks, self.backend, options, stream=False)) as parts,
+            aclosing(self._transcribe_in_order(upload.chunks, options, client, stream=False)) as parts,
         ):
             segments = [part async for part in parts if isinstance(part, Segment)]
             self._observer.on_transcript(upload.duration_s, time.monotonic() - start, key=client.name)
@@ -178,7 +183,7 @@ class Service:
         start, has_begun, space = time.monotonic(), False, ""
         async with (
             self._admit(path, client) as upload,
-            aclosing(_transcribe_in_order(upload.chunks, self.backend, options, stream=True)) as parts,
+            aclosing(self._transcribe_in_order(upload.chunks, options, client, stream=True)) as parts,
         ):
             async for part in parts:
                 if isinstance(part, Segment):
@@ -218,7 +223,7 @@ class Service:
         self._request_counts[client.id] += 1
         self._is_idle.clear()
         try:
-            upload = await self._decoder(path)
+            upload = await self._decoder(path, client.id)
             speech_s = sum(chunk.clip.duration_s for chunk in upload.chunks)
             self._check_queue(client, speech_s)
             self._speech_s.append((client.id, speech_s))
@@ -251,34 +256,37 @@ class Service:
         waiting_s = self._own_speech_s(client) if client else self.queued_s
         return max(1, round(waiting_s / 10))  # ten times real time is a cautious guess
 
+    async def _transcribe_in_order(
+        self, chunks: Sequence[Chunk], options: TranscriptionOptions, client: Client, *, stream: bool
+    ) -> AsyncGenerator[str | Segment, None]:
+        """Yield what the backend yields for one chunk after the other, while several are decoded together."""
+        slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
+        queues: list[asyncio.Queue[str | Segment | Exception]] = [asyncio.Queue() for _ in chunks]
 
-async def _transcribe_in_order(
-    chunks: Sequence[Chunk], backend: TranscriptionBackend, options: TranscriptionOptions, *, stream: bool
-) -> AsyncGenerator[str | Segment, None]:
-    """Yield what the backend yields for one chunk after the other, while several are decoded together."""
-    slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
-    queues: list[asyncio.Queue[str | Segment | Exception]] = [asyncio.Queue() for _ in chunks]
+        async def fill(queue: asyncio.Queue[str | Segment | Exception], chunk: Chunk) -> None:
+            try:
+                async with (
+                    slots,
+                    self._chunk_slots.slot(client.id),
+                    aclosing(self.backend.transcribe_chunk(chunk, options, stream=stream)) as parts,
+                ):
+                    async for part in parts:
+                        queue.put_nowait(part)
+            except Exception as error:
+                queue.put_nowait(error)
+            finally:  # nobody reads this after a segment or an error
+                queue.put_nowait(RuntimeError(NO_SEGMENT))
 
-    async def fill(queue: asyncio.Queue[str | Segment | Exception], chunk: Chunk) -> None:
+        tasks = [asyncio.create_task(fill(queue, chunk)) for queue, chunk in zip(queues, chunks, strict=True)]
         try:
-            async with slots, aclosing(backend.transcribe_chunk(chunk, options, stream=stream)) as parts:
-                async for part in parts:
-                    queue.put_nowait(part)
-        except Exception as error:
-            queue.put_nowait(error)
-        finally:  # nobody reads this after a segment or an error
-            queue.put_nowait(RuntimeError(NO_SEGMENT))
-
-    tasks = [asyncio.create_task(fill(queue, chunk)) for queue, chunk in zip(queues, chunks, strict=True)]
-    try:
-        for queue in queues:
-            part: str | Segment | Exception = ""
-            while not isinstance(part, Segment):
-                part = await queue.get()
-                if isinstance(part, Exception):
-                    raise part
-                yield part
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            for queue in queues:
+                part: str | Segment | Exception = ""
+                while not isinstance(part, Segment):
+                    part = await queue.get()
+                    if isinstance(part, Exception):
+                        raise part
+                    yield part
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

@@ -48,7 +48,7 @@ class ProcessWorker(Generic[T]):
 
     def __init__(
         self,
-        initialize: Callable[[], Callable[[str], T]],
+        initialize: Callable[[], Callable[[Any], T]],
         *,
         timeout_s: float,
         max_calls: int,
@@ -64,11 +64,14 @@ class ProcessWorker(Generic[T]):
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="process-worker")
         self._executor.submit(self._start)  # now rather than at the first call
 
-    async def call(self, argument: str) -> T:
-        """Return the function's result. Raises TimeoutError, CallFailed, WorkerStartFailed."""
-        is_cancelled = threading.Event()
+    async def call(self, argument: Any, *, timeout_s: float | None = None) -> T:
+        """Return the function's result; `timeout_s` replaces the worker's for this call.
+
+        Raises TimeoutError, CallFailed, WorkerStartFailed.
+        """
+        is_cancelled, limit_s = threading.Event(), self._timeout_s if timeout_s is None else timeout_s
         try:
-            return await asyncio.wrap_future(self._executor.submit(self._call, argument, is_cancelled))
+            return await asyncio.wrap_future(self._executor.submit(self._call, argument, limit_s, is_cancelled))
         finally:
             is_cancelled.set()
 
@@ -78,10 +81,10 @@ class ProcessWorker(Generic[T]):
         self._executor.shutdown(cancel_futures=True)
         self._kill()
 
-    def _call(self, argument: str, is_cancelled: threading.Event) -> T:
+    def _call(self, argument: Any, timeout_s: float, is_cancelled: threading.Event) -> T:
         pipe = self._send(argument, is_cancelled)
         try:
-            result: T | CallFailed = self._receive(pipe, self._timeout_s, is_cancelled)
+            result: T | CallFailed = self._receive(pipe, timeout_s, is_cancelled)
         except (EOFError, OSError) as error:  # TimeoutError is an OSError
             self._restart()
             if isinstance(error, TimeoutError):
@@ -94,7 +97,7 @@ class ProcessWorker(Generic[T]):
             raise result
         return result
 
-    def _send(self, argument: str, is_cancelled: threading.Event) -> Connection:
+    def _send(self, argument: Any, is_cancelled: threading.Event) -> Connection:
         """Return the pipe of a process that has accepted the call: a death from now on is the call's own fault."""
         for _ in range(MAX_STARTS):
             self._start()
@@ -139,7 +142,7 @@ class ProcessWorker(Generic[T]):
             pipe.close()
 
 
-def _serve_calls(pipe: Connection, initialize: Callable[[], Callable[[str], Any]]) -> None:
+def _serve_calls(pipe: Connection, initialize: Callable[[], Callable[[Any], Any]]) -> None:
     """Answer calls until the other end of the pipe is closed. This is the main function of the worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     function = initialize()

@@ -1,6 +1,7 @@
 """The service without HTTP: errors of the backend, cancelled requests, and the limit on queued audio."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 
 import numpy as np
@@ -10,7 +11,7 @@ from graft.audio.chunking import Chunk
 from graft.audio.clip import AudioClip
 from graft.inference.transcript import Segment
 from serve.decode.decoder import DecodedUpload
-from serve.service import NO_SEGMENT, ModelInfo, Service, ServiceBusy, TranscriptionOptions
+from serve.service import NO_SEGMENT, Client, ModelInfo, Service, ServiceBusy, TranscriptionOptions
 
 OPTIONS = TranscriptionOptions()
 
@@ -19,7 +20,7 @@ def make_chunk(seconds: float) -> Chunk:
     return Chunk(0.0, AudioClip(np.zeros(round(seconds * 16_000), np.float32)))
 
 
-async def decode(path: str) -> DecodedUpload:
+async def decode(path: str, client: str) -> DecodedUpload:
     """Stand in for a Decoder: the path lists the duration of each chunk in seconds."""
     chunks = [make_chunk(float(seconds)) for seconds in path.split()]
     return DecodedUpload(sum(chunk.clip.duration_s for chunk in chunks), chunks)
@@ -46,8 +47,8 @@ class WaitingBackend:
             yield Segment(0.0, 1.0, "word")
 
 
-def make_service(backend: WaitingBackend, *, max_queued_s: float = 1_000) -> Service:
-    return Service(decode, backend, max_requests=10, max_queued_s=max_queued_s)
+def make_service(backend: WaitingBackend, *, max_queued_s: float = 1_000, **limits: int) -> Service:
+    return Service(decode, backend, max_requests=10, max_queued_s=max_queued_s, **limits)
 
 
 async def stream_text(service: Service, path: str) -> str:
@@ -99,5 +100,65 @@ def test_only_an_idle_service_takes_an_upload_that_is_longer_than_the_limit():
         backend.may_answer.set()
         await asyncio.gather(*short)
         assert (await service.transcribe("2", OPTIONS, model="m")).duration_s == 2
+
+    asyncio.run(run())
+
+
+def test_a_client_gets_its_share_of_the_queue_and_no_more():
+    async def run() -> None:
+        backend = WaitingBackend()
+        service = make_service(backend, max_queued_s=10, max_requests_per_client=5)
+
+        def ask(path: str, client: str) -> asyncio.Task:
+            return asyncio.create_task(service.transcribe(path, OPTIONS, model="m", client=Client(client)))
+
+        accepted = [ask("3", "a"), ask("2", "a"), ask("5", "b")]
+        await asyncio.sleep(0.01)
+        with pytest.raises(ServiceBusy, match="this API key has 5 s of speech under way, and its limit is 5 s"):
+            await ask("1", "a")
+        with pytest.raises(ServiceBusy, match="too many requests are waiting"):
+            await ask("1", "c")
+        backend.may_answer.set()
+        await asyncio.gather(*accepted)
+        await ask("9", "a")  # nothing else of this client is queued
+
+    asyncio.run(run())
+
+
+class CountingBackend(WaitingBackend):
+    """Counts the chunks that it has at once, by the tenths of a second that they last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: Counter[int] = Counter()
+
+    async def transcribe_chunk(
+        self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
+    ) -> AsyncGenerator[str | Segment, None]:
+        tenths = round(chunk.clip.duration_s * 10)
+        self.running[tenths] += 1
+        try:
+            async for part in super().transcribe_chunk(chunk, options, stream=stream):
+                yield part
+        finally:
+            self.running[tenths] -= 1
+
+
+def test_the_chunks_of_one_client_leave_room_for_those_of_others():
+    async def run() -> None:
+        backend = CountingBackend()
+        service = make_service(backend, max_requests_per_client=5, max_chunks=8)
+
+        def ask(path: str, client: str) -> asyncio.Task:
+            return asyncio.create_task(service.transcribe(path, OPTIONS, model="m", client=Client(client)))
+
+        greedy = [ask("0.1 " * 10, "a") for _ in range(5)]
+        await asyncio.sleep(0.01)
+        assert backend.running == {1: 4}
+        other = ask("0.2", "b")
+        await asyncio.sleep(0.01)
+        assert backend.running == {1: 4, 2: 1}
+        backend.may_answer.set()
+        await asyncio.gather(*greedy, other)
 
     asyncio.run(run())

@@ -4,13 +4,17 @@ import asyncio
 import contextlib
 import os
 import pickle
+import struct
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from graft.errors import AudioError
-from serve.decode.decoder import UNDECODABLE
+import serve.decode.decoder
+from graft.audio.spans import probe
+from graft.errors import AudioError, AudioTooLong
+from serve.decode.decoder import UNDECODABLE, Decoder
 from tests.support import hostile_files, media
 from tests.support.faults import until
 from tests.support.http_service import open_decoder
@@ -128,3 +132,69 @@ def test_closing_a_decoder_ends_running_and_waiting_uploads(endless):
     assert isinstance(running, AudioError)
     assert [type(one) for one in waiting] == [asyncio.CancelledError] * 4
     assert not isolated_processes()
+
+
+async def finish_order(decoder: Decoder, uploads: dict[str, tuple[str, str]]) -> list[str]:
+    """Decode uploads, each a path and a client, together; returns their names in the order in which they end."""
+    ended: list[str] = []
+
+    async def decode(name: str, path: str, client: str) -> None:
+        await decoder(path, client)
+        ended.append(name)
+
+    await asyncio.gather(*(decode(name, *upload) for name, upload in uploads.items()))
+    return ended
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_long_silences_of_one_client_do_not_delay_another(tmp_path, processes):
+    """The silences have fewer bytes than the clip. At most one of them has begun when the clip comes."""
+    (tmp_path / "silence.flac").write_bytes(hostile_files.silence(600))
+    silence = str(tmp_path / "silence.flac")
+    assert Path(silence).stat().st_size < Path(CLIPS[0]).stat().st_size
+    uploads = {f"silence {number}": (silence, "greedy") for number in range(4)} | {"clip": (CLIPS[0], "other")}
+    with open_decoder(processes=processes) as decoder:
+        assert "clip" in asyncio.run(finish_order(decoder, uploads))[: 3 - processes]
+
+
+def test_long_uploads_of_several_clients_take_turns_and_short_ones_come_first(tmp_path):
+    for seconds in (100, 200, 400):
+        (tmp_path / f"{seconds}.flac").write_bytes(hostile_files.silence(seconds))
+    long = {f"a{number}": (str(tmp_path / "400.flac"), "a") for number in range(3)}
+    shorter = {f"a{seconds} s": (str(tmp_path / f"{seconds}.flac"), "a") for seconds in (200, 100)}
+    with open_decoder(processes=1) as decoder:
+        uploads = {**long, **shorter, "b": (str(tmp_path / "400.flac"), "b"), "clip": (CLIPS[0], "a")}
+        order = asyncio.run(finish_order(decoder, uploads))
+    assert order.index("clip") < order.index("a100 s") < order.index("a200 s") < order.index("a0") < order.index("a1")
+    assert order.index("b") < order.index("a0")
+
+
+def test_an_upload_whose_header_is_false_waits_like_a_long_one(tmp_path):
+    """The header of a webm file says one second instead of 100."""
+    file = bytearray(media.encode(np.zeros((4_800_000, 1), np.float32), 48_000, "libopus", "webm"))
+    place = file.index(b"\x44\x89\x88") + 3  # the element Duration, a float of 8 bytes
+    file[place : place + 8] = struct.pack(">d", 1_000.0)
+    (tmp_path / "false.webm").write_bytes(file)
+    false = str(tmp_path / "false.webm")
+    assert (probe(false).duration_s or 0) == pytest.approx(1)
+    with open_decoder(processes=2) as decoder:
+        assert asyncio.run(decoder(false)).duration_s == pytest.approx(100, abs=0.1)
+        uploads = {f"false {number}": (false, "a") for number in range(3)} | {"clip": (CLIPS[0], "a")}
+        assert asyncio.run(finish_order(decoder, uploads))[0] == "clip"
+    with open_decoder(max_duration_s=90) as decoder, pytest.raises(AudioTooLong, match="over the limit of 90 s"):
+        asyncio.run(decoder(false))
+
+
+def test_an_upload_that_is_slow_to_read_leaves_the_process_for_short_ones(endless, monkeypatch):
+    monkeypatch.setattr(serve.decode.decoder, "SHORT_TIMEOUT_S", 0.5)
+
+    async def run(decoder: Decoder) -> None:
+        slow = asyncio.create_task(decoder(endless, "a"))
+        for clip in CLIPS:  # after the first half second, no process but the first is free
+            await decoder(clip, "a")
+            await asyncio.sleep(0.3)
+        assert not slow.done()
+        slow.cancel()
+
+    with open_decoder(processes=2) as decoder:
+        asyncio.run(run(decoder))

@@ -45,11 +45,11 @@ def _print_lines(path: Path, position: int, done: threading.Event) -> None:
     while True:
         is_last = done.wait(POLL_S)
         if path.is_file():
-            with path.open() as file:
+            with path.open("rb") as file:  # the end may lie within a character
                 file.seek(position)
-                text = file.read()
-            complete = text[: text.rfind("\n") + 1]
-            position += len(complete.encode())
-            print(complete, end="", flush=True)
+                data = file.read()
+            complete = data[: data.rfind(b"\n") + 1]
+            position += len(complete)
+            print(complete.decode(errors="replace"), end="", flush=True)
         if is_last:
             return

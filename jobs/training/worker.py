@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from ray.exceptions import RayError
+from torch.distributed import DistError
 
 from graft.checkpoints.loading import multiplies_bf16
 from graft.errors import GraftError, ModelError
@@ -39,11 +41,14 @@ from .ray_dataset import iter_blocks
 from .validation import Validation
 
 FAULT_FILE = "fault.json"
-_OTHER_WORKER_DIED = re.compile(
-    r"\b(gloo|nccl|peer|connection|socket|timed? ?out|store|ray\w*error|actor\w*error|"
-    r"does not follow the checkpoint)\b",
-    re.IGNORECASE,
-)
+
+
+class StaleCheckpoint(RuntimeError):
+    """The batches that a worker gets begin elsewhere than its checkpoint: workers were restarted meanwhile."""
+
+
+_MET_WHERE_OTHERS_DIED = (DistError, RayError, ConnectionError, TimeoutError, StaleCheckpoint)
+_RAISED_IN_GLOO = re.compile(r"\bgloo/\w+")  # a source file: gloo raises a plain RuntimeError
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def work(run: Run) -> None:
         )
         first = next(batches)
         if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
-            raise RuntimeError(f"batch {first.position} does not follow the checkpoint at {progress.position}")
+            raise StaleCheckpoint(f"batch {first.position} does not follow the checkpoint at {progress.position}")
         if progress.step == 0 and first.ids:  # neither a filler nor a batch of masked clips
             observer.say(_preflight_line(model, backend, first, processor, token_noise=run.recipe["token_noise"] > 0))
         train(
@@ -176,6 +181,7 @@ def _record_faults(out: Path) -> Iterator[None]:
         write_atomic(out / FAULT_FILE, json.dumps({"error": str(error)}) + "\n")
         raise
     except Exception as error:
-        if not _OTHER_WORKER_DIED.search(f"{type(error).__name__} {error}"):
+        in_gloo = type(error) is RuntimeError and _RAISED_IN_GLOO.search(str(error))
+        if not (in_gloo or isinstance(error, _MET_WHERE_OTHERS_DIED)):
             write_atomic(out / FAULT_FILE, json.dumps({"bug": traceback.format_exc()}) + "\n")
         raise

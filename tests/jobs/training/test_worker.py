@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayActorError
+from torch.distributed import DistBackendError
 
 from graft.checkpoints.loading import multiplies_bf16
 from graft.errors import DataError, ModelError
 from jobs import stage1
 from jobs.training import driver
 from jobs.training.loader import BatchLoader, LoaderSpec
-from jobs.training.worker import FAULT_FILE, Run, _record_faults, work
+from jobs.training.worker import FAULT_FILE, Run, StaleCheckpoint, _record_faults, work
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, row
 
@@ -60,9 +62,12 @@ def test_slow_bf16_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (DataError("no such row"), {"error": "no such row"}),
         (RuntimeError("expected an array of shape [2], got a restored one"), {"bug"}),
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"), None),
-        (RuntimeError("batch 9 does not follow the checkpoint at 2"), None),
+        (DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:2397, remote process exited"), None),
+        (RayActorError(), None),
+        (StaleCheckpoint("batch 9 does not follow the checkpoint at 2"), None),
+        (KeyError("no connection of the store to its peer timed out"), {"bug"}),
     ],
-    ids=["user", "bug", "death", "stale checkpoint"],
+    ids=["user", "bug", "gloo", "nccl", "actor", "stale checkpoint", "bug in other words"],
 )
 def test_only_recurring_faults_are_recorded(tmp_path: Path, error: Exception, kept: object) -> None:
     with pytest.raises(type(error), match=re.escape(str(error))), _record_faults(tmp_path):

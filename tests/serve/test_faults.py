@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import random
 import socket
 import time
 import uuid
@@ -187,6 +188,23 @@ def test_a_client_that_leaves_stops_its_transcription(service, is_stream):
     assert service.counts().tokens == left
     assert left - before < 1200 * 5  # far fewer than the whole upload takes
     until(lambda: requests_in_hand() == 0)
+
+
+def test_of_many_clients_that_leave_at_any_moment_none_leaves_work_behind(service, texts):
+    """They leave while they send, while their upload is decoded, and while it is transcribed."""
+    audio, chance = speech_flac(300), random.Random(0)
+
+    def leave(number: int) -> None:
+        with disconnecting(service, audio, stream=number % 2 == 0):
+            time.sleep(chance.uniform(0, 1.5))
+
+    with ThreadPoolExecutor(8) as clients:
+        list(clients.map(leave, range(150)))
+    left = time.monotonic()
+    until(lambda: service.chunks_in_engine() == 0)
+    until(lambda: requests_in_hand() == 0)
+    assert time.monotonic() - left < 20
+    assert service.ask(UPLOADS[0]).json()["text"] == texts[0]
 
 
 def requests_in_hand() -> float:

@@ -52,11 +52,15 @@ class RayBackend:
         self._actors: dict[str, Any] = {}  # of the replicas that live, by their ids
         self._answers: dict[str, tuple[float, ModelInfo]] = {}  # the last of each replica, and when it came
         self._has_answer = asyncio.Event()
+        self._part_at = float("-inf")  # when a replica sent the last part of a chunk, which is an answer too
         self._waits: set[asyncio.Timeout] = set()  # for parts of chunks
         self._watching: asyncio.Task[None] | None = None
 
     async def model_info(self) -> ModelInfo:
-        """See TranscriptionBackend. Raises ModelNotReady where no replica has answered for MAX_SILENCE_S."""
+        """See TranscriptionBackend. Raises ModelNotReady where no replica has answered for MAX_SILENCE_S.
+
+        Where a replica has sent parts of chunks, but has not been asked yet, the last answers of those before it hold.
+        """
         if self._watching is None:
             # In a context of its own, Ray Serve does not cancel it with the request.
             self._watching = asyncio.create_task(self._watch(), context=contextvars.Context())
@@ -65,19 +69,21 @@ class RayBackend:
                 async with asyncio.timeout(FIRST_ANSWER_TIMEOUT_S):
                     await self._has_answer.wait()
         oldest = time.monotonic() - MAX_SILENCE_S
-        return _merge([info for heard_at, info in self._answers.values() if heard_at >= oldest])
+        recent = [info for heard_at, info in self._answers.values() if heard_at >= oldest]
+        known = [info for _, info in self._answers.values()] if self._part_at >= oldest else []
+        return _merge(recent or known)
 
     async def _watch(self) -> None:
         """Ask the replicas for as long as the event loop runs."""
         start, finding = time.monotonic(), asyncio.create_task(self._find_replicas())
         while True:
             await asyncio.gather(*map(self._ask, self._actors))
-            last = max([start, *(heard_at for heard_at, _ in self._answers.values())])
+            last = max([start, self._part_at, *(heard_at for heard_at, _ in self._answers.values())])
             if time.monotonic() - last > MAX_WAIT_S:
                 for wait in self._waits:
                     if not wait.expired():
                         wait.reschedule(0)  # it ends now
-            await asyncio.sleep(ASK_PERIOD_S)
+            await asyncio.sleep(ASK_PERIOD_S if self._actors else ASK_PERIOD_S / 4)  # a replica may start any moment
             if finding.done():
                 finding = asyncio.create_task(self._find_replicas())
 
@@ -158,7 +164,9 @@ class RayBackend:
         try:
             async with wait:
                 self._waits.add(wait)
-                return await anext(parts, None)
+                part = await anext(parts, None)
+            self._part_at = time.monotonic()
+            return part
         except TimeoutError as error:
             if wait.expired():
                 raise ModelNotReady from error

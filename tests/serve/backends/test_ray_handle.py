@@ -210,6 +210,23 @@ def test_a_dead_replica_is_not_listed_beside_one_that_lives(quick: None) -> None
     asyncio.run(run())
 
 
+def test_a_part_of_a_chunk_is_an_answer_too(quick: None) -> None:
+    """A replica that starts may transcribe a chunk that waits before it is found and asked."""
+
+    async def run() -> None:
+        handle = FakeHandle([SEGMENT], replicas={"a": FakeActor(info_of("m"), DEATH)})
+        backend = RayBackend(handle)
+        await backend.model_info()
+        handle.replicas = RayServeException("none")
+        await asyncio.sleep(2 * ray_handle.MAX_SILENCE_S)
+        with pytest.raises(ModelNotReady):
+            await backend.model_info()
+        assert [part async for part in backend.transcribe_chunk(CHUNK, TranscriptionOptions(), stream=False)]
+        assert await backend.model_info() == info_of("m")
+
+    asyncio.run(run())
+
+
 def test_a_chunk_that_waits_is_given_up_where_no_replica_answers(quick: None) -> None:
     async def run() -> None:
         handle = FakeHandle(["one", asyncio.Event()], [asyncio.Event()], replicas={"a": FakeActor(info_of("m"), DEATH)})

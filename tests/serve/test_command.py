@@ -90,5 +90,5 @@ def test_the_service_answers_as_it_says_until_it_is_interrupted(tmp_path: Path) 
         finally:
             if service.poll() is None:
                 os.killpg(service.pid, signal.SIGKILL)
-    assert printed[0] == f"graft: starting a service of {graft}\n"
+    assert printed[0] == f"graft: starting a service of {graft} (about a minute on two cores)\n"
     assert f"tiny is served at http://127.0.0.1:{port} until Ctrl-C" in "".join(printed)

@@ -196,16 +196,18 @@ class Service:
                 space = ""
             self._observer.on_transcript(upload.duration_s, time.monotonic() - start, key=client.name)
 
-    def check_capacity(self, client: Client, arriving: int = 0) -> None:
+    def check_capacity(self, client: Client, unanswered: int = 0) -> None:
         """Raise ServiceBusy where one more request exceeds a limit, ServiceStopping after `stop`.
 
-        `arriving` is the number of the client's uploads that are arriving. They count against its own limit; a place
-        that others could use is taken only by an upload that has arrived.
+        `unanswered` is the number of the client's uploads that have no complete answer yet, those that are arriving
+        included. They count against its own limit; a place that others could use is taken only by an upload that has
+        arrived.
         """
         if self._is_stopping:
             raise ServiceStopping
         own = self._max_requests_per_client
-        if own < self.max_requests and self._request_counts[client.id] + arriving >= own:
+        # Requests with an idempotency key may go on without a client that waits for the answer.
+        if own < self.max_requests and max(self._request_counts[client.id], unanswered) >= own:
             reason = f"this API key has {own} requests under way, which is its limit"
             raise ServiceBusy(self._retry_after_s(client), reason)
         if self.request_count >= self.max_requests:

@@ -21,6 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from graft.inference.subtitles import format_transcript
 from graft.inference.transcript import Transcript
 
+from ..fairness import FairSlots
 from ..logs import LOG, Observer
 from ..service import ANONYMOUS, Client, ModelInfo, ModelNotReady, ReplicaModel, Service, TranscriptionOptions
 from .errors import ERROR_RESPONSES, EXPECTED, SERVER_ERROR, ApiError, describe_exception, error_response
@@ -153,7 +154,7 @@ def _add_transcriptions(
     api: FastAPI, service: Service, settings: dict[str, Any], aliases: Collection[str], *, strict: bool
 ) -> None:
     cache: ResponseCache[Response] = ResponseCache()
-    json_lock = asyncio.Lock()
+    json_slots = FairSlots(1, 1)
 
     @api.post(
         "/v1/audio/transcriptions",
@@ -167,7 +168,7 @@ def _add_transcriptions(
     ) -> Response:
         client: Client = request.state.client
         async with AsyncExitStack() as files:
-            body, path = await files.enter_async_context(receive_body(request, json_lock))
+            body, path = await files.enter_async_context(receive_body(request, json_slots))
             asked = body.validate()
             info = await service.backend.model_info()
             _check_model(asked.model, info, aliases)

@@ -19,7 +19,7 @@ from graft.errors import RecipeError
 from ..logs import LOG, REQUEST_ID, Observer
 from ..service import ANONYMOUS, NOBODY, Client, ServiceBusy, ServiceStopping
 from .errors import ApiError, describe_exception, error_response
-from .uploads import ArrivingUploads, UploadTimer
+from .uploads import UploadCounts, UploadTimer
 
 KEYS_VARIABLE = "GRAFT_API_KEYS"
 PROTECTED_PREFIX = "/v1/"
@@ -158,9 +158,9 @@ class AccessMiddleware:
 
     Unknown keys (401), uploads beyond the capacity (429) and announced sizes over `max_bytes` (413) are refused before
     the body is read; bodies that turn out larger (413), or that take longer than `max_s` seconds or come at less than
-    `min_bytes_per_s` (408), while it is read. `check_capacity` gets the client and the number of its uploads that are
-    arriving, and raises ServiceBusy or ServiceStopping. At most `max_arriving` uploads arrive at a time, and more only
-    of clients that have less than their share of them.
+    `min_bytes_per_s` (408), while it is read. `check_capacity` gets the client and the number of its uploads that have
+    no complete answer yet, and raises ServiceBusy or ServiceStopping. At most `max_arriving` uploads arrive at a time,
+    and more only of clients that have less than their share of them.
     """
 
     def __init__(
@@ -176,7 +176,8 @@ class AccessMiddleware:
     ) -> None:
         self._app, self._keys, self._check_capacity = app, keys, check_capacity
         self._max_bytes, self._max_s, self._min_bytes_per_s = max_bytes, max_s, min_bytes_per_s
-        self._arriving = ArrivingUploads(max_arriving)
+        self._max_arriving = max_arriving
+        self._arriving, self._unanswered = UploadCounts(), UploadCounts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _path_in_app(scope).startswith(PROTECTED_PREFIX):
@@ -187,8 +188,8 @@ class AccessMiddleware:
             client = self._find_client(scope, headers.get(b"authorization", b"").decode("latin-1"))
             scope.setdefault("state", {})["client"] = client
             if scope["method"] == "POST":
-                self._check_capacity(client, self._arriving[client])
-                self._arriving.check(client)
+                self._check_capacity(client, self._unanswered[client])
+                self._arriving.check(client, self._max_arriving)
             self._check_size(int(headers.get(b"content-length", b"0")))
         except (ApiError, ServiceBusy, ServiceStopping) as error:
             await error_response(error)(scope, receive, send)
@@ -215,8 +216,11 @@ class AccessMiddleware:
                 arriving.close()
             return message
 
-        with arriving:  # until the body has ended; after that the service counts the request
-            arriving.enter_context(self._arriving.one_of(client))
+        if scope["method"] != "POST":
+            await self._app(scope, checked_receive, send)
+            return
+        with self._unanswered.one_of(client), arriving:
+            arriving.enter_context(self._arriving.one_of(client))  # until the body has ended
             await self._app(scope, checked_receive, send)
 
     def _find_client(self, scope: Scope, authorization: str) -> Client:

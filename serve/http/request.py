@@ -25,6 +25,7 @@ from starlette.requests import Request
 from graft.errors import ModelError
 from graft.text.prompts import check_context_words
 
+from ..fairness import FairSlots
 from ..service import ModelInfo, TranscriptionOptions
 from .errors import ApiError
 from .schema import HINTS, LISTS, TranscriptionRequest
@@ -116,15 +117,15 @@ def _list_in_text(value: Any) -> Sequence[Any]:
 
 
 @asynccontextmanager
-async def receive_body(request: Request, json_lock: asyncio.Lock) -> AsyncIterator[tuple[TranscriptionBody, str]]:
+async def receive_body(request: Request, json_slots: FairSlots) -> AsyncIterator[tuple[TranscriptionBody, str]]:
     """Read a request's fields and write its audio to a file, which exists until the block ends; yields both.
 
-    JSON bodies, which need several times their size in memory, are decoded one after the other. Raises ApiError.
+    JSON bodies, which need several times their size in memory, are decoded as `json_slots` allows. Raises ApiError.
     """
     with tempfile.NamedTemporaryFile(prefix="graft-upload-") as file:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type == "application/json":
-            body = await _read_json(request, file, json_lock)
+            body = await _read_json(request, file, json_slots)
         else:
             body = await _read_form(request, file)
         file.flush()
@@ -145,11 +146,11 @@ async def _read_form(request: Request, file: IO[bytes]) -> TranscriptionBody:
         return TranscriptionBody.collect((name, value) for name, value in items if name != "file")
 
 
-async def _read_json(request: Request, file: IO[bytes], json_lock: asyncio.Lock) -> TranscriptionBody:
+async def _read_json(request: Request, file: IO[bytes], json_slots: FairSlots) -> TranscriptionBody:
     """Read a JSON object; the file first holds the body and then the audio."""
     async for part in request.stream():
         await asyncio.to_thread(file.write, part)
-    async with json_lock:
+    async with json_slots.slot(request.state.client.id):
         values = await asyncio.to_thread(_decode_json, file)
     return TranscriptionBody.collect(values.items())
 

@@ -14,26 +14,14 @@ RETRY_AFTER_S = 5
 """Seconds after which to try again where too many uploads are arriving."""
 
 
-class ArrivingUploads:
-    """Counts the uploads that are arriving, by client.
+class UploadCounts:
+    """Counts uploads by client."""
 
-    Beyond `limit` of them, a client gets no more than its share: the limit divided by the number of clients that
-    upload. Beyond twice the limit nobody gets more.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
 
     def __getitem__(self, client: Client) -> int:
         return self._counts[client.id]
-
-    def check(self, client: Client) -> None:
-        """Raise ServiceBusy where one more upload of a client exceeds the limit."""
-        total, clients = self._counts.total(), len(self._counts.keys() | {client.id})
-        has_share = self._counts[client.id] >= max(1, self._limit // clients)
-        if (total >= self._limit and has_share) or total >= 2 * self._limit:
-            raise ServiceBusy(RETRY_AFTER_S, "too many uploads are arriving")
 
     @contextmanager
     def one_of(self, client: Client) -> Iterator[None]:
@@ -45,6 +33,17 @@ class ArrivingUploads:
             self._counts[client.id] -= 1
             if not self._counts[client.id]:
                 del self._counts[client.id]
+
+    def check(self, client: Client, limit: int) -> None:
+        """Raise ServiceBusy where one more upload of a client exceeds a limit.
+
+        Beyond the limit, a client gets no more than its share: the limit divided by the number of clients that upload.
+        Beyond twice the limit nobody gets more.
+        """
+        total, clients = self._counts.total(), len(self._counts.keys() | {client.id})
+        has_share = self._counts[client.id] >= max(1, limit // clients)
+        if (total >= limit and has_share) or total >= 2 * limit:
+            raise ServiceBusy(RETRY_AFTER_S, "too many uploads are arriving")
 
 
 class UploadTimer:

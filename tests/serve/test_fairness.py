@@ -20,7 +20,7 @@ def test_the_least_served_client_is_next_and_idle_time_earns_nothing():
     usage.add("new", 10)
     assert usage["new"] - usage["a"] <= 10
     usage.serve("new")
-    assert usage._used_s == {}  # of those that count as served equally, nothing is kept
+    assert usage._used == {}  # of those that count as served equally, nothing is kept
 
 
 def test_slots_go_to_the_client_that_holds_fewest():
@@ -45,6 +45,21 @@ def test_slots_go_to_the_client_that_holds_fewest():
     assert begun[:7].count("greedy") < 7
     assert set(begun[:7]) == {"greedy", "x", "y"}
     assert len(begun) == 53
+
+
+def test_clients_take_turns_at_a_single_slot():
+    async def run() -> list[str]:
+        slots, begun = FairSlots(1, 1), []
+
+        async def call(client: str) -> None:
+            async with slots.slot(client):
+                begun.append(client)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(call(client) for client in "aaaaaabbc"))
+        return begun
+
+    assert asyncio.run(run()) == list("abcabaaaa")
 
 
 @pytest.mark.parametrize("turns", range(4))

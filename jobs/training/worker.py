@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from ray.exceptions import RayError
 from torch.distributed import DistError
 
 from graft.checkpoints.loading import multiplies_bf16
@@ -47,7 +46,6 @@ class StaleCheckpoint(RuntimeError):
     """The batches that a worker gets begin elsewhere than its checkpoint: workers were restarted meanwhile."""
 
 
-_MET_WHERE_OTHERS_DIED = (DistError, RayError, ConnectionError, TimeoutError, StaleCheckpoint)
 _RAISED_IN_GLOO = re.compile(r"\bgloo/\w+")  # a source file: gloo raises a plain RuntimeError
 
 
@@ -181,7 +179,14 @@ def _record_faults(out: Path) -> Iterator[None]:
         write_atomic(out / FAULT_FILE, json.dumps({"error": str(error)}) + "\n")
         raise
     except Exception as error:
-        in_gloo = type(error) is RuntimeError and _RAISED_IN_GLOO.search(str(error))
-        if not (in_gloo or isinstance(error, _MET_WHERE_OTHERS_DIED)):
+        if not _is_met_where_others_died(error):
             write_atomic(out / FAULT_FILE, json.dumps({"bug": traceback.format_exc()}) + "\n")
         raise
+
+
+def _is_met_where_others_died(error: Exception) -> bool:
+    from ray.exceptions import RayError
+
+    if type(error) is RuntimeError:
+        return _RAISED_IN_GLOO.search(str(error)) is not None
+    return isinstance(error, DistError | RayError | ConnectionError | TimeoutError | StaleCheckpoint)

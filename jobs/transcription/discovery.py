@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +21,16 @@ from graft.storage.locations import StoredFile, find_files, redact_uri
 from graft.storage.source import open_source
 
 AUDIO_SUFFIXES = (
-    *(".aac", ".aiff", ".flac", ".m4a", ".m4b", ".mka", ".mkv", ".mov"),
-    *(".mp3", ".mp4", ".oga", ".ogg", ".opus", ".wav", ".webm", ".wma"),
+    *(".3g2", ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".asf", ".au", ".avi", ".bwf", ".caf"),
+    *(".dts", ".eac3", ".f4v", ".flac", ".flv", ".gsm", ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov"),
+    *(".mp2", ".mp3", ".mp4", ".mpc", ".mpeg", ".mpg", ".mts", ".mxf", ".oga", ".ogg", ".ogm", ".ogv", ".opus"),
+    *(".qt", ".ra", ".rf64", ".rm", ".snd", ".spx", ".tak", ".ts", ".tta", ".vob", ".voc", ".w64", ".wav", ".webm"),
+    *(".wma", ".wmv", ".wv"),
 )
-"""Suffixes of the files that are taken from folders; a file that is named itself may have any other."""
+"""Suffixes of the files that are taken from folders: those of sound and video that FFmpeg reads.
+
+A file that is named itself may have any other.
+"""
 LIST_SUFFIXES = (".txt", ".lst")
 PARQUET = ".parquet"
 LOOKUPS = 32
@@ -43,7 +50,21 @@ RECORDINGS = pa.schema(
 )
 
 
+class Discovery(NamedTuple):
+    """What sources hold."""
+
+    recordings: pa.Table
+    """RECORDINGS, as find_recordings lists them."""
+    skipped: list[str]
+    """URIs or absolute paths of the files in folders that are left out, because their suffixes are no audio's."""
+
+
 def find_recordings(sources: Sequence[str], columns: Columns | None = None) -> pa.Table:
+    """Return the recordings that `discover` finds."""
+    return discover(sources, columns).recordings
+
+
+def discover(sources: Sequence[str], columns: Columns | None = None) -> Discovery:
     """List the recordings in files, folders (at any depth), globs, URIs, lists of them, and parquet files: RECORDINGS.
 
     Files are in the order of their names, followed by the rows of parquet files in their own order, so that each row
@@ -52,19 +73,20 @@ def find_recordings(sources: Sequence[str], columns: Columns | None = None) -> p
     Raises DataError when there are none, when two have the same name, and for lists that are not text and parquet
     files without the columns.
     """
-    columns = columns or Columns()
+    columns, skipped = columns or Columns(), list[str]()
     table = pa.concat_tables(
-        [part for source in sources for part in _recordings_of(source, columns)] or [RECORDINGS.empty_table()]
+        [part for source in sources for part in _recordings_of(source, columns, skipped)] or [RECORDINGS.empty_table()]
     )
     if not len(table):
-        raise DataError(
-            f"no audio in {', '.join(map(redact_uri, sources))}: "
-            f"give files, or folders with {', '.join(AUDIO_SUFFIXES)} files"
-        )
-    return _each_once(table)
+        left_out = sorted({suffix_of(uri) or "none" for uri in skipped})
+        others = f" (only files with the suffixes {', '.join(left_out)})" if left_out else ""
+        places = ", ".join(map(redact_uri, sources))
+        raise DataError(f"no audio in {places}{others}: give audio or video files by name, or folders of them")
+    return Discovery(_each_once(table), skipped)
 
 
-def _recordings_of(source: str, columns: Columns) -> Iterator[pa.Table]:
+def _recordings_of(source: str, columns: Columns, skipped: list[str]) -> Iterator[pa.Table]:
+    """Yield the recordings of one source, and append to `skipped` what its folder holds besides."""
     suffix = suffix_of(source)
     if suffix in LIST_SUFFIXES:
         yield _files(_listed(source))
@@ -73,7 +95,9 @@ def _recordings_of(source: str, columns: Columns) -> Iterator[pa.Table]:
     audio = [file for file in found if suffix_of(file.name) != PARQUET]
     corpora = [file for file in found if suffix_of(file.name) == PARQUET]
     is_named = any(sign in source for sign in "*?[") or [file.name for file in found] == [PurePosixPath(source).name]
-    yield _files(audio if is_named else [file for file in audio if suffix_of(file.name) in AUDIO_SUFFIXES])
+    is_taken = [is_named or suffix_of(file.name) in AUDIO_SUFFIXES for file in audio]
+    skipped += [file.uri for file, taken in zip(audio, is_taken, strict=True) if not taken]
+    yield _files([file for file, taken in zip(audio, is_taken, strict=True) if taken])
     for file in corpora:
         rows = read_rows(Source(files=file.uri, columns=columns))
         yield recordings_of_rows(rows, versions=pa.repeat(file.version, len(rows)))
@@ -177,5 +201,5 @@ def _each_once(table: pa.Table) -> pa.Table:
 
 
 def suffix_of(name: str) -> str:
-    """Return the suffix of a path or URI in lower case."""
-    return PurePosixPath(name.partition("?")[0]).suffix.lower()
+    """Return the suffix of a path, or of a URI without its query, in lower case."""
+    return PurePosixPath(name.partition("?")[0] if "://" in name else name).suffix.lower()

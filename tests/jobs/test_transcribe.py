@@ -115,6 +115,10 @@ def test_an_archive_is_transcribed_once_and_what_failed_is_tried_again_only_when
     assert "5/5 recordings  0.01 h  RTFx " in output.out
     assert "3 recordings done, 2 failed; 0.01 h of audio" in output.out
     assert "  failed: 1 x not readable as audio\n" in output.out
+    assert "  broken.mp3: not readable as audio" in output.out
+    assert f"  {out}/errors.jsonl lists all that failed\n" in output.out
+    assert f"1 file is no audio by suffix and left out (1 .md): {out}/skipped.jsonl lists them" in output.err
+    assert json.loads((out / "skipped.jsonl").read_text()) == {"uri": str(calls / "notes.md")}
     summary = json.loads((out / "summary.json").read_text())
     assert summary["cost_per_audio_hour"] == pytest.approx(3 / summary["rtfx"])
     assert "Traceback" not in output.err

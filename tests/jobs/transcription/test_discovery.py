@@ -13,7 +13,7 @@ from graft.audio.vad import SpeechSettings
 from graft.data.dataset import write_corpus
 from graft.data.settings import Columns
 from graft.errors import AudioError, DataError
-from jobs.transcription.discovery import RECORDINGS, find_recordings
+from jobs.transcription.discovery import RECORDINGS, discover, find_recordings
 from jobs.transcription.reader import ItemReader, Reading
 from jobs.transcription.work_items import durations, plan_items
 from tests.support import media, s3, speech_corpus
@@ -61,6 +61,15 @@ def test_a_folder_holds_the_audio_at_any_depth(folder):
     assert found["uri"].to_pylist() == [str(folder / name) for name in found["recording"].to_pylist()]
     assert found["size"].to_pylist() == [5] * 4
     assert found["row"].null_count == 4
+
+
+def test_what_a_folder_holds_besides_is_told(folder):
+    for name in ("old.AMR", "video.ts", "what?.wav", "notes.pdf", "no suffix"):
+        (folder / name).write_bytes(b"12345")
+    found = discover([str(folder), f"{folder}/*.pdf"])
+    taken = ["a.WAV", "b.flac", "notes.pdf", "old.AMR", "sub/a.opus", "sub/deep/call.m4a", "video.ts", "what?.wav"]
+    assert found.recordings["recording"].to_pylist() == taken
+    assert sorted(found.skipped) == [str(folder / name) for name in ("no suffix", "notes.pdf", "sub/readme.md")]
 
 
 def test_a_version_changes_with_the_file_and_with_nothing_else(folder):
@@ -160,5 +169,5 @@ def test_what_is_missing_is_a_recording_or_an_error(folder):
     with pytest.raises(DataError, match="nowhere"):
         names("nowhere")
     (folder / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no audio in calls/empty: give files, or folders with .aac, "):
+    with pytest.raises(DataError, match=r"no audio in calls/empty: give audio or video files by name, or "):
         names("calls/empty")

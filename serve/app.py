@@ -33,7 +33,7 @@ from .http.api import transcription_api
 from .http.middleware import ApiKeys
 from .logs import LOG, log_through_ray_serve
 from .metrics import EngineMetrics, RequestMetrics, call_every_second
-from .service import ModelInfo, ModelNotReady, Service, TranscriptionOptions
+from .service import ModelInfo, ModelNotReady, Part, Service, TranscriptionOptions
 
 COMMON_SETTINGS: dict[str, Any] = {
     "graceful_shutdown_timeout_s": 60,
@@ -115,7 +115,7 @@ class Engine:
 
     async def transcribe_chunk(
         self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
-    ) -> AsyncGenerator[str | Segment, None]:
+    ) -> AsyncGenerator[Part, None]:
         """See TranscriptionBackend."""
         start = time.monotonic()
         async with aclosing(self._model.transcribe_chunk(chunk, options, stream=stream)) as parts:

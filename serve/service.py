@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from graft.audio.chunking import Chunk
 from graft.inference.engines.protocol import EngineCounts
-from graft.inference.transcript import Segment, Transcript, stitch
+from graft.inference.transcript import ScoredToken, Segment, Transcript, stitch
 
 from .decode.decoder import DecodedUpload, Decoder
 from .fairness import FairSlots
@@ -21,6 +21,8 @@ from .logs import Observer
 
 CHUNKS_PER_REQUEST = 4
 """Chunks that one request has in the engine at a time, so that an upload of hours does not delay one of seconds."""
+Part: TypeAlias = str | ScoredToken | Segment
+"""What a backend yields of a chunk."""
 NO_SEGMENT = "the backend returned no segment for a chunk"
 NO_COUNTS = EngineCounts(running=0, waiting=0, prefills=0, steps=0, tokens=0, busy_s=0.0)
 ANONYMOUS = "anonymous"
@@ -95,10 +97,11 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class TranscriptionOptions:
-    """Options of a request: words that may occur in the audio, and whether words get timestamps."""
+    """Options of a request: words that may occur in the audio, and whether words get timestamps and tokens are sent."""
 
     context: tuple[str, ...] | None = None
     word_timestamps: bool = False
+    logprobs: bool = False
 
 
 class TranscriptionBackend(Protocol):
@@ -110,8 +113,11 @@ class TranscriptionBackend(Protocol):
 
     def transcribe_chunk(
         self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
-    ) -> AsyncGenerator[str | Segment, None]:
-        """Yield a chunk's segment; with `stream`, first its text in parts. Closing the generator aborts the chunk."""
+    ) -> AsyncGenerator[Part, None]:
+        """Yield a chunk's segment; with `stream`, first its text in parts. Closing the generator aborts the chunk.
+
+        With `options.logprobs` the segment is a ScoredSegment, and each part of a stream comes after its tokens.
+        """
         ...
 
 
@@ -174,20 +180,26 @@ class Service:
             return stitch(segments, duration_s=upload.duration_s, model=model)
 
     async def stream(
-        self, path: str, options: TranscriptionOptions, *, client: Client = NOBODY
-    ) -> AsyncGenerator[str, None]:
-        """Yield the text of a file in parts, in order, as they are decoded; joined they are the transcript's text.
+        self, path: str, options: TranscriptionOptions, *, model: str, client: Client = NOBODY
+    ) -> AsyncGenerator[str | ScoredToken | Transcript, None]:
+        """Yield the text of a file in parts, in order, as they are decoded, and at last the transcript.
 
-        Raises what `transcribe` raises.
+        The parts joined are the transcript's text. With `options.logprobs`, tokens come before the text that they
+        complete. Raises what `transcribe` raises.
         """
         start, has_begun, space = time.monotonic(), False, ""
+        segments: list[Segment] = []
         async with (
             self._admit(path, client) as upload,
             aclosing(self._transcribe_in_order(upload.chunks, options, client, stream=True)) as parts,
         ):
             async for part in parts:
                 if isinstance(part, Segment):
+                    segments.append(part)
                     space = " " if part.text else space  # between this chunk and the next
+                    continue
+                if isinstance(part, ScoredToken):
+                    yield part
                     continue
                 if not has_begun:
                     self._observer.on_first_text(time.monotonic() - start)
@@ -195,6 +207,7 @@ class Service:
                 yield space + part
                 space = ""
             self._observer.on_transcript(upload.duration_s, time.monotonic() - start, key=client.name)
+            yield stitch(segments, duration_s=upload.duration_s, model=model)
 
     def check_capacity(self, client: Client, unanswered: int = 0) -> None:
         """Raise ServiceBusy where one more request exceeds a limit, ServiceStopping after `stop`.
@@ -260,12 +273,12 @@ class Service:
 
     async def _transcribe_in_order(
         self, chunks: Sequence[Chunk], options: TranscriptionOptions, client: Client, *, stream: bool
-    ) -> AsyncGenerator[str | Segment, None]:
+    ) -> AsyncGenerator[Part, None]:
         """Yield what the backend yields for one chunk after the other, while several are decoded together."""
         slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
-        queues: list[asyncio.Queue[str | Segment | Exception]] = [asyncio.Queue() for _ in chunks]
+        queues: list[asyncio.Queue[Part | Exception]] = [asyncio.Queue() for _ in chunks]
 
-        async def fill(queue: asyncio.Queue[str | Segment | Exception], chunk: Chunk) -> None:
+        async def fill(queue: asyncio.Queue[Part | Exception], chunk: Chunk) -> None:
             try:
                 async with (
                     slots,
@@ -282,7 +295,7 @@ class Service:
         tasks = [asyncio.create_task(fill(queue, chunk)) for queue, chunk in zip(queues, chunks, strict=True)]
         try:
             for queue in queues:
-                part: str | Segment | Exception = ""
+                part: Part | Exception = ""
                 while not isinstance(part, Segment):
                     part = await queue.get()
                     if isinstance(part, Exception):

@@ -12,10 +12,12 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from functools import cached_property
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from transformers import WhisperForConditionalGeneration
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from graft.audio.chunking import Chunk, Chunker, windows
 from graft.audio.clip import AudioClip, read_audio
@@ -31,7 +33,7 @@ from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.engines.transformers_engine import TransformersEngine
 from graft.inference.engines.whisper_decoder import WhisperDecoder
 from graft.inference.hallucination import NO_REPEAT_NGRAM, QualityVerdict, check_quality, pick_better
-from graft.inference.transcript import Segment, Transcript, Word, stitch
+from graft.inference.transcript import ScoredSegment, ScoredToken, Segment, Transcript, Word, stitch
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import SpeechProcessor, max_new_tokens
 
@@ -46,6 +48,8 @@ ChunkFunction = Callable[[AudioClip], list[Chunk]]
 BATCH_TOKENS = {"cpu": 16_384, "cuda": 65_536}
 # Tokens of the prompts that are read between two decode steps, by device: all running rows wait for them.
 PREFILL_TOKENS = {"cpu": 1_024, "cuda": 8_192}
+# Byte-level tokenizers write each byte of a token as one character.
+BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
 
 T = TypeVar("T")
 
@@ -146,8 +150,9 @@ class Transcriber:
         instruction: str | None = None,
         context: Sequence[str] | None = None,
         words: bool | None = None,
+        scored: bool = False,
     ) -> list[Segment]:
-        """Transcribe chunks that are cut already; returns a segment for each, in order.
+        """Transcribe chunks that are cut already; returns a segment for each, in order, if `scored` a ScoredSegment.
 
         Raises ModelError as `transcribe` does.
         """
@@ -155,16 +160,22 @@ class Transcriber:
 
         async def transcribe_chunk(chunk: Chunk) -> Segment:
             request = await self._in_background(self._make_request, chunk.clip, phrasing)
-            return await self._decode_chunk(chunk, request, timed)
+            return await self._decode_chunk(chunk, request, timed, scored=scored)
 
         return await asyncio.gather(*map(transcribe_chunk, chunks))
 
     async def stream_chunk(
-        self, chunk: Chunk, *, instruction: str | None = None, context: Sequence[str] | None = None
-    ) -> AsyncGenerator[str | Segment, None]:
+        self,
+        chunk: Chunk,
+        *,
+        instruction: str | None = None,
+        context: Sequence[str] | None = None,
+        scored: bool = False,
+    ) -> AsyncGenerator[str | ScoredToken | Segment, None]:
         """Yield a chunk's text in parts as it is decoded, and at last its segment, whose text is all parts joined.
 
-        No part is taken back: text that `check_quality` flags is not decoded again. Raises ModelError as `transcribe`
+        If `scored`, each token is yielded before the text that it completes, and the segment is a ScoredSegment. No
+        part is taken back: text that `check_quality` flags is not decoded again. Raises ModelError as `transcribe`
         does.
         """
         phrasing = self._processor.instruction(instruction, context)
@@ -174,6 +185,9 @@ class Transcriber:
         async with aclosing(self._engine.stream(request)) as stream:
             async for token in stream:
                 tokens.append(token)
+                if scored:
+                    for one in self._score([token]):
+                        yield one
                 text = self._decode_text(tokens).rstrip("\ufffd").rstrip()  # a character may take several tokens
                 if len(text) > len(sent) and text.startswith(sent):
                     yield text[len(sent) :]
@@ -181,7 +195,8 @@ class Transcriber:
         verdict = self._check(chunk, request, tokens)
         if rest := verdict.text.removeprefix(sent):
             yield rest
-        yield await self._make_segment(chunk, verdict, words=False)
+        segment = await self._make_segment(chunk, verdict, words=False)
+        yield self._add_tokens(segment, request, tokens) if scored else segment
 
     @property
     def takes_context(self) -> bool:
@@ -230,13 +245,19 @@ class Transcriber:
             aligner=self._aligner.name if self._aligner and words else None,
         )
 
-    async def _decode_chunk(self, chunk: Chunk, request: EngineRequest, words: bool) -> Segment:
+    async def _decode_chunk(
+        self, chunk: Chunk, request: EngineRequest, words: bool, *, scored: bool = False
+    ) -> Segment:
         tokens = await self._decode(request)
         verdict = self._check(chunk, request, tokens)
         if verdict.flags and has_repeated_ngram([token.id for token in tokens], NO_REPEAT_NGRAM):
             request = replace(request, request_id=uuid.uuid4().hex, no_repeat_ngram=NO_REPEAT_NGRAM)
-            verdict = pick_better(verdict, self._check(chunk, request, await self._decode(request)))
-        return await self._make_segment(chunk, verdict, words=words)
+            other_tokens = await self._decode(request)
+            other = self._check(chunk, request, other_tokens)
+            if pick_better(verdict, other) is other:
+                tokens, verdict = other_tokens, other
+        segment = await self._make_segment(chunk, verdict, words=words)
+        return self._add_tokens(segment, request, tokens) if scored else segment
 
     async def _decode(self, request: EngineRequest) -> list[Token]:
         async with aclosing(self._engine.stream(request)) as stream:
@@ -256,6 +277,23 @@ class Transcriber:
         with self._tokenizer_lock:
             text = self._processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True)
         return " ".join(text.split())
+
+    def _score(self, tokens: Sequence[Token]) -> list[ScoredToken]:
+        """Return the bytes of tokens that are not special."""
+        tokenizer = self._processor.tokenizer
+        with self._tokenizer_lock:
+            special = self._special_ids
+            written = [token for token in tokens if token.id not in special]
+            pieces = tokenizer.convert_ids_to_tokens([token.id for token in written])
+        return [ScoredToken(_bytes_of(piece), token.logprob) for piece, token in zip(pieces, written, strict=True)]
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self._processor.tokenizer.all_special_ids)
+
+    def _add_tokens(self, segment: Segment, request: EngineRequest, tokens: Sequence[Token]) -> ScoredSegment:
+        scored = tuple(self._score(tokens))
+        return ScoredSegment(**vars(segment), tokens=scored, prompt_token_count=len(request.prompt_ids))
 
     async def _make_segment(self, chunk: Chunk, verdict: QualityVerdict, *, words: bool) -> Segment:
         start_s, text = chunk.start_s, verdict.text
@@ -336,6 +374,13 @@ def make_transcriber(
         max_prefill_tokens=PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"]),
     )
     return Transcriber(engine, processor, name, chunker=chunker, aligner=aligner)
+
+
+def _bytes_of(piece: str) -> bytes:
+    """Return the bytes that a byte-level token stands for; a token that was added to the vocabulary is plain text."""
+    if all(character in BYTE_OF_CHARACTER for character in piece):
+        return bytes(BYTE_OF_CHARACTER[character] for character in piece)
+    return piece.encode()
 
 
 def _run(coroutine: Coroutine[object, object, T]) -> T:

@@ -34,6 +34,25 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class ScoredToken:
+    """A token as the model wrote it, in UTF-8, of which it may be a part, and its natural log-probability."""
+
+    data: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
+class ScoredSegment(Segment):
+    """A segment with the tokens of its text and the number of tokens in its prompt.
+
+    The tokens joined are `text`, up to the white space between words and around them.
+    """
+
+    tokens: tuple[ScoredToken, ...] = ()
+    prompt_token_count: int = 0
+
+
+@dataclass(frozen=True)
 class Transcript:
     """The text of a whole recording, its segments in order, its duration in seconds and the name of the model.
 

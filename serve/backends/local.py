@@ -9,10 +9,10 @@ from graft.audio.chunking import Chunk
 from graft.checkpoints.names import checkpoint_name
 from graft.errors import GraftError
 from graft.inference.engines.protocol import EngineCounts
-from graft.inference.transcript import Segment
+from graft.inference.transcript import ScoredToken
 
 from ..config import ServeArgs
-from ..service import ModelInfo, TranscriptionOptions
+from ..service import ModelInfo, Part, TranscriptionOptions
 
 if TYPE_CHECKING:  # an ingress replica imports this file and starts sooner without torch
     from graft.inference.transcriber import Transcriber
@@ -64,17 +64,20 @@ class LocalBackend:
 
     async def transcribe_chunk(
         self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
-    ) -> AsyncGenerator[str | Segment, None]:
+    ) -> AsyncGenerator[Part, None]:
         """See TranscriptionBackend."""
         self._active_chunks += 1
         try:
             if stream:
-                async with aclosing(self._transcriber.stream_chunk(chunk, context=options.context)) as parts:
+                async with aclosing(
+                    self._transcriber.stream_chunk(chunk, context=options.context, scored=True)
+                ) as parts:
                     async for part in parts:
-                        yield part
+                        if options.logprobs or not isinstance(part, ScoredToken):
+                            yield part
             else:
                 (segment,) = await self._transcriber.transcribe_chunks(
-                    [chunk], context=options.context, words=options.word_timestamps
+                    [chunk], context=options.context, words=options.word_timestamps, scored=options.logprobs
                 )
                 yield segment
         finally:

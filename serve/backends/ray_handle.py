@@ -19,10 +19,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from graft.audio.chunking import Chunk
-from graft.inference.transcript import Segment
+from graft.inference.transcript import ScoredToken, Segment
 
 from ..logs import LOG
-from ..service import NO_SEGMENT, ModelInfo, ModelNotReady, TranscriptionOptions
+from ..service import NO_SEGMENT, ModelInfo, ModelNotReady, Part, TranscriptionOptions
 
 MAX_ATTEMPTS = 2
 """Replicas that a chunk is sent to: one that kills two of them is not sent to a third."""
@@ -112,14 +112,14 @@ class RayBackend:
 
     async def transcribe_chunk(
         self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
-    ) -> AsyncGenerator[str | Segment, None]:
+    ) -> AsyncGenerator[Part, None]:
         """See TranscriptionBackend. A second attempt yields only the text that the first did not.
 
         Raises ModelNotReady, ModelChanged.
         """
-        sent = ""
+        sent, sent_token_count = "", 0
         for attempts_left in reversed(range(MAX_ATTEMPTS)):
-            received = ""  # in this attempt
+            received, token_count = "", 0  # in this attempt
             try:
                 async with aclosing(self._stream_from_replica(chunk, options, stream)) as parts:
                     async for part in parts:
@@ -128,6 +128,12 @@ class RayBackend:
                                 raise ModelChanged
                             yield part
                             return
+                        if isinstance(part, ScoredToken):
+                            token_count += 1
+                            if token_count > sent_token_count:
+                                yield part
+                                sent_token_count = token_count
+                            continue
                         received += part
                         if not (received.startswith(sent) or sent.startswith(received)):
                             raise ModelChanged

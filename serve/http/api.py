@@ -8,12 +8,12 @@ GET /docs                        the description of the API
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Collection, Sequence
+from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
@@ -22,14 +22,14 @@ from graft.inference.subtitles import format_transcript
 from graft.inference.transcript import Transcript
 
 from ..fairness import FairSlots
-from ..logs import LOG, Observer
-from ..service import ANONYMOUS, Client, ModelInfo, ModelNotReady, ReplicaModel, Service, TranscriptionOptions
-from .errors import ERROR_RESPONSES, EXPECTED, SERVER_ERROR, ApiError, describe_exception, error_response
+from ..logs import Observer
+from ..service import ANONYMOUS, Client, ModelInfo, ModelNotReady, ReplicaModel, Service
+from .errors import ERROR_RESPONSES, EXPECTED, ApiError, error_response
+from .event_stream import KEEP_ALIVE_S, stream_events
 from .idempotency import ResponseCache
 from .middleware import AccessMiddleware, ApiKeys, RequestMiddleware
 from .request import IGNORED_HEADER, ignored_header, read_options, receive_body
 from .schema import (
-    ErrorResponse,
     FailedChange,
     ModelCard,
     ModelList,
@@ -38,8 +38,9 @@ from .schema import (
     TranscriptionResponse,
     Usage,
     VerboseTranscriptionResponse,
-    format_event,
+    convert_tokens,
     request_body_schema,
+    tokens_of,
     verbose_response,
 )
 from .timeout import TimeoutMiddleware
@@ -66,6 +67,7 @@ def transcription_api(
     max_upload_s: float = MAX_UPLOAD_S,
     min_upload_bytes_per_s: float = 0,
     request_timeout_s: float | None = None,
+    keep_alive_s: float = KEEP_ALIVE_S,
     observer: Observer | None = None,
     sends_id: bool = True,
     aliases: Sequence[str] = (),
@@ -105,9 +107,8 @@ def transcription_api(
     for kind in EXPECTED:
         api.add_exception_handler(kind, lambda _, error: error_response(error))
     protected: dict[str, Any] = {"dependencies": [Depends(_BEARER)], "responses": ERROR_RESPONSES}
-    _add_transcriptions(
-        api, service, protected | {"responses": ERROR_RESPONSES | {200: _TRANSCRIPTION}}, aliases, strict=strict
-    )
+    settings = protected | {"responses": ERROR_RESPONSES | {200: _TRANSCRIPTION}}
+    _add_transcriptions(api, service, settings, aliases, strict=strict, keep_alive_s=keep_alive_s)
 
     @api.get("/v1/models", **protected)
     async def models() -> ModelList:
@@ -151,7 +152,13 @@ def _describe_replica(replica: ReplicaModel) -> ReplicaCard:
 
 
 def _add_transcriptions(
-    api: FastAPI, service: Service, settings: dict[str, Any], aliases: Collection[str], *, strict: bool
+    api: FastAPI,
+    service: Service,
+    settings: dict[str, Any],
+    aliases: Collection[str],
+    *,
+    strict: bool,
+    keep_alive_s: float,
 ) -> None:
     cache: ResponseCache[Response] = ResponseCache()
     json_slots = FairSlots(1, 1)
@@ -180,15 +187,13 @@ def _add_transcriptions(
             async def respond(upload: AsyncExitStack) -> Response:
                 async with upload:  # the file is deleted here, because this may outlive the request
                     transcript = await service.transcribe(path, options, model=info.name, client=client)
-                    response = _format_response(asked, transcript, info)
+                    response = _format_response(asked, transcript, info, logprobs=options.logprobs)
                     response.headers.update(headers)
                     return response
 
             if asked.stream:
-                # This returns once the file has been decoded.
-                response = await _stream_events(service, path, options, client)
-                response.headers.update(headers)
-                return response
+                parts = service.stream(path, options, model=info.name, client=client)
+                return await stream_events(parts, files.pop_all(), options, keep_alive_s, headers)
             if not idempotency_key:
                 return await respond(files.pop_all())
             wanted = f"{await asyncio.to_thread(_file_digest, path)} {asked.model_dump()} {sorted(body.faults)}"
@@ -213,11 +218,14 @@ def _check_model(name: str, info: ModelInfo, aliases: Collection[str]) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _format_response(asked: TranscriptionRequest, transcript: Transcript, info: ModelInfo) -> Response:
+def _format_response(
+    asked: TranscriptionRequest, transcript: Transcript, info: ModelInfo, *, logprobs: bool
+) -> Response:
     match asked.response_format:
         case "json":
-            usage = Usage(seconds=transcript.duration_s)
-            return JSONResponse(TranscriptionResponse(text=transcript.text, usage=usage).model_dump())
+            answer = TranscriptionResponse(text=transcript.text, usage=Usage(seconds=transcript.duration_s))
+            answer.logprobs = convert_tokens(tokens_of(transcript)) if logprobs else None
+            return JSONResponse(answer.model_dump(exclude_none=True))
         case "verbose_json":
             wanted = asked.timestamp_granularities
             return JSONResponse(verbose_response(transcript, language=info.language, granularities=wanted).model_dump())
@@ -225,25 +233,3 @@ def _format_response(asked: TranscriptionRequest, transcript: Transcript, info: 
             return PlainTextResponse(transcript.text + "\n")
         case subtitles:
             return PlainTextResponse(format_transcript(transcript, subtitles), media_type=MEDIA_TYPES[subtitles])
-
-
-async def _stream_events(service: Service, path: str, options: TranscriptionOptions, client: Client) -> Response:
-    """Return a stream of events. An error before the first text is raised, so that the response gets its status."""
-    parts = service.stream(path, options, client=client)
-    first = await anext(parts, "")
-
-    async def events() -> AsyncIterator[bytes]:
-        text = first
-        async with aclosing(parts):
-            try:
-                if first:
-                    yield format_event({"type": "transcript.text.delta", "delta": first})
-                async for part in parts:
-                    text += part
-                    yield format_event({"type": "transcript.text.delta", "delta": part})
-                yield format_event({"type": "transcript.text.done", "text": text})  # all deltas joined
-            except Exception as error:
-                LOG.error("a stream failed: %s", describe_exception(error))
-                yield format_event(ErrorResponse(error=SERVER_ERROR).model_dump())
-
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

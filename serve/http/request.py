@@ -217,9 +217,15 @@ def read_options(body: TranscriptionBody, request: TranscriptionRequest, info: M
             raise ApiError(400, message, param=param, code="unsupported_value")
     if wants_words and not has_words:
         body.refuse("timestamp_granularities", "word timestamps need response_format verbose_json, srt or vtt")
+    if request.include and not (request.stream or request.response_format == "json"):
+        body.refuse("include", "log-probabilities of tokens need response_format json or a stream")
     if request.temperature:
         body.refuse("temperature", "temperature must be 0: decoding is greedy")
-    return TranscriptionOptions(context=_read_context(body, request, info), word_timestamps=wants_words and has_words)
+    return TranscriptionOptions(
+        context=_read_context(body, request, info),
+        word_timestamps=wants_words and has_words,
+        logprobs=bool(request.include),
+    )
 
 
 def _is_language(value: str | None, language: str) -> bool:

@@ -3,12 +3,12 @@
 import json
 import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from graft.inference.transcript import Segment, Transcript
+from graft.inference.transcript import ScoredSegment, ScoredToken, Segment, Transcript
 
 
 class TranscriptionRequest(BaseModel):
@@ -34,6 +34,8 @@ class TranscriptionRequest(BaseModel):
     """Accepted for compatibility."""
     strict: bool | None = None
     """Refuse the request with a 400 where one of its fields would be ignored."""
+    include: list[Literal["logprobs"]] = []
+    """`logprobs` adds the tokens and their log-probabilities to the response in json, and to the events of a stream."""
     prompt: str | None = Field(default=None, max_length=4_000)
     """Words that may occur (names, terms), separated by commas or line ends. It is ignored if the model was not trained
     for them."""
@@ -52,7 +54,7 @@ class TranscriptionRequest(BaseModel):
 
 LISTS = frozenset(name for name, field in TranscriptionRequest.model_fields.items() if isinstance(field.default, list))
 """Fields that hold lists; in forms their names end in `[]`, and they occur once for each item."""
-HINTS = frozenset({"prompt", "keywords", "temperature", "chunking_strategy"})
+HINTS = frozenset({"include", "prompt", "keywords", "temperature", "chunking_strategy"})
 """Fields that are ignored where they are malformed or cannot be honoured."""
 
 
@@ -84,11 +86,30 @@ class Usage(BaseModel):
     seconds: float
 
 
+class TokenUsage(BaseModel):
+    """Tokens that the model read and wrote, and seconds of audio, in the last event of a stream."""
+
+    type: Literal["tokens"] = "tokens"
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    seconds: float
+
+
+class TokenLogprob(BaseModel):
+    """A token of the text, which may be a part of a character, and its natural log-probability."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
 class TranscriptionResponse(BaseModel):
     """The response with response_format json."""
 
     text: str
     usage: Usage
+    logprobs: list[TokenLogprob] | None = None
 
 
 class TranscriptionWord(BaseModel):
@@ -164,6 +185,8 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+LEAST_LOGPROB = -9_999.0
+"""Stands for the log-probability of a token that has none, as in OpenAI's API."""
 ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
 
 
@@ -205,6 +228,36 @@ def verbose_response(
         words=words if "word" in granularities else None,
         usage=Usage(seconds=transcript.duration_s),
     )
+
+
+def convert_tokens(tokens: Iterable[ScoredToken]) -> list[TokenLogprob]:
+    """Convert tokens to OpenAI's logprobs."""
+    return [
+        TokenLogprob(
+            token=token.data.decode(errors="replace"),
+            bytes=list(token.data),
+            logprob=token.logprob if math.isfinite(token.logprob) else LEAST_LOGPROB,
+        )
+        for token in tokens
+    ]
+
+
+def tokens_of(transcript: Transcript) -> list[ScoredToken]:
+    """Return the tokens of a transcript whose segments are scored."""
+    return [token for segment in _scored_segments(transcript) for token in segment.tokens]
+
+
+def token_usage(transcript: Transcript) -> TokenUsage:
+    """Count the tokens of a transcript whose segments are scored."""
+    read = sum(segment.prompt_token_count for segment in _scored_segments(transcript))
+    written = len(tokens_of(transcript))
+    return TokenUsage(
+        input_tokens=read, output_tokens=written, total_tokens=read + written, seconds=transcript.duration_s
+    )
+
+
+def _scored_segments(transcript: Transcript) -> list[ScoredSegment]:
+    return [segment for segment in transcript.segments if isinstance(segment, ScoredSegment)]
 
 
 def _convert_segment(number: int, segment: Segment) -> TranscriptionSegment:

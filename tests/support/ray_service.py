@@ -111,7 +111,7 @@ class RunningService:
         with self.ask(audio, stream="true") as response:
             assert response.status_code == 200, response.text
             for line in response.iter_lines(chunk_size=1):
-                if line:
+                if line.startswith(b"data: "):  # others are blank or comments
                     yield json.loads(line.removeprefix(b"data: "))
 
     def counts(self) -> EngineCounts:

@@ -26,7 +26,7 @@ from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.engines.transformers_engine import TransformersEngine
 from graft.inference.hallucination import NO_REPEAT_NGRAM
 from graft.inference.transcriber import Transcriber, max_new_tokens, open_transcriber
-from graft.inference.transcript import Segment
+from graft.inference.transcript import ScoredSegment, ScoredToken, Segment
 from graft.processor import GraftProcessor
 from graft.text.wer import score
 from tests.support import tiny_models
@@ -307,6 +307,27 @@ def test_a_streamed_chunk_has_the_text_of_a_whole_one(transcriber):
     assert len(parts) > 3
     assert "".join(parts) == segment.text == whole.text != ""
     assert (segment.start_s, segment.end_s, segment.flags) == (whole.start_s, whole.end_s, whole.flags)
+
+
+def test_a_scored_segment_has_the_tokens_of_its_text(transcriber):
+    chunk = windows(make_clip(1.5, seed=3))[0]
+
+    async def stream() -> list[str | ScoredToken | Segment]:
+        return [part async for part in transcriber.stream_chunk(chunk, scored=True)]
+
+    *parts, streamed = asyncio.run(stream())
+    (plain,) = asyncio.run(transcriber.transcribe_chunks([chunk]))
+    (scored,) = asyncio.run(transcriber.transcribe_chunks([chunk], scored=True))
+    assert isinstance(scored, ScoredSegment)
+    assert isinstance(streamed, ScoredSegment)
+    assert type(plain) is Segment
+    assert scored.text == streamed.text == plain.text != ""
+    written = b"".join(token.data for token in scored.tokens).decode(errors="replace")
+    assert " ".join(written.split()) == scored.text
+    assert np.mean([token.logprob for token in scored.tokens]) == pytest.approx(scored.mean_logprob, abs=1e-4)
+    assert [part for part in parts if isinstance(part, ScoredToken)] == list(streamed.tokens) == list(scored.tokens)
+    assert isinstance(parts[0], ScoredToken)  # before the text that it completes
+    assert scored.prompt_token_count == streamed.prompt_token_count > 0
 
 
 @pytest.mark.slow

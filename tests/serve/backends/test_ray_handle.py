@@ -13,7 +13,7 @@ from ray.serve.exceptions import RayServeException
 from graft.audio.chunking import Chunk
 from graft.audio.clip import AudioClip
 from graft.errors import AudioError, ModelError
-from graft.inference.transcript import Segment
+from graft.inference.transcript import ScoredToken, Segment
 from serve.backends import ray_handle
 from serve.backends.ray_handle import ModelChanged, RayBackend
 from serve.service import NO_SEGMENT, ModelInfo, ModelNotReady, ReplicaModel, TranscriptionOptions
@@ -96,6 +96,14 @@ def transcribe(*attempts: list[Any]) -> list[Any]:
         return [part async for part in backend.transcribe_chunk(CHUNK, TranscriptionOptions(), stream=True)]
 
     return asyncio.run(run())
+
+
+def test_a_second_attempt_sends_only_the_tokens_that_the_first_did_not():
+    tokens = [ScoredToken(data, -0.1) for data in (b"one", b" two", b" three")]
+    parts = [tokens[0], "one", tokens[1], " two", tokens[2], " three", SEGMENT]
+    assert transcribe(parts) == parts
+    for length in range(len(parts)):
+        assert transcribe([*parts[:length], DEATH], parts) == parts
 
 
 @pytest.mark.parametrize(

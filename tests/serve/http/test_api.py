@@ -34,7 +34,7 @@ from graft.errors import RecipeError
 from graft.inference.transcript import Segment
 from serve.http.middleware import CLIENT_CLOSED_REQUEST, KEYS_VARIABLE, ApiKeys
 from serve.logs import Observer
-from serve.service import ModelInfo, TranscriptionBackend, TranscriptionOptions
+from serve.service import ModelInfo, ModelNotReady, TranscriptionBackend, TranscriptionOptions
 from tests.support import media, speech_corpus, spoken_words, tiny_models
 from tests.support.faults import until
 from tests.support.http_service import make_api, open_backend, run_server, serve_api
@@ -691,8 +691,9 @@ def test_context_words_come_by_prompt_or_keywords_and_appear_in_no_response(url,
             assert not any(word in response.text for word in (*WORDS, "Secret", "im_start", "instruction"))
     for prompt in ("", ", ".join(WORDS), special):
         assert post(url, {"prompt": prompt}, file=silence).json()["text"] == ""
-        assert "data: " in (events := post(url, {"prompt": prompt, "stream": "true"}, file=silence).text)
-        assert json.loads(events.removeprefix("data: ")) == {"type": "transcript.text.done", "text": ""}
+        (event,) = read_events(post(url, {"prompt": prompt, "stream": "true"}, file=silence))
+        usage = {"type": "tokens", "input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "seconds": 2.0}
+        assert event == {"type": "transcript.text.done", "text": "", "usage": usage}
 
 
 def test_context_words_are_ignored_or_refused_where_the_model_was_not_trained_for_them(decoder, tmp_path):
@@ -838,6 +839,96 @@ def test_translation_is_refused_with_the_reason(url):
     asked = {"files": {"file": CLIP.read_bytes()}, "data": {"model": "tiny-graft"}, "headers": headers}
     error = read_error(requests.post(f"{url}/v1/audio/translations", timeout=10, **asked), 404)
     assert "does not translate" in error["message"]
+
+
+LOGPROBS = {"include[]": "logprobs"}
+
+
+def text_of(logprobs: list[dict]) -> str:
+    return " ".join(bytes(byte for token in logprobs for byte in token["bytes"]).decode(errors="replace").split())
+
+
+def test_the_tokens_and_their_log_probabilities_are_included_where_that_is_asked(url):
+    plain, answer = post(url, file=LONGER).json(), post(url, LOGPROBS, file=LONGER).json()
+    assert set(plain) == {"text", "usage"}
+    assert {name: answer[name] for name in plain} == plain
+    assert text_of(answer["logprobs"]) == answer["text"]
+    whole = post(url, {"response_format": "verbose_json"}, file=LONGER).json()
+    assert all(set(token) == {"token", "bytes", "logprob"} for token in answer["logprobs"])
+    mean = sum(token["logprob"] for token in answer["logprobs"]) / len(answer["logprobs"])
+    assert len(whole["segments"]) == 1
+    assert mean == pytest.approx(whole["segments"][0]["avg_logprob"], abs=1e-3)
+    for response_format in ("text", "verbose_json", "srt"):  # which have no place for them
+        response = post(url, LOGPROBS | {"response_format": response_format}, file=LONGER)
+        assert (response.status_code, response.headers["X-Graft-Ignored"]) == (200, "include[]")
+    assert post(url, {"include[]": "everything"}).headers["X-Graft-Ignored"] == "include[]"
+
+
+def read_events(response: requests.Response) -> list[dict]:
+    assert response.status_code == 200, response.text
+    return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
+
+
+def test_events_have_log_probabilities_where_that_is_asked_and_usage_always(url):
+    *deltas, done = read_events(post(url, LOGPROBS | {"stream": "true"}, file=LONGER))
+    assert done["logprobs"] == [token for delta in deltas for token in delta["logprobs"]]
+    assert text_of(done["logprobs"]) == done["text"]
+    assert done["logprobs"] == post(url, LOGPROBS, file=LONGER).json()["logprobs"]
+    *plain_deltas, plain_done = read_events(post(url, {"stream": "true"}, file=LONGER))
+    assert [delta["delta"] for delta in plain_deltas] == [delta["delta"] for delta in deltas]
+    assert not any("logprobs" in event for event in (*plain_deltas, plain_done))
+    usage = plain_done["usage"]
+    assert usage == done["usage"]
+    assert (usage["type"], usage["output_tokens"]) == ("tokens", len(done["logprobs"]))
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"] > usage["output_tokens"]
+    assert usage["seconds"] == post(url, file=LONGER).json()["usage"]["seconds"]
+
+
+def test_a_stream_without_text_sends_comments_and_its_errors_as_events(decoder, backend):
+    waiting = WaitingBackend(backend)
+    with serve_api(decoder, waiting, keep_alive_s=0.2) as url:
+        lines: list[str] = []
+        with post(url, {"stream": "true"}, file=LONGER, stream=True) as response:
+            assert response.headers["Content-Type"].startswith("text/event-stream")
+            for line in response.iter_lines(decode_unicode=True):
+                lines.append(line)
+                if len(lines) == 4:
+                    waiting.may_start.set()
+        assert lines[:4] == [": no text yet", ""] * 2
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+        assert events == read_events(post(url, {"stream": "true"}, file=LONGER))
+    for keep_alive_s, code in ((5.0, None), (0.1, "not_ready")):
+        with serve_api(decoder, AbsentBackend(), keep_alive_s=keep_alive_s) as url:
+            response = post(url, {"stream": "true"})
+            if code is None:
+                assert read_error(response, 503)["code"] == "not_ready"
+            else:
+                assert response.text.startswith(": no text yet\n\n")
+                assert [event["error"]["code"] for event in read_events(response)] == [code]
+
+
+class AbsentBackend(TranscriptionBackend):
+    """Waits for an engine for half a second, and then finds none."""
+
+    async def model_info(self) -> ModelInfo:
+        return ModelInfo("tiny-graft", "en", False, False)
+
+    async def transcribe_chunk(
+        self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
+    ) -> AsyncGenerator[str | Segment, None]:
+        await asyncio.sleep(0.5)
+        raise ModelNotReady
+        yield ""
+
+
+def test_a_client_that_leaves_a_stream_frees_its_place(decoder, backend, uploads):
+    waiting = WaitingBackend(backend)
+    with serve_api(decoder, waiting, keep_alive_s=0.1, limits={"max_requests": 1}) as url:
+        with post(url, {"stream": "true"}, file=LONGER, stream=True) as response:
+            assert next(response.iter_lines()) == b": no text yet"
+            assert post(url).status_code == 429
+        waiting.may_start.set()
+        until(lambda: post(url).status_code == 200)
 
 
 def test_the_api_is_described(url):

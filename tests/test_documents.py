@@ -188,17 +188,18 @@ def keys() -> set[str]:
     from jobs import COMMANDS
     from jobs.common.cli import PlanOptions
     from serve.command import ServeRecipe
-    from serve.http.schema import TranscriptionRequest
+    from serve.http.schema import LISTS, TranscriptionRequest
 
     verbs = [verb for group in COMMANDS.values() for verb in group]
     mains = [getattr(importlib.import_module(f"jobs.{verb}"), "main", None) for verb in verbs if verb != "serve"]
     recipes = [main.args[0] for main in mains if getattr(main, "args", None)]
-    return {key for recipe in (*recipes, PlanOptions, ServeRecipe, TranscriptionRequest) for key in keys_of(recipe)}
+    found = {key for recipe in (*recipes, PlanOptions, ServeRecipe, TranscriptionRequest) for key in keys_of(recipe)}
+    return found | {f"{name}[]" for name in LISTS}  # as they are called in forms
 
 
 def keys_of(model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        yield field.alias or name
+        yield name
         for inner in models_in(field.annotation):
             yield from keys_of(inner)  # also as a key of its own: in YAML it stands below its group
             yield from (f"{name}.{key}" for key in keys_of(inner))

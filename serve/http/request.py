@@ -37,7 +37,7 @@ MAX_NAME_LENGTH = 40
 """Most fields that the header names, and the most characters of each."""
 MAX_JSON_VALUES = 10_000
 """Most values in a JSON body; base64 has none of the signs that separate them."""
-HOW_TO_SEND = "send the audio as the part `file` of multipart/form-data, or in base64 as `input_audio` of a JSON object"
+HOW_TO_SEND = "send the audio as the file `file` of a form, or in base64 as `input_audio` of a JSON object"
 ANY_LANGUAGE = {"", "auto", "detect", "none", "null", "undefined"}
 """Values of `language` that name no language."""
 LANGUAGE_NAMES = {"en": {"en", "eng", "english"}}

@@ -130,7 +130,7 @@ def test_bad_audio_is_400(service, audio, message):
             "'json', 'text', 'srt', 'vtt' or 'verbose_json'",
         ),
         ({"language": "de"}, "language", "unsupported_value", "the model transcribes 'en' only"),
-        ({"temperature": "0.7"}, "temperature", "unsupported_value", "decoding is greedy"),
+        ({"temperature": "0.7", "strict": "true"}, "temperature", "unsupported_value", "decoding is greedy"),
         ({"stream": "true", "response_format": "srt"}, "stream", "unsupported_value", "response_format json"),
         (
             WORDS | {"response_format": "verbose_json"},
@@ -138,12 +138,17 @@ def test_bad_audio_is_400(service, audio, message):
             "unsupported_value",
             "no aligner is loaded",
         ),
-        ({"voice": "nova"}, "voice", "unsupported_parameter", "not supported"),
+        ({"voice": "nova", "strict": "true"}, "voice", "unsupported_parameter", "not supported"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_unsupported_fields_are_400(service, form, param, code, message):
     assert_error(service.ask(SHORT_NOISE, **form), 400, param=param, code=code, message=message)
+
+
+def test_hints_that_cannot_be_honoured_are_named(service):
+    response = service.ask(SHORT_NOISE, temperature="0.7", voice="nova", language="en-US")
+    assert (response.status_code, response.headers["X-Graft-Ignored"]) == (200, "voice, temperature")
 
 
 def test_what_is_missing_or_unknown(service):
@@ -152,7 +157,8 @@ def test_what_is_missing_or_unknown(service):
     no_file = requests.post(endpoint, files={"model": (None, "tiny-graft")}, **asking)
     assert_error(no_file, 400, param="file", code="missing_required_parameter", message="'file' is missing")
     no_form = requests.post(endpoint, json={"model": "tiny-graft"}, **asking)
-    assert_error(no_form, 400, param="file", code="missing_required_parameter", message="'file' is missing")
+    message = "'input_audio' is missing"
+    assert_error(no_form, 400, param="input_audio", code="missing_required_parameter", message=message)
     other_model = service.ask(SHORT_NOISE, model="whisper-1")
     assert_error(other_model, 404, param="model", code="model_not_found", message="use 'tiny-graft'")
     assert_error(service.get("/v1/nothing"), 404, param=None, code=None, message="Not Found")

@@ -469,7 +469,7 @@ BODIES = {
         FILE % (b"a", b"x") + MODEL + PART % (b"stream", b"\xff") + b"--x--\r\n",
         "stream",
     ),
-    "raw audio": ("audio/flac", b"fLaC", "'file' is missing: send the audio as the part `file`"),
+    "raw audio": ("audio/flac", b"fLaC", "'file' is missing: send the audio as the file `file`"),
     "JSON without audio": ("application/json", b'{"model": "tiny-graft"}', "'input_audio' is missing"),
     "a JSON list": ("application/json", b"[]", "not an object"),
     "no JSON": ("application/json", b"{\xff", "is not JSON"),

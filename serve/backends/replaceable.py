@@ -17,10 +17,9 @@ from filelock import FileLock
 from graft.audio.chunking import Chunk
 from graft.checkpoints.names import checkpoint_name
 from graft.inference.engines.protocol import EngineCounts
-from graft.inference.transcript import Segment
 
 from ..logs import LOG
-from ..service import NO_COUNTS, FailedChange, ModelInfo, ModelNotReady, ReplicaModel, TranscriptionOptions
+from ..service import NO_COUNTS, FailedChange, ModelInfo, ModelNotReady, Part, ReplicaModel, TranscriptionOptions
 from .local import LocalBackend
 
 
@@ -95,7 +94,7 @@ class ReplaceableModel:
 
     async def transcribe_chunk(
         self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
-    ) -> AsyncGenerator[str | Segment, None]:
+    ) -> AsyncGenerator[Part, None]:
         """See TranscriptionBackend. A chunk waits while no model is open."""
         while (backend := self._backend) is None:
             await self._is_open.wait()

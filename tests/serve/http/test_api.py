@@ -924,10 +924,13 @@ class AbsentBackend(TranscriptionBackend):
 def test_a_client_that_leaves_a_stream_frees_its_place(decoder, backend, uploads):
     waiting = WaitingBackend(backend)
     with serve_api(decoder, waiting, keep_alive_s=0.1, limits={"max_requests": 1}) as url:
-        with post(url, {"stream": "true"}, file=LONGER, stream=True) as response:
-            assert next(response.iter_lines()) == b": no text yet"
-            assert post(url).status_code == 429
-        waiting.may_start.set()
+        try:
+            with post(url, {"stream": "true"}, file=LONGER, stream=True) as response:
+                lines = response.iter_lines()  # kept: the connection is closed with it
+                assert next(lines) == b": no text yet"
+                assert post(url).status_code == 429
+        finally:
+            waiting.may_start.set()
         until(lambda: post(url).status_code == 200)
 
 

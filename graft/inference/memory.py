@@ -8,28 +8,34 @@ import torch
 from transformers import WhisperConfig
 
 from graft.checkpoints.loading import DTYPES, base_checkpoint, check_model
-from graft.inference.estimate import graft_memory, whisper_memory
+from graft.errors import ModelError
+from graft.inference.estimate import InferenceMemory, graft_memory, whisper_memory
 from graft.model.configuration import GraftConfig
 
 LONGEST_CHUNK_S = 30.0
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def model_memory(path: str | os.PathLike[str], *, dtype: str | None = None, device: str = "cpu") -> float:
-    """Estimate the bytes that a model takes on a device: its weights, and what full batches need.
-
-    Raises ModelError as check_model does.
-    """
+def model_memory(path: str | os.PathLike[str], *, dtype: str | None = None, device: str = "cpu") -> InferenceMemory:
+    """Estimate the memory that a model takes on a device with full batches. Raises ModelError as check_model does."""
     is_graft, folder = check_model(os.fspath(path)) == "graft", base_checkpoint(os.fspath(path))
     config = (GraftConfig if is_graft else WhisperConfig).from_pretrained(folder)
     stored = DTYPES[dtype] if dtype else config.dtype
     dtype_bytes = stored.itemsize if isinstance(stored, torch.dtype) else torch.float32.itemsize
     kind = torch.device(device).type
     if isinstance(config, GraftConfig):
-        memory = graft_memory(config, chunk_s=LONGEST_CHUNK_S, dtype_bytes=dtype_bytes, kind=kind)
-    else:
-        memory = whisper_memory(config, dtype_bytes=dtype_bytes, kind=kind)
-    return memory.total
+        return graft_memory(config, chunk_s=LONGEST_CHUNK_S, dtype_bytes=dtype_bytes, kind=kind)
+    return whisper_memory(config, dtype_bytes=dtype_bytes, kind=kind)
+
+
+def check_memory(path: str | os.PathLike[str], *, dtype: str | None = None, device: str = "cpu") -> None:
+    """Raise ModelError where a model's weights alone exceed the free memory: the system would kill this process."""
+    needed, free = model_memory(path, dtype=dtype, device=device).weights, free_memory(device)
+    if needed > free:
+        raise ModelError(
+            f"the weights of {path} take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device}: "
+            "give a machine with more memory, or dtype=bf16"
+        )
 
 
 def free_memory(device: str) -> float:

@@ -32,8 +32,11 @@ class LocalBackend:
         """Open a model with the application's settings. Raises ModelError, MissingExtra."""
         from graft.audio.chunking import windows
         from graft.checkpoints.loading import model_digest
+        from graft.inference.memory import check_memory
         from graft.inference.transcriber import open_transcriber
 
+        if args.engine != "vllm":  # which quantizes, and refuses by itself what it has no room for
+            check_memory(model, dtype=args.dtype, device=_device(args))
         digest = model_digest(model)
         transcriber = open_transcriber(
             model,
@@ -94,7 +97,7 @@ def fits_beside(args: ServeArgs, model: str) -> bool:
     if args.engine == "vllm":
         return False
     try:
-        return model_memory(model, dtype=args.dtype, device=_device(args)) <= free_memory(_device(args))
+        return model_memory(model, dtype=args.dtype, device=_device(args)).total <= free_memory(_device(args))
     except (GraftError, OSError, ValueError):  # not a model: opening it says why
         return True
 

@@ -144,7 +144,7 @@ def run(recipe: TranscribeRecipe) -> int:
     if recipe.out is None:
         summary, lines = _print_transcripts(sources, recipe), sys.stderr
     else:
-        found = discover(sources, recipe.columns)
+        found = discover(sources, recipe.columns, results=recipe.out)
         _check_model(recipe)
         out = _claim_output(recipe, recipe.out)
         _say_skipped(found.skipped, out)
@@ -183,6 +183,8 @@ def transcribe(
 
     `opener` opens the model in each worker; by default it is the recipe's.
     """
+    import pyarrow.compute as pc
+
     from .transcription.assembly import OutputSettings, join_recordings, read_index
     from .transcription.pipeline import Pipeline, run_plan
     from .transcription.work_items import at_attempts, plan_items
@@ -197,7 +199,13 @@ def transcribe(
     items = plan_items(recordings, item_s=recipe.item_s, probe=_probe)
     plan = at_attempts(items, done, retry_errors=recipe.retry_errors)
     pipeline = Pipeline(_reading(recipe), opener or _opener(recipe, aligner), workers, _options(recipe))
-    rtfx = run_plan(plan, done, home, pipeline)
+    try:
+        rtfx = run_plan(plan, done, home, pipeline)
+    except KeyboardInterrupt:
+        kept = pc.sum(pc.is_in(plan["id"], read_index(home)["id"])).as_py() or 0
+        parts = f"{kept} of {len(plan)} work items are kept in {out}"
+        print(f"graft: {parts}: the same command goes on from there", file=sys.stderr)
+        raise
     formats = recipe.formats if recipe.out else ()
     output = OutputSettings(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner_name)
     totals = join_recordings(plan, read_index(home), home, out, output)

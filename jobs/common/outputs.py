@@ -1,6 +1,7 @@
 """Give a command its output folder: the folder belongs to the recipe in it and holds no other recipe's results."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ def holds_results(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozense
         ) from error
     new = _dotted_keys(yaml.safe_load(recipe_yaml(recipe)))
     for key in dict.fromkeys([*new, *old]):
-        if key not in ignore and (key not in old or key not in new or old[key] != new[key]):
-            was, wanted = (f"{values[key]!r:.80}" if key in values else "absent" for values in (old, new))
+        if key not in ignore and (key not in old or key not in new or _meaning(old[key]) != _meaning(new[key])):
+            was, wanted = (_shown(values[key]) if key in values else "absent" for values in (old, new))
             raise OutputError(
                 f"output {out} holds another recipe's results: {key} was {was} there and is {wanted} now: "
                 "choose another out= or remove the folder"
@@ -83,6 +84,17 @@ def _output_errors(folder: Path) -> Iterator[None]:
         raise OutputError(
             f"output {folder} cannot be written: {error.strerror or error}: choose another out="
         ) from error
+
+
+def _meaning(value: Any) -> Any:
+    """Return what two spellings of a value share: `calls`, `calls/`, `[calls]` and its absolute path are one folder."""
+    if isinstance(value, list):
+        return _meaning(value[0]) if len(value) == 1 else [_meaning(one) for one in value]
+    return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else f"{value!r:.80}"
 
 
 def _dotted_keys(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -64,18 +64,20 @@ def find_recordings(sources: Sequence[str], columns: Columns | None = None) -> p
     return discover(sources, columns).recordings
 
 
-def discover(sources: Sequence[str], columns: Columns | None = None) -> Discovery:
+def discover(sources: Sequence[str], columns: Columns | None = None, *, results: str | None = None) -> Discovery:
     """List the recordings in files, folders (at any depth), globs, URIs, lists of them, and parquet files: RECORDINGS.
 
     Files are in the order of their names, followed by the rows of parquet files in their own order, so that each row
     group is read once. A list is a .txt or .lst file with a path or URI in each line, relative to its own folder.
-    `columns` names the columns of parquet files. A file that does not exist is a recording too: the run reports it.
+    `columns` names the columns of parquet files. What the folder `results` holds is neither a recording nor skipped: it
+    may lie inside the folder that is transcribed. A file that does not exist is a recording too: the run reports it.
     Raises DataError when there are none, when two have the same name, and for lists that are not text and parquet
     files without the columns.
     """
     columns, skipped = columns or Columns(), list[str]()
     table = pa.concat_tables(
-        [part for source in sources for part in _recordings_of(source, columns, skipped)] or [RECORDINGS.empty_table()]
+        [part for source in sources for part in _recordings_of(source, columns, skipped, results)]
+        or [RECORDINGS.empty_table()]
     )
     if not len(table):
         left_out = sorted({suffix_of(uri) or "none" for uri in skipped})
@@ -85,13 +87,16 @@ def discover(sources: Sequence[str], columns: Columns | None = None) -> Discover
     return Discovery(_each_once(table), skipped)
 
 
-def _recordings_of(source: str, columns: Columns, skipped: list[str]) -> Iterator[pa.Table]:
+def _recordings_of(source: str, columns: Columns, skipped: list[str], results: str | None) -> Iterator[pa.Table]:
     """Yield the recordings of one source, and append to `skipped` what its folder holds besides."""
     suffix = suffix_of(source)
     if suffix in LIST_SUFFIXES:
         yield _files(_listed(source))
         return
     found = _found(source)
+    if results:
+        inside = f"{os.path.abspath(results)}/"
+        found = [file for file in found if not file.uri.removeprefix("file://").startswith(inside)]
     audio = [file for file in found if suffix_of(file.name) != PARQUET]
     corpora = [file for file in found if suffix_of(file.name) == PARQUET]
     is_named = any(sign in source for sign in "*?[") or [file.name for file in found] == [PurePosixPath(source).name]

@@ -40,6 +40,23 @@ def test_a_folder_belongs_to_the_recipe_that_claimed_it(tmp_path):
     assert not holds_results(str(tmp_path / "none"), Job())
 
 
+def test_what_is_said_in_other_words_is_the_same_recipe(tmp_path, monkeypatch):
+    class Calls(Recipe):
+        audio: str | list[str]
+        aligner: str | None = None
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "calls").mkdir()
+    claim_output("out", Calls(audio="calls"))
+    for same in ("calls/", "./calls", str(tmp_path / "calls"), ["calls"], ["calls/"]):
+        assert holds_results("out", Calls(audio=same))
+    for other in ("more", ["calls", "calls"], "calls/a"):
+        with pytest.raises(OutputError, match="audio was 'calls' there and is "):
+            holds_results("out", Calls(audio=other))
+    with pytest.raises(OutputError, match="aligner was null there and is 'whisper' now"):
+        holds_results("out", Calls(audio="calls", aligner="whisper"))
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", ""])
 def test_a_folder_with_a_broken_recipe_is_refused(tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text)

@@ -72,6 +72,21 @@ def test_what_a_folder_holds_besides_is_told(folder):
     assert sorted(found.skipped) == [str(folder / name) for name in ("no suffix", "notes.pdf", "sub/readme.md")]
 
 
+def test_results_inside_the_folder_are_not_transcribed(folder):
+    results = folder / "transcripts"
+    (results / "recordings").mkdir(parents=True)
+    for name in ("recordings/part-00000.parquet", "recipe.yaml", "a.wav"):
+        (results / name).write_bytes(b"12345")
+    for source, out in (
+        (str(folder), "calls/transcripts"),
+        (folder.as_uri(), str(results)),
+        ("calls/", "calls/transcripts/"),
+    ):
+        found = discover([source], results=out)
+        assert found.recordings["recording"].to_pylist() == ["a.WAV", "b.flac", "sub/a.opus", "sub/deep/call.m4a"]
+        assert len(found.skipped) == 1
+
+
 def test_a_version_changes_with_the_file_and_with_nothing_else(folder):
     before = find_recordings(["calls"])["version"].to_pylist()
     assert find_recordings(["calls"])["version"].to_pylist() == before

@@ -191,6 +191,7 @@ def test_without_an_answer_for_ten_seconds_requests_are_refused(quick: None, the
     asyncio.run(run())
 
 
+@pytest.mark.seconds
 def test_a_replica_that_takes_no_more_calls_stays_ready(quick: None) -> None:
     """A broadcast waits while a replica has as many chunks as it takes, and finds none while it changes its model."""
 

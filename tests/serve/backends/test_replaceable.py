@@ -128,6 +128,7 @@ def test_the_old_model_stays_whatever_the_error(models: list[str], texts: list[s
     asyncio.run(run())
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("is_known", [True, False], ids=["too large", "out of memory"])
 def test_where_two_do_not_fit_the_old_one_is_closed_first(
     models: list[str], texts: list[str], is_known: bool, caplog: pytest.LogCaptureFixture
@@ -151,6 +152,7 @@ def test_where_two_do_not_fit_the_old_one_is_closed_first(
     asyncio.run(run())
 
 
+@pytest.mark.seconds
 def test_where_the_new_one_fails_alone_the_old_one_is_opened_again(models: list[str], texts: list[str]) -> None:
     async def run() -> None:
         machine = Machine(room=1, broken={models[1]: torch.OutOfMemoryError("CUDA out of memory")})
@@ -166,6 +168,7 @@ def test_where_the_new_one_fails_alone_the_old_one_is_opened_again(models: list[
     asyncio.run(run())
 
 
+@pytest.mark.seconds
 def test_an_engine_starts_with_the_first_model_that_can_be_opened(models: list[str], texts: list[str]) -> None:
     async def run() -> None:
         for tried in ([models[2], models[1], models[0]], [models[2], models[2], models[1]]):

@@ -61,7 +61,7 @@ class RayBackend:
 
         Where a replica has sent parts of chunks, but has not been asked yet, the last answers of those before it hold.
         """
-        if self._watching is None:
+        if self._watching is None or self._watching.done():
             # In a context of its own, Ray Serve does not cancel it with the request.
             self._watching = asyncio.create_task(self._watch(), context=contextvars.Context())
         if not self._has_answer.is_set():

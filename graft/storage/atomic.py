@@ -26,7 +26,7 @@ def atomic_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # short: names of up to 255 bytes can be written
     try:
         yield temporary
         if sync:

@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 
 from graft.inference.subtitles import CueLimits, Format, format_transcript
 from graft.inference.transcript import Segment, Transcript, Word, stitch
-from graft.storage.atomic import atomic_file, atomic_folder, write_atomic
+from graft.storage.atomic import atomic_file, atomic_folder
 
 from .reader import name_of
+from .transcript_files import file_stems, following_recordings, planned_files, write_transcript_file
 
 RECORDINGS_PER_TASK = 500
 PENDING = ".pending.parquet"
@@ -132,9 +133,14 @@ def join_recordings(plan: pa.Table, index: pa.Table, home: Path, out: Path, outp
     """Join a plan's results to recordings, in parallel, and write out/recordings, out/errors.jsonl and files."""
     import ray
 
-    plan = with_files(plan, index).append_column("stem", _stems(plan["recording"]))
+    plan = with_files(plan, index).append_column("stem", file_stems(plan["recording"]))
     totals, join = Totals(), ray.remote(num_cpus=1)(_join_part)
-    with atomic_folder(out / "recordings", replace=True) as stage:
+    done = done_recordings(plan, index)
+    planned = planned_files(done, output.formats)
+    with (
+        following_recordings(home, Path(output.folder), planned, done["recording_id"]),
+        atomic_folder(out / "recordings", replace=True) as stage,
+    ):
         tasks = [
             join.remote(part, str(home / "items"), str(stage / f"part-{number:05}.parquet"), output)
             for number, part in enumerate(plan_parts(plan))
@@ -150,6 +156,14 @@ def join_recordings(plan: pa.Table, index: pa.Table, home: Path, out: Path, outp
 def with_files(plan: pa.Table, index: pa.Table) -> pa.Table:
     """Add a column `file` to a plan: the file in home/items that holds the item's result."""
     return plan.append_column("file", index["file"].take(pc.index_in(plan["id"], index["id"])))
+
+
+def done_recordings(plan: pa.Table, index: pa.Table) -> pa.Table:
+    """List the `stem` and `recording_id` of the recordings of a plan of which no item failed."""
+    ids = pc.replace_substring_regex(plan["item"], r"-\d+$", "")
+    failed = ids.filter(index["failed"].take(pc.index_in(plan["id"], index["id"])))
+    recordings = plan.select(["stem"]).append_column("recording_id", ids).filter(pc.equal(plan["index"], 0))
+    return recordings.filter(pc.invert(pc.is_in(recordings["recording_id"], failed)))
 
 
 def plan_parts(plan: pa.Table) -> Iterator[pa.Table]:
@@ -185,16 +199,6 @@ def join_errors(items: Sequence[dict[str, Any]]) -> str | None:
     return "; ".join(_reason(item) for item in items if item["error"]) or None
 
 
-def _stems(names: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Name recordings' files by the recordings without suffix; with it, where two recordings would have the same."""
-    unique = names.unique()
-    stems = pc.replace_substring_regex(unique, r"\.[^./]+$", "")
-    counts = stems.value_counts()
-    shared = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1))
-    chosen = pc.if_else(pc.is_in(stems, pc.struct_field(shared, "values")), unique, stems)
-    return chosen.take(pc.index_in(names, unique))
-
-
 def _join_part(plan: pa.Table, items: str, path: str, output: OutputSettings) -> tuple[Totals, list[dict[str, Any]]]:
     totals, failures = Totals(), []
     with atomic_file(path) as temporary, pq.ParquetWriter(temporary, TRANSCRIPTS) as writer:
@@ -207,8 +211,8 @@ def _join_part(plan: pa.Table, items: str, path: str, output: OutputSettings) ->
                 failures += [{key: item[key] for key in keys} | {"error": _reason(item)} for item in failed]
                 continue
             for kind in output.formats:
-                name = f"{recording[0]['stem']}.{kind}"
-                write_atomic(Path(output.folder, name), format_transcript(transcript, kind, output.cues))
+                text = format_transcript(transcript, kind, output.cues)
+                write_transcript_file(Path(output.folder), recording[0]["stem"], kind, text)
     return totals, failures
 
 

@@ -51,7 +51,7 @@ def test_a_submitted_job_does_the_same_as_a_local_one(cluster: Cluster, checkout
     texts = {seed: transcriber.transcribe(audio / f"{seed}.flac").text for seed in range(3)}
     transcriber.close()
     for seed, text in texts.items():
-        assert (tmp_path / "out" / "files" / f"{seed}.txt").read_bytes().decode() == text + "\n"
+        assert (tmp_path / "out" / "files" / f"{seed}.flac.txt").read_bytes().decode() == text + "\n"
     assert "3 recordings done, 1 failed" in output
 
     assert bad_code == 2, bad_output

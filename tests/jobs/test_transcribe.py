@@ -100,9 +100,9 @@ def test_an_archive_is_transcribed_once_and_what_failed_is_tried_again_only_when
     assert rows["broken.mp3"]["error"].startswith("not readable as audio")
     written = sorted(path.relative_to(out / "files").as_posix() for path in (out / "files").rglob("*.*"))
     assert written == sorted(
-        f"{stem}.{kind}" for stem in ("a.flac", "a.wav", "deep/b") for kind in ("txt", "vtt", "json")
+        f"{stem}.{kind}" for stem in ("a.flac", "a.wav", "deep/b.webm") for kind in ("txt", "vtt", "json")
     )
-    assert (out / "files" / "deep" / "b.txt").read_bytes().decode() == rows["deep/b.webm"]["text"] + "\n"
+    assert (out / "files" / "deep" / "b.webm.txt").read_bytes().decode() == rows["deep/b.webm"]["text"] + "\n"
     assert json.loads((out / "files" / "a.flac.json").read_text())["text"] == rows["a.flac"]["text"]
     faults = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
     assert [(fault["recording"], fault["uri"]) for fault in faults] == [
@@ -132,13 +132,17 @@ def test_an_archive_is_transcribed_once_and_what_failed_is_tried_again_only_when
     items = set((out / "work" / "items").iterdir())
     shutil.copy(PROMPTS[1], calls / "new.flac")
     shutil.copy(PROMPTS[2], calls / "broken.mp3")
+    (calls / "a.wav").rename(calls / "moved.wav")
+    (out / "files" / "a.wav.note").write_text("the user's own")
     assert transcribe(*arguments, "items_per_batch=1", "--strict", "--retry-errors") == 0
+    written = {path.name for path in (out / "files").glob("*.wav.*")}
+    assert written == {"a.wav.note", "moved.wav.txt", "moved.wav.vtt", "moved.wav.json"}
     assert "nothing was left to do" not in capsys.readouterr().out
     assert (
-        len(set((out / "work" / "items").iterdir()) - items) == 3
-    )  # new.flac, later.flac, and broken.mp3, which is another file now
+        len(set((out / "work" / "items").iterdir()) - items) == 4
+    )  # new.flac, moved.wav, later.flac, and broken.mp3, which is another file now
     again = rows_of(out)
-    mended = {"broken.mp3", "later.flac"}
+    mended = {"a.wav", "broken.mp3", "later.flac"}
     assert {name: row for name, row in again.items() if name in rows and name not in mended} == {
         name: row for name, row in rows.items() if name not in mended
     }
@@ -168,7 +172,7 @@ def test_a_whisper_transcribes_as_a_graft_does(whisper, calls, tmp_path, capsys)
     assert "truncated" in rows["deep/b.webm"]["flags"]
     assert rows["broken.mp3"]["error"].startswith("not readable as audio")
     for kind in ("txt", "srt", "vtt", "json"):
-        assert (out / "files" / "deep" / f"b.{kind}").stat().st_size > 0
+        assert (out / "files" / "deep" / f"b.webm.{kind}").stat().st_size > 0
     assert json.loads((out / "files" / "a.flac.json").read_text())["model"] == "tiny-whisper"
     assert "3 recordings done, 1 failed; 0.01 h of audio" in capsys.readouterr().out
 
@@ -195,9 +199,9 @@ def test_channels_are_told_apart_and_ordered_by_time(call):
     segments = rows_of(out)["call.wav"]["segments"]
     assert [segment["channel"] for segment in segments] == [1, 2, 1]
     assert [segment["start_s"] for segment in segments] == sorted(segment["start_s"] for segment in segments)
-    text = (out / "files" / "call.txt").read_text()
+    text = (out / "files" / "call.wav.txt").read_text()
     assert [line.partition(":")[0] for line in text.splitlines()] == ["channel 1", "channel 2", "channel 1"]
-    assert "channel 2: " in (out / "files" / "call.srt").read_text()
+    assert "channel 2: " in (out / "files" / "call.wav.srt").read_text()
 
 
 def test_results_of_another_model_or_recipe_never_mix(folder, call, tmp_path, capsys):

@@ -41,10 +41,10 @@ def test_words_stand_in_rows_and_files_of_split_channels(graft, tmp_path):
         words = [Word(**word) for word in segment["words"]]
         assert " ".join(word.text for word in words) == segment["text"]
         assert in_order(words, segment["text"], segment["start_s"], segment["end_s"])
-    told = json.loads((out / "files" / "call.json").read_text())
+    told = json.loads((out / "files" / "call.wav.json").read_text())
     assert (told["segments"], told["aligner"]) == (row["segments"], row["aligner"])
     starts_s = [word["start_s"] for segment in row["segments"] for word in segment["words"]]
-    for cues in (webvtt.read(out / "files" / "call.vtt"), webvtt.from_srt(out / "files" / "call.srt")):
+    for cues in (webvtt.read(out / "files" / "call.wav.vtt"), webvtt.from_srt(out / "files" / "call.wav.srt")):
         starts = [seconds(cue.start) for cue in cues]
         assert len(starts) >= 2
         assert all(min(abs(start - word) for word in starts_s) < 0.002 for start in starts)

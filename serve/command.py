@@ -50,7 +50,7 @@ def run(recipe: ServeRecipe) -> None:
     for package in ("fastapi", "fastapi_offline", "ray"):
         require(package, extra="serve")
     _check_address(recipe.host, recipe.port)
-    with _ray_variables():
+    with _ray_variables(recipe):
         _serve_until_stopped(recipe)
 
 
@@ -94,12 +94,12 @@ def _check_address(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def _ray_variables() -> Iterator[None]:
+def _ray_variables(recipe: ServeRecipe) -> Iterator[None]:
     """Set what Ray reads when it is imported and started, unless the user has set it, until the block ends.
 
     A cluster that runs already has been told when it was started.
     """
-    variables = {} if os.environ.get("RAY_ADDRESS") else ray_variables()
+    variables = {} if os.environ.get("RAY_ADDRESS") else ray_variables(recipe.request_timeout_s)
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

@@ -7,6 +7,7 @@ bounds neither: one endless header stops it. `graft serve` sets the variables by
 nodes of a cluster.
 """
 
+import math
 import os
 import shlex
 import shutil
@@ -29,19 +30,17 @@ VARIABLES = {
 """Variables with HAProxy and without."""
 HAPROXY_VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # Seconds in which a client may send no byte of a body and take none of a response, and those in which a replica may
-    # send none. The latter are more than `request_timeout_s`.
+    # Seconds in which a client may send no byte of a body and take none of a response.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
-    "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "660",
-    # Each change of replicas starts another HAProxy. The one before has this time for the requests that it has.
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "660",
     # Seconds in which an ingress replica that is to end still accepts requests. HAProxy hears of its end within one.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
 }
-"""Variables with HAProxy, the same on all machines."""
+"""Variables with HAProxy, the same for all services."""
+GRACE_S = 60
+"""Seconds after `request_timeout_s` in which the ingress replica must have ended the request itself."""
 
 
-def ray_variables() -> dict[str, str]:
+def ray_variables(request_timeout_s: float = 600) -> dict[str, str]:
     """Return the variables for a Ray of this machine's own, in a folder and on a port of its own, under /tmp.
 
     Where there is no HAProxy, Ray Serve's own proxy is used: outside Linux, `ray[serve]` brings none.
@@ -57,6 +56,10 @@ def ray_variables() -> dict[str, str]:
     return {
         **VARIABLES,
         **HAPROXY_VARIABLES,
+        # Seconds in which a replica may send nothing. Each change of replicas starts another HAProxy, and the one
+        # before has as long for the requests that it has.
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(math.ceil(request_timeout_s + GRACE_S)),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(request_timeout_s + GRACE_S)),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy")),
         "GRAFT_HAPROXY": program,
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",

@@ -50,7 +50,7 @@ console.log(JSON.stringify(found));
 """
 LITELLM = """
 import asyncio, json, sys
-import litellm
+import litellm, openai
 
 url, key, file = sys.argv[1:]
 target = {"model": "openai/whisper-1", "api_base": url, "api_key": key}
@@ -68,7 +68,7 @@ found["verbose"] = ask(response_format="verbose_json", timestamp_granularities=[
 found["asynchronous"] = asyncio.run(ask_asynchronously()).text
 try:
     ask(language="de")
-except litellm.BadRequestError as error:
+except openai.BadRequestError as error:
     found["error"] = str(error)
 print(json.dumps(found))
 """

@@ -79,6 +79,20 @@ def test_a_stream_ends_with_its_deltas_joined(client, transcriber):
     assert len(deltas) > 4
     assert events[-1].type == "transcript.text.done"
     assert "".join(deltas) == events[-1].text == asyncio.run(stream_all())
+    usage = events[-1].usage
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens > usage.input_tokens > 0
+
+
+def test_log_probabilities_of_tokens_are_included(client, transcriber):
+    audio = two_chunks()
+    asked = {"file": ("two.wav", audio), "model": MODEL, "include": ["logprobs"]}
+    response = client.audio.transcriptions.create(**asked)
+    assert all(token.logprob <= 0 and token.bytes for token in response.logprobs)
+    assert len(response.logprobs) > 10
+    *deltas, done = client.audio.transcriptions.create(**asked, stream=True)
+    streamed = [token for delta in deltas for token in delta.logprobs]
+    assert [token.token for token in streamed] == [token.token for token in done.logprobs]
+    assert [token.token for token in streamed] == [token.token for token in response.logprobs]
 
 
 def test_context_words_change_the_text_and_do_not_appear_in_it(client, transcriber):

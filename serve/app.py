@@ -33,7 +33,7 @@ from .http.api import transcription_api
 from .http.middleware import ApiKeys
 from .logs import LOG, log_through_ray_serve
 from .metrics import EngineMetrics, RequestMetrics, call_every_second
-from .service import ModelInfo, ModelNotReady, Part, Service, TranscriptionOptions
+from .service import CHUNKS_PER_REQUEST, ModelInfo, ModelNotReady, Part, Service, TranscriptionOptions
 
 COMMON_SETTINGS: dict[str, Any] = {
     "graceful_shutdown_timeout_s": 60,
@@ -147,6 +147,7 @@ class Ingress:
             max_queued_s=args.max_queued_s,
             max_requests_per_client=_requests_per_key(args, len(self._keys)),
             max_chunks=args.max_ongoing_chunks * args.max_replicas,
+            max_chunks_per_client=_chunks_per_key(args, len(self._keys)),
             observer=self._metrics,
         )
         self._sampling = asyncio.create_task(call_every_second(lambda: self._metrics.sample(self._service)))
@@ -178,6 +179,14 @@ def _requests_per_key(args: ServeArgs, key_count: int) -> int:
     if not key_count:
         return total
     return args.max_ongoing_requests_per_key or (total if key_count == 1 else max(1, total // 2))
+
+
+def _chunks_per_key(args: ServeArgs, key_count: int) -> int | None:
+    """Return the chunks that a client may have in the engines; None is its share.
+
+    A CPU takes seconds for a chunk and gains little from large batches: what one key has there, others wait for.
+    """
+    return None if args.gpus_per_replica or key_count < 2 else CHUNKS_PER_REQUEST * args.max_replicas
 
 
 def build(args: ServeArgs) -> Application:

@@ -61,8 +61,9 @@ class ServeArgs(Recipe):
     """Uploads that an ingress replica accepts at a time. More of them get a 429."""
     max_ongoing_requests_per_key: RequestKey[int | None] = Field(default=None, ge=1)
     """Uploads of one API key that an ingress replica accepts at a time, those that are arriving included. More of them
-    get a 429. A key gets the same share of max_queued_s and of the engines' chunks. By default it is half of
-    max_ongoing_requests where there are several keys, and all of them where there is one or none."""
+    get a 429. A key gets the same share of max_queued_s and of the engines' chunks; of those, where there are several
+    keys, at most four in each engine on a CPU. By default it is half of max_ongoing_requests where there are several
+    keys, and all of them where there is one or none."""
     max_queued_s: RequestKey[float] = Field(default=7_200, gt=0)
     """Seconds of speech that an ingress replica accepts at a time. Uploads beyond that get a 429."""
     request_timeout_s: RequestKey[float] = Field(default=600, gt=0)

@@ -125,7 +125,8 @@ class Service:
     """Transcribes uploads, at most `max_requests` at once and `max_queued_s` seconds of speech in total.
 
     The backend has at most `max_chunks` chunks at once. A client gets at most `max_requests_per_client` of the
-    requests, by default all, and the same share of the speech and of the chunks.
+    requests, by default all, and the same share of the speech and of the chunks, of these at most
+    `max_chunks_per_client`.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Service:
         max_queued_s: float,
         max_requests_per_client: int | None = None,
         max_chunks: int = 64,
+        max_chunks_per_client: int | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.backend = backend
@@ -148,7 +150,8 @@ class Service:
         self._request_counts: Counter[str] = Counter()  # by client
         self._speech_s: list[tuple[str, float]] = []  # client and seconds of each decoded upload
         share = self._max_requests_per_client / max_requests
-        self._chunk_slots = FairSlots(max_chunks, max(1, round(share * max_chunks)))
+        own_chunks = max(1, round(share * max_chunks))
+        self._chunk_slots = FairSlots(max_chunks, min(own_chunks, max_chunks_per_client or own_chunks))
         self._is_stopping = False
         self._is_idle = asyncio.Event()  # set where no request is being transcribed
         self._is_idle.set()

@@ -144,20 +144,21 @@ class CountingBackend(WaitingBackend):
             self.running[tenths] -= 1
 
 
-def test_the_chunks_of_one_client_leave_room_for_those_of_others():
+@pytest.mark.parametrize(("limits", "most"), [({}, 4), ({"max_chunks_per_client": 2}, 2)], ids=["share", "fewer"])
+def test_the_chunks_of_one_client_leave_room_for_those_of_others(limits, most):
     async def run() -> None:
         backend = CountingBackend()
-        service = make_service(backend, max_requests_per_client=5, max_chunks=8)
+        service = make_service(backend, max_requests_per_client=5, max_chunks=8, **limits)
 
         def ask(path: str, client: str) -> asyncio.Task:
             return asyncio.create_task(service.transcribe(path, OPTIONS, model="m", client=Client(client)))
 
         greedy = [ask("0.1 " * 10, "a") for _ in range(5)]
         await asyncio.sleep(0.01)
-        assert backend.running == {1: 4}
+        assert backend.running == {1: most}
         other = ask("0.2", "b")
         await asyncio.sleep(0.01)
-        assert backend.running == {1: 4, 2: 1}
+        assert backend.running == {1: most, 2: 1}
         backend.may_answer.set()
         await asyncio.gather(*greedy, other)
 

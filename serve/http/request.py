@@ -204,7 +204,7 @@ def read_options(body: TranscriptionBody, request: TranscriptionRequest, info: M
         (
             "timestamp_granularities",
             info.supports_word_timestamps or not (wants_words and has_words),
-            "word timestamps need an aligner, and no aligner is loaded",
+            "word timestamps need an aligner, and no aligner is loaded: start the service with aligner=whisper",
         ),
         (
             "stream",

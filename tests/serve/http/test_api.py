@@ -137,8 +137,9 @@ def test_all_of_the_api_but_health_and_documentation_needs_a_key(url):
 def test_keys_are_required_under_any_prefix(decoder, backend):
     """Ray Serve mounts applications with a route_prefix like this."""
     api = make_api(decoder, backend, keys=(KEY,))
-    for prefix in ("/asr", "/v", "/v1", "/a/v1"):
-        with run_server(Starlette(routes=[Mount(prefix, api)])) as url:
+    prefixes = ("/asr", "/v", "/v1", "/a/v1")
+    with run_server(Starlette(routes=[Mount(prefix, api) for prefix in prefixes])) as url:
+        for prefix in prefixes:
             assert requests.get(f"{url}{prefix}/v1/models", timeout=10).status_code == 401
             assert read_error(post(url + prefix, key=OTHER_KEY), 401)
             assert post(url + prefix).status_code == 200
@@ -215,6 +216,7 @@ def test_an_upload_is_not_held_in_memory(decoder, backend, tmp_path):
     assert peak_bytes < 6_000_000
 
 
+@pytest.mark.seconds
 def test_an_upload_that_takes_too_long_is_refused(decoder, backend):
     with serve_api(decoder, backend, max_upload_s=2) as url:
         connection = Connection(url, "Content-Length: 1000")
@@ -276,6 +278,7 @@ def make_serving(decoder, backend, recorder: Recorder, keys: tuple[str, ...], **
     return serve_api(decoder, backend, observer=recorder, keys=keys, limits=limits)
 
 
+@pytest.mark.seconds
 def test_trickling_uploads_take_no_place_and_end_soon(decoder, backend, monkeypatch):
     """One key opens 64 connections, each of which sends a byte now and then."""
     monkeypatch.setattr(serve.http.uploads, "PATIENCE_S", 3.0)
@@ -302,6 +305,7 @@ def test_trickling_uploads_take_no_place_and_end_soon(decoder, backend, monkeypa
             one.close()
 
 
+@pytest.mark.seconds
 def test_a_slow_upload_with_pauses_is_accepted(decoder, backend, monkeypatch):
     monkeypatch.setattr(serve.http.uploads, "PATIENCE_S", 1.0)
     body = FILE % (b"a.flac", CLIP.read_bytes()) + MODEL + b"--x--\r\n"
@@ -884,6 +888,7 @@ def test_events_have_log_probabilities_where_that_is_asked_and_usage_always(url)
     assert usage["seconds"] == post(url, file=LONGER).json()["usage"]["seconds"]
 
 
+@pytest.mark.seconds
 def test_a_stream_without_text_sends_comments_and_its_errors_as_events(decoder, backend):
     waiting = WaitingBackend(backend)
     with serve_api(decoder, waiting, keep_alive_s=0.2) as url:

@@ -155,7 +155,7 @@ class ReplaceableModel:
     def _use(self, model: str, backend: LocalBackend) -> None:
         self._backend, self._info, self._digest, self.path = backend, backend.info, backend.digest, model
         self._is_open.set()
-        LOG.info("the model %s was loaded", model)
+        LOG.info("the model %s was loaded", checkpoint_name(model))
 
 
 def _one_line(error: Exception) -> str:

@@ -244,6 +244,7 @@ def _summary(recipe: TranscribeRecipe, totals: "Totals", rtfx: float | None, sec
         "failed": totals.failed.total(),
         "failed_by_reason": dict(totals.failed.most_common()),
         "flagged_segments": dict(totals.flagged.most_common()),
+        "flagged_recordings": dict(totals.defective.most_common()),
         "audio_hours": totals.audio_s / 3600,
         "rtfx": rtfx,
         "read_cpu_s_per_audio_s": totals.read_s / totals.audio_s if totals.audio_s else None,
@@ -310,6 +311,7 @@ def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     yield from (f"  failed: {count} x {reason}" for reason, count in summary["failed_by_reason"].items())
     yield from (f"  {failure}" for failure in summary.get("failures", []))
     yield from (f"  flagged: {count} segments {flag}" for flag, count in summary["flagged_segments"].items())
+    yield from (f"  flagged: {count} recordings {flag}" for flag, count in summary["flagged_recordings"].items())
 
 
 def _say_skipped(skipped: Sequence[str], out: Path | None) -> None:

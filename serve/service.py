@@ -180,7 +180,7 @@ class Service:
         ):
             segments = [part async for part in parts if isinstance(part, Segment)]
             self._observer.on_transcript(upload.duration_s, time.monotonic() - start, key=client.name)
-            return stitch(segments, duration_s=upload.duration_s, model=model)
+            return stitch(segments, duration_s=upload.duration_s, model=model, defects=upload.defects)
 
     async def stream(
         self, path: str, options: TranscriptionOptions, *, model: str, client: Client = NOBODY

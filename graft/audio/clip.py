@@ -1,18 +1,30 @@
 """Decode any audio file or upload into a clip of 16 kHz mono samples.
 
 file -> frames (libsndfile, FFmpeg) -> mean of the channels -> 16 kHz (soxr) -> AudioClip
+
+Channels of opposite phase cancel each other out in their mean. Where they do, the loudest one is taken. That is decided
+for stretches of seconds that are counted from the start of the recording, so that every span of it gets the same.
 """
 
 import io
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from graft.audio.defects import PHASE_CANCELLED, AudioDefect, merge_defects
 from graft.errors import AudioError
 from graft.storage.source import AudioSource
 
 SAMPLE_RATE = 16_000
+MIX_WINDOW_S = 5
+"""Seconds for which it is decided together how channels are mixed; fewer where they would be over 8 MB."""
+CANCELLED_POWER = 0.01
+"""Power of the mean, as a share of the channels' power, below which they cancel each other out; channels that have
+nothing in common reach one by their number."""
+LEAST_POWER = 1e-6
+"""Power of the loudest channel below which nothing can be cancelled: -60 dB of full scale."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,29 +32,81 @@ class AudioClip:
     """Audio in the form that the models take: float32 (samples,), mono, 16 kHz, full scale +-1."""
 
     samples: np.ndarray
+    defects: tuple[AudioDefect, ...] = ()
+    """What is wrong with the recording that it was read from."""
 
     @property
     def duration_s(self) -> float:
         return len(self.samples) / SAMPLE_RATE
 
 
-def read_audio(source: AudioSource, *, name: str | None = None, max_s: float | None = None) -> AudioClip:
+def read_audio(
+    source: AudioSource, *, name: str | None = None, max_s: float | None = None, salvage: bool = False
+) -> AudioClip:
     """Decode a path, a URI, the bytes of a file or an open binary file into a clip.
 
     Any format, rate and number of channels will do; of a video, the sound is taken. `name` is what error messages call
-    the source; by default its path. Raises AudioError if the source is missing, unreadable, damaged, truncated (where
-    its format can tell), no audio, without samples, longer than `max_s` seconds, or holds NaN or infinite samples.
+    the source; by default its path. With `salvage`, damaged and truncated files are decoded as far as they go, and the
+    clip says in its `defects` what is lost. Raises AudioError if the source is missing, unreadable, no audio, without
+    samples, longer than `max_s` seconds, mostly lost, or holds NaN or infinite samples; without `salvage` also if it is
+    damaged or truncated (where its format can tell).
     """
     # This import is local because training on cached clips needs no decoder.
     from graft.audio.decoding import open_audio
 
+    found: list[AudioDefect] = []
     with open_audio(source, name=name) as audio:
-        mixed = map(mix_channels, audio.frames(max_s=max_s))
+        frames = audio.frames(max_s=max_s, defects=found if salvage else None)
+        mixed = mix_blocks(frames, audio.info.rate, defects=found)
         samples = np.concatenate(list(resample(mixed, audio.info.rate)))
         if not len(samples):
             raise AudioError(f"{audio.name}: holds no audio (under 1 sample at 16 kHz): fetch or record it again")
         check_finite(samples, audio.name)
-    return AudioClip(samples)
+    return AudioClip(samples, merge_defects(found))
+
+
+def mix_blocks(
+    blocks: Iterable[np.ndarray], rate: int, *, start: int = 0, defects: list[AudioDefect] | None = None
+) -> Iterator[np.ndarray]:
+    """Mix consecutive blocks, (frames, channels) -> (frames,); the first begins at frame `start` of the recording.
+
+    `start` is a multiple of `mix_window`. Times in which channels cancel each other out are added to `defects`.
+    """
+    first = next(blocks := iter(blocks), None)
+    if first is None:
+        return
+    blocks = itertools.chain([first], blocks)
+    if first.shape[1] == 1:
+        yield from (block[:, 0] for block in blocks)
+        return
+    for block in _windows(blocks, mix_window(rate, first.shape[1])):
+        mixed, powers = mix_channels(block), np.einsum("fc,fc->c", block, block) / len(block)
+        share = min(CANCELLED_POWER, 0.1 / len(powers))
+        if powers.max() > LEAST_POWER and mixed @ mixed / len(block) < share * powers.mean():
+            mixed = np.ascontiguousarray(block[:, powers.argmax()])
+            if defects is not None:
+                defects.append(AudioDefect(start / rate, (start + len(block)) / rate, PHASE_CANCELLED))
+        start += len(block)
+        yield mixed
+
+
+def mix_window(rate: int, channel_count: int) -> int:
+    """Return the frames of a recording for which it is decided together how its channels are mixed."""
+    return rate * max(1, min(MIX_WINDOW_S, 2**21 // (rate * channel_count)))
+
+
+def _windows(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Cut consecutive blocks into windows of `size`; the last one is what is left."""
+    held: list[np.ndarray] = []
+    left = size
+    for block in blocks:
+        while len(block) >= left:
+            yield np.concatenate([*held, block[:left]])
+            block, held, left = block[left:], [], size
+        held.append(block)
+        left -= len(block)
+    if left < size:
+        yield np.concatenate(held)
 
 
 def mix_channels(channels: np.ndarray) -> np.ndarray:

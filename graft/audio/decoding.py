@@ -1,14 +1,15 @@
 """Decode any audio file into blocks of float32 frames, in order and in bounded memory.
 
 libsndfile decodes what it reads to the end: wav, flac, aiff, caf, au, w64, rf64, ogg, opus, mp3. FFmpeg (PyAV) decodes
-all else: m4a, mp4, webm, aac, wma, video, and files of the former kinds that libsndfile would end early. Frames are
-counted at the source's own rate.
+all else: m4a, mp4, webm, aac, wma, video, files of the former kinds that libsndfile would end early, and damaged ones
+behind the damage. Frames are counted at the source's own rate, from the start of the media.
 """
 
 import contextlib
 import functools
 import io
 import itertools
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from graft.audio.defects import DAMAGED, HEADER_MISMATCH, LOSSES, TRUNCATED_FILE, AudioDefect
+from graft.audio.timeline import on_timeline
 from graft.errors import AudioError, AudioTooLong
 from graft.storage.source import AudioSource, SourceFile, open_source
 
@@ -33,15 +36,57 @@ such."""
 RAW_STREAMS = frozenset({"mp3", "aac", "ac3", "eac3", "mpeg", "mpegts"})
 """Formats of FFmpeg that are a stream of frames, each with a sync word by which a decoder recovers after junk."""
 
-LONGEST_SHORTFALL_S = 1.0
-"""A file that ends sooner than its header says by more than this is truncated; headers that count a few frames too many
-are common."""
+GAPLESS = frozenset({"ogg", "flac"})
+"""Formats of FFmpeg in which a gap of the timestamps is a loss."""
+
+TIMELESS = frozenset({"mp3", "aac", "ac3", "eac3"})
+"""Formats of FFmpeg whose timestamps are only counted, and whose durations are only estimated."""
+
+LONGEST_SHORTFALL_S = 0.5
+"""A file that ends sooner or later than its header says by more than this is truncated, or its header is wrong; headers
+that count a few frames too many are common."""
+
+LENGTH_LINES = {"WAV": "data", "WAVEX": "data", "AIFF": "SSND", "AU": "Data Size", "CAF": "data", "W64": "riff"}
+LENGTH_LINES["RF64"] = "Riff size"
+"""The lines of libsndfile's log with the length in bytes that a header states, and what it should be."""
+
+NO_LENGTHS = (range(2**31 - 2**16, 2**31 + 2**16), range(2**32 - 2**16, 2**32))
+"""Lengths that headers state for sound from a pipe."""
 
 CONVERT = "convert it, e.g. `ffmpeg -i IN OUT.flac`"
 
-Decode = Callable[[int, int | None], Iterator[np.ndarray]]
+Decode = Callable[[int, int | None, "DefectLog"], Iterator[np.ndarray]]
 """(start, end) -> blocks (frames, channels). Without exact seek the start is always 0; the last block may go beyond the
 end."""
+
+
+@dataclass(eq=False)
+class DefectLog:
+    """Collects the defects of a recording while it is decoded; without a list, those that lose audio are refused."""
+
+    label: str
+    defects: list[AudioDefect] | None
+    damaged_s: float = 0.0
+    """Seconds that are damaged."""
+
+    def add(self, flag: str, start_s: float, end_s: float, reason: str = "audio is lost") -> None:
+        """Add a defect. Raises AudioError if it loses audio and is not to be put up with."""
+        if flag in LOSSES:
+            self.refuse(start_s, reason)
+        self.note(flag, start_s, end_s)
+
+    def note(self, flag: str, start_s: float, end_s: float) -> None:
+        """Add a defect that is put up with."""
+        self.damaged_s += (end_s - start_s) * (flag == DAMAGED)
+        if self.defects is not None:
+            self.defects.append(AudioDefect(start_s, end_s, flag))
+
+    def refuse(self, at_s: float, reason: str) -> None:
+        """Raise AudioError for a loss, unless losses are put up with."""
+        if self.defects is None:
+            raise AudioError(
+                f"{self.label}: damaged or truncated at {at_s:.1f} s ({reason}): fetch it again, or {CONVERT}"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,15 +111,25 @@ class OpenAudio:
     info: AudioInfo
     decode: Decode
 
-    def frames(self, start: int = 0, end: int | None = None, *, max_s: float | None = None) -> Iterator[np.ndarray]:
+    def frames(
+        self,
+        start: int = 0,
+        end: int | None = None,
+        *,
+        max_s: float | None = None,
+        defects: list[AudioDefect] | None = None,
+    ) -> Iterator[np.ndarray]:
         """Decode frames `start` to `end` or to the last, in blocks of up to 4 MB.
 
-        Blocks are float32 (frames, channels), full scale +-1. Raises AudioError if the file is damaged, truncated
-        (where its format can tell) or empty, AudioTooLong beyond `max_s` seconds.
+        Blocks are float32 (frames, channels), full scale +-1. With a list of `defects`, damaged and truncated files are
+        decoded as far as they go, and what is wrong with them up to the end is added to it. Raises AudioError if the
+        file is empty or most of it is lost; without the list also if it is damaged or truncated (where its format can
+        tell). Raises AudioTooLong beyond `max_s` seconds.
         """
         max_frames = None if max_s is None else int(max_s * self.info.rate)
         position = start if self.info.exact_seek else 0
-        for block in self.decode(position, end):
+        log = DefectLog(self.name, defects)
+        for block in self.decode(position, end, log):
             wanted = block[max(0, start - position) : None if end is None else max(0, end - position)]
             position += len(block)
             if max_frames is not None and position > max_frames and (end is None or end > max_frames):
@@ -85,6 +140,8 @@ class OpenAudio:
                 return
         if not position:
             raise AudioError(f"{self.name}: holds no audio: fetch or record it again")
+        if log.damaged_s > position / self.info.rate / 2:
+            raise AudioError(f"{self.name}: damaged in {log.damaged_s:.1f} s, most of its time: fetch it again")
 
 
 @contextlib.contextmanager
@@ -100,12 +157,6 @@ def open_audio(source: AudioSource, *, name: str | None = None) -> Iterator[Open
                 f"{file.label}: its header states {info.channels} channels at {info.rate} Hz: fetch or record it again"
             )
         yield OpenAudio(file.label, info, decode)
-
-
-def _damaged(file: SourceFile, at_s: float, reason: str) -> AudioError:
-    """Make the error for a file that stops decoding; raises the file's own error if it could not be read."""
-    file.check()
-    return AudioError(f"{file.label}: damaged or truncated at {at_s:.1f} s ({reason}): fetch it again, or {CONVERT}")
 
 
 # libsndfile
@@ -129,9 +180,11 @@ def _open_by_libsndfile(file: SourceFile, stack: contextlib.ExitStack) -> tuple[
         file.check()
         return None
     stack.enter_context(sound)
-    kind = sound.format.lower()
-    if kind in ("wav", "wavex") and (not sound.frames or file.size >= 2**32):
-        sound, file = _open_wav_without_length(sound, file)
+    kind, stated_s = sound.format.lower(), _stated_s(sound)
+    if kind in ("wav", "wavex") and (data := _wav_to_the_end(sound, file)):
+        stated_s = sound.frames / sound.samplerate if 0 < sound.frames and file.size < 2**32 else None
+        file = data
+        sound = _SequentialFile(data, "r", sound.samplerate, sound.channels, sound.subtype, "LITTLE", "RAW")
         stack.enter_context(sound)
     # libsndfile silently reads no further than it believes the file to go.
     states_length = {"MP3": _mp3_states_length, "OGG": _ogg_is_one_stream}.get(sound.format, lambda file: True)
@@ -139,44 +192,118 @@ def _open_by_libsndfile(file: SourceFile, stack: contextlib.ExitStack) -> tuple[
     # A header without a length counts as 2^63 - 1 frames.
     if not 0 < sound.frames <= file.size * 10_000 or not states_length(file):
         return None
+    is_ended = sound.format != "OGG" or _ogg_is_ended(file)
     file.seek(position)
     is_exact = soundfile.SoundFile.seekable(sound) and sound.format in EXACT_FORMATS
     info = AudioInfo(kind, sound.samplerate, sound.channels, sound.frames / sound.samplerate, is_exact)
-    return info, functools.partial(_libsndfile_blocks, sound, file)
+    return info, functools.partial(_libsndfile_blocks, sound, file, info, stated_s, is_ended)
 
 
-def _libsndfile_blocks(sound: _SequentialFile, file: SourceFile, start: int, end: int | None) -> Iterator[np.ndarray]:
+def _libsndfile_blocks(
+    sound: _SequentialFile,
+    file: SourceFile,
+    info: AudioInfo,
+    stated_s: float | None,
+    is_ended: bool,
+    start: int,
+    end: int | None,
+    log: DefectLog,
+) -> Iterator[np.ndarray]:
+    """Decode by libsndfile; what is behind a damage, by FFmpeg."""
     position, block_frames = start, BLOCK_SAMPLES // sound.channels
-    stop = sound.frames if end is None else min(end, sound.frames)
+    stop = sound.frames if end is None or not info.exact_seek else min(end, sound.frames)
     read = functools.partial(sound.read, dtype="float32", always_2d=True)
+    reason = ""
     try:
         if 0 < start < stop:
             sound.seek(start)
         while position < stop and len(block := read(min(block_frames, stop - position))):
             file.check()
+            if sound.format == "OGG" and "reports a hole" in sound.extra_info:
+                reason = "pages are missing"
+                break
             position += len(block)
             yield block
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".").removeprefix("Error : ")
-        raise _damaged(file, position / sound.samplerate, reason) from error
     file.check()
-    if position < stop and sound.frames - position > LONGEST_SHORTFALL_S * sound.samplerate:
-        raise _damaged(file, position / sound.samplerate, f"it should hold {sound.frames / sound.samplerate:.1f} s")
+    at_s = position / info.rate
+    if reason:
+        log.refuse(at_s, reason)
+        count = len(log.defects or ())
+        yield from _ffmpeg_blocks_from(position, file, info, log)
+        if len(log.defects or ()) == count:  # FFmpeg has mended it, or does not tell where it is
+            log.note(DAMAGED, at_s, at_s)
+    elif start < sound.frames and (position < stop or end is None or end > position):
+        yield from _end_of_libsndfile(sound, file, position, info, stated_s, is_ended, log)
 
 
-def _open_wav_without_length(wav: _SequentialFile, file: SourceFile) -> tuple[_SequentialFile, SourceFile]:
-    """Open a wav whose header lacks its length (from a pipe, or over 4 GB) as raw samples to the end."""
-    position = file.tell()
-    file.seek(12)
+def _end_of_libsndfile(
+    sound: _SequentialFile,
+    file: SourceFile,
+    position: int,
+    info: AudioInfo,
+    stated_s: float | None,
+    is_ended: bool,
+    log: DefectLog,
+) -> Iterator[np.ndarray]:
+    """Compare the end of a file with its header; decode by FFmpeg what a FLAC file holds beyond its stated length."""
+    at_s, counted_s = position / info.rate, sound.frames / info.rate
+    if sound.format == "FLAC" and position == sound.frames and _goes_on(file, at_s):
+        yield from _ffmpeg_blocks_from(position, file, info, log)
+    elif counted_s - at_s > LONGEST_SHORTFALL_S:
+        is_cut = sound.format != "FLAC"  # A cut FLAC file ends within a frame, where libsndfile fails.
+        log.refuse(at_s, f"it should hold {counted_s:.1f} s")
+        log.add(TRUNCATED_FILE if is_cut else HEADER_MISMATCH, at_s, counted_s)
+    elif not is_ended:
+        log.note(TRUNCATED_FILE, at_s, at_s)  # some writers leave out the mark of the end
+    elif stated_s is not None and abs(stated_s - at_s) > LONGEST_SHORTFALL_S:
+        flag = TRUNCATED_FILE if stated_s > at_s else HEADER_MISMATCH
+        log.add(flag, *sorted((at_s, stated_s)), f"it should hold {stated_s:.1f} s")
+
+
+def _goes_on(file: SourceFile, at_s: float) -> bool:
+    """Whether more than a tag is left of a file of which libsndfile has read so many seconds."""
+    left, read = file.size - file.tell(), file.tell()
+    return left > 2**16 and left > LONGEST_SHORTFALL_S * read / max(at_s, 1.0)
+
+
+def _stated_s(sound: _SequentialFile) -> float | None:
+    """Return the seconds that a header states where the file is too short for them, by libsndfile's log; else None."""
+    line = LENGTH_LINES.get(sound.format)
+    found = line and re.search(rf"^\W*{line}\s*: (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
+    if not found or any(int(found[1]) in lengths for lengths in NO_LENGTHS):
+        return None
+    return sound.frames / sound.samplerate * int(found[1]) / max(int(found[2]), 1)
+
+
+def _wav_to_the_end(wav: _SequentialFile, file: SourceFile) -> SourceFile | None:
+    """Return the samples of a wav to the end, where its header states no length or too small a one; else None.
+
+    Headers state none for sound from a pipe or over 4 GB. One is too small where no chunk follows.
+    """
+    head, place = file.read_range(0, 2**12), 12  # the buffer stays where libsndfile goes on to read
+
+    def read(start: int, count: int) -> bytes:
+        return head[start : start + count] if start + count <= len(head) else file.read_range(start, count)
+
     for _ in range(100 if wav.subtype in RAW_SUBTYPES else 0):
-        head = file.read(8)
-        if head.startswith(b"data") and file.tell() < file.size:
-            data = file.after(file.tell())
-            return _SequentialFile(data, "r", wav.samplerate, wav.channels, wav.subtype, "LITTLE", "RAW"), data
-        length = int.from_bytes(head[4:], "little")
-        file.seek(length + length % 2, io.SEEK_CUR)  # Chunks begin at even bytes.
-    file.seek(position)
-    return wav, file
+        chunk = read(place, 8)
+        length = int.from_bytes(chunk[4:], "little")
+        start, place = place + 8, place + 8 + length + length % 2  # Chunks begin at even bytes.
+        if chunk.startswith(b"data"):
+            is_unstated = not wav.frames or file.size >= 2**32
+            goes_on = file.size - place > LONGEST_SHORTFALL_S * _bytes_per_s(wav)
+            goes_on = goes_on and not is_unstated and not re.match(rb"[\x20-\x7e]{4}", read(place, 4))
+            return file.after(start) if start < file.size and (is_unstated or goes_on) else None
+        if place >= file.size:
+            break
+    return None
+
+
+def _bytes_per_s(wav: _SequentialFile) -> int:
+    size = {"PCM_U8": 1, "ULAW": 1, "ALAW": 1, "PCM_16": 2, "PCM_24": 3, "DOUBLE": 8}.get(wav.subtype, 4)
+    return wav.samplerate * wav.channels * size
 
 
 def _mp3_states_length(file: SourceFile) -> bool:
@@ -209,10 +336,35 @@ def _ogg_is_one_stream(file: SourceFile) -> bool:
     return last >= 0 and tail[last + 14 : last + 18] == serial
 
 
+def _ogg_is_ended(file: SourceFile) -> bool:
+    """Whether the last page is whole and marks the end of its stream."""
+    start = max(0, file.size - 2**16)
+    file.seek(start)
+    tail = file.read()
+    last = tail.rfind(b"OggS")
+    if last < 0 or last + 27 > len(tail):
+        return False
+    lacing = tail[last + 27 : last + 27 + tail[last + 26]]
+    return bool(tail[last + 5] & 4) and last + 27 + tail[last + 26] + sum(lacing) <= len(tail)
+
+
 # FFmpeg
 
 
 def _open_by_ffmpeg(file: SourceFile, stack: contextlib.ExitStack) -> tuple[AudioInfo, Decode]:
+    container, stream = _open_container(file, stack)
+    origin_s = _origin_s(container)
+    stated_s = _stated_end_s(container, stream, origin_s)
+    duration_s = stated_s
+    if duration_s is None and container.duration is not None:
+        duration_s = container.duration / 1e6
+    codec = stream.codec_context
+    info = AudioInfo(container.format.name, codec.sample_rate, codec.channels, duration_s, exact_seek=False)
+    return info, lambda start, end, log: _ffmpeg_blocks(container, stream, info, file, stated_s, log)
+
+
+def _open_container(file: SourceFile, stack: contextlib.ExitStack) -> tuple[Any, Any]:
+    """Return a container and its main audio stream. Raises AudioError if there is none that FFmpeg decodes."""
     import av  # This import is local because most audio does without its 100 MB.
 
     file.seek(0)
@@ -230,26 +382,72 @@ def _open_by_ffmpeg(file: SourceFile, stack: contextlib.ExitStack) -> tuple[Audi
     for other in container.streams:
         if other.index != stream.index:
             other.discard = av.stream.Discard.all
-    duration_s = container.duration / 1e6 if container.duration is not None else None
+    return container, stream
+
+
+def _origin_s(container: Any) -> Fraction | None:
+    """Return the time at which the media starts: the earliest start of its streams; None if times are only counted.
+
+    A video's sound may start later. A picture of the cover is no stream of the media.
+    """
+    import av
+
+    if container.format.name in TIMELESS:
+        return None
+    starts = [
+        stream.start_time * stream.time_base
+        for stream in container.streams
+        if stream.type in ("audio", "video")
+        and stream.start_time is not None
+        and not stream.disposition & av.stream.Disposition.attached_pic
+    ]
+    return min(starts, default=Fraction(0))
+
+
+def _stated_end_s(container: Any, stream: Any, origin_s: Fraction | None) -> float | None:
+    """Return the seconds from the start of the media to the end of its sound, as far as the header states them."""
+    if origin_s is None or container.format.name in RAW_STREAMS:
+        return None
     if stream.duration is not None:
-        duration_s = float(stream.duration * stream.time_base)
-    codec = stream.codec_context
-    info = AudioInfo(container.format.name, codec.sample_rate, codec.channels, duration_s, exact_seek=False)
-    return info, lambda start, end: _ffmpeg_blocks(container, stream, info, file)
+        start_s = stream.start_time * stream.time_base - origin_s if stream.start_time is not None else 0
+        return float(start_s + stream.duration * stream.time_base)
+    if found := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):  # Matroska
+        return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) - float(origin_s)
+    has_others = len(container.streams) > 1  # whose duration it may be
+    return None if container.duration is None or has_others else container.duration / 1e6 - float(origin_s)
 
 
-def _ffmpeg_blocks(container: Any, stream: Any, info: AudioInfo, file: SourceFile) -> Iterator[np.ndarray]:
+def _ffmpeg_blocks_from(position: int, file: SourceFile, info: AudioInfo, log: DefectLog) -> Iterator[np.ndarray]:
+    """Decode by FFmpeg what follows the frames that libsndfile has decoded."""
+    skipped = position
+    with contextlib.ExitStack() as stack:
+        container, stream = _open_container(file, stack)
+        for block in _ffmpeg_blocks(container, stream, info, file, info.duration_s, log):
+            if len(rest := block[skipped:]):
+                yield rest
+            skipped -= len(block) - len(rest)
+
+
+def _ffmpeg_blocks(
+    container: Any, stream: Any, info: AudioInfo, file: SourceFile, stated_s: float | None, log: DefectLog
+) -> Iterator[np.ndarray]:
     """Decode blocks; where a joined file changes its channels or rate, they are converted to those it began with."""
     import av
 
     layout, position = stream.codec_context.layout, 0
     # Planar samples are faster, but PyAV crashes on those of more than 8 channels.
-    sample_format = "fltp" if layout.nb_channels <= 8 else "flt"
+    is_planar = layout.nb_channels <= 8
     block: Any = av.AudioFifo()  # a resampler with a frame_size makes blocks too, but takes a fifth more CPU time
-    frames = _decode_packets(container, stream)
+    ending = _Ending()
+    frames = on_timeline(
+        _decode_packets(container, stream, ending, log),
+        _origin_s(container) if is_planar else None,
+        log.add,
+        has_gaps=container.format.name not in GAPLESS,
+    )
     try:
         for _, run in itertools.groupby(frames, lambda one: (one.format.name, one.layout.name, one.sample_rate)):
-            resampler = av.AudioResampler(sample_format, layout, info.rate)
+            resampler = av.AudioResampler("fltp" if is_planar else "flt", layout, info.rate)
             for frame in itertools.chain(run, [None]):  # None flushes the resampler.
                 for part in filter(None, resampler.resample(frame)):
                     position += part.samples
@@ -258,23 +456,57 @@ def _ffmpeg_blocks(container: Any, stream: Any, info: AudioInfo, file: SourceFil
                 if position and block.samples >= (BLOCK_SAMPLES // info.channels if frame else 1):
                     samples = block.read().to_ndarray()  # (channels, frames) if planar, else (1, frames * channels)
                     yield np.ascontiguousarray(samples.T) if len(samples) > 1 else samples.reshape(-1, info.channels)
-    except av.FFmpegError as error:
-        raise _damaged(file, position / info.rate, str(error.strerror)) from error
+    except av.FFmpegError as error:  # a frame of a form that FFmpeg does not convert
+        file.check()
+        raise AudioError(
+            f"{file.label}: damaged at {position / info.rate:.1f} s ({error.strerror}): fetch it again, or {CONVERT}"
+        ) from error
     file.check()
+    at_s = position / info.rate
+    if stated_s is not None and stated_s - at_s > LONGEST_SHORTFALL_S:
+        log.add(TRUNCATED_FILE, at_s, stated_s, ending.reason or f"it should hold {stated_s:.1f} s")
+    elif ending.reason and container.format.name not in RAW_STREAMS:
+        log.add(TRUNCATED_FILE, at_s, at_s, ending.reason)
+    elif (ending.reason and container.format.name != "mp3") or (
+        container.format.name == "ogg" and not _ogg_is_ended(file)
+    ):
+        log.note(TRUNCATED_FILE, at_s, at_s)  # behind an mp3 there may be tags
+    elif stated_s is not None and at_s - stated_s > LONGEST_SHORTFALL_S:
+        log.add(HEADER_MISMATCH, stated_s, at_s)
 
 
-def _decode_packets(container: Any, stream: Any) -> Iterator[Any]:
-    """Decode frames as they come.
+@dataclass
+class _Ending:
+    """How a stream ended: `reason` says why its last packets are lost."""
+
+    reason: str = ""
+
+
+def _decode_packets(container: Any, stream: Any, ending: _Ending, log: DefectLog) -> Iterator[Any]:
+    """Decode frames as they come; None stands for a packet that is lost.
 
     Raw streams may hold tags and the stumps of cut frames between frames; those are left out.
     """
     import av
 
-    junk = 0
-    for count, packet in enumerate(container.demux(stream)):
+    lost, count, seconds = 0, 0, 0.0
+    packets = container.demux(stream)
+    while True:
         try:
-            yield from packet.decode()
-        except av.InvalidDataError:
-            junk += 1
-            if container.format.name not in RAW_STREAMS or junk > max(10, count // 10):
-                raise
+            packet = next(packets, None)  # None also after a fault of the container, with which it ends
+            if packet is None:
+                break
+            count += 1
+            for frame in packet.decode():
+                seconds += frame.samples / frame.sample_rate
+                ending.reason = ending.reason if packet.size == 0 else ""  # 0: what the decoder still held
+                yield frame
+        except av.FFmpegError as error:
+            ending.reason = str(error.strerror)
+            lost += 1
+            if container.format.name not in RAW_STREAMS or lost > max(10, count // 10):
+                log.refuse(seconds, ending.reason)
+            if log.defects is not None:
+                yield None
+    if lost > max(10, count // 2):
+        raise AudioError(f"{log.label}: damaged, {lost} of its {count} packets: fetch it again, or {CONVERT}")

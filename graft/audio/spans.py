@@ -16,8 +16,9 @@ from typing import Literal
 import numpy as np
 
 from graft.audio.chunking import QUIET_S, SEARCH_S, quietest
-from graft.audio.clip import SAMPLE_RATE, check_finite, mix_channels, resample
+from graft.audio.clip import SAMPLE_RATE, check_finite, mix_blocks, mix_window, resample
 from graft.audio.decoding import AudioInfo, open_audio
+from graft.audio.defects import AudioDefect
 from graft.storage.source import AudioSource
 
 CONTEXT_S = 0.1
@@ -48,6 +49,7 @@ def read_span(
     rate: int | None = SAMPLE_RATE,
     max_s: float | None = None,
     name: str | None = None,
+    defects: list[AudioDefect] | None = None,
 ) -> Iterator[Block]:
     """Decode frames `start` to `end` of a recording, or to its last, into blocks in order.
 
@@ -58,6 +60,8 @@ def read_span(
     channels    mix: their mean, (samples,); split: each by itself, (samples, channels)
     rate        rate of the samples, in which blocks' starts count; None is the recording's own
     max_s       seconds of audio that the recording may hold; a longer one is an error
+    defects     a list, to which is added what is found to be wrong: damaged and truncated files are then decoded as far
+                as they go, and neighbouring spans may find the same; without it they are errors
 
     Samples are those of the whole recording, bit by bit where nothing is resampled, else to 3e-7. Formats without exact
     seek are decoded from their start. Raises AudioError as read_audio, ValueError for a span that cannot be.
@@ -70,23 +74,37 @@ def read_span(
                 f"a span from frame {start} to {end}: starts at 0 or later, and lasts at least {2 * reach} frames"
             )
         context = 0 if grid.from_rate == grid.to_rate else round(CONTEXT_S * grid.from_rate)
-        begin = grid.floor(start - reach - context)
-        frames = audio.frames(begin, None if end is None else end + reach + context, max_s=max_s)
+        is_mixed = channels == "mix" and audio.info.channels > 1
+        # How channels are mixed is decided for whole windows, so the first and the last one are read whole.
+        window = mix_window(audio.info.rate, audio.info.channels) if is_mixed else 1
+        begin = _floor(grid.floor(start - reach - context), window)
+        stop = None if end is None else -_floor(-(end + reach + context), window)
+        if stop is not None and end is not None and max_s is not None:
+            stop = max(end + reach + context, min(stop, int(max_s * audio.info.rate)))
+        frames = audio.frames(begin, stop, max_s=max_s, defects=defects)
         reader = _FrameReader(frames, begin, audio.info.rate, reach)
         first = reader.find_border(start) if start else 0
-        for _ in reader.take(grid.floor(first - context)):
+        for _ in reader.take(_floor(grid.floor(first - context), window)):
             pass
         position = grid.to_sample(reader.position)
-        to_block = mix_channels if channels == "mix" else np.ascontiguousarray
-        blocks = map(to_block, reader.take_span(end, context))
+        taken = reader.take_span(end, context, window)
+        if channels == "mix":
+            blocks = mix_blocks(taken, audio.info.rate, start=reader.position, defects=defects)
+        else:
+            blocks = map(np.ascontiguousarray, taken)
         for samples in resample(blocks, grid.from_rate, grid.to_rate):
             # The context on either side of the span is cut off again.
             skipped = max(0, grid.to_sample(first) - position)
-            stop = None if reader.last is None else max(0, grid.to_sample(reader.last) - position)
-            if len(wanted := samples[skipped:stop]):
+            last = None if reader.last is None else max(0, grid.to_sample(reader.last) - position)
+            if len(wanted := samples[skipped:last]):
                 check_finite(wanted, audio.name)
                 yield Block(position + skipped, wanted)
             position += len(samples)
+
+
+def _floor(frame: int, window: int) -> int:
+    """Return the last start of a window up to a frame."""
+    return frame // window * window
 
 
 @dataclass(frozen=True)
@@ -128,12 +146,12 @@ class _FrameReader:
             self.position += len(taken)
             yield taken
 
-    def take_span(self, end: int | None, context: int) -> Iterator[np.ndarray]:
-        """Read frames up to the border near `end`, and `context` more."""
+    def take_span(self, end: int | None, context: int, window: int) -> Iterator[np.ndarray]:
+        """Read frames up to the border near `end`, and `context` more, and to the end of a window."""
         yield from self.take(None if end is None else end - self._reach)
         if end is not None:
             self.last = self.find_border(end)
-            yield from self.take(self.last + context)
+            yield from self.take(-_floor(-(self.last + context), window))
 
     def find_border(self, nominal: int) -> int:
         """Find the middle of the quietest QUIET_S near a frame, as far as the recording goes; no frame is taken."""

@@ -21,6 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from graft.audio.chunking import Chunk, Chunker, windows
 from graft.audio.clip import AudioClip, read_audio
+from graft.audio.defects import AudioDefect
 from graft.checkpoints.loading import DTYPES, check_model, open_model
 from graft.checkpoints.names import checkpoint_name
 from graft.errors import AudioError, ModelError
@@ -39,8 +40,8 @@ from graft.processor import SpeechProcessor, max_new_tokens
 
 # A path, the bytes of a file, or samples.
 Audio: TypeAlias = str | os.PathLike[str] | bytes | AudioClip
-# A recording's duration in seconds, and its chunks with the engine's requests for them.
-Prepared: TypeAlias = tuple[float, list[tuple[Chunk, EngineRequest]]]
+# A recording's duration in seconds, its defects, and its chunks with the engine's requests for them.
+Prepared: TypeAlias = tuple[float, tuple[AudioDefect, ...], list[tuple[Chunk, EngineRequest]]]
 # Cuts a clip into chunks of at most 30 s: a Chunker, which skips what is no speech, or `windows`, which skips nothing.
 ChunkFunction = Callable[[AudioClip], list[Chunk]]
 
@@ -225,9 +226,9 @@ class Transcriber:
         return self._aligner is not None if words is None else words
 
     def _prepare(self, audio: Audio, instruction: str) -> Prepared:
-        clip = audio if isinstance(audio, AudioClip) else read_audio(audio)
+        clip = audio if isinstance(audio, AudioClip) else read_audio(audio, salvage=True)
         chunks = self._chunker(clip)
-        return clip.duration_s, [(chunk, self._make_request(chunk.clip, instruction)) for chunk in chunks]
+        return clip.duration_s, clip.defects, [(chunk, self._make_request(chunk.clip, instruction)) for chunk in chunks]
 
     def _make_request(self, clip: AudioClip, instruction: str) -> EngineRequest:
         features = self._processor.featurizer(clip)
@@ -236,13 +237,14 @@ class Transcriber:
         return EngineRequest(uuid.uuid4().hex, features, prompt_ids, max_new_tokens(clip.duration_s))
 
     async def _transcribe_prepared(self, prepared: Prepared, words: bool) -> Transcript:
-        duration_s, parts = prepared
+        duration_s, defects, parts = prepared
         segments = await asyncio.gather(*(self._decode_chunk(chunk, request, words) for chunk, request in parts))
         return stitch(
             segments,
             duration_s=duration_s,
             model=self.name,
             aligner=self._aligner.name if self._aligner and words else None,
+            defects=defects,
         )
 
     async def _decode_chunk(

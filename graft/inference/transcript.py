@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from graft.audio.defects import AudioDefect, merge_defects
+
 
 @dataclass(frozen=True)
 class Word:
@@ -56,7 +58,8 @@ class ScoredSegment(Segment):
 class Transcript:
     """The text of a whole recording, its segments in order, its duration in seconds and the name of the model.
 
-    `aligner` names the source of the words' times; it is None if words have no times.
+    `aligner` names the source of the words' times; it is None if words have no times. `defects` say what is wrong with
+    the recording, and when.
     """
 
     text: str
@@ -64,14 +67,22 @@ class Transcript:
     segments: tuple[Segment, ...]
     model: str
     aligner: str | None = None
+    defects: tuple[AudioDefect, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; the keys are always the same."""
         return asdict(self)
 
 
-def stitch(segments: Iterable[Segment], *, duration_s: float, model: str, aligner: str | None = None) -> Transcript:
+def stitch(
+    segments: Iterable[Segment],
+    *,
+    duration_s: float,
+    model: str,
+    aligner: str | None = None,
+    defects: Iterable[AudioDefect] = (),
+) -> Transcript:
     """Make a transcript of one recording's segments: order them by time and join their texts with single spaces."""
     ordered = tuple(sorted(segments, key=lambda segment: (segment.start_s, segment.channel or 0)))
     text = " ".join(part for segment in ordered if (part := segment.text.strip()))
-    return Transcript(text, duration_s, ordered, model, aligner)
+    return Transcript(text, duration_s, ordered, model, aligner, merge_defects(defects))

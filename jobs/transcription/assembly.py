@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from graft.audio.defects import AudioDefect
 from graft.inference.subtitles import CueLimits, Format, format_transcript
 from graft.inference.transcript import Segment, Transcript, Word, stitch
 from graft.storage.atomic import atomic_file, atomic_folder
 
-from .reader import name_of
+from .reader import DEFECTS, name_of
 from .transcript_files import file_stems, following_recordings, planned_files, write_transcript_file
 
 RECORDINGS_PER_TASK = 500
@@ -53,7 +54,8 @@ TRANSCRIPTS = pa.schema(
         ("segments", SEGMENTS),
         # 0 to 1: geometric mean of token probabilities, weighted by the lengths of segments' texts; null without text
         ("confidence", pa.float64()),
-        ("flags", pa.list_(pa.string())),  # of any of its segments
+        ("flags", pa.list_(pa.string())),  # of any of its segments, and of its audio
+        ("defects", DEFECTS),  # what is wrong with its audio, and when
         ("error", pa.string()),  # null, or why it, or part of it, has no text
         ("model", pa.string()),
         ("aligner", pa.string()),  # where the times of words come from; null without an aligner
@@ -94,6 +96,7 @@ class Totals:
     read_s: float = 0.0
     failed: Counter[str] = field(default_factory=Counter)  # recordings by reason
     flagged: Counter[str] = field(default_factory=Counter)  # segments by flag
+    defective: Counter[str] = field(default_factory=Counter)  # recordings by flag of their audio
 
     def add(self, other: "Totals") -> None:
         """Add the counts of another part of the run."""
@@ -105,6 +108,7 @@ class Totals:
         self.audio_s += sum(item["duration_s"] for item in items)
         self.read_s += sum(item["read_s"] for item in items)
         self.flagged.update(flag for item in items for segment in item["segments"] for flag in segment["flags"])
+        self.defective.update({defect["flag"] for item in items for defect in item["defects"]})
         errors = [_reason(item) for item in items if item["error"]]
         self.failed.update(_kind(error) for error in errors[:1])
         self.done += not errors
@@ -191,7 +195,9 @@ def join_items(items: Sequence[dict[str, Any]], *, model: str = "", aligner: str
         for item in items
         for values in item["segments"]
     ]
-    return stitch(segments, duration_s=sum(item["duration_s"] for item in items), model=model, aligner=aligner)
+    defects = [AudioDefect(**defect) for item in items for defect in item["defects"]]
+    duration_s = sum(item["duration_s"] for item in items)
+    return stitch(segments, duration_s=duration_s, model=model, aligner=aligner, defects=defects)
 
 
 def join_errors(items: Sequence[dict[str, Any]]) -> str | None:
@@ -225,7 +231,10 @@ def _transcript_row(items: Sequence[dict[str, Any]], transcript: Transcript) -> 
         "id": items[0]["recording"],
         "uri": items[0]["uri"],
         "confidence": math.exp(np.average([one.mean_logprob for one in known], weights=weights)) if known else None,
-        "flags": sorted({flag for segment in transcript.segments for flag in segment.flags}),
+        "flags": sorted(
+            {flag for segment in transcript.segments for flag in segment.flags}
+            | {defect.flag for defect in transcript.defects}
+        ),
         "error": join_errors(items),
         "read_s": sum(item["read_s"] for item in items),
         "heard_s": sum(item["heard_s"] for item in items),

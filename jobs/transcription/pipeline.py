@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from graft.audio.chunking import windows
+from graft.audio.defects import LOSSES
 from graft.checkpoints.names import absolute_checkpoint
 from graft.data.dataset import RowTable
 from graft.errors import GraftError, ModelError
@@ -63,8 +64,8 @@ PER_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "run
 """A call of both steps takes a whole block, which is a batch of items."""
 
 RESULTS = pa.schema([*KEYS, *MEASURED, ("started_at", pa.float64()), ("heard_s", pa.float64()), ("segments", SEGMENTS)])
-"""The result of an item. `error` is null or says in one line what failed; `duration_s` is the length of the decoded
-audio; `read_s` is the CPU time of reading; `started_at` (Unix time) and `heard_s` are when transcription began and how
+"""The result of an item. `error` is null or says in one line what failed; `defects` are what is wrong with audio that
+was decoded all the same; `duration_s` is its length; `read_s` is the CPU time of reading; `started_at` (Unix time) and `heard_s` are when transcription began and how
 many seconds it took, beside other items."""
 
 
@@ -248,7 +249,10 @@ def transcribe_rows(rows: RowTable, home: Path, pipeline: Pipeline) -> Iterator[
             known = [one for one in transcript.segments if one.mean_logprob is not None]
             weights = [len(one.text) + 1 for one in known]
             mean = float(np.average([one.mean_logprob for one in known], weights=weights)) if known else None
-            yield ClipTranscript(transcript.text, join_errors(items), transcript.duration_s, mean)
+            # A text must fit all of its clip, so a clip of which a part is lost has failed.
+            lost = sorted({defect.flag for defect in transcript.defects} & LOSSES)
+            error = join_errors(items) or (f"the audio is incomplete ({', '.join(lost)})" if lost else None)
+            yield ClipTranscript(transcript.text, error, transcript.duration_s, mean)
 
 
 def measured_rtfx(home: Path) -> float:

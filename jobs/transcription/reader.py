@@ -9,7 +9,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import pyarrow as pa
 from graft.audio.chunking import Chunk, Chunker, ChunkSettings, windows
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.audio.decoding import CONVERT
+from graft.audio.defects import AudioDefect, merge_defects
 from graft.audio.spans import probe, read_span
 from graft.audio.vad import SpeechSettings
 from graft.data.dataset import CorpusFile, RowReader
@@ -40,13 +41,14 @@ POISONED = (
 )
 
 KEYS = [(name, ITEMS.field(name).type) for name in ("id", "item", "attempt", "item_count")]
-MEASURED = [("error", pa.string()), ("duration_s", pa.float64()), ("read_s", pa.float64())]
+DEFECTS = pa.list_(pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("flag", pa.string())]))
+MEASURED = [("error", pa.string()), ("defects", DEFECTS), ("duration_s", pa.float64()), ("read_s", pa.float64())]
 _CHUNK = pa.struct(
     [("start_s", pa.float64()), ("channel", pa.int32()), ("has_speech", pa.bool_()), ("samples", pa.large_binary())]
 )
 READ = pa.schema([*KEYS, *MEASURED, ("chunks", pa.list_(_CHUNK))])
-"""Schema of an item that was read. `error` is null or says in one line what failed, `duration_s` is the length of the
-decoded audio, `read_s` the CPU time in seconds."""
+"""Schema of an item that was read. `error` is null or says in one line what failed, `defects` are what is wrong with
+audio that was decoded all the same, `duration_s` is the length of the decoded audio, `read_s` the CPU time in seconds."""
 NO_CHUNKS = pa.array([[]], READ.field("chunks").type)
 
 
@@ -113,8 +115,9 @@ class ItemReader:
 
     def _read(self, item: dict[str, Any]) -> pa.Table:
         start, error, duration_s, chunks = time.process_time(), None, 0.0, NO_CHUNKS
+        defects: Sequence[AudioDefect] = ()
         try:
-            samples, start_sample = self._decode(item)
+            samples, start_sample, defects = self._decode(item)
             duration_s = len(samples) / SAMPLE_RATE
             chunks = self._cut(samples, start_sample)
             self._faults = 0
@@ -125,10 +128,12 @@ class ItemReader:
             if self._faults > FAULTS_IN_A_ROW:
                 raise
             error = f"{name_of(item)}: reading it failed: {type(fault).__name__}: {one_line_error(fault)}"
-        return _row(item, error=error, duration_s=duration_s, read_s=time.process_time() - start, chunks=chunks)
+        read_s = time.process_time() - start
+        return _row(item, error=error, defects=defects, duration_s=duration_s, read_s=read_s, chunks=chunks)
 
-    def _decode(self, item: dict[str, Any]) -> tuple[np.ndarray, int]:
-        """Return an item's samples, (samples, channels), and where in its recording the first of them is."""
+    def _decode(self, item: dict[str, Any]) -> tuple[np.ndarray, int, Sequence[AudioDefect]]:
+        """Return an item's samples, (samples, channels), where in its recording the first is, and its defects."""
+        defects: list[AudioDefect] = []
         source: AudioSource = item["uri"]
         name: str | None = None  # messages call it by its URI
         if item["row"] is not None:
@@ -140,11 +145,12 @@ class ItemReader:
             name = name_of(item)
         rate = probe(source, name=name).rate if item["item_count"] > 1 else 0
         start, end = (None if second is None else round(second * rate) for second in (item["start_s"], item["end_s"]))
-        blocks = list(read_span(source, start or 0, end, borders="quiet", channels=self._channels, name=name))
+        how: dict[str, Any] = {"channels": self._channels, "name": name, "defects": defects}
+        blocks = list(read_span(source, start or 0, end, borders="quiet", **how))
         if not blocks:
-            return np.zeros((0, 1), np.float32), 0
+            return np.zeros((0, 1), np.float32), 0, defects
         samples = np.concatenate([block.samples for block in blocks])
-        return samples.reshape(len(samples), -1), blocks[0].start
+        return samples.reshape(len(samples), -1), blocks[0].start, defects
 
     def _cut(self, samples: np.ndarray, start_sample: int) -> pa.Array:
         """Cut every channel of (samples, channels) into chunks; returns them as one row of READ's `chunks`."""
@@ -182,12 +188,14 @@ def _row(
     item: dict[str, Any],
     *,
     error: str | None,
+    defects: Sequence[AudioDefect] = (),
     duration_s: float = 0.0,
     read_s: float = 0.0,
     chunks: pa.Array = NO_CHUNKS,
 ) -> pa.Table:
     """Make the row of READ of one item."""
-    values = item | {"error": error, "duration_s": duration_s, "read_s": read_s}
+    found = [asdict(defect) for defect in merge_defects(defects)]
+    values = item | {"error": error, "defects": found, "duration_s": duration_s, "read_s": read_s}
     columns = [chunks if name == "chunks" else pa.array([values[name]], READ.field(name).type) for name in READ.names]
     return pa.table(columns, schema=READ)
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from graft.audio.chunking import Chunk, Chunker, ChunkSettings
 from graft.audio.clip import AudioClip
+from graft.audio.defects import AudioDefect
 from graft.audio.vad import SpeechSettings
 from graft.config import Recipe
 from graft.errors import AudioError, AudioTooLong
@@ -52,10 +53,11 @@ class DecodeArgs(Recipe):
 
 @dataclass(frozen=True)
 class DecodedUpload:
-    """An upload's duration in seconds and its chunks."""
+    """An upload's duration in seconds, its chunks, and what is wrong with its audio."""
 
     duration_s: float
     chunks: list[Chunk]
+    defects: tuple[AudioDefect, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,11 +166,12 @@ def _make_decode(args: DecodeArgs) -> Callable[[DecodeCall], DecodeResult]:
         try:
             if is_limited and (stated_s := probe(call.path, name="file").duration_s or 0.0) > SHORT_S:
                 return LongUpload(stated_s)
-            clip = read_audio(call.path, name="file", max_s=SHORT_S if is_limited else args.max_duration_s)
+            max_s = SHORT_S if is_limited else args.max_duration_s
+            clip = read_audio(call.path, name="file", max_s=max_s, salvage=True)
         except AudioTooLong as error:  # the header is silent or false
             return LongUpload(args.max_duration_s) if is_limited else error
         except AudioError as error:
             return error
-        return DecodedUpload(clip.duration_s, chunker(clip))
+        return DecodedUpload(clip.duration_s, chunker(clip), clip.defects)
 
     return decode

@@ -136,8 +136,16 @@ class TranscriptionSegment(BaseModel):
     flags: list[str]
 
 
+class AudioDefectResponse(BaseModel):
+    """What is wrong with the audio, and the time in seconds that it concerns."""
+
+    flag: str
+    start: float
+    end: float
+
+
 class VerboseTranscriptionResponse(BaseModel):
-    """The response with response_format verbose_json."""
+    """The response with response_format verbose_json; `defects` is graft's addition."""
 
     task: Literal["transcribe"] = "transcribe"
     language: str
@@ -145,6 +153,7 @@ class VerboseTranscriptionResponse(BaseModel):
     text: str
     segments: list[TranscriptionSegment] | None = None
     words: list[TranscriptionWord] | None = None
+    defects: list[AudioDefectResponse] = []
     usage: Usage
 
 
@@ -226,6 +235,10 @@ def verbose_response(
         text=transcript.text,
         segments=segments if "segment" in granularities else None,
         words=words if "word" in granularities else None,
+        defects=[
+            AudioDefectResponse(flag=defect.flag, start=defect.start_s, end=defect.end_s)
+            for defect in transcript.defects
+        ],
         usage=Usage(seconds=transcript.duration_s),
     )
 

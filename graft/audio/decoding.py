@@ -7,7 +7,6 @@ behind the damage. Frames are counted at the source's own rate, from the start o
 
 import contextlib
 import functools
-import io
 import itertools
 import re
 import struct
@@ -182,7 +181,7 @@ def _open_by_libsndfile(file: SourceFile, stack: contextlib.ExitStack) -> tuple[
     stack.enter_context(sound)
     kind, stated_s = sound.format.lower(), _stated_s(sound)
     if kind in ("wav", "wavex") and (data := _wav_to_the_end(sound, file)):
-        stated_s = sound.frames / sound.samplerate if 0 < sound.frames and file.size < 2**32 else None
+        stated_s = sound.frames / sound.samplerate if sound.frames > 0 and file.size < 2**32 else None
         file = data
         sound = _SequentialFile(data, "r", sound.samplerate, sound.channels, sound.subtype, "LITTLE", "RAW")
         stack.enter_context(sound)
@@ -259,7 +258,7 @@ def _end_of_libsndfile(
         log.note(TRUNCATED_FILE, at_s, at_s)  # some writers leave out the mark of the end
     elif stated_s is not None and abs(stated_s - at_s) > LONGEST_SHORTFALL_S:
         flag = TRUNCATED_FILE if stated_s > at_s else HEADER_MISMATCH
-        log.add(flag, *sorted((at_s, stated_s)), f"it should hold {stated_s:.1f} s")
+        log.add(flag, min(at_s, stated_s), max(at_s, stated_s), f"it should hold {stated_s:.1f} s")
 
 
 def _goes_on(file: SourceFile, at_s: float) -> bool:
@@ -282,6 +281,10 @@ def _wav_to_the_end(wav: _SequentialFile, file: SourceFile) -> SourceFile | None
 
     Headers state none for sound from a pipe or over 4 GB. One is too small where no chunk follows.
     """
+    is_unstated = not wav.frames or file.size >= 2**32
+    least_left = LONGEST_SHORTFALL_S * _bytes_per_s(wav)
+    if not is_unstated and file.size - wav.frames / wav.samplerate * _bytes_per_s(wav) < least_left:
+        return None
     head, place = file.read_range(0, 2**12), 12  # the buffer stays where libsndfile goes on to read
 
     def read(start: int, count: int) -> bytes:
@@ -292,9 +295,8 @@ def _wav_to_the_end(wav: _SequentialFile, file: SourceFile) -> SourceFile | None
         length = int.from_bytes(chunk[4:], "little")
         start, place = place + 8, place + 8 + length + length % 2  # Chunks begin at even bytes.
         if chunk.startswith(b"data"):
-            is_unstated = not wav.frames or file.size >= 2**32
-            goes_on = file.size - place > LONGEST_SHORTFALL_S * _bytes_per_s(wav)
-            goes_on = goes_on and not is_unstated and not re.match(rb"[\x20-\x7e]{4}", read(place, 4))
+            goes_on = file.size - place > least_left and not is_unstated
+            goes_on = goes_on and not re.match(rb"[\x20-\x7e]{4}", read(place, 4))
             return file.after(start) if start < file.size and (is_unstated or goes_on) else None
         if place >= file.size:
             break
@@ -411,10 +413,10 @@ def _stated_end_s(container: Any, stream: Any, origin_s: Fraction | None) -> flo
     if stream.duration is not None:
         start_s = stream.start_time * stream.time_base - origin_s if stream.start_time is not None else 0
         return float(start_s + stream.duration * stream.time_base)
-    if found := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):  # Matroska
-        return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) - float(origin_s)
-    has_others = len(container.streams) > 1  # whose duration it may be
-    return None if container.duration is None or has_others else container.duration / 1e6 - float(origin_s)
+    if len(container.streams) == 1:
+        return None if container.duration is None else container.duration / 1e6 - float(origin_s)
+    found = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))  # of Matroska's streams
+    return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) - float(origin_s) if found else None
 
 
 def _ffmpeg_blocks_from(position: int, file: SourceFile, info: AudioInfo, log: DefectLog) -> Iterator[np.ndarray]:

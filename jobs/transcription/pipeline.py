@@ -65,8 +65,8 @@ PER_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "run
 
 RESULTS = pa.schema([*KEYS, *MEASURED, ("started_at", pa.float64()), ("heard_s", pa.float64()), ("segments", SEGMENTS)])
 """The result of an item. `error` is null or says in one line what failed; `defects` are what is wrong with audio that
-was decoded all the same; `duration_s` is its length; `read_s` is the CPU time of reading; `started_at` (Unix time) and `heard_s` are when transcription began and how
-many seconds it took, beside other items."""
+was decoded all the same; `duration_s` is its length; `read_s` is the CPU time of reading; `started_at` (Unix time) and
+`heard_s` are when transcription began and how many seconds it took, beside other items."""
 
 
 class ChunkTranscriber(Protocol):

@@ -48,7 +48,7 @@ _CHUNK = pa.struct(
 )
 READ = pa.schema([*KEYS, *MEASURED, ("chunks", pa.list_(_CHUNK))])
 """Schema of an item that was read. `error` is null or says in one line what failed, `defects` are what is wrong with
-audio that was decoded all the same, `duration_s` is the length of the decoded audio, `read_s` the CPU time in seconds."""
+audio that was decoded all the same, `duration_s` is its length, `read_s` the CPU time in seconds."""
 NO_CHUNKS = pa.array([[]], READ.field("chunks").type)
 
 

@@ -231,3 +231,14 @@ def test_silence_has_no_chunks(tmp_path):
     assert table["error"].to_pylist() == [None]
     assert table["duration_s"].to_pylist() == [5.0]
     assert chunks_of(table) == []
+
+
+def test_what_is_wrong_with_the_audio_is_in_the_row(tmp_path):
+    data = media.write(media.speech(16_000, seconds=6, channels=1), 16_000, "WAV", "PCM_16")
+    (tmp_path / "cut.wav").write_bytes(data[: len(data) // 2])
+    (table,) = ItemReader(Reading(QUICK, ChunkSettings()))(items_of(tmp_path))
+    (row,) = table.select(["error", "duration_s", "defects"]).to_pylist()
+    assert row["error"] is None
+    (defect,) = row["defects"]
+    assert defect["flag"] == "truncated_file"
+    assert (defect["start_s"], defect["end_s"]) == pytest.approx((row["duration_s"], 6.0), abs=0.01)

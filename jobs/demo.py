@@ -215,7 +215,7 @@ def _print_transcripts(*folders: str) -> None:
     for clip in _transcribed_clips():
         print(f"  {Path(clip['audio']).name}\n    said:  {clip['text']}")
         for folder in folders:
-            transcript = Path(folder, "files", f"{Path(clip['audio']).stem}.json")
+            transcript = Path(folder, "files", f"{Path(clip['audio']).name}.json")
             print(f"    heard: {json.loads(transcript.read_text())['text']}", flush=True)
 
 

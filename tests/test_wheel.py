@@ -158,7 +158,7 @@ def test_the_command_works_with_ray(kind: str, tmp_path: Path, request: pytest.F
     shutil.copy(media.SHORTEST_FIRST[0], tmp_path / "calls" / "a.flac")
     printed = installation.run("graft", "transcribe", str(tmp_path / "calls"), f"model={graft}", f"out={tmp_path}/out")
     assert "1 recording done, 0 failed" in printed
-    assert (tmp_path / "out" / "files" / "a.txt").is_file()
+    assert (tmp_path / "out" / "files" / "a.flac.txt").is_file()
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ def run(*arguments: str) -> int:
     return run_job(LabelRecipe, run_label, summary="", argv=list(arguments))
 
 
+@pytest.mark.slow
 def test_a_confident_transcript_becomes_the_text(whisper, tmp_path, capsys):
     clips = [clip_of(f"clip{seed}", seed, 3.0 + 6 * seed) for seed in range(5)]
     transcriber = open_transcriber(whisper, chunker=windows)

@@ -231,6 +231,7 @@ def test_a_run_without_checkpoints_is_an_error(folder, tmp_path, monkeypatch):
         transcribe(f"model={folder}", f"audio={PROMPTS[0]}", f"out={tmp_path / 'out'}")
 
 
+@pytest.mark.slow
 def test_without_out_it_prints_only_and_instruction_and_context_reach_the_workers(tmp_path, capsys, monkeypatch):
     (tmp_path / "calls").mkdir()
     shutil.copy(PROMPTS[0], tmp_path / "calls" / "a.flac")

@@ -23,6 +23,7 @@ def graft(tmp_path_factory) -> Path:
     return tiny_models.save_tiny_graft(tmp_path_factory.mktemp("words") / "tiny-graft")
 
 
+@pytest.mark.slow
 @pytest.mark.bundled
 def test_words_stand_in_rows_and_files_of_split_channels(graft, tmp_path):
     one, _, _ = concatenate(spoken("monday", "seven", "tuesday"), [0.3] * 4)

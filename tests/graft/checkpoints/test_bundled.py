@@ -138,6 +138,7 @@ def test_whisper_tokenizer_reads_timestamps(whisper_folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_smollm2_in_the_qwen2vl_class_equals_the_llama(
     qwen2vl: Qwen2VLForConditionalGeneration, qwen2vl_folder: Path, gguf_folder: Path
 ) -> None:

@@ -29,6 +29,7 @@ def draw() -> ModuleType:
     return module
 
 
+@pytest.mark.seconds
 def test_committed_pictures_are_what_is_drawn(draw: ModuleType, tmp_path: Path) -> None:
     drawn = draw.draw(tmp_path)
     assert sorted(path.name for path in drawn) == sorted(path.name for path in (DOCS / "pictures").glob("*.svg"))

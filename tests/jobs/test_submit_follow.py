@@ -37,12 +37,14 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "PATIENCE_S", 0.5)
 
 
+@pytest.mark.seconds
 def test_a_broken_connection_prints_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
     job = asyncio.run(submit._follow(Client(breaks=1, turns=1), "name"))
     assert job.status == JobStatus.SUCCEEDED
     assert capsys.readouterr().out == "".join(TEXT)
 
 
+@pytest.mark.seconds
 def test_a_log_that_is_gone_is_not_waited_for_for_ever(capsys: pytest.CaptureFixture[str]) -> None:
     job = asyncio.run(submit._follow(Client(breaks=10**6), "name"))
     assert job.status == JobStatus.SUCCEEDED

@@ -71,6 +71,7 @@ def test_texts_are_the_same_as_with_a_folder(folder: Path, calls: Path, capsys: 
         assert printed == expected
 
 
+@pytest.mark.seconds
 def test_files_are_named_and_a_bad_one_does_not_end_the_run(
     folder: Path, calls: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

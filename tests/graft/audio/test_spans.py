@@ -155,6 +155,7 @@ def test_items_with_quiet_borders_lose_and_repeat_nothing(kind: str, item_s: flo
         assert np.sqrt(np.mean(quiet**2)) < loudness / 2
 
 
+@pytest.mark.seconds
 def test_items_at_16_khz_are_the_samples_of_the_whole() -> None:
     for kind in ("wav", "live.webm"):
         data, rate = recording(kind), probe(recording(kind)).rate
@@ -174,6 +175,7 @@ def test_a_border_is_in_the_middle_of_the_pause_that_both_neighbours_find() -> N
     assert len(frames(data, 0, 15 * 16_000, borders="quiet")) == round(16.3 * 16_000)
 
 
+@pytest.mark.seconds
 def test_a_recording_may_end_before_its_items_do() -> None:
     data = media.write(media.speech(16_000, seconds=23.0, channels=1), 16_000, "FLAC")
     count = 23 * 16_000
@@ -201,6 +203,7 @@ def test_what_is_wrong_elsewhere_spoils_no_span() -> None:
         list(read_span(data, 20 * 16_000, name="row 7"))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("kind", ["wav", "mp3"])
 def test_no_more_is_decoded_than_allowed(kind: str) -> None:
     data = recording(kind)

@@ -25,6 +25,7 @@ from tests.support.adapters import SETTINGS, adapt, largest_difference, logits, 
 from tests.support.speech_corpus import corpus, row
 
 
+@pytest.mark.seconds
 def test_merged_equals_attached():
     plain = logits(tiny_models.graft_model())
     model = adapt(tiny_models.graft_model())
@@ -216,6 +217,7 @@ def test_merging_onto_rounded_weights_equals_the_adapters_on_nf4(stage, tmp_path
     assert largest_difference(logits(plain), full) < 1e-5
 
 
+@pytest.mark.seconds
 def test_all_ways_to_use_adapters_are_compared(stage, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     data = corpus(tmp_path / "clips.parquet", [row(f"c{seed}", seed) for seed in range(3)])

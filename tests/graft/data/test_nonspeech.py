@@ -37,6 +37,7 @@ def test_a_few_dozen_sounds_of_each_kind_and_length(sounds: list[Sound]) -> None
         assert max(lengths) <= 40
 
 
+@pytest.mark.seconds
 def test_loudness_is_as_named_and_nothing_clips(sounds: list[Sound]) -> None:
     for sound in sounds:
         assert sound.clip.samples.dtype == np.float32

@@ -261,10 +261,13 @@ LIMITS = st.builds(
     min_duration_s=st.floats(0.0, 2.0),
 )
 SAID = st.lists(
-    st.from_regex(r"[a-z]{1,12}[.,]?|[ぁ-んー。、「」]{1,30}|[ก-ฮะาิี่]{1,20}", fullmatch=True), min_size=1, max_size=40
+    st.from_regex(r"[a-z]{1,12}[.,]?|(?:「?[ぁ-ん]ー?[。、」]?){1,15}|[ก-ฮะาิี่]{1,20}", fullmatch=True),
+    min_size=1,
+    max_size=40,
 )
 
 
+@pytest.mark.seconds
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 3), st.floats(0.2, 30), SAID, st.sampled_from([1, 2])), min_size=1, max_size=5),

@@ -119,6 +119,7 @@ def test_every_way_to_batch_takes_every_clip_once(graft: str) -> None:
     assert lengths[-1] == min(lengths)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("limit_s", "clips", "turns"),
     [(60.0, 16, 3), (0.7, 16, 1), (0.12, 2, 1)],

@@ -48,6 +48,7 @@ def stage1_recipe(folder: Path, **settings: Any) -> stage1.Stage1Recipe:
     return stage1.Stage1Recipe.model_validate(given | {"backend": "torch", "log_every": 1} | settings)
 
 
+@pytest.mark.seconds
 def test_slow_bf16_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_here(monkeypatch)
     stage1.run(stage1_recipe(tmp_path, dtype="bf16"))

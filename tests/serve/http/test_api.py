@@ -134,6 +134,7 @@ def test_all_of_the_api_but_health_and_documentation_needs_a_key(url):
         )
 
 
+@pytest.mark.seconds
 def test_keys_are_required_under_any_prefix(decoder, backend):
     """Ray Serve mounts applications with a route_prefix like this."""
     api = make_api(decoder, backend, keys=(KEY,))
@@ -204,6 +205,7 @@ def test_an_endless_upload_is_refused_at_the_limit(url):
     connection.close()
 
 
+@pytest.mark.seconds
 def test_an_upload_is_not_held_in_memory(decoder, backend, tmp_path):
     (tmp_path / "big.wav").write_bytes(bytes(24_000_000))
     with serve_api(decoder, backend) as url:
@@ -680,6 +682,7 @@ def test_audio_may_come_in_base64(url):
     assert read_error(ask(input_audio=encoded + "A" * MAX_UPLOAD_BYTES), 413)["code"] == "upload_too_large"
 
 
+@pytest.mark.seconds
 def test_context_words_come_by_prompt_or_keywords_and_appear_in_no_response(url, transcriber):
     text = post(url, {"prompt": " Aachen ,\n New  York,,", "response_format": "text"}, file=LONGER).text
     assert text == post(url, {"keywords[]": WORDS, "response_format": "text"}, file=LONGER).text

@@ -55,6 +55,7 @@ def send_generated(
     return statuses
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("mode", GenerationMode)
 @pytest.mark.parametrize("real", [False, True])
 def test_transcriptions_are_as_described(url, mode, real):

@@ -163,6 +163,7 @@ def watch_rows(model) -> tuple[list[int], list[int]]:
     return rows, clips
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant["audio_context"])
 def test_tokens_and_logprobs_equal_generate_in_a_batch_and_alone(variant):
     model = GRAFT.model(**variant)

@@ -15,9 +15,10 @@ from typing import Literal
 
 import numpy as np
 
+from graft.audio.audio_info import AudioInfo
 from graft.audio.chunking import QUIET_S, SEARCH_S, quietest
 from graft.audio.clip import SAMPLE_RATE, check_finite, mix_blocks, mix_window, resample
-from graft.audio.decoding import AudioInfo, open_audio
+from graft.audio.decoding import open_audio
 from graft.audio.defects import AudioDefect
 from graft.storage.source import AudioSource
 

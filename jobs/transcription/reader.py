@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from graft.audio.audio_info import CONVERT
 from graft.audio.chunking import Chunk, Chunker, ChunkSettings, windows
 from graft.audio.clip import SAMPLE_RATE, AudioClip
-from graft.audio.decoding import CONVERT
 from graft.audio.defects import AudioDefect, merge_defects
 from graft.audio.spans import probe, read_span
 from graft.audio.vad import SpeechSettings

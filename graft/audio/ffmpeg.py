@@ -1,0 +1,186 @@
+"""Decode by FFmpeg (PyAV): m4a, mp4, webm, aac, wma, video, and what libsndfile would end early or fail on."""
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from graft.audio.audio_info import BLOCK_SAMPLES, CONVERT, LONGEST_SHORTFALL_S, AudioInfo, Decode, DefectLog
+from graft.audio.defects import HEADER_MISMATCH, TRUNCATED_FILE
+from graft.audio.ogg import is_ended
+from graft.audio.timeline import on_timeline
+from graft.errors import AudioError
+from graft.storage.source import SourceFile
+
+RAW_STREAMS = frozenset({"mp3", "aac", "ac3", "eac3", "mpeg", "mpegts"})
+"""Formats of FFmpeg that are a stream of frames, each with a sync word by which a decoder recovers after junk."""
+
+GAPLESS = frozenset({"ogg", "flac"})
+"""Formats of FFmpeg in which a gap of the timestamps is a loss."""
+
+TIMELESS = frozenset({"mp3", "aac", "ac3", "eac3"})
+"""Formats of FFmpeg whose timestamps are only counted, and whose durations are only estimated."""
+
+
+def open_by_ffmpeg(file: SourceFile, stack: contextlib.ExitStack) -> tuple[AudioInfo, Decode]:
+    container, stream = _open_container(file, stack)
+    origin_s = _origin_s(container)
+    stated_s = _stated_end_s(container, stream, origin_s)
+    duration_s = stated_s
+    if duration_s is None and container.duration is not None:
+        duration_s = container.duration / 1e6
+    codec = stream.codec_context
+    info = AudioInfo(container.format.name, codec.sample_rate, codec.channels, duration_s, exact_seek=False)
+    return info, lambda start, end, log: _decode(container, stream, info, file, stated_s, log)
+
+
+def _open_container(file: SourceFile, stack: contextlib.ExitStack) -> tuple[Any, Any]:
+    """Return a container and its main audio stream. Raises AudioError if there is none that FFmpeg decodes."""
+    import av  # This import is local because most audio does without its 100 MB.
+
+    file.seek(0)
+    options = {"protocol_whitelist": "none"}  # A playlist may name files and servers: nothing but the source is opened.
+    try:
+        container = stack.enter_context(av.open(file, "r", container_options=options, metadata_errors="ignore"))
+        stream: Any = container.streams.best("audio")
+    except av.FFmpegError as error:
+        file.check()
+        raise AudioError(f"{file.label}: not readable as audio ({error.strerror}): {CONVERT}") from error
+    if not container.streams.audio:
+        raise AudioError(f"{file.label}: holds no audio ({container.format.name}): leave it out")
+    if stream is None or stream.codec_context is None:
+        raise AudioError(f"{file.label}: no audio in it that FFmpeg decodes ({container.format.name}): {CONVERT}")
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = av.stream.Discard.all
+    return container, stream
+
+
+def _origin_s(container: Any) -> Fraction | None:
+    """Return the time at which the media starts: the earliest start of its streams; None if times are only counted.
+
+    A video's sound may start later. A picture of the cover is no stream of the media.
+    """
+    import av
+
+    if container.format.name in TIMELESS:
+        return None
+    starts = [
+        stream.start_time * stream.time_base
+        for stream in container.streams
+        if stream.type in ("audio", "video")
+        and stream.start_time is not None
+        and not stream.disposition & av.stream.Disposition.attached_pic
+    ]
+    return min(starts, default=Fraction(0))
+
+
+def _stated_end_s(container: Any, stream: Any, origin_s: Fraction | None) -> float | None:
+    """Return the seconds from the start of the media to the end of its sound, as far as the header states them."""
+    if origin_s is None or container.format.name in RAW_STREAMS:
+        return None
+    if stream.duration is not None:
+        start_s = stream.start_time * stream.time_base - origin_s if stream.start_time is not None else 0
+        return float(start_s + stream.duration * stream.time_base)
+    if len(container.streams) == 1:
+        return None if container.duration is None else container.duration / 1e6 - float(origin_s)
+    found = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))  # of Matroska's streams
+    return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) - float(origin_s) if found else None
+
+
+def decode_from(position: int, file: SourceFile, info: AudioInfo, log: DefectLog) -> Iterator[np.ndarray]:
+    """Decode by FFmpeg what follows the frames that libsndfile has decoded."""
+    skipped = position
+    with contextlib.ExitStack() as stack:
+        container, stream = _open_container(file, stack)
+        for block in _decode(container, stream, info, file, info.duration_s, log):
+            if len(rest := block[skipped:]):
+                yield rest
+            skipped -= len(block) - len(rest)
+
+
+def _decode(
+    container: Any, stream: Any, info: AudioInfo, file: SourceFile, stated_s: float | None, log: DefectLog
+) -> Iterator[np.ndarray]:
+    """Decode blocks; where a joined file changes its channels or rate, they are converted to those it began with."""
+    import av
+
+    layout, position = stream.codec_context.layout, 0
+    # Planar samples are faster, but PyAV crashes on those of more than 8 channels.
+    is_planar = layout.nb_channels <= 8
+    block: Any = av.AudioFifo()  # a resampler with a frame_size makes blocks too, but takes a fifth more CPU time
+    ending = _Ending()
+    frames = on_timeline(
+        _decode_packets(container, stream, ending, log),
+        _origin_s(container) if is_planar else None,
+        log.add,
+        has_gaps=container.format.name not in GAPLESS,
+    )
+    try:
+        for _, run in itertools.groupby(frames, lambda one: (one.format.name, one.layout.name, one.sample_rate)):
+            resampler = av.AudioResampler("fltp" if is_planar else "flt", layout, info.rate)
+            for frame in itertools.chain(run, [None]):  # None flushes the resampler.
+                for part in filter(None, resampler.resample(frame)):
+                    position += part.samples
+                    part.pts, part.time_base = None, Fraction(1, info.rate)
+                    block.write(part)
+                if position and block.samples >= (BLOCK_SAMPLES // info.channels if frame else 1):
+                    samples = block.read().to_ndarray()  # (channels, frames) if planar, else (1, frames * channels)
+                    yield np.ascontiguousarray(samples.T) if len(samples) > 1 else samples.reshape(-1, info.channels)
+    except av.FFmpegError as error:  # a frame of a form that FFmpeg does not convert
+        file.check()
+        raise AudioError(
+            f"{file.label}: damaged at {position / info.rate:.1f} s ({error.strerror}): fetch it again, or {CONVERT}"
+        ) from error
+    file.check()
+    at_s = position / info.rate
+    if stated_s is not None and stated_s - at_s > LONGEST_SHORTFALL_S:
+        log.add(TRUNCATED_FILE, at_s, stated_s, ending.reason or f"it should hold {stated_s:.1f} s")
+    elif ending.reason and container.format.name not in RAW_STREAMS:
+        log.add(TRUNCATED_FILE, at_s, at_s, ending.reason)
+    elif (ending.reason and container.format.name != "mp3") or (container.format.name == "ogg" and not is_ended(file)):
+        log.note(TRUNCATED_FILE, at_s, at_s)  # behind an mp3 there may be tags
+    elif stated_s is not None and at_s - stated_s > LONGEST_SHORTFALL_S:
+        log.add(HEADER_MISMATCH, stated_s, at_s)
+
+
+@dataclass
+class _Ending:
+    """How a stream ended: `reason` says why its last packets are lost."""
+
+    reason: str = ""
+
+
+def _decode_packets(container: Any, stream: Any, ending: _Ending, log: DefectLog) -> Iterator[Any]:
+    """Decode frames as they come; None stands for a packet that is lost.
+
+    Raw streams may hold tags and the stumps of cut frames between frames; those are left out.
+    """
+    import av
+
+    lost, count, seconds = 0, 0, 0.0
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)  # None also after a fault of the container, with which it ends
+            if packet is None:
+                break
+            count += 1
+            for frame in packet.decode():
+                seconds += frame.samples / frame.sample_rate
+                ending.reason = ending.reason if packet.size == 0 else ""  # 0: what the decoder still held
+                yield frame
+        except av.FFmpegError as error:
+            ending.reason = str(error.strerror)
+            lost += 1
+            if container.format.name not in RAW_STREAMS or lost > max(10, count // 10):
+                log.refuse(seconds, ending.reason)
+            if log.defects is not None:
+                yield None
+    if lost > max(10, count // 2):
+        raise AudioError(f"{log.label}: damaged, {lost} of its {count} packets: fetch it again, or {CONVERT}")

@@ -7,13 +7,11 @@ the results that later runs go on from.
 """
 
 import contextlib
-import itertools
 import json
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,9 +44,6 @@ if TYPE_CHECKING:
     from .transcription.reader import Reading
 
 PARTLY_FAILED = 3
-ERRORS_FILE, SKIPPED_FILE = "errors.jsonl", "skipped.jsonl"
-MOST_FAILURES, MOST_SUFFIXES = 3, 5
-"""Recordings that failed, and kinds of files that are left out, which are named in the command's output."""
 EXECUTION_KEYS = frozenset(
     {
         "workers",
@@ -137,21 +132,23 @@ def run(recipe: TranscribeRecipe) -> int:
     Raises DataError when there are none, ModelError, OutputError.
     """
     from .transcription.discovery import discover
+    from .transcription.reporting import first_failures, say_skipped, summary_lines
 
     if "model" not in recipe.model_fields_set:
         print(f"graft: model={recipe.model} is taken, a graft that comes with the package", file=sys.stderr)
     sources = _sources(recipe)
+    failures: list[str] = []
     if recipe.out is None:
         summary, lines = _print_transcripts(sources, recipe), sys.stderr
     else:
         found = discover(sources, recipe.columns, results=recipe.out)
         _check_model(recipe)
         out = _claim_output(recipe, recipe.out)
-        _say_skipped(found.skipped, out)
+        say_skipped(found.skipped, out)
         print("graft: transcribing on Ray, because the results go into a folder", flush=True)
         summary, lines = transcribe(found.recordings, recipe, out), sys.stdout
-        summary["failures"] = _first_failures(out) if summary["failed"] else []
-    print("\n".join(_summary_lines(summary)), file=lines)
+        failures = first_failures(out)
+    print("\n".join(summary_lines(summary, failures)), file=lines)
     return PARTLY_FAILED if summary["failed"] and recipe.strict else 0
 
 
@@ -301,48 +298,11 @@ def _probe(uris: Sequence[str]) -> list[float | None]:
     return [seconds for part in parts for seconds in ray.get(part)]
 
 
-def _summary_lines(summary: dict[str, Any]) -> Iterator[str]:
-    rtfx, cost = summary["rtfx"], summary["cost_per_audio_hour"]
-    speed = f", {rtfx:.1f} times as fast as real time in this run" if rtfx else ""
-    speed = ", nothing was left to do" if rtfx is None else speed
-    price = f", {cost:.4f} an hour of audio" if cost is not None else ""
-    counts = f"{summary['done']} recording{'s' * (summary['done'] != 1)} done, {summary['failed']} failed"
-    yield f"{counts}; {summary['audio_hours']:.2f} h of audio{speed}{price}"
-    yield from (f"  failed: {count} x {reason}" for reason, count in summary["failed_by_reason"].items())
-    yield from (f"  {failure}" for failure in summary.get("failures", []))
-    yield from (f"  flagged: {count} segments {flag}" for flag, count in summary["flagged_segments"].items())
-    yield from (f"  flagged: {count} recordings {flag}" for flag, count in summary["flagged_recordings"].items())
-
-
-def _say_skipped(skipped: Sequence[str], out: Path | None) -> None:
-    """Say which files of the folders are left out, and list them in SKIPPED_FILE of a folder of results."""
-    from .transcription.discovery import suffix_of
-
-    listed = ""
-    if out:
-        lines = (f"{json.dumps({'uri': uri}, ensure_ascii=False)}\n" for uri in skipped)
-        write_atomic(out / SKIPPED_FILE, "".join(lines))
-        listed = f": {out / SKIPPED_FILE} lists them"
-    if skipped:
-        suffixes = Counter(suffix_of(uri) or "no suffix" for uri in skipped)
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(MOST_SUFFIXES))
-        more = ", ..." if len(suffixes) > MOST_SUFFIXES else ""
-        files = "1 file is" if len(skipped) == 1 else f"{len(skipped)} files are"
-        print(f"graft: {files} no audio by suffix and left out ({counts}{more}){listed}", file=sys.stderr, flush=True)
-
-
-def _first_failures(out: Path) -> list[str]:
-    """Return lines on the first recordings that failed, and on where all of them are listed."""
-    path = out / ERRORS_FILE
-    with path.open(encoding="utf-8") as file:
-        first = [json.loads(line) for line in itertools.islice(file, MOST_FAILURES)]
-    return [*(f"{one['recording']}: {one['error']}" for one in first), f"{path} lists all that failed"]
-
-
 def _print_transcripts(sources: Sequence[str], recipe: TranscribeRecipe) -> dict[str, Any]:
     """Transcribe recordings and print them; returns the summary. Few local files are transcribed in this process."""
     from .transcription.discovery import discover
     from .transcription.local import is_too_long, local_plan, needs_ray
+    from .transcription.reporting import say_skipped
 
     if (reason := needs_ray(sources, recipe.workers)) is None:
         plan = local_plan(sources, item_s=recipe.item_s)
@@ -351,7 +311,7 @@ def _print_transcripts(sources: Sequence[str], recipe: TranscribeRecipe) -> dict
     recordings, skipped = discover(sources, recipe.columns)
     printer = _printer(recipe, len(recordings))
     _check_model(recipe)
-    _say_skipped(skipped, None)
+    say_skipped(skipped, None)
     print(f"graft: transcribing on Ray, because {reason}", file=sys.stderr, flush=True)
     return _print_from_ray(recordings, recipe, printer)
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -118,7 +119,9 @@ def run_job(
     except KeyboardInterrupt:
         print("graft: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads the output wants no more of it, such as `head`
+    except BrokenPipeError:
+        if not _is_output_closed():
+            raise  # it was another pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
         return 128 + signal.SIGPIPE
     except Exception as error:
@@ -284,6 +287,13 @@ def _overrides(arguments: Sequence[str], keys: Mapping[str, FieldInfo], words: s
         yield override
     if given:
         yield f"{words}={json.dumps(given, ensure_ascii=False)}"
+
+
+def _is_output_closed() -> bool:
+    """Tell whether whoever read the output, such as `head`, wants no more of it."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def _names_key(argument: str, keys: Mapping[str, FieldInfo]) -> bool:

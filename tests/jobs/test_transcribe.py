@@ -1,9 +1,12 @@
 """Test jobs.transcribe on a local Ray: archives in, transcripts out, bad files reported, nothing done twice."""
 
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from graft.inference.transcriber import Transcriber, open_transcriber
 from graft.inference.transcript import Transcript
 from jobs.common.outputs import holds_results
 from jobs.transcribe import EXECUTION_KEYS, TranscribeRecipe
+from jobs.transcription.assembly import whole_files
 from tests.support import hub_server, media, tiny_models
 from tests.support.jobs import transcribe
 from tests.support.paths import ROOT
@@ -326,3 +330,28 @@ def test_what_is_wrong_from_the_start_is_one_line_and_exit_code_2(
     assert message in errors
     assert "\n" not in errors
     assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_an_interrupted_run_says_how_to_go_on(folder, tmp_path, capsys):
+    calls, out = tmp_path / "many", tmp_path / "out"
+    calls.mkdir()
+    for number in range(60):
+        shutil.copy(PROMPTS[number % 8], calls / f"{number:02}.flac")
+    arguments = [f"audio={calls}", f"model={folder}", f"out={out}", "items_per_batch=1"]
+    command = [sys.executable, "-m", "jobs", "transcribe", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while len(whole_files(out / "work")) < 2 and run.poll() is None:
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=100)
+    assert run.returncode == 130
+    said = r"graft: (\d+) of 60 work items are kept in (.*): the same command goes on from there\ngraft: interrupted\n"
+    assert (found := re.search(said, errors)), errors
+    assert 2 <= int(found[1]) < 60
+    assert found[2] == str(out)
+    kept = set(whole_files(out / "work"))
+    assert transcribe(*arguments) == 0
+    assert "60 recordings done, 0 failed" in capsys.readouterr().out
+    assert kept < set(whole_files(out / "work"))

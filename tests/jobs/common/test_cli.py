@@ -274,6 +274,14 @@ def test_output_that_nobody_reads_ends_a_command_quietly():
         assert (process.stderr.read(), process.wait(60)) == ("", 141)
 
 
+def test_a_pipe_that_is_not_the_output_breaks_loudly(capfd):
+    def run(recipe: Job) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_job(Job, run, summary="", argv=["out=a"])
+
+
 def test_main_gets_the_recipe_and_gives_the_exit_code(capsys):
     assert run_job(Job, lambda recipe: None, summary="", argv=["out=a"]) == 0
     assert run_job(Job, lambda recipe: recipe.group.rate == 2, summary="", argv=["out=a", "group.rate=2"]) == 1

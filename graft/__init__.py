@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graft.audio.clip import AudioClip
     from graft.errors import GraftError
+    from graft.inference.segments import Segment, Word
     from graft.inference.transcriber import Transcriber
     from graft.inference.transcriber import open_transcriber as load
-    from graft.inference.transcript import Segment, Transcript, Word
+    from graft.inference.transcript import Transcript
 
     __version__: str
 
 _EXPORTS = {  # public name -> module and name there
     "AudioClip": ("graft.audio.clip", "AudioClip"),
     "GraftError": ("graft.errors", "GraftError"),
-    "Segment": ("graft.inference.transcript", "Segment"),
+    "Segment": ("graft.inference.segments", "Segment"),
     "Transcriber": ("graft.inference.transcriber", "Transcriber"),
     "Transcript": ("graft.inference.transcript", "Transcript"),
-    "Word": ("graft.inference.transcript", "Word"),
+    "Word": ("graft.inference.segments", "Word"),
     "load": ("graft.inference.transcriber", "open_transcriber"),
 }
 __all__ = ["AudioClip", "GraftError", "Segment", "Transcriber", "Transcript", "Word", "__version__", "load"]

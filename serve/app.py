@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from graft.audio.chunking import Chunk
 from graft.checkpoints.names import absolute_checkpoint
 from graft.inference.engines.protocol import EngineCounts
-from graft.inference.transcript import Segment
+from graft.inference.segments import Segment
 
 from .backends.last_model import LastModel
 from .backends.local import LocalBackend, fits_beside

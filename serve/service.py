@@ -13,7 +13,8 @@ from typing import Protocol, TypeAlias
 
 from graft.audio.chunking import Chunk
 from graft.inference.engines.protocol import EngineCounts
-from graft.inference.transcript import ScoredToken, Segment, Transcript, stitch
+from graft.inference.segments import ScoredToken, Segment
+from graft.inference.transcript import Transcript, stitch
 
 from .decode.decoder import DecodedUpload, Decoder
 from .fairness import FairSlots

@@ -1,11 +1,10 @@
-"""Write a Transcript as txt, srt, vtt, tsv or json.
+"""Write the segments of a transcript as txt, srt, vtt or tsv.
 
 segments -> pieces between which lines may break, with their times -> parts that fit on a screen -> whole milliseconds,
 in order, without overlap in a channel -> text
 """
 
 import html
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import regex
 from pydantic import Field
 
 from graft.config import Recipe
-from graft.inference.transcript import Segment, Transcript
+from graft.inference.segments import Segment
 
 Format = Literal["txt", "srt", "vtt", "tsv", "json"]
 # Names of the formats, which are also the suffixes of their files.
@@ -77,38 +76,36 @@ class Cue:
     text: str
 
 
-def format_transcript(transcript: Transcript, form: Format, limits: CueLimits | None = None) -> str:
-    """Write a transcript in a format; lines end in a line feed.
+def format_segments(
+    segments: Sequence[Segment], form: Literal["txt", "srt", "vtt", "tsv"], limits: CueLimits | None = None
+) -> str:
+    """Write segments in a format; lines end in a line feed.
 
-    txt is the text; srt and vtt hold cues within the limits; tsv is Whisper's format, with milliseconds and text of
-    each segment; json holds all of the transcript. Segments without text appear in json alone. Where channels were
-    transcribed separately, all formats but json are in order of time and name the channel that speaks, and txt has a
-    line for each segment, or for each part of it between which another channel speaks.
+    srt and vtt hold cues within the limits; tsv is Whisper's format, with milliseconds and text of each segment; txt
+    has a line for each segment. Segments without text are left out. Where channels were transcribed separately, all are
+    in order of time and name the channel that speaks, and txt has a line for each part of a segment between which
+    another channel speaks.
     """
     match form:
         case "txt":
-            if all(segment.channel is None for segment in transcript.segments):
-                return transcript.text + "\n"
-            return "".join(f"{turn}\n" for turn in _turns(transcript.segments))
+            return "".join(f"{turn}\n" for turn in _turns(segments))
         case "srt":
             # Players take a line with an arrow for the times of a cue.
             return "\n".join(
                 f"{number}\n{_show_times(cue, ',')}\n{cue.text.replace('-->', '->')}\n"
-                for number, cue in enumerate(make_cues(transcript, limits), start=1)
+                for number, cue in enumerate(make_cues(segments, limits), start=1)
             )
         case "vtt":
-            cues = make_cues(transcript, limits)
+            cues = make_cues(segments, limits)
             blocks = (f"{_show_times(cue, '.')}\n{html.escape(cue.text, quote=False)}\n" for cue in cues)
             return "\n".join(["WEBVTT\n", *blocks])
         case "tsv":
-            rows = _tsv_rows(transcript.segments)
+            rows = _tsv_rows(segments)
             return "".join(["start\tend\ttext\n", *(f"{row.start_ms}\t{row.end_ms}\t{row.text}\n" for row in rows)])
-        case "json":
-            return json.dumps(transcript.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
-def make_cues(transcript: Transcript, limits: CueLimits | None = None) -> list[Cue]:
-    """Cut a transcript into subtitles that begin in order of time, each of at least one millisecond.
+def make_cues(segments: Sequence[Segment], limits: CueLimits | None = None) -> list[Cue]:
+    """Cut segments into subtitles that begin in order of time, each of at least one millisecond.
 
     Line feeds separate the lines of a cue. Cues of different channels may overlap; those of one channel do not, and
     each names it.
@@ -117,8 +114,8 @@ def make_cues(transcript: Transcript, limits: CueLimits | None = None) -> list[C
     least_s = min(limits.min_duration_s, limits.duration_s)
     cues = [
         Cue(start_ms, end_ms, "\n".join(_break_lines(_labelled(part, channel), limits)))
-        for channel, segments in _by_channel(transcript.segments)
-        for part, start_ms, end_ms in _show_in_turn(_split_channel(channel, segments, limits), least_s)
+        for channel, spoken in _by_channel(segments)
+        for part, start_ms, end_ms in _show_in_turn(_split_channel(channel, spoken, limits), least_s)
     ]
     return sorted(cues, key=lambda cue: cue.start_ms)
 

@@ -15,13 +15,15 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Literal, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from transformers import WhisperForConditionalGeneration
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from graft.audio.chunking import Chunk, Chunker, windows
 from graft.audio.clip import AudioClip, read_audio
-from graft.audio.defects import AudioDefect
+from graft.audio.defects import AudioDefect, merge_defects
+from graft.audio.spans import read_span
 from graft.checkpoints.loading import DTYPES, check_model, open_model
 from graft.checkpoints.names import checkpoint_name
 from graft.errors import AudioError, ModelError
@@ -34,14 +36,20 @@ from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.engines.transformers_engine import TransformersEngine
 from graft.inference.engines.whisper_decoder import WhisperDecoder
 from graft.inference.hallucination import NO_REPEAT_NGRAM, QualityVerdict, check_quality, pick_better
-from graft.inference.transcript import ScoredSegment, ScoredToken, Segment, Transcript, Word, stitch
+from graft.inference.segments import ScoredSegment, ScoredToken, Segment, Word
+from graft.inference.transcript import Transcript, stitch
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import SpeechProcessor, max_new_tokens
 
 # A path, the bytes of a file, or samples.
 Audio: TypeAlias = str | os.PathLike[str] | bytes | AudioClip
-# A recording's duration in seconds, its defects, and its chunks with the engine's requests for them.
-Prepared: TypeAlias = tuple[float, tuple[AudioDefect, ...], list[tuple[Chunk, EngineRequest]]]
+# A recording's duration in seconds, its defects, and its parts: the number of a channel, None where channels are mixed,
+# a chunk, and the engine's request for it.
+Prepared: TypeAlias = tuple[float, tuple[AudioDefect, ...], list[tuple[int | None, Chunk, EngineRequest]]]
+# mix: the mean of all channels; split: each channel by itself.
+Channels: TypeAlias = Literal["mix", "split"]
+# Gets the share of the speech that is transcribed, from 0 to 1.
+Progress: TypeAlias = Callable[[float], object]
 # Cuts a clip into chunks of at most 30 s: a Chunker, which skips what is no speech, or `windows`, which skips nothing.
 ChunkFunction = Callable[[AudioClip], list[Chunk]]
 
@@ -90,15 +98,24 @@ class Transcriber:
         instruction: str | None = None,
         context: Sequence[str] | None = None,
         words: bool | None = None,
+        channels: Channels = "mix",
+        progress: Progress | None = None,
     ) -> Transcript:
         """Transcribe one recording of any length.
 
         `instruction` is a text style (raw, lower, formatted) or a phrasing that asks for one; `context` lists words
         that may occur; `words` says whether segments have words with times, by default wherever there is an aligner.
-        Raises AudioError if the recording cannot be read, ModelError for a style or context that the model was not
-        trained for, and for words without an aligner.
+        `channels` is "mix" for the mean of all channels, or "split" for each by itself, as in calls with one speaker on
+        each: segments then name their channels, and are in order of time. `progress` is a function that is called with
+        the share of the speech that is transcribed: with 0 when the recording is decoded, then after each chunk, and
+        last with 1. Raises AudioError if the recording cannot be read, ModelError for a style or context that the model
+        was not trained for, and for words without an aligner.
         """
-        return _run(self.transcribe_async(audio, instruction=instruction, context=context, words=words))
+        return _run(
+            self.transcribe_async(
+                audio, instruction=instruction, context=context, words=words, channels=channels, progress=progress
+            )
+        )
 
     def transcribe_many(
         self,
@@ -107,25 +124,30 @@ class Transcriber:
         instruction: str | None = None,
         context: Sequence[str] | None = None,
         words: bool | None = None,
+        channels: Channels = "mix",
+        progress: Progress | None = None,
     ) -> list[Transcript | AudioError]:
         """Transcribe recordings together; the place of one that cannot be read holds its AudioError.
 
         All recordings are prepared before the first is decoded, so that the engine's batches are full, and the same in
-        every call. Raises ModelError as `transcribe` does.
+        every call. `progress` gets the share of the speech of all recordings. Raises ModelError as `transcribe` does.
         """
         phrasing, timed = self._processor.instruction(instruction, context), self._wants_words(words)
 
         async def prepare(audio: Audio) -> Prepared | AudioError:
             try:
-                return await self._in_background(self._prepare, audio, phrasing)
+                return await self._in_background(self._prepare, audio, phrasing, channels)
             except AudioError as error:
                 return error
 
-        async def decode(prepared: Prepared | AudioError) -> Transcript | AudioError:
-            return prepared if isinstance(prepared, AudioError) else await self._transcribe_prepared(prepared, timed)
-
         async def transcribe_all() -> list[Transcript | AudioError]:
-            return await asyncio.gather(*map(decode, await asyncio.gather(*map(prepare, audios))))
+            prepared = await asyncio.gather(*map(prepare, audios))
+            report = _Report(progress, [one for one in prepared if not isinstance(one, AudioError)])
+
+            async def decode(one: Prepared | AudioError) -> Transcript | AudioError:
+                return one if isinstance(one, AudioError) else await self._transcribe_prepared(one, timed, report)
+
+            return await asyncio.gather(*map(decode, prepared))
 
         return _run(transcribe_all())
 
@@ -136,13 +158,16 @@ class Transcriber:
         instruction: str | None = None,
         context: Sequence[str] | None = None,
         words: bool | None = None,
+        channels: Channels = "mix",
+        progress: Progress | None = None,
     ) -> Transcript:
-        """Transcribe one recording without blocking the event loop.
+        """Transcribe one recording without blocking the event loop, which calls `progress`.
 
         Cancelling releases its slots in the engine. Raises as `transcribe` does.
         """
         phrasing, timed = self._processor.instruction(instruction, context), self._wants_words(words)
-        return await self._transcribe_prepared(await self._in_background(self._prepare, audio, phrasing), timed)
+        prepared = await self._in_background(self._prepare, audio, phrasing, channels)
+        return await self._transcribe_prepared(prepared, timed, _Report(progress, [prepared]))
 
     async def transcribe_chunks(
         self,
@@ -225,10 +250,15 @@ class Transcriber:
             raise ModelError("words have no times without an aligner: load the model with aligner='whisper'")
         return self._aligner is not None if words is None else words
 
-    def _prepare(self, audio: Audio, instruction: str) -> Prepared:
-        clip = audio if isinstance(audio, AudioClip) else read_audio(audio, salvage=True)
-        chunks = self._chunker(clip)
-        return clip.duration_s, clip.defects, [(chunk, self._make_request(chunk.clip, instruction)) for chunk in chunks]
+    def _prepare(self, audio: Audio, instruction: str, channels: Channels) -> Prepared:
+        clips = _read_channels(audio) if channels == "split" else {None: _read_mixed(audio)}
+        parts = [
+            (number, chunk, self._make_request(chunk.clip, instruction))
+            for number, clip in clips.items()
+            for chunk in self._chunker(clip)
+        ]
+        first = next(iter(clips.values()))
+        return first.duration_s, first.defects, parts
 
     def _make_request(self, clip: AudioClip, instruction: str) -> EngineRequest:
         features = self._processor.featurizer(clip)
@@ -236,11 +266,16 @@ class Transcriber:
             prompt_ids = self._processor.prompt_ids(features.frame_count, instruction)
         return EngineRequest(uuid.uuid4().hex, features, prompt_ids, max_new_tokens(clip.duration_s))
 
-    async def _transcribe_prepared(self, prepared: Prepared, words: bool) -> Transcript:
+    async def _transcribe_prepared(self, prepared: Prepared, words: bool, report: "_Report") -> Transcript:
         duration_s, defects, parts = prepared
-        segments = await asyncio.gather(*(self._decode_chunk(chunk, request, words) for chunk, request in parts))
+
+        async def decode(channel: int | None, chunk: Chunk, request: EngineRequest) -> Segment:
+            segment = await self._decode_chunk(chunk, request, words)
+            report.add(chunk)
+            return replace(segment, channel=channel)
+
         return stitch(
-            segments,
+            await asyncio.gather(*(decode(*part) for part in parts)),
             duration_s=duration_s,
             model=self.name,
             aligner=self._aligner.name if self._aligner and words else None,
@@ -383,6 +418,43 @@ def _bytes_of(piece: str) -> bytes:
     if all(character in BYTE_OF_CHARACTER for character in piece):
         return bytes(BYTE_OF_CHARACTER[character] for character in piece)
     return piece.encode()
+
+
+def _read_mixed(audio: Audio) -> AudioClip:
+    return audio if isinstance(audio, AudioClip) else read_audio(audio, salvage=True)
+
+
+def _read_channels(audio: Audio) -> dict[int | None, AudioClip]:
+    """Read each channel of a recording by itself, by its number; a clip is the only channel of its recording."""
+    if isinstance(audio, AudioClip):
+        return {1: audio}
+    defects: list[AudioDefect] = []
+    blocks = [block.samples for block in read_span(audio, channels="split", defects=defects)]
+    if not blocks:
+        return {1: read_audio(audio, salvage=True)}  # which raises the AudioError of a recording without samples
+    samples, found = np.concatenate(blocks), merge_defects(defects)  # (samples, channels)
+    return {
+        number: AudioClip(np.ascontiguousarray(channel), found) for number, channel in enumerate(samples.T, start=1)
+    }
+
+
+class _Report:
+    """Tells a function how much of the speech of recordings is transcribed."""
+
+    def __init__(self, progress: Progress | None, prepared: Sequence[Prepared]) -> None:
+        self._progress = progress
+        self._all_s = sum(chunk.clip.duration_s for *_, parts in prepared for _, chunk, _ in parts)
+        self._done_s = 0.0
+        self._left = sum(len(parts) for *_, parts in prepared)
+        if progress:
+            progress(0.0 if self._left else 1.0)
+
+    def add(self, chunk: Chunk) -> None:
+        """Count a chunk as transcribed."""
+        self._done_s += chunk.clip.duration_s
+        self._left -= 1
+        if self._progress:
+            self._progress(self._done_s / self._all_s if self._left else 1.0)  # sums of floats may differ by a bit
 
 
 def _run(coroutine: Coroutine[object, object, T]) -> T:

@@ -1,57 +1,17 @@
-"""Define a Transcript: segments with words, and times in seconds from the start of the audio."""
+"""Define a Transcript, the text of a recording with its segments, which writes itself in the formats of FORMATS."""
 
+import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from graft.audio.defects import AudioDefect, merge_defects
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word and the time in which it is spoken, in seconds."""
-
-    start_s: float
-    end_s: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One stretch of audio and the text that is spoken in it.
-
-    `mean_logprob` is the mean natural log-probability of the text's tokens, None if unknown. `flags` name the faults
-    that `graft.inference.hallucination` found. `words` is empty unless word times were asked for; joined by spaces the
-    words are `text`, each begins after the previous one has ended, and all lie within the segment. `channel` counts
-    from 1; it is None if channels were mixed.
-    """
-
-    start_s: float
-    end_s: float
-    text: str
-    mean_logprob: float | None = None
-    flags: tuple[str, ...] = ()
-    words: tuple[Word, ...] = ()
-    channel: int | None = None
-
-
-@dataclass(frozen=True)
-class ScoredToken:
-    """A token as the model wrote it, in UTF-8, of which it may be a part, and its natural log-probability."""
-
-    data: bytes
-    logprob: float
-
-
-@dataclass(frozen=True)
-class ScoredSegment(Segment):
-    """A segment with the tokens of its text and the number of tokens in its prompt.
-
-    The tokens joined are `text`, up to the white space between words and around them.
-    """
-
-    tokens: tuple[ScoredToken, ...] = ()
-    prompt_token_count: int = 0
+from graft.errors import OutputError
+from graft.inference.segments import Segment
+from graft.inference.subtitles import FORMATS, CueLimits, Format, format_segments
+from graft.storage.atomic import write_atomic
 
 
 @dataclass(frozen=True)
@@ -72,6 +32,39 @@ class Transcript:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; the keys are always the same."""
         return asdict(self)
+
+    def to_string(self, form: Format, cues: CueLimits | None = None) -> str:
+        """Write the transcript in a format; lines end in a line feed.
+
+        txt is the text; srt and vtt hold cues within the limits of `cues`; tsv is Whisper's format, with milliseconds
+        and text of each segment; json holds all of the transcript. Segments without text appear in json alone. Where
+        channels were transcribed separately, all formats but json are in order of time and name the channel that
+        speaks, and txt has a line for each segment, or for each part of it between which another channel speaks. Raises
+        ValueError for another format.
+        """
+        match form:
+            case "json":
+                return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+            case "txt" if all(segment.channel is None for segment in self.segments):
+                return self.text + "\n"
+            case "txt" | "srt" | "vtt" | "tsv":
+                return format_segments(self.segments, form, cues)
+            case _:
+                raise ValueError(f"format is {form!r}, not one of {', '.join(FORMATS)}")
+
+    def save(self, path: str | os.PathLike[str], cues: CueLimits | None = None) -> None:
+        """Write the transcript, as `to_string` does, to a file whose suffix names the format: .txt, .srt and so on.
+
+        Missing folders are made. Raises OutputError for another suffix and for a file that cannot be written.
+        """
+        suffix = Path(path).suffix.lower()
+        form = next((form for form in FORMATS if suffix == f".{form}"), None)
+        if form is None:
+            raise OutputError(f"{path} has the suffix of no format: give one of .{', .'.join(FORMATS)}")
+        try:
+            write_atomic(path, self.to_string(form, cues))
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror or error}: choose another path") from error
 
 
 def stitch(

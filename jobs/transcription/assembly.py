@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from graft.audio.defects import AudioDefect
-from graft.inference.subtitles import CueLimits, Format, format_transcript
-from graft.inference.transcript import Segment, Transcript, Word, stitch
+from graft.inference.segments import Segment, Word
+from graft.inference.subtitles import CueLimits, Format
+from graft.inference.transcript import Transcript, stitch
 from graft.storage.atomic import atomic_file, atomic_folder
 
 from .reader import DEFECTS, name_of
@@ -217,7 +218,7 @@ def _join_part(plan: pa.Table, items: str, path: str, output: OutputSettings) ->
                 failures += [{key: item[key] for key in keys} | {"error": _reason(item)} for item in failed]
                 continue
             for kind in output.formats:
-                text = format_transcript(transcript, kind, output.cues)
+                text = transcript.to_string(kind, output.cues)
                 write_transcript_file(Path(output.folder), recording[0]["stem"], kind, text)
     return totals, failures
 

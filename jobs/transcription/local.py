@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graft.audio.chunking import Chunk
-from graft.inference.transcript import Segment
+from graft.inference.segments import Segment
 
 from .discovery import LIST_SUFFIXES, PARQUET, find_recordings, suffix_of
 from .pipeline import ChunkTranscriber, ItemTranscriber, Opener

@@ -27,7 +27,7 @@ from graft.audio.defects import LOSSES
 from graft.checkpoints.names import absolute_checkpoint
 from graft.data.dataset import RowTable
 from graft.errors import GraftError, ModelError
-from graft.inference.transcript import Segment
+from graft.inference.segments import Segment
 from graft.storage.atomic import atomic_file
 from graft.storage.locations import one_line_error
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graft.errors import RecipeError
-from graft.inference.subtitles import CueLimits, Format, format_transcript
-from graft.inference.transcript import Segment, Transcript
+from graft.inference.segments import Segment
+from graft.inference.subtitles import CueLimits, Format
+from graft.inference.transcript import Transcript
 
 
 def printed_format(formats: Sequence[Format], recording_count: int) -> Format:
@@ -51,7 +52,7 @@ class TranscriptPrinter:
         if error:
             print(f"graft: {self._name}: {error}", file=sys.stderr)
         elif not self._is_open:
-            text = format_transcript(transcript, self._form, self._cues)
+            text = transcript.to_string(self._form, self._cues)
             label = self._label("\n" if self._splits_channels else " ")
             print(f"{label}{text}", end="", flush=True)
             if not transcript.text:

@@ -9,7 +9,7 @@ from graft.audio.chunking import Chunk
 from graft.checkpoints.names import checkpoint_name
 from graft.errors import GraftError
 from graft.inference.engines.protocol import EngineCounts
-from graft.inference.transcript import ScoredToken
+from graft.inference.segments import ScoredToken
 
 from ..config import ServeArgs
 from ..service import ModelInfo, Part, TranscriptionOptions

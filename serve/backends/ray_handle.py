@@ -19,7 +19,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from graft.audio.chunking import Chunk
-from graft.inference.transcript import ScoredToken, Segment
+from graft.inference.segments import ScoredToken, Segment
 
 from ..logs import LOG
 from ..service import NO_SEGMENT, ModelInfo, ModelNotReady, Part, TranscriptionOptions

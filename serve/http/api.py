@@ -18,7 +18,6 @@ from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
-from graft.inference.subtitles import format_transcript
 from graft.inference.transcript import Transcript
 
 from ..fairness import FairSlots
@@ -232,4 +231,4 @@ def _format_response(
         case "text":
             return PlainTextResponse(transcript.text + "\n")
         case subtitles:
-            return PlainTextResponse(format_transcript(transcript, subtitles), media_type=MEDIA_TYPES[subtitles])
+            return PlainTextResponse(transcript.to_string(subtitles), media_type=MEDIA_TYPES[subtitles])

@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 
 from fastapi.responses import StreamingResponse
 
-from graft.inference.transcript import ScoredToken, Transcript
+from graft.inference.segments import ScoredToken
+from graft.inference.transcript import Transcript
 
 from ..logs import LOG
 from ..service import TranscriptionOptions

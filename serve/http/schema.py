@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from graft.inference.transcript import ScoredSegment, ScoredToken, Segment, Transcript
+from graft.inference.segments import ScoredSegment, ScoredToken, Segment
+from graft.inference.transcript import Transcript
 
 
 class TranscriptionRequest(BaseModel):

@@ -13,8 +13,8 @@ from graft.audio.chunking import Chunk, windows
 from graft.audio.clip import read_audio
 from graft.data.dataset import read_rows
 from graft.data.settings import Source
+from graft.inference.segments import Segment
 from graft.inference.transcriber import open_transcriber
-from graft.inference.transcript import Segment
 from graft.text.prompts import style_text
 from graft.text.punctuation import transfer_formatting
 from jobs.common.cli import run_job

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import webvtt
 
-from graft.inference.transcript import Word
+from graft.inference.segments import Word
 from tests.support import tiny_models
 from tests.support.jobs import transcribe
 from tests.support.spoken_words import concatenate, in_order, spoken

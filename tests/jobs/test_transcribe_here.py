@@ -17,8 +17,8 @@ import soundfile
 
 from graft.audio.chunking import Chunk
 from graft.audio.clip import AudioClip
+from graft.inference.segments import Segment
 from graft.inference.transcriber import open_transcriber
-from graft.inference.transcript import Segment
 from jobs.transcription.local import CHUNKS_AT_ONCE, MOST_FILES, _ShowingTranscriber, needs_ray
 from tests.support import media, tiny_models
 from tests.support.jobs import transcribe

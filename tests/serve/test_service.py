@@ -9,7 +9,7 @@ import pytest
 
 from graft.audio.chunking import Chunk
 from graft.audio.clip import AudioClip
-from graft.inference.transcript import Segment
+from graft.inference.segments import Segment
 from serve.decode.decoder import DecodedUpload
 from serve.service import NO_SEGMENT, Client, ModelInfo, Service, ServiceBusy, TranscriptionOptions
 

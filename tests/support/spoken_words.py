@@ -9,7 +9,7 @@ import torch
 from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
-from graft.inference.transcript import Word
+from graft.inference.segments import Word
 from tests.support.paths import ROOT
 
 SPOKEN = ROOT / "tests" / "data" / "words"

@@ -30,7 +30,7 @@ from graft.checkpoints.quiet import no_loading_bars
 from graft.errors import ModelError
 from graft.inference.aligners.ctc import best_paths, word_spans
 from graft.inference.aligners.protocol import spread_words, timed_words
-from graft.inference.transcript import Word
+from graft.inference.segments import Word
 from graft.model.configuration import WINDOW_FRAMES
 from graft.model.encoder import pad_with_silence
 

@@ -24,7 +24,7 @@ from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.checkpoints.quiet import no_loading_bars
 from graft.errors import ModelError
 from graft.inference.aligners.protocol import spread_words, timed_words
-from graft.inference.transcript import Word
+from graft.inference.segments import Word
 
 # Shorter clips are padded with silence to this length: the convolutions of wav2vec2 need 400 samples.
 LEAST_SAMPLES = 1600

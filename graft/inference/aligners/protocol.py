@@ -5,7 +5,7 @@ from itertools import accumulate, pairwise
 from typing import Protocol
 
 from graft.audio.clip import AudioClip
-from graft.inference.transcript import Word
+from graft.inference.segments import Word
 
 # Start and end in seconds.
 Span = tuple[float, float]

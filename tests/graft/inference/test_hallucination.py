@@ -27,8 +27,8 @@ from graft.inference.hallucination import (
     check_quality,
     pick_better,
 )
+from graft.inference.segments import Segment
 from graft.inference.transcriber import Transcriber, make_transcriber, max_new_tokens, open_transcriber
-from graft.inference.transcript import Segment
 from graft.processor import GraftProcessor
 from tests.support import tiny_models
 from tests.support.paths import ROOT

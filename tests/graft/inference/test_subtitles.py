@@ -13,8 +13,9 @@ import webvtt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.inference.subtitles import FORMATS, Cue, CueLimits, format_transcript, make_cues
-from graft.inference.transcript import Segment, Transcript, Word, stitch
+from graft.inference.segments import Segment, Word
+from graft.inference.subtitles import FORMATS, Cue, CueLimits, make_cues
+from graft.inference.transcript import Transcript, stitch
 
 SPEECH = (
     "When the sunlight strikes raindrops in the air, they act as a prism and form a rainbow. The rainbow is a division "
@@ -26,6 +27,10 @@ HOUR_S = 3600.0
 
 def transcript(*segments: Segment) -> Transcript:
     return stitch(segments, duration_s=60.0, model="m")
+
+
+def cues_of(transcript: Transcript, limits: CueLimits | None = None) -> list[Cue]:
+    return make_cues(transcript.segments, limits)
 
 
 def spoken(text: str, *, start_s: float = 0.0, word_s: float = 0.4) -> Segment:
@@ -68,7 +73,7 @@ EXAMPLE = transcript(
 
 
 def test_srt_to_the_letter() -> None:
-    assert format_transcript(EXAMPLE, "srt") == (
+    assert EXAMPLE.to_string("srt") == (
         "1\n00:00:00,000 --> 00:00:02,500\nFish & chips\n\n"
         "2\n00:01:40,000 --> 00:01:41,000\n5 < 6 -> true, isn't it?\n\n"
         "3\n100:01:01,001 --> 100:01:02,001\nThe end\n"
@@ -76,7 +81,7 @@ def test_srt_to_the_letter() -> None:
 
 
 def test_vtt_to_the_letter() -> None:
-    assert format_transcript(EXAMPLE, "vtt") == (
+    assert EXAMPLE.to_string("vtt") == (
         "WEBVTT\n\n00:00:00.000 --> 00:00:02.500\nFish &amp; chips\n\n"
         "00:01:40.000 --> 00:01:41.000\n5 &lt; 6 --&gt; true, isn't it?\n\n"
         "100:01:01.001 --> 100:01:02.001\nThe end\n"
@@ -84,7 +89,7 @@ def test_vtt_to_the_letter() -> None:
 
 
 def test_tsv_to_the_letter() -> None:
-    assert format_transcript(EXAMPLE, "tsv") == (
+    assert EXAMPLE.to_string("tsv") == (
         "start\tend\ttext\n0\t2500\tFish & chips\n"
         "100000\t101000\t5 < 6 --> true, isn't it?\n"
         "360061001\t360062000\tThe end\n"
@@ -92,22 +97,22 @@ def test_tsv_to_the_letter() -> None:
 
 
 def test_txt_is_the_text_and_json_is_everything() -> None:
-    assert format_transcript(EXAMPLE, "txt") == EXAMPLE.text + "\n"
+    assert EXAMPLE.to_string("txt") == EXAMPLE.text + "\n"
     whole = transcript(spoken("Dvořák in Brno"), Segment(3.0, 4.0, "", mean_logprob=-0.5, flags=("no_speech",)))
-    text = format_transcript(whole, "json")
+    text = whole.to_string("json")
     assert "Dvořák" in text
     assert json.loads(text) == json.loads(json.dumps(whole.to_dict()))
 
 
 def test_a_transcript_without_text_is_a_file_without_cues() -> None:
     nothing = transcript(Segment(0.0, 4.0, " \n"))
-    assert [format_transcript(nothing, form) for form in FORMATS[:4]] == ["\n", "", "WEBVTT\n", "start\tend\ttext\n"]
-    assert format_transcript(transcript(), "srt") == ""
+    assert [nothing.to_string(form) for form in FORMATS[:4]] == ["\n", "", "WEBVTT\n", "start\tend\ttext\n"]
+    assert transcript().to_string("srt") == ""
 
 
 def test_long_segments_become_cues_within_the_limits() -> None:
     segment = spoken(SPEECH, start_s=3.0)
-    cues = make_cues(transcript(segment))
+    cues = cues_of(transcript(segment))
     assert [cue.text for cue in cues] == [
         "When the sunlight strikes\nraindrops in the air,",
         "they act as a prism and form a rainbow.",
@@ -122,7 +127,7 @@ def test_long_segments_become_cues_within_the_limits() -> None:
 
 def test_cues_break_at_pauses_and_long_words_are_cut() -> None:
     words = [Word(0.0, 0.5, "yes"), Word(9.0, 9.5, "no"), Word(9.5, 10.0, "maybe"), Word(30.0, 45.0, "so")]
-    cues = make_cues(transcript(Segment(0.0, 45.0, "yes no maybe so", words=tuple(words))))
+    cues = cues_of(transcript(Segment(0.0, 45.0, "yes no maybe so", words=tuple(words))))
     assert cues == [Cue(0, 1000, "yes"), Cue(9000, 10_000, "no maybe"), Cue(30_000, 37_000, "so")]
 
 
@@ -141,7 +146,7 @@ def columns(text: str) -> int:
 
 
 def test_without_word_times_a_segments_time_is_shared_out_by_the_lengths_of_its_sentences() -> None:
-    cues = make_cues(transcript(Segment(2.0, 25.0, SPEECH)))
+    cues = cues_of(transcript(Segment(2.0, 25.0, SPEECH)))
     assert one_line(" ".join(cue.text for cue in cues)) == SPEECH
     assert within(cues, CueLimits())
     assert cues[2].text == "The rainbow is a division of white\nlight into many beautiful colors."
@@ -164,7 +169,7 @@ def test_without_word_times_a_segments_time_is_shared_out_by_the_lengths_of_its_
 @pytest.mark.parametrize("is_timed", [False, True])
 def test_scripts_without_spaces_break_between_characters(text: str, first: str | None, is_timed: bool) -> None:
     words = tuple(Word(20.0 * place, 20.0 * place + 18.0, word) for place, word in enumerate(text.split()))
-    cues = make_cues(transcript(Segment(0.0, 60.0, text, words=words if is_timed else ())))
+    cues = cues_of(transcript(Segment(0.0, 60.0, text, words=words if is_timed else ())))
     assert within(cues, CueLimits())
     lines = [line for cue in cues for line in cue.text.split("\n")]
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
@@ -176,18 +181,18 @@ def test_scripts_without_spaces_break_between_characters(text: str, first: str |
 
 
 def test_short_cues_stay_for_a_second_or_are_joined() -> None:
-    cues = make_cues(transcript(Segment(0.0, 0.3, "Yes."), Segment(0.3, 0.5, "No."), Segment(5.0, 5.2, "Why?")))
+    cues = cues_of(transcript(Segment(0.0, 0.3, "Yes."), Segment(0.3, 0.5, "No."), Segment(5.0, 5.2, "Why?")))
     assert cues == [Cue(0, 1000, "Yes. No."), Cue(5000, 6000, "Why?")]
     long = "a " * 40
-    (one, other) = make_cues(transcript(Segment(0.0, 0.3, long), Segment(0.3, 5.0, long)))  # too much for one
+    (one, other) = cues_of(transcript(Segment(0.0, 0.3, long), Segment(0.3, 5.0, long)))  # too much for one
     assert (one.end_ms, other.start_ms) == (300, 300)
-    cues = make_cues(transcript(Segment(0.0, 0.3, "Yes."), Segment(0.3, 0.5, "No.")), CueLimits(min_duration_s=0.0))
+    cues = cues_of(transcript(Segment(0.0, 0.3, "Yes."), Segment(0.3, 0.5, "No.")), CueLimits(min_duration_s=0.0))
     assert cues == [Cue(0, 300, "Yes."), Cue(300, 500, "No.")]
 
 
 def test_a_long_word_is_never_torn() -> None:
     address = "https://" + "long-" * 20
-    cues = make_cues(transcript(Segment(0.0, 2.0, f"see {address} now")))
+    cues = cues_of(transcript(Segment(0.0, 2.0, f"see {address} now")))
     assert "\n".join(cue.text for cue in cues) == f"see\n{address}\nnow"
 
 
@@ -211,18 +216,18 @@ def test_channels_are_shown_at_their_own_times_and_named() -> None:
     for asked in (CALL[0], timed):
         whole = transcript(asked, *CALL[1:])
         for form in ("srt", "vtt"):
-            cues = parsed(format_transcript(whole, form), form)
+            cues = parsed(whole.to_string(form), form)
             assert [cue.start_ms for cue in cues] == sorted(cue.start_ms for cue in cues)
             assert all(re.match(r"channel [12]: ", one_line(cue.text)) for cue in cues)
             answer = next(cue for cue in cues if "Fine" in cue.text)
             assert answer == Cue(8000, 10_500, "channel 2: Fine, thanks.")
             assert "Brno" in [cue for cue in cues if "channel 1" in cue.text][-1].text
-        assert tsv_rows(format_transcript(whole, "tsv")) == [
+        assert tsv_rows(whole.to_string("tsv")) == [
             Cue(0, 23_000, f"channel 1: {asked.text}"),
             Cue(8000, 10_500, "channel 2: Fine, thanks."),
             Cue(24_000, 26_000, "channel 2: It rains."),
         ]
-    assert format_transcript(whole, "txt") == (
+    assert whole.to_string("txt") == (
         "channel 1: How are you today?\nchannel 2: Fine, thanks.\n"
         "channel 1: And how is the weather over there in Brno?\nchannel 2: It rains.\n"
     )
@@ -232,7 +237,7 @@ def test_times_that_touch_overlap_or_run_backwards_are_put_in_order() -> None:
     segments = [(1.0, 5.0), (3.0, 3.0), (3.0, 2.0), (3.0004, 8.0), (7.9996, 9.0)]
     assert [
         (row.start_ms, row.end_ms)
-        for row in tsv_rows(format_transcript(transcript(*(Segment(*times, "a") for times in segments)), "tsv"))
+        for row in tsv_rows(transcript(*(Segment(*times, "a") for times in segments)).to_string("tsv"))
     ] == [
         (1000, 3000),
         (3000, 3001),
@@ -243,7 +248,7 @@ def test_times_that_touch_overlap_or_run_backwards_are_put_in_order() -> None:
 
 
 def test_limits_are_settings() -> None:
-    cues = make_cues(transcript(spoken(SPEECH)), CueLimits(line_characters=20, lines=1, duration_s=2.0))
+    cues = cues_of(transcript(spoken(SPEECH)), CueLimits(line_characters=20, lines=1, duration_s=2.0))
     assert all("\n" not in cue.text and len(cue.text) <= 20 and cue.end_ms - cue.start_ms <= 2000 for cue in cues)
     assert one_line(" ".join(cue.text for cue in cues)) == SPEECH
 
@@ -282,8 +287,8 @@ def test_all_that_channels_say_is_shown_once_within_the_limits(said, limits, is_
         clock[channel] = start_s + seconds_
         segments.append(Segment(start_s, clock[channel], " ".join(words), channel=channel if is_split else None))
     whole = transcript(*segments)
-    cues = make_cues(whole, limits)
-    assert parsed(format_transcript(whole, "vtt", limits), "vtt") == cues
+    cues = cues_of(whole, limits)
+    assert parsed(whole.to_string("vtt", limits), "vtt") == cues
     assert [cue.start_ms for cue in cues] == sorted(cue.start_ms for cue in cues)
     assert within([cue for cue in cues if not is_one_piece(cue)], limits)
     for channel in {segment.channel for segment in segments}:
@@ -296,7 +301,7 @@ def test_all_that_channels_say_is_shown_once_within_the_limits(said, limits, is_
         least_s = min(limits.min_duration_s, limits.duration_s)
         for (one, text), (other, more) in pairwise(zip(own, texts, strict=True)):
             if one.end_ms - one.start_ms < 1000 * least_s - 1:
-                joined = make_cues(
+                joined = cues_of(
                     transcript(Segment(0.0, (other.end_ms - one.start_ms) / 1000, f"{label}{text} {more}")), limits
                 )
                 assert one.end_ms == other.start_ms or len(joined) > 1
@@ -316,15 +321,15 @@ SEGMENTS = st.lists(st.builds(Segment, TIMES, TIMES, TEXTS, words=st.just(()) | 
 @given(SEGMENTS)
 def test_any_transcript_is_read_back_in_order(segments: list[Segment]) -> None:
     whole = transcript(*segments)
-    cues = make_cues(whole)
+    cues = cues_of(whole)
     for cue in cues:
         assert 0 <= cue.start_ms < cue.end_ms
         assert all(line.strip() for line in cue.text.split("\n"))
     assert all(one.end_ms <= other.start_ms for one, other in pairwise(cues))
-    assert parsed(format_transcript(whole, "vtt"), "vtt") == cues
+    assert parsed(whole.to_string("vtt"), "vtt") == cues
     arrowless = [Cue(cue.start_ms, cue.end_ms, cue.text.replace("-->", "->")) for cue in cues]
-    assert (parsed(format_transcript(whole, "srt"), "srt") if cues else []) == arrowless
-    rows = tsv_rows(format_transcript(whole, "tsv"))
+    assert (parsed(whole.to_string("srt"), "srt") if cues else []) == arrowless
+    rows = tsv_rows(whole.to_string("tsv"))
     assert [row.text for row in rows] == [text for segment in whole.segments if (text := one_line(segment.text))]
     assert all(one.end_ms <= other.start_ms for one, other in pairwise(rows))
 
@@ -337,7 +342,7 @@ def test_any_transcript_is_read_back_in_order(segments: list[Segment]) -> None:
 )
 def test_known_words_are_all_shown_within_the_limits(words: list[str], word_s: float, lines: int) -> None:
     segment = spoken(" ".join(words), word_s=word_s)
-    cues = make_cues(transcript(segment), CueLimits(lines=lines))
+    cues = cues_of(transcript(segment), CueLimits(lines=lines))
     assert one_line(" ".join(cue.text for cue in cues)) == segment.text
     for cue in cues:
         assert cue.end_ms - cue.start_ms <= 7001
@@ -347,7 +352,7 @@ def test_known_words_are_all_shown_within_the_limits(words: list[str], word_s: f
 
 
 def test_a_transcript_of_one_endless_segment_is_split_too() -> None:
-    cues = make_cues(transcript(spoken(" ".join([SPEECH] * 60))))
+    cues = cues_of(transcript(spoken(" ".join([SPEECH] * 60))))
     assert one_line(" ".join(cue.text for cue in cues)) == " ".join([SPEECH] * 60)
 
 

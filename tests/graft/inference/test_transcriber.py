@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from transformers import WhisperFeatureExtractor
 
 import graft
-from graft.audio.chunking import windows
+from graft.audio.chunking import Chunk, windows
 from graft.audio.clip import AudioClip, read_audio
 from graft.checkpoints.loading import open_graft, open_model
 from graft.errors import AudioError, ModelError
@@ -25,8 +25,8 @@ from graft.inference.engines.graft_decoder import GraftDecoder
 from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.engines.transformers_engine import TransformersEngine
 from graft.inference.hallucination import NO_REPEAT_NGRAM
+from graft.inference.segments import ScoredSegment, ScoredToken, Segment
 from graft.inference.transcriber import Transcriber, max_new_tokens, open_transcriber
-from graft.inference.transcript import ScoredSegment, ScoredToken, Segment
 from graft.processor import GraftProcessor
 from graft.text.wer import score
 from tests.support import tiny_models
@@ -146,6 +146,52 @@ def test_many_together_equal_each_alone_and_bad_ones_are_values(transcriber, tmp
     assert [one.text for one in together] == [one.text for one in alone]
     assert "empty.wav" in str(results[1])
     assert transcriber.transcribe_many([]) == []
+
+
+def test_channels_are_told_apart_and_ordered_by_time(transcriber, tmp_path):
+    one, two = (make_clip(0.6, seed).samples for seed in (1, 2))
+    soundfile.write(tmp_path / "call.wav", np.stack([one, two], axis=1), 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "mono.wav", one, 16_000, subtype="FLOAT")
+    split = transcriber.transcribe(tmp_path / "call.wav", channels="split")
+    assert [(segment.channel, segment.start_s, segment.end_s) for segment in split.segments] == [
+        (1, 0.0, 0.6),
+        (2, 0.0, 0.6),
+    ]
+    alone = [transcriber.transcribe(AudioClip(samples)).text for samples in (one, two)]
+    assert [segment.text for segment in split.segments] == alone
+    assert (split.text, split.duration_s) == (" ".join(alone), 0.6)
+    for mono in (tmp_path / "mono.wav", AudioClip(one)):
+        (segment,) = transcriber.transcribe(mono, channels="split").segments
+        assert (segment.channel, segment.text) == (1, alone[0])
+    mixed = transcriber.transcribe(AudioClip((one + two) / 2))
+    assert transcriber.transcribe(tmp_path / "call.wav").segments[0].text == mixed.text
+    assert transcriber.transcribe_many([tmp_path / "call.wav"], channels="split") == [split]
+    (tmp_path / "empty.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "none.wav", np.zeros((0, 2)), 16_000)
+    for bad in ("empty.wav", "none.wav", "missing.wav"):
+        with pytest.raises(AudioError, match=bad):
+            transcriber.transcribe(tmp_path / bad, channels="split")
+
+
+def test_progress_is_told_the_share_of_the_speech(graft_folder):
+    def halves(clip: AudioClip) -> list[Chunk]:
+        return windows(clip, max_s=1.0) if len(clip.samples) else []
+
+    with closing(open_transcriber(graft_folder, chunker=halves)) as transcriber:
+        clip, shares, both = make_clip(1.9), [], []
+        told = transcriber.transcribe(clip, progress=shares.append)
+        assert told.text == transcriber.transcribe(clip).text
+        assert len(shares) == len(told.segments) + 1 > 2
+        assert shares == sorted(shares)
+        transcriber.transcribe_many([clip, b"no audio", clip], progress=both.append)
+        assert len(both) == 2 * len(told.segments) + 1
+        assert both == sorted(both)
+        assert (shares[0], shares[-1], both[0], both[-1]) == (0.0, 1.0, 0.0, 1.0)
+        silent: list[float] = []
+        transcriber.transcribe(AudioClip(np.zeros(0, np.float32)), progress=silent.append)
+        assert silent == [1.0]
+        with pytest.raises(KeyError):
+            transcriber.transcribe(clip, progress={}.__getitem__)
 
 
 def test_instruction_and_context_reach_the_model(tmp_path):

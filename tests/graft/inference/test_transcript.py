@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-from graft.inference.transcript import Segment, Transcript, Word, stitch
+from graft.errors import OutputError
+from graft.inference.segments import Segment, Word
+from graft.inference.subtitles import FORMATS, CueLimits, Format
+from graft.inference.transcript import Transcript, stitch
 
 SECOND = Segment(
     29.5,
@@ -59,6 +63,28 @@ def test_json_holds_everything() -> None:
         "aligner": None,
         "defects": [],
     }
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_file_is_written_in_the_format_of_its_suffix(form: Format, tmp_path: Path) -> None:
+    transcript, limits = stitch([FIRST, SECOND], duration_s=41.0, model="m"), CueLimits(line_characters=10, lines=1)
+    transcript.save(tmp_path / "new" / f"talk.{form.upper()}", limits)
+    assert (tmp_path / "new" / f"talk.{form.upper()}").read_text() == transcript.to_string(form, limits)
+    if form in ("srt", "vtt"):
+        assert transcript.to_string(form, limits) != transcript.to_string(form)
+
+
+def test_what_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    transcript = stitch([FIRST], duration_s=41.0, model="m")
+    for name in ("talk.doc", "talk", ".srt"):
+        with pytest.raises(OutputError, match=r"suffix of no format: give one of \.txt, \.srt, \.vtt, \.tsv, \.json"):
+            transcript.save(tmp_path / name)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"talk.srt cannot be written: "):
+        transcript.save(tmp_path / "file" / "talk.srt")
+    with pytest.raises(ValueError, match="format is 'doc', not one of txt, srt"):
+        transcript.to_string("doc")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_transcript_is_a_value() -> None:

@@ -13,7 +13,7 @@ from ray.serve.exceptions import RayServeException
 from graft.audio.chunking import Chunk
 from graft.audio.clip import AudioClip
 from graft.errors import AudioError, ModelError
-from graft.inference.transcript import ScoredToken, Segment
+from graft.inference.segments import ScoredToken, Segment
 from serve.backends import ray_handle
 from serve.backends.ray_handle import ModelChanged, RayBackend
 from serve.service import NO_SEGMENT, ModelInfo, ModelNotReady, ReplicaModel, TranscriptionOptions

@@ -13,7 +13,7 @@ from graft.audio.clip import read_audio
 from graft.checkpoints.loading import model_digest
 from graft.errors import ModelError
 from graft.inference.memory import free_memory, model_memory
-from graft.inference.transcript import Segment
+from graft.inference.segments import Segment
 from serve.backends.local import LocalBackend, fits_beside
 from serve.backends.replaceable import ReplaceableModel
 from serve.config import ServeArgs

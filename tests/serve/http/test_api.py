@@ -31,7 +31,7 @@ from starlette.routing import Mount
 import serve.http.uploads
 from graft.audio.chunking import Chunk
 from graft.errors import RecipeError
-from graft.inference.transcript import Segment
+from graft.inference.segments import Segment
 from serve.http.middleware import CLIENT_CLOSED_REQUEST, KEYS_VARIABLE, ApiKeys
 from serve.logs import Observer
 from serve.service import ModelInfo, ModelNotReady, TranscriptionBackend, TranscriptionOptions

@@ -12,7 +12,6 @@ import pytest
 import soundfile
 
 from graft.audio.clip import read_audio
-from graft.inference.subtitles import format_transcript
 from tests.support.media import SHORTEST_FIRST
 from tests.support.paths import ROOT
 
@@ -45,8 +44,8 @@ def test_every_format_holds_the_transcribers_result(client, transcriber):
 
     assert ask().text == expected.text
     assert ask(response_format="text") == expected.text + "\n"
-    assert ask(response_format="srt") == format_transcript(expected, "srt")
-    assert ask(response_format="vtt") == format_transcript(expected, "vtt")
+    assert ask(response_format="srt") == expected.to_string("srt")
+    assert ask(response_format="vtt") == expected.to_string("vtt")
     verbose = ask(response_format="verbose_json", timestamp_granularities=["segment"], language="en", temperature=0)
     assert (verbose.text, verbose.language, verbose.duration) == (expected.text, "en", expected.duration_s)
     for part, segment in zip(verbose.segments, expected.segments, strict=True):
@@ -61,7 +60,7 @@ def test_the_example_prints_text_and_subtitles(service, transcriber):
     command = [sys.executable, ROOT / "examples" / "openai_client.py", CLIP]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     transcript = transcriber.transcribe(CLIP)
-    assert shown == f"{CLIP.name}: {transcript.text}\n{format_transcript(transcript, 'srt')}\n"
+    assert shown == f"{CLIP.name}: {transcript.text}\n{transcript.to_string('srt')}\n"
 
 
 def test_a_stream_ends_with_its_deltas_joined(client, transcriber):

@@ -14,7 +14,7 @@ from graft.checkpoints.bundled.cache import bundled_whisper
 from graft.errors import AudioError, ModelError
 from graft.inference.aligners.cross_attention import WhisperAligner
 from graft.inference.aligners.protocol import spread_words
-from graft.inference.transcript import Word
+from graft.inference.segments import Word
 from tests.support.speech_corpus import save_tiny_whisper
 from tests.support.spoken_words import border_errors, concatenate, in_order, prompts, spoken
 

@@ -17,8 +17,9 @@ from graft.errors import ModelError
 from graft.inference.aligners.ctc import best_paths
 from graft.inference.aligners.loading import find_aligner, open_aligner
 from graft.inference.aligners.protocol import spread_words
+from graft.inference.segments import Segment, Word
 from graft.inference.transcriber import Transcriber, open_transcriber
-from graft.inference.transcript import Segment, Transcript, Word
+from graft.inference.transcript import Transcript
 from serve.backends.local import LocalBackend
 from serve.config import ServeArgs
 from serve.http.schema import verbose_response

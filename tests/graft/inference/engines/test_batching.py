@@ -12,8 +12,8 @@ import torch
 from graft.audio.chunking import Chunk
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.checkpoints.loading import open_graft
+from graft.inference.segments import Segment
 from graft.inference.transcriber import Transcriber, make_transcriber
-from graft.inference.transcript import Segment
 from tests.support import media, tiny_models
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

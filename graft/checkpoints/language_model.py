@@ -19,7 +19,7 @@ from transformers import GenerationConfig, Qwen2Config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from graft.checkpoints.build import reading
-from graft.checkpoints.bundled.cache import cache_path, file_digest, write_once
+from graft.checkpoints.bundled.cache import write_once
 from graft.checkpoints.loading import base_checkpoint, check_graft, open_processor, read_stage
 from graft.checkpoints.lora import has_adapters
 from graft.checkpoints.projector_file import check_projector, load_projector, weight_files
@@ -27,6 +27,7 @@ from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
+from graft.storage.user_cache import cache_path, file_digest
 
 CONVERSION = 1  # version of the files that the conversion writes; a new one leaves old cache folders unused
 LANGUAGE_MODEL = "model.language_model."
@@ -78,7 +79,7 @@ def language_model_folder(path: str | Path, cache: Path | None = None) -> Path:
     files = weight_files(graft)
     digest = hashlib.sha256(config.to_json_string().encode())
     for file in files:
-        digest.update(bytes.fromhex(file_digest(file)))
+        digest.update(bytes.fromhex(file_digest(file, cache)))
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)

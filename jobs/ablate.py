@@ -26,7 +26,7 @@ from graft.text.wer import score
 
 from . import build, stage1, stage2
 from .common.cli import run_job
-from .common.outputs import claim_output, holds_results
+from .common.outputs import claim_output, holds_results, locked_output
 from .evaluate import REPORT_FILE, EvaluateRecipe, evaluate
 from .training.recipe import EXECUTION_KEYS
 
@@ -86,11 +86,16 @@ class Trial:
 
 def run(recipe: AblateRecipe) -> None:
     """Train and score all variants. Raises RecipeError before the first of them, and the errors of the commands."""
+    planned = trials(recipe)
+    with locked_output(recipe.out):
+        _run_trials(planned, recipe)
+
+
+def _run_trials(planned: Sequence[Trial], recipe: AblateRecipe) -> None:
     from graft.data.dataset import read_rows
 
     from .training.samples import trainable
 
-    planned = trials(recipe)
     rows, _ = trainable(read_rows(recipe.data))
     # A later run may add variants, seeds and a stage.
     out = claim_output(recipe.out, recipe.model_copy(update={"variants": {}, "seeds": [0], "last_stage": 2}))
@@ -211,8 +216,16 @@ def score_ctc(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float
     """Score a stage 1 of CTC pre-alignment: the letters that CTC decodes against those of the reference text.
 
     Returns graft.text.wer.Score's rates by test set, from an earlier run's report if it is there. Clips that cannot be
-    read are left out. Raises DataError for rows without text, and ModelError.
+    read are left out. Raises DataError for rows without text, ModelError, and OutputError.
     """
+    with locked_output(recipe.out):
+        path = claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS) / REPORT_FILE
+        if not path.exists():
+            write_atomic(path, json.dumps(_ctc_scores(recipe, letters), indent=2) + "\n")
+        return json.loads(path.read_text())
+
+
+def _ctc_scores(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float]]:
     import torch
 
     from graft.checkpoints.loading import open_graft
@@ -222,9 +235,6 @@ def score_ctc(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float
     from .evaluation.test_sets import as_rows, labelled
     from .training.validation import readable
 
-    path = claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS) / REPORT_FILE
-    if path.exists():
-        return json.loads(path.read_text())
     model, processor = open_graft(recipe.model, device="cpu", dtype=torch.float32)
     prealignment = CtcPrealignment(model, processor.tokenizer, letters).eval()
     scores = {}
@@ -236,7 +246,6 @@ def score_ctc(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float
             texts.append(prealignment.normalize(text))
             transcripts.append(prealignment.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"])[0])
         scores[name] = score(texts, transcripts).to_dict()
-    write_atomic(path, json.dumps(scores, indent=2) + "\n")
     return scores
 
 

@@ -24,7 +24,7 @@ from graft.storage.atomic import write_atomic
 from . import build, check, evaluate, merge, prepare, stage1, stage2, transcribe
 from .common.cli import run_job
 from .common.cluster import connect
-from .common.outputs import RECIPE_FILE, claim_output
+from .common.outputs import RECIPE_FILE, claim_output, locked_output, output_files
 from .common.speed import about, slowness
 from .preparation.manifests import Manifest
 
@@ -57,6 +57,11 @@ class DemoRecipe(Recipe):
 
 def run(recipe: DemoRecipe) -> None:
     """Run the demo and write summary.json. Raises OutputError for a folder that is not a demo's."""
+    with locked_output(recipe.out):
+        _run(recipe)
+
+
+def _run(recipe: DemoRecipe) -> None:
     _empty_folder(recipe)
     recipes = step_recipes(recipe)
     estimates = estimated_seconds(recipe, fp32=slowness("fp32"), training=slowness(_training_dtype()))
@@ -186,14 +191,15 @@ def _run_steps(
 def _empty_folder(recipe: DemoRecipe) -> None:
     """Empty the folder of an earlier demo. Raises OutputError for a folder with anything else in it."""
     root = Path(recipe.out)
-    if root.is_dir() and any(root.iterdir()):
+    if files := output_files(recipe.out):
         try:
             read_recipe(DemoRecipe, str(root / RECIPE_FILE))
         except RecipeError as error:
             raise OutputError(
                 f"{root} holds something else than a demo's results: choose another out= or remove it"
             ) from error
-        shutil.rmtree(root)
+        for path in files:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     claim_output(recipe.out, recipe)
 
 

@@ -32,7 +32,7 @@ from graft.storage.atomic import write_atomic
 from .common.cli import run_job
 from .common.cluster import connect
 from .common.inputs import check_inputs
-from .common.outputs import claim_output
+from .common.outputs import claim_output, locked_output
 from .transcription.plan_options import TranscriptionPlanOptions
 
 if TYPE_CHECKING:
@@ -131,25 +131,32 @@ def run(recipe: TranscribeRecipe) -> int:
 
     Raises DataError when there are none, ModelError, OutputError.
     """
-    from .transcription.discovery import discover
-    from .transcription.reporting import first_failures, say_skipped, summary_lines
+    from .transcription.reporting import first_failures, summary_lines
 
     if "model" not in recipe.model_fields_set:
         print(f"graft: model={recipe.model} is taken, a graft that comes with the package", file=sys.stderr)
-    sources = _sources(recipe)
     failures: list[str] = []
     if recipe.out is None:
-        summary, lines = _print_transcripts(sources, recipe), sys.stderr
+        summary, lines = _print_transcripts(_sources(recipe), recipe), sys.stderr
     else:
-        found = discover(sources, recipe.columns, results=recipe.out)
-        _check_model(recipe)
-        out = _claim_output(recipe, recipe.out)
-        say_skipped(found.skipped, out)
-        print("graft: transcribing on Ray, because the results go into a folder", flush=True)
-        summary, lines = transcribe(found.recordings, recipe, out), sys.stdout
-        failures = first_failures(out)
+        with locked_output(recipe.out):
+            summary, lines = _write_transcripts(recipe, recipe.out), sys.stdout
+            failures = first_failures(Path(recipe.out))
     print("\n".join(summary_lines(summary, failures)), file=lines)
     return PARTLY_FAILED if summary["failed"] and recipe.strict else 0
+
+
+def _write_transcripts(recipe: TranscribeRecipe, out: str) -> dict[str, Any]:
+    """Transcribe the recipe's recordings into the folder `out`; returns the summary."""
+    from .transcription.discovery import discover
+    from .transcription.reporting import say_skipped
+
+    found = discover(_sources(recipe), recipe.columns, results=out)
+    _check_model(recipe)
+    folder = _claim_output(recipe, out)
+    say_skipped(found.skipped, folder)
+    print("graft: transcribing on Ray, because the results go into a folder", flush=True)
+    return transcribe(found.recordings, recipe, folder)
 
 
 def plan(recipe: TranscribeRecipe, options: TranscriptionPlanOptions) -> None:

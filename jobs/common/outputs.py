@@ -1,4 +1,4 @@
-"""Give a command its output folder: the folder belongs to the recipe in it and holds no other recipe's results."""
+"""Give a command its output folder: for one run at a time, and for the recipe in it alone."""
 
 import contextlib
 import os
@@ -12,11 +12,31 @@ from graft.config import Recipe, recipe_yaml
 from graft.errors import OutputError
 from graft.storage.atomic import atomic_folder, write_atomic
 
+from .folder_lock import FolderLock, lock_folder
+
 RECIPE_FILE = "recipe.yaml"
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked_output(out: str) -> Iterator[None]:
+    """Keep other runs out of the folder `out` while the block runs; it is made, and removed again if it stays empty.
+
+    Raises OutputError that names the run which is there, and when the folder cannot be written.
+    """
+    with _locked(_local_path(out) / LOCK, out):
+        yield
+
+
+def output_files(out: str) -> list[Path]:
+    """List what a folder that this run has locked holds; nothing where there is no folder."""
+    folder = _local_path(out)
+    files = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in files if not path.name.startswith(f"{LOCK}-")]
 
 
 def claim_output(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozenset()) -> Path:
-    """Make the folder `out` this recipe's, or find it to be so already; returns the folder.
+    """Make the folder `out`, which the run has locked, this recipe's, or find it to be so already; returns the folder.
 
     `ignore` holds dotted keys that may differ between runs, such as the number of workers. Raises OutputError when the
     folder holds another recipe's results, naming the first key that differs, and when it cannot be made.
@@ -33,18 +53,32 @@ def staged_output(out: str, recipe: Recipe) -> Iterator[Path]:
     """Yield a hidden folder beside `out` that becomes `out` when the block ends well, and is removed when it fails.
 
     It is for commands that finish in one go: `out` exists only when it is complete. Raises OutputError if `out` exists
-    and is not empty.
+    and is not empty, or if another run is making it.
     """
     final = _local_path(out)
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise OutputError(f"output {out} exists: choose another out= or remove it")
-    with contextlib.ExitStack() as stack:
+    _check_vacant(final, out)
+    with _locked(final.absolute().with_name(f".{final.name}{LOCK}"), out) as lock, contextlib.ExitStack() as stack:
+        _check_vacant(final, out)  # another run may just have made it
         with _output_errors(final):
             stage = stack.enter_context(atomic_folder(final))
         yield stage
         write_atomic(stage / RECIPE_FILE, recipe_yaml(recipe))
+        lock.check()
         with _output_errors(final):
             stack.close()  # moves the folder into its place
+
+
+def _check_vacant(final: Path, out: str) -> None:
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise OutputError(f"output {out} exists: choose another out= or remove it")
+
+
+@contextlib.contextmanager
+def _locked(stem: Path, out: str) -> Iterator[FolderLock]:
+    with contextlib.ExitStack() as stack:
+        with _output_errors(Path(out)):
+            lock = stack.enter_context(lock_folder(stem, output=out))
+        yield lock
 
 
 def holds_results(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozenset()) -> bool:

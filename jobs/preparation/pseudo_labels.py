@@ -24,7 +24,7 @@ from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey, OutputKey
 from graft.storage.atomic import atomic_file, write_atomic
 
 from ..common.cluster import connect
-from ..common.outputs import claim_output, holds_results
+from ..common.outputs import claim_output, holds_results, locked_output
 from ..transcription import ClipTranscript
 
 TEXTS_FILE, RESULT_FILE, WORK_FOLDER = "texts.parquet", "result.json", "work"
@@ -67,7 +67,7 @@ def write_texts(
     line: Callable[[str, ClipTranscript | None], dict[str, Any]],
     report: Callable[[Path], tuple[dict[str, Any], str]],
 ) -> None:
-    """Write the texts of recipe.data for the command `name`, and result.json.
+    """Write the texts of recipe.data for the command `name`, and result.json, unless that is done already.
 
     columns           names and Arrow types of the columns of texts.parquet: ID, text and more
     needs_transcript  whether a row with this text is transcribed
@@ -76,6 +76,22 @@ def write_texts(
 
     Raises DataError, ModelError, OutputError, MissingExtra.
     """
+    if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and Path(recipe.out, RESULT_FILE).is_file():
+        print(f"{name}: {recipe.out} is done already")
+        return
+    with locked_output(recipe.out):
+        summary = _write_texts(recipe, columns, needs_transcript, line, report)
+    print(f"{name}: {summary}; see {Path(recipe.out) / TEXTS_FILE}", flush=True)
+
+
+def _write_texts(
+    recipe: TextsRecipe,
+    columns: Mapping[str, str],
+    needs_transcript: Callable[[str], bool],
+    line: Callable[[str, ClipTranscript | None], dict[str, Any]],
+    report: Callable[[Path], tuple[dict[str, Any], str]],
+) -> str:
+    """Write what write_texts says; returns the report's line for people."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -86,9 +102,6 @@ def write_texts(
     from ..transcription.reader import WINDOWS
 
     out = Path(recipe.out).absolute()
-    if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and (out / RESULT_FILE).is_file():
-        print(f"{name}: {recipe.out} is done already")
-        return
     check_model(recipe.model)
     rows = read_rows(recipe.data)
     if repeated := len(rows) - len(rows.ids.unique()):
@@ -117,4 +130,4 @@ def write_texts(
     result, summary = report(out / TEXTS_FILE)
     write_atomic(out / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
-    print(f"{name}: {summary}; see {Path(recipe.out) / TEXTS_FILE}", flush=True)
+    return summary

@@ -35,7 +35,7 @@ from graft.training.tracking import draw_curves
 from ..common.cli import STOPPED
 from ..common.cluster import connect
 from ..common.console import follow
-from ..common.outputs import claim_output, holds_results
+from ..common.outputs import claim_output, holds_results, locked_output
 from .batches import ROWS, cached_rows, check_plan, plan_run, remaining_batches, validation_spec
 from .loader import LoaderSpec
 from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
@@ -57,6 +57,11 @@ def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and (out / RESULT_FILE).is_file():
         print(f"stage {stage.number}: {out} is done already")
         return json.loads((out / RESULT_FILE).read_text())
+    with locked_output(recipe.out):
+        return _fit(recipe, stage, out)
+
+
+def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
     started = time.perf_counter()
     require("ray.train", extra="train")
     check_graft(recipe.model)

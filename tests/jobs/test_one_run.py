@@ -4,7 +4,6 @@ import importlib
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -27,7 +26,7 @@ COMMANDS = {
     "ablate": ["data=none", "evaluate={a: none}"],
     "demo": [],
 }
-"""Commands that come to their output before their input, with arguments. The others use `staged_output`, as build does."""
+"""Commands that come to their output before their input, with arguments. The others use `staged_output`, too."""
 
 
 @pytest.mark.seconds

@@ -148,7 +148,7 @@ from pathlib import Path
 from graft.errors import OutputError
 from jobs.common.folder_lock import lock_folder
 
-end, log = time.monotonic() + 2, os.open(Path(sys.argv[1], "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+end, log = time.monotonic() + 1.5, os.open(Path(sys.argv[1], "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 while time.monotonic() < end:
     if os.fork():
         os.wait()
@@ -172,10 +172,10 @@ while time.monotonic() < end:
 def test_no_two_runs_hold_the_folder_however_often_it_changes_hands(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", COUNT, str(tmp_path)]
-    runs = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(6)]
+    runs = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(4)]
     assert [run.wait(60) for run in runs] == [0] * len(runs)
     lines = (tmp_path / "log").read_text().split()
-    assert len(lines) > 20
+    assert len(lines) > 10
     assert lines == ["in", "out"] * (len(lines) // 2)
 
 

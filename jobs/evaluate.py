@@ -24,7 +24,7 @@ from graft.config import Recipe
 from graft.data.settings import Sources
 from graft.errors import DataError, RecipeError
 from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey, OutputKey
-from graft.text.wer import score
+from graft.text.wer import NORMALIZERS_IN_WORDS, score
 
 from .common.cli import run_job
 from .common.cluster import connect
@@ -305,8 +305,9 @@ def _predictions(models: Mapping[str, Transcripts], items: "Sequence[Item]") -> 
 def table(report: Mapping[str, Any]) -> str:
     """Lay a report out for people.
 
-    A row has the WER with its 95 % interval and the CER after Whisper's normaliser, and the WER of the raw strings.
-    Below are the sets without speech, the verdicts on expected rates, unreadable clips, the pipeline and the speed.
+    A row has the WER with its 95 % interval and the CER after a normaliser, and the WER of the raw strings. Below are
+    the normalisers, the sets without speech, the verdicts on expected rates, unreadable clips, the pipeline and the
+    speed.
     """
     rows = [(name, kind, scores) for name, kinds in report["sets"].items() for kind, scores in kinds.items()]
     names, kinds = (max([least, *(len(row[column]) for row in rows)]) for column, least in ((0, 12), (1, 8)))
@@ -317,6 +318,10 @@ def table(report: Mapping[str, Any]) -> str:
             interval = f"[{s['wer_low']:.1%}, {s['wer_high']:.1%}]"
             rates = f"{s['wer']:>6.1%}  {interval:<16} {s['cer']:>6.1%}  {s['wer_raw']:>7.1%}"
             lines.append(f"{name:<{names}} {kind:<{kinds}} {s['clips']:>5} {s['words']:>6}  {rates}")
+    for normalizer, title in NORMALIZERS_IN_WORDS.items():
+        # Reports used to be of English alone.
+        sets = dict.fromkeys(name for name, _, s in rows if "wer" in s and s.get("normalizer", "english") == normalizer)
+        lines += [f"rates of {', '.join(sets)} after {title}"] if sets else []
     if silent := [row for row in rows if "chars_per_minute" in row[2]]:
         headings = f"{'clips':>5} {'min':>6}  {'chars/min':>9}  {'with text':>9}"
         lines.append(f"{'no speech':<{names}} {'model':<{kinds}} {headings}")

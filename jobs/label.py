@@ -9,7 +9,6 @@ Source of the guard against loops, and of mean log-probability as confidence: Ra
 """
 
 import functools
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from pydantic import Field
 
 from graft.data.splits import comparable_text
 from graft.keys import OutputKey
+from graft.text.characters import compose, compression_ratio, display_columns
 
 from .common.cli import run_job
 from .preparation.pseudo_labels import TextsRecipe, write_texts
@@ -45,11 +45,12 @@ class LabelRecipe(TextsRecipe):
     of LibriSpeech's test-other, with a WER of 8.8 % where all of it has 11.2 %; at -0.15 it keeps 35 % with 5.7 %.
     These figures were measured when the mean included the token that ends a text."""
     most_compression: OutputKey[float] = Field(default=2.4, gt=0)
-    """A row whose text zlib makes more times as small is rejected: the text repeats itself."""
+    """A row whose text zlib makes more times as small, by characters, is rejected: the text repeats itself."""
     least_chars_per_s: OutputKey[float] = Field(default=2, ge=0)
-    """A row with fewer characters a second is rejected: most of its speech was not transcribed."""
+    """A row with fewer characters a second, wide ones (Chinese, Japanese, Korean) counted twice, is rejected: most of
+    its speech was not transcribed."""
     most_chars_per_s: OutputKey[float] = Field(default=30, gt=0)
-    """A row with more characters a second is rejected: nobody speaks as fast."""
+    """A row with more such characters a second is rejected: nobody speaks as fast."""
 
 
 def run(recipe: LabelRecipe) -> None:
@@ -69,19 +70,18 @@ def _line(text: str, clip: ClipTranscript | None, *, recipe: LabelRecipe) -> dic
         return {"text": text, "state": OWN}
     if clip.error:
         return {"text": "", "state": UNHEARD}
-    reason = doubt(clip, recipe)
-    measures = {"heard": clip.text, "mean_logprob": clip.mean_logprob, "duration": clip.duration_s}
-    return {"text": "" if reason else clip.text, **measures, "state": reason or LABELLED}
+    reason, text = doubt(clip, recipe), compose(clip.text)
+    measures = {"heard": text, "mean_logprob": clip.mean_logprob, "duration": clip.duration_s}
+    return {"text": "" if reason else text, **measures, "state": reason or LABELLED}
 
 
 def doubt(clip: ClipTranscript, recipe: LabelRecipe) -> str | None:
     """Return the first of REASONS for which a clip's text is rejected; None where it is kept."""
     if not comparable_text(clip.text):
         return SILENT
-    content = clip.text.encode()
-    if len(content) / len(zlib.compress(content)) > recipe.most_compression:
+    if compression_ratio(clip.text) > recipe.most_compression:
         return LOOP
-    if not recipe.least_chars_per_s <= len(clip.text) / clip.duration_s <= recipe.most_chars_per_s:
+    if not recipe.least_chars_per_s <= display_columns(clip.text) / clip.duration_s <= recipe.most_chars_per_s:
         return RATE
     return UNSURE if clip.mean_logprob is None or clip.mean_logprob < recipe.least_confidence else None
 

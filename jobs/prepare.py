@@ -25,6 +25,7 @@ from graft.config import Recipe
 from graft.data.splits import Candidate, assign_splits, seeded_hash
 from graft.errors import AudioError, DataError, require
 from graft.keys import DataKey, Location, OutputKey
+from graft.text.characters import display_columns
 
 from .common.cli import run_job
 from .common.outputs import holds_results, staged_output
@@ -61,9 +62,11 @@ class PrepareRecipe(Recipe):
     max_duration_s: DataKey[float] = Field(default=30, gt=0)
     """Longest clip in seconds; longer ones are dropped, because a cut clip would keep its whole text."""
     min_text_chars: DataKey[int] = Field(default=2, ge=1)
-    """Shortest text in characters; rows with a shorter one are dropped, but for unlabelled rows that are kept."""
+    """Shortest text in characters, wide ones (Chinese, Japanese, Korean) counted twice; rows with a shorter one are
+    dropped, but for unlabelled rows that are kept."""
     max_chars_per_s: DataKey[float] = Field(default=40, gt=0)
-    """Highest number of characters a second; rows with more are dropped, because their text belongs to other audio."""
+    """Highest number of such characters a second; rows with more are dropped, because their text belongs to other
+    audio."""
     joined: DataKey[JoinedRecipe | None] = None
     """Add longer clips, joined from clips of one speaker: a model trained on single sentences alone does not learn to
     transcribe 30 s. null adds none."""
@@ -139,8 +142,9 @@ def _keep_rows(results: Iterable[Row | DroppedLine], dropped: dict[DroppedLine, 
 
 def _check_row(row: Row, recipe: PrepareRecipe) -> Row | DroppedLine:
     """Return the row with its measured duration, or why it is dropped."""
-    if row.text and len(row.text) < recipe.min_text_chars:  # a row without text was kept by its source
-        return row.dropped("text too short", f"{len(row.text)} characters, at least {recipe.min_text_chars}")
+    length = display_columns(row.text)
+    if row.text and length < recipe.min_text_chars:  # a row without text was kept by its source
+        return row.dropped("text too short", f"{length} characters, at least {recipe.min_text_chars}")
     if recipe.disjoint_speakers and row.speaker is None:
         return row.dropped("no speaker", "disjoint_speakers wants one")
     try:
@@ -153,8 +157,8 @@ def _check_row(row: Row, recipe: PrepareRecipe) -> Row | DroppedLine:
         return row.dropped("too long", f"{duration_s:.3f} s, at most {recipe.max_duration_s:g} s")
     if duration_s < recipe.min_duration_s:
         return row.dropped("too short", f"{duration_s:.3f} s, at least {recipe.min_duration_s:g} s")
-    if len(row.text) > recipe.max_chars_per_s * duration_s:
-        rate = f"{len(row.text)} characters in {duration_s:.3f} s, at most {recipe.max_chars_per_s:g} per second"
+    if length > recipe.max_chars_per_s * duration_s:
+        rate = f"{length} characters in {duration_s:.3f} s, at most {recipe.max_chars_per_s:g} per second"
         return row.dropped("speech rate", rate)
     return replace(row, duration_s=duration_s)
 

@@ -23,7 +23,7 @@ _STRING = pa.large_string()
 METADATA = pa.schema(
     [
         ("id", _STRING),
-        ("text", _STRING),  # "" for null
+        ("text", _STRING),  # in NFC; "" for null
         ("duration_s", pa.float64()),  # NaN for null
         ("row_group", pa.int32()),
         ("row", pa.int32()),  # within the row group
@@ -70,13 +70,14 @@ def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> pa
     sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     row_groups = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     rows = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # less the rows of earlier row groups
-    return pa.table([ids, texts.fill_null(""), duration_s, row_groups, rows.astype(np.int32)], schema=METADATA)
+    texts = pc.utf8_normalize(texts.fill_null(""), "NFC")
+    return pa.table([ids, texts, duration_s, row_groups, rows.astype(np.int32)], schema=METADATA)
 
 
 def read_texts(parquet: pq.ParquetFile, *, name: str) -> pa.Table:
-    """Read the columns ID and text, both large_string, of a file that replaces a corpus's texts."""
+    """Read the columns ID and text, both large_string, of a file that replaces a corpus's texts; texts are in NFC."""
     table = _read_columns(parquet, ["ID", "text"], name)
-    return pa.table({column: _cast(table, column, name) for column in ("ID", "text")})
+    return pa.table({"ID": _cast(table, "ID", name), "text": pc.utf8_normalize(_cast(table, "text", name), "NFC")})
 
 
 def read_audio_column(

@@ -6,10 +6,10 @@ The limits allow what people say: a digit four times in a row, menus, long numbe
 too much to be spoken in the chunk's time is checked against stricter limits.
 """
 
-import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from graft.text.characters import WORD, compression_ratio, count_words
 
 # Flag: the text repeats itself.
 REPETITION = "repetition"
@@ -39,8 +39,8 @@ MOST_WORDS_PER_S = 8.0
 ZLIB_RATIO = 4.0
 # Largest compression ratio of a text that is too fast.
 FAST_ZLIB_RATIO = 2.4
-# Bytes of the shortest text whose compression ratio is checked.
-ZLIB_LEAST_BYTES = 100
+# Characters of the shortest text whose compression ratio is checked.
+ZLIB_LEAST_CHARACTERS = 100
 # Mean log-probability of a token, in nats, below which the model is unsure.
 LEAST_MEAN_LOGPROB = -1.0
 
@@ -62,11 +62,10 @@ def check_quality(
     `is_cut` says that the answer has as many tokens as it may have; `has_speech` says whether the chunk holds speech,
     None if that is unknown. An empty text can only be flagged as truncated.
     """
-    words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.casefold())
-    words_per_s = len(words) / max(duration_s, 1.0)  # chunks of short commands end with the last sound
+    words = WORD.findall(text.casefold())
+    words_per_s = count_words(words) / max(duration_s, 1.0)  # chunks of short commands end with the last sound
     is_fast = words_per_s > FAST_WORDS_PER_S
-    data = text.encode()
-    zlib_ratio = len(data) / len(zlib.compress(data)) if len(data) >= ZLIB_LEAST_BYTES else 0.0
+    zlib_ratio = compression_ratio(text) if len(text) >= ZLIB_LEAST_CHARACTERS else 0.0
     mean = sum(logprobs) / len(logprobs) if logprobs else None
     is_unsure = mean is not None and not mean >= LEAST_MEAN_LOGPROB  # true for nan as well
     findings = {
@@ -85,8 +84,9 @@ def pick_better(first: QualityVerdict, second: QualityVerdict) -> QualityVerdict
 
 def _has_loop(words: Sequence[str], *, is_fast: bool) -> bool:
     """Return whether a phrase occurs at least LOOP_TIMES in a row."""
-    least_words = 0 if is_fast else LOOP_LEAST_WORDS
-    for size in range(1, LOOP_WORDS + 1):
+    characters_per_word = len(words) / count_words(words) if words else 1.0  # 1 in scripts with spaces
+    least_words = 0 if is_fast else LOOP_LEAST_WORDS * characters_per_word
+    for size in range(1, round(LOOP_WORDS * characters_per_word) + 1):
         run = size  # words so far that repeat with a period of `size`
         for word, before in zip(words[size:], words, strict=False):
             run = run + 1 if word == before else size

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from typing import Literal, get_args
-from unicodedata import east_asian_width
 
 import regex
 from pydantic import Field
 
 from graft.config import Recipe
 from graft.inference.segments import Segment
+from graft.text.characters import UNSPACED, display_columns
 
 Format = Literal["txt", "srt", "vtt", "tsv", "json"]
 # Names of the formats, which are also the suffixes of their files.
@@ -28,13 +28,11 @@ CLOSING = "\"')]”’»」』）"
 TURN_PAUSE_S = 0.5
 """Pause after which the text of one channel goes on behind what another channel says meanwhile."""
 
-_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 _OPENING = r"[\p{Ps}\p{Pi}]"
 # A character of a script without spaces, with the punctuation around it; or all up to the next one.
 _PIECE = regex.compile(
-    rf"{_OPENING}*(?={_UNSPACED})\X[\p{{Po}}\p{{Pe}}\p{{Pf}}\p{{Lm}}]*|(?:(?!{_OPENING}*{_UNSPACED})\X)+|\X"
+    rf"{_OPENING}*(?={UNSPACED})\X[\p{{Po}}\p{{Pe}}\p{{Pf}}\p{{Lm}}]*|(?:(?!{_OPENING}*{UNSPACED})\X)+|\X"
 )
-_CLUSTER = regex.compile(r"\X")
 
 
 class CueLimits(Recipe):
@@ -171,7 +169,7 @@ def _pieces_of(segment: Segment) -> list[_Piece]:
     words = segment.words if any(word.text.strip() for word in segment.words) else (segment,)
     pieces = []
     for word in words:
-        cut = [(gap, text, _columns(text)) for gap, text in _cut_text(word.text)]
+        cut = [(gap, text, display_columns(text)) for gap, text in _cut_text(word.text)]
         total, before = sum(columns for *_, columns in cut), 0
         for gap, text, columns in cut:
             start_s, end_s = (
@@ -189,13 +187,6 @@ def _cut_text(text: str) -> Iterator[tuple[str, str]]:
         for piece in [word] if word.isascii() else _PIECE.findall(word):
             yield gap, piece
             gap = ""
-
-
-def _columns(text: str) -> int:
-    """Return the width of a text in characters, of which the wide ones of East Asia count twice."""
-    if text.isascii():
-        return len(text)
-    return sum(1 + any(east_asian_width(sign) in "WF" for sign in cluster) for cluster in _CLUSTER.findall(text))
 
 
 def _split_channel(channel: int | None, segments: Sequence[Segment], limits: CueLimits) -> list[Sequence[_Piece]]:

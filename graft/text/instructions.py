@@ -10,17 +10,18 @@ corpus.
 import bisect
 import itertools
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
+import regex
 from pydantic import Field, model_validator
 
 from graft.config import Recipe
 from graft.errors import DataError, RecipeError
+from graft.text.characters import JOINERS, UNSPACED
 from graft.text.prompts import (
     INSTRUCTIONS,
     MAX_CONTEXT_WORDS,
@@ -34,8 +35,9 @@ COMMON_SHARE = 0.9
 """Share of all words in a corpus that its common words make up."""
 MAX_RARE_WORDS = 200_000
 _BLOCK = 100_000  # texts that are counted at a time
-_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
-_EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+_LETTERS = rf"[[\p{{L}}\p{{M}}{JOINERS}]--{UNSPACED}]+"
+_WORD = regex.compile(rf"(?V1){_LETTERS}(?:['’·-]{_LETTERS})*")
+_EDGES = regex.compile(r"^[^\p{L}\p{M}\p{N}]+|[^\p{L}\p{M}\p{N}]+$")
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -178,8 +180,9 @@ def trained_instructions(settings: InstructionRecipe) -> dict[str, Any]:
 def rare_words(texts: Sequence[str], *, most: int = MAX_RARE_WORDS) -> list[str]:
     """List the rare words of a corpus in alphabetical order, as they are most often written.
 
-    They are those outside the most frequent ones, which make up COMMON_SHARE of all. They have three letters or more
-    and no digits; of more than `most` the rarest are left out. `texts` may be an Arrow array.
+    They are those outside the most frequent ones, which make up COMMON_SHARE of all. They have three letters or more,
+    no digits, and no letters of scripts without spaces; of more than `most` the rarest are left out. `texts` may be an
+    Arrow array.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -203,7 +206,11 @@ def rare_words(texts: Sequence[str], *, most: int = MAX_RARE_WORDS) -> list[str]
 
 
 def _key(word: str) -> str:
-    """Reduce a word to a key without its case and the punctuation around it; "" for what is no word."""
+    """Reduce a word to a key without its case and the punctuation around it; "" for what is no word.
+
+    Scripts without spaces have none: what stands between two spaces may be the whole text, which a list would give
+    away.
+    """
     core = _EDGES.sub("", word)
     return core.casefold().replace("’", "'") if _WORD.fullmatch(core) else ""
 

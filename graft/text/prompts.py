@@ -3,12 +3,12 @@
 The module imports nothing heavy, because a Serve ingress checks requests without torch.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graft.errors import ModelError
 from graft.model.tokens import AUDIO_END_TOKEN, AUDIO_PAD_TOKEN, AUDIO_START_TOKEN
+from graft.text.characters import SENTENCE_MARK, compose, lower_case
 
 MAX_CONTEXT_WORDS = 100
 MAX_WORD_LENGTH = 100
@@ -91,13 +91,13 @@ def with_context(instruction: str, words: Sequence[str]) -> str:
 
 
 def check_context_words(context: Sequence[str]) -> list[str]:
-    """Clean a request's list of words that may occur: each once, without spaces, commas and stops around it.
+    """Clean a request's list of words that may occur: each once, in NFC, without spaces, commas and stops around it.
 
     Raises ModelError for anything else.
     """
     if isinstance(context, str):
         raise ModelError(f"context {context!r:.80} is a text: give a list of words")
-    words = list(dict.fromkeys(" ".join(word.split()).strip(" ,.") for word in context))
+    words = list(dict.fromkeys(" ".join(compose(word).split()).strip(" ,.、，。،।") for word in context))
     if len(words) > MAX_CONTEXT_WORDS or max(map(len, words), default=0) > MAX_WORD_LENGTH or "" in words:
         raise ModelError(
             f"context of {len(words)} words: give at most {MAX_CONTEXT_WORDS}, "
@@ -107,20 +107,23 @@ def check_context_words(context: Sequence[str]) -> list[str]:
 
 
 def style_text(text: str, style: str) -> str:
-    """Write a transcript in a text style.
+    """Write a transcript in a text style, in NFC and with single spaces.
 
-    `raw` and `formatted` leave it as it is; `lower` is lower case without punctuation other than apostrophes.
+    `raw` and `formatted` leave it as it is otherwise; `lower` is graft.text.characters.lower_case.
     """
-    text = " ".join(text.split())
-    if style != "lower":
-        return text
-    words = re.sub(r"[^\w\s'#]|_", " ", text.lower().replace("’", "'"))
-    return " ".join(word for word in (word.strip("'") for word in words.split()) if word)
+    return lower_case(text) if style == "lower" else " ".join(compose(text).split())
 
 
 def is_formatted(text: str) -> bool:
-    """Whether a text is written in sentences: with lower-case letters, and capitals or punctuation beside them."""
-    return any(map(str.islower, text)) and (any(map(str.isupper, text)) or re.search(r"[.,;:!?]", text) is not None)
+    """Whether a text is written in sentences: with lower-case letters, and capitals or punctuation beside them.
+
+    Letters of scripts without case need punctuation beside them.
+    """
+    has_small = any(map(str.islower, text))
+    if has_small and any(map(str.isupper, text)):
+        return True
+    has_letters = has_small or any(character.isalpha() and not character.isupper() for character in text)
+    return has_letters and SENTENCE_MARK.search(text) is not None
 
 
 def request_instruction(

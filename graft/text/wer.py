@@ -4,15 +4,35 @@
 
 A rate is errors / max(1, reference words) over the whole corpus, never a mean of the clips' rates: a clip with an empty
 reference adds its invented words as insertions, and no rate is infinite.
+
+English is normalised as Whisper does it. Any other language gets Whisper's basic normaliser, which lowers case and
+removes punctuation and symbols, and here keeps the marks of letters, without which Hindi or Thai is unreadable. In
+scripts without spaces each written character is a word, as in the Whisper paper, so that WER and CER nearly agree.
+Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision, 2022, appendix C.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+import regex
 
 from graft.errors import DataError, require
+from graft.text.characters import UNSPACED, compose, is_unspaced
+
+ENGLISH, BASIC, BASIC_BY_CHARACTER = NORMALIZERS = ("english", "basic", "basic, by character")
+"""Names of the normalisers in reports."""
+NORMALIZERS_IN_WORDS = {
+    ENGLISH: "Whisper's English normaliser",
+    BASIC: "Whisper's basic normaliser with the marks of letters kept",
+    BASIC_BY_CHARACTER: "Whisper's basic normaliser with the marks of letters kept, each character a word",
+}
+MOST_ENGLISH_MARKED = 0.01
+"""Share of letters outside ASCII up to which texts of an unknown language are taken for English; French has 0.03."""
+_UNSPACED_CHARACTER = regex.compile(rf"({UNSPACED}[\p{{M}}\p{{Lm}}]*)")
+_SPACE_IN_UNSPACED = regex.compile(rf"(?<={UNSPACED}[\p{{M}}\p{{Lm}}]*) | (?={UNSPACED})")
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,7 @@ class WordErrors:
 class Score:
     """Error rates of a corpus as fractions.
 
-    wer, its 95 % interval and cer count after Whisper's English normaliser, wer_raw and cer_raw on texts as written.
+    wer, its 95 % interval and cer count after the normaliser that is named, wer_raw and cer_raw on texts as written.
     """
 
     wer: float
@@ -60,32 +80,70 @@ class Score:
     cer_raw: float
     clips: int
     words: int  # of the normalised references
+    normalizer: str = ENGLISH  # one of NORMALIZERS
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def score(references: Sequence[str], hypotheses: Sequence[str], *, seed: int = 0) -> Score:
-    """Score hypotheses against their references. Raises DataError for no clips or unequal lengths, MissingExtra."""
+def score(references: Sequence[str], hypotheses: Sequence[str], *, language: str | None = None, seed: int = 0) -> Score:
+    """Score hypotheses against their references, after the normaliser of their language (choose_normalizer).
+
+    Raises DataError for no clips or unequal lengths, MissingExtra.
+    """
     if len(references) != len(hypotheses) or not references:
         raise DataError(
             f"{len(references)} references and {len(hypotheses)} hypotheses: wants as many of both, and at least one"
         )
-    normal_references = [normalize_english(text) for text in references]
-    normal_hypotheses = [normalize_english(text) for text in hypotheses]
+    references, hypotheses = list(map(compose, references)), list(map(compose, hypotheses))
+    normalizer = choose_normalizer(references, language=language)
+    normal_references = [normalize(text, normalizer) for text in references]
+    normal_hypotheses = [normalize(text, normalizer) for text in hypotheses]
     words = list(map(word_errors, normal_references, normal_hypotheses))
     low, high = bootstrap_interval(words, seed=seed)
     total = sum(words, WordErrors())
+    if normalizer == BASIC_BY_CHARACTER:
+        texts = (normal_references, normal_hypotheses, references, hypotheses)
+        normal_references, normal_hypotheses, raw_references, raw_hypotheses = (
+            [_SPACE_IN_UNSPACED.sub("", text) for text in some] for some in texts
+        )
+        references, hypotheses = ([_part_unspaced(text) for text in some] for some in (references, hypotheses))
+    else:
+        raw_references, raw_hypotheses = references, hypotheses
     return Score(
         wer=total.rate,
         wer_low=low,
         wer_high=high,
         cer=sum(map(character_errors, normal_references, normal_hypotheses), WordErrors()).rate,
         wer_raw=sum(map(word_errors, references, hypotheses), WordErrors()).rate,
-        cer_raw=sum(map(character_errors, references, hypotheses), WordErrors()).rate,
+        cer_raw=sum(map(character_errors, raw_references, raw_hypotheses), WordErrors()).rate,
         clips=len(words),
         words=total.reference_count,
+        normalizer=normalizer,
     )
+
+
+def choose_normalizer(references: Sequence[str], *, language: str | None = None) -> str:
+    """Choose one of NORMALIZERS for texts of a language (ISO 639-1), which may be unknown.
+
+    Texts of an unknown language are taken for English where nearly all of their letters are in ASCII.
+    """
+    text = " ".join(references)
+    if language == "en":
+        return ENGLISH
+    if language is None:
+        letters = [character for character in text if character.isalpha()]
+        if sum(not letter.isascii() for letter in letters) <= MOST_ENGLISH_MARKED * len(letters):
+            return ENGLISH
+    return BASIC_BY_CHARACTER if is_unspaced(text) else BASIC
+
+
+def normalize(text: str, normalizer: str) -> str:
+    """Normalise a text by one of NORMALIZERS. Raises MissingExtra."""
+    if normalizer == ENGLISH:
+        return normalize_english(text)
+    basic = " ".join(_basic_normalizer()(text).split())
+    return _part_unspaced(basic) if normalizer == BASIC_BY_CHARACTER else basic
 
 
 def word_errors(reference: str, hypothesis: str) -> WordErrors:
@@ -136,6 +194,16 @@ def _count(process: str, reference: str, hypothesis: str) -> WordErrors:
     return WordErrors(result.substitutions, result.deletions, result.insertions, result.hits)
 
 
+def _part_unspaced(text: str) -> str:
+    """Write a space around each character of a script without spaces."""
+    return " ".join(_UNSPACED_CHARACTER.sub(r" \1 ", text).split())
+
+
 @functools.cache
 def _english_normalizer() -> Callable[[str], str]:
     return require("whisper_normalizer.english", extra="score").EnglishTextNormalizer()
+
+
+@functools.cache
+def _basic_normalizer() -> Callable[[str], str]:
+    return require("whisper_normalizer.basic", extra="score").BasicTextNormalizer(preserve_marks=True)

@@ -20,6 +20,7 @@ from graft.config import Recipe
 from graft.data.splits import comparable_text
 from graft.errors import AudioError, DataError
 from graft.keys import Location
+from graft.text.characters import compose
 
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 FieldName = Literal["id", "audio", "text", "speaker", "sex", "offset", "duration"]
@@ -235,8 +236,8 @@ def _parse_fields(values: Mapping[str, Any], source: Manifest, number: int) -> R
     fields = {field: _text_of(values, name) for field, name in found.items()}
     if found["audio"] in FIELD_NAMES["audio"][1:] and not fields["id"]:  # NeMo and Common Voice have no ids
         fields["id"] = fields["audio"] + (f"@{fields['offset']}" if fields["offset"] else "")
-    if not comparable_text(fields["text"]):
-        fields["text"] = ""  # punctuation alone is nothing that could be said
+    # Punctuation alone is nothing that could be said.
+    fields["text"] = compose(fields["text"]) if comparable_text(fields["text"]) else ""
     for field in _required_fields(source, "id", "audio", "text"):
         if not fields[field]:
             return DroppedLine(source.manifest, number, fields["id"] or None, f"no {field}")

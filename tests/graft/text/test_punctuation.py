@@ -34,11 +34,22 @@ from graft.text.punctuation import transfer_formatting
         ("Already, it HAS some", "already it has some", "already, it has some", 4),
         ("YES, I DO!", "Yes. I do.", "Yes, I do!", 3),
         ("ONE  TWO\tTHREE", "One, two -- three", "One, two three", 3),
+        ("PAID 5 20 NOW", "Paid 5.20 now.", "Paid 5 20 now.", 4),
+        ("ПРИВЕТ МИР КАК ДЕЛА", "Привет, мир! Как дела?", "Привет, мир! Как дела?", 4),
+        ("cómo estás muy bien", "¿Cómo estás? ¡Muy bien!", "¿Cómo estás? ¡Muy bien!", 4),
+        ("यह एक परीक्षण है क्या", "यह एक परीक्षण है। क्या?", "यह एक परीक्षण है। क्या?", 5),
+        ("こんにちは世界元気ですか", "こんにちは、世界。元気ですか?", "こんにちは、世界。元気ですか?", 12),
+        ("TIE\u0302\u0301NG VIỆT", "Tiếng Việt.", "Tiếng Việt.", 2),
     ],
 )
 def test_what_agrees_is_written_as_it_was_heard(label, transcript, expected, agreed):
     formatted = transfer_formatting(label, transcript)
     assert (formatted.text, formatted.agreed) == (expected, agreed)
+
+
+def test_only_english_writes_i_as_a_capital():
+    assert transfer_formatting("JA I TY", "Tak a ty").text == "Ja I ty"
+    assert transfer_formatting("JA I TY", "Tak a ty", language="pl").text == "Ja i ty"
 
 
 def test_agreement_is_a_share_of_the_labels_words():
@@ -47,7 +58,12 @@ def test_agreement_is_a_share_of_the_labels_words():
 
 
 WORDS = st.lists(
-    st.sampled_from(["A", "be", "It's", "U", "S", "e-mail", "Don’t", "I", "42", ".", "—", "No!", '"Yes"', "x.y"]),
+    st.sampled_from(
+        [
+            *("A", "be", "It's", "U", "S", "e-mail", "Don’t", "I", "42", "-5.2", ".", "—", "No!", '"Yes"', "x.y"),
+            *("世界", "コー、", "हैं।", "¿Qué", "$3", "и"),
+        ]
+    ),
     max_size=9,
 )
 

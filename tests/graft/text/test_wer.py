@@ -2,6 +2,7 @@
 
 import re
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ import whisper_normalizer.english
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from graft.errors import DataError, MissingExtra, install_command
-from graft.text.wer import WordErrors, bootstrap_interval, character_errors, normalize_english, score, word_errors
+from graft.text.wer import (
+    NORMALIZERS_IN_WORDS,
+    WordErrors,
+    bootstrap_interval,
+    character_errors,
+    normalize_english,
+    score,
+    word_errors,
+)
 
 TRICKY = [
     "",
@@ -126,9 +135,33 @@ def test_a_score_is_normalised_and_raw():
         "cer_raw": pytest.approx(result.cer_raw),
         "clips": 3,
         "words": 6,
+        "normalizer": "english",
     }
     assert 0 <= result.wer_low <= result.wer <= result.wer_high
     assert score(["a b"], ["a b"]).to_dict()["wer_high"] == 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "language", "normalizer", "errors"),
+    [
+        ("It costs $5.", "it costs five dollars", None, "english", (0, 3)),
+        ("un café", "un cafe", "en", "english", (0, 2)),
+        ("Eine Tür (laut).", "eine tur", "de", "basic", (1, 2)),
+        ("hello", "hallo", "nl", "basic", (1, 1)),
+        ("Été à Paris", "ete à paris", None, "basic", (1, 3)),
+        ("यह एक परीक्षण है।", "यह एक परीक्षण हैं", None, "basic", (1, 4)),
+        ("안녕하세요 여러분", "안녕하세요, 여러분!", "ko", "basic", (0, 2)),
+        ("こんにちは、世界。AI です", "こんばんは 世界 ai です", None, "basic, by character", (2, 10)),
+        ("สวัสดีครับ", "สวัสดีครับ", "th", "basic, by character", (0, 7)),
+    ],
+)
+def test_each_language_has_its_normaliser(reference, hypothesis, language, normalizer, errors):
+    for form in ("NFC", "NFD"):
+        result = score([unicodedata.normalize(form, reference)], [hypothesis], language=language)
+        assert (result.normalizer, round(result.wer * result.words), result.words) == (normalizer, *errors)
+    if normalizer == "basic, by character":
+        assert result.cer == pytest.approx(result.wer, abs=0.02)
+    assert normalizer in NORMALIZERS_IN_WORDS
 
 
 def test_unequal_or_no_clips_are_data_errors():

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import heapq
 import math
+import multiprocessing
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
@@ -216,6 +217,7 @@ class VllmEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._llm.shutdown()
+        multiprocessing.active_children()  # waits for a process of vLLM that has crashed, which its shutdown may not do
 
     async def _work(self) -> None:
         while True:

@@ -7,7 +7,6 @@
 The names load on first use: `import graft` alone brings in neither torch nor anything else that is heavy.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,8 +37,10 @@ def __getattr__(name: str) -> Any:
 
         return version("graft-asr")
     if name in _EXPORTS:
+        from graft.imports import import_heavy
+
         module, attribute = _EXPORTS[name]
-        return getattr(importlib.import_module(module), attribute)
+        return getattr(import_heavy(module), attribute)
     raise AttributeError(f"module 'graft' has no attribute {name!r}")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
+    PreTrainedConfig,
     Qwen2VLForConditionalGeneration,
     WhisperFeatureExtractor,
     WhisperModel,
@@ -73,10 +73,11 @@ def check_kind(checkpoint: str, *kinds: str, remedy: str = "give a folder or a h
     if folder.exists() and not (folder / "config.json").is_file():
         raise ModelError(f"{checkpoint} has no config.json: give the folder of a {kind} checkpoint")
     try:
-        found = AutoConfig.from_pretrained(checkpoint).model_type
+        settings, _ = PreTrainedConfig.get_config_dict(checkpoint)
     except (OSError, ValueError) as error:
         reason = f" ({_first_line(error)})" if folder.exists() else ""
         raise ModelError(f"{checkpoint} can't be read as a {kind} checkpoint{reason}: {remedy}") from error
+    found = settings.get("model_type", "nameless")
     if found not in kinds:
         raise ModelError(f"{checkpoint} is a {found} checkpoint, not {kind}: give another one")
     return found

@@ -192,7 +192,10 @@ def _load_model(
                 path, dtype=dtype or "auto", attn_implementation=attention, **options
             )
     except ValueError as error:
-        raise ModelError(str(error).splitlines()[0]) from error
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            reason if path in reason else f"{path} can't be read as a graft checkpoint ({reason}): build it again"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"the weights in {path} can't be read ({str(error).splitlines()[0]}): copy or build them again"

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+import graft
 from graft.audio.chunking import windows
 from graft.audio.defects import LOSSES
 from graft.checkpoints.names import absolute_checkpoint
@@ -271,6 +272,5 @@ def model_opener(model: str, *, threads: int, gpu: bool, **settings: Any) -> Ope
 
 
 def _open_model(model: str, **settings: Any) -> "Transcriber":
-    from graft.inference.transcriber import open_transcriber
-
-    return open_transcriber(model, chunker=windows, **settings)  # readers cut the audio; the chunker is not called
+    opened: Transcriber = graft.load(model, chunker=windows, **settings)
+    return opened  # readers cut the audio; the chunker is not called

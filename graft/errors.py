@@ -3,7 +3,8 @@ r"""Errors that a user can mend; every message is one line that says what is wro
 GraftError
  |- RecipeError    a recipe's key or value
  |- AudioError     a file or upload that is not usable audio
- |   \- AudioTooLong   audio that is usable, but longer than the limit
+ |   |- AudioTooLong      audio that is usable, but longer than the limit
+ |   \- AudioTrackError   a file without the audio track that was asked for
  |- DataError      a manifest, a parquet file or a row
  |- ModelError     a checkpoint, its parts or its origin
  |- OutputError    a folder that holds other results
@@ -29,6 +30,10 @@ class AudioError(GraftError):
 
 class AudioTooLong(AudioError):
     """Audio is longer than the limit."""
+
+
+class AudioTrackError(AudioError):
+    """A file does not have the audio track that was asked for."""
 
 
 class DataError(GraftError):

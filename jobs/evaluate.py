@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -30,12 +30,12 @@ from .common.cli import run_job
 from .common.cluster import connect
 from .common.inputs import check_inputs
 from .common.outputs import holds_results, staged_output
-from .transcription import ClipTranscript
+from .transcription import Auto, ClipTranscript
 from .transcription.plan_options import EvaluationPlanOptions
 
 if TYPE_CHECKING:
     from .evaluation.test_sets import Item
-    from .transcription.pipeline import Workers
+    from .transcription.machine import AskedWorkers
 
 WINDOW_S = 30.0
 """Longest window of a clip in seconds where the speech detector is not used."""
@@ -87,16 +87,19 @@ class EvaluateRecipe(Recipe):
     """How speech is cut into chunks, as in graft transcribe; windows=true does not use it."""
     batch_clips: MachineKey[int] = Field(default=16, ge=1)
     """Number of clips that a worker reads and transcribes together."""
-    readers: MachineKey[int] = Field(default=1, ge=1)
-    """Most processes that decode audio and find speech; each takes one CPU."""
-    workers: MachineKey[int] = Field(default=1, ge=1)
-    """Number of models that transcribe side by side."""
-    threads_per_worker: MachineKey[int] = Field(default=1, ge=1)
-    """CPU threads of each worker, and CPUs that it takes from the cluster."""
+    readers: MachineKey[Annotated[int, Field(ge=1)] | Auto] = "auto"
+    """Most processes that decode audio and find speech, with one CPU each; auto is one for each CPU
+    that the workers leave."""
+    workers: MachineKey[Annotated[int, Field(ge=1)] | Auto] = "auto"
+    """Number of models that transcribe side by side; auto is one for each GPU, and without GPUs one for each machine,
+    or for each 16 of its CPUs."""
+    threads_per_worker: MachineKey[Annotated[int, Field(ge=1)] | Auto] = "auto"
+    """CPU threads of each worker, and CPUs that it takes from the cluster; auto is 1 beside a GPU, and else its
+    share of a machine's CPUs, of which one is left to a reader."""
     dtype: ModelKey[Literal["fp32", "bf16"] | None] = None
     """Precision of the weights; null takes the one that they are stored in, as graft transcribe does."""
-    gpu: MachineKey[bool] = False
-    """Whether each worker takes a GPU."""
+    gpu: MachineKey[bool | Auto] = "auto"
+    """Whether each worker takes a GPU; auto takes GPUs where there are any."""
     seed: DataKey[int] = 0
     """Seed of the bootstrap intervals and of the sounds."""
     expected: OutputKey[dict[str, dict[Literal["wer", "cer", "wer_raw", "cer_raw"], tuple[float, float]]]] = Field(
@@ -144,7 +147,7 @@ def plan(recipe: EvaluateRecipe, options: EvaluationPlanOptions) -> None:
     from graft.data.dataset import read_rows
 
     from .build import planned_model
-    from .transcription.estimate import PlannedRun, assumed_audio, measure_clips, print_plan
+    from .transcription.estimate import PlannedRun, assumed_audio, measure_clips, planned_workers, print_plan
 
     check_inputs(recipe)
     audio = assumed_audio(options, "data")
@@ -156,7 +159,8 @@ def plan(recipe: EvaluateRecipe, options: EvaluationPlanOptions) -> None:
         models.append(planned_model(recipe.baseline, recipe.dtype))
     longest_s = WINDOW_S if recipe.windows else recipe.chunks.max_s
     is_detected = recipe.speech.detector == "silero" and not recipe.windows
-    print_plan(PlannedRun(models, audio, _workers(recipe), longest_s, is_detected, options.price), options)
+    workers = planned_workers(_asked_workers(recipe), options)
+    print_plan(PlannedRun(models, audio, workers, longest_s, is_detected, options.price), options)
 
 
 def _check_sets(recipe: EvaluateRecipe) -> None:
@@ -221,12 +225,15 @@ def _transcribe_models(
     Returns the transcripts of each, the model's first, and how many seconds of audio it transcribed per second.
     """
     from .evaluation.test_sets import SWAPPED, as_rows
+    from .transcription.machine import cluster_machine, describe, local_cpus
     from .transcription.pipeline import Pipeline, measured_rtfx, model_opener, transcribe_rows
     from .transcription.reader import WINDOWS, Reading
 
-    settings: dict[str, Any] = {"threads": recipe.threads_per_worker, "gpu": recipe.gpu, "dtype": recipe.dtype}
-    workers = _workers(recipe)
-    connect(cpus=workers.cpus)
+    asked = _asked_workers(recipe)
+    connect(cpus=local_cpus(asked))
+    workers = asked.choose(machine := cluster_machine())
+    print(f"evaluate: {describe(workers, machine)}", flush=True)
+    settings = workers.model_settings | {"dtype": recipe.dtype}
     reading = WINDOWS if recipe.windows else Reading(recipe.speech, recipe.chunks)
     openers = {kind: model_opener(checkpoint, **settings) for kind, checkpoint in checkpoints.items()}
     own, *baselines = openers
@@ -248,11 +255,10 @@ def _transcribe_models(
     return models, rtfx
 
 
-def _workers(recipe: EvaluateRecipe) -> "Workers":
-    from .transcription.pipeline import Workers
+def _asked_workers(recipe: EvaluateRecipe) -> "AskedWorkers":
+    from .transcription.machine import AskedWorkers
 
-    threads, gpus = recipe.threads_per_worker, int(recipe.gpu)
-    return Workers(recipe.readers, recipe.workers, threads, gpus, items_per_batch=recipe.batch_clips)
+    return AskedWorkers(recipe.readers, recipe.workers, recipe.threads_per_worker, recipe.gpu, recipe.batch_clips)
 
 
 def _report(

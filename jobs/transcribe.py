@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -33,12 +33,14 @@ from .common.cli import run_job
 from .common.cluster import connect
 from .common.inputs import check_inputs
 from .common.outputs import claim_output, locked_output
+from .transcription import Auto
 from .transcription.plan_options import TranscriptionPlanOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from .transcription.assembly import Totals
+    from .transcription.machine import AskedWorkers
     from .transcription.pipeline import Opener, Workers
     from .transcription.printing import TranscriptPrinter
     from .transcription.reader import Reading
@@ -79,6 +81,9 @@ class TranscribeRecipe(Recipe):
     few local files without Ray."""
     columns: DataKey[Columns] = Columns()
     """Names of the columns of parquet files."""
+    audio_track: DataKey[Annotated[int, Field(ge=1)] | str | None] = None
+    """Which audio track is transcribed of files that have several: its number among them, from 1, or its language as
+    the files write it, such as deu; null takes the one that a file marks as default, or its first."""
     channels: DataKey[Literal["mix", "split"]] = "mix"
     """mix transcribes the mean of all channels; split transcribes each by itself and orders the labelled segments by
     time, for calls with one speaker on each channel."""
@@ -108,14 +113,17 @@ class TranscribeRecipe(Recipe):
     printed, or a single recording in the one format that is given."""
     cues: OutputKey[CueLimits] = CueLimits()
     """How much text a subtitle shows at a time."""
-    workers: MachineKey[int] = Field(default=1, ge=1)
-    """Number of models that transcribe side by side."""
-    threads: MachineKey[int] = Field(default=1, ge=1)
-    """CPU threads of each worker, and CPUs that it takes from the cluster."""
-    gpus_per_worker: MachineKey[float] = Field(default=0, ge=0)
-    """GPUs, or share of one, that each worker takes; 0 transcribes on CPUs."""
-    readers: MachineKey[int] = Field(default=1, ge=1)
-    """Most processes that decode audio and find speech; each takes one CPU."""
+    workers: MachineKey[Annotated[int, Field(ge=1)] | Auto] = "auto"
+    """Number of models that transcribe side by side; auto is one for each GPU, and without GPUs one for each machine,
+    or for each 16 of its CPUs."""
+    threads: MachineKey[Annotated[int, Field(ge=1)] | Auto] = "auto"
+    """CPU threads of each worker, and CPUs that it takes from the cluster; auto is 1 beside a GPU, and else its
+    share of a machine's CPUs, of which one is left to a reader."""
+    gpus_per_worker: MachineKey[Annotated[float, Field(ge=0)] | Auto] = "auto"
+    """GPUs, or share of one, that each worker takes; 0 transcribes on CPUs, auto on GPUs where there are any."""
+    readers: MachineKey[Annotated[int, Field(ge=1)] | Auto] = "auto"
+    """Most processes that decode audio and find speech, with one CPU each; auto is one for each CPU
+    that the workers leave."""
     items_per_batch: MachineKey[int] = Field(default=16, ge=1)
     """Number of items that are read, transcribed and written together."""
     strict: OutputKey[bool] = False
@@ -163,7 +171,7 @@ def plan(recipe: TranscribeRecipe, options: TranscriptionPlanOptions) -> None:
     """Print the hours, the cost and the memory that a run is estimated to take."""
     from .build import planned_model
     from .transcription.discovery import find_recordings
-    from .transcription.estimate import PlannedRun, assumed_audio, measure_recordings, print_plan
+    from .transcription.estimate import PlannedRun, assumed_audio, measure_recordings, planned_workers, print_plan
 
     check_inputs(recipe)
     audio = assumed_audio(options, "audio")
@@ -172,7 +180,7 @@ def plan(recipe: TranscribeRecipe, options: TranscriptionPlanOptions) -> None:
     planned = PlannedRun(
         [planned_model(recipe.model, recipe.dtype)],
         audio,
-        _workers(recipe),
+        planned_workers(_asked_workers(recipe), options),
         longest_s=recipe.chunks.max_s,
         is_detected=recipe.speech.detector == "silero",
         price=recipe.price,
@@ -190,19 +198,22 @@ def transcribe(
     import pyarrow.compute as pc
 
     from .transcription.assembly import OutputSettings, join_recordings, read_index
+    from .transcription.machine import cluster_machine, describe, local_cpus
     from .transcription.pipeline import Pipeline, run_plan
     from .transcription.work_items import at_attempts, plan_items
 
     start = time.monotonic()
     aligner, aligner_name = find_aligner(recipe.aligner) if recipe.aligner else (None, None)
-    workers = _workers(recipe)
-    connect(cpus=workers.cpus)
+    asked = _asked_workers(recipe)
+    connect(cpus=local_cpus(asked))
+    workers = asked.choose(machine := cluster_machine())
+    print(f"graft: {describe(workers, machine)}", flush=True)
     home = out / "work"
     home.mkdir(exist_ok=True)
     done = read_index(home)
     items = plan_items(recordings, item_s=recipe.item_s, probe=_probe)
     plan = at_attempts(items, done, retry_errors=recipe.retry_errors)
-    pipeline = Pipeline(_reading(recipe), opener or _opener(recipe, aligner), workers, _options(recipe))
+    pipeline = Pipeline(_reading(recipe), opener or _opener(recipe, aligner, workers), workers, _options(recipe))
     try:
         rtfx = run_plan(plan, done, home, pipeline)
     except KeyboardInterrupt:
@@ -221,20 +232,19 @@ def transcribe(
 def _reading(recipe: TranscribeRecipe) -> "Reading":
     from .transcription.reader import Reading
 
-    return Reading(recipe.speech, recipe.chunks, recipe.channels)
+    return Reading(recipe.speech, recipe.chunks, recipe.channels, recipe.audio_track)
 
 
 def _options(recipe: TranscribeRecipe) -> dict[str, Any]:
     return {"instruction": recipe.instruction, "context": recipe.context}
 
 
-def _opener(recipe: TranscribeRecipe, aligner: str | None) -> "Opener":
+def _opener(recipe: TranscribeRecipe, aligner: str | None, workers: "Workers") -> "Opener":
     from .transcription.pipeline import model_opener
 
     return model_opener(
         recipe.model,
-        threads=recipe.threads,
-        gpu=recipe.gpus_per_worker > 0,
+        **workers.model_settings,
         dtype=recipe.dtype,
         engine=recipe.engine,
         quantization=recipe.quantization,
@@ -261,10 +271,10 @@ def _sources(recipe: TranscribeRecipe) -> list[str]:
     return [recipe.audio] if isinstance(recipe.audio, str) else recipe.audio
 
 
-def _workers(recipe: TranscribeRecipe) -> "Workers":
-    from .transcription.pipeline import Workers
+def _asked_workers(recipe: TranscribeRecipe) -> "AskedWorkers":
+    from .transcription.machine import AskedWorkers
 
-    return Workers(recipe.readers, recipe.workers, recipe.threads, recipe.gpus_per_worker, recipe.items_per_batch)
+    return AskedWorkers(recipe.readers, recipe.workers, recipe.threads, recipe.gpus_per_worker, recipe.items_per_batch)
 
 
 def _check_model(recipe: TranscribeRecipe) -> None:
@@ -335,12 +345,15 @@ def _printer(recipe: TranscribeRecipe, recording_count: int) -> "TranscriptPrint
 def _print_from_here(plan: "pa.Table", recording_count: int, recipe: TranscribeRecipe) -> dict[str, Any]:
     from .transcription.assembly import Totals, join_errors, join_items
     from .transcription.local import LocalTranscriber, recordings_of
+    from .transcription.machine import describe, this_machine
     from .transcription.reader import name_of
 
     printer = _printer(recipe, recording_count)
     _check_model(recipe)
     start, totals = time.monotonic(), Totals()
-    opener = _opener(recipe, recipe.aligner)
+    workers = _asked_workers(recipe).choose(machine := this_machine())
+    print(f"graft: {describe(workers, machine)}", file=sys.stderr, flush=True)
+    opener = _opener(recipe, recipe.aligner, workers)
     names: dict[str, Any] = {
         "model": checkpoint_name(recipe.model),
         "aligner": find_aligner(recipe.aligner)[1] if recipe.aligner else None,

@@ -17,6 +17,10 @@ that count a few frames too many are common."""
 
 CONVERT = "convert it, e.g. `ffmpeg -i IN OUT.flac`"
 
+AudioTrack = int | str
+"""The audio track of a file that has several: its number among them, counted from 1, or its language as the file writes
+it, such as deu or en."""
+
 Decode = Callable[[int, int | None, "DefectLog"], Iterator[np.ndarray]]
 """(start, end) -> blocks (frames, channels). Without exact seek the start is always 0; the last block may go beyond the
 end."""
@@ -63,3 +67,5 @@ class AudioInfo:
     neither does."""
     exact_seek: bool
     """Whether frames can be read from anywhere; if not, all frames before them are decoded and dropped."""
+    track_count: int = 1
+    """Number of audio tracks in the file, of which one is decoded."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graft.audio.audio_info import AudioTrack
 from graft.audio.defects import PHASE_CANCELLED, AudioDefect, merge_defects
 from graft.errors import AudioError
 from graft.storage.source import AudioSource
@@ -41,12 +42,18 @@ class AudioClip:
 
 
 def read_audio(
-    source: AudioSource, *, name: str | None = None, max_s: float | None = None, salvage: bool = False
+    source: AudioSource,
+    *,
+    name: str | None = None,
+    track: AudioTrack | None = None,
+    max_s: float | None = None,
+    salvage: bool = False,
 ) -> AudioClip:
     """Decode a path, a URI, the bytes of a file or an open binary file into a clip.
 
-    Any format, rate and number of channels will do; of a video, the sound is taken. `name` is what error messages call
-    the source; by default its path. With `salvage`, damaged and truncated files are decoded as far as they go, and the
+    Any format, rate and number of channels will do; of a video, the sound is taken. Of several audio tracks, `track`
+    (its number from 1, or its language) or else the default one is taken. `name` is what error messages call the
+    source; by default its path. With `salvage`, damaged and truncated files are decoded as far as they go, and the
     clip says in its `defects` what is lost. Raises AudioError if the source is missing, unreadable, no audio, without
     samples, longer than `max_s` seconds, mostly lost, or holds NaN or infinite samples; without `salvage` also if it is
     damaged or truncated (where its format can tell).
@@ -55,7 +62,7 @@ def read_audio(
     from graft.audio.decoding import open_audio
 
     found: list[AudioDefect] = []
-    with open_audio(source, name=name) as audio:
+    with open_audio(source, name=name, track=track) as audio:
         frames = audio.frames(max_s=max_s, defects=found if salvage else None)
         mixed = mix_blocks(frames, audio.info.rate, defects=found)
         samples = np.concatenate(list(resample(mixed, audio.info.rate)))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graft.audio.audio_info import AudioInfo, Decode, DefectLog
-from graft.audio.defects import AudioDefect
+from graft.audio.audio_info import AudioInfo, AudioTrack, Decode, DefectLog
+from graft.audio.defects import SEVERAL_TRACKS, AudioDefect
 from graft.audio.ffmpeg import open_by_ffmpeg
 from graft.audio.libsndfile import open_by_libsndfile
 from graft.errors import AudioError, AudioTooLong
@@ -26,6 +26,7 @@ class OpenAudio:
     name: str
     info: AudioInfo
     decode: Decode
+    track: AudioTrack | None = None
 
     def frames(
         self,
@@ -45,6 +46,8 @@ class OpenAudio:
         max_frames = None if max_s is None else int(max_s * self.info.rate)
         position = start if self.info.exact_seek else 0
         log = DefectLog(self.name, defects)
+        if self.info.track_count > 1 and self.track is None:
+            log.note(SEVERAL_TRACKS, 0.0, 0.0)
         for block in self.decode(position, end, log):
             wanted = block[max(0, start - position) : None if end is None else max(0, end - position)]
             position += len(block)
@@ -61,15 +64,17 @@ class OpenAudio:
 
 
 @contextlib.contextmanager
-def open_audio(source: AudioSource, *, name: str | None = None) -> Iterator[OpenAudio]:
-    """Open a recording; of a video, its main audio stream. `name` is what messages call it, by default its path.
+def open_audio(source: AudioSource, *, name: str | None = None, track: AudioTrack | None = None) -> Iterator[OpenAudio]:
+    """Open a recording; of several audio tracks, `track`, or else the one that the file marks as default, or the first.
 
-    Raises AudioError if the source is missing, not readable as audio, or of a rate or channels that no recording has.
+    `name` is what messages call it, by default its path. Raises AudioError if the source is missing, not readable as
+    audio, or of a rate or channels that no recording has, and its subclass AudioTrackError if it lacks the track.
     """
     with open_source(source, name=name) as file, contextlib.ExitStack() as stack:
-        info, decode = open_by_libsndfile(file, stack) or open_by_ffmpeg(file, stack)
+        opened = open_by_libsndfile(file, stack) if track in (None, 1) else None  # whose formats have one track
+        info, decode = opened or open_by_ffmpeg(file, stack, track)
         if not (1_000 <= info.rate <= 1_000_000 and 1 <= info.channels <= 64):
             raise AudioError(
                 f"{file.label}: its header states {info.channels} channels at {info.rate} Hz: fetch or record it again"
             )
-        yield OpenAudio(file.label, info, decode)
+        yield OpenAudio(file.label, info, decode, track)

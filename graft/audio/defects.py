@@ -19,6 +19,9 @@ GAP = "gap"
 # Flag: the channels cancel each other out, so that the loudest one is taken instead of their mean.
 PHASE_CANCELLED = "phase_cancelled"
 
+# Flag: the file has several audio tracks and nobody said which is wanted, so that its default one is taken.
+SEVERAL_TRACKS = "several_tracks"
+
 # Defects in which audio is lost: whoever needs the whole of a recording refuses it.
 LOSSES = frozenset({TRUNCATED_FILE, DAMAGED})
 

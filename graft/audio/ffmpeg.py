@@ -10,11 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from graft.audio.audio_info import BLOCK_SAMPLES, CONVERT, LONGEST_SHORTFALL_S, AudioInfo, Decode, DefectLog
+from graft.audio.audio_info import (
+    BLOCK_SAMPLES,
+    CONVERT,
+    LONGEST_SHORTFALL_S,
+    AudioInfo,
+    AudioTrack,
+    Decode,
+    DefectLog,
+)
 from graft.audio.defects import HEADER_MISMATCH, TRUNCATED_FILE
+from graft.audio.mp4 import cut_box, index_fault
 from graft.audio.ogg import is_ended
 from graft.audio.timeline import on_timeline
-from graft.errors import AudioError
+from graft.errors import AudioError, AudioTrackError
 from graft.storage.source import SourceFile
 
 RAW_STREAMS = frozenset({"mp3", "aac", "ac3", "eac3", "mpeg", "mpegts"})
@@ -26,39 +35,96 @@ GAPLESS = frozenset({"ogg", "flac"})
 TIMELESS = frozenset({"mp3", "aac", "ac3", "eac3"})
 """Formats of FFmpeg whose timestamps are only counted, and whose durations are only estimated."""
 
+SAME_LANGUAGE = (
+    *("alb sqi", "arm hye", "baq eus", "bur mya", "chi zho", "cze ces", "dut nld", "fre fra", "geo kat", "ger deu"),
+    *("gre ell", "ice isl", "mac mkd", "mao mri", "may msa", "per fas", "rum ron", "slo slk", "tib bod", "wel cym"),
+)
+"""The languages that have two codes in ISO 639-2, one for libraries and one for terminology; files write either."""
 
-def open_by_ffmpeg(file: SourceFile, stack: contextlib.ExitStack) -> tuple[AudioInfo, Decode]:
-    container, stream = _open_container(file, stack)
+
+def open_by_ffmpeg(
+    file: SourceFile, stack: contextlib.ExitStack, track: AudioTrack | None = None
+) -> tuple[AudioInfo, Decode]:
+    container, stream = _open_container(file, stack, track)
     origin_s = _origin_s(container)
     stated_s = _stated_end_s(container, stream, origin_s)
     duration_s = stated_s
     if duration_s is None and container.duration is not None:
         duration_s = container.duration / 1e6
     codec = stream.codec_context
-    info = AudioInfo(container.format.name, codec.sample_rate, codec.channels, duration_s, exact_seek=False)
+    counts = {"exact_seek": False, "track_count": len(container.streams.audio)}
+    info = AudioInfo(container.format.name, codec.sample_rate, codec.channels, duration_s, **counts)
     return info, lambda start, end, log: _decode(container, stream, info, file, stated_s, log)
 
 
-def _open_container(file: SourceFile, stack: contextlib.ExitStack) -> tuple[Any, Any]:
-    """Return a container and its main audio stream. Raises AudioError if there is none that FFmpeg decodes."""
+def _open_container(file: SourceFile, stack: contextlib.ExitStack, track: AudioTrack | None = None) -> tuple[Any, Any]:
+    """Return a container and one audio stream of it. Raises AudioError if there is none that FFmpeg decodes."""
     import av  # This import is local because most audio does without its 100 MB.
 
-    file.seek(0)
-    options = {"protocol_whitelist": "none"}  # A playlist may name files and servers: nothing but the source is opened.
     try:
-        container = stack.enter_context(av.open(file, "r", container_options=options, metadata_errors="ignore"))
-        stream: Any = container.streams.best("audio")
+        container = stack.enter_context(_open_file(file))
     except av.FFmpegError as error:
+        file.check()
+        if (place := cut_box(file)) and not index_fault(file):  # A fragment's own index is cut off.
+            return _open_container(file.before(place), stack, track)
+        if fault := index_fault(file):
+            raise AudioError(f"{file.label}: {fault}: fetch or record it again") from error
         file.check()
         raise AudioError(f"{file.label}: not readable as audio ({error.strerror}): {CONVERT}") from error
     if not container.streams.audio:
         raise AudioError(f"{file.label}: holds no audio ({container.format.name}): leave it out")
-    if stream is None or stream.codec_context is None:
+    stream = _track(container, file.label, track)
+    if stream is None:
         raise AudioError(f"{file.label}: no audio in it that FFmpeg decodes ({container.format.name}): {CONVERT}")
     for other in container.streams:
         if other.index != stream.index:
             other.discard = av.stream.Discard.all
     return container, stream
+
+
+def _open_file(file: SourceFile) -> Any:
+    import av
+
+    file.seek(0)
+    options = {"protocol_whitelist": "none"}  # A playlist may name files and servers: nothing but the source is opened.
+    return av.open(file, "r", container_options=options, metadata_errors="ignore")
+
+
+def _track(container: Any, label: str, track: AudioTrack | None) -> Any | None:
+    """Return the audio stream of a track; without one, the first of those that are marked as default, or the first.
+
+    Returns None where none can be decoded. Raises AudioTrackError where there is no such track.
+    """
+    from av.stream import Disposition
+
+    streams = container.streams.audio
+    if isinstance(track, int):
+        found = [*streams[track - 1 : track]]
+    elif track is not None:
+        found = [one for one in streams if _language(one.language) == _language(track)]
+    else:
+        # One that holds nothing, and one for the hard of hearing or the blind, are taken last.
+        lesser = Disposition.hearing_impaired | Disposition.visual_impaired | Disposition.comment
+        ranks = (
+            (one.duration != 0, not one.disposition & lesser, bool(one.disposition & Disposition.default))
+            for one in streams
+        )
+        ranked = zip(ranks, streams, strict=True)
+        decodable = [(rank, one) for rank, one in ranked if one.codec_context is not None and one.sample_rate]
+        return max(decodable, key=lambda pair: pair[0])[1] if decodable else None
+    if not found:
+        listed = ", ".join(
+            f"{number} ({', '.join(filter(None, (one.language, one.metadata.get('title'))))})".removesuffix(" ()")
+            for number, one in enumerate(streams, start=1)
+        )
+        raise AudioTrackError(f"{label}: has no audio track {track}: give one of its tracks {listed}")
+    return found[0] if found[0].codec_context is not None else None
+
+
+def _language(name: str | None) -> str:
+    """Return a language's code without its region, in lower case, and one code for those that have two."""
+    code = (name or "").lower().partition("-")[0]
+    return next((pair for pair in SAME_LANGUAGE if code in pair.split()), code)
 
 
 def _origin_s(container: Any) -> Fraction | None:
@@ -84,6 +150,8 @@ def _stated_end_s(container: Any, stream: Any, origin_s: Fraction | None) -> flo
     """Return the seconds from the start of the media to the end of its sound, as far as the header states them."""
     if origin_s is None or container.format.name in RAW_STREAMS:
         return None
+    if container.format.name == "caf" and stream.frames and stream.codec_context.name.startswith("pcm_"):
+        return float(stream.frames / stream.sample_rate)  # FFmpeg's duration is that of the samples that are there.
     if stream.duration is not None:
         start_s = stream.start_time * stream.time_base - origin_s if stream.start_time is not None else 0
         return float(start_s + stream.duration * stream.time_base)
@@ -143,6 +211,8 @@ def _decode(
         log.add(TRUNCATED_FILE, at_s, stated_s, ending.reason or f"it should hold {stated_s:.1f} s")
     elif ending.reason and container.format.name not in RAW_STREAMS:
         log.add(TRUNCATED_FILE, at_s, at_s, ending.reason)
+    elif container.format.name.startswith("mov,") and cut_box(file) is not None:
+        log.add(TRUNCATED_FILE, at_s, at_s, "its last fragment is cut off")
     elif (ending.reason and container.format.name != "mp3") or (container.format.name == "ogg" and not is_ended(file)):
         log.note(TRUNCATED_FILE, at_s, at_s)  # behind an mp3 there may be tags
     elif stated_s is not None and at_s - stated_s > LONGEST_SHORTFALL_S:

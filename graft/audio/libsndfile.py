@@ -16,6 +16,7 @@ from graft.audio.audio_info import BLOCK_SAMPLES, LONGEST_SHORTFALL_S, AudioInfo
 from graft.audio.defects import DAMAGED, HEADER_MISMATCH, TRUNCATED_FILE
 from graft.audio.ffmpeg import decode_from
 from graft.audio.ogg import is_ended, is_one_stream
+from graft.errors import AudioError
 from graft.storage.source import SourceFile
 
 RAW_SUBTYPES = frozenset({"PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"})
@@ -27,6 +28,9 @@ such."""
 LENGTH_LINES = {"WAV": "data", "WAVEX": "data", "AIFF": "SSND", "AU": "Data Size", "CAF": "data", "W64": "riff"}
 LENGTH_LINES["RF64"] = "Riff size"
 """The lines of libsndfile's log with the length in bytes that a header states, and what it should be."""
+
+MP3_SHORTFALL_S = 0.15
+"""Shortest part of an MP3 that counts as lost where its header counts the frames: six of them."""
 
 NO_LENGTHS = (range(2**31 - 2**16, 2**31 + 2**16), range(2**32 - 2**16, 2**32))
 """Lengths that headers state for sound from a pipe."""
@@ -48,7 +52,9 @@ def open_by_libsndfile(file: SourceFile, stack: contextlib.ExitStack) -> tuple[A
         sound = _SequentialFile(file)
     except soundfile.LibsndfileError:
         file.check()
-        return None
+        if not (first := _first_of_joined_wavs(file)):
+            return None
+        sound = _SequentialFile(first)
     stack.enter_context(sound)
     kind, stated_s = sound.format.lower(), _stated_s(sound)
     if kind in ("wav", "wavex") and (data := _wav_to_the_end(sound, file)):
@@ -117,10 +123,20 @@ def _end_of_libsndfile(
     has_end: bool,
     log: DefectLog,
 ) -> Iterator[np.ndarray]:
-    """Compare the end of a file with its header; decode by FFmpeg what a FLAC file holds beyond its stated length."""
+    """Compare the end of a file with its header.
+
+    FFmpeg decodes what a FLAC file holds beyond its stated length, and what an MP3 holds behind junk in which
+    libsndfile has found no more frames.
+    """
     at_s, counted_s = position / info.rate, sound.frames / info.rate
     if sound.format == "FLAC" and position == sound.frames and _goes_on(file, at_s):
         yield from decode_from(position, file, info, log)
+    elif sound.format == "MP3" and counted_s - at_s > MP3_SHORTFALL_S:
+        log.refuse(at_s, f"it should hold {counted_s:.1f} s")
+        count = len(log.defects or ())
+        yield from decode_from(position, file, info, log)
+        if len(log.defects or ()) == count:
+            log.note(DAMAGED, at_s, at_s)
     elif counted_s - at_s > LONGEST_SHORTFALL_S:
         is_cut = sound.format != "FLAC"  # A cut FLAC file ends within a frame, where libsndfile fails.
         log.refuse(at_s, f"it should hold {counted_s:.1f} s")
@@ -167,11 +183,28 @@ def _wav_to_the_end(wav: _SequentialFile, file: SourceFile) -> SourceFile | None
         start, place = place + 8, place + 8 + length + length % 2  # Chunks begin at even bytes.
         if chunk.startswith(b"data"):
             goes_on = file.size - place > least_left and not is_unstated
-            goes_on = goes_on and not re.match(rb"[\x20-\x7e]{4}", read(place, 4))
+            follows = read(place, 4)
+            # Another wav of the same form may be joined on.
+            is_joined = follows == b"RIFF" and head[12:36] == read(place + 12, 24)
+            goes_on = goes_on and (is_joined or not re.match(rb"[\x20-\x7e]{4}", follows))
             return file.after(start) if start < file.size and (is_unstated or goes_on) else None
         if place >= file.size:
             break
     return None
+
+
+def _first_of_joined_wavs(file: SourceFile) -> SourceFile | None:
+    """Return the first of several wavs that were joined byte by byte, which libsndfile refuses; None for other files.
+
+    Raises AudioError where the second has another form, so that its samples are not those of the first.
+    """
+    head = file.read_range(0, 36)
+    end = 8 + int.from_bytes(head[4:8], "little")
+    if not (head.startswith(b"RIFF") and end < file.size and file.read_range(end, 4) == b"RIFF"):
+        return None
+    if head[12:] != file.read_range(end + 12, 24):  # the chunk `fmt `
+        raise AudioError(f"{file.label}: two wavs of different forms are joined in it: part them at byte {end:,}")
+    return file.before(end)
 
 
 def _bytes_per_s(wav: _SequentialFile) -> int:

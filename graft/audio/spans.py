@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from graft.audio.audio_info import AudioInfo
+from graft.audio.audio_info import AudioInfo, AudioTrack
 from graft.audio.chunking import QUIET_S, SEARCH_S, quietest
 from graft.audio.clip import SAMPLE_RATE, check_finite, mix_blocks, mix_window, resample
 from graft.audio.decoding import open_audio
@@ -34,9 +34,9 @@ class Block:
     samples: np.ndarray
 
 
-def probe(source: AudioSource, *, name: str | None = None) -> AudioInfo:
-    """Read a recording's header, which takes milliseconds. Raises AudioError."""
-    with open_audio(source, name=name) as audio:
+def probe(source: AudioSource, *, name: str | None = None, track: AudioTrack | None = None) -> AudioInfo:
+    """Read a recording's header, which takes milliseconds; `track` is as in read_span. Raises AudioError."""
+    with open_audio(source, name=name, track=track) as audio:
         return audio.info
 
 
@@ -47,6 +47,7 @@ def read_span(
     *,
     borders: Literal["exact", "quiet"] = "exact",
     channels: Literal["mix", "split"] = "mix",
+    track: AudioTrack | None = None,
     rate: int | None = SAMPLE_RATE,
     max_s: float | None = None,
     name: str | None = None,
@@ -59,6 +60,7 @@ def read_span(
     borders     quiet: both move by up to 5 s to where it is quietest, except the recording's start;
                 such spans last at least 10 s
     channels    mix: their mean, (samples,); split: each by itself, (samples, channels)
+    track       the audio track of a file that has several, by number from 1 or by language; None is its default one
     rate        rate of the samples, in which blocks' starts count; None is the recording's own
     max_s       seconds of audio that the recording may hold; a longer one is an error
     defects     a list, to which is added what is found to be wrong: damaged and truncated files are then decoded as far
@@ -67,7 +69,7 @@ def read_span(
     Samples are those of the whole recording, bit by bit where nothing is resampled, else to 3e-7. Formats without exact
     seek are decoded from their start. Raises AudioError as read_audio, ValueError for a span that cannot be.
     """
-    with open_audio(source, name=name) as audio:
+    with open_audio(source, name=name, track=track) as audio:
         grid = _ResamplingGrid(audio.info.rate, rate or audio.info.rate)
         reach = round(SEARCH_S * audio.info.rate) if borders == "quiet" else 0
         if start < 0 or (end is not None and end - start < 2 * reach):

@@ -42,6 +42,10 @@ class SourceFile(io.BufferedReader):
         """Open the rest of the file, from byte `start` on, as a file of its own."""
         return SourceFile(self.label, self.size - start, lambda offset, count: self.read_range(start + offset, count))
 
+    def before(self, end: int) -> "SourceFile":
+        """Open the start of the file, up to byte `end`, as a file of its own."""
+        return SourceFile(self.label, end, lambda offset, count: self.read_range(offset, min(count, end - offset)))
+
     def check(self) -> None:
         """Raise AudioError if something could not be read."""
         if fault := self._ranges.fault:

@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 
 from graft.config import R, Recipe, read_recipe
 from graft.errors import GraftError, RecipeError, install_command
-from graft.keys import first_sentence, help_lines, values_text
+from graft.keys import alternatives, first_sentence, help_lines, values_text
 
 from .console import quiet_libraries
 from .inputs import check_inputs
@@ -263,7 +263,7 @@ def _overrides(arguments: Sequence[str], keys: Mapping[str, FieldInfo], words: s
         if override != argument:
             key, equals, value = override.partition("=")
             key = key.replace("-", "_")
-            if not equals and key in keys and keys[key].annotation is bool:
+            if not equals and key in keys and bool in alternatives(keys[key].annotation):
                 equals, value = "=", "true"
             elif not equals and not (value := next(left, "--")).startswith("--"):
                 equals = "="

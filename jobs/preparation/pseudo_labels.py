@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -25,7 +25,7 @@ from graft.storage.atomic import atomic_file, write_atomic
 
 from ..common.cluster import connect
 from ..common.outputs import claim_output, holds_results, locked_output
-from ..transcription import ClipTranscript
+from ..transcription import Auto, ClipTranscript
 
 TEXTS_FILE, RESULT_FILE, WORK_FOLDER = "texts.parquet", "result.json", "work"
 EXECUTION_KEYS = frozenset({"readers", "workers", "threads_per_worker", "gpu"})
@@ -46,16 +46,19 @@ class TextsRecipe(Recipe):
     """Number of clips that a worker reads and transcribes together."""
     part_clips: OutputKey[int] = Field(default=8192, ge=1)
     """Number of rows that are written to texts.parquet at a time."""
-    readers: MachineKey[int] = Field(default=1, ge=1)
-    """Most processes that decode audio; each takes one CPU."""
-    workers: MachineKey[int] = Field(default=1, ge=1)
-    """Number of models that transcribe side by side."""
-    threads_per_worker: MachineKey[int] = Field(default=1, ge=1)
-    """CPU threads of each worker, and CPUs that it takes from the cluster."""
+    readers: MachineKey[Annotated[int, Field(ge=1)] | Auto] = "auto"
+    """Most processes that decode audio, with one CPU each; auto is one for each CPU
+    that the workers leave."""
+    workers: MachineKey[Annotated[int, Field(ge=1)] | Auto] = "auto"
+    """Number of models that transcribe side by side; auto is one for each GPU, and without GPUs one for each machine,
+    or for each 16 of its CPUs."""
+    threads_per_worker: MachineKey[Annotated[int, Field(ge=1)] | Auto] = "auto"
+    """CPU threads of each worker, and CPUs that it takes from the cluster; auto is 1 beside a GPU, and else its
+    share of a machine's CPUs, of which one is left to a reader."""
     dtype: ModelKey[Literal["fp32", "bf16"]] = "fp32"
     """Precision of the weights."""
-    gpu: MachineKey[bool] = False
-    """Whether each worker takes a GPU."""
+    gpu: MachineKey[bool | Auto] = "auto"
+    """Whether each worker takes a GPU; auto takes GPUs where there are any."""
 
 
 def write_texts(
@@ -98,7 +101,8 @@ def _write_texts(
     from graft.checkpoints.loading import check_model
     from graft.data.dataset import read_rows
 
-    from ..transcription.pipeline import Pipeline, Workers, model_opener, transcribe_rows
+    from ..transcription.machine import AskedWorkers, cluster_machine, describe, local_cpus
+    from ..transcription.pipeline import Pipeline, model_opener, transcribe_rows
     from ..transcription.reader import WINDOWS
 
     out = Path(recipe.out).absolute()
@@ -113,10 +117,12 @@ def _write_texts(
     is_needed = np.array([needs_transcript(rows.text(row)) for row in range(len(rows))])
     clips: Iterator[ClipTranscript] = iter(())
     if is_needed.any():
-        threads, gpu = recipe.threads_per_worker, recipe.gpu
-        workers = Workers(recipe.readers, recipe.workers, threads, int(gpu), recipe.batch_clips)
-        connect(cpus=workers.cpus)
-        opener = model_opener(recipe.model, threads=threads, gpu=gpu, dtype=recipe.dtype)
+        threads = recipe.threads_per_worker
+        asked = AskedWorkers(recipe.readers, recipe.workers, threads, recipe.gpu, recipe.batch_clips)
+        connect(cpus=local_cpus(asked))
+        workers = asked.choose(machine := cluster_machine())
+        print(f"{name}: {describe(workers, machine)}", flush=True)
+        opener = model_opener(recipe.model, **workers.model_settings, dtype=recipe.dtype)
         clips = transcribe_rows(rows.select(is_needed), out / WORK_FOLDER, Pipeline(WINDOWS, opener, workers))
     with atomic_file(out / TEXTS_FILE) as temporary, pq.ParquetWriter(temporary, pa.schema(columns)) as writer:
         for start in range(0, len(rows), recipe.part_clips):

@@ -1,6 +1,10 @@
 """Bulk transcription on Ray Data: recordings become work items, chunks, results and transcripts."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Auto = Literal["auto"]
+"""A number of processes that is chosen by what the machine or the cluster has."""
 
 
 @dataclass(frozen=True)

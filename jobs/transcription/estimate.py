@@ -33,6 +33,7 @@ from graft.model.configuration import GraftConfig
 from graft.training.devices import KNOWN_DEVICES, Device, find_device
 from graft.training.estimate import count_parameters
 
+from .machine import AskedWorkers, this_machine
 from .pipeline import Workers
 from .plan_options import TranscriptionPlanOptions
 from .work_items import durations
@@ -156,6 +157,14 @@ def assumed_audio(options: TranscriptionPlanOptions, key: str) -> PlannedAudio:
     if options.hours:
         return PlannedAudio(options.hours, None, "as --hours says")
     return PlannedAudio(ASSUMED_HOURS, None, f"assumed, as there is no {key}=: give it, or --hours")
+
+
+def planned_workers(asked: AskedWorkers, options: TranscriptionPlanOptions) -> Workers:
+    """Choose the processes of a plan: on this machine, with a GPU if --device names one."""
+    machine = this_machine()
+    if options.device:
+        machine = this_machine(gpus=0 if options.device == "cpu" else max(1, round(machine.gpus)))
+    return asked.choose(machine)
 
 
 def print_plan(run: PlannedRun, options: TranscriptionPlanOptions) -> None:

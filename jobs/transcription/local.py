@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from graft.audio.chunking import Chunk
 from graft.inference.segments import Segment
 
+from . import Auto
 from .discovery import LIST_SUFFIXES, PARQUET, find_recordings, suffix_of
 from .pipeline import ChunkTranscriber, ItemTranscriber, Opener
 from .reader import ItemReader, Reading
@@ -27,11 +28,11 @@ CHUNKS_AT_ONCE = 4
 text appears later."""
 
 
-def needs_ray(sources: Sequence[str], workers: int) -> str | None:
+def needs_ray(sources: Sequence[str], workers: int | Auto) -> str | None:
     """Say why Ray is to transcribe what `sources` name, where they are not a few local files; else return None."""
     if os.environ.get("RAY_ADDRESS"):
         return "RAY_ADDRESS names a cluster"
-    if workers > 1:
+    if workers != "auto" and workers > 1:
         return f"workers={workers} is more than one process"
     is_named = (os.path.isfile(source) and suffix_of(source) not in (*LIST_SUFFIXES, PARQUET) for source in sources)
     if not all(is_named):

@@ -151,6 +151,11 @@ class Workers:
         """CPUs of all of them, and two for Ray's own tasks: reading the plan and writing results."""
         return self.readers + self.transcribers * self.cpus_per_transcriber + 2
 
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """Arguments of model_opener: a worker's threads, and whether it has a GPU."""
+        return {"threads": self.cpus_per_transcriber, "gpu": self.gpus_per_transcriber > 0}
+
 
 @dataclass(frozen=True)
 class Pipeline:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from graft.audio.audio_info import CONVERT
+from graft.audio.audio_info import CONVERT, AudioTrack
 from graft.audio.chunking import Chunk, Chunker, ChunkSettings, windows
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.audio.defects import AudioDefect, merge_defects
@@ -59,6 +59,7 @@ class Reading:
     speech: SpeechSettings | None
     chunks: ChunkSettings
     channels: Literal["mix", "split"] = "mix"
+    track: AudioTrack | None = None
 
 
 WINDOWS = Reading(None, ChunkSettings(max_s=30.0))
@@ -78,7 +79,7 @@ class ItemReader:
         import torch
 
         torch.set_num_threads(1)
-        self._channels = reading.channels
+        self._channels, self._track = reading.channels, reading.track
         self._chunker: Callable[[AudioClip], list[Chunk]] = (
             Chunker(reading.speech, reading.chunks)
             if reading.speech
@@ -143,9 +144,9 @@ class ItemReader:
                 self._corpora.files.append(file)
             source, _ = self._corpora.wav(number, item["row_group"], item["row"])
             name = name_of(item)
-        rate = probe(source, name=name).rate if item["item_count"] > 1 else 0
+        rate = probe(source, name=name, track=self._track).rate if item["item_count"] > 1 else 0
         start, end = (None if second is None else round(second * rate) for second in (item["start_s"], item["end_s"]))
-        how: dict[str, Any] = {"channels": self._channels, "name": name, "defects": defects}
+        how: dict[str, Any] = {"channels": self._channels, "track": self._track, "name": name, "defects": defects}
         blocks = list(read_span(source, start or 0, end, borders="quiet", **how))
         if not blocks:
             return np.zeros((0, 1), np.float32), 0, defects

@@ -80,6 +80,23 @@ def film(*, sound: np.ndarray | None) -> bytes:
     return file.getvalue()
 
 
+def tracks(sounds: dict[str, np.ndarray], rate: int, *, kind: str = "matroska", default: int | None = None) -> bytes:
+    """Make a file with an audio track, (samples,), for each language; the one of number `default` is marked as such."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container:
+        streams = [container.add_stream("pcm_s16le", rate=rate, layout="mono") for _ in sounds]
+        for number, (stream, language) in enumerate(zip(streams, sounds, strict=True), start=1):
+            stream.metadata["language"] = language
+            stream.disposition = av.stream.Disposition.default if number == default else av.stream.Disposition(0)
+        for stream, samples in zip(streams, sounds.values(), strict=True):
+            frame = av.AudioFrame.from_ndarray((samples[None] * 2**15).astype(np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts = rate, 0
+            container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    return file.getvalue()
+
+
 class _Pipe:
     def __init__(self, file: IO[bytes]) -> None:
         self.write = file.write

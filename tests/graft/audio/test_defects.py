@@ -2,12 +2,14 @@
 
 import functools
 import io
+import re
 from fractions import Fraction
 from itertools import pairwise
 
 import av
 import numpy as np
 import pytest
+import soundfile
 
 from graft.audio.clip import SAMPLE_RATE, read_audio
 from graft.audio.defects import AudioDefect, merge_defects
@@ -27,7 +29,7 @@ def sound() -> np.ndarray:
 @functools.cache
 def file(kind: str) -> bytes:
     """Make a whole file of SECONDS of speech."""
-    written = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS", "opus": "OPUS", "aiff": "PCM_16", "w64": "PCM_16"}
+    written = {"ogg": "VORBIS", "opus": "OPUS"} | dict.fromkeys(("wav", "flac", "aiff", "w64", "caf"), "PCM_16")
     if kind in written:
         return media.write(sound(), RATE, "OGG" if kind == "opus" else kind.upper(), written[kind])
     if kind == "mp3":
@@ -51,7 +53,7 @@ def shift_s(samples: np.ndarray, start_s: float, end_s: float) -> float:
     return (lag - size if lag > size // 2 else lag) / SAMPLE_RATE
 
 
-@pytest.mark.parametrize("kind", ["wav", "aiff", "w64", "flac", "ogg", "opus", "mp3", "mp4", "mka"])
+@pytest.mark.parametrize("kind", ["wav", "aiff", "w64", "caf", "flac", "ogg", "opus", "mp3", "mp4", "mka"])
 def test_a_truncated_file_is_decoded_as_far_as_it_goes(kind: str) -> None:
     data = file(kind)
     assert read_audio(data, salvage=True).defects == ()
@@ -81,6 +83,55 @@ def test_a_bad_spot_costs_only_that_spot(kind: str) -> None:
     assert clip.duration_s > SECONDS - 0.5
     with pytest.raises(AudioError, match="damaged"):
         read_audio(bytes(data))
+
+
+def test_an_mp3_goes_on_behind_junk_in_which_libsndfile_finds_no_frame() -> None:
+    data = bytearray(file("mp3"))
+    junk = np.random.default_rng(4).bytes(3_000)  # It looks like the head of a frame that never comes.
+    place = len(data) // 2
+    data[place : place + len(junk)] = junk
+    with soundfile.SoundFile(io.BytesIO(data)) as sound:
+        assert len(sound.read()) < 0.6 * SECONDS * RATE
+    clip = read_audio(bytes(data), salvage=True)
+    assert clip.duration_s > SECONDS - 0.5
+    assert flags(clip.defects) == ["damaged"]
+
+
+def test_an_mp4_without_its_index_says_so() -> None:
+    data, place = file("m4a"), file("m4a").find(b"moov") - 4
+    for broken, words in (
+        (data[: place // 2], "stands at the end, is missing: the file was cut off"),
+        (data[:place], "is missing: its writer did not finish it"),
+        (data[:10_000] + data[10_400:], "is not where the file says"),
+    ):
+        with pytest.raises(AudioError, match=words):
+            read_audio(broken, salvage=True)
+    # Where the index stands at the start, what is behind the missing bytes is damaged.
+    data = file("mp4")
+    clip = read_audio(data[: len(data) * 3 // 4] + data[len(data) * 3 // 4 + 400 :], salvage=True)
+    assert flags(clip.defects)[0] == "damaged"
+    assert clip.defects[0].start_s == pytest.approx(0.75 * SECONDS, abs=0.3)
+
+
+@pytest.mark.parametrize("part", ["moof", "mdat"])
+def test_an_mp4_of_fragments_is_decoded_up_to_where_it_was_cut(part: str) -> None:
+    data = media.encode(sound(), RATE, "aac", "mp4", movflags="frag_keyframe+empty_moov", frag_duration="2000000")
+    assert read_audio(data, salvage=True).defects == ()
+    place = [found.start() for found in re.finditer(part.encode(), data)][2]
+    clip = read_audio(data[: place + 50], salvage=True)
+    assert clip.duration_s == pytest.approx(4.0, abs=0.1)
+    assert flags(clip.defects) == ["truncated_file"]
+
+
+def test_of_wavs_that_were_joined_byte_by_byte_all_is_decoded() -> None:
+    data = file("wav")
+    clip = read_audio(data + data, salvage=True)
+    assert clip.duration_s == pytest.approx(2 * SECONDS, abs=0.01)
+    (defect,) = clip.defects
+    assert (defect.flag, defect.start_s) == ("header_mismatch", SECONDS)
+    other = media.write(sound()[::2], RATE // 2, "WAV", "PCM_16")
+    with pytest.raises(AudioError, match="two wavs of different forms"):
+        read_audio(data + other)
 
 
 def test_of_a_file_that_is_mostly_lost_nothing_is_told() -> None:

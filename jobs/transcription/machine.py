@@ -1,0 +1,111 @@
+"""Choose the processes of a run, where its recipe says `auto`, by what the machine or the cluster has.
+
+GPUs     one worker for each, and a reader on every CPU that is left
+no GPUs  one worker and one reader on each machine; the worker has as many threads as other CPUs are left
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+from . import Auto
+from .pipeline import Workers
+
+MOST_THREADS = 16
+"""Most threads that are chosen for a worker: more hardly make it faster."""
+RAYS_CPUS = 2
+"""CPUs of a cluster that are left to Ray's own tasks: reading the plan and writing results."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on: the CPUs of each node, and all GPUs together."""
+
+    node_cpus: tuple[int, ...]
+    gpus: float = 0.0
+
+    def __str__(self) -> str:
+        counts = [(sum(self.node_cpus), "CPU"), (round(self.gpus), "GPU"), (len(self.node_cpus), "machine")]
+        return ", ".join(f"{count} {noun}{'s' * (count != 1)}" for count, noun in counts if count)
+
+
+@dataclass(frozen=True)
+class AskedWorkers:
+    """The processes that a recipe asks for; `auto` leaves a number to `choose`."""
+
+    readers: int | Auto
+    transcribers: int | Auto
+    threads: int | Auto
+    gpus: float | Auto
+    """GPUs of a worker."""
+    items_per_batch: int
+
+    def choose(self, machine: Machine) -> Workers:
+        """Return the processes on a machine or cluster; numbers that the recipe gives stay as they are."""
+        gpus = self.gpus if self.gpus != "auto" else self._gpu_share(machine.gpus)
+        # Without GPUs, nodes that are much smaller than others, such as a head, have no worker.
+        nodes = [cpus for cpus in machine.node_cpus if 2 * cpus >= max(machine.node_cpus)]
+        if self.transcribers != "auto":
+            transcribers = self.transcribers
+        elif gpus:
+            transcribers = max(1, math.floor(machine.gpus / gpus + 1e-6))
+        else:
+            transcribers = sum(max(1, math.ceil((cpus - 1) / MOST_THREADS)) for cpus in nodes)
+        if self.threads != "auto":
+            threads = self.threads
+        elif gpus:
+            threads = 1
+        else:
+            readers_of_node = 1 if self.readers == "auto" else math.ceil(self.readers / len(nodes))
+            free = (min(nodes) - readers_of_node) // math.ceil(transcribers / len(nodes))
+            threads = max(1, min(MOST_THREADS, free))
+        left = sum(machine.node_cpus) - transcribers * threads
+        readers = self.readers if self.readers != "auto" else max(1, left)
+        return Workers(readers, transcribers, threads, gpus, self.items_per_batch)
+
+    def _gpu_share(self, gpus: float) -> float:
+        """Return the GPUs of a worker: one, a part of one where there are more workers than GPUs, or none."""
+        if not gpus:
+            return 0
+        return 1 if self.transcribers == "auto" else 1 / math.ceil(self.transcribers / gpus)
+
+
+def this_machine(*, gpus: int | None = None) -> Machine:
+    """Return what this process may use; `gpus` is the number of GPUs where torch is not to be asked for it."""
+    if gpus is None:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    return Machine((_own_cpus(),), gpus)
+
+
+def cluster_machine() -> Machine:
+    """Return what the Ray cluster has that this process is connected to."""
+    import ray
+
+    own, here = _own_cpus(), ray.util.get_node_ip_address()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    # A local Ray counts more CPUs than this machine has, for tasks that mostly wait.
+    cpus = sorted(
+        min(int(node["Resources"]["CPU"]), own if node["NodeManagerAddress"] == here else 2**20) for node in nodes
+    ) or [1]
+    unreal = sum(int(node["Resources"]["CPU"]) for node in nodes) - sum(cpus)
+    cpus[-1] = max(1, cpus[-1] - max(0, RAYS_CPUS - unreal))
+    return Machine(tuple(cpus), sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]))
+
+
+def _own_cpus() -> int:
+    """Count the CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_cpus(asked: AskedWorkers) -> int:
+    """Return the CPUs that a Ray on this machine must count, so that all that is chosen starts."""
+    return max(asked.choose(this_machine(gpus=gpus)).cpus for gpus in (0, 1))
+
+
+def describe(workers: Workers, machine: Machine) -> str:
+    """Say in one line which processes a run has."""
+    device = f"gpus_per_worker={workers.gpus_per_transcriber:g}" if workers.gpus_per_transcriber else "on the CPU"
+    counts = f"workers={workers.transcribers} threads={workers.cpus_per_transcriber} readers={workers.readers}"
+    return f"{counts}, {device} (of {machine})"

@@ -27,7 +27,6 @@ from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey, OutputKey
 from graft.text.wer import NORMALIZERS_IN_WORDS, score
 
 from .common.cli import run_job
-from .common.cluster import connect
 from .common.inputs import check_inputs
 from .common.outputs import holds_results, staged_output
 from .transcription import Auto, ClipTranscript
@@ -225,14 +224,11 @@ def _transcribe_models(
     Returns the transcripts of each, the model's first, and how many seconds of audio it transcribed per second.
     """
     from .evaluation.test_sets import SWAPPED, as_rows
-    from .transcription.machine import cluster_machine, describe, local_cpus
+    from .transcription.machine import connect_workers
     from .transcription.pipeline import Pipeline, measured_rtfx, model_opener, transcribe_rows
     from .transcription.reader import WINDOWS, Reading
 
-    asked = _asked_workers(recipe)
-    connect(cpus=local_cpus(asked))
-    workers = asked.choose(machine := cluster_machine())
-    print(f"evaluate: {describe(workers, machine)}", flush=True)
+    workers = connect_workers(_asked_workers(recipe))
     settings = workers.model_settings | {"dtype": recipe.dtype}
     reading = WINDOWS if recipe.windows else Reading(recipe.speech, recipe.chunks)
     openers = {kind: model_opener(checkpoint, **settings) for kind, checkpoint in checkpoints.items()}

@@ -8,6 +8,7 @@ the results that later runs go on from.
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -23,14 +24,13 @@ from graft.audio.vad import SpeechSettings
 from graft.checkpoints.names import checkpoint_name
 from graft.config import Recipe
 from graft.data.settings import Columns
-from graft.errors import OutputError, RecipeError, require
+from graft.errors import AudioError, AudioTrackError, OutputError, RecipeError, require
 from graft.inference.aligners.loading import find_aligner
 from graft.inference.subtitles import CueLimits, Format
 from graft.keys import Checkpoint, DataKey, Location, MachineKey, ModelKey, OutputKey
 from graft.storage.atomic import write_atomic
 
 from .common.cli import run_job
-from .common.cluster import connect
 from .common.inputs import check_inputs
 from .common.outputs import claim_output, locked_output
 from .transcription import Auto
@@ -143,6 +143,7 @@ def run(recipe: TranscribeRecipe) -> int:
 
     if "model" not in recipe.model_fields_set:
         print(f"graft: model={recipe.model} is taken, a graft that comes with the package", file=sys.stderr)
+    _check_track(_sources(recipe), recipe.audio_track)
     failures: list[str] = []
     if recipe.out is None:
         summary, lines = _print_transcripts(_sources(recipe), recipe), sys.stderr
@@ -198,16 +199,13 @@ def transcribe(
     import pyarrow.compute as pc
 
     from .transcription.assembly import OutputSettings, join_recordings, read_index
-    from .transcription.machine import cluster_machine, describe, local_cpus
+    from .transcription.machine import connect_workers
     from .transcription.pipeline import Pipeline, run_plan
     from .transcription.work_items import at_attempts, plan_items
 
     start = time.monotonic()
     aligner, aligner_name = find_aligner(recipe.aligner) if recipe.aligner else (None, None)
-    asked = _asked_workers(recipe)
-    connect(cpus=local_cpus(asked))
-    workers = asked.choose(machine := cluster_machine())
-    print(f"graft: {describe(workers, machine)}", flush=True)
+    workers = connect_workers(_asked_workers(recipe))
     home = out / "work"
     home.mkdir(exist_ok=True)
     done = read_index(home)
@@ -275,6 +273,19 @@ def _asked_workers(recipe: TranscribeRecipe) -> "AskedWorkers":
     from .transcription.machine import AskedWorkers
 
     return AskedWorkers(recipe.readers, recipe.workers, recipe.threads, recipe.gpus_per_worker, recipe.items_per_batch)
+
+
+def _check_track(sources: Sequence[str], track: int | str | None) -> None:
+    """Raise AudioTrackError where a single file that is named lacks the audio track; the run reports other faults."""
+    from graft.audio.spans import probe
+
+    if track is not None and len(sources) == 1 and os.path.isfile(sources[0]):
+        try:
+            probe(sources[0], track=track)
+        except AudioTrackError:
+            raise
+        except AudioError:
+            pass
 
 
 def _check_model(recipe: TranscribeRecipe) -> None:

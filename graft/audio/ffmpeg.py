@@ -20,14 +20,17 @@ from graft.audio.audio_info import (
     DefectLog,
 )
 from graft.audio.defects import HEADER_MISMATCH, TRUNCATED_FILE
-from graft.audio.mp4 import cut_box, index_fault
-from graft.audio.ogg import is_ended
+from graft.audio.mp4 import cut_box, index_fault, is_encrypted
+from graft.audio.ogg import is_ended, link_starts
 from graft.audio.timeline import on_timeline
 from graft.errors import AudioError, AudioTrackError
 from graft.storage.source import SourceFile
 
 RAW_STREAMS = frozenset({"mp3", "aac", "ac3", "eac3", "mpeg", "mpegts"})
 """Formats of FFmpeg that are a stream of frames, each with a sync word by which a decoder recovers after junk."""
+
+SKIPPED_BYTES = 1000
+"""Bytes between two packets that are more than their headers."""
 
 GAPLESS = frozenset({"ogg", "flac"})
 """Formats of FFmpeg in which a gap of the timestamps is a loss."""
@@ -46,14 +49,15 @@ def open_by_ffmpeg(
     file: SourceFile, stack: contextlib.ExitStack, track: AudioTrack | None = None
 ) -> tuple[AudioInfo, Decode]:
     container, stream = _open_container(file, stack, track)
-    origin_s = _origin_s(container)
-    stated_s = _stated_end_s(container, stream, origin_s)
+    starts = link_starts(file) if container.format.name == "ogg" else []
+    stated_s = None if len(starts) > 1 else _stated_end_s(container, stream, _origin_s(container))
     duration_s = stated_s
-    if duration_s is None and container.duration is not None:
+    if duration_s is None and container.duration is not None and len(starts) <= 1:
         duration_s = container.duration / 1e6
     codec = stream.codec_context
-    counts = {"exact_seek": False, "track_count": len(container.streams.audio)}
-    info = AudioInfo(container.format.name, codec.sample_rate, codec.channels, duration_s, **counts)
+    info = AudioInfo(
+        container.format.name, codec.sample_rate, codec.channels, duration_s, False, len(container.streams.audio)
+    )
     return info, lambda start, end, log: _decode(container, stream, info, file, stated_s, log)
 
 
@@ -183,12 +187,23 @@ def _decode(
     is_planar = layout.nb_channels <= 8
     block: Any = av.AudioFifo()  # a resampler with a frame_size makes blocks too, but takes a fifth more CPU time
     ending = _Ending()
-    frames = on_timeline(
-        _decode_packets(container, stream, ending, log),
-        _origin_s(container) if is_planar else None,
-        log.add,
-        has_gaps=container.format.name not in GAPLESS,
-    )
+
+    def timed(container: Any, stream: Any) -> Iterator[Any]:
+        start_s = position / info.rate
+        return on_timeline(
+            _decode_packets(container, stream, ending, log, file),
+            _origin_s(container) if is_planar else None,
+            lambda flag, begin_s, end_s: log.add(flag, start_s + begin_s, start_s + end_s),
+            is_loss=lambda: container.format.name in GAPLESS or (ending.has_skipped and len(container.streams) == 1),
+        )
+
+    def joined(starts: list[int]) -> Iterator[Any]:
+        for start, end in itertools.pairwise([*starts, file.size]):
+            with contextlib.ExitStack() as stack:
+                yield from timed(*_open_container(file.before(end).after(start), stack))
+
+    starts = link_starts(file) if container.format.name == "ogg" else []
+    frames = joined(starts) if len(starts) > 1 else timed(container, stream)
     try:
         for _, run in itertools.groupby(frames, lambda one: (one.format.name, one.layout.name, one.sample_rate)):
             resampler = av.AudioResampler("fltp" if is_planar else "flt", layout, info.rate)
@@ -207,7 +222,9 @@ def _decode(
         ) from error
     file.check()
     at_s = position / info.rate
-    if stated_s is not None and stated_s - at_s > LONGEST_SHORTFALL_S:
+    if container.format.name in ("avi", "wav") and _is_cut_riff(file):
+        log.add(TRUNCATED_FILE, at_s, max(at_s, stated_s or 0.0), "it should be longer")
+    elif stated_s is not None and stated_s - at_s > LONGEST_SHORTFALL_S:
         log.add(TRUNCATED_FILE, at_s, stated_s, ending.reason or f"it should hold {stated_s:.1f} s")
     elif ending.reason and container.format.name not in RAW_STREAMS:
         log.add(TRUNCATED_FILE, at_s, at_s, ending.reason)
@@ -219,21 +236,31 @@ def _decode(
         log.add(HEADER_MISMATCH, stated_s, at_s)
 
 
+def _is_cut_riff(file: SourceFile) -> bool:
+    """Whether a file ends before its RIFF chunk does, of which FFmpeg estimates the duration by what is there."""
+    file.seek(0)
+    head = file.read(8)
+    size = int.from_bytes(head[4:], "little")
+    return head.startswith(b"RIFF") and file.size + 1 < 8 + size < 2**31 - 2**16
+
+
 @dataclass
 class _Ending:
     """How a stream ended: `reason` says why its last packets are lost."""
 
     reason: str = ""
+    has_skipped: bool = False
+    """Whether the demuxer has skipped bytes before the last packet; among several streams, those of others too."""
 
 
-def _decode_packets(container: Any, stream: Any, ending: _Ending, log: DefectLog) -> Iterator[Any]:
+def _decode_packets(container: Any, stream: Any, ending: _Ending, log: DefectLog, file: SourceFile) -> Iterator[Any]:
     """Decode frames as they come; None stands for a packet that is lost.
 
     Raw streams may hold tags and the stumps of cut frames between frames; those are left out.
     """
     import av
 
-    lost, count, seconds = 0, 0, 0.0
+    lost, count, seconds, place = 0, 0, 0.0, None
     packets = container.demux(stream)
     while True:
         try:
@@ -241,10 +268,14 @@ def _decode_packets(container: Any, stream: Any, ending: _Ending, log: DefectLog
             if packet is None:
                 break
             count += 1
+            ending.has_skipped = place is not None and packet.pos is not None and packet.pos - place > SKIPPED_BYTES
+            place = packet.pos and packet.pos + packet.size
             for frame in packet.decode():
                 seconds += frame.samples / frame.sample_rate
                 ending.reason = ending.reason if packet.size == 0 else ""  # 0: what the decoder still held
                 yield frame
+        except IndexError:  # PyAV fails where a stream appears that the header does not name, and can go on.
+            packets = container.demux(stream)
         except av.FFmpegError as error:
             ending.reason = str(error.strerror)
             lost += 1
@@ -253,4 +284,6 @@ def _decode_packets(container: Any, stream: Any, ending: _Ending, log: DefectLog
             if log.defects is not None:
                 yield None
     if lost > max(10, count // 2):
+        if container.format.name.startswith("mov,") and is_encrypted(file):
+            raise AudioError(f"{log.label}: its audio is encrypted (DRM): get a copy that is not")
         raise AudioError(f"{log.label}: damaged, {lost} of its {count} packets: fetch it again, or {CONVERT}")

@@ -26,7 +26,7 @@ EXACT_FORMATS = frozenset({"WAV", "WAVEX", "RAW", "RF64", "W64", "AIFF", "AU", "
 such."""
 
 LENGTH_LINES = {"WAV": "data", "WAVEX": "data", "AIFF": "SSND", "AU": "Data Size", "CAF": "data", "W64": "riff"}
-LENGTH_LINES["RF64"] = "Riff size"
+LENGTH_LINES |= {"RF64": "Riff size", "SVX": "BODY"}
 """The lines of libsndfile's log with the length in bytes that a header states, and what it should be."""
 
 MP3_SHORTFALL_S = 0.15
@@ -56,7 +56,7 @@ def open_by_libsndfile(file: SourceFile, stack: contextlib.ExitStack) -> tuple[A
             return None
         sound = _SequentialFile(first)
     stack.enter_context(sound)
-    kind, stated_s = sound.format.lower(), _stated_s(sound)
+    kind, stated_s = sound.format.lower(), _stated_s(sound, file)
     if kind in ("wav", "wavex") and (data := _wav_to_the_end(sound, file)):
         stated_s = sound.frames / sound.samplerate if sound.frames > 0 and file.size < 2**32 else None
         file = data
@@ -68,7 +68,7 @@ def open_by_libsndfile(file: SourceFile, stack: contextlib.ExitStack) -> tuple[A
     # A header without a length counts as 2^63 - 1 frames.
     if not 0 < sound.frames <= file.size * 10_000 or not states_length(file):
         return None
-    has_end = sound.format != "OGG" or is_ended(file)
+    has_end = is_ended(file) if sound.format == "OGG" else "truncated file" not in sound.extra_info
     file.seek(position)
     is_exact = soundfile.SoundFile.seekable(sound) and sound.format in EXACT_FORMATS
     info = AudioInfo(kind, sound.samplerate, sound.channels, sound.frames / sound.samplerate, is_exact)
@@ -129,7 +129,7 @@ def _end_of_libsndfile(
     libsndfile has found no more frames.
     """
     at_s, counted_s = position / info.rate, sound.frames / info.rate
-    if sound.format == "FLAC" and position == sound.frames and _goes_on(file, at_s):
+    if sound.format in ("FLAC", "OGG") and position == sound.frames and _goes_on(file, at_s):
         yield from decode_from(position, file, info, log)
     elif sound.format == "MP3" and counted_s - at_s > MP3_SHORTFALL_S:
         log.refuse(at_s, f"it should hold {counted_s:.1f} s")
@@ -154,8 +154,14 @@ def _goes_on(file: SourceFile, at_s: float) -> bool:
     return left > 2**16 and left > LONGEST_SHORTFALL_S * read / max(at_s, 1.0)
 
 
-def _stated_s(sound: _SequentialFile) -> float | None:
-    """Return the seconds that a header states where the file is too short for them, by libsndfile's log; else None."""
+def _stated_s(sound: _SequentialFile, file: SourceFile) -> float | None:
+    """Return the seconds that a header states, mostly by libsndfile's log, where the file is too short for them.
+
+    None where it states none, or where libsndfile counts frames as the header does.
+    """
+    if sound.format == "NIST":
+        count = re.search(rb"\nsample_count -i (\d+)", file.read_range(0, 1024))
+        return int(count[1]) / sound.samplerate if count else None
     line = LENGTH_LINES.get(sound.format)
     found = line and re.search(rf"^\W*{line}\s*: (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
     if not found or any(int(found[1]) in lengths for lengths in NO_LENGTHS):

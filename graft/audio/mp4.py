@@ -32,6 +32,16 @@ def cut_box(file: SourceFile) -> int | None:
     return start if end > file.size and kind in (b"mdat", b"moof", b"moov") else None
 
 
+def is_encrypted(file: SourceFile) -> bool:
+    """Whether the index says that the media is encrypted."""
+    places = [(start, end) for kind, start, end in _boxes(file) if kind == b"moov"]
+    for start, end in places:
+        file.seek(start)
+        if b"sinf" in file.read(min(end, file.size) - start):
+            return True
+    return False
+
+
 def _boxes(file: SourceFile) -> Iterator[tuple[bytes, int, int]]:
     """Yield kind, start and end of the boxes at the top level, up to one of no known kind; the last may be cut off."""
     start, kind = 0, b"ftyp"

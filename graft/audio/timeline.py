@@ -29,12 +29,12 @@ Report = Callable[[str, float, float], None]
 
 
 def on_timeline(
-    frames: Iterable[Any], origin_s: Fraction | None, report: Report, *, has_gaps: bool = True
+    frames: Iterable[Any], origin_s: Fraction | None, report: Report, *, is_loss: Callable[[], bool] = lambda: False
 ) -> Iterator[Any]:
     """Yield decoded frames (av.AudioFrame) in a row, by their timestamps less `origin_s`, the start of the media.
 
     None among the frames stands for a packet that is lost; one that is lost at the end is not reported. Without an
-    `origin_s`, frames are taken one after the other. In a format that `has_gaps`, a gap need not be a loss.
+    `origin_s`, frames are taken one after the other. `is_loss` tells whether a gap before the last frame is a loss.
     """
     end_s, silence_s, lost_at_s, is_first = Fraction(0), 0.0, None, True
     for frame in frames:
@@ -50,7 +50,7 @@ def on_timeline(
             for part in _silence(frame, gap_s):
                 end_s += Fraction(part.samples, part.sample_rate)
                 yield part
-            if lost_at_s is None and not has_gaps:
+            if lost_at_s is None and is_loss():
                 lost_at_s = end_s - gap_s
             elif lost_at_s is None and gap_s >= LEAST_GAP_S and not is_first:
                 report(GAP, float(end_s - gap_s), float(end_s))

@@ -169,7 +169,7 @@ def _expand(location: str, pattern: str) -> list[StoredFile]:
         base, pattern = "/".join(parts[:first]), "/".join(parts[first:])
     filesystem, root = _connect(base + options)
     found = filesystem.get_file_info(root)
-    if found.type == pafs.FileType.File:
+    if found.type in (pafs.FileType.File, pafs.FileType.Unknown):  # Unknown is a pipe or a socket.
         return [_stored_file(base + options, PurePosixPath(base).name, found)]
     if found.type == pafs.FileType.NotFound:
         raise FileNotFoundError(base)
@@ -181,7 +181,8 @@ def _expand(location: str, pattern: str) -> list[StoredFile]:
     matches, files = re.compile(glob_translate(pattern)).match, []
     for info in infos:
         name = info.path[len(root) :].lstrip("/")
-        if info.type == pafs.FileType.File and matches(name) and not _HIDDEN.search(name):
+        # Links that lead nowhere, and pipes, are found too: who reads them says what is wrong.
+        if info.type != pafs.FileType.Directory and matches(name) and not _HIDDEN.search(name):
             files.append(_stored_file(f"{base}/{name if is_plain else quote(name)}{options}", name, info))
     return files
 

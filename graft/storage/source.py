@@ -8,6 +8,8 @@ import contextlib
 import functools
 import io
 import os
+import select
+import stat
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -20,6 +22,9 @@ from its start."""
 BUFFER_BYTES = 2**20
 STREAM_BYTES = 2**30
 """Largest stream that cannot be sought, such as a pipe, in bytes: it is held in memory."""
+
+PIPE_WAIT_S = 30.0
+"""Seconds for which a named pipe may be silent when it is opened."""
 
 ReadRange = Callable[[int, int], bytes]
 """(start, count) -> the bytes there, at most `count`."""
@@ -125,7 +130,7 @@ def _open_ranges(source: AudioSource, stack: contextlib.ExitStack) -> tuple[int,
         size = retry(lambda: remote.seek(0, io.SEEK_END))
         return size, lambda start, count: retry(lambda: _read_range(remote, start, count))
     if isinstance(source, str | os.PathLike):
-        file: Any = stack.enter_context(io.FileIO(source))
+        file: Any = stack.enter_context(io.FileIO(source, opener=_open_path))
     else:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
     if not file.seekable():
@@ -136,6 +141,16 @@ def _open_ranges(source: AudioSource, stack: contextlib.ExitStack) -> tuple[int,
                 raise ValueError(f"over {STREAM_BYTES:,} bytes of a stream that can't be sought")
         file = io.BytesIO(data)
     return file.seek(0, io.SEEK_END), functools.partial(_read_range, file)
+
+
+def _open_path(path: str, flags: int) -> int:
+    """Open a file; a pipe into which nobody writes is given up, where it would block for ever. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode) and not select.select([descriptor], [], [], PIPE_WAIT_S)[0]:
+        os.close(descriptor)
+        raise OSError(f"a pipe into which nobody has written for {PIPE_WAIT_S:g} s")
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def _read_range(file: BinaryIO, start: int, count: int) -> bytes:

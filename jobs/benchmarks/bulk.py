@@ -190,8 +190,9 @@ def _transcribe(graft: str, audio: Path) -> float:
     quiet_libraries()
     out = audio.with_name(f"{audio.name}-out")
     out.mkdir()
-    one: dict[str, int] = {"workers": 1, "threads": 1, "readers": 1, "gpus_per_worker": 0}
-    recipe = TranscribeRecipe(model=graft, audio=str(audio), out=str(out), **one)
+    recipe = TranscribeRecipe(
+        model=graft, audio=str(audio), out=str(out), workers=1, threads=1, readers=1, gpus_per_worker=0
+    )
     opener = functools.partial(open_stand_in, graft, H200_RATE)
     start = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()):

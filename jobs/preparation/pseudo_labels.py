@@ -23,7 +23,6 @@ from graft.errors import DataError
 from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey, OutputKey
 from graft.storage.atomic import atomic_file, write_atomic
 
-from ..common.cluster import connect
 from ..common.outputs import claim_output, holds_results, locked_output
 from ..transcription import Auto, ClipTranscript
 
@@ -101,7 +100,7 @@ def _write_texts(
     from graft.checkpoints.loading import check_model
     from graft.data.dataset import read_rows
 
-    from ..transcription.machine import AskedWorkers, cluster_machine, describe, local_cpus
+    from ..transcription.machine import AskedWorkers, connect_workers
     from ..transcription.pipeline import Pipeline, model_opener, transcribe_rows
     from ..transcription.reader import WINDOWS
 
@@ -119,9 +118,7 @@ def _write_texts(
     if is_needed.any():
         threads = recipe.threads_per_worker
         asked = AskedWorkers(recipe.readers, recipe.workers, threads, recipe.gpu, recipe.batch_clips)
-        connect(cpus=local_cpus(asked))
-        workers = asked.choose(machine := cluster_machine())
-        print(f"{name}: {describe(workers, machine)}", flush=True)
+        workers = connect_workers(asked)
         opener = model_opener(recipe.model, **workers.model_settings, dtype=recipe.dtype)
         clips = transcribe_rows(rows.select(is_needed), out / WORK_FOLDER, Pipeline(WINDOWS, opener, workers))
     with atomic_file(out / TEXTS_FILE) as temporary, pq.ParquetWriter(temporary, pa.schema(columns)) as writer:

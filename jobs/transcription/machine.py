@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 
+from ..common.cluster import connect
 from . import Auto
 from .pipeline import Workers
 
@@ -42,7 +43,7 @@ class AskedWorkers:
 
     def choose(self, machine: Machine) -> Workers:
         """Return the processes on a machine or cluster; numbers that the recipe gives stay as they are."""
-        gpus = self.gpus if self.gpus != "auto" else self._gpu_share(machine.gpus)
+        gpus = self._gpu_share(machine.gpus) if self.gpus == "auto" else float(self.gpus)
         # Without GPUs, nodes that are much smaller than others, such as a head, have no worker.
         nodes = [cpus for cpus in machine.node_cpus if 2 * cpus >= max(machine.node_cpus)]
         if self.transcribers != "auto":
@@ -68,6 +69,16 @@ class AskedWorkers:
         if not gpus:
             return 0
         return 1 if self.transcribers == "auto" else 1 / math.ceil(self.transcribers / gpus)
+
+
+def connect_workers(asked: AskedWorkers) -> Workers:
+    """Join the Ray cluster, or start a local Ray, choose the processes by what it has, and print the choice."""
+    # A local Ray must count as many CPUs as all that is chosen takes.
+    connect(cpus=max(asked.choose(this_machine(gpus=gpus)).cpus for gpus in (0, 1)))
+    machine = cluster_machine()
+    workers = asked.choose(machine)
+    print(f"graft: {describe(workers, machine)}", flush=True)
+    return workers
 
 
 def this_machine(*, gpus: int | None = None) -> Machine:
@@ -97,11 +108,6 @@ def cluster_machine() -> Machine:
 def _own_cpus() -> int:
     """Count the CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def local_cpus(asked: AskedWorkers) -> int:
-    """Return the CPUs that a Ray on this machine must count, so that all that is chosen starts."""
-    return max(asked.choose(this_machine(gpus=gpus)).cpus for gpus in (0, 1))
 
 
 def describe(workers: Workers, machine: Machine) -> str:

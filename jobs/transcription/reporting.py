@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from graft.audio.defects import SEVERAL_TRACKS
 from graft.storage.atomic import write_atomic
 
 from .discovery import suffix_of
@@ -27,7 +28,12 @@ def summary_lines(summary: dict[str, Any], failures: Sequence[str]) -> Iterator[
     yield from (f"  failed: {count} x {reason}" for reason, count in summary["failed_by_reason"].items())
     yield from (f"  {failure}" for failure in failures)
     yield from (f"  flagged: {count} segments {flag}" for flag, count in summary["flagged_segments"].items())
-    yield from (f"  flagged: {count} recordings {flag}" for flag, count in summary["flagged_recordings"].items())
+    recordings = dict(summary["flagged_recordings"])
+    tracks = recordings.pop(SEVERAL_TRACKS, 0)
+    yield from (f"  flagged: {count} recordings {flag}" for flag, count in recordings.items())
+    if tracks:
+        have = "1 recording has" if tracks == 1 else f"{tracks} recordings have"
+        yield f"  {have} several audio tracks ({SEVERAL_TRACKS}): the default one is taken, audio_track= takes another"
 
 
 def say_skipped(skipped: Sequence[str], out: Path | None) -> None:

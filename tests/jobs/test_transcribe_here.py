@@ -82,7 +82,8 @@ def test_files_are_named_and_a_bad_one_does_not_end_the_run(
     printed = capsys.readouterr()
     assert [line.partition(": ")[0] for line in printed.out.splitlines()] == ["short.flac", "call.wav"]
     assert printed.out.startswith(f"short.flac: {text}\n")
-    first, *others = printed.err.splitlines()
+    choice, first, *others = printed.err.splitlines()
+    assert choice.startswith("graft: workers=1 threads=")
     assert first.startswith("graft: broken.mp3: not readable as audio")
     assert others[0].startswith("2 recordings done, 1 failed; 0.00 h of audio, ")
     assert others[1:] == ["  failed: 1 x not readable as audio", *others[2:]]
@@ -111,7 +112,29 @@ def test_silence_is_told(folder: Path, calls: Path, capsys: pytest.CaptureFixtur
     assert transcribe("silence.wav", f"model={folder}") == 0
     printed = capsys.readouterr()
     assert printed.out == "\n"
-    assert printed.err.startswith("graft: silence.wav: nobody speaks in it\n")
+    assert "\ngraft: silence.wav: nobody speaks in it\n" in printed.err
+
+
+@pytest.mark.seconds
+def test_of_several_audio_tracks_one_is_taken(folder: Path, calls: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (soundfile.read(path, dtype="float32")[0] for path in PROMPTS[:2])
+    Path("film.mkv").write_bytes(media.tracks({"eng": two, "ger": one}, 16_000))
+    soundfile.write("eng.wav", two, 16_000)
+    texts = []
+    for arguments in (["short.flac"], ["film.mkv", "audio_track=deu"], ["eng.wav"], ["film.mkv"]):
+        assert transcribe(*arguments, f"model={folder}") == 0
+        texts.append(capsys.readouterr())
+    assert texts[0].out == texts[1].out != texts[2].out == texts[3].out
+    assert "several" not in texts[1].err
+    assert "\n  1 recording has several audio tracks (several_tracks): the default one is taken" in texts[3].err
+    assert transcribe("film.mkv", "audio_track=fre", f"model={folder}") == 2
+    assert "film.mkv: has no audio track fre: give one of its tracks 1 (eng), 2 (ger)" in capsys.readouterr().err
+    assert transcribe("film.mkv", "short.flac", "audio_track=2", f"model={folder}") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("film.mkv: ")
+    assert (
+        "graft: short.flac: has no audio track 2: give one of its tracks 1\n1 recording done, 1 failed" in printed.err
+    )
 
 
 WITHOUT = """

@@ -2,7 +2,9 @@
 
 import functools
 import io
+import os
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import soundfile
 from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
 from graft.audio.spans import probe, read_span
 from graft.errors import AudioError
+from graft.storage.locations import find_files
 from tests.support import media
 
 FORMATS = {
@@ -119,6 +122,9 @@ def unstated() -> dict[str, tuple[bytes, float]]:
         "two mp3 in one": (vbr + media.encode(other, 44_100, "libmp3lame", "mp3"), 11.05),
         "two mp3 of different rates in one": (vbr + encode(tone(24_000), 24_000, "mp3"), 10.05),
         "two ogg in one": (ogg + media.write(other, 44_100, "OGG", "VORBIS"), 11.0),
+        "an ogg twice": (ogg * 2, 16.0),
+        "two ogg of different rates and channels in one": (ogg + encode(tone(22_050), 22_050, "ogg"), 10.0),
+        "opus and vorbis in one": (media.write(tone(48_000)[:, None], 48_000, "OGG", "OPUS") + ogg, 10.0),
         "a wav from a pipe": (wav[:40] + bytes(4) + wav[44:], 2.0),
         "a wav from another pipe": (wav[:40] + b"\xff" * 4 + wav[44:], 2.0),
         "a flac from a pipe": (bytes(flac), 2.0),
@@ -316,6 +322,21 @@ def test_a_stream_is_read_through_and_an_endless_one_given_up(monkeypatch: pytes
     assert_one_line_about(error, "radio")
     with pytest.raises(AudioError, match="empty"):
         read_audio("/dev/zero")
+
+
+def test_a_pipe_is_read_and_one_into_which_nobody_writes_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft.storage.source.PIPE_WAIT_S", 0.2)
+    os.mkfifo(tmp_path / "pipe.wav")
+    (found,) = find_files(str(tmp_path))
+    with pytest.raises(AudioError, match="a pipe into which nobody has written") as error:
+        read_audio(found.uri)
+    assert_one_line_about(error, found.uri)
+    writer = threading.Thread(target=Path(found.uri).write_bytes, args=(encode(tone()),))
+    writer.start()
+    np.testing.assert_array_equal(read_audio(found.uri).samples, read_audio(encode(tone())).samples)
+    writer.join()
 
 
 class Failing(io.BytesIO):

@@ -123,6 +123,38 @@ def test_an_mp4_of_fragments_is_decoded_up_to_where_it_was_cut(part: str) -> Non
     assert flags(clip.defects) == ["truncated_file"]
 
 
+@pytest.mark.parametrize("kind", ["avi", "nist", "svx", "voc"])
+def test_a_truncated_file_of_a_rare_kind_is_flagged(kind: str) -> None:
+    data = (
+        media.encode(sound(), RATE, "pcm_s16le", "avi")
+        if kind == "avi"
+        else media.write(sound()[::3], RATE // 3, kind.upper(), "PCM_16")
+    )
+    assert read_audio(data, salvage=True).defects == ()
+    clip = read_audio(data[: len(data) // 2], salvage=True)
+    assert clip.duration_s == pytest.approx(SECONDS / 2, abs=0.1)
+    assert flags(clip.defects) == ["truncated_file"]
+
+
+@pytest.mark.parametrize("kind", ["matroska", "flv"])
+def test_a_gap_in_which_bytes_are_lost_is_damage(kind: str) -> None:
+    data = bytearray(media.encode(sound(), RATE if kind == "matroska" else 44_100, "aac", kind))
+    place = len(data) // 2
+    data[place : place + 3_000] = bytes(3_000)
+    clip = read_audio(bytes(data), salvage=True)
+    assert clip.duration_s == pytest.approx(SECONDS * (1 if kind == "matroska" else RATE / 44_100), abs=0.1)
+    assert flags(clip.defects) == ["damaged"]
+
+
+def test_a_stream_that_seems_to_appear_behind_a_damage_ends_nothing() -> None:
+    data = media.encode(sound()[:, [0]], 44_100, "libmp3lame", "flv")
+    place = len(data) // 2
+    for size in range(1_000, 1_400, 50):
+        # Behind the missing bytes, FFmpeg takes sound for the head of a tag with pictures.
+        clip = read_audio(data[:place] + data[place + size :], salvage=True)
+        assert clip.duration_s == pytest.approx(SECONDS * RATE / 44_100, abs=0.3)
+
+
 def test_of_wavs_that_were_joined_byte_by_byte_all_is_decoded() -> None:
     data = file("wav")
     clip = read_audio(data + data, salvage=True)

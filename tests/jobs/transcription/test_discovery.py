@@ -44,6 +44,7 @@ def test_links_are_followed_but_not_round_in_circles(folder):
     own = [
         "a.WAV",
         "b.flac",
+        "gone.wav",  # which becomes an error
         "more/back/a.opus",
         "more/back/deep/call.m4a",
         "more/d.wav",

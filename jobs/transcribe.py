@@ -81,7 +81,7 @@ class TranscribeRecipe(Recipe):
     few local files without Ray."""
     columns: DataKey[Columns] = Columns()
     """Names of the columns of parquet files."""
-    audio_track: DataKey[Annotated[int, Field(ge=1)] | str | None] = None
+    audio_track: DataKey[int | str | None] = None
     """Which audio track is transcribed of files that have several: its number among them, from 1, or its language as
     the files write it, such as deu; null takes the one that a file marks as default, or its first."""
     channels: DataKey[Literal["mix", "split"]] = "mix"

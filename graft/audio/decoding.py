@@ -70,6 +70,7 @@ def open_audio(source: AudioSource, *, name: str | None = None, track: AudioTrac
     `name` is what messages call it, by default its path. Raises AudioError if the source is missing, not readable as
     audio, or of a rate or channels that no recording has, and its subclass AudioTrackError if it lacks the track.
     """
+    track = int(track) if isinstance(track, str) and track.isdecimal() else track
     with open_source(source, name=name) as file, contextlib.ExitStack() as stack:
         opened = open_by_libsndfile(file, stack) if track in (None, 1) else None  # whose formats have one track
         info, decode = opened or open_by_ffmpeg(file, stack, track)

@@ -30,6 +30,7 @@ def is_ended(file: SourceFile) -> bool:
 
 def link_starts(file: SourceFile) -> list[int]:
     """Return where each recording begins of those that are joined in a file (links of a chain), by all of its pages."""
+    position = file.tell()  # A decoder goes on to read from here.
     starts, place, was_first = list[int](), 0, False
     while place + HEADER_BYTES < file.size:
         file.seek(place)
@@ -41,4 +42,5 @@ def link_starts(file: SourceFile) -> list[int]:
         starts += [place] if is_first and not was_first else []  # Streams side by side begin one after the other.
         was_first = is_first
         place += HEADER_BYTES + head[26] + sum(head[HEADER_BYTES : HEADER_BYTES + head[26]])
+    file.seek(position)
     return starts

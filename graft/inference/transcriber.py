@@ -20,6 +20,7 @@ import torch
 from transformers import WhisperForConditionalGeneration
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from graft.audio.audio_info import AudioTrack
 from graft.audio.chunking import Chunk, Chunker, windows
 from graft.audio.clip import AudioClip, read_audio
 from graft.audio.defects import AudioDefect, merge_defects
@@ -99,6 +100,7 @@ class Transcriber:
         context: Sequence[str] | None = None,
         words: bool | None = None,
         channels: Channels = "mix",
+        audio_track: AudioTrack | None = None,
         progress: Progress | None = None,
     ) -> Transcript:
         """Transcribe one recording of any length.
@@ -106,14 +108,22 @@ class Transcriber:
         `instruction` is a text style (raw, lower, formatted) or a phrasing that asks for one; `context` lists words
         that may occur; `words` says whether segments have words with times, by default wherever there is an aligner.
         `channels` is "mix" for the mean of all channels, or "split" for each by itself, as in calls with one speaker on
-        each: segments then name their channels, and are in order of time. `progress` is a function that is called with
-        the share of the speech that is transcribed: with 0 when the recording is decoded, then after each chunk, and
-        last with 1. Raises AudioError if the recording cannot be read, ModelError for a style or context that the model
-        was not trained for, and for words without an aligner.
+        each: segments then name their channels, and are in order of time. Of a file with several audio tracks,
+        `audio_track` is the one to take, by its number from 1 or its language, by default the file's own default.
+        `progress` is a function that is called with the share of the speech that is transcribed: with 0 when the
+        recording is decoded, then after each chunk, and last with 1. Raises AudioError if the recording cannot be read
+        or lacks the track, ModelError for a style or context that the model was not trained for, and for words without
+        an aligner.
         """
         return _run(
             self.transcribe_async(
-                audio, instruction=instruction, context=context, words=words, channels=channels, progress=progress
+                audio,
+                instruction=instruction,
+                context=context,
+                words=words,
+                channels=channels,
+                audio_track=audio_track,
+                progress=progress,
             )
         )
 
@@ -125,6 +135,7 @@ class Transcriber:
         context: Sequence[str] | None = None,
         words: bool | None = None,
         channels: Channels = "mix",
+        audio_track: AudioTrack | None = None,
         progress: Progress | None = None,
     ) -> list[Transcript | AudioError]:
         """Transcribe recordings together; the place of one that cannot be read holds its AudioError.
@@ -136,7 +147,7 @@ class Transcriber:
 
         async def prepare(audio: Audio) -> Prepared | AudioError:
             try:
-                return await self._in_background(self._prepare, audio, phrasing, channels)
+                return await self._in_background(self._prepare, audio, phrasing, channels, audio_track)
             except AudioError as error:
                 return error
 
@@ -159,6 +170,7 @@ class Transcriber:
         context: Sequence[str] | None = None,
         words: bool | None = None,
         channels: Channels = "mix",
+        audio_track: AudioTrack | None = None,
         progress: Progress | None = None,
     ) -> Transcript:
         """Transcribe one recording without blocking the event loop, which calls `progress`.
@@ -166,7 +178,7 @@ class Transcriber:
         Cancelling releases its slots in the engine. Raises as `transcribe` does.
         """
         phrasing, timed = self._processor.instruction(instruction, context), self._wants_words(words)
-        prepared = await self._in_background(self._prepare, audio, phrasing, channels)
+        prepared = await self._in_background(self._prepare, audio, phrasing, channels, audio_track)
         return await self._transcribe_prepared(prepared, timed, _Report(progress, [prepared]))
 
     async def transcribe_chunks(
@@ -250,8 +262,8 @@ class Transcriber:
             raise ModelError("words have no times without an aligner: load the model with aligner='whisper'")
         return self._aligner is not None if words is None else words
 
-    def _prepare(self, audio: Audio, instruction: str, channels: Channels) -> Prepared:
-        clips = _read_channels(audio) if channels == "split" else {None: _read_mixed(audio)}
+    def _prepare(self, audio: Audio, instruction: str, channels: Channels, track: AudioTrack | None) -> Prepared:
+        clips = _read_channels(audio, track) if channels == "split" else {None: _read_mixed(audio, track)}
         parts = [
             (number, chunk, self._make_request(chunk.clip, instruction))
             for number, clip in clips.items()
@@ -420,18 +432,18 @@ def _bytes_of(piece: str) -> bytes:
     return piece.encode()
 
 
-def _read_mixed(audio: Audio) -> AudioClip:
-    return audio if isinstance(audio, AudioClip) else read_audio(audio, salvage=True)
+def _read_mixed(audio: Audio, track: AudioTrack | None) -> AudioClip:
+    return audio if isinstance(audio, AudioClip) else read_audio(audio, track=track, salvage=True)
 
 
-def _read_channels(audio: Audio) -> dict[int | None, AudioClip]:
+def _read_channels(audio: Audio, track: AudioTrack | None) -> dict[int | None, AudioClip]:
     """Read each channel of a recording by itself, by its number; a clip is the only channel of its recording."""
     if isinstance(audio, AudioClip):
         return {1: audio}
     defects: list[AudioDefect] = []
-    blocks = [block.samples for block in read_span(audio, channels="split", defects=defects)]
+    blocks = [block.samples for block in read_span(audio, channels="split", track=track, defects=defects)]
     if not blocks:
-        return {1: read_audio(audio, salvage=True)}  # which raises the AudioError of a recording without samples
+        return {1: _read_mixed(audio, track)}  # which raises the AudioError of a recording without samples
     samples, found = np.concatenate(blocks), merge_defects(defects)  # (samples, channels)
     return {
         number: AudioClip(np.ascontiguousarray(channel), found) for number, channel in enumerate(samples.T, start=1)

@@ -19,7 +19,17 @@ def film(**settings: int) -> bytes:
 
 @pytest.mark.parametrize(
     ("track", "language"),
-    [(None, "eng"), (1, "ger"), (3, "fre"), ("ger", "ger"), ("deu", "ger"), ("FRA", "fre"), ("en", None), (4, None)],
+    [
+        (None, "eng"),
+        (1, "ger"),
+        (3, "fre"),
+        ("3", "fre"),
+        ("ger", "ger"),
+        ("deu", "ger"),
+        ("FRA", "fre"),
+        ("en", None),
+        (4, None),
+    ],
 )
 def test_a_track_is_taken_by_number_or_language(track: int | str | None, language: str | None) -> None:
     data = film(default=2)

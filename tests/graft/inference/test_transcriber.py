@@ -29,7 +29,7 @@ from graft.inference.segments import ScoredSegment, ScoredToken, Segment
 from graft.inference.transcriber import Transcriber, max_new_tokens, open_transcriber
 from graft.processor import GraftProcessor
 from graft.text.wer import score
-from tests.support import tiny_models
+from tests.support import media, tiny_models
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import save_tiny_whisper
 
@@ -166,6 +166,10 @@ def test_channels_are_told_apart_and_ordered_by_time(transcriber, tmp_path):
     mixed = transcriber.transcribe(AudioClip((one + two) / 2))
     assert transcriber.transcribe(tmp_path / "call.wav").segments[0].text == mixed.text
     assert transcriber.transcribe_many([tmp_path / "call.wav"], channels="split") == [split]
+    (tmp_path / "film.mkv").write_bytes(media.tracks({"eng": one, "ger": two}, 16_000))
+    for channels, track in (("mix", "ger"), ("split", 2)):
+        (segment,) = transcriber.transcribe(tmp_path / "film.mkv", channels=channels, audio_track=track).segments
+        assert segment.text == alone[1]
     (tmp_path / "empty.wav").write_bytes(b"")
     soundfile.write(tmp_path / "none.wav", np.zeros((0, 2)), 16_000)
     for bad in ("empty.wav", "none.wav", "missing.wav"):

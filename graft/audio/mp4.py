@@ -20,10 +20,10 @@ def index_fault(file: SourceFile) -> str | None:
     if not boxes or boxes[0][0] not in FIRST_KINDS or any(kind == b"moov" for kind, _, _ in boxes):
         return None
     if boxes[-1][2] > file.size and boxes[-1][0] in KINDS:
-        return "its index (moov), which stands at the end, is missing: the file was cut off, or bytes in it are lost"
+        return "its index is missing (moov, which stands at its end): it was cut off, or bytes in it are lost"
     if boxes[-1][0] in KINDS and boxes[-1][2] == file.size:
-        return "its index (moov) is missing: its writer did not finish it"
-    return "its index (moov) is not where the file says: bytes before it are missing or were added"
+        return "its index is missing (moov): its writer did not finish it"
+    return "its index is not found (moov): bytes before it are missing or were added"
 
 
 def cut_box(file: SourceFile) -> int | None:

@@ -120,13 +120,16 @@ def test_of_several_audio_tracks_one_is_taken(folder: Path, calls: Path, capsys:
     one, two = (soundfile.read(path, dtype="float32")[0] for path in PROMPTS[:2])
     Path("film.mkv").write_bytes(media.tracks({"eng": two, "ger": one}, 16_000))
     soundfile.write("eng.wav", two, 16_000)
-    texts = []
+    printed = []
     for arguments in (["short.flac"], ["film.mkv", "audio_track=deu"], ["eng.wav"], ["film.mkv"]):
-        assert transcribe(*arguments, f"model={folder}") == 0
-        texts.append(capsys.readouterr())
-    assert texts[0].out == texts[1].out != texts[2].out == texts[3].out
-    assert "several" not in texts[1].err
-    assert "\n  1 recording has several audio tracks (several_tracks): the default one is taken" in texts[3].err
+        assert transcribe(*arguments, f"model={folder}", "formats=[json]") == 0
+        printed.append(capsys.readouterr())
+    german, track, english, default = (json.loads(one.out) for one in printed)
+    assert german == track
+    assert english["segments"] == default["segments"] != german["segments"]
+    assert default["defects"] == [{"flag": "several_tracks", "start_s": 0.0, "end_s": 0.0}]
+    assert "several" not in printed[1].err
+    assert "\n  1 recording has several audio tracks (several_tracks): the default one is taken" in printed[3].err
     assert transcribe("film.mkv", "audio_track=fre", f"model={folder}") == 2
     assert "film.mkv: has no audio track fre: give one of its tracks 1 (eng), 2 (ger)" in capsys.readouterr().err
     assert transcribe("film.mkv", "short.flac", "audio_track=2", f"model={folder}") == 0

@@ -100,9 +100,9 @@ def test_an_mp3_goes_on_behind_junk_in_which_libsndfile_finds_no_frame() -> None
 def test_an_mp4_without_its_index_says_so() -> None:
     data, place = file("m4a"), file("m4a").find(b"moov") - 4
     for broken, words in (
-        (data[: place // 2], "stands at the end, is missing: the file was cut off"),
-        (data[:place], "is missing: its writer did not finish it"),
-        (data[:10_000] + data[10_400:], "is not where the file says"),
+        (data[: place // 2], "its index is missing .* it was cut off"),
+        (data[:place], "its writer did not finish it"),
+        (data[:10_000] + data[10_400:], "bytes before it are missing"),
     ):
         with pytest.raises(AudioError, match=words):
             read_audio(broken, salvage=True)

@@ -356,14 +356,14 @@ def _printer(recipe: TranscribeRecipe, recording_count: int) -> "TranscriptPrint
 def _print_from_here(plan: "pa.Table", recording_count: int, recipe: TranscribeRecipe) -> dict[str, Any]:
     from .transcription.assembly import Totals, join_errors, join_items
     from .transcription.local import LocalTranscriber, recordings_of
-    from .transcription.machine import describe, this_machine
+    from .transcription.machine import describe_one, this_machine
     from .transcription.reader import name_of
 
     printer = _printer(recipe, recording_count)
     _check_model(recipe)
     start, totals = time.monotonic(), Totals()
-    workers = _asked_workers(recipe).choose(machine := this_machine())
-    print(f"graft: {describe(workers, machine)}", file=sys.stderr, flush=True)
+    workers = _asked_workers(recipe).choose(this_machine())
+    print(f"graft: transcribing in this process, {describe_one(workers)}", file=sys.stderr, flush=True)
     opener = _opener(recipe, recipe.aligner, workers)
     names: dict[str, Any] = {
         "model": checkpoint_name(recipe.model),

@@ -115,3 +115,9 @@ def describe(workers: Workers, machine: Machine) -> str:
     device = f"gpus_per_worker={workers.gpus_per_transcriber:g}" if workers.gpus_per_transcriber else "on the CPU"
     counts = f"workers={workers.transcribers} threads={workers.cpus_per_transcriber} readers={workers.readers}"
     return f"{counts}, {device} (of {machine})"
+
+
+def describe_one(workers: Workers) -> str:
+    """Say on what a single worker runs."""
+    threads = workers.cpus_per_transcriber
+    return "on a GPU" if workers.gpus_per_transcriber else f"on the CPU with {threads} thread{'s' * (threads != 1)}"

@@ -83,7 +83,7 @@ def test_files_are_named_and_a_bad_one_does_not_end_the_run(
     assert [line.partition(": ")[0] for line in printed.out.splitlines()] == ["short.flac", "call.wav"]
     assert printed.out.startswith(f"short.flac: {text}\n")
     choice, first, *others = printed.err.splitlines()
-    assert choice.startswith("graft: workers=1 threads=")
+    assert choice.startswith("graft: transcribing in this process, on ")
     assert first.startswith("graft: broken.mp3: not readable as audio")
     assert others[0].startswith("2 recordings done, 1 failed; 0.00 h of audio, ")
     assert others[1:] == ["  failed: 1 x not readable as audio", *others[2:]]

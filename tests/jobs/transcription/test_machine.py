@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jobs.transcription.machine import AskedWorkers, Machine, describe, this_machine
+from jobs.transcription.machine import AskedWorkers, Machine, describe, describe_one, this_machine
 from jobs.transcription.pipeline import Workers
 
 
@@ -47,5 +47,7 @@ def test_the_choice_is_told_in_one_line() -> None:
     assert describe(asked().choose(machine), machine) == (
         "workers=2 threads=1 readers=30, gpus_per_worker=1 (of 32 CPUs, 2 GPUs, 2 machines)"
     )
+    assert describe_one(asked().choose(machine)) == "on a GPU"
+    assert describe_one(asked().choose(Machine((2,)))) == "on the CPU with 1 thread"
     here = this_machine(gpus=0)
     assert describe(asked().choose(here), here).endswith(f", on the CPU (of {here})")

@@ -25,6 +25,7 @@ from graft.checkpoints.names import checkpoint_name
 from graft.config import Recipe
 from graft.data.settings import Columns
 from graft.errors import AudioError, AudioTrackError, OutputError, RecipeError, require
+from graft.imports import import_heavy
 from graft.inference.aligners.loading import find_aligner
 from graft.inference.subtitles import CueLimits, Format
 from graft.keys import Checkpoint, DataKey, Location, MachineKey, ModelKey, OutputKey
@@ -205,7 +206,7 @@ def transcribe(
 
     start = time.monotonic()
     aligner, aligner_name = find_aligner(recipe.aligner) if recipe.aligner else (None, None)
-    workers = connect_workers(_asked_workers(recipe))
+    workers = connect_workers(_asked_workers(recipe), trains=False)
     home = out / "work"
     home.mkdir(exist_ok=True)
     done = read_index(home)
@@ -290,10 +291,11 @@ def _check_track(sources: Sequence[str], track: int | str | None) -> None:
 
 def _check_model(recipe: TranscribeRecipe) -> None:
     """Check the model, the aligner, and what the model is asked for, before a cluster starts. Raises ModelError."""
-    from graft.checkpoints.loading import check_model, open_speech_processor
-
     if recipe.quantization and recipe.engine != "vllm":
         raise RecipeError(f"quantization={recipe.quantization} goes with engine=vllm")
+    import_heavy("graft.checkpoints.loading")
+    from graft.checkpoints.loading import check_model, open_speech_processor
+
     check_model(recipe.model, engine=recipe.engine)
     if recipe.engine == "vllm":
         require("vllm", extra="vllm")

@@ -24,11 +24,11 @@ SERVE_VARIABLES = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 default of 5 s is too short on a busy machine; callers that wait for the proxy then see a dead actor."""
 
 
-def connect(*, cpus: int | None = None) -> None:
+def connect(*, cpus: int | None = None, trains: bool = True) -> None:
     """Join the Ray cluster that RAY_ADDRESS names (as `ray job submit` sets it), else start a local Ray if none runs.
 
     A local Ray counts at least four logical CPUs, and at least `cpus`, so that trainers and their data workers also
-    start on a machine with two cores.
+    start on a machine with two cores. It has a dashboard where a command `trains`, which takes four CPU seconds.
     """
     import ray
     import ray.data
@@ -55,7 +55,7 @@ def connect(*, cpus: int | None = None) -> None:
             "object_store_memory": 512 * 2**20,
             # Ray Train asks the dashboard whether its controller lives. Without one of its own it would ask another
             # Ray on this machine (port 8265), which does not know the controller, and end the workers.
-            "include_dashboard": True,
+            "include_dashboard": trains,
             "dashboard_host": "127.0.0.1",
         }
     # Ray refuses a variable that the runtime environment of `ray job submit` sets as well.

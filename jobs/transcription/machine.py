@@ -71,10 +71,13 @@ class AskedWorkers:
         return 1 if self.transcribers == "auto" else 1 / math.ceil(self.transcribers / gpus)
 
 
-def connect_workers(asked: AskedWorkers) -> Workers:
-    """Join the Ray cluster, or start a local Ray, choose the processes by what it has, and print the choice."""
+def connect_workers(asked: AskedWorkers, *, trains: bool = True) -> Workers:
+    """Join the Ray cluster, or start a local Ray, choose the processes by what it has, and print the choice.
+
+    `trains` says whether this process may train later.
+    """
     # A local Ray must count as many CPUs as all that is chosen takes.
-    connect(cpus=max(asked.choose(this_machine(gpus=gpus)).cpus for gpus in (0, 1)))
+    connect(cpus=max(asked.choose(this_machine(gpus=gpus)).cpus for gpus in (0, 1)), trains=trains)
     machine = cluster_machine()
     workers = asked.choose(machine)
     print(f"graft: {describe(workers, machine)}", flush=True)

@@ -24,6 +24,7 @@ from graft.audio.spans import probe, read_span
 from graft.audio.vad import SpeechSettings
 from graft.data.dataset import CorpusFile, RowReader
 from graft.errors import AudioError, DataError
+from graft.imports import import_heavy
 from graft.storage.locations import one_line_error, redact_uri
 from graft.storage.source import AudioSource
 
@@ -76,9 +77,7 @@ class ItemReader:
     """
 
     def __init__(self, reading: Reading, notes: Path | None = None) -> None:
-        import torch
-
-        torch.set_num_threads(1)
+        import_heavy("torch").set_num_threads(1)
         self._channels, self._track = reading.channels, reading.track
         self._chunker: Callable[[AudioClip], list[Chunk]] = (
             Chunker(reading.speech, reading.chunks)

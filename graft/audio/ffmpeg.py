@@ -20,7 +20,7 @@ from graft.audio.audio_info import (
     DefectLog,
 )
 from graft.audio.defects import HEADER_MISMATCH, TRUNCATED_FILE
-from graft.audio.mp4 import cut_box, index_fault, is_encrypted
+from graft.audio.mp4 import cut_box, index_fault, is_encrypted, part_starts
 from graft.audio.ogg import is_ended, link_starts
 from graft.audio.timeline import on_timeline
 from graft.errors import AudioError, AudioTrackError
@@ -49,7 +49,7 @@ def open_by_ffmpeg(
     file: SourceFile, stack: contextlib.ExitStack, track: AudioTrack | None = None
 ) -> tuple[AudioInfo, Decode]:
     container, stream = _open_container(file, stack, track)
-    starts = link_starts(file) if container.format.name == "ogg" else []
+    starts = _part_starts(container, file)
     stated_s = None if len(starts) > 1 else _stated_end_s(container, stream, _origin_s(container))
     duration_s = stated_s
     if duration_s is None and container.duration is not None and len(starts) <= 1:
@@ -92,6 +92,13 @@ def _open_file(file: SourceFile) -> Any:
     file.seek(0)
     options = {"protocol_whitelist": "none"}  # A playlist may name files and servers: nothing but the source is opened.
     return av.open(file, "r", container_options=options, metadata_errors="ignore")
+
+
+def _part_starts(container: Any, file: SourceFile) -> list[int]:
+    """Return where each recording begins of those that are joined in a file, as far as FFmpeg reads only the first."""
+    if container.format.name.startswith("mov,"):
+        return part_starts(file)
+    return link_starts(file) if container.format.name == "ogg" else []
 
 
 def _track(container: Any, label: str, track: AudioTrack | None) -> Any | None:
@@ -202,7 +209,7 @@ def _decode(
             with contextlib.ExitStack() as stack:
                 yield from timed(*_open_container(file.before(end).after(start), stack))
 
-    starts = link_starts(file) if container.format.name == "ogg" else []
+    starts = _part_starts(container, file)
     frames = joined(starts) if len(starts) > 1 else timed(container, stream)
     try:
         for _, run in itertools.groupby(frames, lambda one: (one.format.name, one.layout.name, one.sample_rate)):

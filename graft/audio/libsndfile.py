@@ -62,6 +62,11 @@ def open_by_libsndfile(file: SourceFile, stack: contextlib.ExitStack) -> tuple[A
         file = data
         sound = _SequentialFile(data, "r", sound.samplerate, sound.channels, sound.subtype, "LITTLE", "RAW")
         stack.enter_context(sound)
+    elif kind in ("au", "caf") and (patched := _with_longer_data(sound, file)):
+        stated_s = sound.frames / sound.samplerate
+        file = patched
+        sound = _SequentialFile(file)
+        stack.enter_context(sound)
     # libsndfile silently reads no further than it believes the file to go.
     states_length = {"MP3": _mp3_states_length, "OGG": is_one_stream}.get(sound.format, lambda file: True)
     position = file.tell()  # libsndfile goes on to read from here.
@@ -206,11 +211,34 @@ def _first_of_joined_wavs(file: SourceFile) -> SourceFile | None:
     """
     head = file.read_range(0, 36)
     end = 8 + int.from_bytes(head[4:8], "little")
-    if not (head.startswith(b"RIFF") and end < file.size and file.read_range(end, 4) == b"RIFF"):
+    is_wav = head.startswith(b"RIFF") and head[8:12] == b"WAVE"
+    if not (is_wav and end < file.size and file.read_range(end, 4) == b"RIFF"):
         return None
     if head[12:] != file.read_range(end + 12, 24):  # the chunk `fmt `
         raise AudioError(f"{file.label}: two wavs of different forms are joined in it: part them at byte {end:,}")
     return file.before(end)
+
+
+def _with_longer_data(sound: _SequentialFile, file: SourceFile) -> SourceFile | None:
+    """Return an au or caf whose header states all of its samples, where it states too few; else None.
+
+    They are too few where no chunk follows, and libsndfile would end there.
+    """
+    field, width, start, length = 8, 4, 0, 0  # the field with the length of the samples, and where these begin
+    if sound.format == "AU":
+        start, length = struct.unpack(">II", file.read_range(4, 8))
+    while sound.format == "CAF" and not start and length >= 0 and field + 12 < file.size:
+        kind, length = struct.unpack(">4sq", file.read_range(field, 12))
+        if kind == b"data":
+            field, width, start = field + 4, 8, field + 12
+        else:
+            field += 12 + length
+    end = start + length
+    is_raw = sound.subtype in RAW_SUBTYPES and 0 < sound.frames <= file.size
+    if not (is_raw and start and length > 0 and file.size - end > LONGEST_SHORTFALL_S * _bytes_per_s(sound)):
+        return None
+    is_last = not re.match(rb"[\x20-\x7e]{4}", file.read_range(end, 4))
+    return file.patched(field, (file.size - start).to_bytes(width, "big")) if is_last else None
 
 
 def _bytes_per_s(wav: _SequentialFile) -> int:

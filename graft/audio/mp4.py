@@ -32,6 +32,14 @@ def cut_box(file: SourceFile) -> int | None:
     return start if end > file.size and kind in (b"mdat", b"moof", b"moov") else None
 
 
+def part_starts(file: SourceFile) -> list[int]:
+    """Return where each recording begins of those that were joined byte by byte."""
+    position = file.tell()  # A decoder goes on to read from here.
+    starts = [start for kind, start, _ in _boxes(file) if kind == b"ftyp"]
+    file.seek(position)
+    return starts
+
+
 def is_encrypted(file: SourceFile) -> bool:
     """Whether the index says that the media is encrypted."""
     places = [(start, end) for kind, start, end in _boxes(file) if kind == b"moov"]

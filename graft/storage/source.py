@@ -51,6 +51,17 @@ class SourceFile(io.BufferedReader):
         """Open the start of the file, up to byte `end`, as a file of its own."""
         return SourceFile(self.label, end, lambda offset, count: self.read_range(offset, min(count, end - offset)))
 
+    def patched(self, start: int, data: bytes) -> "SourceFile":
+        """Open the file with other bytes from byte `start` on, as a file of its own."""
+
+        def read_range(offset: int, count: int) -> bytes:
+            found = bytearray(self.read_range(offset, count))
+            for place in range(max(start, offset), min(start + len(data), offset + len(found))):
+                found[place - offset] = data[place - start]
+            return bytes(found)
+
+        return SourceFile(self.label, self.size, read_range)
+
     def check(self) -> None:
         """Raise AudioError if something could not be read."""
         if fault := self._ranges.fault:

@@ -125,6 +125,11 @@ def unstated() -> dict[str, tuple[bytes, float]]:
         "an ogg twice": (ogg * 2, 16.0),
         "two ogg of different rates and channels in one": (ogg + encode(tone(22_050), 22_050, "ogg"), 10.0),
         "opus and vorbis in one": (media.write(tone(48_000)[:, None], 48_000, "OGG", "OPUS") + ogg, 10.0),
+        "two mp4 of different rates in one": (
+            media.encode(sound, 44_100, "aac", "mp4") + media.encode(other[::2], 22_050, "aac", "mp4"),
+            11.0,
+        ),
+        "two avi in one": (media.encode(other, 44_100, "pcm_s16le", "avi") * 2, 6.0),
         "a wav from a pipe": (wav[:40] + bytes(4) + wav[44:], 2.0),
         "a wav from another pipe": (wav[:40] + b"\xff" * 4 + wav[44:], 2.0),
         "a flac from a pipe": (bytes(flac), 2.0),

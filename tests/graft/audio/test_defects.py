@@ -29,7 +29,7 @@ def sound() -> np.ndarray:
 @functools.cache
 def file(kind: str) -> bytes:
     """Make a whole file of SECONDS of speech."""
-    written = {"ogg": "VORBIS", "opus": "OPUS"} | dict.fromkeys(("wav", "flac", "aiff", "w64", "caf"), "PCM_16")
+    written = {"ogg": "VORBIS", "opus": "OPUS"} | dict.fromkeys(("wav", "flac", "aiff", "w64", "au", "caf"), "PCM_16")
     if kind in written:
         return media.write(sound(), RATE, "OGG" if kind == "opus" else kind.upper(), written[kind])
     if kind == "mp3":
@@ -184,9 +184,19 @@ def test_a_header_that_states_another_length_is_not_believed() -> None:
         assert clip.defects == (AudioDefect(3.0, SECONDS, "header_mismatch"),)
         np.testing.assert_array_equal(clip.samples, read_audio(file(kind)).samples)
         np.testing.assert_array_equal(read_audio(data).samples, clip.samples)
+    au, caf = bytearray(file("au")), bytearray(file("caf"))
+    au[8:12] = (3 * RATE * 2).to_bytes(4, "big")
+    place = caf.find(b"data") + 4
+    caf[place : place + 8] = (4 + 3 * RATE * 2).to_bytes(8, "big")
+    for kind, short in (("au", au), ("caf", caf)):
+        clip = read_audio(bytes(short), salvage=True)
+        assert clip.defects == (AudioDefect(3.0, SECONDS, "header_mismatch"),)
+        np.testing.assert_array_equal(clip.samples, read_audio(file(kind)).samples)
     flac[22:26] = (60 * RATE).to_bytes(4, "big")
     assert read_audio(bytes(flac), salvage=True).defects == (AudioDefect(SECONDS, 60.0, "header_mismatch"),)
     # Chunks behind the samples are no sound, however long they are.
+    chunk = b"info" + (10**6).to_bytes(8, "big") + bytes(10**6)
+    assert read_audio(file("caf") + chunk, salvage=True).defects == ()
     tagged = file("wav") + b"LIST" + (10**6).to_bytes(4, "little") + bytes(10**6)
     assert read_audio(tagged, salvage=True).defects == ()
 

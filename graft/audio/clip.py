@@ -55,8 +55,8 @@ def read_audio(
     (its number from 1, or its language) or else the default one is taken. `name` is what error messages call the
     source; by default its path. With `salvage`, damaged and truncated files are decoded as far as they go, and the
     clip says in its `defects` what is lost. Raises AudioError if the source is missing, unreadable, no audio, without
-    samples, longer than `max_s` seconds, mostly lost, or holds NaN or infinite samples; without `salvage` also if it is
-    damaged or truncated (where its format can tell).
+    samples, longer than `max_s` seconds or mostly lost; without `salvage` also if it is damaged or truncated (where its
+    format can tell), or holds NaN or infinite samples.
     """
     # This import is local because training on cached clips needs no decoder.
     from graft.audio.decoding import open_audio

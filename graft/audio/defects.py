@@ -12,7 +12,8 @@ from dataclasses import dataclass
 TRUNCATED_FILE = "truncated_file"
 # Flag: the file holds more audio than its header states, or, in a file that is whole, less.
 HEADER_MISMATCH = "header_mismatch"
-# Flag: a part of the file cannot be decoded; it is silent where the file tells how long it lasted, else left out.
+# Flag: a part of the file cannot be decoded, or holds no numbers; it is silent where the file tells how long it lasted,
+# else left out.
 DAMAGED = "damaged"
 # Flag: no audio was recorded for a second or more, by the file's own timestamps; it is silent.
 GAP = "gap"

@@ -18,6 +18,9 @@ from graft.model.configuration import TAIL_FRAMES, WINDOW_FRAMES
 
 HOP_LENGTH = 160  # 10 ms
 N_FFT = 400
+LOUDEST = 2.0
+"""Peak, as a multiple of full scale, above which a clip is scaled and clipped to it. Float files may have any scale,
+such as that of 16-bit numbers, and Whisper writes nothing of clips that are much too loud."""
 MIN_FRAMES = 8  # 0.08 s: one audio token at the coarsest pooling
 
 
@@ -36,8 +39,9 @@ class Features:
 class Featurizer:
     """Whisper's log-mel features with 80 or 128 mels, equal to those of the clip padded to 30 s.
 
-    Clips under 0.08 s are padded to it with silence. Raises AudioError over 30 s. Source: Whisper (Radford et al.
-    2022), and the WhisperFeatureExtractor of transformers, whose frames come out the same.
+    Clips under 0.08 s are padded to it with silence, those over twice full scale are scaled to it. Raises AudioError
+    over 30 s. Source: Whisper (Radford et al. 2022), and the WhisperFeatureExtractor of transformers, whose frames come
+    out the same.
     """
 
     def __init__(self, mel_count: int = 80) -> None:
@@ -60,6 +64,9 @@ class Featurizer:
         # Silence follows to one STFT window past the last frame, but not past 30 s, where Whisper's STFT reflects.
         padded = np.zeros(min(frame_count * HOP_LENGTH + N_FFT, WINDOW_FRAMES * HOP_LENGTH), np.float32)
         padded[: len(clip.samples)] = clip.samples
+        if max(padded.max(), -padded.min()) > LOUDEST:
+            level = np.percentile(np.abs(clip.samples), 99)  # which a damaged spot does not change
+            padded = np.clip(padded / max(1.0, 3 * level), -1, 1)
         stft = torch.stft(torch.from_numpy(padded), N_FFT, HOP_LENGTH, window=self._window, return_complex=True)
         stft = stft[:, :length].T  # (bins, frames) -> (frames, bins), its order in memory
         power = stft.real.square().addcmul_(stft.imag, stft.imag)  # (frames, bins)

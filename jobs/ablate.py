@@ -197,7 +197,7 @@ def _run_trial(trial: Trial, durations_s: np.ndarray, last_stage: int) -> dict[s
         for stage in (trial.stage1, trial.stage2)
     )
     if trial.stage1.objective == "ctc":
-        results["stage1"]["spelled"] = score_ctc(scored1, trial.stage1.letters)
+        results["stage1"]["spelled"] = score_ctc(scored1, results["stage1"]["letters"])
     else:
         results["stage1"]["scores"] = _score(scored1)
     if last_stage == 2:

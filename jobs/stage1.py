@@ -10,7 +10,6 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from graft.keys import ModelKey, ScheduleKey, StageFolder
-from graft.model.tokens import LETTERS
 
 from .build import planned_graft
 from .common.cli import PlanOptions, run_job
@@ -23,8 +22,10 @@ class Stage1Recipe(TrainRecipe):
     objective: ScheduleKey[Literal["transcript", "ctc"]] = "transcript"
     """Loss to train with: `transcript` is the language model's loss on the transcript; `ctc` is CTC pre-alignment
     against the text embeddings of `letters`, without the language model. Minutes of ctc save hours of either stage."""
-    letters: ScheduleKey[str] = Field(default=LETTERS, min_length=1)
-    """Characters of CTC's targets besides the space, in lower case and without accents; all others count as spaces."""
+    letters: ScheduleKey[str | None] = Field(default=None, min_length=1)
+    """Characters of CTC's targets besides the space, in lower case; a letter with marks that is not among them is
+    written without, and all others count as spaces. null takes the letters and digits of the texts that are one token
+    each of the language model."""
     projector: ModelKey[StageFolder | None] = None
     """Output folder of an earlier stage 1 to start from. null starts from the graft's own projector, or with ctc from
     zero."""
@@ -45,7 +46,9 @@ def run(recipe: Stage1Recipe) -> dict[str, Any]:
     from .training.driver import fit
 
     projector = os.path.abspath(recipe.projector) if recipe.projector else None
-    return fit(recipe, Stage(1, projector=projector, letters=recipe.letters if recipe.objective == "ctc" else None))
+    return fit(
+        recipe, Stage(1, projector=projector, letters=recipe.letters or "" if recipe.objective == "ctc" else None)
+    )
 
 
 def plan(recipe: Stage1Recipe, options: PlanOptions) -> None:

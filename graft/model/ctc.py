@@ -6,8 +6,9 @@ knows. Aligning speech to text embeddings by CTC before the language model takes
 2025).
 """
 
-import re
 import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from .encoder import encode_audio, token_counts
 from .modeling import GraftForConditionalGeneration
-from .tokens import LETTERS
 
 BLANK, SPACE = "\n", " "
 LOGIT_MARGIN = 8.0
 """How much higher a symbol's logit is for its own text embedding than for the mean embedding, on average."""
+MOST_LETTERS = 8192
+"""Letters that are symbols at most, the most frequent ones: Chinese texts have about 6,000."""
 
 
 class CtcPrealignment(nn.Module):
@@ -30,7 +32,7 @@ class CtcPrealignment(nn.Module):
     letter that is not.
     """
 
-    def __init__(self, model: GraftForConditionalGeneration, tokenizer: Any, letters: str = LETTERS):
+    def __init__(self, model: GraftForConditionalGeneration, tokenizer: Any, letters: str):
         super().__init__()
         self.config = model.config
         self.audio_tower, self.audio_projector = model.audio_tower, model.audio_projector
@@ -61,7 +63,8 @@ class CtcPrealignment(nn.Module):
         logits, counts = self._symbol_logits(audio_frame_counts, input_features, audio_states)
         log_probs = logits.log_softmax(-1).transpose(0, 1)  # (clips, tokens, symbols) -> (tokens, clips, symbols)
         texts = [self.normalize(self.tokenizer.decode(row[row != -100], skip_special_tokens=True)) for row in labels]
-        targets = [self.symbols.index(symbol) for symbol in "".join(texts)]  # all clips' symbols, end to end
+        indices = {symbol: index for index, symbol in enumerate(self.symbols)}
+        targets = [indices[symbol] for symbol in "".join(texts)]  # all clips' symbols, end to end
         losses = nn.functional.ctc_loss(
             log_probs,
             torch.tensor(targets, dtype=torch.long, device=logits.device),
@@ -83,11 +86,10 @@ class CtcPrealignment(nn.Module):
         return ["".join(self.symbols[index] for index in indices if index).strip() for indices in merged]
 
     def normalize(self, text: str) -> str:
-        """Reduce a text to the symbols: lower case, without accents, and any other character becomes a space."""
-        decomposed = unicodedata.normalize("NFKD", text.lower())
-        plain = (character for character in decomposed if not unicodedata.combining(character))
-        known = "".join(character if character in self.symbols else SPACE for character in plain)
-        return re.sub(r"\s+", SPACE, known).strip()
+        """Reduce a text to the symbols: lower case, each letter by `spell`, and any other character becomes a space."""
+        known, lowered = frozenset(self.symbols), _lower(text)
+        spelled = {character: spell(character, known) for character in set(lowered)}
+        return " ".join("".join(map(spelled.__getitem__, lowered)).split())
 
     def _symbol_logits(
         self, frame_counts: Tensor, features: Tensor | None, states: Tensor | None
@@ -102,3 +104,64 @@ class CtcPrealignment(nn.Module):
             logits = audio_embeds.float() @ self.symbol_weight.T  # -> (tokens of all clips, symbols)
         counts = token_counts(frame_counts, self.config)
         return nn.utils.rnn.pad_sequence(logits.split(counts), batch_first=True), counts
+
+
+def count_letters(texts: Iterable[str]) -> Counter[str]:
+    """Count the letters, marks, digits and apostrophes of texts in lower case."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(_lower(text))
+    return Counter({one: count for one, count in counts.items() if one == "'" or _is_spoken(one)})
+
+
+def find_letters(counts: Mapping[str, int], tokenizer: Any) -> str:
+    """Choose the letters of texts that are symbols, sorted, from the counts of count_letters.
+
+    They are those that are one token each. In the place of any other come its base letter and its marks, where these
+    are one token each (Unicode's compatibility decomposition). Of more than MOST_LETTERS the rarest are left out.
+    """
+    found: Counter[str] = Counter()
+    for letter, count in counts.items():
+        parts = letter if _is_one_token(letter, tokenizer) else unicodedata.normalize("NFKD", letter)
+        for part in parts:
+            found[part] += count
+    letters = (one for one, _ in found.most_common() if _is_one_token(one, tokenizer))
+    return "".join(sorted([*letters][:MOST_LETTERS]))
+
+
+def spelled_share(counts: Mapping[str, int], letters: str) -> float:
+    """Compute the share of texts, given by the counts of count_letters, that is spelled with letters.
+
+    Of a letter that is spelled in part, its decomposition counts: é without its accent is half of it.
+    """
+    known, total = frozenset(letters), sum(counts.values())
+    spelled = 0.0
+    for letter, count in counts.items():
+        parts = unicodedata.normalize("NFKD", letter)
+        spelled += count * (1.0 if letter in known else sum(part in known for part in parts) / len(parts))
+    return spelled / max(1, total)
+
+
+def spell(character: str, known: Collection[str]) -> str:
+    """Write a character with known ones: itself, the known parts of its decomposition, or else a space.
+
+    A mark that is not known is left out.
+    """
+    if character in known and character != BLANK:
+        return character
+    parts = unicodedata.normalize("NFKD", character)
+    marks = "".join(part for part in parts if part in known or not unicodedata.category(part).startswith("M"))
+    return "".join(part if part in known and part != BLANK else SPACE for part in marks)
+
+
+def _lower(text: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower()).replace("’", "'")
+
+
+def _is_spoken(character: str) -> bool:
+    return unicodedata.category(character)[0] in "LMN"
+
+
+def _is_one_token(text: str, tokenizer: Any) -> bool:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return len(ids) == 1 and tokenizer.decode(ids) == text

@@ -35,7 +35,8 @@ class Stage:
     adapters: str | None = None
     """Adapters to start from; None for fresh ones."""
     letters: str | None = None
-    """Symbols of CTC pre-alignment; None trains by the language model's loss on transcripts."""
+    """Symbols of CTC pre-alignment, "" before they are chosen by the texts; None trains by the language model's loss on
+    transcripts."""
 
 
 @dataclass(frozen=True)

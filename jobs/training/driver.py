@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
 from .ray_dataset import RemainingBatches
 from .ray_entry import ordered_data_config, run_worker
 from .recipe import EXECUTION_KEYS, TrainRecipe
-from .samples import check_ctc_lengths
+from .samples import check_ctc_lengths, choose_letters
 from .worker import FAULT_FILE, Run
 
 RESULT_FILE = "result.json"
@@ -73,8 +74,13 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
     computing = ComputeSettings(**{name: getattr(recipe, name) for name in ComputeSettings.__dataclass_fields__})
     with cached_rows(out) as cache_folder:
         rows, variation, plan = plan_run(recipe, processor, cache=cache_folder)
-        if stage.letters:
+        spelled: dict[str, Any] = {}
+        if stage.letters is not None:
             check_ctc_lengths(rows, processor)
+            letters, share = choose_letters(rows, processor, stage.letters)
+            stage = replace(stage, letters=letters)
+            spelled = {"letters": letters, "spelled_share": share}
+            print(f"stage {stage.number}: CTC spells {share:.1%} of the texts with {len(letters)} letters", flush=True)
         progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
         batches, total_steps = remaining_batches(plan, progress, recipe)
         validation = validation_spec(recipe, graft, processor)
@@ -119,7 +125,8 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
         )
         raise SystemExit(STOPPED)
     words = None if recipe.words.is_default else trained_instructions(recipe.words)
-    return _finish(out, config, stage, graft=graft, words=words, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return _finish(out, config, stage, graft=graft, words=words, seconds=seconds, spelled=spelled)
 
 
 def _encoder_cache(
@@ -223,9 +230,19 @@ def _on_sigterm(act: Callable[[], Any]) -> Iterator[None]:
 
 
 def _finish(
-    out: Path, config: GraftConfig, stage: Stage, *, graft: str, words: dict[str, Any] | None, seconds: float
+    out: Path,
+    config: GraftConfig,
+    stage: Stage,
+    *,
+    graft: str,
+    words: dict[str, Any] | None,
+    seconds: float,
+    spelled: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write the trained weights of the best or last checkpoint; result.json is written last and marks completion."""
+    """Write the trained weights of the best or last checkpoint; result.json is written last and marks completion.
+
+    `spelled` are the letters of CTC pre-alignment, and the share of the texts that they spell.
+    """
     checkpoint = best_checkpoint(out / CHECKPOINTS)
     if checkpoint is None:
         raise GraftError(f"{out} has no checkpoint, although all its steps are done: remove it and train again")
@@ -248,6 +265,7 @@ def _finish(
         "clips": progress.clips,
         "audio_s": progress.audio_s,
         "seconds": seconds,
+        **spelled,
     }
     write_atomic(out / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     for folder in (CHECKPOINTS, ROWS):

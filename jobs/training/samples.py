@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from graft.audio.clip import SAMPLE_RATE
@@ -17,6 +18,7 @@ from graft.data.dataset import RowTable, read_rows
 from graft.data.settings import AugmentRecipe
 from graft.errors import DataError
 from graft.model.configuration import WINDOW_FRAMES
+from graft.model.ctc import count_letters, find_letters, spelled_share
 from graft.processor import GraftProcessor
 from graft.text.instructions import InstructionRecipe, InstructionSampler, make_instruction_sampler
 from graft.text.prompts import DEFAULT_INSTRUCTION, PLAIN_INSTRUCTION, Instruction
@@ -24,6 +26,10 @@ from graft.training.plan import Plan, PlanColumns, PlanSettings
 
 MAX_DURATION_S = 30.0
 MIN_DURATION_S = 0.08
+LEAST_SPELLED = 0.5
+"""Least share of the letters of the texts that CTC pre-alignment must be able to write."""
+MOST_LETTER_TEXTS = 100_000
+"""Texts that are searched for letters, evenly spread over all."""
 _BLOCK = 65_536
 
 
@@ -81,12 +87,30 @@ def trainable(rows: RowTable) -> tuple[RowTable, dict[str, int]]:
 
 def check_ctc_lengths(rows: RowTable, processor: GraftProcessor) -> None:
     """Raise DataError where CTC cannot align most clips, because they have more letters than audio tokens."""
-    letters = pc.utf8_length(pc.replace_substring_regex(rows.texts, r"[^\pL' ]", "")).to_numpy()
+    letters = pc.utf8_length(pc.replace_substring_regex(rows.texts, r"[^\pL\pM\pN' ]", "")).to_numpy()
     if (count := int((letters > audio_counts(processor, rows.duration_s)).sum())) > len(rows) / 2:
         raise DataError(
             f"{count} of {len(rows)} clips have more letters than audio tokens, so CTC cannot align them: "
             "build the graft with a smaller audio_pool, or give objective=transcript"
         )
+
+
+def choose_letters(rows: RowTable, processor: GraftProcessor, given: str) -> tuple[str, float]:
+    """Choose the symbols of CTC pre-alignment, those `given` or the letters of the texts.
+
+    Returns them and the share of the texts that they spell. Raises DataError where that is under LEAST_SPELLED.
+    """
+    chosen = np.unique(np.linspace(0, len(rows) - 1, MOST_LETTER_TEXTS).astype(np.int64))
+    counts = count_letters(rows.texts.take(pa.array(chosen)).to_pylist())
+    letters = given or find_letters(counts, processor.tokenizer)
+    if (share := spelled_share(counts, letters)) < LEAST_SPELLED:
+        raise DataError(
+            f"{len(letters)} letters spell {share:.1%} of the texts, under {LEAST_SPELLED:.0%}, "
+            "so CTC cannot learn them: "
+            + ("leave letters out, " if given else "")
+            + "give objective=transcript, or build on a language model with these letters among its tokens"
+        )
+    return letters, share
 
 
 def vary(

@@ -9,9 +9,8 @@ import torch
 
 from graft.audio.clip import read_audio
 from graft.errors import ModelError
-from graft.model.ctc import CtcPrealignment
+from graft.model.ctc import CtcPrealignment, count_letters, find_letters, spell, spelled_share
 from graft.model.modeling import GraftForConditionalGeneration
-from graft.model.tokens import LETTERS
 from graft.processor import GraftProcessor
 from graft.text.wer import score
 from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage, trainable_module
@@ -20,6 +19,8 @@ from jobs.evaluate import EvaluateRecipe
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, flac
 from tests.support.speech_corpus import row as corpus_row
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,20 @@ def test_other_characters_become_spaces(graft: str) -> None:
     prealignment, _ = prealignment_of(graft)
     assert prealignment.normalize("It's CAFÉ — No. 7!\nyes") == "it's cafe no yes"
     assert prealignment.normalize("7, 8") == ""
+
+
+def test_letters_are_those_of_the_texts_that_are_one_token_each() -> None:
+    words = tiny_models.tokenizer()  # one token for each byte
+    counts = count_letters(["It’s CAFÉ No. 7", "E\u0301te\u0301"])
+    assert counts["é"] == 3
+    letters = find_letters(counts, words)
+    assert letters == "'7acefinost"
+    assert spelled_share(counts, letters) == pytest.approx((sum(counts.values()) - 3 / 2) / sum(counts.values()))
+    hindi = count_letters(["यह है"])
+    assert (find_letters(hindi, words), spelled_share(hindi, "")) == ("", 0.0)
+    assert spelled_share(count_letters(["है ệ"]), "e\u0302\u0323ह") == pytest.approx(2 / 3)
+    known = frozenset("e\u0302\u0323ह")
+    assert [spell(one, known) for one in "ệéहै.\n"] == ["e\u0323\u0302", "e", "ह", "", " ", " "]
 
 
 def test_the_loss_is_the_likelihood_of_all_alignments_of_the_text(graft: str) -> None:

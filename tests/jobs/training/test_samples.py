@@ -13,7 +13,15 @@ from graft.processor import GraftProcessor
 from graft.text.instructions import InstructionRecipe
 from graft.training.plan import PlanSettings
 from jobs.training.loader import BatchLoader, LoaderSpec
-from jobs.training.samples import Variation, check_ctc_lengths, plan_columns, plan_training, trainable, vary
+from jobs.training.samples import (
+    Variation,
+    check_ctc_lengths,
+    choose_letters,
+    plan_columns,
+    plan_training,
+    trainable,
+    vary,
+)
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, flac, row
 
@@ -73,6 +81,19 @@ def test_ctc_needs_at_least_as_many_audio_tokens_as_letters(processor, tmp_path)
         match=r"6 of 7 clips have more letters than audio tokens, .*: build the graft with a smaller audio_pool",
     ):
         check_ctc_lengths(read_rows(clips(tmp_path / "quick.parquet", **quick)), processor)
+
+
+def test_ctc_takes_its_letters_from_the_texts_and_refuses_texts_that_it_cannot_spell(processor, tmp_path):
+    letters, share = choose_letters(read_rows(clips(tmp_path / "good.parquet")), processor, "")
+    assert set(letters) == set("'5abcdeghiklmnoqrstuwyz")
+    assert 0.99 < share < 1  # the two dots of ü are no token
+    hindi = read_rows(clips(tmp_path / "hindi.parquet", text={index: "यह एक परीक्षण है" for index in range(5)}))
+    with pytest.raises(
+        DataError, match=r"spell \d+\.\d% of the texts, under 50%, so CTC cannot learn them: give objective"
+    ):
+        choose_letters(hindi, processor, "")
+    with pytest.raises(DataError, match=r"4 letters spell .* leave letters out, give objective=transcript"):
+        choose_letters(hindi, processor, "abcd")
 
 
 VARIATIONS = [

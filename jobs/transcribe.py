@@ -199,9 +199,10 @@ def transcribe(
     """
     import pyarrow.compute as pc
 
-    from .transcription.assembly import OutputSettings, join_recordings, read_index
+    from .transcription.assembly import read_index
     from .transcription.machine import connect_workers
     from .transcription.pipeline import Pipeline, run_plan
+    from .transcription.recordings import OutputSettings, RecordingWriter
     from .transcription.work_items import at_attempts, plan_items
 
     start = time.monotonic()
@@ -213,17 +214,17 @@ def transcribe(
     items = plan_items(recordings, item_s=recipe.item_s, probe=_probe)
     plan = at_attempts(items, done, retry_errors=recipe.retry_errors)
     pipeline = Pipeline(_reading(recipe), opener or _opener(recipe, aligner, workers), workers, _options(recipe))
+    formats = recipe.formats if recipe.out else ()
+    output = OutputSettings(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner_name)
     try:
-        rtfx = run_plan(plan, done, home, pipeline)
+        with RecordingWriter(plan, done, home, out, output) as recordings_done:
+            rtfx = run_plan(plan, done, home, pipeline)
     except KeyboardInterrupt:
         kept = pc.sum(pc.is_in(plan["id"], read_index(home)["id"])).as_py() or 0
         parts = f"{kept} of {len(plan)} work items are kept in {out}"
         print(f"graft: {parts}: the same command goes on from there", file=sys.stderr)
         raise
-    formats = recipe.formats if recipe.out else ()
-    output = OutputSettings(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner_name)
-    totals = join_recordings(plan, read_index(home), home, out, output)
-    summary = _summary(recipe, totals, rtfx, time.monotonic() - start)
+    summary = _summary(recipe, recordings_done.totals, rtfx, time.monotonic() - start)
     write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -1,15 +1,13 @@
-"""Join the results of work items to recordings: parquet rows, files in the chosen formats, errors.jsonl and totals.
+"""Join the results of work items to recordings: their transcripts, their rows and totals.
 
-home/items/*.parquet -> an index of what is done -> tasks that join some hundred recordings each
-                     -> recordings/*.parquet, files/
+home/items/*.parquet -> an index of what is done -> the items of each recording, some hundred recordings at a time
 """
 
 import itertools
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,13 @@ import pyarrow.parquet as pq
 
 from graft.audio.defects import AudioDefect
 from graft.inference.segments import Segment, Word
-from graft.inference.subtitles import CueLimits, Format
 from graft.inference.transcript import Transcript, stitch
-from graft.storage.atomic import atomic_file, atomic_folder
 
 from .reader import DEFECTS, name_of
-from .transcript_files import file_stems, following_recordings, planned_files, write_transcript_file
 
-RECORDINGS_PER_TASK = 500
+PLAN_FILE = "plan.parquet"
+ITEMS_PER_PART = 500
+"""Items of the recordings that are joined together, in one task: ten days of audio at most."""
 PENDING = ".pending.parquet"
 """Suffix of the file with which Ray marks a file of results that it is still writing."""
 
@@ -77,17 +74,6 @@ _INDEX = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class OutputSettings:
-    """How a recording's row and files are written."""
-
-    folder: str
-    formats: tuple[Format, ...]
-    cues: CueLimits
-    model: str
-    aligner: str | None = None
-
-
 @dataclass
 class Totals:
     """Counts over the recordings of a run."""
@@ -110,15 +96,33 @@ class Totals:
         self.read_s += sum(item["read_s"] for item in items)
         self.flagged.update(flag for item in items for segment in item["segments"] for flag in segment["flags"])
         self.defective.update({defect["flag"] for item in items for defect in item["defects"]})
-        errors = [_reason(item) for item in items if item["error"]]
+        errors = [reason_of(item) for item in items if item["error"]]
         self.failed.update(_kind(error) for error in errors[:1])
         self.done += not errors
 
 
 def read_index(home: Path) -> pa.Table:
     """List every whole result without its text: whether it failed, and the file that holds it."""
-    parts = [index_of(path) for path in whole_files(home)]
-    return pa.concat_tables(parts) if parts else _INDEX.empty_table()
+    return NewResults(home).read()
+
+
+class NewResults:
+    """Lists results of `home` that are new since the last look; those in the files `seen` are known already."""
+
+    def __init__(self, home: Path, seen: Iterable[str] = ()) -> None:
+        self._home, self._seen = home, set(seen)
+
+    def read(self) -> pa.Table:
+        """Return the index of what is new."""
+        parts = [_INDEX.empty_table()]
+        for path in whole_files(self._home):
+            if path.name not in self._seen:
+                try:
+                    parts.append(index_of(path))
+                except (OSError, pa.ArrowInvalid):
+                    continue  # it is being written, and the next look finds it, or a full disk has cut it off
+                self._seen.add(path.name)
+        return pa.concat_tables(parts)
 
 
 def whole_files(home: Path) -> list[Path]:
@@ -134,59 +138,39 @@ def index_of(path: Path) -> pa.Table:
     return pa.table(columns, schema=_INDEX)
 
 
-def join_recordings(plan: pa.Table, index: pa.Table, home: Path, out: Path, output: OutputSettings) -> Totals:
-    """Join a plan's results to recordings, in parallel, and write out/recordings, out/errors.jsonl and files."""
-    import ray
-
-    plan = with_files(plan, index).append_column("stem", file_stems(plan["recording"]))
-    totals, join = Totals(), ray.remote(num_cpus=1)(_join_part)
-    done = done_recordings(plan, index)
-    planned = planned_files(done, output.formats)
-    with (
-        following_recordings(home, Path(output.folder), planned, done["recording_id"]),
-        atomic_folder(out / "recordings", replace=True) as stage,
-    ):
-        tasks = [
-            join.remote(part, str(home / "items"), str(stage / f"part-{number:05}.parquet"), output)
-            for number, part in enumerate(plan_parts(plan))
-        ]
-        with atomic_file(out / "errors.jsonl") as temporary, temporary.open("w", encoding="utf-8") as errors:
-            for task in tasks:
-                part_totals, failures = ray.get(task)
-                totals.add(part_totals)
-                errors.writelines(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
-    return totals
-
-
 def with_files(plan: pa.Table, index: pa.Table) -> pa.Table:
     """Add a column `file` to a plan: the file in home/items that holds the item's result."""
     return plan.append_column("file", index["file"].take(pc.index_in(plan["id"], index["id"])))
 
 
 def done_recordings(plan: pa.Table, index: pa.Table) -> pa.Table:
-    """List the `stem` and `recording_id` of the recordings of a plan of which no item failed."""
+    """List the `stem` and `recording_id` of the recordings of a plan of which all items are done, and none failed."""
     ids = pc.replace_substring_regex(plan["item"], r"-\d+$", "")
-    failed = ids.filter(index["failed"].take(pc.index_in(plan["id"], index["id"])))
+    failed = ids.filter(index["failed"].take(pc.index_in(plan["id"], index["id"])).fill_null(True))
     recordings = plan.select(["stem"]).append_column("recording_id", ids).filter(pc.equal(plan["index"], 0))
     return recordings.filter(pc.invert(pc.is_in(recordings["recording_id"], failed)))
 
 
 def plan_parts(plan: pa.Table) -> Iterator[pa.Table]:
-    """Cut a plan into parts of RECORDINGS_PER_TASK whole recordings."""
-    starts = pc.indices_nonzero(pc.equal(plan["index"], 0)).to_pylist()
-    for first in range(0, len(starts), RECORDINGS_PER_TASK):
-        end = starts[first + RECORDINGS_PER_TASK] if first + RECORDINGS_PER_TASK < len(starts) else len(plan)
-        yield plan.slice(starts[first], end - starts[first]).combine_chunks()
+    """Cut a plan into parts of about ITEMS_PER_PART items, of whole recordings."""
+    starts = np.flatnonzero(plan["index"].to_numpy() == 0)
+    firsts = starts[np.unique(starts // ITEMS_PER_PART, return_index=True)[1]]
+    for first, end in itertools.pairwise([*firsts.tolist(), len(plan)]):
+        yield plan.slice(first, end - first).combine_chunks()
 
 
 def recordings_in(plan: pa.Table, items: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield the items of each recording of a plan with files: what the plan says of an item, and its result."""
-    wanted = set(plan["id"].to_pylist())
+    """Yield the items of each recording of a plan with files: what the plan says of an item, and its result.
+
+    Only those of one recording are Python objects at a time, which take many times the memory of Arrow's.
+    """
     tables = (pq.read_table(items / file, partitioning=None) for file in plan["file"].unique().to_pylist())
-    results = {row["id"]: row for table in tables for row in table.to_pylist() if row["id"] in wanted}
-    rows = (row | results[row["id"]] for row in plan.to_pylist())
-    for _, recording in itertools.groupby(rows, key=lambda row: row["item"].rpartition("-")[0]):
-        yield list(recording)
+    results = pa.concat_tables(table.filter(pc.is_in(table["id"], plan["id"])) for table in tables)
+    results = results.take(pc.index_in(plan["id"], results["id"]))
+    singly = (results.slice(place, 1).to_pylist()[0] for place in range(len(results)))
+    rows = zip(plan.to_pylist(), singly, strict=True)
+    for _, recording in itertools.groupby(rows, key=lambda row: row[0]["item"].rpartition("-")[0]):
+        yield [item | result for item, result in recording]
 
 
 def join_items(items: Sequence[dict[str, Any]], *, model: str = "", aligner: str | None = None) -> Transcript:
@@ -203,27 +187,10 @@ def join_items(items: Sequence[dict[str, Any]], *, model: str = "", aligner: str
 
 def join_errors(items: Sequence[dict[str, Any]]) -> str | None:
     """Join the reasons why items of one recording failed; None where none did."""
-    return "; ".join(_reason(item) for item in items if item["error"]) or None
+    return "; ".join(reason_of(item) for item in items if item["error"]) or None
 
 
-def _join_part(plan: pa.Table, items: str, path: str, output: OutputSettings) -> tuple[Totals, list[dict[str, Any]]]:
-    totals, failures = Totals(), []
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, TRANSCRIPTS) as writer:
-        for recording in recordings_in(plan, Path(items)):
-            transcript = join_items(recording, model=output.model, aligner=output.aligner)
-            writer.write_table(pa.Table.from_pylist([_transcript_row(recording, transcript)], TRANSCRIPTS))
-            totals.add_recording(recording)
-            if failed := [item for item in recording if item["error"]]:
-                keys = ("recording", "uri", "start_s", "end_s")
-                failures += [{key: item[key] for key in keys} | {"error": _reason(item)} for item in failed]
-                continue
-            for kind in output.formats:
-                text = transcript.to_string(kind, output.cues)
-                write_transcript_file(Path(output.folder), recording[0]["stem"], kind, text)
-    return totals, failures
-
-
-def _transcript_row(items: Sequence[dict[str, Any]], transcript: Transcript) -> dict[str, Any]:
+def transcript_row(items: Sequence[dict[str, Any]], transcript: Transcript) -> dict[str, Any]:
     """Make a recording's row of TRANSCRIPTS."""
     # Segments are weighted by the lengths of their texts: how many tokens each had is not kept.
     known = [one for one in transcript.segments if one.text and one.mean_logprob is not None]
@@ -242,7 +209,8 @@ def _transcript_row(items: Sequence[dict[str, Any]], transcript: Transcript) -> 
     }
 
 
-def _reason(item: dict[str, Any]) -> str:
+def reason_of(item: dict[str, Any]) -> str:
+    """Say why an item failed, without the name of its recording."""
     return str(item["error"]).removeprefix(f"{name_of(item)}: ")
 
 

@@ -35,6 +35,7 @@ from graft.storage.locations import one_line_error
 from ..common.cli import user_message
 from . import ClipTranscript
 from .assembly import (
+    PLAN_FILE,
     SEGMENTS,
     join_errors,
     join_items,
@@ -229,12 +230,12 @@ def run_plan(plan: pa.Table, done: pa.Table, home: Path, pipeline: Pipeline) -> 
     Returns the seconds of audio for each second of this run, None where nothing was left to do. Raises as
     transcribe_items.
     """
+    with atomic_file(home / PLAN_FILE) as temporary:
+        pq.write_table(plan, temporary, row_group_size=50_000)
     if pc.all(pc.is_in(plan["id"], done["id"])).as_py():
         return None
-    with atomic_file(home / "plan.parquet") as temporary:
-        pq.write_table(plan, temporary, row_group_size=50_000)
     with BulkProgress(plan, done, home) as progress:
-        transcribe_items(home / "plan.parquet", home, pipeline)
+        transcribe_items(home / PLAN_FILE, home, pipeline)
     return progress.rtfx
 
 

@@ -9,7 +9,7 @@ from typing import TextIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .assembly import index_of, whole_files
+from .assembly import NewResults
 
 TERMINAL_S, LOG_S = 2.0, 60.0
 """Seconds between two lines, on a terminal, where each is written over the last one, and elsewhere."""
@@ -22,9 +22,9 @@ class BulkProgress:
     """
 
     def __init__(self, plan: pa.Table, done: pa.Table, home: Path, out: TextIO | None = None) -> None:
-        self._home, self._out = home, out or sys.stdout
+        self._out = out or sys.stdout
         self._every_s = TERMINAL_S if self._out.isatty() else LOG_S
-        self._counted_files = set(done["file"].to_pylist())
+        self._results = NewResults(home, seen=done["file"].unique().to_pylist())
         self._item_count = len(plan)
         self._recording_count = pc.sum(pc.equal(plan["index"], 0)).as_py()
         self._expected_s = plan["expected_s"]
@@ -70,13 +70,7 @@ class BulkProgress:
             self._print("\r" if self._out.isatty() else "\n")
 
     def _count_new_files(self) -> None:
-        for path in whole_files(self._home):
-            if path.name not in self._counted_files:
-                try:
-                    self._add(index_of(path))
-                except (OSError, pa.ArrowInvalid):
-                    continue  # it is being written: the next look counts it
-                self._counted_files.add(path.name)
+        self._add(self._results.read())
 
     def _add(self, index: pa.Table) -> None:
         self._items += len(index)

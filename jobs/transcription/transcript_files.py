@@ -1,13 +1,13 @@
 """Name, write and remove the files of transcripts below out/files.
 
 a recording's name -> its own path below files/, which depends on nothing else -> the list of what was written (work/)
--> a later run removes what it wrote for recordings that are gone, changed or failed
+-> a later run removes what is of recordings that are gone, changed or failed
 """
 
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +19,8 @@ from graft.inference.subtitles import FORMATS, Format
 from graft.storage.atomic import atomic_file, write_atomic
 
 LIST_FILE = "files.parquet"
+FORMATS_KEY = b"formats"
+"""Entry of the list's metadata: the formats that a run writes, while it lasts."""
 WRITTEN = pa.schema(
     [
         ("file", pa.string()),  # path below files/
@@ -64,36 +66,46 @@ def write_transcript_file(folder: Path, stem: str, form: Format, text: str) -> N
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise OutputError(f"{path} leads out of {folder}: remove the link, then run the same command again")
-        write_atomic(path, text)
+        if not (path.is_file() and path.read_bytes() == text.encode()):
+            write_atomic(path, text)
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}: mend that, then run the same command again"
         ) from error
 
 
-def planned_files(recordings: pa.Table, formats: Sequence[Format]) -> pa.Table:
+def planned_files(recordings: pa.Table, formats: Sequence[str]) -> pa.Table:
     """List the files (WRITTEN) of recordings with the columns `stem` and `recording_id`."""
     files = [pc.binary_join_element_wise(recordings["stem"], form, ".") for form in formats]
     parts = [pa.table([file, recordings["recording_id"]], schema=WRITTEN) for file in files]
     return pa.concat_tables([WRITTEN.empty_table(), *parts])
 
 
-@contextlib.contextmanager
-def following_recordings(home: Path, folder: Path, planned: pa.Table, recording_ids: pa.ChunkedArray) -> Iterator[None]:
-    """While `planned` (WRITTEN) is written, remember it in `home`; then remove the files of other recordings.
+def remember_files(home: Path, done: pa.Table, formats: Sequence[Format]) -> pa.Table:
+    """List the files (WRITTEN) that earlier runs have written, before one begins that writes `formats`.
 
-    Only files that are in the list of an earlier run are removed. Those of `recording_ids` in formats that this run
-    does not write stay.
+    A run keeps in `home` what the runs before it wrote and its own formats. Where it is killed, it has written those of
+    the recordings in its plan that are `done` (`stem`, `recording_id`), or the next run does.
     """
-    earlier = _read_list(home / LIST_FILE)
-    others = earlier.filter(pc.invert(pc.is_in(earlier["file"], planned["file"])))
-    # A run that is killed has written some of the files.
-    _write_list(home / LIST_FILE, pa.concat_tables([others, planned]))
-    yield
+    listed, formats_then = _read_list(home / LIST_FILE)
+    written = planned_files(done, formats_then)
+    earlier = pa.concat_tables([_without(listed, written), written])
+    _write_list(home / LIST_FILE, earlier, formats)
+    return earlier
+
+
+def remove_other_files(
+    home: Path, folder: Path, earlier: pa.Table, written: pa.Table, recording_ids: pa.ChunkedArray
+) -> None:
+    """Remove the files of other recordings, when a run has `written` (WRITTEN) those of `recording_ids`.
+
+    Only `earlier` files are removed. Those of `recording_ids` in formats that this run does not write stay.
+    """
+    others = _without(earlier, written)
     is_kept = pc.is_in(others["recording_id"], recording_ids)
     for file in others.filter(pc.invert(is_kept))["file"].to_pylist():
         _remove(folder, file)
-    _write_list(home / LIST_FILE, pa.concat_tables([others.filter(is_kept), planned]))
+    _write_list(home / LIST_FILE, pa.concat_tables([others.filter(is_kept), written]), ())
 
 
 def _safe_path(recording: str) -> str:
@@ -110,13 +122,22 @@ def _safe_part(part: str) -> str:
     return printable.encode()[:PART_BYTES].decode(errors="ignore")
 
 
-def _read_list(path: Path) -> pa.Table:
-    return pq.read_table(path, partitioning=None) if path.is_file() else WRITTEN.empty_table()
+def _without(files: pa.Table, others: pa.Table) -> pa.Table:
+    return files.filter(pc.invert(pc.is_in(files["file"], others["file"])))
 
 
-def _write_list(path: Path, files: pa.Table) -> None:
+def _read_list(path: Path) -> tuple[pa.Table, list[str]]:
+    """Read a list of files, and the formats that the run writes which has written the list."""
+    if not path.is_file():
+        return WRITTEN.empty_table(), []
+    files = pq.read_table(path, partitioning=None)
+    formats = (files.schema.metadata or {}).get(FORMATS_KEY, b"").decode().split()
+    return files.replace_schema_metadata(), formats
+
+
+def _write_list(path: Path, files: pa.Table, formats: Sequence[Format]) -> None:
     with atomic_file(path) as temporary:
-        pq.write_table(files, temporary)
+        pq.write_table(files.replace_schema_metadata({FORMATS_KEY: " ".join(formats).encode()}), temporary)
 
 
 def _remove(folder: Path, file: str) -> None:

@@ -10,16 +10,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from graft.errors import OutputError
+from graft.inference.subtitles import Format
 from jobs.transcription.assembly import done_recordings
 from jobs.transcription.transcript_files import (
     LIST_FILE,
     file_stem,
     file_stems,
-    following_recordings,
     planned_files,
+    remember_files,
+    remove_other_files,
     write_transcript_file,
 )
 
+NONE = pa.table({"stem": pa.array([], pa.string()), "recording_id": pa.array([], pa.string())})
 HOSTILE = [
     *(
         "/data/calls/1.wav",
@@ -98,17 +101,24 @@ def test_a_link_never_leads_a_transcript_out(tmp_path):
     assert not (tmp_path / "a.txt").exists()
 
 
-def run_once(home: Path, formats: tuple[str, ...], **versions: str | None) -> list[str]:
-    """Write the files of recordings (name=version, None where it failed); returns what is in files/ afterwards."""
-    folder = home / "files"
+def recordings(versions: dict[str, str | None]) -> pa.Table:
+    """List the recordings that are done, by their names and versions; that of one that failed is None."""
     done = {name.replace("__", "/"): version for name, version in versions.items() if version}
     ids = [f"{name}-{version}" for name, version in done.items()]
-    recordings = pa.table({"stem": pa.array(done, pa.string()), "recording_id": pa.array(ids, pa.string())})
-    planned = planned_files(recordings, formats)
-    with following_recordings(home, folder, planned, recordings["recording_id"]):
-        for stem, version in done.items():
-            for form in formats:
-                write_transcript_file(folder, stem, form, version)
+    return pa.table({"stem": pa.array(done, pa.string()), "recording_id": pa.array(ids, pa.string())})
+
+
+def run_once(home: Path, formats: tuple[Format, ...], before: pa.Table = NONE, **versions: str | None) -> list[str]:
+    """Write the files of recordings; returns what is in files/ afterwards.
+
+    `before` are those that the run before this one had in its plan, where that did not come to its end.
+    """
+    folder, done = home / "files", recordings(versions)
+    earlier = remember_files(home, before, formats)
+    for stem, recording_id in zip(*(column.to_pylist() for column in done.columns), strict=True):
+        for form in formats:
+            write_transcript_file(folder, stem, form, recording_id.rpartition("-")[2])
+    remove_other_files(home, folder, earlier, planned_files(done, formats), done["recording_id"])
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
@@ -127,26 +137,38 @@ def test_files_follow_the_recordings(tmp_path):
     assert run_once(tmp_path, ("txt",), a=None) == ["a.txt", "mine.txt"]
 
 
-def test_what_a_run_that_ended_early_has_written_is_known_to_the_next_one(tmp_path):
+def test_what_a_run_that_was_killed_has_written_is_known_to_the_next_one(tmp_path):
     assert run_once(tmp_path, ("txt",), b="1") == ["b.txt"]
-    (tmp_path / "files" / "a.txt").mkdir()
-    with pytest.raises(OutputError):
-        run_once(tmp_path, ("txt",), c="1", a="1", d="1")
-    assert (tmp_path / "files" / "c.txt").exists()
-    (tmp_path / "files" / "a.txt").rmdir()
-    assert run_once(tmp_path, ("txt",), e="1") == ["e.txt"]
+    remember_files(tmp_path, NONE, ("txt", "srt"))
+    for name in ("c.txt", "c.srt", "d.txt", "d.srt"):
+        (tmp_path / "files" / name).write_text("of a run that was killed")
+    (tmp_path / "files" / "e.txt").write_text("typed by hand")  # e was in its plan, but not transcribed
+    before = recordings({"b": "1", "c": "1", "d": "1"})
+    assert run_once(tmp_path, ("txt",), before, b="1", d="1") == ["b.txt", "d.srt", "d.txt", "e.txt"]
+    assert run_once(tmp_path, ("txt",), before, b="1", e=None) == ["b.txt", "e.txt"]
+    # A list that is lost names no files: nobody knows whose they are.
     (tmp_path / LIST_FILE).unlink()
-    assert run_once(tmp_path, ("txt",), d="1") == ["d.txt", "e.txt"]  # nobody knows whose it is
+    assert run_once(tmp_path, ("txt",), d="1") == ["b.txt", "d.txt", "e.txt"]
 
 
-def test_a_recording_is_done_when_none_of_its_items_failed():
+def test_a_file_that_is_as_it_should_be_is_left_alone(tmp_path):
+    write_transcript_file(tmp_path, "a", "txt", "text")
+    os.utime(tmp_path / "a.txt", ns=(1, 1))
+    write_transcript_file(tmp_path, "a", "txt", "text")
+    assert (tmp_path / "a.txt").stat().st_mtime_ns == 1
+    write_transcript_file(tmp_path, "a", "txt", "other")
+    assert (tmp_path / "a.txt").read_text() == "other"
+
+
+def test_a_recording_is_done_when_all_of_its_items_are_and_none_failed():
     plan = pa.table(
         {
-            "stem": ["a", "a", "b", "c"],
-            "item": ["x-0", "x-1", "y-0", "z-0"],
-            "id": ["x-0", "x-1~1", "y-0", "z-0~2"],
-            "index": [0, 1, 0, 0],
+            "stem": ["a", "a", "b", "c", "d", "d"],
+            "item": ["x-0", "x-1", "y-0", "z-0", "w-0", "w-1"],
+            "id": ["x-0", "x-1~1", "y-0", "z-0~2", "w-0", "w-1"],
+            "index": [0, 1, 0, 0, 0, 1],
         }
     )
-    index = pa.table({"id": ["z-0~2", "y-0", "x-1", "x-1~1", "x-0"], "failed": [False, False, False, True, False]})
+    ids = ["z-0~2", "y-0", "x-1", "x-1~1", "x-0", "w-0"]
+    index = pa.table({"id": ids, "failed": [False, False, False, True, False, False]})
     assert done_recordings(plan, index).to_pydict() == {"stem": ["b", "c"], "recording_id": ["y", "z"]}

@@ -1,0 +1,241 @@
+"""Write each recording as soon as all of its items are transcribed: its files in the chosen formats and its row.
+
+new results in home/items -> recordings all of whose items are done -> tasks that write files/ and recordings/*.parquet
+"""
+
+import json
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from graft.inference.subtitles import CueLimits, Format
+from graft.storage.atomic import atomic_file, atomic_folder
+
+from .assembly import (
+    ITEMS_PER_PART,
+    PLAN_FILE,
+    TRANSCRIPTS,
+    NewResults,
+    Totals,
+    done_recordings,
+    join_errors,
+    join_items,
+    reason_of,
+    recordings_in,
+    transcript_row,
+)
+from .transcript_files import file_stems, planned_files, remember_files, remove_other_files, write_transcript_file
+from .work_items import ITEMS
+
+TASKS_MEANWHILE = 2
+"""Tasks that write recordings at a time while items are transcribed; at the end every CPU takes part."""
+LOOK_S, RESTS_PER_LOOK = 2.0, 20
+"""Seconds between two looks for new results, and how many times as long as a look the pause after it is at least: the
+results of a million recordings take a while to list."""
+ROWS_PER_GROUP = 64
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """How a recording's row and files are written."""
+
+    folder: str
+    formats: tuple[Format, ...]
+    cues: CueLimits
+    model: str
+    aligner: str | None = None
+
+
+class RecordingWriter:
+    """Writes the files and the row of each recording as soon as all of its items have results, while a block lasts.
+
+    The end of the block waits for what is left, writes errors.jsonl, and removes the files of recordings that are gone,
+    have changed or failed; then `totals` are complete. What fails is raised there. A block that ends early leaves what
+    is written. `done` is the index of what was done before the run.
+
+    recordings/ holds a parquet file for each part of the plan, which is written anew when recordings of the part are
+    done: each row stands there once, and in the order of the plan. The rows of an earlier run stay until those of all
+    that it has done are written.
+    """
+
+    def __init__(self, plan: pa.Table, done: pa.Table, home: Path, out: Path, output: OutputSettings) -> None:
+        import ray
+
+        self._home, self._out, self._output = home, out, output
+        self._join = ray.remote(num_cpus=1)(_join_part)
+        self._plan = plan.append_column("stem", file_stems(plan["recording"]))
+        self._starts = np.flatnonzero(plan["index"].to_numpy() == 0)  # of each recording, in the plan
+        self._ends = np.append(self._starts[1:], len(plan))
+        self._result_files: list[str] = []
+        self._file_of = np.full(len(plan), -1, np.int32)  # place of each item's file in that list; -1 without a result
+        self._has_failed = np.zeros(len(plan), bool)  # each item
+        self._is_written = np.zeros(len(self._starts), bool)  # each recording
+        self._failures: list[tuple[int, str]] = []  # place of the item in the plan, line of errors.jsonl
+        self.totals = Totals()
+        self._earlier_files = remember_files(home, _done_in_last_plan(home, done), output.formats)
+        self._results = NewResults(home, seen=done["file"].unique().to_pylist())
+        self._add(done)
+        self._fault: BaseException | None = None
+        self._is_ending, self._is_stopped = threading.Event(), False
+        self._thread = threading.Thread(target=self._run, name="graft-recordings", daemon=True)
+
+    def __enter__(self) -> "RecordingWriter":
+        self._thread.start()
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        self._is_stopped = error is not None
+        self._is_ending.set()
+        try:
+            self._thread.join()
+        except BaseException:
+            self._is_stopped = True
+            raise
+        if error is None and self._fault:
+            raise self._fault
+
+    def _run(self) -> None:
+        try:
+            rows = self._out / "recordings"
+            with atomic_folder(rows, replace=True) as stage:
+                self._write_recordings(stage)  # those that were done before
+            pause_s = LOOK_S
+            while not self._is_ending.wait(pause_s):
+                start = time.monotonic()
+                self._add(self._results.read())
+                pause_s = max(LOOK_S, RESTS_PER_LOOK * (time.monotonic() - start))
+                self._write_recordings(rows)
+            self._add(self._results.read())
+            self._write_recordings(rows)
+            self._finish()
+        except BaseException as error:
+            self._fault = error
+
+    def _add(self, index: pa.Table) -> None:
+        """Take notice of results; the first one of an item counts."""
+        places = pc.index_in(index["id"], self._plan["id"])
+        index, places = index.filter(places.is_valid()), places.drop_null().to_numpy()
+        files = index["file"].combine_chunks().dictionary_encode()
+        codes = len(self._result_files) + files.indices.to_numpy()
+        self._result_files += files.dictionary.to_pylist()
+        is_first = self._file_of[places] < 0
+        # Of several assignments to one place the last one holds.
+        order = np.flatnonzero(is_first)[::-1]
+        self._file_of[places[order]] = codes[order]
+        self._has_failed[places[order]] = index["failed"].to_numpy()[order]
+
+    def _write_recordings(self, rows: Path) -> None:
+        """Write the recordings that are done and not written yet; their rows go into the folder `rows`."""
+        running: dict[Any, np.ndarray] = {}  # tasks, and the recordings that they write
+        is_done = np.logical_and.reduceat(self._file_of >= 0, self._starts)
+        for recordings in self._by_part(np.flatnonzero(is_done & ~self._is_written)):
+            part, names = self._part_of(recordings)
+            path = rows / f"part-{self._starts[recordings[0]] // ITEMS_PER_PART:05}.parquet"
+            running[self._join.remote(part, names, self._home / "items", path, self._output)] = recordings
+            while len(running) >= self._most_tasks():
+                self._collect(running)
+            if self._is_stopped:
+                break
+        while running:
+            self._collect(running)
+        if self._is_stopped:
+            raise InterruptedError("the run has ended early")
+
+    def _most_tasks(self) -> int:
+        import ray
+
+        return 2 * int(ray.cluster_resources().get("CPU", 1)) if self._is_ending.is_set() else TASKS_MEANWHILE
+
+    def _collect(self, running: dict[Any, np.ndarray]) -> None:
+        """Wait for one of the running tasks."""
+        import ray
+
+        (task,), _ = ray.wait(list(running), num_returns=1)
+        totals, failures = ray.get(task)
+        self._is_written[running.pop(task)] = True
+        self.totals.add(totals)
+        self._failures += failures
+
+    def _by_part(self, recordings: np.ndarray) -> list[np.ndarray]:
+        """Group recordings, given by their numbers, by the parts of the plan in which they begin."""
+        _, firsts = np.unique(self._starts[recordings] // ITEMS_PER_PART, return_index=True)
+        return np.split(recordings, firsts[1:]) if len(recordings) else []
+
+    def _part_of(self, recordings: np.ndarray) -> tuple[pa.Table, pa.Array]:
+        """Return a part's items that are done, with their `file` and `place`, and whether their row `is_written`.
+
+        The names of all recordings of the part are returned, too. `recordings` are those to write now.
+        """
+        number = self._starts[recordings[0]] // ITEMS_PER_PART
+        first, end = np.searchsorted(self._starts // ITEMS_PER_PART, [number, number + 1])
+        offset = self._starts[first]
+        plan = self._plan.slice(offset, self._ends[end - 1] - offset).combine_chunks()
+        written = first + np.flatnonzero(self._is_written[first:end])
+        chosen = np.sort(np.concatenate([written, recordings]))
+        places = np.concatenate([np.arange(self._starts[one], self._ends[one]) for one in chosen])
+        columns = {
+            "file": pa.array([self._result_files[code] for code in self._file_of[places]]),
+            "place": pa.array(places),
+            "is_written": pa.array(np.repeat(self._is_written[chosen], (self._ends - self._starts)[chosen])),
+        }
+        items = plan.take(places - offset)
+        for name, column in columns.items():
+            items = items.append_column(name, column)
+        return items, plan["recording"].take(self._starts[first:end] - offset).combine_chunks()
+
+    def _finish(self) -> None:
+        """Write errors.jsonl, and remove the files of other recordings."""
+        done = done_recordings(self._plan, pa.table({"id": self._plan["id"], "failed": self._has_failed}))
+        planned = planned_files(done, self._output.formats)
+        folder = Path(self._output.folder)
+        remove_other_files(self._home, folder, self._earlier_files, planned, done["recording_id"])
+        with atomic_file(self._out / "errors.jsonl") as temporary, temporary.open("w", encoding="utf-8") as errors:
+            errors.writelines(line for _, line in sorted(self._failures))
+
+
+def _done_in_last_plan(home: Path, done: pa.Table) -> pa.Table:
+    """List the recordings that are done of the plan of the last run, which may have been killed."""
+    path = home / PLAN_FILE
+    plan = pq.read_table(path, partitioning=None) if path.is_file() else ITEMS.empty_table()
+    return done_recordings(plan.append_column("stem", file_stems(plan["recording"])), done)
+
+
+def _join_part(
+    plan: pa.Table, names: pa.Array, items: Path, path: Path, output: OutputSettings
+) -> tuple[Totals, list[tuple[int, str]]]:
+    """Write the files and rows of recordings of one part, which has the `names`; its rows are in the file `path`.
+
+    Rows that are written stay, and are made anew where this machine does not see them yet in a shared file system.
+    Returns totals and failures of the others, the latter as places in the plan and lines of errors.jsonl.
+    """
+    before = pq.read_table(path, schema=TRANSCRIPTS, partitioning=None) if path.is_file() else TRANSCRIPTS.empty_table()
+    before = before.filter(pc.is_in(before["id"], plan.filter(plan["is_written"])["recording"]))
+    totals, failures, rows = Totals(), [], [before]
+    for recording in recordings_in(plan.filter(pc.invert(pc.is_in(plan["recording"], before["id"]))), items):
+        transcript = join_items(recording, model=output.model, aligner=output.aligner)
+        rows.append(pa.Table.from_pylist([transcript_row(recording, transcript)], TRANSCRIPTS))
+        if recording[0]["is_written"]:
+            continue
+        totals.add_recording(recording)
+        failures += [(item["place"], _failure_line(item)) for item in recording if item["error"]]
+        for kind in output.formats if not join_errors(recording) else ():
+            text = transcript.to_string(kind, output.cues)
+            write_transcript_file(Path(output.folder), recording[0]["stem"], kind, text)
+    joined = pa.concat_tables(rows)
+    with atomic_file(path) as temporary:
+        in_order = joined.take(pc.sort_indices(pc.index_in(joined["id"], names)))
+        pq.write_table(in_order, temporary, row_group_size=ROWS_PER_GROUP)
+    return totals, failures
+
+
+def _failure_line(item: dict[str, Any]) -> str:
+    """Make the line of errors.jsonl of an item that failed."""
+    failure = {key: item[key] for key in ("recording", "uri", "start_s", "end_s")} | {"error": reason_of(item)}
+    return json.dumps(failure, ensure_ascii=False) + "\n"

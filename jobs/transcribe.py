@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,7 +31,7 @@ from graft.inference.subtitles import CueLimits, Format
 from graft.keys import Checkpoint, DataKey, Location, MachineKey, ModelKey, OutputKey
 from graft.storage.atomic import write_atomic
 
-from .common.cli import run_job
+from .common.cli import disk_fault, run_job
 from .common.inputs import check_inputs
 from .common.outputs import claim_output, locked_output
 from .transcription import Auto
@@ -197,8 +197,6 @@ def transcribe(
 
     `opener` opens the model in each worker; by default it is the recipe's.
     """
-    import pyarrow.compute as pc
-
     from .transcription.assembly import read_index
     from .transcription.machine import connect_workers
     from .transcription.pipeline import Pipeline, run_plan
@@ -216,17 +214,39 @@ def transcribe(
     pipeline = Pipeline(_reading(recipe), opener or _opener(recipe, aligner, workers), workers, _options(recipe))
     formats = recipe.formats if recipe.out else ()
     output = OutputSettings(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner_name)
-    try:
-        with RecordingWriter(plan, done, home, out, output) as recordings_done:
+    with _saying_what_is_kept(plan, out):
+        with RecordingWriter(plan, done, home, out, output) as written:
             rtfx = run_plan(plan, done, home, pipeline)
-    except KeyboardInterrupt:
-        kept = pc.sum(pc.is_in(plan["id"], read_index(home)["id"])).as_py() or 0
-        parts = f"{kept} of {len(plan)} work items are kept in {out}"
-        print(f"graft: {parts}: the same command goes on from there", file=sys.stderr)
-        raise
-    summary = _summary(recipe, recordings_done.totals, rtfx, time.monotonic() - start)
-    write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        summary = _summary(recipe, written.totals, rtfx, time.monotonic() - start)
+        write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+@contextlib.contextmanager
+def _saying_what_is_kept(plan: "pa.Table", out: Path) -> Iterator[None]:
+    """Say how many items of a plan are kept in `out` where the run is interrupted, or its disk is full.
+
+    Raises OutputError for the disk.
+    """
+    import pyarrow.compute as pc
+
+    from .transcription.assembly import read_index
+
+    def kept() -> str:
+        count = pc.sum(pc.is_in(plan["id"], read_index(out / "work")["id"])).as_py() or 0
+        return f"{count} of {len(plan)} work items are kept in {out}"
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"graft: {kept()}: the same command goes on from there", file=sys.stderr)
+        raise
+    except Exception as error:
+        fault = disk_fault(error, out)
+        if fault is None:
+            raise
+        what = kept() if (out / "work").is_dir() else "what is done is kept there"
+        raise OutputError(f"{fault}: {what}; mend that, then the same command goes on from there") from error
 
 
 def _reading(recipe: TranscribeRecipe) -> "Reading":

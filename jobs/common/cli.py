@@ -7,7 +7,9 @@ bug and keeps its traceback.
 """
 
 import argparse
+import contextlib
 import difflib
+import errno
 import importlib.metadata
 import json
 import os
@@ -16,6 +18,7 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,6 +102,7 @@ def run_job(
     required: other required keys default to None.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    recipe: Recipe | None = None
     try:
         command = command or _command_of(run)
         texts = _help_texts(recipe_class, summary, [f"{command} {example}" for example in examples])
@@ -126,6 +130,8 @@ def run_job(
         return 128 + signal.SIGPIPE
     except Exception as error:
         message = user_message(error)
+        if message is None and (fault := disk_fault(error, getattr(recipe, "out", None) or ".")):
+            message = f"{fault}: mend that, then run the same command again; what is done is kept"
         if message is None:
             raise
         if "--debug" in argv:
@@ -152,6 +158,32 @@ def user_message(error: BaseException) -> str | None:
         for line in _GRAFT_ERROR_LINE.findall(str(inner))
     ]
     return lines[-1] if lines else None
+
+
+def disk_fault(error: BaseException, out: str | os.PathLike[str]) -> str | None:
+    """Say that the disk of a command's output folder is full or cannot be written, where that is what failed.
+
+    An error may come out of Ray as text alone, so its text is what tells. Ray's own files and those of libraries may
+    have filled the disk of the temporary folder instead.
+    """
+    text = "\n".join(map(str, _errors_inside(error)))
+    folder = Path(out).absolute()
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        if os.strerror(code) in text:
+            with contextlib.suppress(OSError):
+                folder = min((folder, Path(tempfile.gettempdir())), key=_free_share)
+            return f"the disk of {folder} is full ({os.strerror(code)})"
+    for code in (errno.EROFS, errno.EFBIG):
+        if os.strerror(code) in text:
+            return f"{folder} cannot be written ({os.strerror(code)})"
+    fault = re.search(rf"^(?:\w+: )?\[Errno (\d+)\] .*{re.escape(str(folder))}", text, re.MULTILINE)
+    return f"{folder} cannot be written ({os.strerror(int(fault[1]))})" if fault else None
+
+
+def _free_share(folder: Path) -> float:
+    """Return which share of a disk is free, of its bytes or of the files that it can hold, whichever is less."""
+    disk = os.statvfs(folder)
+    return min(disk.f_bavail / max(disk.f_blocks, 1), disk.f_favail / disk.f_files if disk.f_files else 1.0)
 
 
 def _errors_inside(error: BaseException) -> Iterator[BaseException]:

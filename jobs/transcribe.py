@@ -32,6 +32,7 @@ from graft.keys import Checkpoint, DataKey, Location, MachineKey, ModelKey, Outp
 from graft.storage.atomic import write_atomic
 
 from .common.cli import disk_fault, run_job
+from .common.console import printable
 from .common.inputs import check_inputs
 from .common.outputs import claim_output, locked_output
 from .transcription import Auto
@@ -152,7 +153,7 @@ def run(recipe: TranscribeRecipe) -> int:
         with locked_output(recipe.out):
             summary, lines = _write_transcripts(recipe, recipe.out), sys.stdout
             failures = first_failures(Path(recipe.out))
-    print("\n".join(summary_lines(summary, failures)), file=lines)
+    print("\n".join(map(printable, summary_lines(summary, failures))), file=lines)
     return PARTLY_FAILED if summary["failed"] and recipe.strict else 0
 
 

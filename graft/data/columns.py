@@ -3,6 +3,7 @@
 import hashlib
 import io
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pyarrow import feather
 from graft.data.settings import Columns
 from graft.errors import DataError
 from graft.storage.atomic import atomic_file
+from graft.storage.local_paths import utf8_name
 
 _BINARY = (pa.binary(), pa.large_binary())
 _STRING = pa.large_string()
@@ -59,7 +61,7 @@ def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> pa
         stem = name.rpartition("/")[2].removesuffix(".parquet")
         ids = pa.array([f"{stem}:{row}" for row in range(count)], _STRING)
     else:
-        ids = _cast(table, columns.id, name)
+        ids = _utf8_ids(table, columns.id, name)
     if ids.null_count:
         raise DataError(f"corpus {name}: {ids.null_count} of {count} rows have no {columns.id}")
     if columns.duration is None:
@@ -112,6 +114,19 @@ def _cast(table: pa.Table, column: str, name: str, kind: pa.DataType = _STRING) 
         return _pick(table, column).cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"corpus {name}: column {column}: {' '.join(str(error).split())}") from error
+
+
+def _utf8_ids(table: pa.Table, column: str, name: str) -> pa.ChunkedArray:
+    """Read ids as strings; one that is not UTF-8 is percent-encoded, as names of files are."""
+    ids = _pick(table, column)
+    if ids.type in (pa.string(), *_BINARY, _STRING):
+        data = ids.cast(pa.large_binary())
+        try:
+            data.cast(_STRING).validate(full=True)
+        except pa.ArrowInvalid:
+            names = (None if one is None else utf8_name(os.fsdecode(one)) for one in data.to_pylist())
+            return pa.chunked_array([pa.array(names, _STRING)])
+    return _cast(table, column, name)
 
 
 def _type_of(schema: pa.Schema, column: str) -> pa.DataType | None:

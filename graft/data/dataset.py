@@ -148,7 +148,8 @@ class RowReader:
             raise DataError(
                 f"corpus {redact_uri(self.files[file].uri)}: row {row} of row group {row_group} holds no audio bytes"
             )
-        return content, (names[int(row)].as_py() or "") if names is not None else ""
+        name = names[int(row)].as_buffer() if names is not None else None
+        return content, name.to_pybytes().decode(errors="replace") if name else ""
 
     def _read_audio(self, file: int, row_group: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
         opened, footer = self.files[file], self._footers(file)

@@ -11,9 +11,10 @@ import functools
 import os
 import random
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
@@ -27,6 +28,8 @@ from fsspec.spec import AbstractBufferedFile
 from fsspec.utils import glob_translate, merge_offset_ranges
 
 from graft.errors import DataError, require
+
+from .local_paths import is_utf8, local_path, utf8_location, utf8_name
 
 T = TypeVar("T")
 
@@ -110,6 +113,9 @@ def open_file(uri: str) -> Any:
         file = filesystem.open(path, "rb", cache_type="none")
         file.cache = _ExactCache(file.blocksize, file._fetch_range, file.size)  # The default reads 5 MB ahead.
         return file
+    path = local_path(uri)
+    if path is not None:
+        return pafs.LocalFileSystem().open_input_file(os.fsencode(path))
     filesystem, path = _connect(uri)
     return filesystem.open_input_file(path)
 
@@ -157,27 +163,22 @@ def _expand(location: str, pattern: str) -> list[StoredFile]:
     """List the files of a location; local paths become absolute, as Ray's workers have other working folders."""
     if location.startswith(("http://", "https://")):
         return [StoredFile(location, PurePosixPath(urlsplit(location).path).name, None, "")]
-    location = _pin_revision(location) if "://" in location else os.path.abspath(os.path.expanduser(location))
+    path = local_path(location)
+    if path is not None:
+        return _expand_local(os.path.abspath(os.path.expanduser(path)), pattern)
+    location = _pin_revision(location)
     # In URIs other than hf:// names are quoted, and "?" begins the options.
-    is_plain = "://" not in location or location.startswith("hf://")
+    is_plain = location.startswith("hf://")
     base, separator, query = (location, "", "") if is_plain else location.partition("?")
     base, options = base.rstrip("/"), separator + query
-    wildcards = "*[?" if is_plain else "*["
-    if any(sign in base for sign in wildcards) and not os.path.exists(base):
-        parts = base.split("/")
-        first = next(index for index, part in enumerate(parts) if any(sign in part for sign in wildcards))
-        base, pattern = "/".join(parts[:first]), "/".join(parts[first:])
+    base, pattern = _split_glob(base, pattern, "*[?" if is_plain else "*[")
     filesystem, root = _connect(base + options)
     found = filesystem.get_file_info(root)
     if found.type in (pafs.FileType.File, pafs.FileType.Unknown):  # Unknown is a pipe or a socket.
         return [_stored_file(base + options, PurePosixPath(base).name, found)]
     if found.type == pafs.FileType.NotFound:
         raise FileNotFoundError(base)
-    is_deep = "/" in pattern or "**" in pattern
-    if is_deep and isinstance(filesystem, pafs.LocalFileSystem):
-        infos = _walk(filesystem, root)
-    else:
-        infos = iter(filesystem.get_file_info(pafs.FileSelector(root, recursive=is_deep)))
+    infos = filesystem.get_file_info(pafs.FileSelector(root, recursive="/" in pattern or "**" in pattern))
     matches, files = re.compile(glob_translate(pattern)).match, []
     for info in infos:
         name = info.path[len(root) :].lstrip("/")
@@ -187,11 +188,39 @@ def _expand(location: str, pattern: str) -> list[StoredFile]:
     return files
 
 
-def _walk(filesystem: pafs.LocalFileSystem, root: str) -> Iterator[pafs.FileInfo]:
-    """Describe the files of a local folder and of those below it.
+def _expand_local(path: str, pattern: str) -> list[StoredFile]:
+    """List the files of a local path. Names that are not UTF-8 are percent-encoded, and their paths file:// URIs."""
+    if not os.path.exists(path):
+        path, pattern = _split_glob(path, pattern, "*[?")
+    if not os.path.isdir(path):
+        return [_local_file(path, os.path.basename(path), os.stat(path))]
+    matches = re.compile(glob_translate(pattern)).match
+    names = (name for name in _walk(path, is_deep="/" in pattern or "**" in pattern) if matches(name))
+    found, odd = [], []
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # it is gone again, or a link to nothing
+            status = os.stat(os.path.join(path, name))
+            if stat.S_ISREG(status.st_mode) and not _HIDDEN.search(name):
+                (found if is_utf8(name) else odd).append(_local_file(os.path.join(path, name), name, status))
+    taken = {file.name for file in found} if odd else set()
+    # Another file may really be called like an encoded name.
+    return found + [replace(file, name=f"~{file.name}") if file.name in taken else file for file in odd]
 
-    Links are followed, but not in circles, as Arrow would.
-    """
+
+def _local_file(path: str, name: str, status: os.stat_result) -> StoredFile:
+    version = f"{status.st_size} {status.st_mtime_ns}"
+    return StoredFile(utf8_location(path), utf8_name(name), status.st_size, version)
+
+
+def _split_glob(base: str, pattern: str, wildcards: str) -> tuple[str, str]:
+    """Part a location with wildcards into the folder before the first of them, and the pattern of its files."""
+    parts = base.split("/")
+    first = next((index for index, part in enumerate(parts) if any(sign in part for sign in wildcards)), None)
+    return (base, pattern) if first is None else ("/".join(parts[:first]), "/".join(parts[first:]))
+
+
+def _walk(root: str, *, is_deep: bool) -> Iterator[str]:
+    """Yield the paths of files below a local folder; links are followed, but not in circles."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -200,8 +229,8 @@ def _walk(filesystem: pafs.LocalFileSystem, root: str) -> Iterator[pafs.FileInfo
         # A link that leads back is one to a folder that it lies in, or to one above that.
         links = [path for name in names if (path := Path(folder, name)).is_symlink()]
         back = {one.name for one in links if any(up.resolve().is_relative_to(one.resolve()) for up in one.parents)}
-        names[:] = [name for name in names if not name.startswith(".") and name not in back]
-        yield from filesystem.get_file_info([os.path.join(folder, name) for name in files])
+        names[:] = [name for name in names if is_deep and not name.startswith(".") and name not in back]
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in files)
 
 
 def _stored_file(uri: str, name: str, info: pafs.FileInfo) -> StoredFile:
@@ -227,9 +256,7 @@ def _pin_revision(uri: str) -> str:
 
 
 def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Open the file system of a URI or local path; returns it and the path in it."""
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), uri or "/"
+    """Open the file system of a URI; returns it and the path in it."""
     try:
         if uri.startswith("s3://"):
             parts = urlsplit(uri)
@@ -312,8 +339,11 @@ def _http_status(error: BaseException | None) -> int | None:
 
 
 def _may_pass(uri: str, error: BaseException) -> bool:
-    is_local = "://" not in uri or uri.startswith("file:")
-    if is_local or isinstance(error, PermissionError | pa.ArrowException) or _LASTING_S3_ERROR.search(str(error)):
+    if (
+        local_path(uri) is not None
+        or isinstance(error, PermissionError | pa.ArrowException)
+        or _LASTING_S3_ERROR.search(str(error))
+    ):
         return False
     status = _http_status(error)
     return type(error).__name__ != "OfflineModeIsEnabled" and (status is None or status in (408, 429) or status >= 500)

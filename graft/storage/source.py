@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 from graft.errors import AudioError, DataError
 
+from .local_paths import local_path
+
 AudioSource = str | os.PathLike[str] | bytes | BinaryIO
 """A path or URI (hf://, s3://, http://, https://, file://), the bytes of a file, or an open binary file, which is read
 from its start."""
@@ -133,15 +135,16 @@ def _open_ranges(source: AudioSource, stack: contextlib.ExitStack) -> tuple[int,
 
     Reads of URIs that fail in a way that may pass are retried; all of a stream that cannot be sought is read.
     """
-    if isinstance(source, str) and "://" in source:
+    path = local_path(source) if isinstance(source, str) else source
+    if isinstance(source, str) and path is None:
         from graft.storage.locations import open_file, retry_read
 
         retry: Any = functools.partial(retry_read, source)
         remote = retry(lambda: stack.enter_context(open_file(source)))
         size = retry(lambda: remote.seek(0, io.SEEK_END))
         return size, lambda start, count: retry(lambda: _read_range(remote, start, count))
-    if isinstance(source, str | os.PathLike):
-        file: Any = stack.enter_context(io.FileIO(source, opener=_open_path))
+    if isinstance(path, str | os.PathLike):
+        file: Any = stack.enter_context(io.FileIO(path, opener=_open_path))
     else:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
     if not file.seekable():

@@ -31,8 +31,9 @@ from pydantic.fields import FieldInfo
 from graft.config import R, Recipe, read_recipe
 from graft.errors import GraftError, RecipeError, install_command
 from graft.keys import alternatives, first_sentence, help_lines, values_text
+from graft.storage.local_paths import utf8_location
 
-from .console import quiet_libraries
+from .console import printable, quiet_libraries
 from .inputs import check_inputs
 
 STOPPED = 128 + signal.SIGTERM
@@ -136,7 +137,7 @@ def run_job(
             raise
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"graft: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"graft: error: {printable(' '.join(message.split()))}", file=sys.stderr)
         return 2
 
 
@@ -289,7 +290,7 @@ def _overrides(arguments: Sequence[str], keys: Mapping[str, FieldInfo], words: s
     left, given = iter(arguments), list[str]()
     for argument in left:
         if words and not argument.startswith("-") and not _names_key(argument, keys):
-            given.append(argument)
+            given.append(utf8_location(argument))
             continue
         override = argument.removeprefix("--")
         if override != argument:
@@ -309,6 +310,8 @@ def _overrides(arguments: Sequence[str], keys: Mapping[str, FieldInfo], words: s
                 )
                 raise RecipeError(f"unknown key {key} ({hint})")
             override = f"{key}{equals}{value}" if equals else ""
+        if words and override.startswith(f"{words}=") and not override.startswith(f"{words}=["):
+            override = f"{words}={utf8_location(override.removeprefix(f'{words}='))}"
         if "=" not in override or override.startswith("-"):
             hint = "" if argument.startswith("-") else " (a value with spaces stands in quotes)"
             raise RecipeError(f"argument {argument!r} is not key=value or --key value{hint}: see --help")

@@ -3,12 +3,15 @@
 import contextlib
 import logging
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 POLL_S = 0.5
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters by which a name could move the cursor, end a line, or turn the text about it round."""
 QUIET_VARIABLES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -24,6 +27,11 @@ def quiet_libraries() -> None:
     for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
+
+
+def printable(line: str) -> str:
+    """Write the control characters in a line, such as those in names of files, as Python's escapes."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
 @contextlib.contextmanager

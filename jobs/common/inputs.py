@@ -8,11 +8,11 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from graft.config import Recipe
 from graft.errors import DataError
 from graft.keys import Input, inputs_of
+from graft.storage.local_paths import local_path
 
 MOST_NAMED = 10
 """Most missing files that a message names."""
@@ -43,9 +43,8 @@ def _exists(one: Input) -> bool:
 
 def _local_path(value: str) -> str | None:
     """Return the path of a local file; None for a location on another machine."""
-    if value.startswith("file://"):
-        return unquote(urlsplit(value).path)
-    return None if "://" in value else os.path.expanduser(value)
+    path = local_path(value)
+    return None if path is None else os.path.expanduser(path)
 
 
 def _hint(value: str) -> str:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from graft.data.dataset import RowTable, read_rows
 from graft.data.settings import Columns, Source
 from graft.errors import DataError
+from graft.storage.local_paths import local_path, utf8_location, utf8_name
 from graft.storage.locations import StoredFile, find_files, redact_uri
 from graft.storage.source import open_source
 
@@ -96,7 +97,7 @@ def _recordings_of(source: str, columns: Columns, skipped: list[str], results: s
     found = _found(source)
     if results:
         inside = f"{os.path.abspath(results)}/"
-        found = [file for file in found if not file.uri.removeprefix("file://").startswith(inside)]
+        found = [file for file in found if not (local_path(file.uri) or "").startswith(inside)]
     audio = [file for file in found if suffix_of(file.name) != PARQUET]
     corpora = [file for file in found if suffix_of(file.name) == PARQUET]
     is_named = any(sign in source for sign in "*?[") or [file.name for file in found] == [PurePosixPath(source).name]
@@ -114,29 +115,29 @@ def _found(place: str) -> list[StoredFile]:
     except DataError:
         if suffix_of(place) not in AUDIO_SUFFIXES:
             raise  # it may be a folder; a missing recording gets a row that says so
-    uri = place if "://" in place else os.path.abspath(os.path.expanduser(place))
-    return [StoredFile(uri, PurePosixPath(place).name, None, "")]
+    path = local_path(place)
+    uri = place if path is None else utf8_location(os.path.abspath(os.path.expanduser(path)))
+    return [StoredFile(uri, utf8_name(PurePosixPath(path or place).name), None, "")]
 
 
 def _listed(source: str) -> list[StoredFile]:
     """Look up the files in a list; their names are their paths without the folders that all share."""
     with open_source(source) as file:
         data = file.read()
-    try:
-        lines = [line for line in map(str.strip, data.decode().splitlines()) if line and not line.startswith("#")]
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{redact_uri(source)}: a list holds a path or URI in each line, in UTF-8: "
-            f"{error.reason} at byte {error.start}"
-        ) from error
-    home = (source if "://" in source else os.path.abspath(source)).rpartition("/")[0]
-    places = [line if "://" in line or os.path.isabs(line) else f"{home}/{line}" for line in lines]
+    if b"\0" in data:
+        raise DataError(f"{redact_uri(source)}: a list holds a path or URI in each line: byte {data.index(0)} is zero")
+    # Only these end a line or surround a name; names hold the other ends of lines and spaces of Unicode.
+    lines = [line.strip(" \t\r") for line in os.fsdecode(data).split("\n")]
+    path = local_path(source)
+    home = (source if path is None else os.path.abspath(path)).rpartition("/")[0]
+    named = [local_path(line) or line for line in lines if line and not line.startswith("#")]
+    places = [line if "://" in line or os.path.isabs(line) else f"{home}/{line}" for line in named]
     folders = zip(*(place.split("/")[:-1] for place in places), strict=False)
     shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, folders))
     with ThreadPoolExecutor(LOOKUPS) as pool:
         files = pool.map(_looked_up, places)
         return [
-            StoredFile(file.uri, "/".join(place.split("/")[shared:]), file.size, file.version)
+            StoredFile(file.uri, utf8_name("/".join(place.split("/")[shared:])), file.size, file.version)
             for file, place in zip(files, places, strict=True)
         ]
 
@@ -146,7 +147,7 @@ def _looked_up(place: str) -> StoredFile:
     try:
         (file,) = find_files(place)
     except (DataError, ValueError):
-        return StoredFile(place if "://" in place else os.path.abspath(place), "", None, "")
+        return StoredFile(place if "://" in place else utf8_location(os.path.abspath(place)), "", None, "")
     return file
 
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from graft.audio.chunking import Chunk
 from graft.inference.segments import Segment
+from graft.storage.local_paths import local_path
 
 from . import Auto
 from .discovery import LIST_SUFFIXES, PARQUET, find_recordings, suffix_of
@@ -34,7 +35,8 @@ def needs_ray(sources: Sequence[str], workers: int | Auto) -> str | None:
         return "RAY_ADDRESS names a cluster"
     if workers != "auto" and workers > 1:
         return f"workers={workers} is more than one process"
-    is_named = (os.path.isfile(source) and suffix_of(source) not in (*LIST_SUFFIXES, PARQUET) for source in sources)
+    paths = (local_path(source) or "" for source in sources)
+    is_named = (os.path.isfile(path) and suffix_of(path) not in (*LIST_SUFFIXES, PARQUET) for path in paths)
     if not all(is_named):
         return "these are not only local files that are named one by one"
     return f"these are more than {MOST_FILES} files" if len(sources) > MOST_FILES else None

@@ -9,6 +9,8 @@ from graft.inference.segments import Segment
 from graft.inference.subtitles import CueLimits, Format
 from graft.inference.transcript import Transcript
 
+from ..common.console import printable
+
 
 def printed_format(formats: Sequence[Format], recording_count: int) -> Format:
     """Return the one format to print. Raises RecipeError for several, and for several recordings' subtitles."""
@@ -37,7 +39,9 @@ class TranscriptPrinter:
 
     def begin(self, name: str) -> None:
         """Begin the recording whose segments come next."""
-        self._name, self._is_open = name.removeprefix(f"{Path.cwd()}/"), False
+        here = Path.cwd()
+        name = name.removeprefix(f"{here}/").removeprefix(f"{here.as_uri()}/")
+        self._name, self._is_open = printable(name), False
 
     def show(self, segment: Segment) -> None:
         """Print a segment's text, where plain text is printed by segments."""
@@ -50,7 +54,7 @@ class TranscriptPrinter:
         if self._is_open:
             print(flush=True)
         if error:
-            print(f"graft: {self._name}: {error}", file=sys.stderr)
+            print(f"graft: {self._name}: {printable(error)}", file=sys.stderr)
         elif not self._is_open:
             text = transcript.to_string(self._form, self._cues)
             label = self._label("\n" if self._splits_channels else " ")

@@ -3,7 +3,6 @@
 new results in home/items -> recordings all of whose items are done -> tasks that write files/ and recordings/*.parquet
 """
 
-import json
 import threading
 import time
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from .assembly import (
     recordings_in,
     transcript_row,
 )
+from .reporting import json_line
 from .transcript_files import file_stems, planned_files, remember_files, remove_other_files, write_transcript_file
 from .work_items import ITEMS
 
@@ -237,5 +237,4 @@ def _join_part(
 
 def _failure_line(item: dict[str, Any]) -> str:
     """Make the line of errors.jsonl of an item that failed."""
-    failure = {key: item[key] for key in ("recording", "uri", "start_s", "end_s")} | {"error": reason_of(item)}
-    return json.dumps(failure, ensure_ascii=False) + "\n"
+    return json_line({key: item[key] for key in ("recording", "uri", "start_s", "end_s")} | {"error": reason_of(item)})

@@ -196,7 +196,7 @@ def _expand_local(path: str, pattern: str) -> list[StoredFile]:
         return [_local_file(path, os.path.basename(path), os.stat(path))]
     matches = re.compile(glob_translate(pattern)).match
     names = (name for name in _walk(path, is_deep="/" in pattern or "**" in pattern) if matches(name))
-    found, odd = [], []
+    found, odd = list[StoredFile](), list[StoredFile]()
     for name in names:
         with contextlib.suppress(FileNotFoundError):  # it is gone again, or a link to nothing
             status = os.stat(os.path.join(path, name))

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import errno
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -104,6 +105,8 @@ def run_job(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     recipe: Recipe | None = None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks, as stderr writes it
     try:
         command = command or _command_of(run)
         texts = _help_texts(recipe_class, summary, [f"{command} {example}" for example in examples])
@@ -314,6 +317,8 @@ def _overrides(arguments: Sequence[str], keys: Mapping[str, FieldInfo], words: s
             override = f"{words}={utf8_location(override.removeprefix(f'{words}='))}"
         if "=" not in override or override.startswith("-"):
             hint = "" if argument.startswith("-") else " (a value with spaces stands in quotes)"
+            if words and os.path.exists(argument):
+                hint = f" (the file is ./{argument})"
             raise RecipeError(f"argument {argument!r} is not key=value or --key value{hint}: see --help")
         if given and override.startswith(f"{words}="):
             raise RecipeError(

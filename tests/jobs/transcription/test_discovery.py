@@ -13,6 +13,7 @@ from graft.audio.vad import SpeechSettings
 from graft.data.dataset import write_corpus
 from graft.data.settings import Columns
 from graft.errors import AudioError, DataError
+from graft.storage.local_paths import local_path, utf8_location
 from jobs.transcription.discovery import RECORDINGS, discover, find_recordings
 from jobs.transcription.reader import ItemReader, Reading
 from jobs.transcription.work_items import durations, plan_items
@@ -88,6 +89,40 @@ def test_results_inside_the_folder_are_not_transcribed(folder):
         assert len(found.skipped) == 1
 
 
+def test_a_name_of_any_bytes_comes_back_in_utf8_and_its_uri_tells_the_bytes(tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"M\xe4rz")
+    (folder / "sub").mkdir(parents=True)
+    odd = [
+        "line\nfeed.wav",
+        "tab\t.wav",
+        "🎉.wav",
+        "esc\x1b[2J.wav",
+        "-n.wav",
+        "'\".wav",
+        "%41.wav",
+        "a?b#c.wav",
+        "x" * 251,
+    ]
+    odd = [f"sub/{name}" for name in (*odd, "caf%E9.wav", " a .wav", "\u2028.wav", *map(os.fsdecode, [b"caf\xe9.wav"]))]
+    for name in odd:
+        (folder / name).with_suffix(".wav").write_bytes(b"12345")
+    found = find_recordings([str(folder)])
+    paths = [local_path(uri) for uri in found["uri"].to_pylist()]
+    assert sorted(paths) == sorted(str((folder / name).with_suffix(".wav")) for name in odd)
+    assert all(uri.startswith("file:///") and "M%E4rz" in uri for uri in found["uri"].to_pylist())
+    by_path = dict(zip(paths, found["recording"].to_pylist(), strict=True))
+    assert by_path[os.fsdecode(os.path.join(os.fsencode(folder), b"sub/caf\xe9.wav"))] == "~sub/caf%E9.wav"
+    assert by_path[str(folder / "sub" / "line\nfeed.wav")] == "sub/line\nfeed.wav"
+    for given in (found["uri"].to_pylist()[0], f"{utf8_location(str(folder))}/*/*.wav"):
+        assert set(find_recordings([given])["uri"].to_pylist()) <= set(found["uri"].to_pylist())
+    # A list has a name in each line, in the bytes of the file system, or its URI.
+    (folder / "all.txt").write_bytes(b"sub/caf\xe9.wav\r\nsub/caf\xc3\xa9.wav\n" + found["uri"][0].as_py().encode())
+    monkeypatch.chdir(folder)
+    listed = find_recordings(["all.txt"])
+    assert listed["size"].null_count == 1  # caf\xc3\xa9.wav is not there
+    assert set(listed["uri"].to_pylist()) < {*found["uri"].to_pylist(), utf8_location(f"{folder}/sub/café.wav")}
+
+
 def test_a_version_changes_with_the_file_and_with_nothing_else(folder):
     before = find_recordings(["calls"])["version"].to_pylist()
     assert find_recordings(["calls"])["version"].to_pylist() == before
@@ -131,8 +166,8 @@ def test_a_list_names_places_relative_to_its_own_folder(folder):
     assert found["recording"].to_pylist() == ["b.flac", "sub/a.opus", "sub/deep/call.m4a", "sub/gone.mp3"]
     assert found["uri"].to_pylist() == [str(folder / name) for name in found["recording"].to_pylist()]
     assert found["size"].to_pylist() == [5, 5, 5, None]
-    (folder / "bad.lst").write_bytes(b"a.wav\n\xff\xfe")
-    with pytest.raises(DataError, match=r"bad.lst: a list holds a path or URI in each line, in UTF-8: .* at byte 6"):
+    (folder / "bad.lst").write_bytes("a.wav\nb.wav".encode("utf-16"))
+    with pytest.raises(DataError, match=r"bad.lst: a list holds a path or URI in each line: byte 3 is zero"):
         names("calls/bad.lst")
     with pytest.raises(AudioError, match=r"none.txt: No such file"):
         names("calls/none.txt")

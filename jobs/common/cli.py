@@ -12,7 +12,6 @@ import difflib
 import errno
 import importlib.metadata
 import io
-import json
 import os
 import re
 import select
@@ -34,7 +33,7 @@ from graft.errors import GraftError, RecipeError, install_command
 from graft.keys import alternatives, first_sentence, help_lines, values_text
 from graft.storage.local_paths import utf8_location
 
-from .console import printable, quiet_libraries
+from .console import json_text, printable, quiet_libraries
 from .inputs import check_inputs
 
 STOPPED = 128 + signal.SIGTERM
@@ -326,7 +325,7 @@ def _overrides(arguments: Sequence[str], keys: Mapping[str, FieldInfo], words: s
             )
         yield override
     if given:
-        yield f"{words}={json.dumps(given, ensure_ascii=False)}"
+        yield f"{words}={json_text(given)}"
 
 
 def _is_output_closed() -> bool:

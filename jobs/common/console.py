@@ -1,6 +1,7 @@
 """Keep a command's output readable: quiet libraries, and the lines that its workers write to a file meanwhile."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 POLL_S = 0.5
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -32,6 +34,12 @@ def quiet_libraries() -> None:
 def printable(line: str) -> str:
     """Write the control characters in a line, such as those in names of files, as Python's escapes."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
+
+
+def json_text(values: Any) -> str:
+    """Write JSON in one line for every reader: what ends lines in Unicode, or is no character in YAML, is escaped."""
+    text = json.dumps(values, ensure_ascii=False)
+    return re.sub(r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from graft.inference.subtitles import CueLimits, Format
 from graft.storage.atomic import atomic_file, atomic_folder
 
+from ..common.console import json_text
 from .assembly import (
     ITEMS_PER_PART,
     PLAN_FILE,
@@ -30,7 +31,6 @@ from .assembly import (
     recordings_in,
     transcript_row,
 )
-from .reporting import json_line
 from .transcript_files import file_stems, planned_files, remember_files, remove_other_files, write_transcript_file
 from .work_items import ITEMS
 
@@ -237,4 +237,5 @@ def _join_part(
 
 def _failure_line(item: dict[str, Any]) -> str:
     """Make the line of errors.jsonl of an item that failed."""
-    return json_line({key: item[key] for key in ("recording", "uri", "start_s", "end_s")} | {"error": reason_of(item)})
+    failure = {key: item[key] for key in ("recording", "uri", "start_s", "end_s")} | {"error": reason_of(item)}
+    return f"{json_text(failure)}\n"

@@ -1,7 +1,6 @@
 """Say what a run of bulk transcription left out, what failed, and how it ended."""
 
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,18 +10,12 @@ from typing import Any
 from graft.audio.defects import SEVERAL_TRACKS
 from graft.storage.atomic import write_atomic
 
-from ..common.console import printable
+from ..common.console import json_text, printable
 from .discovery import suffix_of
 
 ERRORS_FILE, SKIPPED_FILE = "errors.jsonl", "skipped.jsonl"
 MOST_FAILURES, MOST_SUFFIXES = 3, 5
 """Recordings that failed, and kinds of files that are left out, which are named in the command's output."""
-
-
-def json_line(values: dict[str, Any]) -> str:
-    """Write a line of JSON that is one line for every reader, whatever ends a line in Unicode."""
-    text = json.dumps(values, ensure_ascii=False)
-    return re.sub(r"[\x7f-\x9f\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def summary_lines(summary: dict[str, Any], failures: Sequence[str]) -> Iterator[str]:
@@ -48,7 +41,7 @@ def say_skipped(skipped: Sequence[str], out: Path | None) -> None:
     """Say which files of the folders are left out, and list them in SKIPPED_FILE of a folder of results."""
     listed = ""
     if out:
-        write_atomic(out / SKIPPED_FILE, "".join(json_line({"uri": uri}) for uri in skipped))
+        write_atomic(out / SKIPPED_FILE, "".join(f"{json_text({'uri': uri})}\n" for uri in skipped))
         listed = f": {out / SKIPPED_FILE} lists them"
     if skipped:
         suffixes = Counter(suffix_of(uri) or "no suffix" for uri in skipped)

@@ -215,7 +215,7 @@ def transcribe(
     pipeline = Pipeline(_reading(recipe), opener or _opener(recipe, aligner, workers), workers, _options(recipe))
     formats = recipe.formats if recipe.out else ()
     output = OutputSettings(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner_name)
-    with _saying_what_is_kept(plan, out):
+    with _saying_what_is_kept(plan, out) if recipe.out else contextlib.nullcontext():
         with RecordingWriter(plan, done, home, out, output) as written:
             rtfx = run_plan(plan, done, home, pipeline)
         summary = _summary(recipe, written.totals, rtfx, time.monotonic() - start)

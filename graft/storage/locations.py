@@ -7,6 +7,7 @@ in which URIs stand without user, secret and query.
 """
 
 import contextlib
+import errno
 import functools
 import os
 import random
@@ -198,10 +199,14 @@ def _expand_local(path: str, pattern: str) -> list[StoredFile]:
     names = (name for name in _walk(path, is_deep="/" in pattern or "**" in pattern) if matches(name))
     found, odd = list[StoredFile](), list[StoredFile]()
     for name in names:
-        with contextlib.suppress(FileNotFoundError):  # it is gone again, or a link to nothing
+        try:
             status = os.stat(os.path.join(path, name))
-            if stat.S_ISREG(status.st_mode) and not _HIDDEN.search(name):
-                (found if is_utf8(name) else odd).append(_local_file(os.path.join(path, name), name, status))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                continue  # it is gone again, or a link to nothing
+            raise
+        if stat.S_ISREG(status.st_mode) and not _HIDDEN.search(name):
+            (found if is_utf8(name) else odd).append(_local_file(os.path.join(path, name), name, status))
     taken = {file.name for file in found} if odd else set()
     # Another file may really be called like an encoded name.
     return found + [replace(file, name=f"~{file.name}") if file.name in taken else file for file in odd]

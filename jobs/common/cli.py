@@ -134,7 +134,7 @@ def run_job(
     except Exception as error:
         message = user_message(error)
         if message is None and (fault := disk_fault(error, getattr(recipe, "out", None) or ".")):
-            message = f"{fault}: mend that, then run the same command again; what is done is kept"
+            message = f"{fault}: mend that, then run the same command again"
         if message is None:
             raise
         if "--debug" in argv:

@@ -7,7 +7,6 @@ in which URIs stand without user, secret and query.
 """
 
 import contextlib
-import errno
 import functools
 import os
 import random
@@ -194,27 +193,27 @@ def _expand_local(path: str, pattern: str) -> list[StoredFile]:
     if not os.path.exists(path):
         path, pattern = _split_glob(path, pattern, "*[?")
     if not os.path.isdir(path):
-        return [_local_file(path, os.path.basename(path), os.stat(path))]
+        os.stat(path)  # raises an error where it is missing
+        return [_local_file(path, os.path.basename(path))]
     matches = re.compile(glob_translate(pattern)).match
     names = (name for name in _walk(path, is_deep="/" in pattern or "**" in pattern) if matches(name))
     found, odd = list[StoredFile](), list[StoredFile]()
     for name in names:
-        try:
-            status = os.stat(os.path.join(path, name))
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):
-                continue  # it is gone again, or a link to nothing
-            raise
-        if stat.S_ISREG(status.st_mode) and not _HIDDEN.search(name):
-            (found if is_utf8(name) else odd).append(_local_file(os.path.join(path, name), name, status))
+        # Links that lead nowhere, and pipes, are found too: who reads them says what is wrong.
+        if not _HIDDEN.search(name):
+            (found if is_utf8(name) else odd).append(_local_file(os.path.join(path, name), name))
     taken = {file.name for file in found} if odd else set()
     # Another file may really be called like an encoded name.
     return found + [replace(file, name=f"~{file.name}") if file.name in taken else file for file in odd]
 
 
-def _local_file(path: str, name: str, status: os.stat_result) -> StoredFile:
-    version = f"{status.st_size} {status.st_mtime_ns}"
-    return StoredFile(utf8_location(path), utf8_name(name), status.st_size, version)
+def _local_file(path: str, name: str) -> StoredFile:
+    size, version = None, ""
+    with contextlib.suppress(OSError):  # a link that leads nowhere
+        status = os.stat(path)
+        size = status.st_size if stat.S_ISREG(status.st_mode) else None
+        version = f"{size} {status.st_mtime_ns}"
+    return StoredFile(utf8_location(path), utf8_name(name), size, version)
 
 
 def _split_glob(base: str, pattern: str, wildcards: str) -> tuple[str, str]:

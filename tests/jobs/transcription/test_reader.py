@@ -93,7 +93,7 @@ def test_rows_of_parquet_are_read_and_what_fails_has_its_error(tmp_path, recordi
     assert errors[2].startswith("bad: not readable as audio")
     broken = items_of(tmp_path / "c.parquet", item_s=25.0).to_pylist()[2] | {"error": errors[2]}
     assert (
-        assembly._kind(assembly._reason(broken)) == "not readable as audio"
+        assembly._kind(assembly.reason_of(broken)) == "not readable as audio"
     )  # by which failures are counted, whatever their names
     missing = read(items_of(tmp_path / "gone.wav"))
     assert missing["error"].to_pylist() == [

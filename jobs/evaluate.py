@@ -95,8 +95,9 @@ class EvaluateRecipe(Recipe):
     threads_per_worker: MachineKey[Annotated[int, Field(ge=1)] | Auto] = "auto"
     """CPU threads of each worker, and CPUs that it takes from the cluster; auto is 1 beside a GPU, and else its
     share of a machine's CPUs, of which one is left to a reader."""
-    dtype: ModelKey[Literal["fp32", "bf16"] | None] = None
-    """Precision of the weights; null takes the one that they are stored in, as graft transcribe does."""
+    dtype: ModelKey[Literal["fp32", "bf16", "int8"] | None] = None
+    """Precision of the weights; null takes the one that they are stored in, as graft transcribe does. int8 is for CPUs
+    with VNNI or AMX."""
     gpu: MachineKey[bool | Auto] = "auto"
     """Whether each worker takes a GPU; auto takes GPUs where there are any."""
     seed: DataKey[int] = 0
@@ -189,6 +190,7 @@ def _check_models(recipe: EvaluateRecipe) -> dict[str, str]:
     from graft.checkpoints.loading import base_checkpoint, check_model, open_speech_processor
 
     own = check_model(recipe.model)
+    _asked_workers(recipe).check()
     if recipe.instructions:
         processor = open_speech_processor(recipe.model)
         for instruction in recipe.instructions:
@@ -254,7 +256,8 @@ def _transcribe_models(
 def _asked_workers(recipe: EvaluateRecipe) -> "AskedWorkers":
     from .transcription.machine import AskedWorkers
 
-    return AskedWorkers(recipe.readers, recipe.workers, recipe.threads_per_worker, recipe.gpu, recipe.batch_clips)
+    counts = recipe.readers, recipe.workers, recipe.threads_per_worker, recipe.gpu, recipe.batch_clips
+    return AskedWorkers(*counts, recipe.dtype)
 
 
 def _report(

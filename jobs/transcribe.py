@@ -101,8 +101,9 @@ class TranscribeRecipe(Recipe):
     """How speech is found in the audio."""
     chunks: DataKey[ChunkSettings] = ChunkSettings()
     """How speech is cut into chunks for the model."""
-    dtype: ModelKey[Literal["fp32", "bf16"] | None] = None
-    """Precision of the weights; null takes the one that they are stored in."""
+    dtype: ModelKey[Literal["fp32", "bf16", "int8"] | None] = None
+    """Precision of the weights; null takes the one that they are stored in. int8 is for CPUs with VNNI or AMX, where it
+    is about twice as fast as fp32."""
     engine: ModelKey[Literal["transformers", "vllm"]] = "transformers"
     """Engine of a graft's language model; vllm schedules its own batches and needs the extra `vllm`."""
     quantization: ModelKey[str | None] = None
@@ -295,7 +296,8 @@ def _sources(recipe: TranscribeRecipe) -> list[str]:
 def _asked_workers(recipe: TranscribeRecipe) -> "AskedWorkers":
     from .transcription.machine import AskedWorkers
 
-    return AskedWorkers(recipe.readers, recipe.workers, recipe.threads, recipe.gpus_per_worker, recipe.items_per_batch)
+    counts = recipe.readers, recipe.workers, recipe.threads, recipe.gpus_per_worker, recipe.items_per_batch
+    return AskedWorkers(*counts, recipe.dtype)
 
 
 def _check_track(sources: Sequence[str], track: int | str | None) -> None:
@@ -319,6 +321,7 @@ def _check_model(recipe: TranscribeRecipe) -> None:
     from graft.checkpoints.loading import check_model, open_speech_processor
 
     check_model(recipe.model, engine=recipe.engine)
+    _asked_workers(recipe).check(engine=recipe.engine)
     if recipe.engine == "vllm":
         require("vllm", extra="vllm")
     if recipe.instruction or recipe.context:

@@ -34,8 +34,9 @@ class ServeArgs(Recipe):
     """Name by which clients call the model, also after another one was loaded. By default it is the folder's name."""
     aliases: ModelKey[tuple[str, ...]] = ()
     """Other names by which clients may call the model, such as whisper-1 for programs that know OpenAI's names only."""
-    dtype: ModelKey[Literal["fp32", "bf16"] | None] = None
-    """Precision of the weights. By default it is the one in which they are stored."""
+    dtype: ModelKey[Literal["fp32", "bf16", "int8"] | None] = None
+    """Precision of the weights. By default it is the one in which they are stored. int8 is for CPUs with VNNI or AMX,
+    where it is about twice as fast as fp32."""
     engine: ModelKey[Literal["transformers", "vllm"]] = "transformers"
     """Inference engine. `vllm` runs grafts alone and needs the extra of that name."""
     quantization: ModelKey[str | None] = None
@@ -92,4 +93,6 @@ class ServeArgs(Recipe):
     def _check_quantization(self) -> "ServeArgs":
         if self.quantization and self.engine != "vllm":
             raise ValueError(f"quantization={self.quantization} requires engine=vllm")
+        if self.dtype == "int8" and (self.engine == "vllm" or self.gpus_per_replica):
+            raise ValueError("dtype=int8 is for CPUs and engine=transformers: leave out gpus_per_replica and engine")
         return self

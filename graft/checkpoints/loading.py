@@ -42,6 +42,14 @@ def multiplies_bf16(device: torch.device | str) -> bool:
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def multiplies_int8() -> bool:
+    """Tell whether this processor adds up products of 8-bit integers in 32 bits in one instruction: VNNI or AMX.
+
+    Without it, oneDNN adds up pairs of products in 16 bits, where they may overflow.
+    """
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
 def open_graft(
     path: str | Path,
     *,

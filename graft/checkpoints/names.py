@@ -5,6 +5,8 @@ from pathlib import Path
 
 # Name of the bundled Whisper base, as a model and as an aligner.
 WHISPER = "whisper"
+# Name of the precision that rounds a model's linear layers to 8 bits when it is opened, for CPUs.
+INT8 = "int8"
 
 
 def checkpoint_name(checkpoint: str | os.PathLike[str]) -> str:

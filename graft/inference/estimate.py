@@ -14,8 +14,10 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from graft.inference.engines.kv_cache import COLUMNS, round_up_columns
 from graft.inference.engines.scheduler import ENCODER_ROWS
+from graft.inference.int8 import quantized_bytes
 from graft.inference.transcriber import BATCH_TOKENS, PREFILL_TOKENS
 from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_count
+from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import max_new_tokens
 from graft.training.devices import Device
 from graft.training.estimate import (
@@ -34,6 +36,8 @@ GPU_SHARE = 0.5
 THREAD_FLOPS = 50e9
 """FLOP/s of a CPU thread, all work together, measured with the small graft: 4.5 s of audio a second in clips of 3.7 s
 and 5.3 in clips of 7.4 s on one thread of an AMD EPYC (AVX-512 with BF16, fp32, 2026-11-27)."""
+INT8_THREAD_FLOPS = 110e9
+"""The same with int8 weights, which oneDNN multiplies with VNNI."""
 WHISPER_PROMPT_TOKENS = 4
 
 
@@ -113,13 +117,18 @@ def audio_rate(work: ChunkWork, device: Device, share: float) -> float:
     return share * work.chunk_s / chunk_s
 
 
-def cpu(threads: int) -> Device:
+def cpu(threads: int, *, int8: bool = False) -> Device:
     """Describe CPU threads as a device, by what they reach: their share is 1, and memory does not limit them."""
-    return Device(threads * THREAD_FLOPS, float("inf"), float("inf"))
+    return Device(threads * (INT8_THREAD_FLOPS if int8 else THREAD_FLOPS), float("inf"), float("inf"))
 
 
-def graft_memory(config: GraftConfig, *, chunk_s: float, dtype_bytes: int, kind: str = "cuda") -> InferenceMemory:
-    """Estimate the memory of the transformers engine with chunks of up to `chunk_s`, full batches and one prefill."""
+def graft_memory(
+    config: GraftConfig, *, chunk_s: float, dtype_bytes: int, kind: str = "cuda", int8: bool = False
+) -> InferenceMemory:
+    """Estimate the memory of the transformers engine with chunks of up to `chunk_s`, full batches and one prefill.
+
+    With `int8`, linear layers have int8 weights; all else takes `dtype_bytes`.
+    """
     text, audio = config.text_config, config.audio_config
     prompt = _prompt_tokens(config, chunk_s)
     slot = round_up_columns(prompt + max_new_tokens(chunk_s))
@@ -133,15 +142,25 @@ def graft_memory(config: GraftConfig, *, chunk_s: float, dtype_bytes: int, kind:
     encoded = rows * frames * (4 * audio.d_model + 2 * audio.encoder_ffn_dim) * dtype_bytes
     read = rows * prompt * token_cache_bytes(config, dtype_bytes)
     logits = max(rows, tokens // slot) * text.vocab_size * (4 + dtype_bytes)
-    weights = count_parameters(config).total * dtype_bytes
+    weights: float = count_parameters(config).total * dtype_bytes
+    if int8:
+        with torch.device("meta"):
+            weights = quantized_bytes(GraftForConditionalGeneration(config))
     return InferenceMemory(weights, cache + spare, max(hidden, encoded) + read + logits)
 
 
-def whisper_memory(config: WhisperConfig, *, dtype_bytes: int, kind: str = "cuda") -> InferenceMemory:
-    """Estimate the memory of the transformers engine with plain Whisper, full batches and one prefill."""
+def whisper_memory(
+    config: WhisperConfig, *, dtype_bytes: int, kind: str = "cuda", int8: bool = False
+) -> InferenceMemory:
+    """Estimate the memory of the transformers engine with plain Whisper, full batches and one prefill.
+
+    `int8` is as in graft_memory.
+    """
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
-    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype_bytes
+    weights: float = sum(parameter.numel() for parameter in model.parameters()) * dtype_bytes
+    if int8:
+        weights = quantized_bytes(model)
     rows, width, window = _whisper_rows(config, kind), config.d_model, config.max_source_positions
     columns = round_up_columns(config.max_target_positions)
     layer = rows * width * dtype_bytes  # keys of one position of all rows in one layer

@@ -8,6 +8,7 @@ import torch
 from transformers import WhisperConfig
 
 from graft.checkpoints.loading import DTYPES, base_checkpoint, check_model
+from graft.checkpoints.names import INT8
 from graft.errors import ModelError
 from graft.inference.estimate import InferenceMemory, graft_memory, whisper_memory
 from graft.model.configuration import GraftConfig
@@ -20,16 +21,18 @@ def model_memory(path: str | os.PathLike[str], *, dtype: str | None = None, devi
     """Estimate the memory that a model takes on a device with full batches. Raises ModelError as check_model does."""
     is_graft, folder = check_model(os.fspath(path)) == "graft", base_checkpoint(os.fspath(path))
     config = (GraftConfig if is_graft else WhisperConfig).from_pretrained(folder)
-    stored = DTYPES[dtype] if dtype else config.dtype
+    int8 = dtype == INT8
+    stored = DTYPES["fp32" if int8 else dtype] if dtype else config.dtype
     dtype_bytes = stored.itemsize if isinstance(stored, torch.dtype) else torch.float32.itemsize
     kind = torch.device(device).type
     if isinstance(config, GraftConfig):
-        return graft_memory(config, chunk_s=LONGEST_CHUNK_S, dtype_bytes=dtype_bytes, kind=kind)
-    return whisper_memory(config, dtype_bytes=dtype_bytes, kind=kind)
+        return graft_memory(config, chunk_s=LONGEST_CHUNK_S, dtype_bytes=dtype_bytes, kind=kind, int8=int8)
+    return whisper_memory(config, dtype_bytes=dtype_bytes, kind=kind, int8=int8)
 
 
 def check_memory(path: str | os.PathLike[str], *, dtype: str | None = None, device: str = "cpu") -> None:
     """Raise ModelError where a model's weights alone exceed the free memory: the system would kill this process."""
+    dtype = "fp32" if dtype == INT8 else dtype  # in which it is opened before its layers are rounded one by one
     needed, free = model_memory(path, dtype=dtype, device=device).weights, free_memory(device)
     if needed > free:
         raise ModelError(

@@ -26,7 +26,7 @@ from graft.audio.clip import AudioClip, read_audio
 from graft.audio.defects import AudioDefect, merge_defects
 from graft.audio.spans import read_span
 from graft.checkpoints.loading import DTYPES, check_model, open_model
-from graft.checkpoints.names import checkpoint_name
+from graft.checkpoints.names import INT8, checkpoint_name
 from graft.errors import AudioError, ModelError
 from graft.inference.aligners.loading import open_aligner
 from graft.inference.aligners.protocol import Aligner
@@ -37,6 +37,7 @@ from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.engines.transformers_engine import TransformersEngine
 from graft.inference.engines.whisper_decoder import WhisperDecoder
 from graft.inference.hallucination import NO_REPEAT_NGRAM, QualityVerdict, check_quality, pick_better
+from graft.inference.int8 import check_int8, quantize_to_int8
 from graft.inference.segments import ScoredSegment, ScoredToken, Segment, Word
 from graft.inference.transcript import Transcript, stitch
 from graft.model.modeling import GraftForConditionalGeneration
@@ -374,19 +375,22 @@ def open_transcriber(
 
     `model` is the folder or hub id of a graft or of a Whisper checkpoint, a stage's output folder, the name of a graft
     that comes with the package, or `whisper`, the bundled Whisper base. `device` defaults to cuda where there is a GPU,
-    `dtype` ("fp32", "bf16" or torch's) to the precision that the weights are stored in, `name` to the folder's name.
-    `chunker` defaults to a Chunker, which skips what is no speech; pass `chunking.windows` to transcribe all of a clip,
-    or for chunks that are cut already. `aligner` times words: "whisper" is the bundled one, any other string the folder
-    or hub id of a Whisper or CTC model. `engine` and `quantization`, vLLM's name of a method, are of a graft's language
-    model. `threads` sets the number of torch's CPU threads in this process. Raises ModelError, ValueError for an
-    unknown dtype, MissingExtra where bundled weights or vLLM are not installed.
+    `dtype` ("fp32", "bf16", "int8" or torch's) to the precision that the weights are stored in, `name` to the folder's
+    name. int8 is for CPUs; `graft.inference.int8` says what it rounds. `chunker` defaults to a Chunker, which skips
+    what is no speech; pass `chunking.windows` to transcribe all of a clip, or for chunks that are cut already.
+    `aligner` times words: "whisper" is the bundled one, any other string the folder or hub id of a Whisper or CTC
+    model. `engine` and `quantization`, vLLM's name of a method, are of a graft's language model. `threads` sets the
+    number of torch's CPU threads in this process. Raises ModelError, ValueError for an unknown dtype, MissingExtra
+    where bundled weights or vLLM are not installed.
     """
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
+    if isinstance(dtype, str) and dtype not in (*DTYPES, INT8):
+        raise ValueError(f"dtype is {dtype!r}, not one of {', '.join((*DTYPES, INT8))}")
     if threads:
         torch.set_num_threads(threads)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    weights = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    device = device or ("cuda" if torch.cuda.is_available() and dtype != INT8 else "cpu")
+    if dtype == INT8:
+        check_int8(device, engine=engine)
+    weights = torch.float32 if dtype == INT8 else DTYPES[dtype] if isinstance(dtype, str) else dtype
     if isinstance(aligner, str):  # opened first, so that a wrong name fails before a large model loads for minutes
         aligner = open_aligner(aligner, device=device)
     name, chunker = name or checkpoint_name(model), chunker or Chunker()
@@ -396,9 +400,10 @@ def open_transcriber(
         check_model(os.fspath(model), engine=engine)
         opened = open_vllm_engine(os.fspath(model), device=device, dtype=weights, quantization=quantization)
         return Transcriber(*opened, name, chunker=chunker, aligner=aligner)
-    return make_transcriber(
-        *open_model(os.fspath(model), device=device, dtype=weights), name=name, chunker=chunker, aligner=aligner
-    )
+    network, processor = open_model(os.fspath(model), device=device, dtype=weights)
+    if dtype == INT8:
+        quantize_to_int8(network)
+    return make_transcriber(network, processor, name=name, chunker=chunker, aligner=aligner)
 
 
 def make_transcriber(

@@ -16,11 +16,10 @@ import torch
 from transformers import AutoConfig, WhisperConfig
 
 from graft.checkpoints.known_bases import AUDIO_BASES
-from graft.checkpoints.names import WHISPER
+from graft.checkpoints.names import INT8, WHISPER
 from graft.errors import RecipeError
 from graft.inference.estimate import (
     GPU_SHARE,
-    THREAD_FLOPS,
     ChunkWork,
     audio_rate,
     cpu,
@@ -44,7 +43,8 @@ MOST_PROBES = 500
 READER_S = {"detected": 1.30e-3, "decoded": 0.21e-3}
 """CPU seconds of a reader for a second of audio, with and without the speech detector: FLAC, measured on an AMD EPYC
 (2026-11-27)."""
-DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "int8": 4}
+"""Bytes of a number that is not in a linear layer's weights, by dtype."""
 WHISPER_BASE_DECODER = {"decoder_layers": 6, "decoder_attention_heads": 8, "decoder_ffn_dim": 2048}
 
 
@@ -170,7 +170,8 @@ def planned_workers(asked: AskedWorkers, options: TranscriptionPlanOptions) -> W
 def print_plan(run: PlannedRun, options: TranscriptionPlanOptions) -> None:
     """Print what a run takes. Raises RecipeError for a device that is not known."""
     name = options.device or ("h200" if run.workers.gpus_per_transcriber else "cpu")
-    device = cpu(run.workers.cpus_per_transcriber) if name == "cpu" else find_device(name)
+    int8 = any(model.dtype == INT8 for model in run.models)
+    device = cpu(run.workers.cpus_per_transcriber, int8=int8) if name == "cpu" else find_device(name)
     if device is None:
         raise RecipeError(f"--device {name} is not known: give cpu or one of {KNOWN_DEVICES}")
     print("\n".join([*_speed_lines(run, options, name, device), *_memory_lines(run, name, device)]), flush=True)
@@ -215,11 +216,11 @@ def chunk_work(model: PlannedModel, chunk_s: float, device: str) -> ChunkWork:
 def _memory_lines(run: PlannedRun, name: str, device: Device) -> Iterator[str]:
     yield f"memory      GB of a worker{'weights':>14}{'keys, values':>14}{'activations':>13}{'total':>9}"
     for model in run.models:
-        size, kind = DTYPE_BYTES[model.dtype], _kind(name)
+        size, kind, int8 = DTYPE_BYTES[model.dtype], _kind(name), model.dtype == INT8
         if model.is_graft:
-            memory = graft_memory(model.config, chunk_s=run.longest_s, dtype_bytes=size, kind=kind)
+            memory = graft_memory(model.config, chunk_s=run.longest_s, dtype_bytes=size, kind=kind, int8=int8)
         else:
-            memory = whisper_memory(model.config, dtype_bytes=size, kind=kind)
+            memory = whisper_memory(model.config, dtype_bytes=size, kind=kind, int8=int8)
         columns = ((memory.weights, 14), (memory.cache, 14), (memory.activations, 13), (memory.total, 9))
         sizes = "".join(f"{size / 1e9:>{width}.2f}" for size, width in columns)
         room = device.memory_bytes
@@ -241,7 +242,7 @@ def _basis(options: TranscriptionPlanOptions, device: Device, name: str, share: 
     if options.rtfx:
         return f"as --rtfx says: {options.rtfx:g} by each worker"
     if name == "cpu":
-        rate = f"{share:.0%} of {THREAD_FLOPS / 1e9:.0f} GFLOP/s by each thread of a worker ({threads})"
+        rate = f"{share:.0%} of {device.flops / threads / 1e9:.0f} GFLOP/s by each thread of a worker ({threads})"
         return f"expected of {rate}, which the small graft reached on an AMD EPYC"
     peaks = f"{device.flops / 1e12:.0f} TFLOP/s and {device.bytes_per_s / 1e12:g} TB/s"
     return f"expected of {name} at {share:.0%} of {peaks}; an H200 reached 50% at 7B"

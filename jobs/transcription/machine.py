@@ -7,6 +7,9 @@ no GPUs  one worker and one reader on each machine; the worker has as many threa
 import math
 import os
 from dataclasses import dataclass
+from typing import Literal
+
+from graft.checkpoints.names import INT8
 
 from ..common.cluster import connect
 from . import Auto
@@ -40,10 +43,20 @@ class AskedWorkers:
     gpus: float | Auto
     """GPUs of a worker."""
     items_per_batch: int
+    dtype: str | None = None
+    """Precision of the model's weights, which may be for CPUs alone."""
+
+    def check(self, *, engine: Literal["transformers", "vllm"] = "transformers") -> None:
+        """Raise ModelError where the precision does not go with a GPU or with the engine."""
+        if self.dtype == INT8:
+            from graft.inference.int8 import check_int8
+
+            check_int8("cpu" if self.gpus in (0, "auto") else "cuda", engine=engine)
 
     def choose(self, machine: Machine) -> Workers:
         """Return the processes on a machine or cluster; numbers that the recipe gives stay as they are."""
-        gpus = self._gpu_share(machine.gpus) if self.gpus == "auto" else float(self.gpus)
+        there = 0 if self.dtype == INT8 else machine.gpus
+        gpus = self._gpu_share(there) if self.gpus == "auto" else float(self.gpus)
         # Without GPUs, nodes that are much smaller than others, such as a head, have no worker.
         nodes = [cpus for cpus in machine.node_cpus if 2 * cpus >= max(machine.node_cpus)]
         if self.transcribers != "auto":

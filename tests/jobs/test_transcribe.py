@@ -294,6 +294,7 @@ def test_the_command_prints_nothing_else_on_stderr(deaf, tmp_path):
         (["model={folder}", "audio={sound}", "workers=0"], "workers=0"),
         (["model={folder}"], "key audio is required"),
         (["model={folder}", "audio={sound}", "quantization=fp8"], "quantization=fp8 goes with engine=vllm"),
+        (["model={folder}", "audio={sound}", "dtype=int8", "gpus_per_worker=1"], "dtype=int8 computes on CPUs only"),
         (["model={folder}", "audio={sound}", "engine=vllm"], f"vllm is not installed: {install_command('vllm')}"),
         (
             ["model={folder}", "audio={sound}", "instruction=formatted"],

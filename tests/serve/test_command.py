@@ -36,6 +36,7 @@ def test_wrong_keys_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["model=m", "prot=1"], "did you mean 'port'"),
         (["port=1"], "key model is required"),
         (["model=m", "quantization=fp8"], "quantization=fp8 requires engine=vllm"),
+        (["model=m", "dtype=int8", "gpus_per_replica=1"], "dtype=int8 is for CPUs and engine=transformers"),
         (["model=m", "cors_origins=https://a.example/page"], "give an origin without a path, such as"),
         ([f"model={tmp_path}", f"port={free_port()}"], "has no config.json"),
     ]:

@@ -301,7 +301,7 @@ def test_concurrent_requests_share_batches(graft_folder):
 def test_a_folder_that_is_no_graft_is_refused(tmp_path):
     with pytest.raises(ModelError, match="config\\.json"):
         open_transcriber(tmp_path)
-    with pytest.raises(ValueError, match="dtype is 'fp7', not one of fp32, bf16"):
+    with pytest.raises(ValueError, match="dtype is 'fp7', not one of fp32, bf16, int8"):
         open_transcriber(tmp_path, dtype="fp7")
 
 

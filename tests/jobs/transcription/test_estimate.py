@@ -81,6 +81,16 @@ def test_a_model_that_does_not_fit_is_told(capsys):
     assert "of cpu" not in plan_of(capsys, transcribe, *plan, "cpu")
 
 
+def test_int8_takes_less_memory_and_time(capsys):
+    plan = ("model=small", "--hours", "10")
+    fp32, int8 = plan_of(capsys, transcribe, *plan), plan_of(capsys, transcribe, *plan, "dtype=int8")
+    assert "in int8\n" in int8
+    sizes = [number(text, r"total\n +#") for text in (fp32, int8)]
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.25)
+    hours = [number(text, r"time +# h") for text in (fp32, int8)]
+    assert hours[1] == pytest.approx(hours[0] / 2, rel=0.2)
+
+
 def test_every_pass_of_an_evaluation_counts(capsys, graft, tmp_path):
     data = corpus(tmp_path / "dev.parquet", [row(f"t{seed}", seed, duration=36.0) for seed in range(10)])
     given = (f"model={graft}", f"data.dev={data}", "--rtfx", "1")

@@ -29,6 +29,7 @@ def asked(**numbers: Any) -> AskedWorkers:
         (Machine((32, 32), 8), {}, 56, 8, 1, 1),
         (Machine((16,), 1), {"gpus": 0}, 1, 1, 15, 0),
         (Machine((16,), 1), {"gpus": False}, 1, 1, 15, 0),
+        (Machine((16,), 1), {"dtype": "int8"}, 1, 1, 15, 0),
         (Machine((16,), 2), {"gpus": True}, 14, 2, 1, 1),
         (Machine((16,), 2), {"gpus": 0.5}, 12, 4, 1, 0.5),
         (Machine((16,), 2), {"transcribers": 3}, 13, 3, 1, 0.5),  # two share a GPU

@@ -199,7 +199,7 @@ def transcribe(
 
     `opener` opens the model in each worker; by default it is the recipe's.
     """
-    from .transcription.assembly import read_index
+    from .transcription.assembly import open_results
     from .transcription.machine import connect_workers
     from .transcription.pipeline import Pipeline, run_plan
     from .transcription.recordings import OutputSettings, RecordingWriter
@@ -210,7 +210,7 @@ def transcribe(
     workers = connect_workers(_asked_workers(recipe), trains=False)
     home = out / "work"
     home.mkdir(exist_ok=True)
-    done = read_index(home)
+    done = open_results(home)
     items = plan_items(recordings, item_s=recipe.item_s, probe=_probe)
     plan = at_attempts(items, done, retry_errors=recipe.retry_errors)
     pipeline = Pipeline(_reading(recipe), opener or _opener(recipe, aligner, workers), workers, _options(recipe))

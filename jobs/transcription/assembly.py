@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from graft.audio.defects import AudioDefect
 from graft.inference.segments import Segment, Word
 from graft.inference.transcript import Transcript, stitch
+from graft.storage.atomic import atomic_file
 
 from .reader import DEFECTS, name_of
 
@@ -101,9 +102,44 @@ class Totals:
         self.done += not errors
 
 
+def open_results(home: Path) -> pa.Table:
+    """Return the index of what earlier runs have left, and make it whole for the next one, when no other run writes.
+
+    Files may be cut off where a run was killed, and where two runs overlapped, neither may know of results that are
+    there. Ray Data skips what has a mark in home/done: results without a mark get one, and a mark without results goes.
+    """
+    marks = {path.stem: path for path in (home / "done").glob("*.parquet") if not path.name.endswith(PENDING)}
+    parts = [_INDEX.empty_table()]
+    for path in whole_files(home):
+        try:
+            index = index_of(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            if getattr(error, "errno", None):
+                raise  # the file system is at fault, not the file
+            path.unlink()
+            continue
+        parts.append(index)
+        name = path.stem.rpartition("-")[0]
+        mark = marks.pop(name, None)
+        if not (mark and mark.stat().st_size) and len(index):
+            with atomic_file(home / "done" / f"{name}.parquet") as temporary:
+                pq.write_table(index.select(["id"]), temporary)
+    for mark in marks.values():
+        mark.unlink()
+    return _first_results(pa.concat_tables(parts))
+
+
 def read_index(home: Path) -> pa.Table:
-    """List every whole result without its text: whether it failed, and the file that holds it."""
-    return NewResults(home).read()
+    """List the first whole result of every item without its text: whether it failed, and the file that holds it."""
+    return _first_results(NewResults(home).read())
+
+
+def _first_results(index: pa.Table) -> pa.Table:
+    """Keep the first result of each item: two runs that overlapped, and one that was cut off, may leave several."""
+    if pc.count_distinct(index["id"]).as_py() == len(index):
+        return index
+    rows = index.append_column("row", pa.array(np.arange(len(index)))).group_by("id").aggregate([("row", "min")])
+    return index.take(np.sort(rows["row_min"].to_numpy()))
 
 
 class NewResults:
@@ -164,13 +200,27 @@ def recordings_in(plan: pa.Table, items: Path) -> Iterator[list[dict[str, Any]]]
 
     Only those of one recording are Python objects at a time, which take many times the memory of Arrow's.
     """
-    tables = (pq.read_table(items / file, partitioning=None) for file in plan["file"].unique().to_pylist())
-    results = pa.concat_tables(table.filter(pc.is_in(table["id"], plan["id"])) for table in tables)
+    results = pa.concat_tables(
+        (
+            _results_in(items / file, plan.filter(pc.equal(plan["file"], file))["id"])
+            for file in plan["file"].unique().to_pylist()
+        ),
+        promote_options="default",
+    )
     results = results.take(pc.index_in(plan["id"], results["id"]))
     singly = (results.slice(place, 1).to_pylist()[0] for place in range(len(results)))
     rows = zip(plan.to_pylist(), singly, strict=True)
     for _, recording in itertools.groupby(rows, key=lambda row: row[0]["item"].rpartition("-")[0]):
         yield [item | result for item, result in recording]
+
+
+def _results_in(path: Path, ids: pa.ChunkedArray) -> pa.Table:
+    """Read the results with some ids from a file; an earlier version's know of no defects."""
+    results = pq.read_table(path, partitioning=None)
+    results = results.filter(pc.is_in(results["id"], ids))
+    if "defects" not in results.column_names:
+        results = results.append_column("defects", pa.array([[]] * len(results), DEFECTS))
+    return results
 
 
 def join_items(items: Sequence[dict[str, Any]], *, model: str = "", aligner: str | None = None) -> Transcript:

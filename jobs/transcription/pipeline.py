@@ -39,6 +39,7 @@ from .assembly import (
     SEGMENTS,
     join_errors,
     join_items,
+    open_results,
     plan_parts,
     read_index,
     recordings_in,
@@ -248,7 +249,7 @@ def transcribe_rows(rows: RowTable, home: Path, pipeline: Pipeline) -> Iterator[
     places = zip(rows.file.tolist(), rows.row_group.tolist(), rows.row.tolist(), strict=True)
     versions = pa.array([f"{rows.files[file].uri}:{group}:{row}" for file, group, row in places])
     plan = plan_items(recordings_of_rows(rows, versions), probe=durations)
-    run_plan(plan, read_index(home), home, pipeline)
+    run_plan(plan, open_results(home), home, pipeline)
     for part in plan_parts(with_files(plan, read_index(home))):
         for items in recordings_in(part, home / "items"):
             transcript = join_items(items)

@@ -31,7 +31,7 @@ from .assembly import (
     recordings_in,
     transcript_row,
 )
-from .transcript_files import file_stems, planned_files, remember_files, remove_other_files, write_transcript_file
+from .transcript_files import file_stems, listed_files, remember_files, remove_other_files, write_transcript_file
 from .work_items import ITEMS
 
 TASKS_MEANWHILE = 2
@@ -70,7 +70,8 @@ class RecordingWriter:
 
         self._home, self._out, self._output = home, out, output
         self._join = ray.remote(num_cpus=1)(_join_part)
-        self._plan = plan.append_column("stem", file_stems(plan["recording"]))
+        self._earlier_files = remember_files(home, _done_in_last_plan(home, done), output.formats)
+        self._plan = plan.append_column("stem", file_stems(plan["recording"], self._earlier_files))
         self._starts = np.flatnonzero(plan["index"].to_numpy() == 0)  # of each recording, in the plan
         self._ends = np.append(self._starts[1:], len(plan))
         self._result_files: list[str] = []
@@ -79,7 +80,6 @@ class RecordingWriter:
         self._is_written = np.zeros(len(self._starts), bool)  # each recording
         self._failures: list[tuple[int, str]] = []  # place of the item in the plan, line of errors.jsonl
         self.totals = Totals()
-        self._earlier_files = remember_files(home, _done_in_last_plan(home, done), output.formats)
         self._results = NewResults(home, seen=done["file"].unique().to_pylist())
         self._add(done)
         self._fault: BaseException | None = None
@@ -193,9 +193,7 @@ class RecordingWriter:
     def _finish(self) -> None:
         """Write errors.jsonl, and remove the files of other recordings."""
         done = done_recordings(self._plan, pa.table({"id": self._plan["id"], "failed": self._has_failed}))
-        planned = planned_files(done, self._output.formats)
-        folder = Path(self._output.folder)
-        remove_other_files(self._home, folder, self._earlier_files, planned, done["recording_id"])
+        remove_other_files(self._home, Path(self._output.folder), self._earlier_files, done, self._output.formats)
         with atomic_file(self._out / "errors.jsonl") as temporary, temporary.open("w", encoding="utf-8") as errors:
             errors.writelines(line for _, line in sorted(self._failures))
 
@@ -204,7 +202,8 @@ def _done_in_last_plan(home: Path, done: pa.Table) -> pa.Table:
     """List the recordings that are done of the plan of the last run, which may have been killed."""
     path = home / PLAN_FILE
     plan = pq.read_table(path, partitioning=None) if path.is_file() else ITEMS.empty_table()
-    return done_recordings(plan.append_column("stem", file_stems(plan["recording"])), done)
+    stems = file_stems(plan["recording"], listed_files(home))
+    return done_recordings(plan.append_column("stem", stems), done)
 
 
 def _join_part(

@@ -1,15 +1,17 @@
 """Name, write and remove the files of transcripts below out/files.
 
-a recording's name -> its own path below files/, which depends on nothing else -> the list of what was written (work/)
+a recording's name -> its own path below files/, also where case does not count -> the list of what was written (work/)
 -> a later run removes what is of recordings that are gone, changed or failed
 """
 
 import contextlib
 import hashlib
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -41,23 +43,53 @@ _BLOCK = 65_536
 def file_stem(recording: str) -> str:
     """Return the path of a recording's files below files/, without the ending of their format.
 
-    It is the recording's name, suffix included: no two recordings share one, and no recording that comes later renames
-    an older one's files. A name that would lead out of the folder, or that file systems refuse, is mended and marked
-    with a digest of it.
+    It is the recording's name, suffix included: no two recordings share one. A name that would lead out of the folder,
+    or that file systems refuse, is mended and marked with a digest of it.
     """
     safe = _safe_path(recording)
-    if safe == recording and not _MARKED.search(recording):
-        return recording
-    digest = hashlib.sha256(recording.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{safe}~{digest[:12]}"
+    return recording if safe == recording and not _MARKED.search(recording) else _marked(safe, recording)
 
 
-def file_stems(recordings: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the `file_stem` of each name."""
+def file_stems(recordings: pa.ChunkedArray, written: pa.Table | None = None) -> pa.ChunkedArray:
+    """Return the path of each recording's files: its `file_stem`, which is marked where another's looks the same.
+
+    Call.wav and call.wav, or two spellings of an accent, are one name to some file systems. The first recording keeps
+    the name, or the one of which there is a file in `written` (WRITTEN): one that comes later renames no older one.
+    """
     names = recordings.unique()
+    stems = _mapped(file_stem, names)
+    keys = _mapped(_caseless, stems)
+    keys = keys.dictionary_encode().combine_chunks().indices.to_numpy() if len(keys) else np.zeros(0, np.int64)
+    is_shared = np.bincount(keys, minlength=1)[keys] > 1
+    if not is_shared.any():
+        return stems.take(pc.index_in(recordings, names))
+    places = np.flatnonzero(is_shared)
+    sharing = stems.take(pa.array(places))
+    listed = (written or WRITTEN.empty_table())["file"]
+    files = [pc.is_in(pc.binary_join_element_wise(sharing, form, "."), listed) for form in FORMATS]
+    is_written = np.logical_or.reduce([one.to_numpy() for one in files])
+    changed, keepers = stems.to_pylist(), set[int]()
+    # Within a name, those with files come first, then the order of the recordings counts.
+    for place in places[np.lexsort((places, ~is_written))].tolist():
+        if keys[place] in keepers:
+            changed[place] = _marked(changed[place], names[place].as_py())
+        keepers.add(keys[place])
+    return pa.chunked_array([pa.array(changed, pa.string())]).take(pc.index_in(recordings, names))
+
+
+def _mapped(function: Callable[[str], str], names: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     blocks = (names.slice(start, _BLOCK).to_pylist() for start in range(0, len(names), _BLOCK))
-    stems = pa.chunked_array([pa.array(map(file_stem, block), pa.string()) for block in blocks], pa.string())
-    return stems.take(pc.index_in(recordings, names))
+    return pa.chunked_array([pa.array(map(function, block), pa.string()) for block in blocks], pa.string())
+
+
+def _marked(stem: str, recording: str) -> str:
+    digest = hashlib.sha256(recording.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{stem}~{digest[:12]}"
+
+
+def _caseless(name: str) -> str:
+    """Return what names share that are one to a file system which knows neither case nor normal forms of Unicode."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
 def write_transcript_file(folder: Path, stem: str, form: Format, text: str) -> None:
@@ -81,6 +113,11 @@ def planned_files(recordings: pa.Table, formats: Sequence[str]) -> pa.Table:
     return pa.concat_tables([WRITTEN.empty_table(), *parts])
 
 
+def listed_files(home: Path) -> pa.Table:
+    """Return the files (WRITTEN) that runs have listed in `home`."""
+    return _read_list(home / LIST_FILE)[0]
+
+
 def remember_files(home: Path, done: pa.Table, formats: Sequence[Format]) -> pa.Table:
     """List the files (WRITTEN) that earlier runs have written, before one begins that writes `formats`.
 
@@ -94,17 +131,22 @@ def remember_files(home: Path, done: pa.Table, formats: Sequence[Format]) -> pa.
     return earlier
 
 
-def remove_other_files(
-    home: Path, folder: Path, earlier: pa.Table, written: pa.Table, recording_ids: pa.ChunkedArray
-) -> None:
-    """Remove the files of other recordings, when a run has `written` (WRITTEN) those of `recording_ids`.
+def remove_other_files(home: Path, folder: Path, earlier: pa.Table, done: pa.Table, formats: Sequence[Format]) -> None:
+    """Remove the files of other recordings, when a run has written those of `done` (`stem`, `recording_id`).
 
-    Only `earlier` files are removed. Those of `recording_ids` in formats that this run does not write stay.
+    Only `earlier` files are removed. Those of `done` in other formats than this run's stay.
     """
+    written, possible = planned_files(done, formats), planned_files(done, FORMATS)
     others = _without(earlier, written)
-    is_kept = pc.is_in(others["recording_id"], recording_ids)
-    for file in others.filter(pc.invert(is_kept))["file"].to_pylist():
-        _remove(folder, file)
+    is_kept = pc.and_(
+        pc.is_in(others["recording_id"], done["recording_id"]), pc.is_in(others["file"], possible["file"])
+    )
+    if leaving := others.filter(pc.invert(is_kept))["file"].to_pylist():
+        # To some file systems a name in another case is that of a file which was just written.
+        same = {_caseless(file): file for file in pc.unique(written["file"]).to_pylist()}
+        for file in leaving:
+            if not _is_one_file(folder / file, folder / same.get(_caseless(file), file)):
+                _remove(folder, file)
     _write_list(home / LIST_FILE, pa.concat_tables([others.filter(is_kept), written]), ())
 
 
@@ -138,6 +180,14 @@ def _read_list(path: Path) -> tuple[pa.Table, list[str]]:
 def _write_list(path: Path, files: pa.Table, formats: Sequence[Format]) -> None:
     with atomic_file(path) as temporary:
         pq.write_table(files.replace_schema_metadata({FORMATS_KEY: " ".join(formats).encode()}), temporary)
+
+
+def _is_one_file(path: Path, other: Path) -> bool:
+    """Tell whether two different paths lead to one file."""
+    try:
+        return path != other and path.samefile(other)
+    except OSError:
+        return False
 
 
 def _remove(folder: Path, file: str) -> None:

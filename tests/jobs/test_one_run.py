@@ -1,9 +1,11 @@
 """Test that every command has its output folder to itself, and that runs which overlap or are killed cost nothing."""
 
 import importlib
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -71,7 +73,21 @@ def test_overlapping_runs_transcribe_every_recording_once_and_a_killed_one_is_fo
     said, fault = last.communicate(timeout=120)
     assert (last.returncode, fault) == (0, "")
     assert "\n40 recordings done, 0 failed; " in said
-    rows = [row for path in out.glob("recordings/*.parquet") for row in pq.read_table(path)["id"].to_pylist()]
-    assert sorted(rows) == [f"{number:02}.flac" for number in range(40)]
-    assert len(list((out / "files").iterdir())) == 40
+    every_recording_is_there_once(out)
+    # What runs that overlapped before there was a lock, that were killed, and of earlier versions have left:
+    first, second, third, *_ = sorted(out.glob("work/items/*.parquet"))
+    shutil.copy(first, first.with_name(f"9_{first.name}"))
+    second.write_bytes(second.read_bytes()[:1000])
+    pq.write_table(pq.read_table(third, partitioning=None).drop_columns(["defects", "started_at"]), third)
+    again = start()
+    said, fault = again.communicate(timeout=120)
+    assert (again.returncode, fault) == (0, "")
+    assert "\n40 recordings done, 0 failed; " in said
+    every_recording_is_there_once(out)
+
+
+def every_recording_is_there_once(out: Path) -> None:
+    names = [name for path in out.glob("recordings/*.parquet") for name in pq.read_table(path)["id"].to_pylist()]
+    assert sorted(names) == [f"{number:02}.flac" for number in range(40)]
+    assert sorted(path.name for path in (out / "files").iterdir()) == [f"{name}.txt" for name in sorted(names)]
     assert not list(out.glob(".lock*"))

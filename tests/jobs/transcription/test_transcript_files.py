@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from jobs.transcription.transcript_files import (
     LIST_FILE,
     file_stem,
     file_stems,
-    planned_files,
+    listed_files,
     remember_files,
     remove_other_files,
     write_transcript_file,
@@ -90,6 +91,46 @@ def test_different_names_have_different_files(names):
         assert not any(other.startswith(f"{file}/") for other in files)
 
 
+ONE_NAME = [
+    *(["Call.wav", "call.wav", "CALL.WAV"], ["a/Straße.mp3", "A/STRASSE.mp3"], ["ÉTÉ.wav", "e\u0301te\u0301.wav"]),
+    *(["caf\u00e9.wav", "cafe\u0301.wav"], ["σς.wav", "ΣΣ.wav"], ["\u212b.wav", "\u00e5.wav"]),
+]
+"""Names that are one to file systems which know neither case nor normal forms of Unicode, as macOS' and Windows'."""
+
+
+@pytest.mark.parametrize("names", ONE_NAME)
+def test_names_that_differ_only_by_case_or_normal_form_have_files_of_their_own(names):
+    others = ["b.wav", *names, "c.wav"]
+    stems = file_stems(pa.chunked_array([others])).to_pylist()
+    assert file_stems(pa.chunked_array([others, names])).to_pylist() == [*stems, *stems[1:-1]]
+    first, *marked = stems[1:-1]
+    assert (stems[0], first, stems[-1]) == ("b.wav", names[0], "c.wav")
+    assert [stem.rpartition("~")[0] for stem in marked] == names[1:]
+    seen = {unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).upper()).lower() for stem in stems}
+    assert len(seen) == len(others)
+    # The one that has a file keeps its name, also when one comes that stands before it.
+    written = pa.table({"file": [f"{names[1]}.srt"], "recording_id": ["x"]})
+    stems = file_stems(pa.chunked_array([names]), written).to_pylist()
+    assert stems[1] == names[1]
+    assert re.fullmatch(rf"{names[0]}~\w{{12}}", stems[0])
+
+
+def test_a_recording_keeps_its_file_when_one_comes_that_differs_by_case(tmp_path):
+    assert run_once(tmp_path, ("txt",), call="1") == ["call.txt"]
+    stems = file_stems(pa.chunked_array([["Call", "call"]]), listed_files(tmp_path)).to_pylist()
+    assert stems[1] == "call"
+    assert run_once(tmp_path, ("txt",), **dict.fromkeys(stems, "1")) == sorted(f"{stem}.txt" for stem in stems)
+    # A file that was called otherwise goes, but not where it is another name of one that was just written.
+    (tmp_path / "files" / "CALL.txt").hardlink_to(tmp_path / "files" / "call.txt")
+    listed = listed_files(tmp_path)
+    for old in ("CALL.txt", "gone.txt"):
+        (tmp_path / "files" / old).touch()
+        listed = pa.concat_tables([listed, pa.table({"file": [old], "recording_id": ["call-1"]})])
+    done = recordings({"call": "1"})
+    remove_other_files(tmp_path, tmp_path / "files", listed, done, ("txt",))
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["CALL.txt", "call.txt"]
+
+
 def test_a_link_never_leads_a_transcript_out(tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "sub").symlink_to(tmp_path)
@@ -118,7 +159,7 @@ def run_once(home: Path, formats: tuple[Format, ...], before: pa.Table = NONE, *
     for stem, recording_id in zip(*(column.to_pylist() for column in done.columns), strict=True):
         for form in formats:
             write_transcript_file(folder, stem, form, recording_id.rpartition("-")[2])
-    remove_other_files(home, folder, earlier, planned_files(done, formats), done["recording_id"])
+    remove_other_files(home, folder, earlier, done, formats)
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from graft.config import Recipe, recipe_yaml
 from graft.errors import OutputError
@@ -82,12 +83,18 @@ def _locked(stem: Path, out: str) -> Iterator[FolderLock]:
 
 
 def holds_results(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozenset()) -> bool:
-    """Tell whether the folder `out` belongs to this recipe. Raises OutputError if it is another recipe's, or a URI."""
+    """Tell whether the folder `out` belongs to this recipe. Raises OutputError if it is another recipe's, or a URI.
+
+    A key that an earlier version did not know, and so did not write, had its default there.
+    """
     path = _local_path(out) / RECIPE_FILE
     if not path.is_file():
         return False
     try:
-        old = _dotted_keys(yaml.safe_load(path.read_text(encoding="utf-8")))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(ValidationError):  # of another command, or with keys that are gone
+            values = yaml.safe_load(recipe_yaml(type(recipe).model_validate(values)))
+        old = _dotted_keys(values)
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:  # AttributeError: YAML of other things
         raise OutputError(
             f"output {out}: its {RECIPE_FILE} is not a readable recipe: choose another out= or remove the folder"

@@ -1,12 +1,15 @@
 """Tests that an output folder belongs to one recipe and appears only when it is complete."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from graft.config import Recipe
 from graft.errors import OutputError
 from jobs.common.outputs import claim_output, holds_results, staged_output
+from tests.support.paths import ROOT
 
 
 class Group(Recipe):
@@ -57,6 +60,15 @@ def test_what_is_said_in_other_words_is_the_same_recipe(tmp_path, monkeypatch):
         holds_results("out", Calls(audio="calls", aligner="whisper"))
 
 
+def test_a_key_that_an_earlier_version_did_not_know_had_its_default(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seed: 0\ngroup: {}\n")
+    assert holds_results(str(tmp_path), Job())
+    with pytest.raises(OutputError, match=r"workers was 1 there and is 2 now"):
+        holds_results(str(tmp_path), Job(workers=2))
+    with pytest.raises(OutputError, match=r"group\.lr was 1e-05 there and is 0\.5 now"):
+        holds_results(str(tmp_path), Job(group=Group(lr=0.5)))
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", ""])
 def test_a_folder_with_a_broken_recipe_is_refused(tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text)
@@ -97,6 +109,28 @@ def test_staged_output_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
     assert sorted(os.listdir(out)) == ["part", "recipe.yaml"]
     assert holds_results(str(out), Job())
+
+
+KILLED = """
+import os
+from graft.config import Recipe
+from jobs.common.outputs import staged_output
+
+with staged_output("out", Recipe()) as folder:
+    (folder / "half").touch()
+    os._exit(0)
+"""
+
+
+@pytest.mark.processes
+def test_a_killed_run_leaves_nothing_that_the_next_one_does_not_remove(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, env=environment, check=True)
+    assert sorted(os.listdir(tmp_path)) == [".out.lock-1", ".out.partial"]
+    with staged_output(str(tmp_path / "out"), Job()) as folder:
+        (folder / "whole").touch()
+    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["recipe.yaml", "whole"]
 
 
 def test_staged_output_never_touches_a_folder_in_use(tmp_path):

@@ -124,7 +124,8 @@ class FolderLock:
         """End this process, without the cleaning up that would remove what the other run writes."""
         with contextlib.suppress(Exception):
             claims = [one for text in self._read_claims().values() if (one := _parse(text)) and one != self._claim]
-            who = f"another run has it now ({claims[-1]})" if claims else "its lock was removed"
+            gone = "another run took it and has ended, or its lock was removed"
+            who = f"another run has it now ({claims[-1]})" if claims else gone
             sys.stdout.flush()
             print(
                 f"graft: error: output {self._output} is no longer this run's: {who}. This run was suspended, or could "

@@ -38,6 +38,9 @@ GAPLESS = frozenset({"ogg", "flac"})
 TIMELESS = frozenset({"mp3", "aac", "ac3", "eac3"})
 """Formats of FFmpeg whose timestamps are only counted, and whose durations are only estimated."""
 
+TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN")
+"""First bytes of what may stand between the frames of joined MP3s without having replaced sound."""
+
 SAME_LANGUAGE = (
     *("alb sqi", "arm hye", "baq eus", "bur mya", "chi zho", "cze ces", "dut nld", "fre fra", "geo kat", "ger deu"),
     *("gre ell", "ice isl", "mac mkd", "mao mri", "may msa", "per fas", "rum ron", "slo slk", "tib bod", "wel cym"),
@@ -199,7 +202,7 @@ def _decode(
         start_s = position / info.rate
         return on_timeline(
             _decode_packets(container, stream, ending, log, file),
-            _origin_s(container) if is_planar else None,
+            (_origin_s(container) or Fraction(0)) if is_planar else None,
             lambda flag, begin_s, end_s: log.add(flag, start_s + begin_s, start_s + end_s),
             is_loss=lambda: container.format.name in GAPLESS or (ending.has_skipped and len(container.streams) == 1),
         )
@@ -263,13 +266,16 @@ class _Ending:
 def _decode_packets(container: Any, stream: Any, ending: _Ending, log: DefectLog, file: SourceFile) -> Iterator[Any]:
     """Decode frames as they come; None stands for a packet that is lost.
 
-    Raw streams may hold tags and the stumps of cut frames between frames; those are left out.
+    Raw streams may hold tags and the stumps of cut frames between frames; those are left out. In those without
+    timestamps, bytes that are no frames and no tag count as sound that they have replaced: frames get times by that.
     """
     import av
 
     lost, count, seconds, place = 0, 0, 0.0, None
+    replaced_s, byte_count, is_timeless = 0.0, 0, container.format.name in TIMELESS
     packets = container.demux(stream)
     while True:
+        packet = None  # for a fault of `next`
         try:
             packet = next(packets, None)  # None also after a fault of the container, with which it ends
             if packet is None:
@@ -278,7 +284,11 @@ def _decode_packets(container: Any, stream: Any, ending: _Ending, log: DefectLog
             ending.has_skipped = place is not None and packet.pos is not None and packet.pos - place > SKIPPED_BYTES
             place = packet.pos and packet.pos + packet.size
             for frame in packet.decode():
+                if is_timeless:
+                    frame.pts = round((seconds + replaced_s) * frame.sample_rate)
+                    frame.time_base = Fraction(1, frame.sample_rate)
                 seconds += frame.samples / frame.sample_rate
+                byte_count += packet.size
                 ending.reason = ending.reason if packet.size == 0 else ""  # 0: what the decoder still held
                 yield frame
         except IndexError:  # PyAV fails where a stream appears that the header does not name, and can go on.
@@ -286,6 +296,9 @@ def _decode_packets(container: Any, stream: Any, ending: _Ending, log: DefectLog
         except av.FFmpegError as error:
             ending.reason = str(error.strerror)
             lost += 1
+            is_measured = packet is not None and is_timeless and seconds > LONGEST_SHORTFALL_S
+            if packet is not None and is_measured and not _is_tag(file, packet.pos or 0):
+                replaced_s += packet.size * seconds / byte_count
             if container.format.name not in RAW_STREAMS or lost > max(10, count // 10):
                 log.refuse(seconds, ending.reason)
             if log.defects is not None:
@@ -294,3 +307,11 @@ def _decode_packets(container: Any, stream: Any, ending: _Ending, log: DefectLog
         if container.format.name.startswith("mov,") and is_encrypted(file):
             raise AudioError(f"{log.label}: its audio is encrypted (DRM): get a copy that is not")
         raise AudioError(f"{log.label}: damaged, {lost} of its {count} packets: fetch it again, or {CONVERT}")
+
+
+def _is_tag(file: SourceFile, place: int) -> bool:
+    position = file.tell()  # A decoder goes on to read from here.
+    file.seek(place)
+    head = file.read(max(map(len, TAGS)))
+    file.seek(position)
+    return head.startswith(TAGS)

@@ -81,8 +81,9 @@ def test_an_archive(folder: Path, calls: Path, tmp_path: Path, capsys: pytest.Ca
     assert files.keys() == {os.path.join(os.fsencode(calls), name) for name in (*NAMES, *BROKEN)}
     assert {os.path.basename(path) for path, row in files.items() if row["error"]} == set(BROKEN)
     assert {row["id"] for row in found if row["uri"].endswith(".parquet")} == {"row%20%FF", "row\n\x1b[2J"}
-    texts = [path for path in (out / "files").rglob("*.txt") if path.read_text().strip()]
+    texts = [path.read_text().strip() for path in (out / "files").rglob("*.txt")]
     assert len(texts) == len(NAMES) + 2
+    assert len(list(filter(None, texts))) == len(NAMES)
     for name, count in (("errors.jsonl", len(BROKEN)), ("skipped.jsonl", 1)):
         lines = (out / name).read_bytes().decode().splitlines()
         assert len([json.loads(line) for line in lines]) == count

@@ -116,8 +116,7 @@ def open_results(home: Path) -> pa.Table:
         except (OSError, pa.ArrowInvalid) as error:
             if getattr(error, "errno", None):
                 raise  # the file system is at fault, not the file
-            path.unlink()
-            continue
+            continue  # it stays: a worker of a run that was just killed may be writing it
         parts.append(index)
         name = path.stem.rpartition("-")[0]
         mark = marks.pop(name, None)

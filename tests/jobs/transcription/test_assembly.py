@@ -48,7 +48,6 @@ def test_the_first_result_of_an_item_counts_and_what_was_cut_off_is_done_again(h
         ]
         assert marks(home) == {"1_0": ["a-0"], "2_0": ["a-0", "b-0"], "4_0.pending": ["d-0"]}
         assert read_index(home).equals(index)
-    assert sorted(path.name for path in (home / "items").iterdir()) == [f"{name}_0-0.parquet" for name in (1, 2, 4)]
     plan = with_files(planned(("b", [10.0]), ("a", [10.0])), index)
     found = [
         (one["id"], one["duration_s"], one["error"]) for part in recordings_in(plan, home / "items") for one in part

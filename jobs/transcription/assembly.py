@@ -124,7 +124,7 @@ def open_results(home: Path) -> pa.Table:
             with atomic_file(home / "done" / f"{name}.parquet") as temporary:
                 pq.write_table(index.select(["id"]), temporary)
     for mark in marks.values():
-        mark.unlink()
+        mark.unlink(missing_ok=True)
     return _first_results(pa.concat_tables(parts))
 
 

@@ -76,6 +76,8 @@ def _open_container(file: SourceFile, stack: contextlib.ExitStack, track: AudioT
             return _open_container(file.before(place), stack, track)
         if fault := index_fault(file):
             raise AudioError(f"{file.label}: {fault}: fetch or record it again") from error
+        if other := _other_content(file):
+            raise AudioError(f"{file.label}: is {other}, not audio: fetch it again") from error
         file.check()
         raise AudioError(f"{file.label}: not readable as audio ({error.strerror}): {CONVERT}") from error
     if not container.streams.audio:
@@ -87,6 +89,17 @@ def _open_container(file: SourceFile, stack: contextlib.ExitStack, track: AudioT
         if other.index != stream.index:
             other.discard = av.stream.Discard.all
     return container, stream
+
+
+def _other_content(file: SourceFile) -> str | None:
+    """Say what a file is that a server or a copy has left in the place of audio; None if that is not known."""
+    file.seek(0)
+    head = file.read(2**16)
+    if not any(head):
+        return "nothing but zeros at its start"
+    if re.match(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|\?xml)", head, re.IGNORECASE):
+        return "a web page or XML"
+    return "a pointer of Git LFS" if head.startswith(b"version https://git-lfs") else None
 
 
 def _open_file(file: SourceFile) -> Any:

@@ -273,6 +273,20 @@ def test_messages_say_what_is_wrong() -> None:
             read_audio(damaged()[name])
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\n<!DOCTYPE html><html><title>404 Not Found</title></html>", "is a web page or XML, not audio"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page or XML, not audio"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a pointer of Git LFS"),
+        (bytes(100_000), "is nothing but zeros at its start"),
+    ],
+)
+def test_what_servers_and_copies_leave_in_the_place_of_audio_is_named(content: bytes, words: str) -> None:
+    with pytest.raises(AudioError, match=f"^talk.mp3: {words}.*: fetch it again$"):
+        read_audio(content, name="talk.mp3")
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path, reason in [(tmp_path / "missing.flac", "No such file"), (tmp_path, "Is a directory")]:
         with pytest.raises(AudioError, match=reason) as error:

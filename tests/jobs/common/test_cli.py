@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from graft.errors import AudioError, DataError, RecipeError, install_command
 from graft.keys import HEADINGS, OutputKey, first_sentence, key_groups
 from jobs import COMMANDS
 from jobs.__main__ import main
-from jobs.common.cli import PlanOptions, find_recipe, run_job, user_message
+from jobs.common.cli import PlanOptions, disk_fault, find_recipe, run_job, user_message
 from jobs.schema import NAMES, recipe_class
 from jobs.stage1 import Stage1Recipe
 from tests.support.paths import ROOT
@@ -396,3 +397,21 @@ def test_errors_are_found_inside_rays_wrappers(tmp_path):
         f"WorkerGroupError {told}",
         f"ControllerError {told}",
     ], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (
+            "OSError: [Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device",
+            "the disk of .* is full",
+        ),
+        ("[Errno 122] Disk quota exceeded", "the disk of .* is full"),
+        ("[Errno 30] Read-only file system: '/elsewhere'", "{out} cannot be written .Read-only file system.$"),
+        ("FileNotFoundError: [Errno 2] Failed to open local file '{out}/a'", "{out} cannot be written .No such file"),
+        ("[Errno 2] No such file or directory: '/elsewhere/a'", None),
+    ],
+)
+def test_a_disk_that_fails_is_told_by_the_text_of_an_error(tmp_path, fault, said):
+    found = disk_fault(RuntimeError(f"a task failed\n{fault.format(out=tmp_path)}"), tmp_path)
+    assert found is None if said is None else re.match(said.format(out=tmp_path), found or "")

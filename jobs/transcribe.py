@@ -79,8 +79,7 @@ class TranscribeRecipe(Recipe):
     """Files, folders (at any depth), globs, s3:// and other URIs, .txt lists of them with one in each line, and
     parquet files with audio in them."""
     out: OutputKey[str | None] = None
-    """Folder for the transcripts, which every machine of a cluster must see; null only prints them, and transcribes a
-    few local files without Ray."""
+    """Folder for the transcripts, which every machine of a cluster must see; null only prints them."""
     columns: DataKey[Columns] = Columns()
     """Names of the columns of parquet files."""
     audio_track: DataKey[int | str | None] = None
@@ -161,13 +160,19 @@ def run(recipe: TranscribeRecipe) -> int:
 def _write_transcripts(recipe: TranscribeRecipe, out: str) -> dict[str, Any]:
     """Transcribe the recipe's recordings into the folder `out`; returns the summary."""
     from .transcription.discovery import discover
+    from .transcription.local import are_for_ray, is_too_long
     from .transcription.reporting import say_skipped
+    from .transcription.work_items import durations, plan_items
 
     found = discover(_sources(recipe), recipe.columns, results=out)
     _check_model(recipe)
     folder = _claim_output(recipe, out)
     say_skipped(found.skipped, folder)
-    print("graft: transcribing on Ray, because the results go into a folder", flush=True)
+    if (reason := are_for_ray(found.recordings, recipe.workers, folder / "work")) is None:
+        items = plan_items(found.recordings, item_s=recipe.item_s, probe=durations)
+        if (reason := is_too_long(items)) is None:
+            return transcribe(found.recordings, recipe, folder, items_here=items)
+    print(f"graft: transcribing on Ray, because {reason}", flush=True)
     return transcribe(found.recordings, recipe, folder)
 
 
@@ -193,32 +198,45 @@ def plan(recipe: TranscribeRecipe, options: TranscriptionPlanOptions) -> None:
 
 
 def transcribe(
-    recordings: "pa.Table", recipe: TranscribeRecipe, out: Path, opener: "Opener | None" = None
+    recordings: "pa.Table",
+    recipe: TranscribeRecipe,
+    out: Path,
+    opener: "Opener | None" = None,
+    *,
+    items_here: "pa.Table | None" = None,
 ) -> dict[str, Any]:
     """Transcribe recordings (discovery.RECORDINGS) that are not done in `out`; returns the summary.
 
-    `opener` opens the model in each worker; by default it is the recipe's.
+    `opener` opens the model in each worker; by default it is the recipe's. Where `items_here`, the recordings' work
+    items, are given, they are transcribed in this process, else on Ray.
     """
     from .transcription.assembly import open_results
-    from .transcription.machine import connect_workers
-    from .transcription.pipeline import Pipeline, run_plan
+    from .transcription.local import transcribe_items_here
+    from .transcription.machine import connect_workers, describe_one, this_machine
+    from .transcription.pipeline import Pipeline, run_plan, transcribe_items
     from .transcription.recordings import OutputSettings, RecordingWriter
+    from .transcription.tasks import RayTasks, TasksHere
     from .transcription.work_items import at_attempts, plan_items
 
     start = time.monotonic()
     aligner, aligner_name = find_aligner(recipe.aligner) if recipe.aligner else (None, None)
-    workers = connect_workers(_asked_workers(recipe), trains=False)
+    is_here = items_here is not None
+    if items_here is None:
+        workers = connect_workers(_asked_workers(recipe), trains=False)
+        items = plan_items(recordings, item_s=recipe.item_s, probe=_probe)
+    else:
+        workers, items = _asked_workers(recipe).choose(this_machine()), items_here
+        print(f"graft: transcribing in this process, {describe_one(workers)}", flush=True)
     home = out / "work"
     home.mkdir(exist_ok=True)
     done = open_results(home)
-    items = plan_items(recordings, item_s=recipe.item_s, probe=_probe)
     plan = at_attempts(items, done, retry_errors=recipe.retry_errors)
     pipeline = Pipeline(_reading(recipe), opener or _opener(recipe, aligner, workers), workers, _options(recipe))
     formats = recipe.formats if recipe.out else ()
     output = OutputSettings(str(out / "files"), formats, recipe.cues, checkpoint_name(recipe.model), aligner_name)
     with _saying_what_is_kept(plan, out) if recipe.out else contextlib.nullcontext():
-        with RecordingWriter(plan, done, home, out, output) as written:
-            rtfx = run_plan(plan, done, home, pipeline)
+        with RecordingWriter(plan, done, home, out, output, TasksHere if is_here else RayTasks) as written:
+            rtfx = run_plan(plan, done, home, pipeline, transcribe_items_here if is_here else transcribe_items)
         summary = _summary(recipe, written.totals, rtfx, time.monotonic() - start)
         write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -1,23 +1,30 @@
 """Transcribe a few files in this process, without Ray, and pass on each chunk's text as it is decoded.
 
-plan -> ItemReader -> ItemTranscriber, those of the pipeline, one item at a time -> the results of each recording
+plan -> ItemReader -> ItemTranscriber, those of the pipeline, one item at a time -> the results of each recording, or
+files of results as the pipeline writes them
 """
 
 import asyncio
+import contextlib
 import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from graft.audio.chunking import Chunk
 from graft.inference.segments import Segment
+from graft.storage.atomic import atomic_file
 from graft.storage.local_paths import local_path
 
 from . import Auto
+from .assembly import read_index
 from .discovery import LIST_SUFFIXES, PARQUET, find_recordings, suffix_of
-from .pipeline import ChunkTranscriber, ItemTranscriber, Opener
+from .pipeline import NOTES_FOLDER, RESULTS, ChunkTranscriber, ItemTranscriber, Opener, Pipeline
 from .reader import ItemReader, Reading
 from .work_items import ITEMS, durations, plan_items
 
@@ -31,15 +38,36 @@ text appears later."""
 
 def needs_ray(sources: Sequence[str], workers: int | Auto) -> str | None:
     """Say why Ray is to transcribe what `sources` name, where they are not a few local files; else return None."""
-    if os.environ.get("RAY_ADDRESS"):
-        return "RAY_ADDRESS names a cluster"
-    if workers != "auto" and workers > 1:
-        return f"workers={workers} is more than one process"
+    if reason := _asks_for_ray(workers):
+        return reason
     paths = (local_path(source) or "" for source in sources)
     is_named = (os.path.isfile(path) and suffix_of(path) not in (*LIST_SUFFIXES, PARQUET) for path in paths)
     if not all(is_named):
         return "these are not only local files that are named one by one"
     return f"these are more than {MOST_FILES} files" if len(sources) > MOST_FILES else None
+
+
+def are_for_ray(recordings: pa.Table, workers: int | Auto, home: Path) -> str | None:
+    """Say why Ray is to transcribe recordings (discovery.RECORDINGS), where they are not a few local ones.
+
+    `home` holds the results of earlier runs. Where one was killed while it read, a file may crash the decoder, which
+    ends a process of Ray, and not the run.
+    """
+    if reason := _asks_for_ray(workers):
+        return reason
+    if len(recordings) > MOST_FILES:
+        return f"these are more than {MOST_FILES} recordings"
+    if any(local_path(uri) is None for uri in recordings["uri"].to_pylist()):
+        return "these are not only local files"
+    if any((home / NOTES_FOLDER).glob("*")):
+        return "an earlier run was killed while it read a recording"
+    return None
+
+
+def _asks_for_ray(workers: int | Auto) -> str | None:
+    if os.environ.get("RAY_ADDRESS"):
+        return "RAY_ADDRESS names a cluster"
+    return f"workers={workers} is more than one process" if workers != "auto" and workers > 1 else None
 
 
 def is_too_long(plan: pa.Table) -> str | None:
@@ -52,6 +80,26 @@ def local_plan(sources: Sequence[str], *, item_s: float) -> pa.Table:
     """Cut local files into items (ITEMS) in the order in which they are named; two may have one name."""
     recordings = pa.concat_tables([find_recordings([source]) for source in sources])
     return plan_items(recordings, item_s=item_s, probe=durations)
+
+
+def transcribe_items_here(plan: Path, home: Path, pipeline: Pipeline) -> None:
+    """Transcribe the items of a plan that have no result in `home` yet, and write each as transcribe_items does.
+
+    Raises as LocalTranscriber.
+    """
+    for name in ("items", "done", NOTES_FOLDER):
+        (home / name).mkdir(exist_ok=True)
+    items = pq.read_table(plan, partitioning=None)
+    left = items.filter(pc.invert(pc.is_in(items["id"], read_index(home)["id"]))).to_pylist()
+    opened = LocalTranscriber(pipeline.reading, pipeline.opener, pipeline.options, notes=home / NOTES_FOLDER)
+    with contextlib.closing(opened) as transcriber:
+        for item in left:
+            results = pa.Table.from_pylist(transcriber.transcribe([item]), RESULTS)
+            name = uuid.uuid4().hex
+            with atomic_file(home / "items" / f"{name}-0.parquet") as temporary:
+                pq.write_table(results, temporary)
+            with atomic_file(home / "done" / f"{name}.parquet") as temporary:  # Ray Data skips what stands there
+                pq.write_table(results.select(["id"]), temporary)
 
 
 def recordings_of(plan: pa.Table) -> Iterator[list[dict[str, Any]]]:
@@ -68,14 +116,21 @@ def recordings_of(plan: pa.Table) -> Iterator[list[dict[str, Any]]]:
 class LocalTranscriber:
     """Transcribes the items of recordings with one model; `show` gets each segment when all before it are known.
 
-    Close it after use. Raises GraftError for options that the model does not take, and what a model raises that fails
-    on several items one after the other.
+    `notes` is the reader's folder. Close it after use. Raises GraftError for options that the model does not take, and
+    what a model raises that fails on several items one after the other.
     """
 
     def __init__(
-        self, reading: Reading, opener: Opener, options: dict[str, Any], show: Callable[[Segment], None]
+        self,
+        reading: Reading,
+        opener: Opener,
+        options: dict[str, Any],
+        show: Callable[[Segment], None] = lambda _: None,
+        *,
+        notes: Path | None = None,
     ) -> None:
-        self._read = ItemReader(reading)  # which takes one thread; the model is opened after it, and may take more
+        # The reader takes one thread; the model is opened after it, and may take more.
+        self._read = ItemReader(reading, notes)
         self._model: Any = opener()
         self._transcribe = ItemTranscriber(lambda: _ShowingTranscriber(self._model, show), options)
 

@@ -59,6 +59,9 @@ CONCURRENT_BATCHES = 3
 """Batches that a worker transcribes at a time. The last answers of a batch leave slots of the engine free, which the
 next batches fill; two batches may end together."""
 
+NOTES_FOLDER = "reading"
+"""Folder beside the results for the notes of readers on what they read."""
+
 MALLOC_ENV = {"env_vars": {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}}
 """Settings of glibc for the workers' processes. Without them it keeps the memory of features and samples that were
 freed: 700 MB of 2,300 MB on ten hours of audio."""
@@ -179,7 +182,7 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
 
-    for name in ("items", "done", "reading"):
+    for name in ("items", "done", NOTES_FOLDER):
         (home / name).mkdir(exist_ok=True)
     context = ray.data.DataContext.get_current().copy()
     context.use_datasource_v2 = False  # it starts eight processes to read the footer of one file
@@ -198,7 +201,7 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
         items = planned.repartition(target_num_rows_per_block=workers.items_per_batch, strict=True)
         read = items.map_batches(
             ItemReader,
-            fn_constructor_args=[pipeline.reading, home / "reading"],
+            fn_constructor_args=[pipeline.reading, home / NOTES_FOLDER],
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers.readers),
             num_cpus=1,
             memory=GIB,
@@ -225,18 +228,24 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
             raise
 
 
-def run_plan(plan: pa.Table, done: pa.Table, home: Path, pipeline: Pipeline) -> float | None:
+def run_plan(
+    plan: pa.Table,
+    done: pa.Table,
+    home: Path,
+    pipeline: Pipeline,
+    transcribe: Callable[[Path, Path, Pipeline], None] = transcribe_items,
+) -> float | None:
     """Transcribe the items of a plan that are not `done`, the index of `home`, and print how it goes.
 
-    Returns the seconds of audio for each second of this run, None where nothing was left to do. Raises as
-    transcribe_items.
+    `transcribe` does so, by default on Ray. Returns the seconds of audio for each second of this run, None where
+    nothing was left to do. Raises as transcribe_items.
     """
     with atomic_file(home / PLAN_FILE) as temporary:
         pq.write_table(plan, temporary, row_group_size=50_000)
     if pc.all(pc.is_in(plan["id"], done["id"])).as_py():
         return None
     with BulkProgress(plan, done, home) as progress:
-        transcribe_items(home / PLAN_FILE, home, pipeline)
+        transcribe(home / PLAN_FILE, home, pipeline)
     return progress.rtfx
 
 

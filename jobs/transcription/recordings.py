@@ -5,6 +5,7 @@ new results in home/items -> recordings all of whose items are done -> tasks tha
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from .assembly import (
     recordings_in,
     transcript_row,
 )
+from .tasks import RayTasks, Tasks
 from .transcript_files import file_stems, listed_files, remember_files, remove_other_files, write_transcript_file
 from .work_items import ITEMS
 
@@ -62,14 +64,20 @@ class RecordingWriter:
 
     recordings/ holds a parquet file for each part of the plan, which is written anew when recordings of the part are
     done: each row stands there once, and in the order of the plan. The rows of an earlier run stay until those of all
-    that it has done are written.
+    that it has done are written. `tasks` says where the tasks run.
     """
 
-    def __init__(self, plan: pa.Table, done: pa.Table, home: Path, out: Path, output: OutputSettings) -> None:
-        import ray
-
+    def __init__(
+        self,
+        plan: pa.Table,
+        done: pa.Table,
+        home: Path,
+        out: Path,
+        output: OutputSettings,
+        tasks: Callable[[Callable[..., Any]], Tasks] = RayTasks,
+    ) -> None:
         self._home, self._out, self._output = home, out, output
-        self._join = ray.remote(num_cpus=1)(_join_part)
+        self._tasks = tasks(_join_part)
         self._earlier_files = remember_files(home, _done_in_last_plan(home, done), output.formats)
         self._plan = plan.append_column("stem", file_stems(plan["recording"], self._earlier_files))
         self._starts = np.flatnonzero(plan["index"].to_numpy() == 0)  # of each recording, in the plan
@@ -138,7 +146,7 @@ class RecordingWriter:
         for recordings in self._by_part(np.flatnonzero(is_done & ~self._is_written)):
             part, names = self._part_of(recordings)
             path = rows / f"part-{self._starts[recordings[0]] // ITEMS_PER_PART:05}.parquet"
-            running[self._join.remote(part, names, self._home / "items", path, self._output)] = recordings
+            running[self._tasks.start(part, names, self._home / "items", path, self._output)] = recordings
             while len(running) >= self._most_tasks():
                 self._collect(running)
             if self._is_stopped:
@@ -149,16 +157,11 @@ class RecordingWriter:
             raise InterruptedError("the run has ended early")
 
     def _most_tasks(self) -> int:
-        import ray
-
-        return 2 * int(ray.cluster_resources().get("CPU", 1)) if self._is_ending.is_set() else TASKS_MEANWHILE
+        return 2 * self._tasks.cpus if self._is_ending.is_set() else TASKS_MEANWHILE
 
     def _collect(self, running: dict[Any, np.ndarray]) -> None:
         """Wait for one of the running tasks."""
-        import ray
-
-        (task,), _ = ray.wait(list(running), num_returns=1)
-        totals, failures = ray.get(task)
+        task, (totals, failures) = self._tasks.wait(running)
         self._is_written[running.pop(task)] = True
         self.totals.add(totals)
         self._failures += failures

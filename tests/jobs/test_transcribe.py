@@ -232,7 +232,7 @@ def test_a_run_without_checkpoints_is_an_error(folder, tmp_path, monkeypatch):
     """Ray only warns, and a run that is killed would begin anew."""
     monkeypatch.setattr(Planner, "_check_supports_checkpointing", lambda planner, plan: False)
     with pytest.raises(UserWarning, match="Checkpointing will be disabled"):
-        transcribe(f"model={folder}", f"audio={PROMPTS[0]}", f"out={tmp_path / 'out'}")
+        transcribe(f"model={folder}", f"audio={PROMPTS[0]}", f"out={tmp_path / 'out'}", "workers=2")
 
 
 @pytest.mark.slow

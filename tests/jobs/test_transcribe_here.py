@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
@@ -19,7 +21,8 @@ from graft.audio.chunking import Chunk
 from graft.audio.clip import AudioClip
 from graft.inference.segments import Segment
 from graft.inference.transcriber import open_transcriber
-from jobs.transcription.local import CHUNKS_AT_ONCE, MOST_FILES, _ShowingTranscriber, needs_ray
+from jobs.transcription.discovery import find_recordings
+from jobs.transcription.local import CHUNKS_AT_ONCE, MOST_FILES, _ShowingTranscriber, are_for_ray, needs_ray
 from tests.support import media, tiny_models
 from tests.support.jobs import transcribe
 from tests.support.paths import ROOT
@@ -52,19 +55,33 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_started")
-def test_texts_are_the_same_as_with_a_folder(folder: Path, calls: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_are_the_same_as_on_ray_with_and_without_a_folder(
+    folder: Path, calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [f"model={folder}", "item_s=10", "chunks.max_s=8", "chunks.max_pause_s=0.5"]
     arguments += ["instruction=formatted", "context=[Aachen, New York]"]
     for name, more in [("short.flac", []), ("long.webm", []), ("call.wav", ["channels=split"])]:
         given = [f"audio={name}", *arguments, *more]
-        assert transcribe(*given, f"out={calls / f'{name}.out'}", "formats=[txt, json]") == 0
+        assert transcribe(*given, f"out={calls / f'{name}.out'}", "formats=[txt, json]", "workers=2") == 0
+        assert "graft: transcribing on Ray, because workers=2 is more than one process" in capsys.readouterr().out
+        assert transcribe(*given, f"out={calls / f'{name}.here'}", "formats=[txt, json]") == 0
         files = calls / f"{name}.out" / "files"
+        here = json.loads((calls / f"{name}.here" / "files" / f"{name}.json").read_text())
+        row, row_here = (rows_of(calls / f"{name}.{end}")[0] for end in ("out", "here"))
+        for part, other in zip(row["segments"], row_here["segments"], strict=True):
+            assert part.pop("mean_logprob") == pytest.approx(other.pop("mean_logprob"), abs=1e-5)
+        for measured in ("read_s", "heard_s", "confidence"):
+            assert row.pop(measured) == pytest.approx(
+                row_here.pop(measured), abs=1e-5 if measured == "confidence" else 9
+            )
+        assert row == row_here
         capsys.readouterr()
         assert transcribe(*given) == 0
         assert capsys.readouterr().out == (files / f"{name}.txt").read_text()
         assert transcribe(*given, "formats=[json]") == 0
         printed = json.loads(capsys.readouterr().out)
         expected = json.loads((files / f"{name}.json").read_text())
+        assert here["text"] == expected["text"]
         assert len(printed["segments"]) == len(expected["segments"]) > (name != "short.flac")
         for ours, theirs in zip(printed["segments"], expected["segments"], strict=True):
             assert ours.pop("mean_logprob") == pytest.approx(theirs.pop("mean_logprob"), abs=1e-5)
@@ -140,12 +157,64 @@ def test_of_several_audio_tracks_one_is_taken(folder: Path, calls: Path, capsys:
     )
 
 
+def rows_of(out: Path) -> list[dict]:
+    return [row for path in sorted((out / "recordings").glob("*")) for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.mark.seconds
+def test_a_folder_is_filled_and_added_to_in_this_process(
+    folder: Path, calls: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.move("call.wav", "..")
+    shutil.move("long.webm", "..")
+    given = ["audio=.", "out=out", f"model={folder}", "formats=[txt, srt]"]
+    assert transcribe(*given, "--strict") == 3
+    output = capsys.readouterr().out
+    assert output.startswith("graft: transcribing in this process, on the CPU with ")
+    assert "2/2 recordings " in output
+    assert "1 recording done, 1 failed; " in output
+    assert [(row["id"], bool(row["text"]), row["error"]) for row in rows_of(Path("out"))][1:] == [
+        ("short.flac", True, None)
+    ]
+    assert {path.name for path in Path("out", "files").iterdir()} == {"short.flac.txt", "short.flac.srt"}
+    assert json.loads(Path("out", "errors.jsonl").read_text())["recording"] == "broken.mp3"
+    assert json.loads(Path("out", "summary.json").read_text())["done"] == 1
+    (before,) = (path for path in Path("out", "work", "items").iterdir() if pq.read_table(path)["segments"][0].as_py())
+
+    shutil.move("../call.wav", ".")
+    assert transcribe(*given) == 0
+    assert "2 recordings done, 1 failed; " in capsys.readouterr().out
+    assert before.exists()
+    assert len([*Path("out", "work", "items").iterdir()]) == len([*Path("out", "work", "done").iterdir()]) == 3
+    assert [row["id"] for row in rows_of(Path("out"))] == ["broken.mp3", "call.wav", "short.flac"]
+    assert transcribe(*given) == 0
+    assert "nothing was left to do" in capsys.readouterr().out
+
+
+def test_what_is_more_than_a_few_local_recordings_goes_to_ray(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recordings, home = find_recordings(["."]), calls / "out" / "work"
+    assert are_for_ray(recordings, "auto", home) is None
+    assert are_for_ray(recordings, 2, home) == "workers=2 is more than one process"
+    several = pa.concat_tables([recordings] * 3)
+    assert are_for_ray(several, 1, home) == f"these are more than {MOST_FILES} recordings"
+    (calls / "list.txt").write_text("http://127.0.0.1:1/a.flac\n")
+    assert are_for_ray(find_recordings(["list.txt"]), 1, home) == "these are not only local files"
+    (home / "reading").mkdir(parents=True)
+    (home / "reading" / "note").write_text("batch of a")
+    assert are_for_ray(recordings, 1, home) == "an earlier run was killed while it read a recording"
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    assert are_for_ray(recordings, 1, home) == "RAY_ADDRESS names a cluster"
+
+
 WITHOUT = """
 import sys
 from jobs.__main__ import main
 
 assert main(["transcribe", *sys.argv[1:]]) == 0
 heavy = {"ray", "pyarrow.dataset", "fastapi"} & set(sys.modules)
+assert not heavy, heavy
+assert main(["transcribe", *sys.argv[1:], "out=out"]) == 0
+heavy = {"ray", "fastapi"} & set(sys.modules)
 assert not heavy, heavy
 """
 

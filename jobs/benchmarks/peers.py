@@ -16,8 +16,8 @@ import torch
 from graft.audio.chunking import windows
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.checkpoints.bundled.cache import bundled_whisper
-from graft.checkpoints.loading import multiplies_bf16
-from graft.checkpoints.names import WHISPER
+from graft.checkpoints.loading import multiplies_bf16, multiplies_int8
+from graft.checkpoints.names import INT8, WHISPER
 from graft.inference.transcriber import open_transcriber
 from graft.text.wer import score
 
@@ -35,6 +35,7 @@ KINDS = ("float32", "int8")
 ABOUT_PEERS = f"""\
 graft           its Transcriber, all clips at once
 graft whisper   the same with Whisper base
+graft ... int8  the same with int8 weights, where the processor has instructions for them
 transformers    Whisper base, pipeline("automatic-speech-recognition"), {BATCH_CLIPS} clips to a batch
 faster-whisper  Whisper base converted for CTranslate2, one clip at a time
 All are greedy; CPU s: for a second of audio; MB: the most memory (2^20 bytes) that the process held."""
@@ -49,12 +50,13 @@ def bench_peers(model: str | None, speech: Sequence[str] | None) -> Numbers:
     with tempfile.TemporaryDirectory() as folder:
 
         def rows() -> Iterator[Row]:
-            openers: dict[str, Callable[[], Transcribe]] = {
-                "graft whisper": functools.partial(open_graft, WHISPER),
-                "transformers": open_pipeline,
-            }
-            if model:
-                openers = {"graft": functools.partial(open_graft, model)} | openers
+            grafts = ({"graft": model} if model else {}) | {"graft whisper": WHISPER}
+            openers: dict[str, Callable[[], Transcribe]] = {}
+            for name, checkpoint in grafts.items():
+                openers[name] = functools.partial(open_graft, checkpoint)
+                if multiplies_int8():
+                    openers[f"{name} {INT8}"] = functools.partial(open_graft, checkpoint, INT8)
+            openers["transformers"] = open_pipeline
             if convert_whisper(folder):
                 whispers = {kind: functools.partial(open_faster_whisper, folder, kind) for kind in KINDS}
                 openers |= {f"faster-whisper {kind}": opener for kind, opener in whispers.items()}

@@ -39,6 +39,8 @@ def quantize_to_int8(model: nn.Module) -> None:
         )
     for name, linear in list(int8_layers(model)):
         model.set_submodule(name, Int8Linear(linear))
+    for parameter in model.parameters():  # mapped from the file of all weights, which their copies let go of
+        parameter.data = parameter.data.clone()
 
 
 def int8_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -70,7 +72,7 @@ class Int8Linear(nn.Module):
         self._scales = scales
         self._zero_points = torch.zeros(len(scales), dtype=torch.int32)
         self._sums = (rounded.sum(dim=1) * scales)[None]  # (1, out): what an input of ones gives
-        self._bias = None if linear.bias is None else linear.bias.detach()
+        self._bias = None if linear.bias is None else linear.bias.detach().clone()
 
     def forward(self, states: Tensor) -> Tensor:
         """Multiply states (..., in), float32; returns (..., out)."""

@@ -27,6 +27,7 @@ from graft.text.prompts import (
     PROMPT_END,
     TEMPLATES,
     Instruction,
+    check_language,
     prompt_text,
     request_instruction,
     style_text,
@@ -55,8 +56,15 @@ class SpeechProcessor(Protocol):
         """Whether the model takes lists of words that may occur."""
         ...
 
-    def instruction(self, instruction: str | None = None, context: Sequence[str] | None = None) -> str:
-        """Write what `prompt_ids` takes for a request: a text style's name or a phrasing, and words that may occur.
+    @property
+    def languages(self) -> Sequence[str]:
+        """Languages (ISO 639-1) that a prompt may name; none where the model is not told the language."""
+        ...
+
+    def instruction(
+        self, instruction: str | None = None, context: Sequence[str] | None = None, language: str | None = None
+    ) -> str:
+        """Write what `prompt_ids` takes for a request: a style's name or phrasing, words that may occur, a language.
 
         Raises ModelError for a request that the model does not take.
         """
@@ -70,10 +78,18 @@ class SpeechProcessor(Protocol):
         """Return the ids that end an answer."""
         ...
 
+    def max_new_tokens(self, duration_s: float, instruction: str) -> int:
+        """Return the most tokens that the answer to a clip of so many seconds can need."""
+        ...
 
-def max_new_tokens(duration_s: float) -> int:
-    """Return the most tokens that speech of this duration can need: 10 a second and 16 more."""
-    return 16 + math.ceil(10 * duration_s)
+
+ENGLISH_TOKENS_PER_S, OTHER_TOKENS_PER_S = 10.0, 30.0
+"""Tokens in a second of speech at most. Vocabularies hold English words whole, but write Hindi letter by letter."""
+
+
+def max_new_tokens(duration_s: float, tokens_per_s: float = ENGLISH_TOKENS_PER_S) -> int:
+    """Return the most tokens that speech of this duration can need: so many a second and 16 more."""
+    return 16 + math.ceil(tokens_per_s * duration_s)
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,8 @@ class GraftProcessor(ProcessorMixin):
         text_style: str = "lower",
         trained_styles: Sequence[str] = (),
         trained_context: bool = False,
+        trained_languages: Sequence[str] = (),
+        tokens_per_s: float = ENGLISH_TOKENS_PER_S,
     ):
         self.audio_pool = audio_pool
         self.audio_context = audio_context
@@ -115,6 +133,8 @@ class GraftProcessor(ProcessorMixin):
         self.text_style = text_style
         self.trained_styles = list(trained_styles)
         self.trained_context = trained_context
+        self.trained_languages = list(trained_languages)
+        self.tokens_per_s = tokens_per_s
         super().__init__(feature_extractor, image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -122,8 +142,9 @@ class GraftProcessor(ProcessorMixin):
         cls, config: GraftConfig, *, feature_extractor: Any, image_processor: Any, tokenizer: Any
     ) -> "GraftProcessor":
         """Make the processor that matches a graft's configuration."""
-        names = ("audio_pool", "audio_context", "prompt_style", "text_style", "trained_styles", "trained_context")
-        settings = {name: getattr(config, name) for name in names}
+        names = ("audio_pool", "audio_context", "prompt_style", "text_style")
+        trained = ("trained_styles", "trained_context", "trained_languages", "tokens_per_s")
+        settings = {name: getattr(config, name) for name in (*names, *trained)}
         return cls(feature_extractor, image_processor, tokenizer, chat_template=tokenizer.chat_template, **settings)
 
     @cached_property
@@ -133,8 +154,15 @@ class GraftProcessor(ProcessorMixin):
     def audio_token_count(self, frame_count: int) -> int:
         return audio_token_count(frame_count, pool=self.audio_pool, context=self.audio_context)
 
-    def instruction(self, instruction: str | None = None, context: Sequence[str] | None = None) -> str:
-        """Write the instruction of a request: a style's name or a trained phrasing, and words that may occur.
+    @property
+    def languages(self) -> Sequence[str]:
+        """See SpeechProcessor: the languages that training named."""
+        return self.trained_languages
+
+    def instruction(
+        self, instruction: str | None = None, context: Sequence[str] | None = None, language: str | None = None
+    ) -> str:
+        """Write the instruction of a request: a style or a trained phrasing, words that may occur, and a language.
 
         Raises ModelError for a request that the checkpoint was not trained for, with those that it was.
         """
@@ -144,6 +172,8 @@ class GraftProcessor(ProcessorMixin):
             text_style=self.text_style,
             trained_styles=self.trained_styles,
             trained_context=self.trained_context,
+            language=language,
+            trained_languages=self.trained_languages,
         )
 
     def prompt_ids(self, frame_count: int, instruction: str = DEFAULT_INSTRUCTION) -> list[int]:
@@ -174,6 +204,10 @@ class GraftProcessor(ProcessorMixin):
     def end_ids(self, generation_config: Any) -> set[int]:
         """Return the ids that end an answer: that of trained answers and those of the generation configuration."""
         return {self.target_ids("")[-1], *_as_ids(generation_config.eos_token_id)}
+
+    def max_new_tokens(self, duration_s: float, instruction: str = DEFAULT_INSTRUCTION) -> int:
+        """See SpeechProcessor: as many as the texts of the training data had, at most."""
+        return max_new_tokens(duration_s, self.tokens_per_s)
 
     def target_ids(self, text: str, style: str | None = None) -> list[int]:
         """Tokenize the answer to train for a transcript, in a text style or the graft's own.
@@ -290,36 +324,56 @@ class GraftProcessor(ProcessorMixin):
 
 
 class PlainWhisperProcessor:
-    """The SpeechProcessor of a plain Whisper, which writes English, without timestamps, in no other style than its own.
+    """The SpeechProcessor of a plain Whisper, which writes without timestamps, in no other style than its own.
 
-    `generation_config` is that of the checkpoint: it says how a text begins.
+    It writes English, unless another language is named that the checkpoint knows. `generation_config` is that of the
+    checkpoint: it says how a text begins. `max_length` is the number of tokens that the decoder takes, prompt included.
     """
 
     trained_context = False
 
-    def __init__(self, *, mel_count: int, tokenizer: Any, generation_config: Any) -> None:
+    def __init__(self, *, mel_count: int, tokenizer: Any, generation_config: Any, max_length: int = 448) -> None:
         self.featurizer = Featurizer(mel_count)
         self.tokenizer = tokenizer
-        languages = getattr(generation_config, "lang_to_id", None)  # English-only checkpoints have none
-        task = [languages["<|en|>"], generation_config.task_to_id["transcribe"]] if languages else []
+        # English-only checkpoints have no tokens of languages and tasks.
+        found = getattr(generation_config, "lang_to_id", None) or {}
+        self._language_ids = {token.strip("<|>"): index for token, index in found.items()}
+        self._task = [generation_config.task_to_id["transcribe"]] if found else []
+        self._start_id = generation_config.decoder_start_token_id
+        self._max_length = max_length
         no_timestamps = getattr(generation_config, "no_timestamps_token_id", None)
-        ending = [] if no_timestamps is None else [no_timestamps]
-        self._start_ids = [generation_config.decoder_start_token_id, *task, *ending]
+        self._ending = [] if no_timestamps is None else [no_timestamps]
 
-    def instruction(self, instruction: str | None = None, context: Sequence[str] | None = None) -> str:
-        """See SpeechProcessor: Whisper takes no instruction but `raw`, its own style, and no words.
+    @property
+    def languages(self) -> Sequence[str]:
+        """See SpeechProcessor: those that have a token, or English alone."""
+        return list(self._language_ids) or ["en"]
 
-        Raises ModelError for any other.
+    def instruction(
+        self, instruction: str | None = None, context: Sequence[str] | None = None, language: str | None = None
+    ) -> str:
+        """See SpeechProcessor: Whisper takes no instruction but `raw`, its own style, no words, and a language.
+
+        Returns the code of the language. Raises ModelError for anything else.
         """
-        return request_instruction(instruction, context, text_style="raw", trained_styles=(), trained_context=False)
+        request_instruction(instruction, context, text_style="raw", trained_styles=(), trained_context=False)
+        return check_language(language or "en", self.languages)
 
-    def prompt_ids(self, frame_count: int, instruction: str = DEFAULT_INSTRUCTION) -> list[int]:
-        """See SpeechProcessor: every prompt is the same."""
-        return list(self._start_ids)
+    def prompt_ids(self, frame_count: int, instruction: str = "en") -> list[int]:
+        """See SpeechProcessor: the start of every text in a language, which is the instruction."""
+        language = [self._language_ids[instruction]] if self._language_ids else []
+        return [self._start_id, *language, *self._task, *self._ending]
 
     def end_ids(self, generation_config: Any) -> set[int]:
         """See SpeechProcessor."""
         return _as_ids(generation_config.eos_token_id)
+
+    def max_new_tokens(self, duration_s: float, instruction: str = "en") -> int:
+        """See SpeechProcessor: other languages than English have more tokens, but no more than the decoder takes."""
+        if instruction == "en":
+            return max_new_tokens(duration_s)
+        room = self._max_length - len(self.prompt_ids(0, instruction))
+        return min(max_new_tokens(duration_s, OTHER_TOKENS_PER_S), room)
 
 
 def collate_features(features: Sequence[Features]) -> dict[str, np.ndarray]:

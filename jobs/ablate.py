@@ -209,7 +209,9 @@ def _score(recipe: EvaluateRecipe) -> dict[str, Any]:
     """Return the graft's scores by test set, from an earlier run's report if it is there."""
     is_scored = holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS)
     report = json.loads(Path(recipe.out, REPORT_FILE).read_text()) if is_scored else evaluate(recipe)
-    return {name: report["sets"][name]["graft"] for name in recipe.data}
+    sets = {name: kinds["graft"] for name, kinds in report["sets"].items()}
+    # A set of several languages is one for each, "NAME LANGUAGE".
+    return {name: rates for name, rates in sets.items() if {name, name.rpartition(" ")[0]} & recipe.data.keys()}
 
 
 def score_ctc(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, float]]:
@@ -240,12 +242,12 @@ def _ctc_scores(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, flo
     scores = {}
     for name, sources in recipe.data.items():
         texts, transcripts = [], []
-        rows = as_rows(labelled(name, sources, limit=recipe.limit))
+        rows = as_rows(labelled(name, sources, limit=recipe.limit, language=recipe.language))
         for _, text, clip in readable(rows, RowReader(rows.files)):
             inputs = processor(audio=clip)
             texts.append(prealignment.normalize(text))
             transcripts.append(prealignment.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"])[0])
-        scores[name] = score(texts, transcripts).to_dict()
+        scores[name] = score(texts, transcripts, language=recipe.language).to_dict()
     return scores
 
 

@@ -64,6 +64,9 @@ class EvaluateRecipe(Recipe):
     baseline: ModelKey[Checkpoint | None] = "whisper"
     """Model that is scored beside it, as a rule plain Whisper; `whisper` is the bundled Whisper base, null scores
     none."""
+    language: DataKey[str | None] = None
+    """Language of the clips of which the data names none, such as de (ISO 639-1). It chooses the normaliser of the
+    rates, and models whose prompt can name a language are told it."""
     limit: DataKey[int | None] = Field(default=None, ge=1)
     """Number of clips to score, the first ones of each set; null scores all."""
     audio_check: DataKey[str | None] = None
@@ -209,12 +212,13 @@ def _items(recipe: EvaluateRecipe, folder: Path) -> "list[Item]":
 
     items = []
     for name, sources in recipe.data.items():
-        own = labelled(name, sources, limit=recipe.limit)
+        own = labelled(name, sources, limit=recipe.limit, language=recipe.language)
         items += own
         if name == recipe.audio_check:
             items += swapped(own)
         if recipe.recordings_s:
-            items += joined(own, recipe.recordings_s, folder)
+            for part in dict.fromkeys(item.set_name for item in own):  # one for each language
+                items += joined([item for item in own if item.set_name == part], recipe.recordings_s, folder)
     return items + (sounds(recipe.seed, folder) if recipe.sounds else [])
 
 
@@ -227,7 +231,7 @@ def _transcribe_models(
     """
     from .evaluation.test_sets import SWAPPED, as_rows
     from .transcription.machine import connect_workers
-    from .transcription.pipeline import Pipeline, measured_rtfx, model_opener, transcribe_rows
+    from .transcription.pipeline import Pipeline, languages_for_model, measured_rtfx, model_opener, transcribe_rows
     from .transcription.reader import WINDOWS, Reading
 
     workers = connect_workers(_asked_workers(recipe))
@@ -242,11 +246,17 @@ def _transcribe_models(
         pipelines[kind] = Pipeline(reading, openers[kind], workers)
     models: dict[str, Transcripts] = {}
     rtfx = {}
-    by_clip = {item.clip: item for item in items}  # items of swapped audio share the clips of others
+    # Items of swapped audio share the clips of others, which come first and have the language of the audio.
+    by_clip: dict[Any, Item] = {}
+    for item in items:
+        by_clip.setdefault(item.clip, item)
+    rows = as_rows([*by_clip.values()])
+    of_checkpoint = {name: languages_for_model(rows, name) for name in checkpoints.values()}
+    told = {kind: of_checkpoint[checkpoints.get(kind, checkpoints[own])] for kind in pipelines}
     for number, (kind, pipeline) in enumerate(pipelines.items()):
         print(f"evaluate: {kind}", flush=True)
         home = work / f"model-{number}"
-        clips = dict(zip(by_clip, transcribe_rows(as_rows([*by_clip.values()]), home, pipeline), strict=True))
+        clips = dict(zip(by_clip, transcribe_rows(told[kind], home, pipeline), strict=True))
         # The audio check is of the model alone.
         scored = [item for item in items if kind == own or item.set_name != SWAPPED]
         models[kind], rtfx[kind] = {item: clips[item.clip] for item in scored}, measured_rtfx(home)
@@ -289,7 +299,7 @@ def _report(
 def _scores(items: "Sequence[Item]", texts: Sequence[str], *, seed: int) -> dict[str, float]:
     """Return the error rates of a set's texts or, where nobody speaks, how much was written."""
     if any(item.text for item in items):
-        return score([item.text for item in items], texts, seed=seed).to_dict()
+        return score([item.text for item in items], texts, language=items[0].language, seed=seed).to_dict()
     minutes = sum(item.duration_s for item in items) / 60
     written = [len(text) for text in texts]
     return {

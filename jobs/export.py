@@ -144,6 +144,8 @@ def _trained_part(
         settings={**{name: getattr(config, name) for name in SETTINGS}, "seed": build.get("seed", 0)},
         trained_styles=list(processor.trained_styles),
         trained_context=processor.trained_context,
+        trained_languages=list(processor.trained_languages),
+        tokens_per_s=processor.tokens_per_s,
         adapters=lora,
         onto=recipe.onto,
         dtype=recipe.dtype,
@@ -213,6 +215,7 @@ def _model_card(
     settings = {
         **pretrained.settings,
         "instructions for a text style": ", ".join(pretrained.trained_styles) or "not trained",
+        "instructions that name a language": ", ".join(pretrained.trained_languages) or "not trained",
         "lists of words": "trained" if pretrained.trained_context else "not trained",
     }
     adapters = ""

@@ -48,10 +48,10 @@ def run(recipe: FormatRecipe) -> None:
     )
 
 
-def _line(text: str, clip: ClipTranscript | None, *, least: float) -> dict[str, Any]:
+def _line(text: str, clip: ClipTranscript | None, language: str | None, *, least: float) -> dict[str, Any]:
     if clip is None or clip.error:
         return {"text": text, "words": 0, "agreed": 0, "state": UNHEARD if clip else OWN}
-    formatted = transfer_formatting(text, clip.text)
+    formatted = transfer_formatting(text, clip.text, language=language)
     text, state = (text, KEPT) if formatted.agreement < least else (formatted.text, FORMATTED)
     return {"text": text, "words": formatted.words, "agreed": formatted.agreed, "state": state}
 

@@ -65,7 +65,7 @@ def run(recipe: LabelRecipe) -> None:
     )
 
 
-def _line(text: str, clip: ClipTranscript | None, *, recipe: LabelRecipe) -> dict[str, Any]:
+def _line(text: str, clip: ClipTranscript | None, language: str | None, *, recipe: LabelRecipe) -> dict[str, Any]:
     if clip is None:
         return {"text": text, "state": OWN}
     if clip.error:

@@ -91,6 +91,9 @@ class TranscribeRecipe(Recipe):
     instruction: ModelKey[str | None] = None
     """Text style (raw, lower, formatted) that the model was trained for, or a phrasing that asks for one; null takes
     the model's own."""
+    language: ModelKey[str | None] = None
+    """Language of all recordings, such as de (ISO 639-1), for a model whose prompt can name it; a Whisper writes
+    English where it is null."""
     context: ModelKey[list[str] | None] = None
     """Words that may occur (names, terms), for a model that was trained for lists of words."""
     aligner: ModelKey[Checkpoint | None] = None
@@ -276,7 +279,8 @@ def _reading(recipe: TranscribeRecipe) -> "Reading":
 
 
 def _options(recipe: TranscribeRecipe) -> dict[str, Any]:
-    return {"instruction": recipe.instruction, "context": recipe.context}
+    told = {"language": recipe.language} if recipe.language else {}
+    return {"instruction": recipe.instruction, "context": recipe.context, **told}
 
 
 def _opener(recipe: TranscribeRecipe, aligner: str | None, workers: "Workers") -> "Opener":
@@ -342,8 +346,8 @@ def _check_model(recipe: TranscribeRecipe) -> None:
     _asked_workers(recipe).check(engine=recipe.engine)
     if recipe.engine == "vllm":
         require("vllm", extra="vllm")
-    if recipe.instruction or recipe.context:
-        open_speech_processor(recipe.model).instruction(recipe.instruction, recipe.context)
+    if recipe.instruction or recipe.context or recipe.language:
+        open_speech_processor(recipe.model).instruction(recipe.instruction, recipe.context, recipe.language)
     if recipe.aligner:
         find_aligner(recipe.aligner)
 

@@ -78,6 +78,8 @@ def open_graft(
     processor = open_processor(path)
     model.config.trained_styles = list(processor.trained_styles)
     model.config.trained_context = processor.trained_context
+    model.config.trained_languages = list(processor.trained_languages)
+    model.config.tokens_per_s = processor.tokens_per_s
     if read_stage(path):
         load_projector(model, path)
         if has_adapters(path):
@@ -136,8 +138,11 @@ def open_processor(path: str | Path) -> GraftProcessor:
     check_kind(graft, "graft")
     with reading(graft):
         processor = GraftProcessor.from_pretrained(graft)
-    if words := (read_stage(path) or {}).get("words"):
+    stage = read_stage(path) or {}
+    processor.tokens_per_s = stage.get("tokens_per_s", processor.tokens_per_s)  # stages used not to say it
+    if words := stage.get("words"):
         processor.trained_styles, processor.trained_context = words["styles"], words["context"]
+        processor.trained_languages = words.get("languages", [])  # stages used to know none
     return processor
 
 
@@ -152,16 +157,24 @@ def check_graft(path: str | Path) -> None:
         read_projector(path, GraftConfig.from_pretrained(graft))
 
 
-def write_stage(folder: str | Path, *, stage: int, graft: str | Path, words: Mapping[str, Any] | None = None) -> None:
+def write_stage(
+    folder: str | Path,
+    *,
+    stage: int,
+    graft: str | Path,
+    words: Mapping[str, Any] | None = None,
+    tokens_per_s: float | None = None,
+) -> None:
     """Record in a stage's output folder which graft it belongs to, by a path relative to that folder.
 
     `words` are the instructions that the stage was trained for (graft.text.instructions.trained_instructions); None
-    keeps the graft's.
+    keeps the graft's, as it does for the most tokens in a second of speech.
     """
     record = {
         "stage": stage,
         "graft": os.path.relpath(Path(graft).resolve(), Path(folder).resolve()),
         **({"words": dict(words)} if words is not None else {}),
+        **({"tokens_per_s": tokens_per_s} if tokens_per_s is not None else {}),
     }
     Path(folder, STAGE_FILE).write_text(json.dumps(record) + "\n")
 

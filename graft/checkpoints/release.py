@@ -11,7 +11,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from graft.checkpoints.projector_file import check_projector, state_digest, weig
 from graft.errors import ModelError
 from graft.model.configuration import GraftConfig
 from graft.model.modeling import GraftForConditionalGeneration
-from graft.processor import GraftProcessor
+from graft.processor import ENGLISH_TOKENS_PER_S, GraftProcessor
 
 FOLDER = Path(__file__).parents[1] / "pretrained"
 FORMAT = 1  # version of the files; a new one keeps older code from misreading them
@@ -74,6 +74,8 @@ class Pretrained:
     """Dtype of the tensors in the files."""
     digest: str
     """state_digest of those tensors."""
+    trained_languages: list[str] = field(default_factory=list)
+    tokens_per_s: float = ENGLISH_TOKENS_PER_S
 
 
 def known_names() -> list[str]:
@@ -207,6 +209,7 @@ def pretrained_graft(
         parameter.data = parameter.data.to(dtype)
     for one in (model.config, processor):
         one.trained_styles, one.trained_context = list(pretrained.trained_styles), pretrained.trained_context
+        one.trained_languages, one.tokens_per_s = list(pretrained.trained_languages), pretrained.tokens_per_s
     return model, processor
 
 

@@ -34,5 +34,8 @@ def open_whisper_processor(path: str | Path) -> PlainWhisperProcessor:
         except OSError:  # checkpoints of before 2023 have none
             generation_config = GenerationConfig.from_model_config(config)
     return PlainWhisperProcessor(
-        mel_count=config.num_mel_bins, tokenizer=tokenizer, generation_config=generation_config
+        mel_count=config.num_mel_bins,
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        max_length=config.max_target_positions,
     )

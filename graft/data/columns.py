@@ -21,11 +21,13 @@ from graft.storage.local_paths import utf8_name
 
 _BINARY = (pa.binary(), pa.large_binary())
 _STRING = pa.large_string()
+_CODE = pa.dictionary(pa.int32(), pa.string())
 
 METADATA = pa.schema(
     [
         ("id", _STRING),
         ("text", _STRING),  # in NFC; "" for null
+        ("language", _CODE),  # as it is written; null where it is not known
         ("duration_s", pa.float64()),  # NaN for null
         ("row_group", pa.int32()),
         ("row", pa.int32()),  # within the row group
@@ -54,7 +56,8 @@ def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> pa
 
     Raises DataError for a column that is missing or of another type, and for rows without an id.
     """
-    table = _read_columns(parquet, [columns.id, columns.duration, columns.text], name, required=[columns.audio])
+    wanted = [columns.id, columns.duration, columns.text, columns.language]
+    table = _read_columns(parquet, wanted, name, required=[columns.audio])
     _audio_leaves(parquet, columns.audio, name)  # for its errors
     count = parquet.metadata.num_rows
     if columns.id is None:
@@ -73,7 +76,10 @@ def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> pa
     row_groups = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     rows = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # less the rows of earlier row groups
     texts = pc.utf8_normalize(texts.fill_null(""), "NFC")
-    return pa.table([ids, texts, duration_s, row_groups, rows.astype(np.int32)], schema=METADATA)
+    languages = pa.nulls(count, _CODE)
+    if columns.language is not None:
+        languages = _cast(table, columns.language, name, pa.string()).dictionary_encode()
+    return pa.table([ids, texts, languages, duration_s, row_groups, rows.astype(np.int32)], schema=METADATA)
 
 
 def read_texts(parquet: pq.ParquetFile, *, name: str) -> pa.Table:

@@ -26,6 +26,7 @@ from graft.data.settings import Columns, Source, Sources
 from graft.errors import DataError
 from graft.storage.atomic import atomic_file
 from graft.storage.locations import StoredFile, list_parquet_files, open_parquet, redact_uri, retry_read
+from graft.text.languages import language_code
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ SCHEMA = pa.schema(
     ]
 )
 PLANNING_THREADS = 32  # The threads mostly wait for a network.
-_NUMBERS = ("duration_s", "source", "file", "row_group", "row")
+_NUMBERS = ("duration_s", "language", "source", "file", "row_group", "row")
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,14 @@ class RowTable:
     ids: pa.LargeStringArray
     texts: pa.LargeStringArray  # "" where the corpus has none
     duration_s: np.ndarray  # float64; NaN where it is not known
+    language: np.ndarray  # int16, index into languages
     source: np.ndarray  # int16, index into weights
     file: np.ndarray  # int32, index into files
     row_group: np.ndarray  # int32, within the file
     row: np.ndarray  # int32, within the row group
     files: list[CorpusFile]
     weights: list[float]  # of each source
+    languages: list[str]  # codes (ISO 639-1), and "" where the language is not known
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -79,6 +82,14 @@ class RowTable:
         """Return the transcript of a row, "" where it has none."""
         return str(self.texts[int(row)])
 
+    def language_of(self, row: int) -> str | None:
+        """Return the language of a row, None where it is not known."""
+        return self.languages[int(self.language[int(row)])] or None
+
+    def without_languages(self) -> "RowTable":
+        """Return the rows as if their languages were not known."""
+        return replace(self, language=np.zeros(len(self), np.int16), languages=[""])
+
     def select(self, rows: np.ndarray) -> "RowTable":
         """Take the rows at these indices, in their order, or those where a mask is true."""
         rows = np.asarray(rows)
@@ -87,12 +98,15 @@ class RowTable:
         return replace(self, **strings, **{name: getattr(self, name)[rows] for name in _NUMBERS})
 
 
-def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) -> RowTable:
+def read_rows(
+    sources: Sources, *, cache: str | os.PathLike[str] | None = None, language: str | None = None
+) -> RowTable:
     """Read the metadata columns of a corpus; plain paths among the sources make up one source together.
 
     The files of a source are sorted by URI. In the folder `cache`, the metadata of a file is kept for as long as the
-    file stays the same. Raises DataError when nothing is found, a file is not parquet, lacks a column or stands in two
-    sources, all files are empty, or a row has no ID. A row without text or with an odd duration is kept.
+    file stays the same. `language` is that of the rows of which the data names none. Raises DataError when nothing is
+    found, a file is not parquet, lacks a column or stands in two sources, all files are empty, a language is unknown,
+    or a row has no ID. A row without text or with an odd duration is kept.
     """
     kinds = _long_form(sources)
     files = [[one.files] if isinstance(one.files, str) else one.files for one in kinds]
@@ -113,10 +127,14 @@ def read_rows(sources: Sources, *, cache: str | os.PathLike[str] | None = None) 
     for index, kind in enumerate(kinds):
         if kind.texts is not None:
             texts = _replace_texts(texts, ids, source == index, kind.texts)
+    defaults = [language_code(code) if (code := kind.language or language) else "" for kind in kinds]
+    languages, codes = _language_indices(table["language"], source, defaults)
     return RowTable(
         ids=ids,
         texts=texts,
         duration_s=table["duration_s"].to_numpy(),
+        language=codes,
+        languages=languages,
         source=source,
         file=np.repeat(np.arange(len(parts), dtype=np.int32), sizes),
         row_group=table["row_group"].to_numpy(),
@@ -194,6 +212,19 @@ def _group_table(group: list[Mapping[str, Any]]) -> pa.Table:
         return pa.Table.from_pylist(group, schema=SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"corpus rows {group[0]['ID']!r} to {group[-1]['ID']!r}: {error}") from error
+
+
+def _language_indices(
+    written: pa.ChunkedArray, source: np.ndarray, defaults: list[str]
+) -> tuple[list[str], np.ndarray]:
+    """Return codes of languages, and the index of each row's among them; `defaults` are those of the sources."""
+    encoded: Any = pa.concat_arrays(written.unify_dictionaries().chunks)
+    named = [language_code(name) if name.strip() else "" for name in encoded.dictionary.to_pylist()]
+    languages = list(dict.fromkeys(["", *defaults, *named]))
+    of_source = np.array([languages.index(code) for code in defaults], np.int16)[source]
+    of_name = np.array([languages.index(code) for code in [*named, ""]], np.int16)
+    indices = of_name[encoded.indices.fill_null(len(named)).to_numpy(zero_copy_only=False)]
+    return languages, np.where(indices == 0, of_source, indices).astype(np.int16)
 
 
 def _long_form(sources: Sources) -> list[Source]:

@@ -23,6 +23,8 @@ class Columns(Recipe):
     """Column of durations in seconds. null measures them, for which all audio is read once while planning."""
     text: str | None = "text"
     """Column of transcripts. null is for audio without transcripts, for which graft label writes texts."""
+    language: str | None = None
+    """Column of the rows' languages, such as de (ISO 639-1), de-AT or German. null is for none."""
     audio: str = "wav"
     """Column of whole audio files: bytes, or a struct of `bytes` and, optionally, `path`."""
 
@@ -37,6 +39,8 @@ class Source(Recipe):
     """Times that a row occurs in an epoch: 2 is twice, 0.5 is in every other epoch."""
     columns: Columns = Columns()
     """Names of the files' columns."""
+    language: str | None = None
+    """Language of the rows of which columns.language names none, such as de (ISO 639-1)."""
     texts: Location | None = None
     """Parquet files with the columns ID and text, which replace the corpus's texts; a row that they lack has no
     text."""

@@ -41,7 +41,7 @@ from graft.inference.int8 import check_int8, quantize_to_int8
 from graft.inference.segments import ScoredSegment, ScoredToken, Segment, Word
 from graft.inference.transcript import Transcript, stitch
 from graft.model.modeling import GraftForConditionalGeneration
-from graft.processor import SpeechProcessor, max_new_tokens
+from graft.processor import SpeechProcessor
 
 # A path, the bytes of a file, or samples.
 Audio: TypeAlias = str | os.PathLike[str] | bytes | AudioClip
@@ -99,6 +99,7 @@ class Transcriber:
         *,
         instruction: str | None = None,
         context: Sequence[str] | None = None,
+        language: str | None = None,
         words: bool | None = None,
         channels: Channels = "mix",
         audio_track: AudioTrack | None = None,
@@ -107,7 +108,9 @@ class Transcriber:
         """Transcribe one recording of any length.
 
         `instruction` is a text style (raw, lower, formatted) or a phrasing that asks for one; `context` lists words
-        that may occur; `words` says whether segments have words with times, by default wherever there is an aligner.
+        that may occur; `language` (ISO 639-1) is that of the speech, for a model whose prompt can name it: a Whisper
+        writes English unless it is told another one; `words` says whether segments have words with times, by default
+        wherever there is an aligner.
         `channels` is "mix" for the mean of all channels, or "split" for each by itself, as in calls with one speaker on
         each: segments then name their channels, and are in order of time. Of a file with several audio tracks,
         `audio_track` is the one to take, by its number from 1 or its language, by default the file's own default.
@@ -120,6 +123,7 @@ class Transcriber:
             self.transcribe_async(
                 audio,
                 instruction=instruction,
+                language=language,
                 context=context,
                 words=words,
                 channels=channels,
@@ -134,6 +138,7 @@ class Transcriber:
         *,
         instruction: str | None = None,
         context: Sequence[str] | None = None,
+        language: str | None = None,
         words: bool | None = None,
         channels: Channels = "mix",
         audio_track: AudioTrack | None = None,
@@ -144,7 +149,7 @@ class Transcriber:
         All recordings are prepared before the first is decoded, so that the engine's batches are full, and the same in
         every call. `progress` gets the share of the speech of all recordings. Raises ModelError as `transcribe` does.
         """
-        phrasing, timed = self._processor.instruction(instruction, context), self._wants_words(words)
+        phrasing, timed = self._processor.instruction(instruction, context, language), self._wants_words(words)
 
         async def prepare(audio: Audio) -> Prepared | AudioError:
             try:
@@ -169,6 +174,7 @@ class Transcriber:
         *,
         instruction: str | None = None,
         context: Sequence[str] | None = None,
+        language: str | None = None,
         words: bool | None = None,
         channels: Channels = "mix",
         audio_track: AudioTrack | None = None,
@@ -178,7 +184,7 @@ class Transcriber:
 
         Cancelling releases its slots in the engine. Raises as `transcribe` does.
         """
-        phrasing, timed = self._processor.instruction(instruction, context), self._wants_words(words)
+        phrasing, timed = self._processor.instruction(instruction, context, language), self._wants_words(words)
         prepared = await self._in_background(self._prepare, audio, phrasing, channels, audio_track)
         return await self._transcribe_prepared(prepared, timed, _Report(progress, [prepared]))
 
@@ -188,6 +194,7 @@ class Transcriber:
         *,
         instruction: str | None = None,
         context: Sequence[str] | None = None,
+        language: str | None = None,
         words: bool | None = None,
         scored: bool = False,
     ) -> list[Segment]:
@@ -195,7 +202,7 @@ class Transcriber:
 
         Raises ModelError as `transcribe` does.
         """
-        phrasing, timed = self._processor.instruction(instruction, context), self._wants_words(words)
+        phrasing, timed = self._processor.instruction(instruction, context, language), self._wants_words(words)
 
         async def transcribe_chunk(chunk: Chunk) -> Segment:
             request = await self._in_background(self._make_request, chunk.clip, phrasing)
@@ -209,6 +216,7 @@ class Transcriber:
         *,
         instruction: str | None = None,
         context: Sequence[str] | None = None,
+        language: str | None = None,
         scored: bool = False,
     ) -> AsyncGenerator[str | ScoredToken | Segment, None]:
         """Yield a chunk's text in parts as it is decoded, and at last its segment, whose text is all parts joined.
@@ -217,7 +225,7 @@ class Transcriber:
         part is taken back: text that `check_quality` flags is not decoded again. Raises ModelError as `transcribe`
         does.
         """
-        phrasing = self._processor.instruction(instruction, context)
+        phrasing = self._processor.instruction(instruction, context, language)
         request = await self._in_background(self._make_request, chunk.clip, phrasing)
         tokens: list[Token] = []
         sent = ""
@@ -277,7 +285,8 @@ class Transcriber:
         features = self._processor.featurizer(clip)
         with self._tokenizer_lock:
             prompt_ids = self._processor.prompt_ids(features.frame_count, instruction)
-        return EngineRequest(uuid.uuid4().hex, features, prompt_ids, max_new_tokens(clip.duration_s))
+            most = self._processor.max_new_tokens(clip.duration_s, instruction)
+        return EngineRequest(uuid.uuid4().hex, features, prompt_ids, most)
 
     async def _transcribe_prepared(self, prepared: Prepared, words: bool, report: "_Report") -> Transcript:
         duration_s, defects, parts = prepared

@@ -35,6 +35,8 @@ class GraftConfig(Qwen2VLConfig):
         prompt_style: `graft`, or `reference` for the fixed prompt of the reference system.
         text_style: how transcripts are written: `raw`, `lower` or `formatted`.
         trained_styles: text styles that an instruction may ask for; training writes it.
+        tokens_per_s: tokens in a second of speech at most, in the texts that it was trained on; training writes it.
+        trained_languages: languages (ISO 639-1) that a prompt may name; training writes it.
         trained_context: whether the model was trained with lists of context words; training writes it.
         base_digests: digests of the two checkpoints that were joined.
     """
@@ -57,12 +59,15 @@ class GraftConfig(Qwen2VLConfig):
     text_style: str = "lower"
     trained_styles: list | None = None
     trained_context: bool = False
+    trained_languages: list | None = None
+    tokens_per_s: float = 10.0
     base_digests: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.audio_config, WhisperConfig):
             self.audio_config = WhisperConfig(**(self.audio_config or {}))
         self.trained_styles = list(self.trained_styles or [])
+        self.trained_languages = list(self.trained_languages or [])
         super().__post_init__(**kwargs)
         for name, allowed in ALLOWED_VALUES.items():
             if getattr(self, name) not in allowed:

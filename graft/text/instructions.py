@@ -29,6 +29,7 @@ from graft.text.prompts import (
     Instruction,
     is_formatted,
     with_context,
+    with_language,
 )
 
 COMMON_SHARE = 0.9
@@ -55,6 +56,8 @@ class InstructionRecipe(Recipe):
     """Share of the lists that are empty."""
     context_absent: Share = 0.3
     """Share of the lists that hold none of the clip's words."""
+    language: Share = 0.0
+    """Share of the samples whose instruction names the language of the speech, where the data says which it is."""
 
     @model_validator(mode="after")
     def _check_shares(self) -> "InstructionRecipe":
@@ -70,7 +73,7 @@ class InstructionRecipe(Recipe):
     @property
     def is_default(self) -> bool:
         """Whether all samples have the default instruction."""
-        return not self.context and not any(self.styles.values())
+        return not self.context and not self.language and not any(self.styles.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +92,8 @@ class InstructionSampler:
         """Whether every sample has the default instruction."""
         return self.settings.is_default and self.default_style != "formatted"
 
-    def sample(self, text: str, sample_seed: int) -> Instruction:
-        """Draw the instruction of a sample.
+    def sample(self, text: str, sample_seed: int, language: str | None = None) -> Instruction:
+        """Draw the instruction of a sample, whose language may be known.
 
         The answer `formatted` is never asked for where the label is not formatted itself.
         """
@@ -105,6 +108,8 @@ class InstructionSampler:
         phrasing, listed = chance(), chance()
         choices = _INSTRUCTIONS[style]
         instruction = choices[int(phrasing * len(choices))]
+        if language and self.settings.language and chance() < self.settings.language:
+            instruction = Instruction(with_language(instruction.text, language), style)
         if listed >= self.settings.context:
             return instruction
         formatted = (style or self.default_style) == "formatted"
@@ -169,11 +174,15 @@ def make_instruction_sampler(
     return InstructionSampler(settings, text_style, words)
 
 
-def trained_instructions(settings: InstructionRecipe) -> dict[str, Any]:
-    """Summarise for stage.json which instructions a checkpoint trained with these settings understands."""
+def trained_instructions(settings: InstructionRecipe, languages: Sequence[str] = ()) -> dict[str, Any]:
+    """Summarise for stage.json which instructions a checkpoint trained with these settings understands.
+
+    `languages` are those of the training data.
+    """
     return {
         "styles": sorted(style for style, share in settings.styles.items() if share),
         "context": settings.context > 0,
+        "languages": sorted(filter(None, languages)) if settings.language else [],
     }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from graft.errors import ModelError
 from graft.model.tokens import AUDIO_END_TOKEN, AUDIO_PAD_TOKEN, AUDIO_START_TOKEN
 from graft.text.characters import SENTENCE_MARK, compose, lower_case
+from graft.text.languages import language_code, language_name
 
 MAX_CONTEXT_WORDS = 100
 MAX_WORD_LENGTH = 100
@@ -90,6 +91,11 @@ def with_context(instruction: str, words: Sequence[str]) -> str:
     )
 
 
+def with_language(instruction: str, language: str) -> str:
+    """Add the language of the speech (ISO 639-1) to an instruction."""
+    return f"{instruction} The language is {language_name(language)}."
+
+
 def check_context_words(context: Sequence[str]) -> list[str]:
     """Clean a request's list of words that may occur: each once, in NFC, without spaces, commas and stops around it.
 
@@ -126,6 +132,20 @@ def is_formatted(text: str) -> bool:
     return has_letters and SENTENCE_MARK.search(text) is not None
 
 
+def check_language(language: str, known: Sequence[str]) -> str:
+    """Return the code of a language that a model's prompt can name. Raises ModelError for any other."""
+    code = language_code(language)
+    if not known:
+        raise ModelError(
+            f"language={language}: this checkpoint's prompt names no language: "
+            "leave it out, or train stage 2 with words.language"
+        )
+    if code not in known:
+        names = ", ".join(sorted(known))
+        raise ModelError(f"language={language}: this checkpoint knows {names}: give one of these, or none")
+    return code
+
+
 def request_instruction(
     instruction: str | None,
     context: Sequence[str] | None,
@@ -133,8 +153,10 @@ def request_instruction(
     text_style: str,
     trained_styles: Sequence[str],
     trained_context: bool,
+    language: str | None = None,
+    trained_languages: Sequence[str] = (),
 ) -> str:
-    """Write the instruction of a request: a style's name or a trained phrasing, and words that may occur.
+    """Write the instruction of a request: a style's name or a trained phrasing, a language, and words that may occur.
 
     Raises ModelError for a request that the checkpoint was not trained for, with those that it was, and for an unusable
     list of words.
@@ -150,6 +172,8 @@ def request_instruction(
         raise ModelError(
             f"instruction {asked!r:.80}: this checkpoint was trained for {known}: give one of these, or none"
         )
+    if language is not None:
+        asked = with_language(asked, check_language(language, trained_languages))
     if context is None or (not context and not trained_context):
         return asked
     if not trained_context:

@@ -79,4 +79,5 @@ def _score(model: GraftForConditionalGeneration, processor: GraftProcessor, rows
     finally:
         transcriber.close()
     texts = [transcript.text for transcript in transcripts if isinstance(transcript, Transcript)]
-    return score(rows.texts.to_pylist(), texts)
+    used = {rows.language_of(row) for row in range(len(rows))}
+    return score(rows.texts.to_pylist(), texts, language=used.pop() if len(used) == 1 else None)

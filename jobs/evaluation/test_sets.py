@@ -32,11 +32,18 @@ class Item:
     clip: tuple[CorpusFile, int, int]
     """Place of the audio: file, row group and row."""
     duration_s: float
+    language: str | None = None
+    """Language of the reference (ISO 639-1), None where it is not known."""
 
 
-def labelled(name: str, sources: Sources, *, limit: int | None) -> list[Item]:
-    """List the first clips of a set. Raises DataError for rows without text."""
-    items = _items(name, sources, limit=limit)
+def labelled(name: str, sources: Sources, *, limit: int | None, language: str | None = None) -> list[Item]:
+    """List the first clips of a set; a set of several languages becomes one for each, "NAME LANGUAGE".
+
+    `language` is that of the clips of which the data names none. Raises DataError for rows without text.
+    """
+    items = _items(name, sources, limit=limit, language=language)
+    if len({item.language for item in items}) > 1:
+        items = [replace(item, set_name=f"{name} {item.language or 'unknown'}") for item in items]
     if empty := [item.id for item in items if not item.text.strip()]:
         raise DataError(
             f"{len(empty)} rows of data.{name} have no text, {empty[0]} first: drop them with `graft prepare`"
@@ -48,7 +55,8 @@ def swapped(items: Sequence[Item]) -> list[Item]:
     """Return the items with the audio of the next one each."""
     others = [*items[1:], *items[:1]]
     return [
-        replace(other, set_name=SWAPPED, id=item.id, text=item.text) for item, other in zip(items, others, strict=True)
+        replace(other, set_name=SWAPPED, id=item.id, text=item.text, language=item.language)
+        for item, other in zip(items, others, strict=True)
     ]
 
 
@@ -64,7 +72,7 @@ def joined(items: Sequence[Item], recording_s: float, folder: Path) -> list[Item
     """
     path = folder / f"recordings-{len(list(folder.iterdir()))}.parquet"  # a set's name need not be one of a file
     write_corpus(_recordings(items, recording_s), path, rows_per_group=4)
-    return _items(joined_name(items[0].set_name), str(path))
+    return _items(joined_name(items[0].set_name), str(path), language=items[0].language)
 
 
 def sounds(seed: int, folder: Path) -> list[Item]:
@@ -83,11 +91,14 @@ def sounds(seed: int, folder: Path) -> list[Item]:
 
 def as_rows(items: Sequence[Item]) -> RowTable:
     """Return the rows whose audio is transcribed."""
+    languages = list(dict.fromkeys(["", *(item.language or "" for item in items)]))
     files = {file: index for index, file in enumerate(dict.fromkeys(item.clip[0] for item in items))}
     return RowTable(
         ids=pa.array([item.audio_id for item in items], pa.large_string()),
         texts=pa.array([item.text for item in items], pa.large_string()),
         duration_s=np.array([item.duration_s for item in items]),
+        language=np.array([languages.index(item.language or "") for item in items], np.int16),
+        languages=languages,
         source=np.zeros(len(items), np.int16),
         file=np.array([files[item.clip[0]] for item in items], np.int32),
         row_group=np.array([item.clip[1] for item in items], np.int32),
@@ -97,11 +108,19 @@ def as_rows(items: Sequence[Item]) -> RowTable:
     )
 
 
-def _items(name: str, sources: Sources, *, limit: int | None = None) -> list[Item]:
-    rows = read_rows(sources)
+def _items(name: str, sources: Sources, *, limit: int | None = None, language: str | None = None) -> list[Item]:
+    rows = read_rows(sources, language=language)
     columns = (rows.file, rows.row_group, rows.row, np.nan_to_num(rows.duration_s))
     return [
-        Item(name, rows.id(index), rows.text(index), rows.id(index), (rows.files[file], row_group, row), duration_s)
+        Item(
+            name,
+            rows.id(index),
+            rows.text(index),
+            rows.id(index),
+            (rows.files[file], row_group, row),
+            duration_s,
+            rows.language_of(index),
+        )
         for index, (file, row_group, row, duration_s) in enumerate(
             zip(*(column[:limit].tolist() for column in columns), strict=True)
         )

@@ -36,6 +36,9 @@ class TextsRecipe(Recipe):
 
     data: DataKey[Sources]
     """Clips: parquet files, folders or globs, or {files, columns}."""
+    language: DataKey[str | None] = None
+    """Language of the clips of which the data names none, such as de (ISO 639-1); a Whisper that is told none writes
+    English."""
     out: OutputKey[str]
     """Folder for texts.parquet, which every machine of a cluster must see; a run that was cut off goes on there."""
     model: ModelKey[Checkpoint] = "whisper"
@@ -66,14 +69,15 @@ def write_texts(
     *,
     columns: Mapping[str, str],
     needs_transcript: Callable[[str], bool],
-    line: Callable[[str, ClipTranscript | None], dict[str, Any]],
+    line: Callable[[str, ClipTranscript | None, str | None], dict[str, Any]],
     report: Callable[[Path], tuple[dict[str, Any], str]],
 ) -> None:
     """Write the texts of recipe.data for the command `name`, and result.json, unless that is done already.
 
     columns           names and Arrow types of the columns of texts.parquet: ID, text and more
     needs_transcript  whether a row with this text is transcribed
-    line              a row's text, and its transcript if it needed one -> its line of texts.parquet, without ID
+    line              a row's text, its transcript if it needed one, and its language where that is known
+                      -> its line of texts.parquet, without ID
     report            texts.parquet -> the content of result.json, and one line for people
 
     Raises DataError, ModelError, OutputError, MissingExtra.
@@ -90,7 +94,7 @@ def _write_texts(
     recipe: TextsRecipe,
     columns: Mapping[str, str],
     needs_transcript: Callable[[str], bool],
-    line: Callable[[str, ClipTranscript | None], dict[str, Any]],
+    line: Callable[[str, ClipTranscript | None, str | None], dict[str, Any]],
     report: Callable[[Path], tuple[dict[str, Any], str]],
 ) -> str:
     """Write what write_texts says; returns the report's line for people."""
@@ -101,7 +105,7 @@ def _write_texts(
     from graft.data.dataset import read_rows
 
     from ..transcription.machine import AskedWorkers, connect_workers
-    from ..transcription.pipeline import Pipeline, model_opener, transcribe_rows
+    from ..transcription.pipeline import Pipeline, languages_for_model, model_opener, transcribe_rows
     from ..transcription.reader import WINDOWS
 
     out = Path(recipe.out).absolute()
@@ -109,19 +113,20 @@ def _write_texts(
     counts = recipe.readers, recipe.workers, recipe.threads_per_worker, recipe.gpu, recipe.batch_clips
     asked = AskedWorkers(*counts, recipe.dtype)
     asked.check()
-    rows = read_rows(recipe.data)
+    rows = read_rows(recipe.data, language=recipe.language)
     if repeated := len(rows) - len(rows.ids.unique()):
         raise DataError(
             f"{repeated} rows have the ID of another one, by which texts are found again: "
             "give each its own, or columns.id=null"
         )
-    claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)
     is_needed = np.array([needs_transcript(rows.text(row)) for row in range(len(rows))])
+    unlabelled = languages_for_model(rows.select(is_needed), recipe.model)
+    claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)
     clips: Iterator[ClipTranscript] = iter(())
     if is_needed.any():
         workers = connect_workers(asked)
         opener = model_opener(recipe.model, **workers.model_settings, dtype=recipe.dtype)
-        clips = transcribe_rows(rows.select(is_needed), out / WORK_FOLDER, Pipeline(WINDOWS, opener, workers))
+        clips = transcribe_rows(unlabelled, out / WORK_FOLDER, Pipeline(WINDOWS, opener, workers))
     with atomic_file(out / TEXTS_FILE) as temporary, pq.ParquetWriter(temporary, pa.schema(columns)) as writer:
         for start in range(0, len(rows), recipe.part_clips):
             lines = []
@@ -129,7 +134,7 @@ def _write_texts(
                 clip = next(clips) if is_needed[row] else None
                 if clip and clip.error:
                     print(f"graft: {rows.id(row)}: {clip.error}", file=sys.stderr)
-                lines.append({"ID": rows.id(row)} | line(rows.text(row), clip))
+                lines.append({"ID": rows.id(row)} | line(rows.text(row), clip, rows.language_of(row)))
             writer.write_table(pa.Table.from_pylist(lines, schema=writer.schema))
     result, summary = report(out / TEXTS_FILE)
     write_atomic(out / RESULT_FILE, json.dumps(result, indent=2) + "\n")

@@ -43,7 +43,7 @@ from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
 from .ray_dataset import RemainingBatches
 from .ray_entry import ordered_data_config, run_worker
 from .recipe import EXECUTION_KEYS, TrainRecipe
-from .samples import check_ctc_lengths, choose_letters
+from .samples import check_ctc_lengths, choose_letters, most_tokens_per_s
 from .worker import FAULT_FILE, Run
 
 RESULT_FILE = "result.json"
@@ -124,9 +124,11 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
             flush=True,
         )
         raise SystemExit(STOPPED)
-    words = None if recipe.words.is_default else trained_instructions(recipe.words)
-    seconds = time.perf_counter() - started
-    return _finish(out, config, stage, graft=graft, words=words, seconds=seconds, spelled=spelled)
+    words = None if recipe.words.is_default else trained_instructions(recipe.words, rows.languages)
+    seconds, tokens_per_s = time.perf_counter() - started, most_tokens_per_s(rows, plan)
+    return _finish(
+        out, config, stage, graft=graft, words=words, seconds=seconds, spelled=spelled, tokens_per_s=tokens_per_s
+    )
 
 
 def _encoder_cache(
@@ -238,6 +240,7 @@ def _finish(
     words: dict[str, Any] | None,
     seconds: float,
     spelled: dict[str, Any],
+    tokens_per_s: float,
 ) -> dict[str, Any]:
     """Write the trained weights of the best or last checkpoint; result.json is written last and marks completion.
 
@@ -254,7 +257,7 @@ def _finish(
     )
     if stage.lora:
         save_adapters(weights, stage.lora, out)
-    write_stage(out, stage=stage.number, graft=graft, words=words)
+    write_stage(out, stage=stage.number, graft=graft, words=words, tokens_per_s=tokens_per_s)
     lines = draw_curves(out, title=f"stage {stage.number}")
     result = {
         "loss_first": progress.first_loss,

@@ -18,6 +18,7 @@ from graft.data.sample_seeds import generator
 from graft.data.settings import AugmentRecipe
 from graft.errors import AudioError, DataError
 from graft.processor import Example, GraftProcessor
+from graft.text.prompts import Instruction
 from graft.training.backends import TrainingBatch
 from graft.training.encoder_cache import CachingEncoder, EncoderCache
 from graft.training.plan import Batches, PlannedBatch
@@ -106,11 +107,15 @@ class BatchLoader:
             if self.cache and speaks:
                 return self._cached(self.cache, row, name, text, sample_seed)
             clip = self._clip(row, sample_seed)
-            example = self.processor.example(clip, text, self.spec.variation.instruction(text, sample_seed))
+            example = self.processor.example(clip, text, self._instruction(row, text, sample_seed))
         except (AudioError, DataError) as error:
             return self._masked(name, str(error))
         example = replace(example, features=self.augmenter.features(example.features, sample_seed))
         return Sample(example, name, clip.duration_s)
+
+    def _instruction(self, row: int, text: str, sample_seed: int) -> Instruction:
+        language = self.spec.rows.language_of(row) if row < len(self.spec.rows) else None
+        return self.spec.variation.instruction(text, sample_seed, language)
 
     def _clip(self, row: int, sample_seed: int) -> AudioClip:
         """Decode and augment a row's clip, or generate one without speech for a row after the table's last."""
@@ -137,9 +142,7 @@ class BatchLoader:
             if encoded
             else self.processor.featurizer(read_audio(wav, name=path))
         )
-        example = self.processor.example_from_features(
-            features, text, self.spec.variation.instruction(text, sample_seed)
-        )
+        example = self.processor.example_from_features(features, text, self._instruction(row, text, sample_seed))
         states = encoded.states if encoded else None
         return Sample(example, name, features.frame_count / FRAMES_PER_S, key=key, states=states)
 

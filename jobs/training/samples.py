@@ -19,7 +19,7 @@ from graft.data.settings import AugmentRecipe
 from graft.errors import DataError
 from graft.model.configuration import WINDOW_FRAMES
 from graft.model.ctc import count_letters, find_letters, spelled_share
-from graft.processor import GraftProcessor
+from graft.processor import ENGLISH_TOKENS_PER_S, GraftProcessor
 from graft.text.instructions import InstructionRecipe, InstructionSampler, make_instruction_sampler
 from graft.text.prompts import DEFAULT_INSTRUCTION, PLAIN_INSTRUCTION, Instruction
 from graft.training.plan import Plan, PlanColumns, PlanSettings
@@ -52,9 +52,11 @@ class Variation:
         varies_prompt = self.instruction_sampler is not None and not self.instruction_sampler.is_default
         return varies_prompt or (self.augment is not None and set(self.augment.speed) != {1.0})
 
-    def instruction(self, text: str, sample_seed: int) -> Instruction:
-        """Choose the instruction of a sample."""
-        return self.instruction_sampler.sample(text, sample_seed) if self.instruction_sampler else PLAIN_INSTRUCTION
+    def instruction(self, text: str, sample_seed: int, language: str | None = None) -> Instruction:
+        """Choose the instruction of a sample, whose language may be known."""
+        if self.instruction_sampler is None:
+            return PLAIN_INSTRUCTION
+        return self.instruction_sampler.sample(text, sample_seed, language)
 
 
 NO_VARIATION = Variation(np.zeros(0))
@@ -111,6 +113,15 @@ def choose_letters(rows: RowTable, processor: GraftProcessor, given: str) -> tup
             + "give objective=transcript, or build on a language model with these letters among its tokens"
         )
     return letters, share
+
+
+def most_tokens_per_s(rows: RowTable, plan: Plan) -> float:
+    """Return how many tokens a second of speech has at most: what all but 1 in 1,000 texts have, and a quarter more.
+
+    It is English's where that is more. Clips of less than a second count as one.
+    """
+    rates = plan.columns.label_counts[: len(rows)] / np.maximum(rows.duration_s, 1.0)
+    return max(ENGLISH_TOKENS_PER_S, round(1.25 * float(np.quantile(rates, 0.999)), 1))
 
 
 def vary(
@@ -194,7 +205,9 @@ def _count_samples(
             speaks = block < len(table)
             texts[speaks] = table.texts.take(block[speaks]).to_pylist()
             seeds = sample_seeds[start:stop].tolist()
-            instructions = [variation.instruction(text, seed) for text, seed in zip(texts, seeds, strict=True)]
+            languages = [table.language_of(row) if row < len(table) else None for row in block.tolist()]
+            samples = zip(texts, seeds, languages, strict=True)
+            instructions = [variation.instruction(*sample) for sample in samples]
             prompt_counts[start:stop] = processor.prompt_lengths([one.text for one in instructions])
             styled = [index for index, one in enumerate(instructions) if one.style]
             styles = [instructions[index].style for index in styled]

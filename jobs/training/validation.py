@@ -12,7 +12,6 @@ from torch import Tensor
 from graft.audio.clip import AudioClip, read_audio
 from graft.data.dataset import RowReader, RowTable
 from graft.errors import AudioError, DataError
-from graft.inference.transcriber import max_new_tokens
 from graft.model.ctc import CtcPrealignment
 from graft.processor import GraftProcessor
 from graft.training.backends import Backend
@@ -64,7 +63,7 @@ class Validation:
         return [sample for turn in itertools.zip_longest(*shares) for sample in turn if sample is not None]
 
     def _transcript(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
-        limits = {"max_new_tokens": max_new_tokens(duration_s), "synced_gpus": self.is_sharded}
+        limits = {"max_new_tokens": self.processor.max_new_tokens(duration_s), "synced_gpus": self.is_sharded}
         # torch.compile would compile a layer again for each layer's index in the cache, and soon reach its limit.
         with torch.compiler.set_stance("force_eager"):
             ids = self.model.generate(**inputs, do_sample=False, **limits)

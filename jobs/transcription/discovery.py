@@ -47,6 +47,7 @@ RECORDINGS = pa.schema(
         ("row_group", pa.int32()),  # null for files
         ("row", pa.int32()),  # within the row group
         ("audio_column", pa.string()),  # of the parquet file; null for files
+        ("language", pa.string()),  # code (ISO 639-1); null where it is not known
     ]
 )
 
@@ -105,7 +106,7 @@ def _recordings_of(source: str, columns: Columns, skipped: list[str], results: s
     skipped += [file.uri for file, taken in zip(audio, is_taken, strict=True) if not taken]
     yield _files([file for file, taken in zip(audio, is_taken, strict=True) if taken])
     for file in corpora:
-        rows = read_rows(Source(files=file.uri, columns=columns))
+        rows = read_rows(Source(files=file.uri, columns=columns)).without_languages()  # the command's is that of all
         yield recordings_of_rows(rows, versions=pa.repeat(file.version, len(rows)))
 
 
@@ -172,6 +173,7 @@ def recordings_of_rows(rows: RowTable, versions: pa.Array) -> pa.Table:
         "row_group": pa.array(rows.row_group),
         "row": pa.array(rows.row),
         "audio_column": pa.array([one.audio for one in rows.files]).take(file),
+        "language": pa.array([code or None for code in rows.languages], pa.string()).take(pa.array(rows.language)),
     }
     return _table(values, len(rows))
 

@@ -109,19 +109,23 @@ class ItemTranscriber:
 
     async def _transcribe_batch(self, model: ChunkTranscriber, batch: pa.Table) -> pa.Table:
         rows = batch.select([name for name in READ.names if name != "chunks"]).to_pylist()
-        results = await asyncio.gather(*(self._transcribe_item(model, chunks) for chunks in batch["chunks"]))
+        items = zip(batch["chunks"], (row["language"] for row in rows), strict=True)
+        results = await asyncio.gather(*(self._transcribe_item(model, *item) for item in items))
         for row, result in zip(rows, results, strict=True):
             row |= result | {"error": row["error"] or result["error"]}
         return pa.Table.from_pylist(rows, schema=RESULTS)
 
-    async def _transcribe_item(self, model: ChunkTranscriber, chunks: pa.ListScalar) -> dict[str, Any]:
+    async def _transcribe_item(
+        self, model: ChunkTranscriber, chunks: pa.ListScalar, language: str | None
+    ) -> dict[str, Any]:
         """Return an item's `segments`, `error`, `started_at` and `heard_s`."""
         started_at, start = time.time(), time.monotonic()
         cut = [chunk_of(chunk) for chunk in chunks.values or []]
+        options = self._options | ({"language": language} if language else {})
         segments: Sequence[Segment] = ()
         error = None
         try:
-            segments = await model.transcribe_chunks([chunk for chunk, _ in cut], **self._options)
+            segments = await model.transcribe_chunks([chunk for chunk, _ in cut], **options)
         except GraftError:
             raise  # the recipe is wrong, not the item
         except Exception as fault:
@@ -270,6 +274,26 @@ def transcribe_rows(rows: RowTable, home: Path, pipeline: Pipeline) -> Iterator[
             lost = sorted({defect.flag for defect in transcript.defects} & LOSSES)
             error = join_errors(items) or (f"the audio is incomplete ({', '.join(lost)})" if lost else None)
             yield ClipTranscript(transcript.text, error, transcript.duration_s, mean)
+
+
+def languages_for_model(rows: RowTable, model: str) -> RowTable:
+    """Return rows with the languages that a model's prompt is to name; a model that is not told any gets none.
+
+    Raises ModelError where the model does not know one of them.
+    """
+    from graft.checkpoints.loading import open_speech_processor
+
+    known = open_speech_processor(model).languages
+    if not known:
+        return rows.without_languages()
+    counts = np.bincount(rows.language, minlength=len(rows.languages))
+    for code, count in zip(rows.languages, counts.tolist(), strict=True):
+        if code and count and code not in known:
+            raise ModelError(
+                f"{count} clips are in {code}, and {model} knows {', '.join(sorted(known))}: "
+                "choose another model, or leave these clips out"
+            )
+    return rows
 
 
 def measured_rtfx(home: Path) -> float:

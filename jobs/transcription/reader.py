@@ -47,7 +47,7 @@ MEASURED = [("error", pa.string()), ("defects", DEFECTS), ("duration_s", pa.floa
 _CHUNK = pa.struct(
     [("start_s", pa.float64()), ("channel", pa.int32()), ("has_speech", pa.bool_()), ("samples", pa.large_binary())]
 )
-READ = pa.schema([*KEYS, *MEASURED, ("chunks", pa.list_(_CHUNK))])
+READ = pa.schema([*KEYS, ("language", pa.string()), *MEASURED, ("chunks", pa.list_(_CHUNK))])
 """Schema of an item that was read. `error` is null or says in one line what failed, `defects` are what is wrong with
 audio that was decoded all the same, `duration_s` is its length, `read_s` the CPU time in seconds."""
 NO_CHUNKS = pa.array([[]], READ.field("chunks").type)

@@ -36,6 +36,7 @@ ITEMS = pa.schema(
         ("row_group", pa.int32()),  # null for files
         ("row", pa.int32()),
         ("audio_column", pa.string()),
+        ("language", pa.string()),  # null where it is not known
         ("index", pa.int32()),  # of the item in its recording
         ("item_count", pa.int32()),  # of the recording
         ("start_s", pa.float64()),
@@ -67,7 +68,9 @@ def plan_items(recordings: pa.Table, *, item_s: float = 1800.0, probe: Probe) ->
     batches = recordings.select(["recording", "version"]).to_batches(max_chunksize=_BLOCK)
     ids = pa.chunked_array([_recording_ids(batch) for batch in batches], pa.string())
     start_s = index * item_s
-    chosen = recordings.select(["recording", "uri", "row_group", "row", "audio_column"]).take(pa.array(place))
+    chosen = recordings.select(["recording", "uri", "row_group", "row", "audio_column", "language"]).take(
+        pa.array(place)
+    )
     item_ids = pc.binary_join_element_wise(ids.take(pa.array(place)), pa.array(index).cast(pa.string()), "-")
     columns = {
         **dict(zip(chosen.column_names, chosen.columns, strict=True)),

@@ -53,8 +53,16 @@ def test_an_english_only_whisper_gets_no_language(folder: Path) -> None:
         folder
     )
     assert open_processor(folder).prompt_ids(100) == [3, 9, 10, 7]
+    processor = open_processor(folder)
+    assert list(processor.languages) == ["de", "en"]
+    assert processor.prompt_ids(100, processor.instruction("raw", None, "German")) == [3, 8, 10, 7]
+    with pytest.raises(ModelError, match="language=fr: this checkpoint knows de, en"):
+        processor.instruction(language="fr")
     (folder / "generation_config.json").unlink()
-    assert open_processor(folder).prompt_ids(100) == [3]
+    processor = open_processor(folder)
+    assert processor.prompt_ids(100, processor.instruction(language="en")) == processor.prompt_ids(100) == [3]
+    with pytest.raises(ModelError, match="language=de: this checkpoint knows en"):
+        processor.instruction(language="de")
 
 
 def test_the_digest_is_of_weights_and_settings(folder: Path, tmp_path: Path) -> None:

@@ -104,6 +104,24 @@ def test_chosen_rows_keep_their_places(corpus):
             )
 
 
+def test_texts_are_composed_and_languages_are_those_of_columns_sources_and_the_command(tmp_path):
+    table = pa.Table.from_pylist([{**row, "text": "E\u0301te\u0301"} for row in rows(4)], schema=SCHEMA)
+    spoken = table.append_column("lang", pa.array(["de-AT", None, "French", ""]))
+    pq.write_table(spoken, tmp_path / "a.parquet", row_group_size=2)
+    pq.write_table(table, tmp_path / "b.parquet")
+    named = Source(files=str(tmp_path / "a.parquet"), columns=Columns(language="lang"), language="vi")
+    read = read_rows([named, str(tmp_path / "b.parquet")], language="hi")
+    assert set(read.texts.to_pylist()) == {"Été"}
+    assert [read.language_of(row) for row in range(8)] == ["de", "vi", "fr", "vi", *["hi"] * 4]
+    assert [read.select(np.array([4, 2])).language_of(row) for row in (0, 1)] == ["hi", "fr"]
+    assert {read.without_languages().language_of(row) for row in range(8)} == {None}
+    assert {read_rows(str(tmp_path / "b.parquet")).language_of(row) for row in range(4)} == {None}
+    with pytest.raises(DataError, match="language 'Klingon' is none that is known"):
+        read_rows(str(tmp_path / "b.parquet"), language="Klingon")
+    with pytest.raises(DataError, match="lacks lang, has ID"):
+        read_rows(Source(files=str(tmp_path / "b.parquet"), columns=Columns(language="lang")))
+
+
 def test_a_pickled_table_is_buffers_and_a_list_of_files(corpus):
     buffers: list[pickle.PickleBuffer] = []
     table = read_rows(str(corpus))

@@ -28,8 +28,8 @@ from graft.inference.hallucination import (
     pick_better,
 )
 from graft.inference.segments import Segment
-from graft.inference.transcriber import Transcriber, make_transcriber, max_new_tokens, open_transcriber
-from graft.processor import GraftProcessor
+from graft.inference.transcriber import Transcriber, make_transcriber, open_transcriber
+from graft.processor import GraftProcessor, max_new_tokens
 from tests.support import tiny_models
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import save_tiny_whisper

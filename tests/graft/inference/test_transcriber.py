@@ -26,8 +26,8 @@ from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.engines.transformers_engine import TransformersEngine
 from graft.inference.hallucination import NO_REPEAT_NGRAM
 from graft.inference.segments import ScoredSegment, ScoredToken, Segment
-from graft.inference.transcriber import Transcriber, max_new_tokens, open_transcriber
-from graft.processor import GraftProcessor
+from graft.inference.transcriber import Transcriber, open_transcriber
+from graft.processor import GraftProcessor, max_new_tokens
 from graft.text.wer import score
 from tests.support import media, tiny_models
 from tests.support.paths import ROOT

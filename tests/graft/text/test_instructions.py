@@ -228,8 +228,9 @@ def test_a_corpus_must_hold_what_is_to_be_trained():
 
 
 def test_what_stage_json_keeps():
-    assert trained_instructions(ALL) == {"styles": ["formatted", "lower", "raw"], "context": True}
-    assert trained_instructions(InstructionRecipe(styles={"raw": 0.0})) == {"styles": [], "context": False}
+    assert trained_instructions(ALL) == {"styles": ["formatted", "lower", "raw"], "context": True, "languages": []}
+    nothing = {"styles": [], "context": False, "languages": []}
+    assert trained_instructions(InstructionRecipe(styles={"raw": 0.0})) == nothing
 
 
 @pytest.mark.parametrize(

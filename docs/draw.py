@@ -294,7 +294,7 @@ def error_rates(theme: Theme) -> Picture:
 def transcribers(theme: Theme) -> Picture:
     """Chart the word error rate and the speed of transcribers on one core."""
     table = read_table("transcribers")
-    title = "The small graft in int8 on one core: twice as fast as faster-whisper, with 2 to 5 times the errors"
+    title = "The small graft in int8: twice as fast as faster-whisper, with 2 to 5 times the errors"
     picture = Picture(theme, 8.4, 5.6, title, source=f"{table.source()} One thread each, greedy.")
     panels = {"wer_percent": "word error rate, % (lower is better)",
               "audio_s_per_s": "seconds of audio a second (higher is better)"}  # fmt: skip

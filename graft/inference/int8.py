@@ -1,8 +1,10 @@
 """Compute with int8 weights on a CPU: a model's linear layers are replaced by ones that multiply 8-bit integers.
 
 Weights are rounded once, each output channel on a scale of its own. The inputs of a layer are rounded at each call,
-each row between its own least and greatest number, so that the rows of a batch do not change one another. Products are
-added up exactly, in 32 bits, by oneDNN. Embeddings, convolutions, norms, attention and the projector stay in float32.
+each row between its own least and greatest number, so that a layer's rows do not change one another. Products are added
+up exactly, in 32 bits, by oneDNN. Embeddings, convolutions, norms, attention and the projector stay in float32; the
+last bits of their sums depend on the batch's shape and decide how numbers near a border are rounded, so that a batch
+may still change a text.
 """
 
 from collections.abc import Iterator

@@ -7,14 +7,14 @@ speed, as it also resamples clips of other rates, because torchaudio is installe
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import soxr
 
-from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
+from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.audio.features import Features
-from graft.data.dataset import RowReader, RowTable
+from graft.data.row_groups import StoredAudio
 from graft.data.sample_seeds import generator, uniform
 from graft.data.settings import AugmentRecipe, SpecAugmentRecipe
 from graft.errors import AudioError, DataError
@@ -44,38 +44,47 @@ def change_speed(clip: AudioClip, factor: float) -> AudioClip:
     return AudioClip(np.pad(samples, (0, count - len(samples))))
 
 
-class NoiseCorpus:
-    """Reads noise clips of a corpus at random, so small row groups are best; keeps the eight groups read last."""
+@dataclass(frozen=True, slots=True)
+class NoiseClip:
+    """A clip of a noise corpus, as it is stored there."""
 
-    def __init__(self, rows: RowTable) -> None:
-        self.rows = rows
-        self._reader = RowReader(rows.files, cache_row_groups=8)
+    id: str
+    audio: StoredAudio
 
     def samples(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Draw a part of a noise clip, float32 (count,), which repeats where the clip is shorter.
+        """Draw a part of the clip, float32 (count,), which repeats where the clip is shorter.
 
         Raises DataError naming the clip.
         """
-        row = int(rng.integers(len(self.rows)))
         try:
-            wav, name = self._reader.wav(self.rows.file[row], self.rows.row_group[row], self.rows.row[row])
-            noise = read_audio(wav, name=name or self.rows.id(row)).samples
+            noise = self.audio.clip().samples
         except (AudioError, DataError) as error:
-            raise DataError(f"noise clip {self.rows.id(row)}: {error}") from error
+            raise DataError(f"noise clip {self.id}: {error}") from error
         start = int(rng.integers(max(1, len(noise) - count + 1)))
         return np.resize(noise[start:], count)
+
+
+def wants_noise(recipe: AugmentRecipe | None, sample_seeds: np.ndarray) -> np.ndarray:
+    """Tell which samples get noise: bool (samples,)."""
+    noise = recipe.noise if recipe else None
+    return uniform(sample_seeds, "noise share") < (noise.share if noise else 0.0)
 
 
 class Augmenter:
     """Augments clips and their features by a recipe; equal sample seeds give equal bits."""
 
-    def __init__(self, recipe: AugmentRecipe, noise: NoiseCorpus | None = None) -> None:
-        self.recipe, self.noise = recipe, noise
+    def __init__(self, recipe: AugmentRecipe) -> None:
+        self.recipe = recipe
 
-    def clip(self, clip: AudioClip, sample_seed: int, *, duration_s: float) -> AudioClip:
-        """Change speed, add noise and amplify; `duration_s` is the clip's length by which the plan drew the speed."""
+    def clip(
+        self, clip: AudioClip, sample_seed: int, *, duration_s: float, noise: NoiseClip | None = None
+    ) -> AudioClip:
+        """Change speed, add noise and amplify; `duration_s` is the clip's length by which the plan drew the speed.
+
+        Noise is made where none is given. Raises DataError for a noise clip that cannot be read.
+        """
         speed = float(sample_speeds(self.recipe.speed, np.array([duration_s]), np.array([sample_seed]))[0])
-        return self._amplify(self._add_noise(change_speed(clip, speed), sample_seed), sample_seed)
+        return self._amplify(self._add_noise(change_speed(clip, speed), sample_seed, noise), sample_seed)
 
     def features(self, features: Features, sample_seed: int) -> Features:
         """Mask the log-mels of a clip's own frames, without those of the padding after it."""
@@ -86,16 +95,15 @@ class Augmenter:
         own[_mask(own.shape, self.recipe.specaugment, generator(sample_seed, "specaugment"))] = own.mean()
         return replace(features, mel=mel)
 
-    def _add_noise(self, clip: AudioClip, sample_seed: int) -> AudioClip:
-        noise = self.recipe.noise
-        if noise is None or uniform(sample_seed, "noise share") >= noise.share:
+    def _add_noise(self, clip: AudioClip, sample_seed: int, noise: NoiseClip | None) -> AudioClip:
+        if self.recipe.noise is None or not wants_noise(self.recipe, np.array(sample_seed)):
             return clip
         rng = generator(sample_seed, "noise")
-        if self.noise:
-            added = self.noise.samples(len(clip.samples), rng)
+        if noise:
+            added = noise.samples(len(clip.samples), rng)
         else:
             added = generate_noise(str(rng.choice(NOISE_KINDS)), clip.samples, rng)
-        wanted = _power(clip.samples) / 10 ** (rng.uniform(*noise.snr_db) / 10)
+        wanted = _power(clip.samples) / 10 ** (rng.uniform(*self.recipe.noise.snr_db) / 10)
         power = _power(added)
         return AudioClip(clip.samples + added * np.float32(np.sqrt(wanted / power))) if power > 0 else clip
 
@@ -127,8 +135,8 @@ def no_speech_durations(count: int, seed: int) -> np.ndarray:
     return np.round(shortest + (longest - shortest) * uniform(np.arange(count), f"no speech {seed}"), 2)
 
 
-def no_speech_clip(duration_s: float, sample_seed: int, noise: NoiseCorpus | None = None) -> AudioClip:
-    """Make a clip without speech: digital silence, or noise of -80 to -20 dBFS, from the corpus if there is one."""
+def no_speech_clip(duration_s: float, sample_seed: int, noise: NoiseClip | None = None) -> AudioClip:
+    """Make a clip without speech: digital silence, or noise of -80 to -20 dBFS, the given one if there is one."""
     rng, count = generator(sample_seed, "no speech"), round(duration_s * SAMPLE_RATE)
     silence = np.zeros(count, np.float32)
     if rng.random() < 1 / 4:

@@ -2,9 +2,10 @@
 
 import hashlib
 import io
+import itertools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ METADATA = pa.schema(
         ("duration_s", pa.float64()),  # NaN for null
         ("row_group", pa.int32()),
         ("row", pa.int32()),  # within the row group
+        ("group_bytes", pa.float32()),  # of the audio of the whole row group, as it is stored
     ]
 )
 """Columns of a file's rows without their audio."""
@@ -58,7 +60,7 @@ def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> pa
     """
     wanted = [columns.id, columns.duration, columns.text, columns.language]
     table = _read_columns(parquet, wanted, name, required=[columns.audio])
-    _audio_leaves(parquet, columns.audio, name)  # for its errors
+    leaves = _audio_leaves(parquet, columns.audio, name)
     count = parquet.metadata.num_rows
     if columns.id is None:
         stem = name.rpartition("/")[2].removesuffix(".parquet")
@@ -75,11 +77,13 @@ def read_metadata(parquet: pq.ParquetFile, columns: Columns, *, name: str) -> pa
     sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     row_groups = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     rows = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # less the rows of earlier row groups
+    group_bytes = np.array(_stored_bytes(parquet.metadata, leaves), np.float32)[row_groups]
     texts = pc.utf8_normalize(texts.fill_null(""), "NFC")
     languages = pa.nulls(count, _CODE)
     if columns.language is not None:
         languages = _cast(table, columns.language, name, pa.string()).dictionary_encode()
-    return pa.table([ids, texts, languages, duration_s, row_groups, rows.astype(np.int32)], schema=METADATA)
+    numbers = [duration_s, row_groups, rows.astype(np.int32), group_bytes]
+    return pa.table([ids, texts, languages, *numbers], schema=METADATA)
 
 
 def read_texts(parquet: pq.ParquetFile, *, name: str) -> pa.Table:
@@ -88,14 +92,30 @@ def read_texts(parquet: pq.ParquetFile, *, name: str) -> pa.Table:
     return pa.table({"ID": _cast(table, "ID", name), "text": pc.utf8_normalize(_cast(table, "text", name), "NFC")})
 
 
-def read_audio_column(
-    parquet: pq.ParquetFile, audio: str, row_group: int
-) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
-    """Read a row group's audio files and, where the column has them, their names."""
+def read_audio_column(parquet: pq.ParquetFile, audio: str, row_groups: Sequence[int]) -> list[pa.Table]:
+    """Read the audio files of row groups and their names: for each the columns `content` and, where it is, `name`."""
     leaves = _audio_leaves(parquet, audio, "")
-    table = parquet.read_row_groups([row_group], columns=leaves)
-    contents, *names = [_pick(table, leaf) for leaf in leaves]
-    return contents, names[0] if names else None
+    table = _audio_table(parquet.read_row_groups(list(row_groups), columns=leaves), leaves)
+    sizes = [parquet.metadata.row_group(group).num_rows for group in row_groups]
+    ends = itertools.accumulate(sizes)
+    return [table.slice(end - size, size) for end, size in zip(ends, sizes, strict=True)]
+
+
+def iter_audio_column(parquet: pq.ParquetFile, audio: str, row_group: int, rows: int) -> Iterator[pa.Table]:
+    """Read a row group's audio files and their names, a few `rows` at a time, in the caller's thread."""
+    leaves = _audio_leaves(parquet, audio, "")
+    for batch in parquet.iter_batches(rows, [row_group], columns=leaves, use_threads=False):
+        yield _audio_table(pa.Table.from_batches([batch]), leaves)
+
+
+def _stored_bytes(metadata: pq.FileMetaData, leaves: Sequence[str]) -> list[int]:
+    """Add up the stored bytes of these columns in each row group."""
+    if not metadata.num_row_groups:
+        return []
+    first = metadata.row_group(0)
+    columns = [index for index in range(first.num_columns) if first.column(index).path_in_schema in leaves]
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    return [sum(group.column(index).total_compressed_size for index in columns) for group in groups]
 
 
 def _read_columns(
@@ -164,13 +184,18 @@ def _audio_leaves(parquet: pq.ParquetFile, audio: str, name: str) -> list[str]:
     return [f"{audio}.bytes", *([f"{audio}.path"] if "path" in fields else [])]
 
 
+def _audio_table(table: pa.Table, leaves: Sequence[str]) -> pa.Table:
+    return pa.table(dict(zip(("content", "name"), (_pick(table, leaf) for leaf in leaves), strict=False)))
+
+
 def _measure_durations(parquet: pq.ParquetFile, audio: str, name: str) -> np.ndarray:
     """Read the seconds of each row's audio from its header, NaN where it has none."""
     logging.getLogger(__name__).warning(
         "corpus %s: no duration column is named: reading all of its audio to measure it", name
     )
-    groups = (read_audio_column(parquet, audio, group)[0] for group in range(parquet.num_row_groups))
-    return np.array([_header_duration(content.as_py()) for contents in groups for content in contents], np.float64)
+    groups = (read_audio_column(parquet, audio, [group])[0] for group in range(parquet.num_row_groups))
+    contents = (content for group in groups for content in group["content"])
+    return np.array([_header_duration(content.as_py()) for content in contents], np.float64)
 
 
 def _header_duration(content: bytes | None) -> float:

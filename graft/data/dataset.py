@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
     ]
 )
 PLANNING_THREADS = 32  # The threads mostly wait for a network.
-_NUMBERS = ("duration_s", "language", "source", "file", "row_group", "row")
+_NUMBERS = ("duration_s", "language", "source", "file", "row_group", "row", "group_bytes")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class RowTable:
     file: np.ndarray  # int32, index into files
     row_group: np.ndarray  # int32, within the file
     row: np.ndarray  # int32, within the row group
+    group_bytes: np.ndarray  # float32, stored bytes of the audio of the row's whole row group
     files: list[CorpusFile]
     weights: list[float]  # of each source
     languages: list[str]  # codes (ISO 639-1), and "" where the language is not known
@@ -139,9 +140,21 @@ def read_rows(
         file=np.repeat(np.arange(len(parts), dtype=np.int32), sizes),
         row_group=table["row_group"].to_numpy(),
         row=table["row"].to_numpy(),
+        group_bytes=table["group_bytes"].to_numpy(),
         files=[CorpusFile(file.uri, kinds[index].columns.audio) for index, file in listed],
         weights=[kind.weight for kind in kinds],
     )
+
+
+class FooterCache:
+    """Keeps the footers of the files that were asked for last."""
+
+    def __init__(self, files: Sequence[CorpusFile], *, most: int) -> None:
+        self.files = files
+        self.get = functools.lru_cache(maxsize=most)(self._read)
+
+    def _read(self, file: int) -> pq.FileMetaData:
+        return read_parquet(self.files[file].uri, lambda parquet: parquet.metadata)
 
 
 class RowReader:
@@ -153,30 +166,42 @@ class RowReader:
     def __init__(self, files: Sequence[CorpusFile], cache_row_groups: int = 4) -> None:
         self.files = list(files)
         self._audio = functools.lru_cache(maxsize=cache_row_groups)(self._read_audio)
-        self._footers = functools.lru_cache(maxsize=4 * cache_row_groups)(self._read_footer)
+        self._footers = FooterCache(self.files, most=4 * cache_row_groups)
 
     def wav(self, file: int, row_group: int, row: int) -> tuple[bytes, str]:
         """Return the bytes of an audio file, and its name.
 
         Raises DataError when the file is gone or the row holds no audio.
         """
-        contents, names = self._audio(int(file), int(row_group))
-        content = contents[int(row)].as_py()
-        if content is None:
-            raise DataError(
-                f"corpus {redact_uri(self.files[file].uri)}: row {row} of row group {row_group} holds no audio bytes"
-            )
-        name = names[int(row)].as_buffer() if names is not None else None
-        return content, name.to_pybytes().decode(errors="replace") if name else ""
+        return audio_file(self._audio(int(file), int(row_group)), int(row), self.files[file], int(row_group))
 
-    def _read_audio(self, file: int, row_group: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
-        opened, footer = self.files[file], self._footers(file)
-        return _read_parquet(
-            opened.uri, lambda parquet: read_audio_column(parquet, opened.audio, row_group), footer=footer
+    def _read_audio(self, file: int, row_group: int) -> pa.Table:
+        opened, footer = self.files[file], self._footers.get(file)
+        return read_parquet(
+            opened.uri, lambda parquet: read_audio_column(parquet, opened.audio, [row_group])[0], footer=footer
         )
 
-    def _read_footer(self, file: int) -> pq.FileMetaData:
-        return _read_parquet(self.files[file].uri, lambda parquet: parquet.metadata)
+
+def audio_file(audio: pa.Table, row: int, file: CorpusFile, row_group: int, *, first: int = 0) -> tuple[bytes, str]:
+    """Return the bytes and the name of an audio file of a row group, whose rows from `first` on were read.
+
+    Raises DataError where the row holds no audio.
+    """
+    content = audio["content"][row - first].as_py()
+    if content is None:
+        raise DataError(f"corpus {redact_uri(file.uri)}: row {row} of row group {row_group} holds no audio bytes")
+    name = audio["name"][row - first].as_buffer() if "name" in audio.column_names else None
+    return content, name.to_pybytes().decode(errors="replace") if name else ""
+
+
+def read_parquet(uri: str, read: Callable[[pq.ParquetFile], T], *, footer: pq.FileMetaData | None = None) -> T:
+    """Open a parquet file and read from it; faults that may pass are retried. Raises DataError."""
+
+    def attempt() -> T:
+        with open_parquet(uri, footer) as parquet:
+            return read(parquet)
+
+    return retry_read(uri, attempt)
 
 
 def write_corpus(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str], *, rows_per_group: int = 100) -> int:
@@ -241,25 +266,17 @@ def _long_form(sources: Sources) -> list[Source]:
 
 def _read_metadata(file: StoredFile, columns: Columns, cache: Path | None) -> pa.Table:
     def read() -> pa.Table:
-        return _read_parquet(file.uri, lambda parquet: read_metadata(parquet, columns, name=redact_uri(file.uri)))
+        return read_parquet(file.uri, lambda parquet: read_metadata(parquet, columns, name=redact_uri(file.uri)))
 
     key = f"{file.uri} {file.version} {columns.model_dump_json()}"
     return cached_metadata(cache, key, read) if cache and file.version else read()
-
-
-def _read_parquet(uri: str, read: Callable[[pq.ParquetFile], T], *, footer: pq.FileMetaData | None = None) -> T:
-    def attempt() -> T:
-        with open_parquet(uri, footer) as parquet:
-            return read(parquet)
-
-    return retry_read(uri, attempt)
 
 
 def _replace_texts(texts: pa.Array, ids: pa.Array, rows: np.ndarray, location: str) -> pa.LargeStringArray:
     """Replace the texts of rows, given as a mask, by a parquet file's texts of their ids, "" where it has none."""
 
     def read(file: StoredFile) -> pa.Table:
-        return _read_parquet(file.uri, lambda parquet: read_texts(parquet, name=redact_uri(file.uri)))
+        return read_parquet(file.uri, lambda parquet: read_texts(parquet, name=redact_uri(file.uri)))
 
     with ThreadPoolExecutor(PLANNING_THREADS) as pool:
         parts = list(pool.map(read, list_parquet_files([location])))

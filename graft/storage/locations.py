@@ -36,6 +36,9 @@ T = TypeVar("T")
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0)
 """Seconds to wait before each retry. The clients of the hub and of S3 have retried several times themselves by then."""
 
+STREAM_BUFFER_BYTES = 4 * 2**20
+"""Bytes of a column that are fetched at a time from a file that is streamed."""
+
 _from_uri = functools.lru_cache(maxsize=16)(pafs.FileSystem.from_uri)
 """Makes one client for each bucket: every new one asks for the bucket's region and opens new connections."""
 
@@ -89,17 +92,21 @@ def find_files(location: str, pattern: str = "**") -> list[StoredFile]:
 
 
 @contextlib.contextmanager
-def open_parquet(uri: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+def open_parquet(
+    uri: str, metadata: pq.FileMetaData | None = None, *, is_streamed: bool = False
+) -> Iterator[pq.ParquetFile]:
     """Open a parquet file; with its metadata given, its footer is not fetched again. Use it inside `retry_read`.
 
-    Read it by `read_row_groups`.
+    Read it by `read_row_groups`, or where it `is_streamed` by `iter_batches`, which then holds STREAM_BUFFER_BYTES of
+    each column, and a page, instead of a whole row group.
     """
     with open_file(uri) as file:
-        opened = (
-            _SingleThreadParquet(file, metadata)
-            if isinstance(file, AbstractBufferedFile)
-            else pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
-        )
+        if is_streamed:
+            opened = pq.ParquetFile(file, metadata=metadata, pre_buffer=False, buffer_size=STREAM_BUFFER_BYTES)
+        elif isinstance(file, AbstractBufferedFile):
+            opened = _SingleThreadParquet(file, metadata)
+        else:
+            opened = pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
         with opened as parquet:
             yield parquet
 

@@ -1,12 +1,13 @@
 """Plan the batches of a run before it starts, as a pure function of a seed and a few columns of the data.
 
-Row groups are shuffled and read in windows of several. Within a window, clips of similar length share batches of at
-most `token_budget` padded tokens, and the batches are shuffled; the first epoch may go from short clips to long ones
-instead. The number of workers changes neither the batches nor their order, only the fillers that complete a step.
+Row groups are shuffled and read in windows of `window_clips` clips: a window has several row groups, or a slice of one
+that is larger. Within a window, clips of similar length share batches of at most `token_budget` padded tokens, and the
+batches are shuffled; in the first epoch they may go from short clips to long ones instead. The number of workers
+changes neither the batches nor their order, only the fillers that complete a step.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import overload
 
@@ -28,9 +29,10 @@ class PlanSettings:
     token_budget: int = 8192
     """Most tokens of a batch, padding included: number of clips times tokens of the longest."""
     max_batch_clips: int = 64
-    window_row_groups: int = 16
+    window_clips: int = 2048
+    """Most clips of a window, which are read and shuffled together."""
     short_first: bool = False
-    """The first epoch goes from the shortest clips to the longest, regardless of row groups."""
+    """In the first epoch each window goes from its shortest clips to its longest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +67,13 @@ class PlannedBatch:
     """Number of real batches of the run that are done after this one's step."""
     step_label_count: int
     """Number of label tokens of the whole step, by which its loss is divided."""
+    window: int = 0
+    """Number of its window, counted over all epochs; a filler is in the window of the batch before it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batches(Sequence[PlannedBatch]):
-    """A sequence of batches in six arrays, which Ray's workers share: a PlannedBatch is made when it is asked for."""
+    """A sequence of batches in seven arrays, which Ray's workers share: a PlannedBatch is made when it is asked for."""
 
     rows: np.ndarray  # int32 (samples,)
     sample_seeds: np.ndarray  # int64 (samples,)
@@ -77,6 +81,7 @@ class Batches(Sequence[PlannedBatch]):
     positions: np.ndarray  # int64 (batches,), as the two below
     step_positions: np.ndarray
     step_label_counts: np.ndarray
+    windows: np.ndarray  # int32 (batches,), ascending
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -91,8 +96,7 @@ class Batches(Sequence[PlannedBatch]):
         number = range(len(self))[index]
         samples = slice(self.offsets[number], self.offsets[number + 1])
         rows, sample_seeds = self.rows[samples].tolist(), self.sample_seeds[samples].tolist()
-        numbers = (int(column[number]) for column in (self.positions, self.step_positions, self.step_label_counts))
-        return PlannedBatch(tuple(rows), tuple(sample_seeds), *numbers)
+        return PlannedBatch(tuple(rows), tuple(sample_seeds), *(int(column[number]) for column in self._numbers))
 
     def _slice(self, start: int, stop: int, stride: int) -> "Batches":
         if stride != 1:
@@ -100,10 +104,12 @@ class Batches(Sequence[PlannedBatch]):
         stop = max(start, stop)
         samples, batches = slice(self.offsets[start], self.offsets[stop]), slice(start, stop)
         offsets = self.offsets[start : stop + 1] - self.offsets[start]
-        columns = (self.positions, self.step_positions, self.step_label_counts)
-        return Batches(
-            self.rows[samples], self.sample_seeds[samples], offsets, *(column[batches] for column in columns)
-        )
+        numbers = (column[batches] for column in self._numbers)
+        return Batches(self.rows[samples], self.sample_seeds[samples], offsets, *numbers)
+
+    @property
+    def _numbers(self) -> tuple[np.ndarray, ...]:
+        return self.positions, self.step_positions, self.step_label_counts, self.windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +120,16 @@ class Epoch:
     sample_seeds: np.ndarray
     offsets: np.ndarray  # (batches + 1,)
     label_counts: np.ndarray  # (batches,)
+    windows: np.ndarray  # int32 (batches,), ascending from 0
     token_count: int
     padded_token_count: int
 
     def __len__(self) -> int:
         return len(self.label_counts)
+
+    @property
+    def window_count(self) -> int:
+        return int(self.windows[-1]) + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +154,12 @@ class Plan:
         slots = step_batches if slots is None else slots
         if slots < step_batches:
             raise ValueError(f"{step_batches} batches do not fit the {slots} slots of a step")
-        first, parts = 0, []
+        first, windows, parts = 0, 0, []
         for epoch in self.epochs:
-            parts.append(_epoch_batches(epoch, first, max(0, position - first), step_batches, slots))
+            part = _epoch_batches(epoch, first, max(0, position - first), step_batches, slots)
+            parts.append(replace(part, windows=part.windows + np.int32(windows)))
             first += len(epoch)
+            windows += epoch.window_count
         names = [field.name for field in fields(Batches) if field.name != "offsets"]
         columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         sizes = np.concatenate([np.diff(part.offsets) for part in parts])
@@ -179,6 +192,7 @@ def _epoch_batches(epoch: Epoch, first: int, start: int, step_batches: int, slot
         (first + np.where(real, numbers + 1, ends[:, None])).ravel(),
         np.repeat(first + ends, slots),
         np.repeat(labels, slots),
+        epoch.windows[np.minimum(numbers, ends[:, None] - 1).ravel()],
     )
 
 
@@ -203,15 +217,22 @@ def _plan_epoch(plan: Plan, number: int) -> Epoch:
             "raise it or shorten the clips"
         )
     rng = np.random.default_rng([settings.seed, number])
-    if settings.short_first and number == 0:
-        batches = _pack(rng.permutation(len(rows)), token_counts, settings)[::-1]
-    else:
-        batches = _shuffled_batches(columns.row_groups[rows], token_counts, settings, rng)
+    batches, windows = _window_batches(
+        columns.row_groups[rows], rows, token_counts, settings, rng, is_sorted=settings.short_first and number == 0
+    )
     order = np.concatenate(batches)
     offsets = np.concatenate([[0], np.cumsum([len(batch) for batch in batches])])
     padded = np.maximum.reduceat(token_counts[order], offsets[:-1]) * np.diff(offsets)
     label_counts = np.add.reduceat(label_counts[order], offsets[:-1])
-    return Epoch(rows[order], sample_seeds[order], offsets, label_counts, int(token_counts.sum()), int(padded.sum()))
+    return Epoch(
+        rows[order],
+        sample_seeds[order],
+        offsets,
+        label_counts,
+        windows,
+        int(token_counts.sum(dtype=np.int64)),
+        int(padded.sum(dtype=np.int64)),
+    )
 
 
 def _repetitions(columns: PlanColumns, seed: int, number: int) -> np.ndarray:
@@ -235,31 +256,73 @@ def _repetitions(columns: PlanColumns, seed: int, number: int) -> np.ndarray:
     return times
 
 
-def _shuffled_batches(
-    groups: np.ndarray, token_counts: np.ndarray, settings: PlanSettings, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Pack samples into batches window by window, in random order; `groups` are the samples' row groups."""
-    windows = _windows(groups, settings.window_row_groups, rng)
+def _window_batches(
+    groups: np.ndarray,
+    rows: np.ndarray,
+    token_counts: np.ndarray,
+    settings: PlanSettings,
+    rng: np.random.Generator,
+    *,
+    is_sorted: bool,
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Pack samples into batches window by window; returns the batches and the window of each, int32 (batches,).
+
+    `groups` are the samples' row groups, and `rows` their rows, ascending. The batches of a window are shuffled, or go
+    from short clips to long ones where `is_sorted`.
+    """
+    windows = _windows(groups, rows, settings.window_clips, rng)
     order = np.argsort(windows, kind="stable")
     batches: list[np.ndarray] = []
+    counts = []
     for window in np.split(order, np.flatnonzero(np.diff(windows[order])) + 1):
         in_window = _pack(rng.permutation(window), token_counts, settings)
-        batches += [in_window[index] for index in rng.permutation(len(in_window))]
-    return batches
+        places = range(len(in_window) - 1, -1, -1) if is_sorted else rng.permutation(len(in_window)).tolist()
+        batches += [in_window[place] for place in places]
+        counts.append(len(in_window))
+    return batches, np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
 
-def _windows(groups: np.ndarray, window_row_groups: int, rng: np.random.Generator) -> np.ndarray:
-    """Assign a window to each sample; generated samples are spread evenly over the windows."""
+def _windows(groups: np.ndarray, rows: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Assign a window of at most `most` samples to each sample: int32 (samples,).
+
+    Row groups are shuffled and fill windows one after the other. A row group of more samples is cut into slices of
+    successive rows, which are successive windows. Generated samples are spread evenly over the windows.
+    """
     read = groups >= 0
-    present, index = np.unique(groups[read], return_inverse=True)
-    windows = np.zeros(len(groups), np.int64)
-    windows[read] = rng.permutation(len(present))[index] // window_row_groups
+    # A group's samples stand together, as the rows do in their files.
+    starts = np.flatnonzero(np.diff(groups[read], prepend=-2))  # (groups,)
+    sizes = np.diff(starts, append=np.count_nonzero(read))
+    order = rng.permutation(len(starts))
+    firsts, parts = _fill_windows(sizes[order], most)
+    first, part = np.empty(len(order), np.int32), np.empty(len(order), np.int32)
+    first[order], part[order] = firsts, parts
+    windows = np.zeros(len(groups), np.int32)
+    windows[read] = np.repeat(first, sizes)
+    places = np.flatnonzero(read)
+    for group in np.flatnonzero(part > 1):
+        samples = places[starts[group] : starts[group] + sizes[group]]
+        ranks = np.cumsum(np.diff(rows[samples], prepend=-1) > 0) - 1  # A row that occurs twice stays in one slice.
+        windows[samples] += (ranks * part[group] // (ranks[-1] + 1)).astype(np.int32)
     free = np.flatnonzero(~read)
-    if len(free) and len(index):
+    if len(free) and len(places):
         windows[rng.permutation(free)] = np.sort(windows[read])[
-            (np.arange(len(free)) + 0.5).astype(int) * len(index) // len(free)
+            (np.arange(len(free)) + 0.5).astype(int) * len(places) // len(free)
         ]
     return windows
+
+
+def _fill_windows(sizes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fill windows with groups of these sizes, in order; returns each group's first window and number of windows."""
+    ends = sizes.cumsum()
+    firsts, parts = np.empty(len(sizes), np.int32), -(-sizes // most)
+    start, window = 0, 0
+    while start < len(sizes):
+        fitting = np.searchsorted(ends, ends[start] - sizes[start] + most, side="right")
+        stop = max(start + 1, int(fitting))
+        firsts[start:stop] = window
+        window += int(parts[start])  # 1, except for a group that is larger than a window
+        start = stop
+    return firsts, parts
 
 
 def _pack(samples: np.ndarray, token_counts: np.ndarray, settings: PlanSettings) -> list[np.ndarray]:

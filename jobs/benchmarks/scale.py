@@ -1,6 +1,6 @@
 """Measure how Ray feeds training workers and how many it can feed: stand-ins, whose step only sleeps, and real ones.
 
-    batches -> planned_dataset's loaders -> Ray's split coordinator -> Consumers
+    windows -> planned_dataset's reader -> its loaders -> Ray's split coordinator -> Consumers
 
 torch is imported by functions only: each of the 64 processes that take Consumer from here would hold it.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from graft.errors import GraftError
 
 from ..common.cluster import connect
-from ..training.ray_dataset import iter_blocks, planned_dataset
+from ..training.ray_dataset import BATCH, DataStep, LoadBatches, ReadWindows, iter_blocks, planned_dataset
 from ..training.ray_entry import ordered_data_config
 from .measuring import Numbers, Row, Watched, cpu_s, report, report_table, watch
 
@@ -39,12 +39,18 @@ CLIPS, FED_CLIPS, FED_EPOCHS, STEPS = 100, 1000, 3, 24
 QUICK_BATCHES_PER_S = 200
 WORKER_BUDGET = 1024
 # A kind of process -> what stands in its title.
-KINDS = {"coordinator": "SplitCoordinator", "loaders": "MapBatches", "workers": "Consumer"}
+KINDS = {"coordinator": "SplitCoordinator", "reader": "(Read", "loaders": "(Load", "workers": "Consumer"}
+# Numbers of loaders of which the reads are counted, and the clips of a window there.
+LOADERS, COUNTED_WINDOW_CLIPS = (1, 4, 16, 32), 200
+# Batches that a stand-in for a window has.
+WINDOW_BATCHES = 100
 
 ABOUT_INGEST = f"""\
 A worker is fed FLAC in parquet by {DATA_WORKERS} Ray Data loaders; its step sleeps as long as an H200
 takes in stage 1 of a 7B graft, {H200_RATE:.0f} s of audio a second. fed_percent: the share of this speed left.
-loaders_ms_per_audio_s: the loaders' CPU time where a worker takes each batch at once."""
+loaders_ms_per_audio_s: the loaders' CPU time where a worker takes each batch at once, and the reader's.
+read_by_N_loaders: bytes that the reader fetches in an epoch for so many loaders, over those of the corpus and of its
+noise corpus; short_first: in a first epoch that goes from short clips to long ones."""
 ABOUT_SPLIT = f"""\
 One batch of 8192 tokens, made beforehand, without its features, goes again and again from {DATA_WORKERS} loaders by
 Ray Data's streaming_split, as in Ray Train, to processes that take each batch at once: the cost of the split itself.
@@ -71,35 +77,93 @@ class Consumer:
         return np.array(taken)
 
 
-class MadeBatches:
+class ReadNothing:
+    """A reader that yields the numbers of `spec` batches, in windows of WINDOW_BATCHES."""
+
+    def __init__(self, spec: int, first_window: int, first: int):
+        self.count = spec
+
+    def __call__(self, block: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
+        for window in block["id"]:
+            start = int(window) * WINDOW_BATCHES
+            for number in range(start, min(start + WINDOW_BATCHES, self.count)):
+                yield {BATCH: np.array([number])}
+
+
+class LoadNothing:
     """A loader that makes nothing: `spec` refers to a block, which it sends with each number as its position."""
 
-    def __init__(self, spec: Any, first: int):
+    def __init__(self, spec: Any):
         import ray
 
         self.block = ray.get(spec)
-        self.first = first
 
-    def __call__(self, block: dict[str, Any]) -> Any:
-        for number in block["id"]:
-            yield {**self.block, "position": np.array([self.first + int(number)])}
+    def __call__(self, block: Any) -> Iterator[dict[str, Any]]:
+        for number in block[BATCH].to_pylist():
+            yield {**self.block, "position": np.array([number])}
 
 
 def bench_ingest(graft: str) -> Numbers:
     """Measure whether Ray keeps an H200 busy, and what the loaders work for that."""
     with tempfile.TemporaryDirectory() as folder:
-        spec = _loader_spec(graft, folder, clips=FED_CLIPS, epochs=FED_EPOCHS)
+        spec, padding = _loader_spec(graft, folder, clips=FED_CLIPS, epochs=FED_EPOCHS)
         positions = [batch.position for batch in spec.batches]
         fed, flat_out = (measured(watch(pass_through, 1, positions, spec, rate)) for rate in (H200_RATE, math.inf))
-    loaders_ms = flat_out["loaders ms"] / flat_out["audio s/batch"]
+        reads = count_reads(folder)
+    loaders_ms, reader_ms = (flat_out[f"{kind} ms"] / flat_out["audio s/batch"] for kind in ("loaders", "reader"))
     numbers = {
         "steps": len(positions),
+        "padding_percent": 100 * padding,
         "fed_percent": 100 - fed["wait %"],
         "wait_percent": fed["wait %"],
         "loaders_ms_per_audio_s": loaders_ms,
-        "extrapolated_cores_per_h200": H200_RATE * loaders_ms / 1000,
+        "reader_ms_per_audio_s": reader_ms,
+        "extrapolated_cores_per_h200": H200_RATE * (loaders_ms + reader_ms) / 1000,
     }
-    return report(ABOUT_INGEST, numbers)
+    return report(ABOUT_INGEST, numbers | reads)
+
+
+def count_reads(folder: str) -> Numbers:
+    """Count the bytes that an epoch fetches with the real plan and reader, whose batches are dealt out to loaders.
+
+    `folder` has a processor and speech.parquet.
+    """
+    from graft.data.dataset import read_rows
+    from graft.data.settings import AugmentRecipe, NoiseRecipe
+    from graft.processor import GraftProcessor
+    from graft.training.plan import PlanSettings
+
+    from ..training.loader import LoaderSpec
+    from ..training.reader import AheadReader
+    from ..training.samples import plan_training, vary
+    from .speech import write_speech_corpus
+
+    processor, data = GraftProcessor.from_pretrained(folder), str(Path(folder, "speech.parquet"))
+    augment = AugmentRecipe(noise=NoiseRecipe(data=write_speech_corpus(Path(folder, "noise.parquet"), CLIPS)))
+    rows = read_rows(data)
+    variation = vary(rows, processor, augment=augment)
+    size = sum(Path(folder, name).stat().st_size for name in ("speech.parquet", "noise.parquet"))
+    numbers: Numbers = {}
+    for name, short_first in (("", False), ("_short_first", True)):
+        settings = PlanSettings(window_clips=COUNTED_WINDOW_CLIPS, short_first=short_first)
+        plan = plan_training(rows, processor, settings, variation)
+        batches, windows = plan.batches(position=0, step_batches=1), plan.epochs[0].window_count
+        spec = LoaderSpec(rows, batches, folder, variation, epoch_windows=windows)
+        for count in LOADERS:
+            before, reader = _bytes_read(), AheadReader(spec.reader, 0)
+            read = (batch for number in range(windows) for batch in reader.window(number))
+            dealt = [0] * count
+            for number, batch in enumerate(read):
+                dealt[number % count] += len(batch.samples)
+            if sum(dealt) != len(rows):
+                raise RuntimeError(f"{count} loaders got {sum(dealt)} of {len(rows)} clips")
+            numbers[f"read_by_{count}_loaders{name}"] = (_bytes_read() - before) / size
+    return numbers
+
+
+def _bytes_read() -> int:
+    """Return the number of bytes that this process has read from files."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def bench_split(graft: str, consumers: Sequence[int], seconds: float) -> Numbers:
@@ -107,8 +171,8 @@ def bench_split(graft: str, consumers: Sequence[int], seconds: float) -> Numbers
     from ..training.loader import BatchLoader
 
     with tempfile.TemporaryDirectory() as folder:
-        spec = _loader_spec(graft, folder)
-        block = BatchLoader(spec).block(len(spec.batches) // 2)
+        spec, _ = _loader_spec(graft, folder)
+        (block,) = BatchLoader(spec).blocks([len(spec.batches) // 2])
     light = block | {"input_features": block["input_features"][..., :0]}
 
     def rows() -> Iterator[Row]:
@@ -132,8 +196,8 @@ def bench_split(graft: str, consumers: Sequence[int], seconds: float) -> Numbers
     return numbers | report(ABOUT_LIMITS, limits)
 
 
-def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS, epochs: int = 1) -> Any:
-    """Write a corpus and plan a run, with a 7B graft's mel bands."""
+def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS, epochs: int = 1) -> tuple[Any, float]:
+    """Write a corpus and plan a run, with a 7B graft's mel bands; returns its LoaderSpec and its share of padding."""
     from transformers import WhisperFeatureExtractor
 
     from graft.data.dataset import read_rows
@@ -148,20 +212,25 @@ def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS, epochs: int = 1
     processor.feature_extractor = WhisperFeatureExtractor(feature_size=MEL_COUNT)
     processor.save_pretrained(folder)
     rows = read_rows(write_speech_corpus(Path(folder, "speech.parquet"), clips))
-    batches = plan_training(rows, processor, PlanSettings(epochs=epochs)).batches(position=0, step_batches=1)
-    return LoaderSpec(rows, batches, folder)
+    plan = plan_training(rows, processor, PlanSettings(epochs=epochs))
+    return LoaderSpec(rows, plan.batches(position=0, step_batches=1), folder), plan.padding_waste()
 
 
 def pass_through(count: int, positions: Sequence[int], spec: Any, rate: float) -> list[Taken]:
     """Pass batches on to `count` workers, each of which takes `rate` seconds of audio a second, on a Ray of their own.
 
-    `spec` is a LoaderSpec, or the block that MadeBatches sends. Raises RuntimeError if a worker gets others' batches.
+    `spec` is a LoaderSpec, or the block that LoadNothing sends. Raises RuntimeError if a worker gets others' batches.
     """
     import ray
 
     connect(cpus=DATA_WORKERS)
-    loader = MadeBatches if isinstance(spec, dict) else None
-    dataset = planned_dataset(ray.put(spec), 0, len(positions), data_workers=DATA_WORKERS, loader=loader)
+    if isinstance(spec, dict):
+        steps = DataStep(ReadNothing, len(positions)), DataStep(LoadNothing, ray.put(spec))
+        windows = range(-(-len(positions) // WINDOW_BATCHES))
+    else:
+        steps = DataStep(ReadWindows, ray.put(spec.reader)), DataStep(LoadBatches, ray.put(spec.without_rows()))
+        windows = range(int(spec.batches.windows[-1]) + 1)
+    dataset = planned_dataset(*steps, windows, data_workers=DATA_WORKERS)
     nodes = [ray.get_runtime_context().get_node_id()] * count
     shards = ordered_data_config().configure(
         {"train": dataset}, world_size=count, worker_handles=None, worker_node_ids=nodes

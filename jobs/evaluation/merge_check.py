@@ -66,7 +66,7 @@ def _loss(model: GraftForConditionalGeneration, processor: GraftProcessor, rows:
     )
     loader = BatchLoader(LoaderSpec(rows, batches, str(graft), variation))
     with torch.no_grad():
-        total, count = summed_loss(model, [loader.load(batch) for batch in batches]).tolist()
+        total, count = summed_loss(model, loader.blocks(range(len(batches)))).tolist()
     return total / count
 
 

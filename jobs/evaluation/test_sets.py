@@ -103,6 +103,7 @@ def as_rows(items: Sequence[Item]) -> RowTable:
         file=np.array([files[item.clip[0]] for item in items], np.int32),
         row_group=np.array([item.clip[1] for item in items], np.int32),
         row=np.array([item.clip[2] for item in items], np.int32),
+        group_bytes=np.zeros(len(items), np.float32),
         files=list(files),
         weights=[1.0],
     )

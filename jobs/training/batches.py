@@ -34,7 +34,7 @@ def plan_run(
     printed. Raises DataError and RecipeError.
     """
     rows = _read_trainable(recipe.data, cache)
-    names = ("seed", "epochs", "token_budget", "max_batch_clips", "window_row_groups", "short_first")
+    names = ("seed", "epochs", "token_budget", "max_batch_clips", "window_clips", "short_first")
     settings = PlanSettings(**{name: getattr(recipe, name) for name in names})
     varied = ("seed", "no_speech", "augment", "words", "token_noise")
     variation = vary(rows, processor, **{name: getattr(recipe, name) for name in varied})
@@ -61,10 +61,10 @@ def validation_spec(recipe: TrainRecipe, graft: str, processor: GraftProcessor) 
         rows = rows.select(
             np.sort(np.random.default_rng(recipe.seed).permutation(len(rows))[: recipe.validation.clips])
         )
-    settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_row_groups)
+    settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_clips)
     variation = plain_variation(rows, processor)
     batches = plan_training(rows, processor, settings, variation).batches(position=0, step_batches=recipe.workers)
-    return LoaderSpec(rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups)
+    return LoaderSpec(rows, batches, graft, variation)
 
 
 @contextlib.contextmanager

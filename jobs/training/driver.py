@@ -40,7 +40,7 @@ from ..common.outputs import claim_output, holds_results, locked_output
 from .batches import ROWS, cached_rows, check_plan, plan_run, remaining_batches, validation_spec
 from .loader import LoaderSpec
 from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
-from .ray_dataset import RemainingBatches
+from .ray_dataset import DataStep, LoadBatches, ReadWindows, RemainingBatches
 from .ray_entry import ordered_data_config, run_worker
 from .recipe import EXECUTION_KEYS, TrainRecipe
 from .samples import check_ctc_lengths, choose_letters, most_tokens_per_s
@@ -102,9 +102,8 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
     )
     if not is_finished(progress, settings, total_steps):
         connect(cpus=recipe.workers + recipe.data_workers)
-        spec = LoaderSpec(
-            rows, batches, graft, variation, cache_row_groups=recipe.window_row_groups, encoder_cache=cache
-        )
+        windows = plan.epochs[0].window_count
+        spec = LoaderSpec(rows, batches, graft, variation, encoder_cache=cache, epoch_windows=windows)
         run = Run(
             recipe.model_dump(),
             stage,
@@ -182,8 +181,10 @@ def _train(recipe: TrainRecipe, run: Run, spec: LoaderSpec) -> None:
         ),
         datasets={
             "train": RemainingBatches(
-                ray.put(spec),
+                DataStep(ReadWindows, ray.put(spec.reader)),
+                DataStep(LoadBatches, ray.put(spec.without_rows())),
                 spec.batches.step_positions,
+                spec.batches.windows,
                 str(out / CHECKPOINTS),
                 recipe.data_workers,
                 recipe.data_resource,

@@ -1,6 +1,10 @@
-"""Load planned batches as blocks of arrays in Ray Data's actors, and turn blocks into batches on a worker's device."""
+"""Make batches that were read into blocks of arrays in Ray Data's actors, and blocks into batches on a worker's device.
+
+ReadBatch -> decode, augment, featurize, pad -> block of arrays -> TrainingBatch
+"""
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
+from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.audio.features import HOP_LENGTH, MIN_FRAMES, Features
-from graft.data.augmentation import Augmenter, NoiseCorpus, no_speech_clip
-from graft.data.dataset import RowReader, RowTable
+from graft.data.augmentation import Augmenter, no_speech_clip
+from graft.data.dataset import RowTable
+from graft.data.row_groups import StoredAudio
 from graft.data.sample_seeds import generator
 from graft.data.settings import AugmentRecipe
 from graft.errors import AudioError, DataError
@@ -21,28 +26,38 @@ from graft.processor import Example, GraftProcessor
 from graft.text.prompts import Instruction
 from graft.training.backends import TrainingBatch
 from graft.training.encoder_cache import CachingEncoder, EncoderCache
-from graft.training.plan import Batches, PlannedBatch
+from graft.training.plan import Batches
 
+from .reader import BatchReader, ReadBatch, ReaderSpec, ReadSample
 from .samples import NO_VARIATION, Variation
 
-NO_SPEECH_ID = "no-speech"
 FRAMES_PER_S = SAMPLE_RATE // HOP_LENGTH
 _TENSORS = ("input_ids", "attention_mask", "labels", "input_features", "audio_frame_counts")
 
 
 @dataclass(frozen=True, eq=False)
 class LoaderSpec:
-    """All that a loader needs to load a batch by its number."""
+    """All that is needed to read and load a batch by its number."""
 
     rows: RowTable
     batches: Batches
     processor: str
     """Folder or hub id of the processor."""
     variation: Variation = NO_VARIATION
-    cache_row_groups: int = 16
-    """Number of row groups whose audio a loader holds; the plan's window lets it read each once per window."""
     encoder_cache: EncoderCache | None = None
     """Cache in which clips are looked up before they are decoded."""
+    epoch_windows: int = 1
+    """Number of windows of an epoch, over which a large noise corpus is spread."""
+
+    @property
+    def reader(self) -> ReaderSpec:
+        """The reader's part."""
+        return ReaderSpec(self.rows, self.batches, self.variation, self.epoch_windows)
+
+    def without_rows(self) -> "LoaderSpec":
+        """Leave out what the reader looks up in the corpora; any loader can hold the rest."""
+        variation = replace(self.variation, no_speech_s=NO_VARIATION.no_speech_s, noise=None)
+        return replace(self, rows=self.rows.select(np.zeros(0, int)), batches=self.batches[:0], variation=variation)
 
 
 @dataclass(frozen=True)
@@ -61,34 +76,41 @@ class Sample:
 
 
 class BatchLoader:
-    """Reads, decodes, augments, featurizes and pads the clips of planned batches; it does not depend on Ray."""
+    """Decodes, augments, featurizes and pads the clips of batches; it does not depend on Ray."""
 
     def __init__(self, spec: LoaderSpec):
         self.spec = spec
         self.processor = GraftProcessor.from_pretrained(spec.processor)
-        self.reader = RowReader(spec.rows.files, cache_row_groups=spec.cache_row_groups)
-        self.noise = NoiseCorpus(spec.variation.noise) if spec.variation.noise else None
-        self.augmenter = Augmenter(spec.variation.augment or AugmentRecipe(), self.noise)
+        self.augmenter = Augmenter(spec.variation.augment or AugmentRecipe())
         self.cache = spec.encoder_cache
         self.no_mel = np.zeros((self.processor.featurizer.mel_count, 0), np.float32)
 
-    def block(self, number: int) -> dict[str, np.ndarray]:
-        """Load a batch by its number, as a block of one row."""
-        return {name: value[None] for name, value in self.load(self.spec.batches[number]).items()}
+    @functools.cached_property
+    def reader(self) -> BatchReader:
+        """The reader of a loader that reads its own batches, as in validation."""
+        return BatchReader(self.spec.reader)
 
-    def load(self, planned: PlannedBatch) -> dict[str, np.ndarray]:
-        """Load a batch: the model's inputs and the plan's numbers as arrays, ids and masked clips as JSON."""
-        drawn = zip(planned.rows, planned.sample_seeds, strict=True)
-        samples = [
-            self._noise_decoder_inputs(self._sample(row, sample_seed), sample_seed) for row, sample_seed in drawn
-        ] or [self._masked("")]
+    def block(self, batch: ReadBatch) -> dict[str, np.ndarray]:
+        """Make a batch a block of one row."""
+        return {name: value[None] for name, value in self.arrays(batch).items()}
+
+    def blocks(self, numbers: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+        """Read and make batches by their ascending numbers; a row group is read once for each window."""
+        batches = (self.spec.batches[number] for number in numbers)
+        for _, window in itertools.groupby(batches, key=lambda batch: batch.window):
+            yield from map(self.block, self.reader.read(list(window)))
+
+    def arrays(self, batch: ReadBatch) -> dict[str, np.ndarray]:
+        """Make a batch: the model's inputs and the plan's numbers as arrays, ids and masked clips as JSON."""
+        samples = [self._noise_decoder_inputs(self._sample(read), read) for read in batch.samples]
+        samples = samples or [self._masked("")]
         counted = [sample for sample in samples if sample.example.target_ids]
         inputs = self.processor.training_batch([sample.example for sample in samples])
         return {
             **(inputs if self.cache is None else _with_states(inputs, samples)),
-            "position": np.array(planned.position),
-            "step_position": np.array(planned.step_position),
-            "step_label_count": np.array(planned.step_label_count),
+            "position": np.array(batch.position),
+            "step_position": np.array(batch.step_position),
+            "step_label_count": np.array(batch.step_label_count),
             "ids": np.array(json.dumps([sample.id for sample in counted])),
             "token_count": np.array(
                 sum(len(sample.example.prompt_ids + sample.example.target_ids) for sample in counted)
@@ -99,60 +121,42 @@ class BatchLoader:
             ),
         }
 
-    def _sample(self, row: int, sample_seed: int) -> Sample:
-        rows = self.spec.rows
-        speaks = row < len(rows)
-        name, text = (rows.id(row), rows.text(row)) if speaks else (NO_SPEECH_ID, "")
+    def _sample(self, read: ReadSample) -> Sample:
         try:
-            if self.cache and speaks:
-                return self._cached(self.cache, row, name, text, sample_seed)
-            clip = self._clip(row, sample_seed)
-            example = self.processor.example(clip, text, self._instruction(row, text, sample_seed))
+            if self.cache and read.audio:
+                return self._cached(self.cache, read, read.audio)
+            clip = self._clip(read)
+            example = self.processor.example(clip, read.text, self._instruction(read))
         except (AudioError, DataError) as error:
-            return self._masked(name, str(error))
-        example = replace(example, features=self.augmenter.features(example.features, sample_seed))
-        return Sample(example, name, clip.duration_s)
+            return self._masked(read.id, str(error))
+        example = replace(example, features=self.augmenter.features(example.features, read.sample_seed))
+        return Sample(example, read.id, clip.duration_s)
 
-    def _instruction(self, row: int, text: str, sample_seed: int) -> Instruction:
-        language = self.spec.rows.language_of(row) if row < len(self.spec.rows) else None
-        return self.spec.variation.instruction(text, sample_seed, language)
+    def _instruction(self, read: ReadSample) -> Instruction:
+        return self.spec.variation.instruction(read.text, read.sample_seed, read.language)
 
-    def _clip(self, row: int, sample_seed: int) -> AudioClip:
-        """Decode and augment a row's clip, or generate one without speech for a row after the table's last."""
-        if row >= len(self.spec.rows):
-            seconds = self.spec.variation.no_speech_s[row - len(self.spec.rows)]
-            return no_speech_clip(float(seconds), sample_seed, self.noise)
-        wav, path = self._file(row)
-        clip = read_audio(wav, name=path)
-        return self.augmenter.clip(clip, sample_seed, duration_s=float(self.spec.rows.duration_s[row]))
+    def _clip(self, read: ReadSample) -> AudioClip:
+        """Decode and augment a clip, or make one without speech."""
+        if read.audio is None:
+            return no_speech_clip(read.duration_s, read.sample_seed, read.noise)
+        return self.augmenter.clip(read.audio.clip(), read.sample_seed, duration_s=read.duration_s, noise=read.noise)
 
-    def _file(self, row: int) -> tuple[bytes, str]:
-        """Read a row's audio file; returns its bytes and its name."""
-        rows = self.spec.rows
-        wav, path = self.reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
-        return wav, path or rows.id(row)
-
-    def _cached(self, cache: EncoderCache, row: int, name: str, text: str, sample_seed: int) -> Sample:
+    def _cached(self, cache: EncoderCache, read: ReadSample, audio: StoredAudio) -> Sample:
         """Make the sample of an unaugmented clip, which is decoded only where the cache does not have it."""
-        wav, path = self._file(row)
-        key = cache.key(wav)
-        encoded = cache.get(key)
-        features = (
-            Features(self.no_mel, encoded.frame_count)
-            if encoded
-            else self.processor.featurizer(read_audio(wav, name=path))
-        )
-        example = self.processor.example_from_features(features, text, self._instruction(row, text, sample_seed))
+        key = cache.key(audio.content)
+        encoded = None if audio.fault else cache.get(key)
+        features = Features(self.no_mel, encoded.frame_count) if encoded else self.processor.featurizer(audio.clip())
+        example = self.processor.example_from_features(features, read.text, self._instruction(read))
         states = encoded.states if encoded else None
-        return Sample(example, name, features.frame_count / FRAMES_PER_S, key=key, states=states)
+        return Sample(example, read.id, features.frame_count / FRAMES_PER_S, key=key, states=states)
 
-    def _noise_decoder_inputs(self, sample: Sample, sample_seed: int) -> Sample:
+    def _noise_decoder_inputs(self, sample: Sample, read: ReadSample) -> Sample:
         """Replace a share of the answer's input tokens by tokens of another clip's answer; the last token stays."""
-        rows, share, target_ids = self.spec.rows, self.spec.variation.token_noise, sample.example.target_ids
+        share, target_ids = self.spec.variation.token_noise, sample.example.target_ids
         if not share or not target_ids:
             return sample
-        rng = generator(sample_seed, "text noise")
-        *others, _ = self.processor.target_ids(rows.text(int(rng.integers(len(rows)))))
+        rng = generator(read.sample_seed, "text noise")
+        *others, _ = self.processor.target_ids(read.other_text)
         swapped = np.append(rng.random(len(target_ids) - 1) < share, False)
         decoder_input_ids = np.where(swapped, rng.choice(others, len(target_ids)), target_ids).tolist()
         return replace(sample, example=replace(sample.example, decoder_input_ids=decoder_input_ids))

@@ -63,11 +63,12 @@ class TrainRecipe(Recipe):
     """Most tokens in a batch of one worker: number of clips times the tokens of the longest, audio tokens included."""
     max_batch_clips: ScheduleKey[int] = Field(default=64, ge=1)
     """Most clips in one batch."""
-    window_row_groups: DataKey[int] = Field(default=16, ge=1)
-    """Number of Parquet row groups that are read and shuffled together. More shuffles better and takes more memory."""
+    window_clips: DataKey[int] = Field(default=2048, ge=1)
+    """Most clips that are read and shuffled together, in whole Parquet row groups or in a slice of a larger one. More
+    shuffle better and take more memory of the reader, which --plan prints."""
     short_first: DataKey[bool] = False
-    """Order the first epoch from the shortest to the longest clips. It reads all row groups at once, so set
-    window_row_groups to their number where memory allows, or each is read many times."""
+    """Order each window of the first epoch from its shortest to its longest clips; where window_clips are as many as
+    the data has, the whole epoch."""
     step_batches: ScheduleKey[int | None] = Field(default=None, ge=1)
     """Number of batches in one update, divided among the workers. Where it is given, the number of workers does not
     change the result. null gives each worker one."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,8 @@ class Validation:
         self.is_sharded = is_sharded
         rank, workers = rank_and_world_size()
         loader = BatchLoader(spec)
-        self.batches = [loader.load(spec.batches[number]) for number in range(rank, len(spec.batches), workers)]
-        of_all = itertools.islice(readable(spec.rows, loader.reader), samples)
+        self.batches = list(loader.blocks(range(rank, len(spec.batches), workers)))
+        of_all = itertools.islice(readable(spec.rows, RowReader(spec.rows.files)), samples)
         self.samples = list(of_all if is_sharded else itertools.islice(of_all, rank, None, workers))
 
     def loss(self) -> float:
@@ -81,11 +81,10 @@ def readable(rows: RowTable, reader: RowReader) -> Iterator[tuple[str, str, Audi
             yield rows.id(row), rows.text(row), read_audio(wav, name=path or rows.id(row))
 
 
-def summed_loss(model: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> Tensor:
-    """Sum over loaded batches the loss of all labels, and the number of labels; returns float64 (2,)."""
+def summed_loss(model: Any, blocks: Iterable[Mapping[str, np.ndarray]]) -> Tensor:
+    """Sum over the blocks of batches the loss of all labels, and the number of labels; returns float64 (2,)."""
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    blocks = ({name: value[None] for name, value in batch.items()} for batch in batches)
     for batch in training_batches(blocks, device, []):
         sums[0] += model(**batch.inputs, label_count=1).loss
         sums[1] += (batch.inputs["labels"] != -100).sum()

@@ -18,14 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from graft.training.plan import Batches
 from graft.training.progress import Progress, latest_checkpoint, read_progress
 from jobs.training.observer import CHECKPOINTS
 from tests.support.hub_server import Hub
 
 DEADLINE_S = 240
 TRAINING = "ray::RayTrainWorker"
-LOADING = "LoadBatches"
+READING, LOADING = "ReadWindows", "LoadBatches"
 
 
 @dataclass
@@ -162,12 +161,6 @@ class Served:
             (start, end) for name, start, end in list(self.hub.sent) if name == self.name and end < size
         ]  # up to the end: its footer
         return [group for start, end in sent for group, offset in enumerate(audio) if start <= offset < end]
-
-
-def groups_of(batches: Batches, row_groups: Any) -> list[int]:
-    """The row groups that a loader reads for batches, which holds one at a time."""
-    groups = [int(row_groups[row]) for row in batches.rows]
-    return [group for index, group in enumerate(groups) if index == 0 or group != groups[index - 1]]
 
 
 def resumption(folder: Folder) -> Progress:

@@ -11,8 +11,9 @@ from graft.processor import Example, GraftProcessor
 from graft.training.backends import Backend, TrainingBatch
 from graft.training.loop import LoopSettings, Observer, train
 from graft.training.meter import StepLog
-from graft.training.plan import Batches
+from graft.training.plan import Batches, PlannedBatch
 from graft.training.progress import Progress
+from jobs.training.loader import BatchLoader
 from tests.support.speech_corpus import flac
 
 TEXTS = ("Yes.", "No, thanks", "one two", "GO ON", "please hold")
@@ -49,6 +50,12 @@ def step_batches(processor: GraftProcessor, *batches: Sequence[Example], first: 
 def batches_after(batches: Batches, position: int) -> Batches:
     """Return the batches that remain after `position` real ones, which must end a step."""
     return batches[int(np.searchsorted(batches.step_positions, position, side="right")) :]
+
+
+def load(loader: BatchLoader, planned: PlannedBatch) -> dict[str, np.ndarray]:
+    """Read and make any batch of a loader's rows."""
+    (batch,) = loader.reader.read([planned])
+    return loader.arrays(batch)
 
 
 def clip_steps(processor: GraftProcessor, *, steps: int, size: int = 2) -> list[TrainingBatch]:

@@ -15,18 +15,18 @@ from graft.config import read_recipe
 from graft.data.augmentation import (
     NOISE_KINDS,
     Augmenter,
-    NoiseCorpus,
+    NoiseClip,
     change_speed,
     generate_noise,
     no_speech_clip,
     no_speech_durations,
     sample_speeds,
 )
-from graft.data.dataset import read_rows
+from graft.data.row_groups import StoredAudio
 from graft.data.settings import AugmentRecipe, SpecAugmentRecipe
 from graft.errors import DataError, RecipeError
 from tests.support.paths import ROOT
-from tests.support.speech_corpus import BROKEN, corpus, flac, row
+from tests.support.speech_corpus import flac
 
 EVERYTHING = {
     "speed": [0.9, 1.0, 1.1],
@@ -124,26 +124,18 @@ def test_noise_is_added_to_its_share_of_samples():
     assert 70 <= noisy <= 130
 
 
-def test_noise_comes_from_a_corpus_where_one_is_named(tmp_path):
-    wavs = [{"bytes": flac(seconds, seed), "path": "n.flac"} for seed, seconds in enumerate((0.3, 3.0))]
-    rows = read_rows(
-        corpus(tmp_path / "noise.parquet", [row(f"n{seed}", seed, text="", wav=wav) for seed, wav in enumerate(wavs)])
-    )
-    sources = [read_audio(wav["bytes"]).samples for wav in wavs]
-    noise, clip = NoiseCorpus(rows), tone(seconds=1.0)
-    recipe = AugmentRecipe(noise={"share": 1.0, "snr_db": (0, 0)})
-    for sample_seed in range(6):
-        added = Augmenter(recipe, noise).clip(clip, sample_seed, duration_s=1.0).samples - clip.samples
-        assert (
-            max(np.abs(np.correlate(added[:2000], source, "full")).max() for source in sources)
-            > 0.5 * np.sum(added[:2000] ** 2) ** 0.5
-        )
-        assert np.array_equal(
-            no_speech_clip(1.0, sample_seed, noise).samples, no_speech_clip(1.0, sample_seed, NoiseCorpus(rows)).samples
-        )
-    broken = NoiseCorpus(read_rows(corpus(tmp_path / "broken.parquet", [row("bad", 0, **BROKEN)])))
+def test_noise_is_that_of_a_clip_where_one_is_given():
+    clip, recipe = tone(seconds=1.0), AugmentRecipe(noise={"share": 1.0, "snr_db": (0, 0)})
+    for sample_seed, seconds in enumerate((0.3, 3.0, 0.3, 3.0)):
+        noise = NoiseClip("n", StoredAudio(flac(seconds, sample_seed), "n.flac"))
+        added = Augmenter(recipe).clip(clip, sample_seed, duration_s=1.0, noise=noise).samples - clip.samples
+        source = noise.audio.clip().samples
+        assert np.abs(np.correlate(added[:2000], source, "full")).max() > 0.5 * np.sum(added[:2000] ** 2) ** 0.5
+        one, other = (no_speech_clip(1.0, sample_seed, noise).samples for _ in range(2))
+        assert np.array_equal(one, other)
+    broken = NoiseClip("bad", StoredAudio(b"no audio", "broken.flac"))
     with pytest.raises(DataError, match=r"noise clip bad: broken\.flac: not readable as audio"):
-        Augmenter(recipe, broken).clip(clip, 1, duration_s=1.0)
+        Augmenter(recipe).clip(clip, 1, duration_s=1.0, noise=broken)
 
 
 def test_gain_amplifies_within_its_limits_and_never_past_full_scale():

@@ -38,9 +38,7 @@ def test_preflight_and_validation_leave_layers_compiled(tmp_path: Path) -> None:
     spec = LoaderSpec(rows, plan.batches(position=0, step_batches=1), graft)
     loader = BatchLoader(spec)
     validation = Validation(spec, backend, processor, samples=2, is_sharded=False)
-    batches = list(
-        training_batches((loader.block(number) for number in range(len(spec.batches))), torch.device("cpu"), [])
-    )
+    batches = list(training_batches(loader.blocks(range(len(spec.batches))), torch.device("cpu"), []))
     with backend.evaluating():
         preflight(model, batches[0].inputs, processor.prompt_end_ids())
     for batch in batches:

@@ -21,6 +21,7 @@ from jobs.training.loader import BatchLoader, LoaderSpec, training_batches
 from jobs.training.samples import vary
 from tests.support import tiny_models
 from tests.support.speech_corpus import BROKEN, corpus, row
+from tests.support.training import load
 
 ROWS = 5
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def batches(
     folder: str, data: str, cache: EncoderCache | None, rows: Sequence[int], encoder: CachingEncoder | None
 ) -> list[TrainingBatch]:
     planned = PlannedBatch(tuple(rows), tuple(rows), 1, 1, 50)
-    block = {name: value[None] for name, value in loader(folder, data, cache).load(planned).items()}
+    block = {name: value[None] for name, value in load(loader(folder, data, cache), planned).items()}
     return list(training_batches([block], CPU, [], encoder=encoder))
 
 
@@ -81,11 +82,11 @@ def test_cached_clips_are_not_decoded_again(folder: str, data: str, tmp_path: Pa
         for batch in batches(folder, data, cache, rows, encoder):
             batch.model_inputs()
         encoder.close()
-    block = loader(folder, data, cache).load(PlannedBatch((2, 0), (0, 0), 1, 1, 50))
+    block = load(loader(folder, data, cache), PlannedBatch((2, 0), (0, 0), 1, 1, 50))
     assert block["input_features"].size == 0
     assert block["cached_states"].shape[1] == model.config.audio_config.d_model
     changed = corpus(tmp_path / "changed.parquet", [row("c0", 77)])
-    block = loader(folder, changed, cache).load(PlannedBatch((0,), (0,), 1, 1, 50))
+    block = load(loader(folder, changed, cache), PlannedBatch((0,), (0,), 1, 1, 50))
     assert block["cached_states"].size == 0
     assert len(block["input_features"]) == 1
 
@@ -97,9 +98,9 @@ def test_blocks_of_any_mixture_pass_through_ray(folder: str, data: str, tmp_path
     for batch in batches(folder, data, cache, [0, 1], encoder):
         batch.model_inputs()
     encoder.close()
-    load = loader(folder, data, cache)
+    one_loader = loader(folder, data, cache)
     planned = [PlannedBatch(rows, rows, 1, 1, 50) for rows in ((0, 1), (2, 3), (1, 2))]
-    blocks = [{name: value[None] for name, value in load.load(one).items()} for one in planned]
+    blocks = [{name: value[None] for name, value in load(one_loader, one).items()} for one in planned]
     through = [
         ray.data.block.BlockAccessor.for_block(ray.data.block.BlockAccessor.batch_to_block(block)).to_numpy()
         for block in blocks

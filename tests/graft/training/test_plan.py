@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.errors import DataError
@@ -29,7 +29,7 @@ def plans(draw: st.DrawFn) -> Plan:
         epochs=draw(st.integers(1, 3)),
         token_budget=draw(st.integers(200, 1500)),
         max_batch_clips=draw(st.integers(1, 9)),
-        window_row_groups=draw(st.integers(1, 6)),
+        window_clips=draw(st.integers(1, 60)),
         short_first=draw(st.booleans()),
     )
     rows, rows_per_group = draw(st.integers(1, 150)), draw(st.integers(1, 20))
@@ -58,10 +58,12 @@ def test_every_row_once_an_epoch_within_the_budget(plan):
 
 
 def test_short_clips_may_come_first():
-    plan = Plan(columns(300), PlanSettings(epochs=2, token_budget=800, window_row_groups=2, short_first=True))
-    longest = [[plan.columns.token_counts[rows].max() for rows in batches_of(epoch)] for epoch in plan.epochs]
-    assert longest[0] == sorted(longest[0])
-    assert longest[1] != sorted(longest[1])
+    plan = Plan(columns(300), PlanSettings(epochs=2, token_budget=800, window_clips=100, short_first=True))
+    for epoch, is_sorted in zip(plan.epochs, (True, False), strict=True):
+        longest = np.array([plan.columns.token_counts[rows].max() for rows in batches_of(epoch)])
+        for window in range(3):
+            of_window = longest[epoch.windows == window].tolist()
+            assert (of_window == sorted(of_window)) == is_sorted
     shuffled = Plan(plan.columns, replace(plan.settings, short_first=False))
     later = [real(one.batches(position=len(one.epochs[0]), step_batches=1)) for one in (plan, shuffled)]
     assert later[0] == later[1]
@@ -69,13 +71,39 @@ def test_short_clips_may_come_first():
 
 @settings(deadline=None, max_examples=50)
 @given(plans())
-def test_reading_stays_within_a_window_of_row_groups(plan):
-    """Between the first and the last batch with rows of a group, at most a window of groups is read."""
-    groups = [set(plan.columns.row_groups[rows].tolist()) - {-1} for rows in batches_of(plan.epochs[-1])]
-    assume(plan.settings.epochs > 1 or not plan.settings.short_first)
-    for group in set.union(*groups):
-        places = [place for place, found in enumerate(groups) if group in found]
-        assert len(set.union(*groups[places[0] : places[-1] + 1])) <= plan.settings.window_row_groups
+def test_a_window_has_few_clips_and_no_row_group_is_in_two_unless_it_is_larger(plan):
+    groups, most = plan.columns.row_groups, plan.settings.window_clips
+    for epoch in plan.epochs:
+        assert (np.diff(epoch.windows) >= 0).all()
+        assert set(epoch.windows.tolist()) == set(range(epoch.window_count))
+        windows: dict[int, set[int]] = {}
+        for window in range(epoch.window_count):
+            rows = np.concatenate(
+                [rows for rows, own in zip(batches_of(epoch), epoch.windows, strict=True) if own == window]
+            )
+            read = rows[groups[rows] >= 0]
+            assert len(read) <= most
+            for group in set(groups[read].tolist()):
+                windows.setdefault(group, set()).add(window)
+                if (groups == group).sum() > most:  # A slice is alone in its window, and its rows follow each other.
+                    assert set(groups[read].tolist()) == {group}
+                    assert sorted(read.tolist()) == list(range(read.min(), read.max() + 1))
+        for group, found in windows.items():
+            assert len(found) == max(found) - min(found) + 1 == -(-(groups == group).sum() // most)
+
+
+def test_a_row_that_occurs_twice_is_read_in_one_slice():
+    chosen = PlanColumns(*[np.full(100, 30)] * 2, np.zeros(100, int), None, (2.0,))
+    (epoch,) = Plan(chosen, PlanSettings(window_clips=30)).epochs
+    assert epoch.window_count == 7
+    windows = np.repeat(epoch.windows, np.diff(epoch.offsets))
+    assert all(len(set(windows[epoch.rows == row].tolist())) == 1 for row in range(100))
+
+
+@pytest.mark.parametrize("rows_per_group", [1, 10, 100, 5000])
+def test_padding_depends_on_the_clips_of_a_window_and_not_on_row_groups(rows_per_group):
+    plan = Plan(columns(5000, rows_per_group=rows_per_group), PlanSettings(token_budget=2000))
+    assert plan.padding_waste() < 0.05
 
 
 @settings(deadline=None, max_examples=50)
@@ -134,7 +162,7 @@ def test_batches_can_be_sliced_and_pickle_to_few_bytes():
 
 def test_seed_and_epoch_change_order_and_sample_seeds_and_nothing_else_does():
     def order(seed: int, epoch: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        plan = Plan(columns(60), PlanSettings(seed=seed, epochs=2, token_budget=800, window_row_groups=3))
+        plan = Plan(columns(60), PlanSettings(seed=seed, epochs=2, token_budget=800, window_clips=30))
         first = len(plan.epochs[0]) * epoch
         return real(plan.batches(position=0, step_batches=1)[first : first + len(plan.epochs[epoch])])
 
@@ -175,7 +203,7 @@ def test_an_epoch_reads_few_row_groups_for_fractional_weights():
 
 
 def test_rows_that_need_no_reading_are_spread_among_the_others():
-    plan = Plan(columns(1200, free=200), PlanSettings(window_row_groups=10))
+    plan = Plan(columns(1200, free=200), PlanSettings(window_clips=100))
     places = np.flatnonzero(plan.columns.row_groups[plan.epochs[0].rows] < 0)
     by_window = np.histogram(places, bins=10, range=(0, 1200))[0]
     assert by_window.sum() == 200
@@ -209,9 +237,7 @@ def test_batches_of_similar_lengths_need_little_padding():
         PlanColumns((50 + 12.5 * seconds).astype(int) + labels, labels, np.arange(20_000) // 100), PlanSettings()
     )
     assert plan.padding_waste() < 0.03
-    shuffled = Plan(
-        PlanColumns(plan.columns.token_counts, labels, np.arange(20_000)), PlanSettings(window_row_groups=32)
-    )
+    shuffled = Plan(PlanColumns(plan.columns.token_counts, labels, np.arange(20_000)), PlanSettings(window_clips=32))
     assert plan.padding_waste() < shuffled.padding_waste() / 3
 
 
@@ -225,7 +251,7 @@ def test_a_million_rows_take_a_few_bytes_each():
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(batches, protocol=5, buffer_callback=buffers.append)
     assert len(head) < 2000
-    assert sum(buffer.raw().nbytes for buffer in buffers) <= 12 * 1_000_000 + 32 * len(batches) + 8
+    assert sum(buffer.raw().nbytes for buffer in buffers) <= 12 * 1_000_000 + 36 * len(batches) + 8
     assert all(first <= second for first, second in pairwise(batches.step_positions[:100]))
 
 

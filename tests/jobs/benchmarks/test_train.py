@@ -12,7 +12,7 @@ from graft.processor import Example
 from graft.training.backends import trainable_parameters
 from graft.training.stages import ComputeSettings, Stage, open_for_stage
 from jobs.bench import main as bench
-from jobs.benchmarks.scale import bench_ingest
+from jobs.benchmarks.scale import LOADERS, bench_ingest
 from jobs.benchmarks.speech import durations, spoken_clips
 from jobs.benchmarks.training_step import (
     BATCH_CLIPS,
@@ -151,3 +151,6 @@ def test_ray_keeps_the_device_of_a_7b_graft_busy(graft: str) -> None:
     assert numbers["steps"] > 8
     assert numbers["wait_percent"] < 5
     assert numbers["fed_percent"] > 95
+    assert numbers["padding_percent"] < 5
+    counted = [numbers[f"read_by_{loaders}_loaders{name}"] for loaders in LOADERS for name in ("", "_short_first")]
+    assert max(counted) < 1.1

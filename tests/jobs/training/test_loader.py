@@ -25,6 +25,7 @@ from jobs.training.loader import BatchLoader, LoaderSpec, prefetch, training_bat
 from jobs.training.samples import Variation, plan_columns, plan_training, trainable, vary
 from tests.support import tiny_models
 from tests.support.speech_corpus import BROKEN, WORDS, corpus, flac, row
+from tests.support.training import load
 
 SECONDS = [0.5, 1.234, 0.05, 2.0, 0.333, 0.75, 1.0, 0.21]
 
@@ -54,6 +55,12 @@ def loader_of(data: Path, folder: Path, batches: Sequence[PlannedBatch] = (), **
     return BatchLoader(LoaderSpec(read_rows(str(data)), batches, str(folder), **more))
 
 
+def blocks(loader: BatchLoader) -> Iterator[dict[str, np.ndarray]]:
+    """Make all batches as Ray's actors do."""
+    windows = range(int(loader.spec.batches.windows[-1]) + 1)
+    return (loader.block(batch) for number in windows for batch in loader.reader.window(number))
+
+
 def planned(*rows: int, **numbers: int) -> PlannedBatch:
     return PlannedBatch(rows, rows, **{"position": 1, "step_position": 1, "step_label_count": 1, **numbers})
 
@@ -69,7 +76,7 @@ def test_a_batch_has_the_processors_arrays_of_its_rows(folder, processor, tmp_pa
     expected = processor.training_batch(
         [processor.example(clip, rows.text(place)) for clip, place in zip(chosen_clips, chosen, strict=True)]
     )
-    batch = loader.load(planned(*chosen, position=5, step_position=6, step_label_count=77))
+    batch = load(loader, planned(*chosen, position=5, step_position=6, step_label_count=77))
     token_count = int(expected["attention_mask"].sum())
     for name, value in expected.items():
         assert np.array_equal(batch.pop(name), value), name
@@ -86,9 +93,9 @@ def test_a_batch_has_the_processors_arrays_of_its_rows(folder, processor, tmp_pa
 
 def test_a_clip_that_cannot_be_read_is_masked_and_reported_and_changes_no_count(folder, tmp_path):
     batch = planned(0, 1, 3, step_label_count=30)
-    good = loader_of(clips(tmp_path / "good.parquet"), folder).load(batch)
+    good = load(loader_of(clips(tmp_path / "good.parquet"), folder), batch)
     long = {"bytes": flac(31), "path": "long.flac"}
-    bad = loader_of(clips(tmp_path / "bad.parquet", wav={1: BROKEN["wav"], 3: long}), folder).load(batch)
+    bad = load(loader_of(clips(tmp_path / "bad.parquet", wav={1: BROKEN["wav"], 3: long}), folder), batch)
     assert (bad["labels"][1:] == -100).all()
     length = int(good["attention_mask"][0].sum())
     assert np.array_equal(bad["labels"][0, :length], good["labels"][0, :length])
@@ -106,7 +113,7 @@ def test_a_clip_that_cannot_be_read_is_masked_and_reported_and_changes_no_count(
 def test_a_noise_clip_that_cannot_be_read_masks_its_sample_and_is_named(folder, tmp_path):
     noise = read_rows(corpus(tmp_path / "noise.parquet", [row("hum", 0, **BROKEN)]))
     variation = Variation(np.zeros(0), AugmentRecipe(noise={"share": 1.0, "data": "noise.parquet"}), noise)
-    loaded = loader_of(clips(tmp_path / "a.parquet"), folder, variation=variation).load(planned(0))
+    loaded = load(loader_of(clips(tmp_path / "a.parquet"), folder, variation=variation), planned(0))
     (fault,) = json.loads(str(loaded["skipped"]))
     assert fault["reason"].startswith("noise clip hum: broken.flac: not readable")
 
@@ -117,7 +124,7 @@ def test_blocks_become_training_batches(folder, processor, tmp_path):
     planned = plan.batches(position=0, step_batches=2, slots=3)
     loader = loader_of(data, folder, planned)
     skipped: list[dict[str, str]] = []
-    batches = list(training_batches(map(loader.block, range(len(planned))), torch.device("cpu"), skipped))
+    batches = list(training_batches(blocks(loader), torch.device("cpu"), skipped))
     assert [batch.clip_count for batch in batches] == [len(one.rows) - (6 in one.rows) for one in planned]
     assert [batch.ids for batch in batches] == [tuple(f"clip{row}" for row in one.rows if row != 6) for one in planned]
     assert not planned[-1].rows
@@ -159,13 +166,14 @@ def test_a_batch_is_the_same_in_another_process(folder, processor, tmp_path):
     code = (
         "import pickle, sys; from jobs.training.loader import BatchLoader; "
         "spec = pickle.load(open(sys.argv[1], 'rb')); loader = BatchLoader(spec); "
-        "pickle.dump([loader.block(number) for number in reversed(range(len(spec.batches)))], open(sys.argv[2], 'wb'))"
+        "blocks = [loader.block(one) for one in loader.reader.read(list(spec.batches)[::-1])]; "
+        "pickle.dump(blocks, open(sys.argv[2], 'wb'))"
     )
     told = tmp_path / "blocks.pickle"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "spec.pickle"), str(told)], check=True)
     loader = BatchLoader(spec)
-    for number, other in zip(reversed(range(len(batches))), pickle.loads(told.read_bytes()), strict=True):
-        one = loader.block(number)
+    others = reversed(pickle.loads(told.read_bytes()))
+    for one, other in zip(loader.blocks(range(len(batches))), others, strict=True):
         assert one.keys() == other.keys()
         assert all(np.array_equal(one[name], other[name]) for name in one)
 
@@ -176,7 +184,7 @@ def test_token_noise_replaces_input_tokens_and_leaves_the_labels(folder, process
     rows = read_rows(str(data))
     plain, noisy = (loader_of(data, folder, variation=vary(rows, processor, token_noise=share)) for share in (0, 0.3))
     sample = PlannedBatch((0,) * 64, tuple(range(64)), 1, 1, 1)
-    as_it_is, read = plain.load(sample), noisy.load(sample)
+    as_it_is, read = load(plain, sample), load(noisy, sample)
     changed = {name for name in as_it_is if not np.array_equal(as_it_is[name], read[name])}
     assert changed == {"input_ids"}
     swapped = as_it_is["input_ids"] != read["input_ids"]
@@ -194,19 +202,6 @@ def test_a_loader_does_not_change_its_processs_thread_count(folder, tmp_path, th
     torch.set_num_threads(2)
     loader_of(corpus(tmp_path / "data.parquet", [row("hum", 0)]), folder)
     assert torch.get_num_threads() == 2
-
-
-def test_a_loader_reads_each_row_group_once_whatever_share_of_the_batches_it_gets(folder, processor, tmp_path):
-    for name in "abcdef":
-        clips(tmp_path / f"{name}.parquet")
-    rows = read_rows(str(tmp_path))
-    settings = PlanSettings(max_batch_clips=4, window_row_groups=3)
-    batches = Plan(plan_columns(rows, processor), settings).batches(position=0, step_batches=1)
-    for share in (1, 2):
-        loader = BatchLoader(LoaderSpec(rows, batches, str(folder), cache_row_groups=settings.window_row_groups))
-        for number in range(0, len(batches), share):
-            loader.block(number)
-        assert loader.reader._audio.cache_info().misses == 6
 
 
 class Listening:
@@ -234,7 +229,7 @@ def test_training_features_equal_serving_features_bit_for_bit(folder, processor,
         transcriber.transcribe(reader.wav(rows.file[place], rows.row_group[place], rows.row[place])[0])
     transcriber.close()
     for place, request in enumerate(engine.requests):
-        batch = loader.load(planned(place))
+        batch = load(loader, planned(place))
         assert np.array_equal(batch["input_features"][0], request.features.mel)
         assert batch["audio_frame_counts"].tolist() == [request.features.frame_count]
         is_prompt = batch["labels"][0] == -100

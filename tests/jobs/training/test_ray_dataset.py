@@ -12,7 +12,14 @@ from graft.processor import GraftProcessor
 from graft.training.plan import PlanSettings
 from jobs.common.cluster import SERVE_VARIABLES, WORKER_VARIABLES
 from jobs.training.loader import BatchLoader, LoaderSpec
-from jobs.training.ray_dataset import SCHEDULING_S, SchedulerThrottle, planned_dataset
+from jobs.training.ray_dataset import (
+    SCHEDULING_S,
+    DataStep,
+    LoadBatches,
+    ReadWindows,
+    SchedulerThrottle,
+    planned_dataset,
+)
 from jobs.training.samples import plan_training
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, row
@@ -25,24 +32,29 @@ def spec(tmp_path_factory) -> LoaderSpec:
     folder = tmp_path_factory.mktemp("remote")
     graft = tiny_models.save_tiny_graft(folder / "graft")
     rows = read_rows(corpus(folder / "a.parquet", [row(f"clip{index}", index) for index in range(24)]))
-    plan = plan_training(
-        rows, GraftProcessor.from_pretrained(graft), PlanSettings(max_batch_clips=2, window_row_groups=2)
-    )
+    plan = plan_training(rows, GraftProcessor.from_pretrained(graft), PlanSettings(max_batch_clips=2, window_clips=8))
     return LoaderSpec(rows, plan.batches(position=0, step_batches=2), str(graft))
+
+
+def steps(spec: LoaderSpec) -> tuple[DataStep, DataStep]:
+    import ray
+
+    return DataStep(ReadWindows, ray.put(spec.reader)), DataStep(LoadBatches, ray.put(spec.without_rows()))
 
 
 @pytest.mark.parametrize(
     ("first", "most_tasks"),
     [
-        pytest.param(0, 3, id="many batches a task", marks=pytest.mark.slow),
-        pytest.param(6, 100, id="one, from the middle"),
+        pytest.param(0, 2, id="several windows a task", marks=pytest.mark.slow),
+        pytest.param(2, 100, id="one, from its middle"),
     ],
 )
 def test_each_worker_gets_its_own_batches_in_order(spec, first, most_tasks):
-    import ray
 
     count = len(spec.batches) - first
-    dataset = planned_dataset(ray.put(spec), first, count, data_workers=2, most_tasks=most_tasks)
+    windows = range(int(spec.batches.windows[first]), int(spec.batches.windows[-1]) + 1)
+    assert len(windows) > 2
+    dataset = planned_dataset(*steps(spec), windows, first=first, data_workers=2, most_tasks=most_tasks)
     dataset.context.execution_options.preserve_order = True
 
     def blocks(shard: Any) -> list[dict[str, np.ndarray]]:
@@ -50,11 +62,11 @@ def test_each_worker_gets_its_own_batches_in_order(spec, first, most_tasks):
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         shares = list(pool.map(blocks, dataset.streaming_split(2, equal=True)))
-    loader = BatchLoader(spec)
+    expected_blocks = list(BatchLoader(spec).blocks(range(len(spec.batches))))
     for rank, share in enumerate(shares):
         assert len(share) == count // 2
         for index, block in enumerate(share):
-            expected = loader.block(first + 2 * index + rank)
+            expected = expected_blocks[first + 2 * index + rank]
             assert block.keys() == expected.keys()
             assert all(np.array_equal(block[name], expected[name]) for name in block)
 
@@ -85,9 +97,8 @@ def test_workers_have_the_clusters_environment():
 
 
 def test_the_scheduling_loop_is_throttled(spec):
-    import ray
 
-    dataset = planned_dataset(ray.put(spec), 0, len(spec.batches), data_workers=1)
+    dataset = planned_dataset(*steps(spec), range(1), data_workers=1)
     assert SchedulerThrottle in dataset.context.execution_callback_classes
     callback, start = SchedulerThrottle(), time.monotonic()
     for _ in range(5):

@@ -24,6 +24,7 @@ from jobs.training.samples import (
 )
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, flac, row
+from tests.support.training import load
 
 SECONDS = [0.5, 1.234, 2.0, 0.333, 0.75, 1.0, 0.21]
 TEXTS = [
@@ -117,7 +118,7 @@ def test_the_plan_knows_each_samples_tokens_before_it_is_read(folder, processor,
     planned = dict.fromkeys(range(2), 0)
     loaded_counts = dict.fromkeys(range(2), 0)
     for batch in batches:
-        loaded = loader.load(batch)
+        loaded = load(loader, batch)
         assert (loaded["labels"] != -100).sum() == batch.step_label_count
         assert loaded["input_ids"].size <= plan.settings.token_budget
         assert loaded["token_count"] == loaded["attention_mask"].sum()
@@ -147,7 +148,7 @@ def test_samples_without_speech_have_an_empty_answer(folder, processor, tmp_path
     end = processor.target_ids("")
     row_features: dict[int, list[bytes]] = {}
     for batch in batches:
-        loaded = loader.load(batch)
+        loaded = load(loader, batch)
         for place, number in enumerate(batch.rows):
             labels = loaded["labels"][place]
             if number < 7:

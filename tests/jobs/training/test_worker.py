@@ -26,7 +26,7 @@ def train_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def train(recipe: stage1.Stage1Recipe, run: Run, spec: LoaderSpec) -> None:
         loader = BatchLoader(spec)
-        blocks = SimpleNamespace(iter_batches=lambda **_: map(loader.block, range(len(spec.batches))))
+        blocks = SimpleNamespace(iter_batches=lambda **_: loader.blocks(range(len(spec.batches))))
         monkeypatch.setattr("ray.train.get_dataset_shard", lambda name: blocks)
         monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
         monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))

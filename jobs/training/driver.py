@@ -21,6 +21,7 @@ from typing import Any
 from graft.checkpoints.loading import base_checkpoint, check_graft, write_stage
 from graft.checkpoints.lora import save_adapters
 from graft.checkpoints.projector_file import encoder_digest, read_projector, write_projector
+from graft.data.dataset import RowTable
 from graft.errors import GraftError, RecipeError, require
 from graft.model.configuration import GraftConfig
 from graft.processor import GraftProcessor
@@ -29,6 +30,7 @@ from graft.text.instructions import trained_instructions
 from graft.training.checkpoint import load_checkpoint
 from graft.training.encoder_cache import EncoderCache, open_cache
 from graft.training.loop import LoopSettings, is_finished
+from graft.training.plan import Plan
 from graft.training.progress import best_checkpoint, latest_checkpoint, read_progress
 from graft.training.stages import ComputeSettings, Stage
 from graft.training.tracking import draw_curves
@@ -38,6 +40,14 @@ from ..common.cluster import connect
 from ..common.console import follow
 from ..common.outputs import claim_output, holds_results, locked_output
 from .batches import ROWS, cached_rows, check_plan, plan_run, remaining_batches, validation_spec
+from .data_workers import (
+    CPU_LOADERS,
+    DataWorkers,
+    choose_data_workers,
+    fit_cluster,
+    flops_per_audio_s,
+    gpu_name,
+)
 from .loader import LoaderSpec
 from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
 from .ray_dataset import DataStep, LoadBatches, ReadWindows, RemainingBatches
@@ -101,7 +111,12 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
         patience=recipe.validation.patience if recipe.validation else None,
     )
     if not is_finished(progress, settings, total_steps):
-        connect(cpus=recipe.workers + recipe.data_workers)
+        is_given = recipe.data_workers != "auto"
+        connect(cpus=recipe.workers + (int(recipe.data_workers) if is_given else CPU_LOADERS))
+        if not is_given:
+            chosen = _choose_data_workers(recipe, stage, config, rows, plan)
+            print(f"stage {stage.number}: data_workers={chosen.count}, {chosen.reason}", flush=True)
+            recipe = recipe.model_copy(update={"data_workers": chosen.count})
         windows = plan.epochs[0].window_count
         spec = LoaderSpec(rows, batches, graft, variation, encoder_cache=cache, epoch_windows=windows)
         run = Run(
@@ -128,6 +143,30 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
     return _finish(
         out, config, stage, graft=graft, words=words, seconds=seconds, spelled=spelled, tokens_per_s=tokens_per_s
     )
+
+
+def _choose_data_workers(
+    recipe: TrainRecipe, stage: Stage, config: GraftConfig, rows: RowTable, plan: Plan
+) -> DataWorkers:
+    """Choose the loaders for the GPUs that the cluster has."""
+    import ray
+
+    resources = ray.cluster_resources()
+    cost = flops_per_audio_s(
+        config,
+        rows,
+        plan,
+        lora=stage.lora,
+        is_ctc=stage.letters is not None,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+    )
+    wanted = choose_data_workers(
+        flops_per_audio_s=cost,
+        workers=recipe.workers,
+        device=gpu_name(resources) if recipe.gpu else None,
+        augment=recipe.augment,
+    )
+    return fit_cluster(wanted, resources, workers=recipe.workers, gpu=recipe.gpu, resource=recipe.data_resource)
 
 
 def _encoder_cache(
@@ -186,7 +225,7 @@ def _train(recipe: TrainRecipe, run: Run, spec: LoaderSpec) -> None:
                 spec.batches.step_positions,
                 spec.batches.windows,
                 str(out / CHECKPOINTS),
-                recipe.data_workers,
+                int(recipe.data_workers),
                 recipe.data_resource,
             )
         },

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graft.checkpoints.loading import base_checkpoint
+from graft.data.dataset import RowTable
 from graft.errors import RecipeError
 from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_count
 from graft.processor import GraftProcessor
@@ -28,11 +29,16 @@ from graft.training.estimate import (
     encoder_flops,
     network_bytes,
 )
+from graft.training.plan import Plan
 
 from ..common.cli import PlanOptions
 from .batches import plan_run
+from .reader import NOISE_BYTES, largest_window
 from .recipe import TrainRecipe
+from .samples import Variation
 
+STORED_BYTES_PER_S = 20_000
+"""Bytes of a second of speech in FLAC at 16 kHz, about."""
 FRAMES_PER_S = WINDOW_FRAMES // 30
 NETWORKS_GBIT = (25.0, 100.0, 400.0)
 """Networks that a plan compares where its options name none."""
@@ -67,6 +73,8 @@ class Work:
     encoder_flops: float
     source: str
     """How the numbers were found."""
+    reading: str
+    """What the reader holds of the data."""
 
 
 def print_plan(
@@ -110,7 +118,18 @@ def _read_work(recipe: TrainRecipe, config: GraftConfig, trained: TrainedParts) 
         steps=plan.step_count(recipe.step_batches or recipe.workers),
         padding=plan.padding_waste(),
         source="as planned",
+        reading=_reading(rows, variation, plan),
     )
+
+
+def _reading(rows: RowTable, variation: Variation, plan: Plan) -> str:
+    clips, size = largest_window(rows, plan)
+    held = f"a window: up to {clips:,} clips and {size / 1e6:,.1f} MB"
+    if variation.noise is None:
+        return held
+    _, first = np.unique(variation.noise.file.astype(np.int64) << 32 | variation.noise.row_group, return_index=True)
+    noise = float(variation.noise.group_bytes[first].sum(dtype=float))
+    return f"{held}; of {noise / 1e6:,.1f} MB of noise up to {min(noise, NOISE_BYTES) / 1e6:,.1f} MB"
 
 
 def _assumed_work(
@@ -140,6 +159,7 @@ def _assumed_work(
         steps=-(-clips // step_clips) * recipe.epochs,
         padding=0.0,
         source=f"assumed{unread}: {clip_s:g} s a clip, {LABELS_PER_S[config.text_style]} label tokens a second",
+        reading=f"a window: up to {recipe.window_clips:,} clips of about {STORED_BYTES_PER_S * clip_s / 1e6:.2g} MB",
     )
 
 
@@ -154,6 +174,7 @@ def _work(
     steps: int,
     padding: float,
     source: str,
+    reading: str,
 ) -> Work:
     """Add up the clips of all epochs. A run that stops at max_steps takes the same share of each sum."""
     share = min(1.0, recipe.max_steps / steps) if recipe.max_steps else 1.0
@@ -181,6 +202,7 @@ def _work(
         flops=(flops - from_cache) * share,
         encoder_flops=(encoder - from_cache) * share,
         source=source,
+        reading=reading,
     )
 
 
@@ -199,6 +221,7 @@ def _work_lines(recipe: TrainRecipe, options: PlanOptions, parameters: Parameter
     yield f"tokens      {tokens}, padding {work.padding:.1%}"
     batch = f"a batch: up to {recipe.token_budget:,} tokens and {recipe.max_batch_clips} clips"
     yield f"steps       {work.steps:,}, batches a step: {step_batches}, {batch}"
+    yield f"reading     {work.reading}; the reader holds two windows"
     encoder_share = work.encoder_flops / work.flops
     yield f"work        {work.flops / 1e12 / work.clips:.3g} TFLOP a clip, {encoder_share:.0%} of it the encoder's"
     audio_rate, token_rate = rate * work.audio_s / work.clips, rate * work.token_count / work.clips

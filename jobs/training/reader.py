@@ -16,7 +16,7 @@ from graft.data.augmentation import NoiseClip, wants_noise
 from graft.data.dataset import RowTable
 from graft.data.row_groups import GroupKey, GroupReader, ReadAudio, StoredAudio, row_group_spans
 from graft.data.sample_seeds import uniform
-from graft.training.plan import Batches, PlannedBatch
+from graft.training.plan import Batches, Plan, PlannedBatch
 
 from .samples import NO_VARIATION, Variation
 
@@ -34,6 +34,27 @@ class ReaderSpec:
     variation: Variation = NO_VARIATION
     epoch_windows: int = 1
     """Number of windows of an epoch, over which a large noise corpus is spread."""
+
+
+def largest_window(rows: RowTable, plan: Plan) -> tuple[int, int]:
+    """Return the most clips of a window of the run, and the most bytes that are read for one, noise excluded."""
+    clips, most = 0, 0.0
+    groups = plan.columns.row_groups[: len(rows)]
+    _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
+    group_bytes = rows.group_bytes[first].astype(float)  # (groups,)
+    for epoch in plan.epochs:
+        windows = np.repeat(epoch.windows, np.diff(epoch.offsets))[epoch.rows < len(rows)]
+        read = epoch.rows[epoch.rows < len(rows)]
+        pairs = np.unique(windows.astype(np.int64) * len(rows) + read)  # (clips,), of the windows one after the other
+        window, group = pairs // len(rows), groups[pairs % len(rows)]
+        parts, counts = np.unique(window * len(first) + group, return_counts=True)
+        window, group = parts // len(first), parts % len(first)
+        # A row group of one window is read whole, and of one in several windows a slice in each.
+        is_sliced = np.bincount(group, minlength=len(first))[group] > 1
+        part_bytes = group_bytes[group] * np.where(is_sliced, counts / sizes[group], 1.0)
+        clips = max(clips, int(np.bincount(window, counts).max()))
+        most = max(most, float(np.bincount(window, part_bytes).max()))
+    return clips, round(most)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The recipe keys that both training stages share."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -115,8 +115,9 @@ class TrainRecipe(Recipe):
     """Number of training workers, one process each."""
     threads_per_worker: MachineKey[int] = Field(default=1, ge=1)
     """Number of CPU threads of each training worker."""
-    data_workers: MachineKey[int] = Field(default=2, ge=1)
-    """Number of processes that decode audio and compute features, on one CPU each."""
+    data_workers: MachineKey[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
+    """Number of processes that decode audio and compute features, on one CPU each. auto estimates from the GPUs and the
+    model how much audio the run takes, has at most as many as the cluster has CPUs for, and prints the number."""
     gpu: MachineKey[bool] = False
     """Give each training worker a GPU."""
     device_resource: MachineKey[str | None] = None

@@ -135,6 +135,7 @@ def test_data_is_planned_as_it_is_trained(graft, data, capsys, settings):
     assert number(text, r"padding #%") == pytest.approx(100 * plan.padding_waste(), abs=0.06)
     assert number(text, r"# of them labels") == sum(epoch.label_counts.sum() for epoch in plan.epochs)
     assert "as planned" in text
+    assert number(text, r"reading +a window: up to # clips and") == 24
     assert plan_of(f"model={graft}", f"data={data}", *settings, "max_steps=1") == 0
     assert number(capsys.readouterr().out, r"steps +#,") == 1
 

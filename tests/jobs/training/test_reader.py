@@ -13,7 +13,7 @@ from graft.data.dataset import RowReader, RowTable, read_rows, write_corpus
 from graft.data.settings import AugmentRecipe
 from graft.training.plan import Batches, Plan, PlanColumns, PlanSettings
 from jobs.training import reader
-from jobs.training.reader import AheadReader, BatchReader, NoiseReader, ReadBatch, ReaderSpec
+from jobs.training.reader import AheadReader, BatchReader, NoiseReader, ReadBatch, ReaderSpec, largest_window
 from jobs.training.samples import Variation
 from tests.support import hub_server
 from tests.support.hub_server import Hub
@@ -179,3 +179,11 @@ def test_batches_that_were_read_are_pickled_without_the_corpus(tmp_path: Path) -
     spec = spec_of(rows, plan_of(rows))
     batch = next(iter(BatchReader(spec).window(0)))
     assert len(pickle.dumps(batch)) < len(batch.samples) * (CLIP_BYTES + 200) + 500
+
+
+@pytest.mark.parametrize("rows_per_group", [20, 150, 1000])
+def test_the_largest_window_is_known_beforehand(tmp_path: Path, rows_per_group: int) -> None:
+    rows = read_rows(str(write(tmp_path / "a.parquet", CLIPS, rows_per_group=rows_per_group)))
+    clips, size = largest_window(rows, plan_of(rows, epochs=2))
+    assert clips == 100
+    assert size == pytest.approx(100 * CLIP_BYTES, rel=0.05)

@@ -1,6 +1,6 @@
 """Write the trained part of a graft, without its bases, for others to build the graft from.
 
-stage's output -> projector, adapters cut to a smaller rank, the audio tokens' embeddings -> small shards,
+stage's output -> projector, adapters (on request cut to a smaller rank), the audio tokens' embeddings -> small shards,
 pretrained.json, the recipes of its training, a model card. `graft build pretrained=FOLDER` puts it on its bases again.
 """
 
@@ -48,8 +48,9 @@ class ExportRecipe(Recipe):
     """Folder for the trained part; a folder below graft/pretrained/ becomes part of the package."""
     name: OutputKey[str | None] = None
     """Name of the graft in its model card; null takes the name of the folder."""
-    rank: OutputKey[int] = Field(default=16, ge=1)
-    """Largest rank of the adapters; adapters of a larger one are cut to their best approximation."""
+    rank: OutputKey[int | None] = Field(default=None, ge=1)
+    """Largest rank of the adapters; adapters of a larger one are cut to their best approximation. null keeps the rank
+    that was trained."""
     dtype: OutputKey[Literal["bf16", "fp32"]] = "bf16"
     """Precision of the tensors on disk."""
     shard_mb: OutputKey[float] = Field(default=4.5, gt=0)
@@ -134,7 +135,7 @@ def _trained_part(
         whole, peft_config = read_adapters(recipe.model)
         on_encoder = any(name.startswith("audio_tower.") for name in whole)
         lora = LoraSettings(peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout, encoder=on_encoder)
-        adapters, lora, energy_kept = truncate_adapters(whole, lora, recipe.rank)
+        adapters, lora, energy_kept = truncate_adapters(whole, lora, recipe.rank or lora.rank)
         state |= adapters
     state[AUDIO_TOKENS] = audio_token_rows(graft, config)
     state = {name: tensor.to(DTYPES[recipe.dtype]).contiguous() for name, tensor in state.items()}

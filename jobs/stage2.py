@@ -63,8 +63,14 @@ def run(recipe: Stage2Recipe) -> dict[str, Any]:
 
 
 def _initial_adapters(recipe: Stage2Recipe) -> str | None:
-    """Check the folder of the adapters to start from. Raises ModelError for another rank or alpha than the recipe's."""
+    """Check the folder of the adapters to start from.
+
+    Raises ModelError for another rank or alpha than the recipe's, and for adapters of a graft of other bases.
+    """
+    from graft.checkpoints.loading import base_checkpoint, check_graft
     from graft.checkpoints.lora import read_adapters
+    from graft.checkpoints.projector_file import read_projector
+    from graft.model.configuration import GraftConfig
 
     if recipe.adapters is None:
         return None
@@ -73,6 +79,9 @@ def _initial_adapters(recipe: Stage2Recipe) -> str | None:
         raise ModelError(
             f"the adapters in {recipe.adapters} have lora.rank={config.r} lora.alpha={config.lora_alpha}: give these"
         )
+    check_graft(recipe.model)
+    # The projector beside the adapters states the bases of both; projector= may be another one.
+    read_projector(recipe.adapters, GraftConfig.from_pretrained(base_checkpoint(recipe.model)))
     return os.path.abspath(recipe.adapters)
 
 

@@ -19,7 +19,7 @@ from graft.model.modeling import GraftForConditionalGeneration
 from graft.model.projector import AudioProjector
 from graft.processor import GraftProcessor
 from graft.training.backends import Backend, TorchBackend
-from graft.training.zero import ZeroBackend, gathered_state, sharded_loading
+from graft.training.zero import ZeroBackend, gathered_state, restore_rotary_frequencies, sharded_loading
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def open_for_stage(
         model, processor = open_graft(
             graft, dtype=DTYPES[computing.dtype], device=device, nf4=stage.nf4, attention=computing.attention
         )
-    if computing.is_sharded:  # The projector is small, and is loaded and checked whole.
+    if computing.is_sharded:
+        restore_rotary_frequencies(model)
+        # The projector is small, and is loaded and checked whole.
         sizes = {"audio_width": model.config.audio_config.d_model, "text_width": model.lm_head.in_features}
         projector = AudioProjector(model.config.audio_projector, **sizes)
         projector.load_state_dict(gathered_state(model.audio_projector))

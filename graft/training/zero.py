@@ -136,6 +136,18 @@ def sharded_loading(*, bf16: bool) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
+def restore_rotary_frequencies(model: nn.Module) -> None:
+    """Compute the frequencies of rotary positions again, in float32: loading by `sharded_loading` in bf16 rounds them.
+
+    No checkpoint holds them; unsharded models keep them in float32 in any dtype.
+    """
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "original_inv_freq")]
+    for module in modules:
+        fresh = type(module)(module.config)
+        for name in ("inv_freq", "original_inv_freq"):
+            setattr(module, name, nn.Buffer(getattr(fresh, name).to(module.inv_freq.device), persistent=False))
+
+
 def _shape(parameter: Any) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 

@@ -16,6 +16,7 @@ from graft.audio.chunking import windows
 from graft.audio.clip import AudioClip
 from graft.checkpoints import release
 from graft.checkpoints.loading import open_graft, write_stage
+from graft.checkpoints.lora import LoraSettings, save_adapters
 from graft.config import recipe_yaml
 from graft.errors import ModelError
 from graft.inference.transcriber import open_transcriber
@@ -62,9 +63,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(home: Path) -> Path:
-    """Export stage 2 with the adapters' own rank and nothing rounded."""
+    """Export stage 2 with nothing rounded."""
     out = home / "exported"
-    assert job(export, f"model={home / 'stage2'}", f"out={out}", "rank=64", "dtype=fp32", f"shard_mb={SHARD_MB}") == 0
+    assert job(export, f"model={home / 'stage2'}", f"out={out}", "dtype=fp32", f"shard_mb={SHARD_MB}") == 0
     return out
 
 
@@ -349,3 +350,41 @@ def test_stage_2_trains_on_with_adapters(home, tmp_path):
     assert torch.equal(logits(model.eval()), logits(open_graft(home / "stage2")[0]))
     with pytest.raises(ModelError, match=f"have lora.rank={SETTINGS.rank} lora.alpha={SETTINGS.alpha}: give these"):
         stage2.run(told(rank=SETTINGS.rank + 1))
+
+
+def test_stage_2_refuses_adapters_of_other_bases(home, tmp_path):
+    """The projector is one of the graft's own bases, so the adapters alone can tell."""
+    shutil.copytree(home / "graft", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["base_digests"]["text"] = "sha256:of another text base"
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "stage1").mkdir()
+    save_projector(open_graft(tmp_path / "other")[0], tmp_path / "stage1")
+    recipe = stage2.Stage2Recipe.model_validate(
+        {
+            "model": str(tmp_path / "other"),
+            "data": ["d"],
+            "out": str(tmp_path / "out"),
+            "projector": str(tmp_path / "stage1"),
+            "adapters": str(home / "stage2"),
+            "lora": {"rank": SETTINGS.rank, "alpha": SETTINGS.alpha},
+        }
+    )
+    with pytest.raises(ModelError, match=r"stage2/projector.safetensors was trained with base_digests=.*: train it on"):
+        stage2.run(recipe)
+
+
+def test_an_export_keeps_the_trained_rank_unless_told(home, tmp_path):
+    """The rank is above 16, to which exports used to cut it."""
+    settings = LoraSettings(rank=20, alpha=40)
+    shutil.copytree(home / "stage1", tmp_path / "wide")
+    model = adapt(open_graft(home / "graft")[0], settings)
+    save_adapters(dict(model.named_parameters()), settings, tmp_path / "wide")
+    write_stage(tmp_path / "wide", stage=2, graft=home / "graft", words=WORDS)
+    assert job(export, f"model={tmp_path / 'wide'}", f"out={tmp_path / 'kept'}", "dtype=fp32") == 0
+    assert job(export, f"model={tmp_path / 'wide'}", f"out={tmp_path / 'cut'}", "rank=8", "dtype=fp32") == 0
+    ranks = [
+        json.loads((tmp_path / one / "pretrained.json").read_text())["adapters"]["rank"] for one in ("kept", "cut")
+    ]
+    assert ranks == [20, 8]
+    assert "LoRA adapters of rank 20" in (tmp_path / "kept" / "README.md").read_text()

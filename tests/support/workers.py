@@ -42,7 +42,7 @@ class Case:
 
 
 def train_share(case: Case, *, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
-    """Train this process's share of the steps; returns weights, optimizer state, losses and bytes sent."""
+    """Train this process's share of the steps; returns weights, buffers, optimizer state, losses and bytes sent."""
     torch.set_num_threads(1)
     accumulation = -(-STEP_BATCHES // world_size)
     progress, state, losses, resident, sent = Progress(step=case.first), case.begin, [], 0, 0
@@ -64,7 +64,15 @@ def train_share(case: Case, *, rank: int = 0, world_size: int = 1) -> dict[str, 
         sent += sent_bytes() - before
         state = trainer.state()
         losses += [log.loss for log in logs]
-    return {"weights": weights(model), "state": state, "losses": losses, "resident": resident, "sent": sent}
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    return {
+        "weights": weights(model),
+        "buffers": buffers,
+        "state": state,
+        "losses": losses,
+        "resident": resident,
+        "sent": sent,
+    }
 
 
 def resident_bytes(model: torch.nn.Module) -> int:

@@ -37,7 +37,11 @@ def cases(folder: str) -> dict[int, list[Case]]:
     fp32 = [Case(folder, "stage1", ZERO1), Case(folder, "stage1", ZERO2), Case(folder, "qlora", ZERO2)]
     bf16 = [Case(folder, "stage1", one * legs, "bf16") for one in (ZERO1, ZERO2) for legs in (1, 3)]
     sharded = [Case(folder, stage, zero) for zero in (ZERO2, ZERO3) for stage in ("stage1", "stage2")]
-    return {1: fp32 + bf16, 2: [*both, *sharded, Case(folder, "stage2", MOVED)], 4: both}
+    return {
+        1: [*fp32, *bf16, Case(folder, "stage1", ZERO3, "bf16")],
+        2: [*both, *sharded, Case(folder, "stage2", MOVED)],
+        4: both,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +103,26 @@ def test_one_process_of_zero_equals_torch_and_resumes_exactly(cases, trained, al
     results = [result for (result,) in trained[1]]
     for case, result in zip(cases[1][:3], results, strict=False):
         check_same(result, alone[case.stage])
-    for whole, resumed in (results[3:5], results[5:]):
+    for whole, resumed in (results[3:5], results[5:7]):
         check_same(resumed, whole, tolerance=0)
         assert {tensor.dtype for entry in whole["state"].values() for tensor in entry.values()} == {torch.float32}
+
+
+def test_rotary_positions_keep_their_frequencies_in_bf16(cases, trained, alone) -> None:
+    exact = alone["stage1"]["buffers"]
+    assert any("inv_freq" in name for name in exact)
+    results = [
+        (case, result)
+        for count in trained
+        for case, each in zip(cases[count], trained[count], strict=True)
+        for result in each
+    ]
+    assert {"zero2", "zero3"} <= {case.backends[0] for case, _ in results if case.dtype == "bf16"}
+    for case, result in results:
+        if case.stage == "stage1":
+            assert furthest(result["buffers"], exact) == 0, case
+    zero2, zero3 = (result for case, result in results if case.dtype == "bf16" and case.backends in (ZERO2, ZERO3))
+    assert zero3["losses"] == pytest.approx(zero2["losses"], abs=1e-4)
 
 
 @pytest.mark.slow

@@ -35,6 +35,8 @@ class TrainingBatch:
     token_count: int
     """Number of tokens, padding excluded."""
     audio_s: float
+    masked: tuple[str, ...] = ()
+    """Ids of the clips that are masked, each with the reason."""
     flops: float = 0.0
     """FLOPs of its forward and backward pass."""
     encode: Callable[[], Tensor] | None = None

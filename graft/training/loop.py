@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graft.errors import ModelError
+from graft.errors import DataError, ModelError
 from graft.training.backends import Backend, TrainingBatch
 from graft.training.meter import Meter, StepLog
 from graft.training.progress import Progress
@@ -32,6 +32,8 @@ class LoopSettings:
     """End the run after this many validations in a row without a better loss; None for no limit."""
     max_loss: float = 24.0
     """A step's loss above this is an error, in nats per label token; guessing among 150,000 tokens costs 12."""
+    max_masked: float = 0.1
+    """End the run with an error when more than this share of the clips is masked."""
     peak_flops: float | None = None
     """Peak FLOP/s of one worker's device; None logs no utilisation."""
 
@@ -69,7 +71,8 @@ def train(
     """Train from `progress` until the batches, the steps or the patience end, or a worker wants to stop.
 
     Every worker takes `accumulation` batches per step. Returns the progress at the end. Raises ModelError when the loss
-    or its gradient is not finite, explodes or diverges; the weights then are those before the step.
+    or its gradient is not finite, explodes or diverges; the weights then are those before the step. Raises ModelError
+    for a validation loss that is not finite, and DataError when too many clips are masked.
     """
     waiting = iter(batches)
     meter = Meter(progress, total_steps=total_steps, max_loss=settings.max_loss, peak_flops=settings.peak_flops)
@@ -87,10 +90,21 @@ def train(
             _raise_fault(f"the gradient's norm is {grad_norm}", progress.step + 1, step, observer)
         progress = meter.advance(progress, loss, step[-1].step_position)
         ends = stops or progress.step == total_steps
+        if reason := meter.find_masked(progress, settings.max_masked, ends=progress.step == total_steps):
+            observer.log(meter.read(progress.step, learning_rate, grad_norm))  # lists the masked clips
+            raise DataError(
+                f"{reason}, and max_masked={settings.max_masked:g} is the largest share that may be masked: "
+                "repair the data and train in another out=, or raise max_masked"
+            )
         is_best = False
         if settings.validate_every and (ends or progress.step % settings.validate_every == 0) and not stops:
             started = time.perf_counter()
             validation_loss = observer.validate(progress.step)
+            if not math.isfinite(validation_loss):
+                raise ModelError(
+                    f"the validation loss is {validation_loss} at step {progress.step}: lower learning_rate, train in "
+                    "bf16 or fp32, or check the clips of validation.data"
+                )
             is_best = progress.best_loss is None or validation_loss < progress.best_loss
             progress = replace(progress, stale_validations=0 if is_best else progress.stale_validations + 1)
             if is_best:

@@ -14,6 +14,8 @@ class Progress:
     step: int = 0
     position: int = 0
     clips: int = 0
+    masked: int = 0
+    """Number of clips that were masked, which `clips` does not count."""
     audio_s: float = 0.0
     first_loss: float | None = None
     best_loss: float | None = None

@@ -102,7 +102,8 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
         f"{total_steps} steps, padding {plan.padding_waste():.1%}",
         flush=True,
     )
-    names = ("learning_rate", "schedule", "warmup_steps", "accumulation", "seed", "log_every", "checkpoint_every")
+    names = ["learning_rate", "schedule", "warmup_steps", "accumulation", "seed", "log_every", "checkpoint_every"]
+    names += ["max_masked"]
     settings = LoopSettings(
         **{name: getattr(recipe, name) for name in names},
         # CTC's loss grows with the audio tokens, of which there are many per label.
@@ -301,7 +302,7 @@ def _finish(
     lines = draw_curves(out, title=f"stage {stage.number}")
     result = {
         "loss_first": progress.first_loss,
-        "loss_last": [line["loss"] for line in lines if "loss" in line][-1],
+        "loss_last": [line["loss"] for line in lines if line.get("loss") is not None][-1],
         "steps": progress.step,
         "best_step": progress.best_step,
         "validation_loss": progress.best_loss,

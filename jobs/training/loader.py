@@ -198,7 +198,8 @@ def training_batches(
     `encoder` encodes the clips that its cache did not have; `cost` computes a block's FLOPs.
     """
     for block in blocks:
-        skipped += json.loads(str(block["skipped"][0]))
+        masked = json.loads(str(block["skipped"][0]))
+        skipped += masked
         ids = tuple(json.loads(str(block["ids"][0])))
         inputs = {name: torch.tensor(block[name][0], device=device) for name in _TENSORS}
         encode = None
@@ -218,6 +219,7 @@ def training_batches(
             clip_count=len(ids),
             token_count=int(block["token_count"][0]),
             audio_s=float(block["audio_s"][0]),
+            masked=tuple(f"{clip['id']}: {clip['reason']}" for clip in masked),
             flops=cost(block) if cost else 0.0,
             encode=encode,
         )

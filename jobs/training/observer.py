@@ -34,7 +34,7 @@ class RunObserver(Observer):
         self.out, self.backend, self.validation = out, backend, validation
         self.rank, _ = rank_and_world_size()
         self.sample_counts: dict[str, int] = recipe["validation"] or {}
-        self.skipped: list[dict[str, str]] = []
+        self.skipped: list[dict[str, str]] = list(validation.masked) if validation else []
         self.tracker = Tracker(out, recipe, from_step=from_step) if self.rank == 0 else None
         self.writer = CheckpointWriter(out / CHECKPOINTS, keep=recipe["keep_checkpoints"]) if self.rank == 0 else None
 

@@ -13,7 +13,7 @@ from graft.training.tracking import WandbRecipe
 EXECUTION_KEYS = frozenset(
     {
         *("workers", "threads_per_worker", "data_workers", "gpu", "device_resource", "data_resource", "retries"),
-        *("log_every", "checkpoint_every", "keep_checkpoints"),
+        *("log_every", "checkpoint_every", "keep_checkpoints", "max_masked"),
         *("backend", "zero_stage", "attention", "gradient_checkpointing", "compile", "encoder_cache"),
         *("wandb", "wandb.project", "wandb.name", "wandb.mode"),
     }
@@ -74,6 +74,9 @@ class TrainRecipe(Recipe):
     change the result. null gives each worker one."""
     no_speech: DataKey[float] = Field(default=0.0, ge=0)
     """Generated clips without speech and with an empty transcript to add, as a share of the number of other clips."""
+    max_masked: DataKey[float] = Field(default=0.1, ge=0, lt=1)
+    """End the run with an error when more than this share of the clips cannot be read, and so is masked. It is judged
+    after 1,000 clips, at the end, and for the validation's clips at the start."""
     augment: DataKey[AugmentRecipe | None] = None
     """Random changes of the audio in every epoch. null trains on the clips as they are."""
     token_noise: DataKey[float] = Field(default=0.0, ge=0, le=0.9)

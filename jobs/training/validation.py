@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from graft.errors import AudioError, DataError
 from graft.model.ctc import CtcPrealignment
 from graft.processor import GraftProcessor
 from graft.training.backends import Backend
+from graft.training.meter import masked_share
 
 from .loader import BatchLoader, LoaderSpec, training_batches
 
@@ -23,10 +25,19 @@ class Validation:
     """Measures the loss on this worker's share of the validation clips, and transcribes the first `samples` of all.
 
     With sharded weights (`is_sharded`) all workers generate every transcript together, otherwise each its share.
+    `masked` lists this worker's clips that cannot be read. Raises DataError where these are more than the share
+    `max_masked` of all workers' clips.
     """
 
     def __init__(
-        self, spec: LoaderSpec, backend: Backend, processor: GraftProcessor, *, samples: int, is_sharded: bool
+        self,
+        spec: LoaderSpec,
+        backend: Backend,
+        processor: GraftProcessor,
+        *,
+        samples: int,
+        is_sharded: bool,
+        max_masked: float,
     ):
         self.backend, self.processor = backend, processor
         self.model: Any = backend.model
@@ -35,6 +46,7 @@ class Validation:
         rank, workers = rank_and_world_size()
         loader = BatchLoader(spec)
         self.batches = list(loader.blocks(range(rank, len(spec.batches), workers)))
+        self.masked = _check_masked(self.batches, max_masked)
         of_all = itertools.islice(readable(spec.rows, RowReader(spec.rows.files)), samples)
         self.samples = list(of_all if is_sharded else itertools.islice(of_all, rank, None, workers))
 
@@ -71,6 +83,25 @@ class Validation:
 
     def _ctc_transcript(self, inputs: Mapping[str, Tensor], duration_s: float) -> str:
         return self.model.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"])[0]
+
+
+def _check_masked(blocks: Iterable[Mapping[str, np.ndarray]], max_masked: float) -> list[dict[str, str]]:
+    own: list[dict[str, str]] = []
+    seen = 0
+    for block in blocks:
+        masked = json.loads(str(block["skipped"][0]))
+        own += masked
+        seen += len(masked) + len(json.loads(str(block["ids"][0])))
+    shares: list[Any] = [(own, seen)] * rank_and_world_size()[1]
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(shares, (own, seen))
+    reasons = [f"{clip['id']}: {clip['reason']}" for masked, _ in shares for clip in masked]
+    if len(reasons) > max_masked * (total := sum(count for _, count in shares)):
+        raise DataError(
+            f"validation.data: {masked_share(reasons, len(reasons), total)}, and max_masked={max_masked:g} is the "
+            "largest share that may be masked: repair the data, or raise max_masked"
+        )
+    return own
 
 
 def readable(rows: RowTable, reader: RowReader) -> Iterator[tuple[str, str, AudioClip]]:

@@ -89,7 +89,14 @@ def work(run: Run) -> None:
         if run.validation:
             samples = max(run.recipe["validation"][name] for name in ("transcripts", "wer_clips"))
             is_sharded = run.computing.is_sharded
-            validation = Validation(run.validation, backend, processor, samples=samples, is_sharded=is_sharded)
+            validation = Validation(
+                run.validation,
+                backend,
+                processor,
+                samples=samples,
+                is_sharded=is_sharded,
+                max_masked=settings.max_masked,
+            )
         observer = RunObserver(run.recipe, out, backend, from_step=progress.step, validation=validation)
         if run.computing.dtype == "bf16" and not multiplies_bf16(device):
             observer.say("this processor has no fast bf16: dtype=fp32 takes a fraction of the time")

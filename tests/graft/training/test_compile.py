@@ -37,7 +37,7 @@ def test_preflight_and_validation_leave_layers_compiled(tmp_path: Path) -> None:
     plan = plan_training(rows, GraftProcessor.from_pretrained(graft), PlanSettings(token_budget=400, max_batch_clips=3))
     spec = LoaderSpec(rows, plan.batches(position=0, step_batches=1), graft)
     loader = BatchLoader(spec)
-    validation = Validation(spec, backend, processor, samples=2, is_sharded=False)
+    validation = Validation(spec, backend, processor, samples=2, is_sharded=False, max_masked=0)
     batches = list(training_batches(loader.blocks(range(len(spec.batches))), torch.device("cpu"), []))
     with backend.evaluating():
         preflight(model, batches[0].inputs, processor.prompt_end_ids())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from graft.checkpoints.lora import LORA_TARGETS, LoraSettings
-from graft.errors import ModelError
+from graft.errors import DataError, ModelError
 from graft.training.backends import TorchBackend
 from graft.training.checkpoint import CheckpointWriter, load_checkpoint, write_checkpoint
 from graft.training.loop import LoopSettings, learning_rate_at
@@ -182,6 +182,42 @@ def test_validations_find_the_best_and_lack_of_progress_ends_the_run(folder):
     assert [(progress.step, is_best) for progress, is_best in kept.checkpoints] == [(2, True), (4, True), (8, False)]
     again, logs = run_steps(batches[8:], backend, progress=done, validate_every=2, patience=2, total_steps=12)
     assert (again, logs) == (done, [])
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_is_never_the_best_and_ends_the_run(folder, loss):
+    _, processor, backend = opened(folder)
+    kept = Recorder(losses=[loss, 2.0])
+    with pytest.raises(ModelError, match=r"the validation loss is (nan|inf) at step 1: lower learning_rate"):
+        run_steps(clip_steps(processor, steps=2), backend, validate_every=1, observer=kept)
+    assert kept.checkpoints == []
+
+
+def masked(processor, *, position: int):
+    """A step whose two clips are masked."""
+    (batch,) = step_batches(processor, filler(processor) * 2)
+    reasons = tuple(f"clip{2 * position + clip}: not readable" for clip in range(2))
+    return dataclasses.replace(batch, position=position, step_position=position, step_label_count=9, masked=reasons)
+
+
+def test_a_run_in_which_too_much_is_masked_ends_with_the_first_reasons(folder):
+    _, processor, backend = opened(folder)
+    nothing, good = [masked(processor, position=step) for step in range(4)], clip_steps(processor, steps=4)
+    kept = Recorder()
+    with pytest.raises(
+        DataError, match=r"none of 8 clips could be used \(clip0: not readable; clip1: .*; clip2: .*; \.\.\.\)"
+    ):
+        run_steps(nothing, backend, observer=kept)
+    assert [log.loss for log in kept.logs[:4]] == [None] * 4
+    assert kept.checkpoints == []  # a second run of the command does not find a run that is done
+    some = [*good, nothing[0]]
+    with pytest.raises(DataError, match=r"only 8 of 10 clips .*clip0.*max_masked=0\.1 .*or raise max_masked"):
+        run_steps(some, backend)
+    done, logs = run_steps(some, backend, max_masked=0.2)
+    assert (done.clips, done.masked) == (8, 2)
+    assert done.first_loss == logs[0].loss
+    # A step without labels is no loss of zero, above which all others would have diverged.
+    run_steps([nothing[0], *good * 10], backend, max_masked=0.2)
 
 
 def test_a_stopped_run_saves_and_can_be_resumed(folder):

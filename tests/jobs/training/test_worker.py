@@ -12,13 +12,15 @@ from ray.exceptions import RayActorError
 from torch.distributed import DistBackendError
 
 from graft.checkpoints.loading import multiplies_bf16
+from graft.config import recipe_yaml
 from graft.errors import DataError, ModelError
 from jobs import stage1
+from jobs.common.cli import run_job
 from jobs.training import driver
 from jobs.training.loader import BatchLoader, LoaderSpec
 from jobs.training.worker import FAULT_FILE, Run, StaleCheckpoint, _record_faults, work
 from tests.support import tiny_models
-from tests.support.speech_corpus import corpus, row
+from tests.support.speech_corpus import BROKEN, corpus, row
 
 
 def train_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +47,16 @@ def stage1_recipe(folder: Path, **settings: Any) -> stage1.Stage1Recipe:
     data = corpus(folder / "train.parquet", [row(f"t{seed}", seed) for seed in range(3)])
     model = tiny_models.save_tiny_graft(folder / "graft")
     given = {"model": str(model), "data": data, "out": str(folder / "out"), "token_budget": 400, "max_steps": 1}
-    return stage1.Stage1Recipe.model_validate(given | {"backend": "torch", "log_every": 1} | settings)
+    return stage1.Stage1Recipe.model_validate(
+        given | {"backend": "torch", "log_every": 1, "data_workers": 1} | settings
+    )
+
+
+def arguments(recipe: stage1.Stage1Recipe, **changed: Any) -> list[str]:
+    """Write a recipe for the command line, with other values of some keys."""
+    path = Path(f"{recipe.out}.yaml")
+    path.write_text(recipe_yaml(stage1.Stage1Recipe.model_validate({**recipe.model_dump(), **changed})))
+    return ["--recipe", str(path)]
 
 
 @pytest.mark.seconds
@@ -55,6 +66,28 @@ def test_slow_bf16_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     log = (tmp_path / "out" / "log.txt").read_text()
     assert re.search("^step 1/1 ", log, re.MULTILINE)
     assert ("dtype=fp32 takes a fraction of the time" in log) is not multiplies_bf16("cpu")
+
+
+@pytest.mark.seconds
+def test_a_corpus_in_which_nothing_can_be_read_ends_the_run_and_names_its_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_here(monkeypatch)
+    good = stage1_recipe(tmp_path, dtype="fp32", max_steps=None)
+    broken = corpus(tmp_path / "broken.parquet", [row(f"b{seed}", seed, **BROKEN) for seed in range(3)])
+    run_job(stage1.Stage1Recipe, stage1.run, summary="", argv=arguments(good, data=broken))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("graft: error: none of 3 clips could be used (b")
+    assert error.endswith("repair the data and train in another out=, or raise max_masked")
+    assert {json.loads(line)["id"] for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()} == {
+        "b0",
+        "b1",
+        "b2",
+    }
+    assert not (tmp_path / "out" / "result.json").exists()
+    again = arguments(good, out=str(tmp_path / "again"), validation={"data": broken})
+    assert run_job(stage1.Stage1Recipe, stage1.run, summary="", argv=again) == 2
+    assert "validation.data: none of 3 clips could be used (b" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

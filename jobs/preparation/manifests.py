@@ -13,9 +13,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import soundfile
 from pydantic import Field
 
+from graft.audio.spans import probe, read_span
 from graft.config import Recipe
 from graft.data.splits import comparable_text
 from graft.errors import AudioError, DataError
@@ -123,47 +125,55 @@ def read_manifests(sources: Sequence[Manifest]) -> Iterator[Row | DroppedLine]:
 
 def header_duration_s(row: Row) -> float:
     """Return the seconds of a row's clip by its manifest or its file's header, 0 where the header gives none."""
-    return max(0.0, _file_duration_s(row.audio) - row.offset_s) if row.length_s is None else row.length_s
+    return max(0.0, (_file_duration_s(row.audio) or 0.0) - row.offset_s) if row.length_s is None else row.length_s
 
 
 def row_audio(row: Row) -> Path | bytes:
     """Return the row's audio file or, if the row is a part of it, that part as FLAC.
 
-    Raises AudioError for times beyond the file's end.
+    Raises AudioError for times beyond the file's end, and for a part of a file that cannot be decoded up to it.
     """
-    past_s = 0.0 if row.length_s is None else _file_duration_s(row.audio) - row.offset_s - row.length_s
-    return _cut(row) if row.offset_s or past_s > LENGTH_TOLERANCE_S else row.audio
+    if row.offset_s:
+        return _cut(row)
+    if row.length_s is None:
+        return row.audio
+    file_s = _file_duration_s(row.audio)
+    return row.audio if file_s is not None and file_s - row.length_s <= LENGTH_TOLERANCE_S else _cut(row)
 
 
-def _file_duration_s(audio: Path) -> float:
+def _file_duration_s(audio: Path) -> float | None:
+    """Return a file's seconds by its header; None where it gives none."""
     try:
-        duration_s = soundfile.info(str(audio)).duration
-    except (soundfile.LibsndfileError, TypeError):  # TypeError: *.raw, which states no format
-        return 0.0  # decoding it will tell what is wrong
-    return duration_s if duration_s < LONGEST_S else 0.0
+        duration_s = probe(audio).duration_s
+    except AudioError:
+        return None  # decoding it will tell what is wrong
+    return duration_s if duration_s is not None and duration_s < LONGEST_S else None
 
 
 def _cut(row: Row) -> bytes:
-    """Cut the row's part out of its file, at the file's own rate, channels and depth."""
-    clip = io.BytesIO()
-    try:
-        with soundfile.SoundFile(row.audio) as file:
-            start = round(row.offset_s * file.samplerate)
-            count = file.frames - start if row.length_s is None else round(row.length_s * file.samplerate)
-            if start >= file.frames or start + count > file.frames + LENGTH_TOLERANCE_S * file.samplerate:
-                raise AudioError(
-                    f"{row.audio}: holds {file.frames / file.samplerate:.3f} s, "
-                    f"the clip begins at {row.offset_s:g} s and lasts {row.length_s} s"
-                )
-            file.seek(start)
-            samples = file.read(count, dtype="int32")
-            subtype = "PCM_24" if file.subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE") else "PCM_16"
-            soundfile.write(clip, samples, file.samplerate, format="FLAC", subtype=subtype)
-    except (soundfile.LibsndfileError, TypeError) as error:
+    """Cut the row's part out of its file, at the file's own rate and channels, in 16 bits or, if it has more, in 24."""
+    rate = probe(row.audio).rate
+    start = round(row.offset_s * rate)
+    end = None if row.length_s is None else start + round(row.length_s * rate)
+    blocks = [block.samples for block in read_span(row.audio, start, end, channels="split", rate=None)]
+    count = sum(map(len, blocks))
+    if not count or (end is not None and start + count < end - LENGTH_TOLERANCE_S * rate):
+        length = "goes to its end" if row.length_s is None else f"lasts {row.length_s:g} s"
         raise AudioError(
-            f"{row.audio}: not readable as audio ({error}): convert it, e.g. `ffmpeg -i IN OUT.flac`"
-        ) from error
+            f"{row.audio}: ends before the clip that begins at {row.offset_s:g} s and {length}: correct the manifest"
+        )
+    clip = io.BytesIO()
+    subtype = "PCM_24" if _is_deep(row.audio) else "PCM_16"
+    soundfile.write(clip, np.concatenate(blocks), rate, format="FLAC", subtype=subtype)
     return clip.getvalue()
+
+
+def _is_deep(audio: Path) -> bool:
+    """Tell whether a file holds more than 16 bits a sample; lossy formats count as 16."""
+    try:
+        return soundfile.info(str(audio)).subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: *.raw, which states no format
+        return False
 
 
 def _read_json(content: bytes, source: Manifest) -> Iterator[Row | DroppedLine]:

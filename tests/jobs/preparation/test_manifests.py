@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import soundfile
 
+from graft.audio.decoding import open_audio
 from graft.config import read_recipe
 from graft.data.dataset import RowReader, read_rows
 from graft.errors import AudioError, DataError, RecipeError
 from jobs.preparation.manifests import DroppedLine, Manifest, Row, header_duration_s, read_manifests, row_audio
 from jobs.prepare import PrepareRecipe, run
+from tests.support import media
 
 
 def read(path: Path, content: str | bytes, **more) -> tuple[list[Row], dict[tuple[int, str | None], str]]:
@@ -175,6 +177,38 @@ def test_a_part_keeps_its_rate_channels_and_depth(tmp_path):
     clip, rate = soundfile.read(io.BytesIO(row_audio(row)), dtype="int32")
     assert rate == 44_100
     assert np.array_equal(clip, stereo[22_050 : 22_050 + 44_100])
+
+
+@pytest.mark.parametrize(
+    ("codec", "kind", "name"),
+    [
+        ("aac", "ipod", "talk.m4a"),
+        ("libopus", "webm", "talk.webm"),
+        ("aac", "mp4", "film.mp4"),
+        ("aac", "adts", "talk.aac"),
+        ("libmp3lame", "mp3", "talk.mp3"),
+        ("libopus", "ogg", "talk.opus"),
+    ],
+)
+def test_parts_of_every_container_are_cut_to_the_sample(tmp_path, codec, kind, name):
+    """A WebM that is not seekable states no duration."""
+    rate = 48_000 if codec == "libopus" else 44_100
+    content = media.encode(media.speech(rate, seconds=6), rate, codec, kind, seekable=kind != "webm")
+    (tmp_path / name).write_bytes(content)
+    with open_audio(tmp_path / name) as audio:
+        whole = np.concatenate(list(audio.frames()))
+    times = [{"offset": 0, "duration": 1.5}, {"offset": 1.25, "duration": 2}, {"offset": 5}]
+    lines = [json.dumps({"audio_filepath": name, "text": "words", **one}) for one in times]
+    rows, _ = read(tmp_path / "nemo.json", "\n".join(lines))
+    bounds = [(0, 3 * rate // 2), (5 * rate // 4, 13 * rate // 4), (5 * rate, len(whole))]
+    for row, (start, end) in zip(rows, bounds, strict=True):
+        part, part_rate = soundfile.read(io.BytesIO(row_audio(row)), dtype="float32")
+        assert (part_rate, part.shape) == (rate, (end - start, 2))
+        assert np.abs(part - whole[start:end]).max() <= 2**-16  # rounded to 16 bits
+    late = json.dumps({"audio_filepath": name, "text": "words", "offset": 5, "duration": 2})
+    ((row,), _) = read(tmp_path / "late.json", late)
+    with pytest.raises(AudioError, match=f"{name}: ends before the clip that begins at 5 s and lasts 2 s"):
+        row_audio(row)
 
 
 def test_only_takes_the_lines_whose_fields_match_all(tmp_path):

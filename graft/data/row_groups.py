@@ -37,11 +37,11 @@ class StoredAudio:
     fault: str | None = None
     """Reason why the corpus could not be read; None where it could."""
 
-    def clip(self) -> AudioClip:
-        """Decode the file. Raises AudioError, and DataError for one that could not be read."""
+    def clip(self, *, max_s: float | None = None) -> AudioClip:
+        """Decode the file. Raises AudioError, also beyond `max_s` seconds, and DataError for one that was not read."""
         if self.fault is not None:
             raise DataError(self.fault)
-        return read_audio(self.content, name=self.name)
+        return read_audio(self.content, name=self.name, max_s=max_s)
 
 
 class ReadAudio:

@@ -1,8 +1,9 @@
 """The training loop of both stages, which each worker runs over its own share of the batches."""
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +14,9 @@ from graft.errors import DataError, ModelError
 from graft.training.backends import Backend, TrainingBatch
 from graft.training.meter import Meter, StepLog
 from graft.training.progress import Progress
+
+NAMED_CLIPS = 8
+"""Clips of a batch that an error names; the longest are its first ones."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def train(
         and (step := meter.take(waiting, settings.accumulation))
     ):
         learning_rate = learning_rate_at(progress.step, settings, total_steps)
-        loss, stops = meter.add(_accumulate(step, backend, settings), step, wants_stop=observer.wants_stop())
+        loss, stops = meter.add(_accumulate(step, backend, settings, observer), step, wants_stop=observer.wants_stop())
         _raise_fault(meter.find_fault(loss), progress.step + 1, step, observer)
         grad_norm = backend.step(learning_rate)
         if not math.isfinite(grad_norm):
@@ -134,13 +138,29 @@ def learning_rate_at(step: int, settings: LoopSettings, total_steps: int) -> flo
     return settings.learning_rate * factor
 
 
-def _accumulate(step: Sequence[TrainingBatch], backend: Backend, settings: LoopSettings) -> Tensor:
+@contextlib.contextmanager
+def naming_clips(batch: TrainingBatch, observer: Observer) -> Iterator[None]:
+    """Name the clips of the batch, and save it, when the device's memory runs out in the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        clips, tokens = batch.inputs["input_ids"].shape
+        others = f" and {len(batch.ids) - NAMED_CLIPS} others" if len(batch.ids) > NAMED_CLIPS else ""
+        note = f"on a batch of {clips} x {tokens} tokens with the clips {', '.join(batch.ids[:NAMED_CLIPS])}{others}"
+        error.add_note(note)
+        observer.fault([batch], f"the device's memory ran out {note}")
+        raise
+
+
+def _accumulate(step: Sequence[TrainingBatch], backend: Backend, settings: LoopSettings, observer: Observer) -> Tensor:
     """Accumulate the gradients of a step's batches; returns this worker's part of the step's loss."""
     losses = []
     for index, batch in enumerate(step):
         torch.manual_seed(settings.seed * 1_000_003 + batch.position)  # dropout follows the batch
         is_last = index == len(step) - 1
-        losses.append(backend.backward(batch.model_inputs(), label_count=batch.step_label_count, is_last=is_last))
+        with naming_clips(batch, observer):
+            loss = backend.backward(batch.model_inputs(), label_count=batch.step_label_count, is_last=is_last)
+        losses.append(loss)
     return torch.stack(losses).sum().double()
 
 

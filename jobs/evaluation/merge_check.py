@@ -64,7 +64,7 @@ def _loss(model: GraftForConditionalGeneration, processor: GraftProcessor, rows:
     batches = plan_training(rows, processor, PlanSettings(token_budget=TOKEN_BUDGET), variation).batches(
         position=0, step_batches=1
     )
-    loader = BatchLoader(LoaderSpec(rows, batches, str(graft), variation))
+    loader = BatchLoader(LoaderSpec(rows, batches, str(graft), variation, token_budget=TOKEN_BUDGET))
     with torch.no_grad():
         total, count = summed_loss(model, loader.blocks(range(len(batches)))).tolist()
     return total / count

@@ -64,7 +64,7 @@ def validation_spec(recipe: TrainRecipe, graft: str, processor: GraftProcessor) 
     settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_clips)
     variation = plain_variation(rows, processor)
     batches = plan_training(rows, processor, settings, variation).batches(position=0, step_batches=recipe.workers)
-    return LoaderSpec(rows, batches, graft, variation)
+    return LoaderSpec(rows, batches, graft, variation, token_budget=recipe.token_budget)
 
 
 @contextlib.contextmanager

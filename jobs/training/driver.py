@@ -119,7 +119,15 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
             print(f"stage {stage.number}: data_workers={chosen.count}, {chosen.reason}", flush=True)
             recipe = recipe.model_copy(update={"data_workers": chosen.count})
         windows = plan.epochs[0].window_count
-        spec = LoaderSpec(rows, batches, graft, variation, encoder_cache=cache, epoch_windows=windows)
+        spec = LoaderSpec(
+            rows,
+            batches,
+            graft,
+            variation,
+            encoder_cache=cache,
+            epoch_windows=windows,
+            token_budget=recipe.token_budget,
+        )
         run = Run(
             recipe.model_dump(),
             stage,

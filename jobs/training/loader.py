@@ -6,6 +6,7 @@ ReadBatch -> decode, augment, featurize, pad -> block of arrays -> TrainingBatch
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from graft.training.plan import Batches
 from .reader import BatchReader, ReadBatch, ReaderSpec, ReadSample
 from .samples import NO_VARIATION, Variation
 
+MAX_DECODED_S = 60.0
+"""Seconds of a clip that are decoded before it counts as too long; data may say less than a file holds."""
 FRAMES_PER_S = SAMPLE_RATE // HOP_LENGTH
 _TENSORS = ("input_ids", "attention_mask", "labels", "input_features", "audio_frame_counts")
 
@@ -48,6 +51,9 @@ class LoaderSpec:
     """Cache in which clips are looked up before they are decoded."""
     epoch_windows: int = 1
     """Number of windows of an epoch, over which a large noise corpus is spread."""
+    token_budget: int | None = None
+    """Most tokens of a batch, as planned; clips that are longer than the data says are masked beyond it. None for no
+    limit."""
 
     @property
     def reader(self) -> ReaderSpec:
@@ -73,6 +79,10 @@ class Sample:
     """Key of the clip in the encoder cache."""
     states: Tensor | None = None
     """Encoder states (tokens, d_model) from the cache; the example's features are empty then."""
+
+    @property
+    def token_count(self) -> int:
+        return len(self.example.prompt_ids) + len(self.example.target_ids)
 
 
 class BatchLoader:
@@ -102,7 +112,8 @@ class BatchLoader:
 
     def arrays(self, batch: ReadBatch) -> dict[str, np.ndarray]:
         """Make a batch: the model's inputs and the plan's numbers as arrays, ids and masked clips as JSON."""
-        samples = [self._noise_decoder_inputs(self._sample(read), read) for read in batch.samples]
+        most = self._most_tokens(len(batch.samples))
+        samples = [self._noise_decoder_inputs(self._fitting_sample(read, most), read) for read in batch.samples]
         samples = samples or [self._masked("")]
         counted = [sample for sample in samples if sample.example.target_ids]
         inputs = self.processor.training_batch([sample.example for sample in samples])
@@ -112,14 +123,29 @@ class BatchLoader:
             "step_position": np.array(batch.step_position),
             "step_label_count": np.array(batch.step_label_count),
             "ids": np.array(json.dumps([sample.id for sample in counted])),
-            "token_count": np.array(
-                sum(len(sample.example.prompt_ids + sample.example.target_ids) for sample in counted)
-            ),
+            "token_count": np.array(sum(sample.token_count for sample in counted)),
             "audio_s": np.array(sum(sample.duration_s for sample in counted)),
             "skipped": np.array(
                 json.dumps([{"id": sample.id, "reason": sample.fault} for sample in samples if sample.fault])
             ),
         }
+
+    def _most_tokens(self, clip_count: int) -> float:
+        """Return the most tokens that each of so many clips may have; the plan's count may be one too low."""
+        if self.spec.token_budget is None or not clip_count:
+            return math.inf
+        return self.spec.token_budget // clip_count + 1
+
+    def _fitting_sample(self, read: ReadSample, most: float) -> Sample:
+        """Make a sample, masked where it has more than `most` tokens: the clip is longer than the data says."""
+        sample = self._sample(read)
+        if sample.token_count <= most:
+            return sample
+        fault = (
+            f"lasts {sample.duration_s:.2f} s where the data says {read.duration_s:.2f} s, so that its batch would "
+            f"exceed token_budget={self.spec.token_budget}"
+        )
+        return self._masked(read.id, fault)
 
     def _sample(self, read: ReadSample) -> Sample:
         try:
@@ -139,13 +165,17 @@ class BatchLoader:
         """Decode and augment a clip, or make one without speech."""
         if read.audio is None:
             return no_speech_clip(read.duration_s, read.sample_seed, read.noise)
-        return self.augmenter.clip(read.audio.clip(), read.sample_seed, duration_s=read.duration_s, noise=read.noise)
+        clip = read.audio.clip(max_s=MAX_DECODED_S)
+        return self.augmenter.clip(clip, read.sample_seed, duration_s=read.duration_s, noise=read.noise)
 
     def _cached(self, cache: EncoderCache, read: ReadSample, audio: StoredAudio) -> Sample:
         """Make the sample of an unaugmented clip, which is decoded only where the cache does not have it."""
         key = cache.key(audio.content)
         encoded = None if audio.fault else cache.get(key)
-        features = Features(self.no_mel, encoded.frame_count) if encoded else self.processor.featurizer(audio.clip())
+        if encoded:
+            features = Features(self.no_mel, encoded.frame_count)
+        else:
+            features = self.processor.featurizer(audio.clip(max_s=MAX_DECODED_S))
         example = self.processor.example_from_features(features, read.text, self._instruction(read))
         states = encoded.states if encoded else None
         return Sample(example, read.id, features.frame_count / FRAMES_PER_S, key=key, states=states)

@@ -54,9 +54,7 @@ class RunObserver(Observer):
         listed = set(path.read_text().splitlines()) if path.is_file() else set()
         if new := [line for line in dict.fromkeys(map(json.dumps, skipped)) if line not in listed]:
             _append(path, new)
-            _append(
-                self.out / LOG_FILE, [f"{len(new)} clips could not be decoded and are left out, see {SKIPPED_FILE}"]
-            )
+            _append(self.out / LOG_FILE, [f"{len(new)} clips could not be used and are left out, see {SKIPPED_FILE}"])
 
     def validate(self, step: int) -> float:
         if self.validation is None:

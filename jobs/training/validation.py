@@ -16,6 +16,7 @@ from graft.errors import AudioError, DataError
 from graft.model.ctc import CtcPrealignment
 from graft.processor import GraftProcessor
 from graft.training.backends import Backend
+from graft.training.loop import Observer, naming_clips
 from graft.training.meter import masked_share
 
 from .loader import BatchLoader, LoaderSpec, training_batches
@@ -117,7 +118,8 @@ def summed_loss(model: Any, blocks: Iterable[Mapping[str, np.ndarray]]) -> Tenso
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in training_batches(blocks, device, []):
-        sums[0] += model(**batch.inputs, label_count=1).loss
+        with naming_clips(batch, Observer()):
+            sums[0] += model(**batch.inputs, label_count=1).loss
         sums[1] += (batch.inputs["labels"] != -100).sum()
     return sums
 

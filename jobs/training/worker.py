@@ -29,7 +29,7 @@ from graft.training.checkpoint import load_checkpoint
 from graft.training.devices import device_peak_flops
 from graft.training.encoder_cache import CachingEncoder, EncoderCache
 from graft.training.estimate import batch_flops
-from graft.training.loop import LoopSettings, is_finished, train
+from graft.training.loop import LoopSettings, is_finished, naming_clips, train
 from graft.training.preflight import check_labels, preflight
 from graft.training.progress import latest_checkpoint, read_progress
 from graft.training.stages import ComputeSettings, Stage, make_backend, open_for_stage, trainable_module
@@ -114,7 +114,9 @@ def work(run: Run) -> None:
         if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
             raise StaleCheckpoint(f"batch {first.position} does not follow the checkpoint at {progress.position}")
         if progress.step == 0 and first.ids:  # neither a filler nor a batch of masked clips
-            observer.say(_preflight_line(model, backend, first, processor, token_noise=run.recipe["token_noise"] > 0))
+            with naming_clips(first, observer):
+                line = _preflight_line(model, backend, first, processor, token_noise=run.recipe["token_noise"] > 0)
+            observer.say(line)
         train(
             itertools.chain([first], batches),
             backend,
@@ -179,7 +181,8 @@ def _record_faults(out: Path) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        reason = "the device's memory ran out: lower token_budget, set gradient_checkpointing=true, or raise zero_stage"
+        where = " ".join(["the device's memory ran out", *getattr(error, "__notes__", [])])
+        reason = f"{where}: lower token_budget, set gradient_checkpointing=true, or raise zero_stage"
         write_atomic(out / FAULT_FILE, json.dumps({"error": reason}) + "\n")
         raise ModelError(reason) from error
     except GraftError as error:

@@ -161,6 +161,28 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(folder):
     assert kept.checkpoints == []
 
 
+def test_a_run_out_of_memory_names_and_saves_the_batch_that_took_it(folder):
+    model, processor, backend = opened(folder)
+    steps = clip_steps(processor, steps=2, size=10)
+    steps = [
+        dataclasses.replace(one, ids=tuple(f"s{step}c{clip}" for clip in range(10))) for step, one in enumerate(steps)
+    ]
+    sizes = [one.inputs["input_ids"].shape for one in steps]
+
+    def run_out(module, args, kwargs):
+        if kwargs["input_ids"] is steps[1].inputs["input_ids"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(run_out, with_kwargs=True)
+    kept = Recorder()
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run_steps(steps, backend, observer=kept)
+    note = f"on a batch of 10 x {sizes[1][1]} tokens with the clips s1c0, s1c1, "
+    assert caught.value.__notes__[0].startswith(note)
+    assert caught.value.__notes__[0].endswith("s1c7 and 2 others")
+    assert kept.faults == [([2], f"the device's memory ran out {caught.value.__notes__[0]}")]
+
+
 def test_a_loss_that_explodes_or_diverges_ends_the_run(folder):
     _, processor, backend = opened(folder)
     (batch,) = clip_steps(processor, steps=1)

@@ -110,6 +110,27 @@ def test_a_clip_that_cannot_be_read_is_masked_and_reported_and_changes_no_count(
     assert "over Whisper's 30 s" in skipped[1]["reason"]
 
 
+def test_a_clip_longer_than_the_data_says_never_takes_its_batch_over_the_budget(folder, processor, tmp_path):
+    """Its batch is planned of 64 clips; short excess that fits is no fault."""
+    lengths = dict.fromkeys((f"clip{index}" for index in range(61)), 1.0) | {
+        "long": 29.0,
+        "fits": 1.2,
+        "endless": 200.0,
+    }
+    said = [row(name, 7, duration=1.0, wav={"bytes": flac(s, 7), "path": ""}) for name, s in lengths.items()]
+    rows = read_rows(corpus(tmp_path / "lies.parquet", said))
+    budget = 64 * (int(plan_columns(rows, processor).token_counts.max()) + 8)
+    batches = plan_training(rows, processor, PlanSettings(token_budget=budget)).batches(position=0, step_batches=1)
+    assert [len(batch.rows) for batch in batches] == [64]
+    loaded = load(BatchLoader(LoaderSpec(rows, batches, str(folder), token_budget=budget)), batches[0])
+    assert loaded["input_ids"].size <= budget
+    faults = {clip["id"]: clip["reason"] for clip in json.loads(str(loaded["skipped"]))}
+    reason = f"lasts 29.00 s where the data says 1.00 s, so that its batch would exceed token_budget={budget}"
+    assert faults.pop("long") == reason
+    assert "over the limit of 60 s" in faults.pop("endless")
+    assert not faults
+
+
 def test_a_noise_clip_that_cannot_be_read_masks_its_sample_and_is_named(folder, tmp_path):
     noise = read_rows(corpus(tmp_path / "noise.parquet", [row("hum", 0, **BROKEN)]))
     variation = Variation(np.zeros(0), AugmentRecipe(noise={"share": 1.0, "data": "noise.parquet"}), noise)

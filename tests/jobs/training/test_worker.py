@@ -116,6 +116,9 @@ def test_only_recurring_faults_are_recorded(tmp_path: Path, error: Exception, ke
 
 
 def test_running_out_of_memory_names_the_remedies(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="lower token_budget"), _record_faults(tmp_path):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    assert "lower token_budget" in json.loads((tmp_path / FAULT_FILE).read_text())["error"]
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    error.add_note("on a batch of 2 x 90 tokens with the clips a, b")
+    reason = "ran out on a batch of 2 x 90 tokens with the clips a, b: lower token_budget"
+    with pytest.raises(ModelError, match=reason), _record_faults(tmp_path):
+        raise error
+    assert reason in json.loads((tmp_path / FAULT_FILE).read_text())["error"]

@@ -121,6 +121,7 @@ class Epoch:
     offsets: np.ndarray  # (batches + 1,)
     label_counts: np.ndarray  # (batches,)
     windows: np.ndarray  # int32 (batches,), ascending from 0
+    left_out: np.ndarray  # rows with a sample that alone exceeds the token budget, ascending
     token_count: int
     padded_token_count: int
 
@@ -142,8 +143,16 @@ class Plan:
 
     @cached_property
     def epochs(self) -> list[Epoch]:
-        """The batches of each epoch. Raises DataError when there are no clips or one exceeds the token budget."""
+        """The batches of each epoch, without samples that alone exceed the token budget.
+
+        Raises DataError when an epoch has no clips, or none that is within the token budget.
+        """
         return [_plan_epoch(self, number) for number in range(self.settings.epochs)]
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """Rows with a sample that alone exceeds the token budget, and is in no batch: int64 (rows,)."""
+        return np.unique(np.concatenate([epoch.left_out for epoch in self.epochs]))
 
     def batches(self, *, position: int, step_batches: int, slots: int | None = None) -> Batches:
         """List the batches after `position` real ones, in order, with fillers.
@@ -210,12 +219,16 @@ def _plan_epoch(plan: Plan, number: int) -> Epoch:
     token_counts, label_counts = columns.token_counts[rows], columns.label_counts[rows]
     if plan.counts:
         token_counts, label_counts = plan.counts(rows, sample_seeds)
-    longest = int(token_counts.max())
-    if longest > settings.token_budget:
+    fits = token_counts <= settings.token_budget
+    if not fits.any():
         raise DataError(
-            f"a clip makes {longest} tokens, more than token_budget={settings.token_budget}: "
-            "raise it or shorten the clips"
+            f"every clip makes at least {int(token_counts.min())} tokens, more than "
+            f"token_budget={settings.token_budget}: raise it or shorten the clips"
         )
+    left_out = np.unique(rows[~fits])
+    if len(left_out):
+        rows, sample_seeds = rows[fits], sample_seeds[fits]
+        token_counts, label_counts = token_counts[fits], label_counts[fits]
     rng = np.random.default_rng([settings.seed, number])
     batches, windows = _window_batches(
         columns.row_groups[rows], rows, token_counts, settings, rng, is_sorted=settings.short_first and number == 0
@@ -230,6 +243,7 @@ def _plan_epoch(plan: Plan, number: int) -> Epoch:
         offsets,
         label_counts,
         windows,
+        left_out,
         int(token_counts.sum(dtype=np.int64)),
         int(padded.sum(dtype=np.int64)),
     )

@@ -18,11 +18,14 @@ from graft.training.plan import Batches, Plan, PlanSettings
 from graft.training.progress import Progress
 
 from .loader import LoaderSpec
+from .reader import NO_SPEECH_ID
 from .recipe import TrainRecipe
 from .samples import Variation, plain_variation, plan_training, trainable, vary
 
 PLAN_FILE = "plan.sha256"
 ROWS = "rows"
+NAMED_CLIPS = 3
+"""Clips over the token budget that are named, at most."""
 
 
 def plan_run(
@@ -38,7 +41,9 @@ def plan_run(
     settings = PlanSettings(**{name: getattr(recipe, name) for name in names})
     varied = ("seed", "no_speech", "augment", "words", "token_noise")
     variation = vary(rows, processor, **{name: getattr(recipe, name) for name in varied})
-    return rows, variation, plan_training(rows, processor, settings, variation)
+    plan = plan_training(rows, processor, settings, variation)
+    _print_over_budget(rows, plan)
+    return rows, variation, plan
 
 
 def remaining_batches(plan: Plan, progress: Progress, recipe: TrainRecipe) -> tuple[Batches, int]:
@@ -63,7 +68,9 @@ def validation_spec(recipe: TrainRecipe, graft: str, processor: GraftProcessor) 
         )
     settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_clips)
     variation = plain_variation(rows, processor)
-    batches = plan_training(rows, processor, settings, variation).batches(position=0, step_batches=recipe.workers)
+    plan = plan_training(rows, processor, settings, variation)
+    _print_over_budget(rows, plan)
+    batches = plan.batches(position=0, step_batches=recipe.workers)
     return LoaderSpec(rows, batches, graft, variation, token_budget=recipe.token_budget)
 
 
@@ -95,6 +102,15 @@ def check_plan(out: Path, plan: Plan) -> None:
             f"the data differs from that which {out} started with: train in another out=, or restore the data "
             "(on a hub: name a revision)"
         )
+
+
+def _print_over_budget(rows: RowTable, plan: Plan) -> None:
+    """Print which clips are left out because one alone exceeds the token budget; a generated one is NO_SPEECH_ID."""
+    if count := len(plan.left_out):
+        ids = [rows.id(row) if row < len(rows) else NO_SPEECH_ID for row in plan.left_out[:NAMED_CLIPS]]
+        others = f" and {count - NAMED_CLIPS} others" if count > NAMED_CLIPS else ""
+        budget = plan.settings.token_budget
+        print(f"left out: {count} of over token_budget={budget} tokens ({', '.join(ids)}{others})", flush=True)
 
 
 def _read_trainable(data: Sources, cache: Path | None = None) -> RowTable:

@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from graft.checkpoints.loading import base_checkpoint, check_graft, write_stage
 from graft.checkpoints.lora import save_adapters
 from graft.checkpoints.projector_file import encoder_digest, read_projector, write_projector
@@ -97,8 +99,9 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
         cache = _encoder_cache(recipe, stage, config, graft, processor, is_sharded=computing.is_sharded)
         claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)  # only now: a wrong recipe leaves no folder
     check_plan(out, plan)
+    planned_s = np.delete(rows.duration_s, plan.left_out[plan.left_out < len(rows)])
     print(
-        f"stage {stage.number}: {len(rows)} clips, {rows.duration_s.sum() / 3600:.2f} h, "
+        f"stage {stage.number}: {len(planned_s)} clips, {planned_s.sum() / 3600:.2f} h, "
         f"{total_steps} steps, padding {plan.padding_waste():.1%}",
         flush=True,
     )

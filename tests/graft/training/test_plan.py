@@ -255,9 +255,21 @@ def test_a_million_rows_take_a_few_bytes_each():
     assert all(first <= second for first, second in pairwise(batches.step_positions[:100]))
 
 
+@pytest.mark.parametrize("over", [[7], [0, 199], [*range(40, 60)]])  # one, at the ends, whole row groups
+def test_a_clip_over_the_budget_is_left_out_and_all_else_is_planned(over):
+    plain = columns(200)
+    plain.token_counts[over] = 801
+    plan = Plan(plain, PlanSettings(epochs=2, token_budget=800, window_clips=30))
+    assert plan.left_out.tolist() == over
+    for epoch in plan.epochs:
+        assert sorted(epoch.rows.tolist()) == sorted(set(range(200)) - set(over))
+        assert epoch.token_count == plain.token_counts[epoch.rows].sum()
+    assert not set(over) & set(plan.batches(position=3, step_batches=2).rows.tolist())
+
+
 def test_empty_data_and_oversized_clips_are_refused():
-    with pytest.raises(DataError, match="a clip makes 199 tokens, more than token_budget=100: raise it"):
-        Plan(columns(200), PlanSettings(token_budget=100)).batches(position=0, step_batches=1)
+    with pytest.raises(DataError, match="every clip makes at least 20 tokens, more than token_budget=19: raise it"):
+        Plan(columns(200), PlanSettings(token_budget=19)).batches(position=0, step_batches=1)
     empty = np.zeros(0, int)
     with pytest.raises(DataError, match="the plan has no clips"):
         Plan(PlanColumns(empty, empty, empty), PlanSettings()).batches(position=0, step_batches=1)

@@ -55,6 +55,22 @@ def test_columns_are_cached_only_without_an_error(tmp_path: Path) -> None:
         assert folder == tmp_path / ROWS
 
 
+def test_one_text_that_is_too_long_is_left_out_and_named(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row("book", 9, text="word " * 500), *(row(f"c{seed}", seed) for seed in range(4))]
+    data = corpus(tmp_path / "clips.parquet", rows)
+    found, _, plan = plan_run(recipe(folder, data), GraftProcessor.from_pretrained(folder))
+    assert sorted(found.id(number) for number in plan.epochs[0].rows) == ["c0", "c1", "c2", "c3"]
+    assert "left out: 1 of over token_budget=400 tokens (book)\n" in capsys.readouterr().out
+    spec = validation_spec(
+        recipe(folder, data, validation={"data": data}), folder, GraftProcessor.from_pretrained(folder)
+    )
+    assert spec is not None
+    assert 0 not in spec.batches.rows
+    assert "left out: 1 of over" in capsys.readouterr().out
+
+
 def test_validation_clips_are_sampled_and_divided_evenly(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

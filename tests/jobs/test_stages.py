@@ -64,6 +64,7 @@ class Home:
             "out": self.out(out),
             "epochs": 20,
             "token_budget": 400,
+            "max_masked": 0.25,
             "learning_rate": 2e-2,
             "warmup_steps": 3,
             "dtype": "fp32",

@@ -30,23 +30,29 @@ class CheckRecipe(Recipe):
 
 
 def run(recipe: CheckRecipe) -> tuple[float, int]:
-    """Run the stages' preflight on a few clips. Raises ModelError for a deaf model, DataError for wrong labels."""
+    """Run the stages' preflight on the clips that can be read; the others are printed.
+
+    Raises ModelError for a deaf model, DataError for wrong labels and where no clip can be read.
+    """
+    import numpy as np
     import torch
 
-    from graft.audio.clip import read_audio
     from graft.checkpoints.loading import DTYPES, open_graft
-    from graft.data.dataset import RowReader, read_rows
+    from graft.data.dataset import read_rows
+    from graft.errors import DataError
     from graft.training.preflight import preflight
 
     from .training.samples import trainable
+    from .training.validation import read_clips
 
     model, processor = open_graft(recipe.model, dtype=DTYPES[recipe.dtype], device="cuda" if recipe.gpu else "cpu")
     rows, _ = trainable(read_rows(recipe.data))
-    reader = RowReader(rows.files)
-    examples = []
-    for row in range(min(recipe.clips, len(rows))):
-        wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
-        examples.append(processor.example(read_audio(wav, name=path or rows.id(row)), rows.text(row)))
+    clips, faults = read_clips(rows.select(np.arange(min(recipe.clips, len(rows)))))
+    for name, fault in faults.items():
+        print(f"check: clip {name} is left out: {fault}", flush=True)
+    if not clips:
+        raise DataError(f"none of the first {len(faults)} clips can be read, {next(iter(faults.values()))}")
+    examples = [processor.example(clip, rows.text(row)) for row, clip in clips.items()]
     batch = processor.training_batch(examples)  # as the stages make it
     inputs = {name: torch.from_numpy(array).to(model.device) for name, array in batch.items()}
     logit_change, label_count = preflight(model, inputs, processor.prompt_end_ids())

@@ -8,17 +8,21 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from graft.config import Recipe
 from graft.data.settings import Sources
-from graft.errors import ModelError
+from graft.errors import GraftError, ModelError
 from graft.keys import DataKey, MachineKey, ModelKey, OutputKey, StageFolder
+from graft.storage.atomic import write_atomic
 
 from .common.cli import run_job
 from .common.outputs import holds_results, staged_output
+
+if TYPE_CHECKING:
+    from graft.data.dataset import RowTable
 
 ADAPTER_FOLDER = "adapter"
 COMPARISON_FILE = "comparison.json"
@@ -46,23 +50,53 @@ class MergeRecipe(Recipe):
 
 
 def run(recipe: MergeRecipe) -> None:
-    """Merge recipe.model into recipe.out, unless that is done already.
+    """Merge recipe.model into recipe.out, and compare, unless that is done already.
 
-    Raises ModelError if it is not a stage's output, DataError, OutputError.
+    A comparison that fails leaves the whole merge, and a second run only compares. Raises ModelError if recipe.model is
+    not a stage's output, DataError, OutputError, and GraftError for a comparison that fails.
     """
-    if holds_results(recipe.out, recipe):
+    from graft.checkpoints.lora import has_adapters
+
+    compares = recipe.data is not None and has_adapters(recipe.model)
+    is_merged = holds_results(recipe.out, recipe)
+    if is_merged and (not compares or Path(recipe.out, COMPARISON_FILE).is_file()):
         print(f"merge: {recipe.out} is done already", flush=True)
         return
+    from .evaluation.merge_check import comparison_rows
+
+    read_stage_output(recipe.model)
+    rows = comparison_rows(recipe.data, recipe.clips) if recipe.data is not None and compares else None
+    if not is_merged:
+        _merge(recipe)
+    if rows is not None:
+        _compare(recipe, rows)
+
+
+def _compare(recipe: MergeRecipe, rows: "RowTable") -> None:
+    """Write comparison.json. Raises GraftError; the merge is whole then."""
     import torch
 
-    from graft.checkpoints.loading import DTYPES, base_checkpoint, multiplies_bf16, open_graft
+    from graft.checkpoints.loading import multiplies_bf16
+
+    from .evaluation.merge_check import compare
+
+    device = "cuda" if recipe.gpu else "cpu"
+    fast = torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    try:
+        figures = compare(recipe.model, Path(recipe.out), rows, dtype=fast, device=device)
+    except GraftError as error:
+        raise GraftError(f"{recipe.out} is merged, but not compared: {error}") from error
+    write_atomic(Path(recipe.out, COMPARISON_FILE), json.dumps(figures, indent=2) + "\n")
+
+
+def _merge(recipe: MergeRecipe) -> None:
+    import torch
+
+    from graft.checkpoints.loading import DTYPES, base_checkpoint, open_graft
     from graft.checkpoints.lora import ADAPTER_FILES, has_adapters, merge_adapters
     from graft.checkpoints.projector_file import PROJECTOR_FILE
     from graft.model.configuration import GraftConfig
 
-    from .evaluation.merge_check import compare
-
-    read_stage_output(recipe.model)
     with staged_output(recipe.out, recipe) as out:
         dtype = DTYPES.get(recipe.dtype) or GraftConfig.from_pretrained(base_checkpoint(recipe.model)).dtype
         model, processor = open_graft(recipe.model, dtype=torch.float32, rounded_to_nf4=recipe.onto == "nf4")
@@ -74,15 +108,9 @@ def run(recipe: MergeRecipe) -> None:
             parameter.data = parameter.data.to(dtype)
         model.save_pretrained(out)
         processor.save_pretrained(out)
-        del model  # a large one leaves no room for those that are compared
         (out / ADAPTER_FOLDER).mkdir()
         for name in trained_files:
             shutil.copyfile(Path(recipe.model, name), out / ADAPTER_FOLDER / name)
-        if recipe.data is not None and has_adapters(recipe.model):
-            device = "cuda" if recipe.gpu else "cpu"
-            fast = torch.bfloat16 if multiplies_bf16(device) else torch.float32
-            figures = compare(recipe.model, out, recipe.data, clips=recipe.clips, dtype=fast, device=device)
-            (out / COMPARISON_FILE).write_text(json.dumps(figures, indent=2) + "\n")
     print(f"merge: {recipe.model} -> {recipe.out} ({dtype}), trained parts kept in {ADAPTER_FOLDER}/", flush=True)
 
 

@@ -4,16 +4,17 @@ Adapters that were trained on an NF4 base have adapted to its rounding, which th
 comparison shows how much that matters.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from graft.audio.clip import read_audio
+from graft.audio.clip import AudioClip
 from graft.checkpoints.loading import open_graft
-from graft.data.dataset import RowReader, RowTable, read_rows
+from graft.data.dataset import RowTable, read_rows
 from graft.data.settings import Sources
+from graft.errors import DataError
 from graft.inference.transcriber import make_transcriber
 from graft.inference.transcript import Transcript
 from graft.model.modeling import GraftForConditionalGeneration
@@ -23,24 +24,34 @@ from graft.training.plan import PlanSettings
 
 from ..training.loader import BatchLoader, LoaderSpec
 from ..training.samples import plain_variation, plan_training, trainable
-from ..training.validation import summed_loss
+from ..training.validation import read_clips, summed_loss
 
 TOKEN_BUDGET = 4096
 
 
+def comparison_rows(data: Sources, clips: int) -> RowTable:
+    """Return the first clips of the data, without their audio. Raises DataError where there is none."""
+    rows, _ = trainable(read_rows(data))
+    return rows.select(np.arange(min(clips, len(rows))))
+
+
 def compare(
-    stage: str, merged: Path, data: Sources, *, clips: int, dtype: torch.dtype, device: str
+    stage: str, merged: Path, rows: RowTable, *, dtype: torch.dtype, device: str
 ) -> dict[str, dict[str, float]]:
     """Print and return the loss (nats per label token) and the WER of a stage's output and of the merged graft.
 
-    They are measured on the first `clips` clips of the data.
+    Clips that cannot be read are left out and printed. Raises DataError where none can.
     """
-    rows, _ = trainable(read_rows(data))
-    rows = rows.select(np.arange(min(clips, len(rows))))
+    clips, faults = read_clips(rows)
+    for name, fault in faults.items():
+        print(f"merge: clip {name} is left out of the comparison: {fault}", flush=True)
+    if not clips:
+        raise DataError(f"none of {len(rows)} clips to compare on can be read, {next(iter(faults.values()))}")
+    rows, heard = rows.select(np.array(list(clips))), list(clips.values())
     figures: dict[str, dict[str, float]] = {}
     print(f"{'weights':<24}{'clips':>6}{'loss':>9}{'WER':>8}  95 % interval")
     for name, model, processor in _variants(stage, merged, dtype=dtype, device=device):
-        loss, scored = _loss(model, processor, rows, merged), _score(model, processor, rows)
+        loss, scored = _loss(model, processor, rows, merged), _score(model, processor, rows, heard)
         figures[name] = {"loss": loss, "wer": scored.wer}
         print(
             f"{name:<24}{len(rows):>6}{loss:>9.4f}{scored.wer:>8.1%}  [{scored.wer_low:.1%}, {scored.wer_high:.1%}]",
@@ -70,12 +81,12 @@ def _loss(model: GraftForConditionalGeneration, processor: GraftProcessor, rows:
     return total / count
 
 
-def _score(model: GraftForConditionalGeneration, processor: GraftProcessor, rows: RowTable) -> Score:
-    reader = RowReader(rows.files)
-    places = zip(rows.file, rows.row_group, rows.row, strict=True)
+def _score(
+    model: GraftForConditionalGeneration, processor: GraftProcessor, rows: RowTable, clips: Sequence[AudioClip]
+) -> Score:
     transcriber = make_transcriber(model, processor, name="compared")
     try:
-        transcripts = transcriber.transcribe_many([read_audio(reader.wav(*place)[0]) for place in places])
+        transcripts = transcriber.transcribe_many(clips)
     finally:
         transcriber.close()
     texts = [transcript.text for transcript in transcripts if isinstance(transcript, Transcript)]

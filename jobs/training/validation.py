@@ -20,6 +20,7 @@ from graft.training.loop import Observer, naming_clips
 from graft.training.meter import masked_share
 
 from .loader import BatchLoader, LoaderSpec, training_batches
+from .samples import MAX_DURATION_S
 
 
 class Validation:
@@ -103,6 +104,18 @@ def _check_masked(blocks: Iterable[Mapping[str, np.ndarray]], max_masked: float)
             "largest share that may be masked: repair the data, or raise max_masked"
         )
     return own
+
+
+def read_clips(rows: RowTable) -> tuple[dict[int, AudioClip], dict[str, str]]:
+    """Read clips of at most 30 s; returns those that can be used by their row, and the others' faults by their id."""
+    reader, clips, faults = RowReader(rows.files), {}, {}
+    for row in range(len(rows)):
+        try:
+            wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
+            clips[row] = read_audio(wav, name=path or rows.id(row), max_s=MAX_DURATION_S)
+        except (AudioError, DataError) as error:
+            faults[rows.id(row)] = str(error)
+    return clips, faults
 
 
 def readable(rows: RowTable, reader: RowReader) -> Iterator[tuple[str, str, AudioClip]]:

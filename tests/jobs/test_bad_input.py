@@ -61,6 +61,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "no_text": [*good, row("silent", 3, text=" "), row("mute", 4, text=None)],
         "useless": [row("silent", 3, text=" "), row("long", 3, duration=30.5)],
         "broken": [row("broken", 3, **BROKEN), *good],
+        "all_broken": [row("broken", 3, **BROKEN)],
     }
     return {
         **{name: str(path) for name, path in made.items()},
@@ -111,8 +112,10 @@ FAULTS = {
     "projector of zeros to check": Fault(
         "check", "model={zeros} data=[{good.parquet}]", ("all zeros, so audio has no effect",)
     ),
-    "unreadable clip to check": Fault(
-        "check", "model={graft} data=[{broken.parquet}]", ("broken.flac: not readable as audio",)
+    "no readable clip to check": Fault(
+        "check",
+        "model={graft} data=[{all_broken.parquet}]",
+        ("none of the first 1 clips can be read", "broken.flac: not readable as audio"),
     ),
     "truncated weights": Fault(
         "check", "model={truncated} data=[{good.parquet}]", ("the weights in", "truncated", "can't be read")
@@ -159,6 +162,16 @@ def test_a_fault_is_one_line_and_leaves_nothing(
     assert run_job(recipe_class, main, summary="", argv=arguments) == 2
     assert_one_line(capsys.readouterr().err, *fault.words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clip_that_cannot_be_read_is_left_out_of_a_check_and_named(
+    things: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = filled("model={graft} data=[{broken.parquet}]", things)
+    assert run_job(check.CheckRecipe, check.run, summary="", argv=arguments) == 0
+    said = capsys.readouterr().out
+    assert "check: clip broken is left out: broken.flac: not readable as audio" in said
+    assert "hears: " in said
 
 
 def assert_one_line(errors: str, *words: str) -> None:

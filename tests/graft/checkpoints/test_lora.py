@@ -1,6 +1,7 @@
 """Test adapters: PEFT's format, errors for another graft's adapters, truncation, and merging with equal logits."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from jobs.common.cli import run_job
 from jobs.merge import ADAPTER_FOLDER, MergeRecipe, run
 from tests.support import tiny_models
 from tests.support.adapters import SETTINGS, adapt, largest_difference, logits, save_projector, save_tiny_adapters
-from tests.support.speech_corpus import corpus, row
+from tests.support.speech_corpus import BROKEN, corpus, row
 
 
 @pytest.mark.seconds
@@ -220,15 +221,25 @@ def test_merging_onto_rounded_weights_equals_the_adapters_on_nf4(stage, tmp_path
 @pytest.mark.seconds
 def test_all_ways_to_use_adapters_are_compared(stage, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
-    data = corpus(tmp_path / "clips.parquet", [row(f"c{seed}", seed) for seed in range(3)])
-    assert (
-        run_job(MergeRecipe, run, summary="", argv=[f"model={stage}", f"out={tmp_path / 'merged'}", f"data={data}"])
-        == 0
-    )
+    broken = row("broken", 9, **BROKEN)
+    data = corpus(tmp_path / "clips.parquet", [broken])
+    command = [f"model={stage}", f"out={tmp_path / 'merged'}", f"data={data}"]
+    assert run_job(MergeRecipe, run, summary="", argv=command) == 2
+    reason = "merged is merged, but not compared: none of 1 clips to compare on can be read, broken.flac: not readable"
+    assert reason in capsys.readouterr().err
+    weights = tmp_path / "merged" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    # The command's second run compares the merge that the first one left, on the clips that can be read.
+    corpus(tmp_path / "clips.parquet", [broken, *(row(f"c{seed}", seed) for seed in range(3))])
+    assert run_job(MergeRecipe, run, summary="", argv=command) == 0
+    assert weights.stat().st_mtime_ns == written
     figures = json.loads((tmp_path / "merged" / "comparison.json").read_text())
     plain = "adapters on bfloat16" if multiplies_bf16("cpu") else "adapters on float32"
     assert list(figures) == ["adapters on NF4", plain, "merged"]
     assert all(4 < one["loss"] < 20 and one["wer"] > 0 for one in figures.values())
     assert figures["merged"]["loss"] == pytest.approx(figures[plain]["loss"], abs=0.02)
     out = capsys.readouterr().out
-    assert all(f"{name} " in out for name in figures)
+    assert all(re.search(rf"^{name} +3 ", out, re.MULTILINE) for name in figures)
+    assert "merge: clip broken is left out of the comparison: broken.flac: not readable" in out
+    assert run_job(MergeRecipe, run, summary="", argv=command) == 0
+    assert "is done already" in capsys.readouterr().out

@@ -235,6 +235,7 @@ def _ctc_scores(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, flo
     from graft.model.ctc import CtcPrealignment
 
     from .evaluation.test_sets import as_rows, labelled
+    from .training.samples import MAX_DURATION_S
     from .training.validation import readable
 
     model, processor = open_graft(recipe.model, device="cpu", dtype=torch.float32)
@@ -243,7 +244,7 @@ def _ctc_scores(recipe: EvaluateRecipe, letters: str) -> dict[str, dict[str, flo
     for name, sources in recipe.data.items():
         texts, transcripts = [], []
         rows = as_rows(labelled(name, sources, limit=recipe.limit, language=recipe.language))
-        for _, text, clip in readable(rows, RowReader(rows.files)):
+        for _, text, clip in readable(rows, RowReader(rows.files), max_s=MAX_DURATION_S):
             inputs = processor(audio=clip)
             texts.append(prealignment.normalize(text))
             transcripts.append(prealignment.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"])[0])

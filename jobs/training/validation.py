@@ -49,7 +49,7 @@ class Validation:
         loader = BatchLoader(spec)
         self.batches = list(loader.blocks(range(rank, len(spec.batches), workers)))
         self.masked = _check_masked(self.batches, max_masked)
-        of_all = itertools.islice(readable(spec.rows, RowReader(spec.rows.files)), samples)
+        of_all = itertools.islice(readable(spec.rows, RowReader(spec.rows.files), max_s=MAX_DURATION_S), samples)
         self.samples = list(of_all if is_sharded else itertools.islice(of_all, rank, None, workers))
 
     def loss(self) -> float:
@@ -111,19 +111,22 @@ def read_clips(rows: RowTable) -> tuple[dict[int, AudioClip], dict[str, str]]:
     reader, clips, faults = RowReader(rows.files), {}, {}
     for row in range(len(rows)):
         try:
-            wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
-            clips[row] = read_audio(wav, name=path or rows.id(row), max_s=MAX_DURATION_S)
+            clips[row] = _read(rows, row, reader, MAX_DURATION_S)
         except (AudioError, DataError) as error:
             faults[rows.id(row)] = str(error)
     return clips, faults
 
 
-def readable(rows: RowTable, reader: RowReader) -> Iterator[tuple[str, str, AudioClip]]:
-    """Yield id, text and audio of the clips that can be read; the loss masks the others, too."""
+def readable(rows: RowTable, reader: RowReader, *, max_s: float | None = None) -> Iterator[tuple[str, str, AudioClip]]:
+    """Yield id, text and audio of the clips that can be read and last `max_s` at most; the loss masks others, too."""
     for row in range(len(rows)):
         with contextlib.suppress(AudioError, DataError):
-            wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
-            yield rows.id(row), rows.text(row), read_audio(wav, name=path or rows.id(row))
+            yield rows.id(row), rows.text(row), _read(rows, row, reader, max_s)
+
+
+def _read(rows: RowTable, row: int, reader: RowReader, max_s: float | None) -> AudioClip:
+    wav, path = reader.wav(rows.file[row], rows.row_group[row], rows.row[row])
+    return read_audio(wav, name=path or rows.id(row), max_s=max_s)
 
 
 def summed_loss(model: Any, blocks: Iterable[Mapping[str, np.ndarray]]) -> Tensor:

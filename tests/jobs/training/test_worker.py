@@ -20,7 +20,7 @@ from jobs.training import driver
 from jobs.training.loader import BatchLoader, LoaderSpec
 from jobs.training.worker import FAULT_FILE, Run, StaleCheckpoint, _record_faults, work
 from tests.support import tiny_models
-from tests.support.speech_corpus import BROKEN, corpus, row
+from tests.support.speech_corpus import BROKEN, corpus, flac, row
 
 
 def train_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +88,21 @@ def test_a_corpus_in_which_nothing_can_be_read_ends_the_run_and_names_its_clips(
     again = arguments(good, out=str(tmp_path / "again"), validation={"data": broken})
     assert run_job(stage1.Stage1Recipe, stage1.run, summary="", argv=again) == 2
     assert "validation.data: none of 3 clips could be used (b" in capsys.readouterr().err
+
+
+@pytest.mark.seconds
+def test_validation_leaves_out_a_clip_that_is_longer_than_the_data_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_here(monkeypatch)
+    lies = {"duration": 1.0, "wav": {"bytes": flac(31.0, 7), "path": "lies.flac"}}
+    data = corpus(tmp_path / "dev.parquet", [row("lies", 7, **lies), row("good", 8)])
+    stage1.run(stage1_recipe(tmp_path, dtype="fp32", validation={"data": data}, max_masked=0.5))
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["validation_loss"] > 0 for line in metrics if "validation_loss" in line] == [True]
+    heard = [json.loads(line)["id"] for line in (tmp_path / "out" / "transcripts.jsonl").read_text().splitlines()]
+    assert heard == ["good"]
+    assert '"id": "lies"' in (tmp_path / "out" / "skipped.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

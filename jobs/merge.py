@@ -90,24 +90,17 @@ def _compare(recipe: MergeRecipe, rows: "RowTable") -> None:
 
 
 def _merge(recipe: MergeRecipe) -> None:
-    import torch
-
-    from graft.checkpoints.loading import DTYPES, base_checkpoint, open_graft
-    from graft.checkpoints.lora import ADAPTER_FILES, has_adapters, merge_adapters
+    from graft.checkpoints.loading import DTYPES, base_checkpoint
+    from graft.checkpoints.lora import ADAPTER_FILES, has_adapters
+    from graft.checkpoints.merging import write_merged
     from graft.checkpoints.projector_file import PROJECTOR_FILE
     from graft.model.configuration import GraftConfig
 
     with staged_output(recipe.out, recipe) as out:
-        dtype = DTYPES.get(recipe.dtype) or GraftConfig.from_pretrained(base_checkpoint(recipe.model)).dtype
-        model, processor = open_graft(recipe.model, dtype=torch.float32, rounded_to_nf4=recipe.onto == "nf4")
-        trained_files = [PROJECTOR_FILE]
-        if has_adapters(recipe.model):
-            merge_adapters(model)
-            trained_files += ADAPTER_FILES
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        model.save_pretrained(out)
-        processor.save_pretrained(out)
+        config: Any = GraftConfig.from_pretrained(base_checkpoint(recipe.model))
+        dtype = DTYPES.get(recipe.dtype) or config.dtype
+        write_merged(recipe.model, out, dtype=dtype, onto_nf4=recipe.onto == "nf4")
+        trained_files = [PROJECTOR_FILE, *(ADAPTER_FILES if has_adapters(recipe.model) else ())]
         (out / ADAPTER_FOLDER).mkdir()
         for name in trained_files:
             shutil.copyfile(Path(recipe.model, name), out / ADAPTER_FOLDER / name)

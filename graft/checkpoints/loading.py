@@ -76,16 +76,21 @@ def open_graft(
     if rounded_to_nf4:
         round_to_nf4(model)
     processor = open_processor(path)
-    model.config.trained_styles = list(processor.trained_styles)
-    model.config.trained_context = processor.trained_context
-    model.config.trained_languages = list(processor.trained_languages)
-    model.config.tokens_per_s = processor.tokens_per_s
+    configure_as_trained(model.config, processor)
     if read_stage(path):
         load_projector(model, path)
         if has_adapters(path):
             attach_adapters(model, path)
     check_projector(model.audio_projector.state_dict(), source=str(path))
     return model.eval(), processor
+
+
+def configure_as_trained(config: GraftConfig, processor: GraftProcessor) -> None:
+    """Say in a graft's configuration what its processor says it was trained for."""
+    config.trained_styles = list(processor.trained_styles)
+    config.trained_context = processor.trained_context
+    config.trained_languages = list(processor.trained_languages)
+    config.tokens_per_s = processor.tokens_per_s
 
 
 def check_model(path: str | Path, *, engine: Literal["transformers", "vllm"] = "transformers") -> ModelKind:

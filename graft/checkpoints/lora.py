@@ -50,11 +50,15 @@ def nf4_config(compute_dtype: torch.dtype) -> Any:
 
 def round_to_nf4(model: GraftForConditionalGeneration) -> None:
     """Round the language model's matrices to the values of QLoRA's quantization; their dtype stays."""
-    functional = require("bitsandbytes", extra="train").functional
     for module in model.model.language_model.modules():
         if isinstance(module, torch.nn.Linear):
-            packed = functional.quantize_4bit(module.weight.data, quant_type="nf4", compress_statistics=True)
-            module.weight.data = functional.dequantize_4bit(*packed)
+            module.weight.data = round_matrix_to_nf4(module.weight.data)
+
+
+def round_matrix_to_nf4(matrix: Tensor) -> Tensor:
+    """Round a matrix to the values of QLoRA's quantization, in its own dtype."""
+    functional = require("bitsandbytes", extra="train").functional
+    return functional.dequantize_4bit(*functional.quantize_4bit(matrix, quant_type="nf4", compress_statistics=True))
 
 
 def add_adapters(model: GraftForConditionalGeneration, settings: LoraSettings) -> None:

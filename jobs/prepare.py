@@ -111,8 +111,10 @@ def run(recipe: PrepareRecipe) -> None:
         rows = _keep_rows(_unique_ids(rows, recipe), dropped)
         splits = _assign(rows, recipe, dropped)
         joined = join_splits(splits, recipe.joined, seed=recipe.seed) if recipe.joined else {}
+        has_languages = any(row.language for members in splits.values() for row in members)
         for split, members in splits.items():
-            _write_split(folder / split, [*members, *joined.get(split, [])], recipe)
+            written: list[Row | JoinedRow] = [*members, *joined.get(split, [])]
+            _write_split(folder / split, written, recipe, has_languages=has_languages)
         summary: dict[str, Any] = {
             "splits": {
                 split: {
@@ -198,14 +200,16 @@ def _assign(rows: Sequence[Row], recipe: PrepareRecipe, dropped: dict[DroppedLin
     return dict(sorted(splits.items()))
 
 
-def _write_split(folder: Path, rows: Sequence[Row | JoinedRow], recipe: PrepareRecipe) -> None:
+def _write_split(folder: Path, rows: Sequence[Row | JoinedRow], recipe: PrepareRecipe, *, has_languages: bool) -> None:
     """Write the rows in a seeded random order: manifests are sorted by speaker and book, batches should not be."""
     from graft.data.dataset import write_corpus
 
     shuffled = sorted(rows, key=lambda row: (seeded_hash(recipe.seed, row.id), row.id))
     for part, start in enumerate(range(0, len(rows), recipe.rows_per_file)):
-        columns = map(_corpus_row, shuffled[start : start + recipe.rows_per_file])
-        write_corpus(columns, folder / f"part-{part:05d}.parquet", rows_per_group=recipe.rows_per_group)
+        some = shuffled[start : start + recipe.rows_per_file]
+        columns = (_corpus_row(row) | ({"language": row.language} if has_languages else {}) for row in some)
+        path = folder / f"part-{part:05d}.parquet"
+        write_corpus(columns, path, rows_per_group=recipe.rows_per_group, has_languages=has_languages)
 
 
 def _corpus_row(row: Row | JoinedRow) -> dict[str, Any]:

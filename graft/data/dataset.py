@@ -204,19 +204,26 @@ def read_parquet(uri: str, read: Callable[[pq.ParquetFile], T], *, footer: pq.Fi
     return retry_read(uri, attempt)
 
 
-def write_corpus(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str], *, rows_per_group: int = 100) -> int:
+def write_corpus(
+    rows: Iterable[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    rows_per_group: int = 100,
+    has_languages: bool = False,
+) -> int:
     """Write rows (dicts with exactly SCHEMA's keys) as one whole local parquet file; returns their number.
 
-    Equal rows give equal bytes. Raises DataError for no rows, other keys or values of another type.
+    With `has_languages` they have the key `language`, too, which may be None. Equal rows give equal bytes. Raises
+    DataError for no rows, other keys or values of another type.
     """
     count, waiting = 0, iter(rows)
+    schema = SCHEMA.append(pa.field("language", pa.string())) if has_languages else SCHEMA
     with atomic_file(path) as temporary:
         # Audio is compressed already and never repeats, so it gets no dictionary.
-        with pq.ParquetWriter(
-            temporary, SCHEMA, use_dictionary=["spk_id", "sex"], write_statistics=["duration"]
-        ) as writer:
+        repeated = [name for name in ("spk_id", "sex", "language") if name in schema.names]
+        with pq.ParquetWriter(temporary, schema, use_dictionary=repeated, write_statistics=["duration"]) as writer:
             while group := list(itertools.islice(waiting, rows_per_group)):
-                writer.write_table(_group_table(group), row_group_size=rows_per_group)
+                writer.write_table(_group_table(group, schema), row_group_size=rows_per_group)
                 count += len(group)
         if not count:
             raise DataError(f"corpus {path}: no rows to write")
@@ -229,12 +236,12 @@ def clip_row(name: str, clip: AudioClip, text: str) -> dict[str, Any]:
     return {"ID": name, "duration": clip.duration_s, "wav": wav, "spk_id": "", "sex": "", "text": text}
 
 
-def _group_table(group: list[Mapping[str, Any]]) -> pa.Table:
+def _group_table(group: list[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     for row in group:
-        if row.keys() != set(SCHEMA.names):
-            raise DataError(f"corpus row {row.get('ID')!r} has keys {sorted(row)}, wants {sorted(SCHEMA.names)}")
+        if row.keys() != set(schema.names):
+            raise DataError(f"corpus row {row.get('ID')!r} has keys {sorted(row)}, wants {sorted(schema.names)}")
     try:
-        return pa.Table.from_pylist(group, schema=SCHEMA)
+        return pa.Table.from_pylist(group, schema=schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"corpus rows {group[0]['ID']!r} to {group[-1]['ID']!r}: {error}") from error
 

@@ -72,6 +72,11 @@ class JoinedRow:
         """Seconds of the rows and of the pauses between them."""
         return _duration_s(self.parts)
 
+    @property
+    def language(self) -> str | None:
+        """The language of the rows, which is one."""
+        return self.parts[0].row.language
+
 
 def join_splits(splits: Mapping[str, Sequence[Row]], recipe: JoinedRecipe, *, seed: int) -> dict[str, list[JoinedRow]]:
     """Join labelled rows of each split that the recipe names. Raises DataError when too few of them can be joined."""
@@ -114,9 +119,10 @@ def _join(split: str, rows: Sequence[Row], recipe: JoinedRecipe, seed: int) -> l
 
 def _turn(rows: Sequence[Row], recipe: JoinedRecipe, seed: int, turn: int) -> list[list[Part]]:
     """Return the parts of one turn's joined clips, in a drawn order."""
-    speakers: dict[tuple[str, str | None], list[Row]] = defaultdict(list)  # of each source: two may use one name
+    # Speakers are those of a source, since two may use one name, in one language.
+    speakers: dict[tuple[str, str | None, str | None], list[Row]] = defaultdict(list)
     for row in _shuffled(rows, seed, f"order {turn}"):
-        speakers[row.source, row.speaker].append(row)
+        speakers[row.source, row.speaker, row.language].append(row)
     cut = [parts for same_speaker in speakers.values() for parts in _cut(same_speaker, recipe, seed, turn)]
     clips = {parts[0].row: parts for parts in cut if len(parts) > 1 and _duration_s(parts) >= recipe.shortest_s}
     return [clips[first] for first in _shuffled(clips, seed, f"clips {turn}")]

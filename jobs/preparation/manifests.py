@@ -23,9 +23,10 @@ from graft.data.splits import comparable_text
 from graft.errors import AudioError, DataError
 from graft.keys import Location
 from graft.text.characters import compose
+from graft.text.languages import language_code
 
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-FieldName = Literal["id", "audio", "text", "speaker", "sex", "offset", "duration"]
+FieldName = Literal["id", "audio", "text", "speaker", "sex", "language", "offset", "duration"]
 
 FIELD_NAMES: dict[str, tuple[str, ...]] = {
     "id": ("id",),
@@ -33,6 +34,7 @@ FIELD_NAMES: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence"),
     "speaker": ("speaker", "client_id"),
     "sex": ("sex", "gender"),
+    "language": ("language", "lang", "locale"),
     "offset": ("offset",),
     "duration": ("duration",),
 }
@@ -52,7 +54,7 @@ class Manifest(Recipe):
 
     manifest: Location
     """File of JSON lines, or CSV (*.csv, *.tsv or a given delimiter), with the fields audio and text and optionally id,
-    speaker, sex, offset and duration."""
+    speaker, sex, language, offset and duration."""
     split: SplitName | None = None
     """Split that every row of this manifest goes to; null draws splits by the shares of `splits`."""
     folder: str = "."
@@ -84,6 +86,7 @@ class Row:
     offset_s: float = 0.0  # start of the clip in its file
     length_s: float | None = None  # of the clip; None: to the file's end
     duration_s: float = 0.0  # measured from the audio
+    language: str | None = None  # its code
 
     def dropped(self, reason: str, detail: str = "") -> "DroppedLine":
         """Say why this row is in no split."""
@@ -252,6 +255,10 @@ def _parse_fields(values: Mapping[str, Any], source: Manifest, number: int) -> R
         if not fields[field]:
             return DroppedLine(source.manifest, number, fields["id"] or None, f"no {field}")
     try:
+        language = language_code(fields["language"]) if fields["language"] else None
+    except DataError:
+        return DroppedLine(source.manifest, number, fields["id"], "no such language", fields["language"])
+    try:
         offset_s = float(fields["offset"] or 0)
         # The duration of a whole file is measured; that of a part of a file is for the manifest to say.
         is_part = bool(fields["offset"]) or found["audio"] == "audio_filepath"
@@ -271,6 +278,7 @@ def _parse_fields(values: Mapping[str, Any], source: Manifest, number: int) -> R
         number,
         offset_s,
         length_s,
+        language=language,
     )
 
 

@@ -11,6 +11,7 @@ import soundfile
 from graft.audio.decoding import open_audio
 from graft.config import read_recipe
 from graft.data.dataset import RowReader, read_rows
+from graft.data.settings import Source
 from graft.errors import AudioError, DataError, RecipeError
 from jobs.preparation.manifests import DroppedLine, Manifest, Row, header_duration_s, read_manifests, row_audio
 from jobs.prepare import PrepareRecipe, run
@@ -95,6 +96,7 @@ def test_common_voice_as_it_is_delivered(tmp_path):
         None,
         str(tmp_path / "train.tsv"),
         2,
+        language="en",
     )
 
 
@@ -267,3 +269,27 @@ def test_prepare_takes_every_kind_of_manifest_at_once(tmp_path):
     assert np.array_equal(soundfile.read(io.BytesIO(content), dtype="int16")[0], samples[24_000:40_000])
     (dropped,) = map(json.loads, (tmp_path / "out" / "dropped.jsonl").read_text().splitlines())
     assert (dropped["reason"], dropped["line"]) == ("unreadable audio", 3)
+
+
+def test_languages_of_manifests_reach_the_corpus(tmp_path):
+    sound(tmp_path / "talk.wav", 6)
+    fields = [{"lang": "de"}, {"language": "pt-BR"}, {"lang": "Klingon"}, {"language": "German"}, {}]
+    lines = [
+        {"audio_filepath": "talk.wav", "offset": second, "duration": 1, "text": f"part at {second}", **field}
+        for second, field in enumerate(fields)
+    ]
+    (tmp_path / "nemo.json").write_text("\n".join(map(json.dumps, lines)))
+    joined = {"share": 0.5, "shortest_s": 2, "longest_s": 4, "pause_s": (0, 0.1)}
+    run(
+        PrepareRecipe(
+            sources=[str(tmp_path / "nemo.json")], out=str(tmp_path / "out"), splits={"train": 1}, joined=joined
+        )
+    )
+    (dropped,) = map(json.loads, (tmp_path / "out" / "dropped.jsonl").read_text().splitlines())
+    assert (dropped["line"], dropped["reason"], dropped["detail"]) == (3, "no such language", "Klingon")
+    source = {"files": str(tmp_path / "out" / "train"), "columns": {"language": "language"}}
+    rows = read_rows(Source.model_validate(source))
+    languages = {rows.id(row): rows.language_of(row) for row in range(len(rows))}
+    together = [name for name in languages if name.startswith("joined-")]
+    assert [languages.pop(name) for name in together] == ["de"]  # of the two German clips alone
+    assert languages == {"talk.wav@0": "de", "talk.wav@1": "pt", "talk.wav@3": "de", "talk.wav@4": None}

@@ -188,7 +188,8 @@ def test_stage1_leaves_what_it_promises(home: Home, first: Path) -> None:
 @pytest.fixture(scope="module")
 def prealigned(home: Home) -> Path:
     validation = {"data": [home.other], "every": 10, "transcripts": 1, "wer_clips": 3}
-    recipe = home.stage1_recipe("ctc", objective="ctc", backend="torch", max_steps=30, validation=validation)
+    changed = {"max_steps": 30, "learning_rate": 5e-3, "validation": validation}
+    recipe = home.stage1_recipe("ctc", objective="ctc", backend="torch", **changed)
     stage1.run(recipe)
     return Path(recipe.out)
 

@@ -6,7 +6,7 @@ no GPUs  one worker and one reader on each machine; the worker has as many threa
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from graft.checkpoints.names import INT8
@@ -90,10 +90,19 @@ def connect_workers(asked: AskedWorkers, *, trains: bool = True) -> Workers:
     `trains` says whether this process may train later.
     """
     # A local Ray must count as many CPUs as all that is chosen takes.
-    connect(cpus=max(asked.choose(this_machine(gpus=gpus)).cpus for gpus in (0, 1)), trains=trains)
-    machine = cluster_machine()
+    connect(cpus=max(asked.choose(this_machine(gpus=gpus)).cpus for gpus in (0, 1)) + RAYS_CPUS, trains=trains)
+    machine, cpus = cluster_machine(), cluster_cpus()
     workers = asked.choose(machine)
+    is_short = workers.cpus > cpus - 1  # nothing would be left to Ray's own tasks, which take turns on one CPU
+    if is_short and asked.transcribers == "auto" and cpus > 1:
+        workers, is_short = replace(workers, logical_cpu=(cpus - 1) / workers.cpus), False
     print(f"graft: {describe(workers, machine)}", flush=True)
+    if is_short:
+        print(
+            f"graft: the cluster has {cpus:g} CPUs, and these processes and Ray's own tasks take {workers.cpus + 1}: "
+            "the run may wait for more",
+            flush=True,
+        )
     return workers
 
 
@@ -119,6 +128,13 @@ def cluster_machine() -> Machine:
     unreal = sum(int(node["Resources"]["CPU"]) for node in nodes) - sum(cpus)
     cpus[-1] = max(1, cpus[-1] - max(0, RAYS_CPUS - unreal))
     return Machine(tuple(cpus), sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]))
+
+
+def cluster_cpus() -> float:
+    """Count the CPUs that the cluster's nodes have by their own account."""
+    import ray
+
+    return float(sum(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
 
 
 def _own_cpus() -> int:

@@ -1,9 +1,9 @@
 """Run the bulk pipeline on Ray Data: read and cut work items on CPUs, transcribe them, write each result once.
 
-    plan.parquet -> ItemReader (CPU actors) -> ItemTranscriber (one model each) -> items/*.parquet
+    left.parquet -> ItemReader (CPU actors) -> ItemTranscriber (one model each) -> items/*.parquet
                                                                           \\-> done/: the ids of all that is written
 
-A run that is started again reads the same plan and leaves out the ids in done/. What goes wrong with one item is a
+left.parquet holds the items of the plan whose ids are not in done/ yet. What goes wrong with one item is a
 value, its `error`; a model that cannot be opened ends the run.
 """
 
@@ -59,6 +59,8 @@ CONCURRENT_BATCHES = 3
 """Batches that a worker transcribes at a time. The last answers of a batch leave slots of the engine free, which the
 next batches fill; two batches may end together."""
 
+LEFT_FILE = "left.parquet"
+"""The items of the plan that had no result when the run began."""
 NOTES_FOLDER = "reading"
 """Folder beside the results for the notes of readers on what they read."""
 
@@ -154,11 +156,19 @@ class Workers:
     cpus_per_transcriber: int
     gpus_per_transcriber: float
     items_per_batch: int
+    logical_cpu: float = 1.0
+    """CPUs that are reserved in the cluster for each CPU of a process: under one where the cluster is so small that
+    nothing would be left to Ray's own tasks."""
 
     @property
     def cpus(self) -> int:
-        """CPUs of all of them, and two for Ray's own tasks: reading the plan and writing results."""
-        return self.readers + self.transcribers * self.cpus_per_transcriber + 2
+        """CPUs of all of them, without those of Ray's own tasks."""
+        return self.readers + self.transcribers * self.cpus_per_transcriber
+
+    def reserved_cpus(self, count: int) -> float:
+        """CPUs of the cluster that a process with so many CPUs reserves; Ray takes no fractions over one."""
+        share = count * self.logical_cpu
+        return share if share < 1 else math.floor(share)
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -185,29 +195,40 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
     """
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
+    from ray.data.checkpoint.checkpoint_filter import CheckpointManager
+
+    class PlannedCheckpoints(CheckpointManager):
+        """Removes half-written results. Finished items are left out by the plan, not by an actor of Ray's own."""
+
+        def load_checkpoint(self, data_file_dir: str | None = None, data_file_filesystem: Any = None) -> Any:
+            self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
+            return None, 0
 
     for name in ("items", "done", NOTES_FOLDER):
         (home / name).mkdir(exist_ok=True)
     context = ray.data.DataContext.get_current().copy()
     context.use_datasource_v2 = False  # it starts eight processes to read the footer of one file
     context.checkpoint_config = CheckpointConfig(
-        id_column="id", checkpoint_path=str(home / "done"), delete_checkpoint_on_success=False
+        id_column="id",
+        checkpoint_path=str(home / "done"),
+        delete_checkpoint_on_success=False,
+        checkpoint_manager_cls=PlannedCheckpoints,
     )
-    # One process is enough to drop finished items; Ray would start up to ten, each with a gigabyte reserved.
-    context.checkpoint_config.checkpoint_actor_pool_max_size = 1
     workers = pipeline.workers
-    batch_count = math.ceil(pq.read_metadata(plan).num_rows / workers.items_per_batch)
+    left = home / LEFT_FILE
+    left_count = _write_unfinished(plan, left, home)
+    batch_count = math.ceil(left_count / workers.items_per_batch)
     with ray.data.DataContext.current(context), warnings.catch_warnings():
         # Without checkpoints a run that is started again would begin anew.
         warnings.filterwarnings("error", message=".*logical plan doesn't support")
-        planned = ray.data.read_parquet(str(plan))
+        planned = ray.data.read_parquet(str(left))
         # strict, or what is left of each block is a batch of its own
         items = planned.repartition(target_num_rows_per_block=workers.items_per_batch, strict=True)
         read = items.map_batches(
             ItemReader,
             fn_constructor_args=[pipeline.reading, home / NOTES_FOLDER],
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers.readers),
-            num_cpus=1,
+            num_cpus=workers.reserved_cpus(1),
             memory=GIB,
             **PER_BLOCK,
         )
@@ -220,7 +241,7 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
                 enable_true_multi_threading=True,
                 max_tasks_in_flight_per_actor=CONCURRENT_BATCHES + 2,
             ),
-            num_cpus=workers.cpus_per_transcriber,
+            num_cpus=workers.reserved_cpus(workers.cpus_per_transcriber),
             num_gpus=workers.gpus_per_transcriber,
             **PER_BLOCK,
         )
@@ -230,6 +251,22 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
             if message := user_message(error):
                 raise ModelError(message) from error
             raise
+
+
+def _write_unfinished(plan: Path, left: Path, home: Path) -> int:
+    """Write the items of a plan that have no result in `home` yet, and return how many there are."""
+    done = read_index(home)["id"]
+    count = 0
+    with (
+        atomic_file(left) as temporary,
+        pq.ParquetFile(plan) as file,
+        pq.ParquetWriter(temporary, file.schema_arrow) as writer,
+    ):
+        for batch in file.iter_batches():
+            unfinished = batch.filter(pc.invert(pc.is_in(batch["id"], done)))
+            writer.write_batch(unfinished)
+            count += len(unfinished)
+    return count
 
 
 def run_plan(

@@ -30,15 +30,15 @@ ROUNDED = {"read_s", "heard_s", "confidence", "logprobs"}
 class Archive:
     """Short recordings, one of them broken, and the runs that transcribe them."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, count: int = RECORDINGS) -> None:
         self.home = home
         self.graft = tiny_models.save_tiny_graft(home / "graft")
         (home / "calls").mkdir()
         for number, path in zip(
-            range(RECORDINGS), itertools.cycle(sorted(media.PROMPTS, key=lambda one: one.stat().st_size)[20:60])
+            range(count), itertools.cycle(sorted(media.PROMPTS, key=lambda one: one.stat().st_size)[20:60])
         ):
             shutil.copy(path, home / "calls" / f"{number:03}.flac")
-        (home / "calls" / "100.flac").write_bytes(b"no audio")
+        (home / "calls" / f"{count // 3:03}.flac").write_bytes(b"no audio")
 
     def start(self, out: str) -> subprocess.Popen[bytes]:
         settings = ["items_per_batch=3", "formats=[txt]", "chunks.padding_s=0.1"]
@@ -136,6 +136,19 @@ def test_twenty_kills_cost_time_and_nothing_else(tmp_path):
         for row in pq.read_table(path, columns=["id"]).to_pylist()
     ]
     assert len({row["id"] for row in items}) == len(items) == RECORDINGS
+
+
+def test_a_machine_of_two_cpus_has_room_for_rays_own_tasks(tmp_path):
+    archive = Archive(tmp_path, count=45)
+    with machines(1):
+        run = archive.start("out")
+        wait_for(lambda: archive.written("out") > 5, run)
+        run.kill()
+        run.wait()
+        archive.finish(archive.start("out"), "out")  # with results to leave out
+    rows = archive.rows("out")
+    assert [row["id"] for row in rows] == [f"{number:03}.flac" for number in range(45)]
+    assert [row["id"] for row in rows if row["error"]] == ["015.flac"]
 
 
 def wait_for(condition: Callable[[], bool], run: subprocess.Popen[bytes]) -> None:

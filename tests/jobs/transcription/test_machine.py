@@ -1,5 +1,6 @@
 """Numbers of processes that a recipe leaves open are chosen by what there is; those that it gives stay."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,3 +53,10 @@ def test_the_choice_is_told_in_one_line() -> None:
     assert describe_one(asked().choose(Machine((2,)))) == "on the CPU with 1 thread"
     here = this_machine(gpus=0)
     assert describe(asked().choose(here), here).endswith(f", on the CPU (of {here})")
+
+
+def test_processes_reserve_whole_cpus_or_a_part_of_one() -> None:
+    workers = Workers(2, 1, 4, 0, 16)
+    assert (workers.cpus, workers.reserved_cpus(1), workers.reserved_cpus(4)) == (6, 1, 4)
+    assert replace(workers, logical_cpu=0.7).reserved_cpus(4) == 2  # not 2.8, which Ray refuses
+    assert replace(workers, logical_cpu=0.7).reserved_cpus(1) == 0.7

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
+from pydantic import Field
 
 from graft.config import Recipe, read_recipe
 from graft.errors import ModelError, RecipeError
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from .transcription.estimate import PlannedModel
 
 RECIPES = Path(__file__).parent / "recipes"
-SETTINGS = ("audio_pool", "audio_context", "audio_margin_s", "audio_projector", "prompt_style", "text_style")
+SETTINGS = (
+    *("audio_pool", "audio_context", "audio_margin_s", "audio_projector", "audio_projector_blocks"),
+    *("prompt_style", "text_style"),
+)
 """Keys of the recipe that become part of the model's configuration."""
 
 
@@ -43,14 +47,18 @@ class BuildRecipe(Recipe):
     reference: ModelKey[Checkpoint | None] = None
     """Published checkpoint of the reference system (folder or hub id) to convert, instead of joining two bases."""
     audio_pool: ModelKey[Literal[1, 2, 4]] = 2
-    """Number of encoder frames, 50 a second, that are averaged into one audio token."""
+    """Number of encoder states, 50 a second, that make one audio token: they are averaged, or with
+    audio_projector=conv stacked."""
     audio_context: ModelKey[Literal["full", "trim", "valid"]] = "valid"
     """Part of the clip that the encoder sees, and the tokens that are kept. full: the 30 s window and all its tokens;
     trim: the 30 s window and only the clip's own tokens; valid: the clip's own frames and a margin."""
     audio_margin_s: ModelKey[float] = 1.0
     """Seconds of silence after the clip that audio_context=valid encodes with it."""
-    audio_projector: ModelKey[Literal["linear", "mlp"]] = "linear"
-    """Projector between encoder and language model: one linear layer, or two with a GELU between them."""
+    audio_projector: ModelKey[Literal["linear", "mlp", "conv"]] = "linear"
+    """Projector between encoder and language model. linear: one layer; mlp: two with a GELU between them; conv:
+    convolutions over neighbouring states before an mlp."""
+    audio_projector_blocks: ModelKey[int] = Field(default=4, ge=1, le=12)
+    """Number of convolution blocks of audio_projector=conv."""
     prompt_style: ModelKey[Literal["graft", "reference"]] = "graft"
     """Prompt template around the audio: graft's own, or the one that the reference system was trained with."""
     text_style: ModelKey[Literal["raw", "lower", "formatted"]] = "lower"

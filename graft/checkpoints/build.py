@@ -132,6 +132,8 @@ def _join_parts(
         )
     torch.manual_seed(seed)
     model._init_weights(model.audio_projector)
+    embeddings: Any = model.get_input_embeddings()
+    model.audio_projector.match_scale(embeddings.weight)
     set_generation_config(model, text.generation_config)
     return model.eval()
 

@@ -96,7 +96,7 @@ def check_projector(state: Mapping[str, Tensor], *, source: str) -> None:
             raise ModelError(
                 f"{source}: audio_projector.{name} holds values that are not finite: go back to an earlier checkpoint"
             )
-        if tensor.ndim > 1 and not tensor.any():
+        if tensor.ndim > 1 and not tensor.any() and not name.startswith("blocks."):  # which begin at zero
             raise ModelError(
                 f"{source}: audio_projector.{name} is all zeros, so audio has no effect: "
                 "train stage 1 or build it again"
@@ -107,6 +107,7 @@ def _identity(config: GraftConfig) -> dict[str, object]:
     return {
         "base_digests": config.base_digests,
         "audio_projector": config.audio_projector,
+        **({"audio_projector_blocks": config.audio_projector_blocks} if config.audio_projector == "conv" else {}),
         "audio_pool": config.audio_pool,
         "prompt_style": config.prompt_style,
     }

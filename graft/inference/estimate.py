@@ -27,6 +27,7 @@ from graft.training.estimate import (
     encoded_frames,
     encoder_flops,
     matrix_parameters,
+    projector_flops,
     text_forward_flops,
 )
 
@@ -79,8 +80,7 @@ def graft_work(config: GraftConfig, *, chunk_s: float, dtype_bytes: int, kind: s
     frames = round(chunk_s * FRAMES_PER_S)
     prompt, answer = _prompt_tokens(config, chunk_s), LABELS_PER_S[config.text_style] * chunk_s + 1
     text = config.text_config
-    audio_tokens = audio_token_count(frames, pool=config.audio_pool, context=config.audio_context)
-    projector = 2 * count_parameters(config).projector * audio_tokens
+    projector = projector_flops(config, [frames], to_encoder=True) / 3  # of which two thirds are the backward pass
     step_weights = matrix_parameters(config) + text.vocab_size * text.hidden_size  # the head reads its table, too
     return ChunkWork(
         chunk_s=chunk_s,

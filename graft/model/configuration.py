@@ -9,7 +9,7 @@ TEXT_STYLES = ("raw", "lower", "formatted")
 ALLOWED_VALUES: dict[str, tuple[int | str, ...]] = {
     "audio_pool": (1, 2, 4),
     "audio_context": ("full", "trim", "valid"),
-    "audio_projector": ("linear", "mlp"),
+    "audio_projector": ("linear", "mlp", "conv"),
     "prompt_style": ("graft", "reference"),
     "text_style": TEXT_STYLES,
 }
@@ -26,12 +26,14 @@ class GraftConfig(Qwen2VLConfig):
     Args:
         audio_config: the WhisperConfig of the encoder.
         audio_token_id, audio_start_token_id, audio_end_token_id: ids of the placeholder and of the tokens around it.
-        audio_pool: encoder states (50 per second) that are averaged into one audio token: 1, 2 or 4.
+        audio_pool: encoder states (50 per second) that make one audio token: 1, 2 or 4. They are averaged, or with the
+            projector `conv` stacked.
         audio_context: which part of the window is encoded. `full` encodes the 30 s window and keeps all of its tokens;
             `trim` encodes the window and keeps the clip's own tokens; `valid` encodes the clip's own frames and
             `audio_margin_s` seconds of silence, and keeps the clip's own tokens.
         audio_margin_s: seconds of silence after the clip that `valid` encodes, 0 to 30.
-        audio_projector: `linear` or `mlp`, see AudioProjector.
+        audio_projector: `linear`, `mlp` or `conv`, see AudioProjector.
+        audio_projector_blocks: convolution blocks of `conv`, 1 to 12.
         prompt_style: `graft`, or `reference` for the fixed prompt of the reference system.
         text_style: how transcripts are written: `raw`, `lower` or `formatted`.
         trained_styles: text styles that an instruction may ask for; training writes it.
@@ -55,6 +57,7 @@ class GraftConfig(Qwen2VLConfig):
     audio_context: str = "valid"
     audio_margin_s: float = 1.0
     audio_projector: str = "linear"
+    audio_projector_blocks: int = 4
     prompt_style: str = "graft"
     text_style: str = "lower"
     trained_styles: list | None = None
@@ -78,6 +81,13 @@ class GraftConfig(Qwen2VLConfig):
             )
         if not 0 <= self.audio_margin_s <= 30:
             raise ValueError(f"audio_margin_s is {self.audio_margin_s}, not between 0 and 30 seconds")
+        if not 1 <= self.audio_projector_blocks <= 12:
+            raise ValueError(f"audio_projector_blocks is {self.audio_projector_blocks}, not between 1 and 12")
+
+    @property
+    def averaged_states(self) -> int:
+        """Encoder states that the encoder averages to one: those of an audio token, which `conv` stacks instead."""
+        return 1 if self.audio_projector == "conv" else self.audio_pool
 
 
 def audio_token_count(frame_count: int, *, pool: int, context: str) -> int:

@@ -99,10 +99,10 @@ class CtcPrealignment(nn.Module):
             if features is None:
                 raise ValueError("neither input_features nor audio_states are given")
             states = encode_audio(self.audio_tower, features, frame_counts, self.config)
-        audio_embeds = self.audio_projector(states)  # (tokens of all clips, hidden_size)
+        counts = token_counts(frame_counts, self.config)
+        audio_embeds = self.audio_projector(states, counts)  # (tokens of all clips, hidden_size)
         with torch.autocast(audio_embeds.device.type, enabled=False):
             logits = audio_embeds.float() @ self.symbol_weight.T  # -> (tokens of all clips, symbols)
-        counts = token_counts(frame_counts, self.config)
         return nn.utils.rnn.pad_sequence(logits.split(counts), batch_first=True), counts
 
 

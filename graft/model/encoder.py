@@ -15,7 +15,7 @@ ENCODER_FRAMES_PER_S = 50
 
 
 def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Tensor, config: GraftConfig) -> Tensor:
-    """Encode clips to the states of their audio tokens.
+    """Encode clips to the states that the projector takes.
 
     Args:
         tower: the encoder, whose weights may have any dtype.
@@ -24,10 +24,10 @@ def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Te
         frame_counts: number of mel frames of each clip (clips,).
         config: pooling and context.
 
-    Returns the states (audio tokens of all clips, d_model), one clip after the other. Raises ValueError as
-    audio_token_count does.
+    Returns the states (states of all clips, d_model), one clip after the other: one for each audio token, or for the
+    projector `conv` audio_pool of them. Raises ValueError as audio_token_count does.
     """
-    own_token_counts = torch.tensor(token_counts(frame_counts, config), device=input_features.device)  # (clips,)
+    own_counts = torch.tensor(projected_counts(frame_counts, config), device=input_features.device)  # (clips,)
     state_counts = (frame_counts + 1) // 2  # (clips,): the second convolution has stride 2
     if config.audio_context == "valid":
         margin = round(config.audio_margin_s * ENCODER_FRAMES_PER_S)
@@ -50,12 +50,12 @@ def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Te
     for layer in tower.layers:
         hidden_states = layer(hidden_states, mask)
 
-    whole = length // config.audio_pool * config.audio_pool  # a remainder makes no token
-    grouped = hidden_states[:, :whole].unflatten(1, (-1, config.audio_pool))  # -> (clips, T // pool, pool, d_model)
+    pool = config.averaged_states
+    grouped = hidden_states[:, : length // pool * pool].unflatten(1, (-1, pool))  # -> (clips, T // pool, pool, d_model)
     hidden_states = tower.layer_norm(grouped.mean(dim=2))  # -> (clips, length // pool, d_model)
 
-    is_own = torch.arange(hidden_states.shape[1], device=hidden_states.device) < own_token_counts[:, None]
-    return hidden_states[is_own]  # (clips, length // pool, d_model) -> (audio tokens of all clips, d_model)
+    is_own = torch.arange(hidden_states.shape[1], device=hidden_states.device) < own_counts[:, None]
+    return hidden_states[is_own]  # (clips, length // pool, d_model) -> (states of all clips, d_model)
 
 
 def token_counts(frame_counts: Tensor, config: GraftConfig) -> list[int]:
@@ -64,6 +64,11 @@ def token_counts(frame_counts: Tensor, config: GraftConfig) -> list[int]:
         audio_token_count(count, pool=config.audio_pool, context=config.audio_context)
         for count in frame_counts.tolist()
     ]
+
+
+def projected_counts(frame_counts: Tensor, config: GraftConfig) -> list[int]:
+    """Count the states that the projector takes of clips with so many mel frames (clips,), as token_counts."""
+    return [config.audio_pool // config.averaged_states * count for count in token_counts(frame_counts, config)]
 
 
 def pad_with_silence(input_features: Tensor, frame_counts: Tensor, length: int) -> Tensor:

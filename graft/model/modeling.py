@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLCausalLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperEncoderLayer
 
 from .configuration import GraftConfig
-from .encoder import encode_audio
+from .encoder import encode_audio, token_counts
 from .projector import AudioProjector
 
 
@@ -32,9 +32,7 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
     def __init__(self, config: GraftConfig):
         super().__init__(config)
         self.audio_tower = WhisperEncoder._from_config(config.audio_config)
-        self.audio_projector = AudioProjector(
-            config.audio_projector, audio_width=config.audio_config.d_model, text_width=self.lm_head.in_features
-        )
+        self.audio_projector = AudioProjector.from_config(config, text_width=self.lm_head.in_features)
         self.post_init()
 
     @classmethod
@@ -67,7 +65,7 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         Returns audio embeddings (audio tokens of all clips, hidden_size).
         """
         audio_states = encode_audio(self.audio_tower, input_features, audio_frame_counts, self.config)
-        return self.audio_projector(audio_states)
+        return self.audio_projector(audio_states, token_counts(audio_frame_counts, self.config))
 
     def embed(
         self,
@@ -84,13 +82,13 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         inputs_embeds = self.get_input_embeddings()(input_ids)  # (rows, length) -> (rows, length, hidden_size)
         is_audio = input_ids == self.config.audio_token_id  # (rows, length)
         placeholder_count = int(is_audio.sum())
-        if audio_states is not None:
-            audio_embeds = self.audio_projector(audio_states)  # (audio tokens, d_model) -> (audio tokens, hidden_size)
+        if audio_states is not None and audio_frame_counts is not None:
+            audio_embeds = self.audio_projector(audio_states, token_counts(audio_frame_counts, self.config))
         elif input_features is not None and audio_frame_counts is not None:
             audio_embeds = self.get_audio_features(input_features, audio_frame_counts)  # (audio tokens, hidden_size)
         elif placeholder_count:
             raise ValueError(
-                f"{placeholder_count} audio placeholders in input_ids, but no input_features with audio_frame_counts"
+                f"{placeholder_count} audio placeholders in input_ids, but no audio with audio_frame_counts"
             )
         else:
             return inputs_embeds
@@ -128,7 +126,7 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
         Args (all others are Qwen2-VL's):
             input_features: log-mels (clips, mels, frames) of the clips in the order of their placeholders, float32.
             audio_frame_counts: number of mel frames of each clip (clips,).
-            audio_states: encoder states (audio tokens of all clips, d_model), given in place of input_features.
+            audio_states: encode_audio's states of all clips (states, d_model), given in place of input_features.
             labels: target ids (rows, length); -100 marks positions without a target.
             label_count: what the summed cross-entropy is divided by; by default the number of targets.
         """
@@ -165,8 +163,7 @@ class GraftForConditionalGeneration(Qwen2VLForConditionalGeneration):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, AudioProjector):
-            for parameter in module.parameters():
-                nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.zeros_(parameter)
+            module.reset_parameters()
 
 
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from graft.model.configuration import GraftConfig
 from graft.model.ctc import CtcPrealignment
-from graft.model.encoder import encode_audio, token_counts
+from graft.model.encoder import encode_audio, projected_counts
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.storage.atomic import atomic_file
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedClip:
-    """A clip's encoder states (tokens, d_model) in the encoder's precision, and its number of mel frames."""
+    """A clip's states for the projector (states, d_model) in the encoder's precision, and its number of mel frames."""
 
     states: Tensor
     frame_count: int
@@ -62,7 +62,7 @@ class EncoderCache:
 
 def open_cache(folder: str | Path, config: GraftConfig, *, encoder: str, features: str, dtype: str) -> EncoderCache:
     """Open the subfolder that belongs to an encoder and features, given by their digests, and a precision."""
-    parts = (encoder, features, dtype, str(config.audio_pool), config.audio_context, str(config.audio_margin_s))
+    parts = (encoder, features, dtype, str(config.averaged_states), config.audio_context, str(config.audio_margin_s))
     return EncoderCache(Path(folder).resolve() / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16])
 
 
@@ -94,7 +94,7 @@ class CachingEncoder:
         if missing and input_features is not None:
             missing_counts, config = frame_counts[missing], self.model.config
             encoded = encode_audio(self.model.audio_tower, input_features, missing_counts, config)
-            for index, one in zip(missing, encoded.split(token_counts(missing_counts, config)), strict=True):
+            for index, one in zip(missing, encoded.split(projected_counts(missing_counts, config)), strict=True):
                 states[index] = one  # (tokens, d_model)
                 if keys[index]:
                     entry = EncodedClip(one, int(frame_counts[index]))

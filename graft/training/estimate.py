@@ -17,6 +17,7 @@ import torch
 from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_count
 from graft.model.encoder import ENCODER_FRAMES_PER_S
 from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.projector import KERNEL_SIZE
 
 Counts = Sequence[int] | np.ndarray
 
@@ -137,9 +138,13 @@ def projector_flops(config: GraftConfig, frame_counts: Counts, *, to_encoder: bo
     lengths, clips = np.unique(np.asarray(frame_counts), return_counts=True)
     counts = [audio_token_count(int(one), pool=config.audio_pool, context=config.audio_context) for one in lengths]
     tokens = int(np.dot(clips, counts))
-    first = config.audio_config.d_model * _text(config).hidden_size
-    second = _text(config).hidden_size ** 2 if config.audio_projector == "mlp" else 0
-    return float(tokens * ((6 if to_encoder else 4) * first + 6 * second))
+    width, text_width = config.audio_config.d_model, _text(config).hidden_size
+    if config.audio_projector == "conv":  # norms are trained before each matrix, so every input has a gradient
+        block = (KERNEL_SIZE + 4 * width) * width
+        blocks = config.audio_projector_blocks * config.audio_pool * block
+        return 6.0 * tokens * (blocks + (config.audio_pool * width + text_width) * text_width)
+    second = text_width**2 if config.audio_projector == "mlp" else 0
+    return float(tokens * ((6 if to_encoder else 4) * width * text_width + 6 * second))
 
 
 def text_flops(config: GraftConfig, token_counts: Counts, *, lora_rank: int | None, repeats_forward: bool) -> float:

@@ -76,8 +76,7 @@ def open_for_stage(
     if computing.is_sharded:
         restore_rotary_frequencies(model)
         # The projector is small, and is loaded and checked whole.
-        sizes = {"audio_width": model.config.audio_config.d_model, "text_width": model.lm_head.in_features}
-        projector = AudioProjector(model.config.audio_projector, **sizes)
+        projector = AudioProjector.from_config(model.config, text_width=model.lm_head.in_features)
         projector.load_state_dict(gathered_state(model.audio_projector))
         model.audio_projector = projector.to(device)
     return prepare_for_stage(model, stage, computing, seed=seed), processor
@@ -141,7 +140,7 @@ def trainable_module(
         raise ModelError(
             "ZeRO-3 has nothing to shard in CTC pre-alignment, which uses no language model: use zero_stage 1 or 2"
         )
-    if not stage.projector:
+    if not stage.projector and model.config.audio_projector != "conv":  # whose norm has no gradient at zero
         last = [module for module in model.audio_projector.modules() if isinstance(module, torch.nn.Linear)][-1]
         for parameter in last.parameters():
             torch.nn.init.zeros_(parameter)

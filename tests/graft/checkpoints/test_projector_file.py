@@ -24,7 +24,7 @@ def projector_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "conv"])
 def test_a_saved_projector_is_loaded_exactly(tmp_path, kind):
     model, other = graft(audio_projector=kind), graft(1, audio_projector=kind)
     save_projector(model, tmp_path)

@@ -24,6 +24,8 @@ VARIANTS = [
         (1, "valid", 0.0, "linear"),
         (2, "valid", 1.0, "linear"),
         (4, "valid", 2.0, "mlp"),
+        (2, "valid", 1.0, "conv"),
+        (4, "trim", 0.0, "conv"),
     ]
 ]
 
@@ -182,7 +184,7 @@ def test_a_plain_qwen2vl_checkpoint_is_refused(tmp_path):
     [
         ("audio_pool", 3),
         ("audio_context", "some"),
-        ("audio_projector", "conv"),
+        ("audio_projector", "perceiver"),
         ("audio_margin_s", -1.0),
         ("text_style", "upper"),
     ],

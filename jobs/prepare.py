@@ -152,7 +152,7 @@ def _check_row(row: Row, recipe: PrepareRecipe) -> Row | DroppedLine:
     try:
         duration_s = header_duration_s(row)
         if duration_s <= recipe.max_duration_s:  # hours of audio are not decoded only to be dropped
-            duration_s = read_audio(row_audio(row), name=str(row.audio)).duration_s
+            duration_s = read_audio(row_audio(row)[0], name=str(row.audio)).duration_s
     except AudioError as error:
         return row.dropped("unreadable audio", str(error))
     if duration_s > recipe.max_duration_s:
@@ -171,7 +171,15 @@ def _unique_ids(rows: Iterable[Row], recipe: PrepareRecipe) -> Iterator[Row | Dr
     first: dict[str, Row] = {}
     for row in sorted(
         rows,
-        key=lambda row: (row.pinned is None, order[row.source], row.id, row.audio, row.offset_s, row.text, row.line),
+        key=lambda row: (
+            row.pinned is None,
+            order[row.source],
+            row.id,
+            row.audio.sort_key,
+            row.offset_s,
+            row.text,
+            row.line,
+        ),
     ):
         kept = first.setdefault(row.id, row)
         yield row if kept is row else row.dropped("duplicate id", f"kept: {kept.source} line {kept.line}")
@@ -216,12 +224,11 @@ def _corpus_row(row: Row | JoinedRow) -> dict[str, Any]:
     """Read a row's audio into the columns of write_corpus."""
     if isinstance(row, JoinedRow):
         return joined_corpus_row(row)
-    clip = row_audio(row)
-    content, suffix = (clip, ".flac") if isinstance(clip, bytes) else (clip.read_bytes(), row.audio.suffix)
+    content, name = row_audio(row)
     return {
         "ID": row.id,
         "duration": row.duration_s,
-        "wav": {"bytes": content, "path": row.audio.stem + suffix},
+        "wav": {"bytes": content, "path": name},
         "spk_id": row.speaker,
         "sex": row.sex,
         "text": row.text,

@@ -135,6 +135,8 @@ def _open_ranges(source: AudioSource, stack: contextlib.ExitStack) -> tuple[int,
 
     Reads of URIs that fail in a way that may pass are retried; all of a stream that cannot be sought is read.
     """
+    if isinstance(source, SourceFile):
+        return source.size, source.read_range
     path = local_path(source) if isinstance(source, str) else source
     if isinstance(source, str) and path is None:
         from graft.storage.locations import open_file, retry_read
@@ -177,6 +179,8 @@ def _label_of(source: AudioSource) -> str:
         from graft.storage.locations import redact_uri
 
         return redact_uri(source)
+    if isinstance(source, SourceFile):
+        return source.label
     if isinstance(source, bytes):
         return f"audio of {len(source)} bytes"
     return os.fspath(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "audio stream"))

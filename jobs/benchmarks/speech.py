@@ -35,7 +35,7 @@ def labelled_speech(manifests: Sequence[str] | None) -> list[LabelledClip]:
     for row in read_manifests([Manifest(manifest=path) for path in manifests or MANIFESTS]):
         if isinstance(row, DroppedLine):
             raise DataError(f"{row.source}: line {row.line}: {row.reason}: correct the line or remove it")
-        clip = read_audio(row_audio(row), name=str(row.audio))
+        clip = read_audio(row_audio(row)[0], name=str(row.audio))
         if clip.duration_s > LONGEST_LABELLED_S:
             limit = f"not every peer takes more than {LONGEST_LABELLED_S:g} s at a time: remove the clip"
             raise AudioError(f"{row.audio}: {clip.duration_s:.1f} s: {limit}")

@@ -91,7 +91,7 @@ def joined_corpus_row(joined: JoinedRow) -> dict[str, Any]:
     pieces: list[np.ndarray] = []
     for part in joined.parts:
         pieces += [np.zeros(part.pause_count, np.float32)] if pieces else []
-        pieces += [read_audio(row_audio(part.row), name=str(part.row.audio)).samples]
+        pieces += [read_audio(row_audio(part.row)[0], name=str(part.row.audio)).samples]
     rows = [part.row for part in joined.parts]
     columns = clip_row(joined.id, AudioClip(np.concatenate(pieces)), " ".join(row.text for row in rows))
     sexes = {row.sex for row in rows}  # rows without a speaker can be of several

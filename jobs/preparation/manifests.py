@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,8 +22,11 @@ from graft.config import Recipe
 from graft.data.splits import comparable_text
 from graft.errors import AudioError, DataError
 from graft.keys import Location
+from graft.storage.source import SourceFile
 from graft.text.characters import compose
 from graft.text.languages import language_code
+
+from .audio_places import AudioPlace, AudioReader, file_place, location_below
 
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 FieldName = Literal["id", "audio", "text", "speaker", "sex", "language", "offset", "duration"]
@@ -76,7 +79,7 @@ class Row:
     """A clip of a manifest, and its line there."""
 
     id: str
-    audio: Path
+    audio: AudioPlace
     text: str  # "" where it is unlabelled
     speaker: str | None
     sex: str | None
@@ -128,37 +131,51 @@ def read_manifests(sources: Sequence[Manifest]) -> Iterator[Row | DroppedLine]:
 
 def header_duration_s(row: Row) -> float:
     """Return the seconds of a row's clip by its manifest or its file's header, 0 where the header gives none."""
-    return max(0.0, (_file_duration_s(row.audio) or 0.0) - row.offset_s) if row.length_s is None else row.length_s
+    if row.length_s is not None:
+        return row.length_s
+    try:
+        with AudioReader().open(row.audio) as file:
+            return max(0.0, (_file_duration_s(file) or 0.0) - row.offset_s)
+    except AudioError:
+        return 0.0  # decoding it will tell what is wrong
 
 
-def row_audio(row: Row) -> Path | bytes:
-    """Return the row's audio file or, if the row is a part of it, that part as FLAC.
+def row_audio(row: Row) -> tuple[bytes, str]:
+    """Return the row's audio file or, if the row is a part of it, that part as FLAC, and the name of either.
 
     Raises AudioError for times beyond the file's end, and for a part of a file that cannot be decoded up to it.
     """
-    if row.offset_s:
-        return _cut(row)
-    if row.length_s is None:
-        return row.audio
-    file_s = _file_duration_s(row.audio)
-    return row.audio if file_s is not None and file_s - row.length_s <= LENGTH_TOLERANCE_S else _cut(row)
+    with AudioReader().open(row.audio) as file:
+        if _is_part(row, file):
+            return _cut(row, file), f"{PurePosixPath(row.audio.name).stem}.flac"
+        file.seek(0)
+        content = file.read()
+        file.check()
+        return content, row.audio.name
 
 
-def _file_duration_s(audio: Path) -> float | None:
+def _is_part(row: Row, file: SourceFile) -> bool:
+    if row.offset_s or row.length_s is None:
+        return bool(row.offset_s)
+    file_s = _file_duration_s(file)
+    return file_s is None or file_s - row.length_s > LENGTH_TOLERANCE_S
+
+
+def _file_duration_s(file: SourceFile) -> float | None:
     """Return a file's seconds by its header; None where it gives none."""
     try:
-        duration_s = probe(audio).duration_s
+        duration_s = probe(file).duration_s
     except AudioError:
         return None  # decoding it will tell what is wrong
     return duration_s if duration_s is not None and duration_s < LONGEST_S else None
 
 
-def _cut(row: Row) -> bytes:
+def _cut(row: Row, file: SourceFile) -> bytes:
     """Cut the row's part out of its file, at the file's own rate and channels, in 16 bits or, if it has more, in 24."""
-    rate = probe(row.audio).rate
+    rate = probe(file).rate
     start = round(row.offset_s * rate)
     end = None if row.length_s is None else start + round(row.length_s * rate)
-    blocks = [block.samples for block in read_span(row.audio, start, end, channels="split", rate=None)]
+    blocks = [block.samples for block in read_span(file, start, end, channels="split", rate=None)]
     count = sum(map(len, blocks))
     if not count or (end is not None and start + count < end - LENGTH_TOLERANCE_S * rate):
         length = "goes to its end" if row.length_s is None else f"lasts {row.length_s:g} s"
@@ -166,16 +183,17 @@ def _cut(row: Row) -> bytes:
             f"{row.audio}: ends before the clip that begins at {row.offset_s:g} s and {length}: correct the manifest"
         )
     clip = io.BytesIO()
-    subtype = "PCM_24" if _is_deep(row.audio) else "PCM_16"
+    subtype = "PCM_24" if _is_deep(file) else "PCM_16"
     soundfile.write(clip, np.concatenate(blocks), rate, format="FLAC", subtype=subtype)
     return clip.getvalue()
 
 
-def _is_deep(audio: Path) -> bool:
+def _is_deep(file: SourceFile) -> bool:
     """Tell whether a file holds more than 16 bits a sample; lossy formats count as 16."""
+    file.seek(0)
     try:
-        return soundfile.info(str(audio)).subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
-    except (soundfile.LibsndfileError, TypeError):  # TypeError: *.raw, which states no format
+        return soundfile.info(file).subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
+    except soundfile.LibsndfileError:
         return False
 
 
@@ -269,7 +287,7 @@ def _parse_fields(values: Mapping[str, Any], source: Manifest, number: int) -> R
         return DroppedLine(source.manifest, number, fields["id"], "no such time", str(error))
     return Row(
         fields["id"],
-        Path(source.manifest).parent / source.folder / fields["audio"],
+        file_place(location_below(source.manifest, fields["audio"], folder=source.folder)),
         fields["text"],
         fields["speaker"] or None,
         fields["sex"] or None,

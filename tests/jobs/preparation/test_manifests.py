@@ -13,6 +13,7 @@ from graft.config import read_recipe
 from graft.data.dataset import RowReader, read_rows
 from graft.data.settings import Source
 from graft.errors import AudioError, DataError, RecipeError
+from jobs.preparation.audio_places import AudioPlace, file_place
 from jobs.preparation.manifests import DroppedLine, Manifest, Row, header_duration_s, read_manifests, row_audio
 from jobs.prepare import PrepareRecipe, run
 from tests.support import media
@@ -26,6 +27,10 @@ def read(path: Path, content: str | bytes, **more) -> tuple[list[Row], dict[tupl
     return [result for result in results if isinstance(result, Row)], {
         (row.line, row.id): row.reason for row in dropped
     }
+
+
+def at(path: str | Path) -> AudioPlace:
+    return file_place(str(path))
 
 
 def sound(path: Path, seconds: float, **more) -> np.ndarray:
@@ -47,8 +52,8 @@ def test_a_csv_is_read_by_its_header_whatever_divides_it(tmp_path):
         rows, dropped = read(tmp_path / "rows.csv", "\ufeff" + "\r\n".join(lines))
         assert dropped == {}
         assert rows == [
-            Row("x1", tmp_path / "a" / "1.wav", "One two.", "ann", None, None, str(tmp_path / "rows.csv"), 2),
-            Row("x2", Path("/abs/2.wav"), "Three.", None, None, None, str(tmp_path / "rows.csv"), 4),
+            Row("x1", at(tmp_path / "a" / "1.wav"), "One two.", "ann", None, None, str(tmp_path / "rows.csv"), 2),
+            Row("x2", at("/abs/2.wav"), "Three.", None, None, None, str(tmp_path / "rows.csv"), 4),
         ]
 
 
@@ -72,7 +77,7 @@ def test_columns_and_folder_say_what_is_where(tmp_path):
     )
     assert (row.id, row.audio, row.text, row.sex, row.pinned) == (
         "7",
-        tmp_path / "audio" / "1.wav",
+        at(tmp_path / "audio" / "1.wav"),
         "Right.",
         "f",
         "dev",
@@ -89,7 +94,7 @@ def test_common_voice_as_it_is_delivered(tmp_path):
     (row,), _ = read(tmp_path / "train.tsv", "\n".join(lines) + "\n", folder="clips")
     assert row == Row(
         "cv_1.mp3",
-        tmp_path / "clips" / "cv_1.mp3",
+        at(tmp_path / "clips" / "cv_1.mp3"),
         'She said "no".',
         "ann",
         "female_feminine",
@@ -161,8 +166,9 @@ def test_nemo_parts_of_a_file_become_clips_and_whole_files_stay_as_they_are(tmp_
     ]
     assert [header_duration_s(row) for row in rows] == [4, 3.96, 1.5, 2, 1, 1.05, 4]
     clips = [row_audio(row) for row in rows]
-    assert [clip for clip in clips if isinstance(clip, Path)] == [tmp_path / "talk.wav"] * 3
-    parts = [soundfile.read(io.BytesIO(clip), dtype="int16") for clip in clips if isinstance(clip, bytes)]
+    assert [name for _, name in clips] == ["talk.wav", "talk.wav", *["talk.flac"] * 4, "talk.wav"]
+    assert {content for content, name in clips if name == "talk.wav"} == {(tmp_path / "talk.wav").read_bytes()}
+    parts = [soundfile.read(io.BytesIO(content), dtype="int16") for content, _ in clips[2:6]]
     bounds = [(0, 24_000), (20_000, 52_000), (48_000, 64_000), (48_000, 64_000)]
     for (part, rate), (start, end) in zip(parts, bounds, strict=True):
         assert rate == 16_000
@@ -176,7 +182,7 @@ def test_a_part_keeps_its_rate_channels_and_depth(tmp_path):
     (row,), _ = read(
         tmp_path / "nemo.json", json.dumps({"audio_filepath": "a.wav", "offset": 0.5, "duration": 1, "text": "words"})
     )
-    clip, rate = soundfile.read(io.BytesIO(row_audio(row)), dtype="int32")
+    clip, rate = soundfile.read(io.BytesIO(row_audio(row)[0]), dtype="int32")
     assert rate == 44_100
     assert np.array_equal(clip, stereo[22_050 : 22_050 + 44_100])
 
@@ -204,7 +210,7 @@ def test_parts_of_every_container_are_cut_to_the_sample(tmp_path, codec, kind, n
     rows, _ = read(tmp_path / "nemo.json", "\n".join(lines))
     bounds = [(0, 3 * rate // 2), (5 * rate // 4, 13 * rate // 4), (5 * rate, len(whole))]
     for row, (start, end) in zip(rows, bounds, strict=True):
-        part, part_rate = soundfile.read(io.BytesIO(row_audio(row)), dtype="float32")
+        part, part_rate = soundfile.read(io.BytesIO(row_audio(row)[0]), dtype="float32")
         assert (part_rate, part.shape) == (rate, (end - start, 2))
         assert np.abs(part - whole[start:end]).max() <= 2**-16  # rounded to 16 bits
     late = json.dumps({"audio_filepath": name, "text": "words", "offset": 5, "duration": 2})

@@ -36,6 +36,7 @@ from .preparation.manifests import (
     Row,
     SplitName,
     header_duration_s,
+    pin_revisions,
     read_manifests,
     row_audio,
 )
@@ -45,8 +46,9 @@ class PrepareRecipe(Recipe):
     """The manifests, the splits, and which rows are dropped."""
 
     sources: DataKey[list[Location | Manifest]] = Field(min_length=1)
-    """Manifests: paths, or groups such as {manifest, split} to pin one to a split, {manifest, columns} for other names
-    of its fields, {manifest, only} for some of its lines, and {manifest, unlabelled: keep} for lines without text."""
+    """Manifests: paths or URIs, or groups such as {manifest, split} to pin one to a split, {manifest, columns} for
+    other names of its fields, {manifest, only} for some of its lines, and {manifest, unlabelled: keep} for lines
+    without text."""
     out: OutputKey[str]
     """Folder that the splits are written to."""
     splits: DataKey[dict[SplitName, Annotated[float, Field(ge=0, le=1)]]] = Field(
@@ -102,13 +104,14 @@ def run(recipe: PrepareRecipe) -> None:
         print(f"{recipe.out}: already prepared")
         return
     require("pyarrow", extra="jobs")  # before the audio is decoded, not after
+    sources = pin_revisions(recipe.long_sources())
     with staged_output(recipe.out, recipe) as folder:
         # A line that cannot be parsed is read once for each source of its manifest, and listed once.
         dropped: dict[DroppedLine, None] = {}
-        rows = _keep_rows(read_manifests(recipe.long_sources()), dropped)
+        rows = _keep_rows(read_manifests(sources), dropped)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             rows = _keep_rows(pool.map(lambda row: _check_row(row, recipe), rows), dropped)
-        rows = _keep_rows(_unique_ids(rows, recipe), dropped)
+        rows = _keep_rows(_unique_ids(rows, sources), dropped)
         splits = _assign(rows, recipe, dropped)
         joined = join_splits(splits, recipe.joined, seed=recipe.seed) if recipe.joined else {}
         has_languages = any(row.language for members in splits.values() for row in members)
@@ -165,9 +168,9 @@ def _check_row(row: Row, recipe: PrepareRecipe) -> Row | DroppedLine:
     return replace(row, duration_s=duration_s)
 
 
-def _unique_ids(rows: Iterable[Row], recipe: PrepareRecipe) -> Iterator[Row | DroppedLine]:
+def _unique_ids(rows: Iterable[Row], sources: Sequence[Manifest]) -> Iterator[Row | DroppedLine]:
     """Keep the first row of each id: pinned ones first, then by the recipe's order of sources, then by content."""
-    order = {source.manifest: index for index, source in reversed(list(enumerate(recipe.long_sources())))}
+    order = {source.place: index for index, source in reversed(list(enumerate(sources)))}
     first: dict[str, Row] = {}
     for row in sorted(
         rows,

@@ -91,6 +91,14 @@ def find_files(location: str, pattern: str = "**") -> list[StoredFile]:
     return retry_read(location, functools.partial(_expand, location, pattern))
 
 
+def pin_revision(uri: str) -> str:
+    """Return an hf:// URI with the present commit in the place of its branch or tag, and any other location as it is.
+
+    Raises DataError when it is missing, or the hub does not answer.
+    """
+    return retry_read(uri, functools.partial(_pin_revision, uri)) if uri.startswith("hf://") else uri
+
+
 @contextlib.contextmanager
 def open_parquet(
     uri: str, metadata: pq.FileMetaData | None = None, *, is_streamed: bool = False

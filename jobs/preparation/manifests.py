@@ -4,14 +4,16 @@ Every line becomes a Row or, with its reason, a DroppedLine. NeMo and Common Voi
 ids.
 """
 
+import contextlib
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from pathlib import PurePosixPath
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import soundfile
@@ -22,7 +24,9 @@ from graft.config import Recipe
 from graft.data.splits import comparable_text
 from graft.errors import AudioError, DataError
 from graft.keys import Location
-from graft.storage.source import SourceFile
+from graft.storage.local_paths import local_path
+from graft.storage.locations import pin_revision, redact_uri
+from graft.storage.source import SourceFile, open_source
 from graft.text.characters import compose
 from graft.text.languages import language_code
 
@@ -56,8 +60,8 @@ class Manifest(Recipe):
     """A manifest, and how to read it."""
 
     manifest: Location
-    """File of JSON lines, or CSV (*.csv, *.tsv or a given delimiter), with the fields audio and text and optionally id,
-    speaker, sex, language, offset and duration."""
+    """Path or URI of JSON lines, or of CSV (*.csv, *.tsv or a given delimiter), with the fields audio and text and
+    optionally id, speaker, sex, language, offset and duration."""
     split: SplitName | None = None
     """Split that every row of this manifest goes to; null draws splits by the shares of `splits`."""
     folder: str = "."
@@ -73,6 +77,11 @@ class Manifest(Recipe):
     unlabelled: Literal["drop", "keep"] = "drop"
     """Lines without a text are dropped, or kept with an empty text for graft label."""
 
+    @property
+    def place(self) -> str:
+        """The manifest's location as messages show it."""
+        return redact_uri(self.manifest)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -84,7 +93,7 @@ class Row:
     speaker: str | None
     sex: str | None
     pinned: str | None  # the split that its manifest is pinned to
-    source: str  # path of the manifest
+    source: str  # location of the manifest, as messages show it
     line: int
     offset_s: float = 0.0  # start of the clip in its file
     length_s: float | None = None  # of the clip; None: to the file's end
@@ -107,26 +116,54 @@ class DroppedLine:
     detail: str = ""
 
 
+def pin_revisions(sources: Sequence[Manifest]) -> list[Manifest]:
+    """Name manifests on the hub by their present commits, at which the audio beside them is then read, too.
+
+    Raises DataError for one that is missing.
+    """
+    return [source.model_copy(update={"manifest": pin_revision(source.manifest)}) for source in sources]
+
+
 def read_manifests(sources: Sequence[Manifest]) -> Iterator[Row | DroppedLine]:
-    """Read every line of every manifest in order, without those that a source's `only` leaves out.
+    """Read every line of every manifest in order, one after the other, without those that a source's `only` leaves out.
 
     Raises DataError for a manifest that is missing or of another format, and where `only` matches none of its lines.
     """
     for source in sources:
-        try:
-            content = Path(source.manifest).read_bytes()
-        except OSError as error:
+        is_csv = source.delimiter or _suffix(source.manifest) in (".csv", ".tsv")
+        is_matched = False
+        with _open_manifest(source.manifest) as file:
+            for result in _read_csv(file, source) if is_csv else _read_json(file, source):
+                # Lines that cannot be parsed are reported whether `only` would match them or not.
+                is_matched |= not (isinstance(result, DroppedLine) and result.reason in SYNTAX_REASONS)
+                yield result
+        if source.only and not is_matched:
             raise DataError(
-                f"manifest {source.manifest}: {error.strerror}: give the path of a JSON-lines or CSV file"
-            ) from error
-        is_csv = source.delimiter or Path(source.manifest).suffix.lower() in (".csv", ".tsv")
-        results = list(_read_csv(content, source) if is_csv else _read_json(content, source))
-        # Lines that cannot be parsed are reported whether `only` would match them or not.
-        if source.only and all(isinstance(one, DroppedLine) and one.reason in SYNTAX_REASONS for one in results):
-            raise DataError(
-                f"manifest {source.manifest}: no line matches only={source.only}: give a glob of a field's whole value"
+                f"manifest {source.place}: no line matches only={source.only}: give a glob of a field's whole value"
             )
-        yield from results
+
+
+@contextlib.contextmanager
+def _open_manifest(location: str) -> Iterator[BinaryIO]:
+    """Open a manifest, which is read by ranges. Raises DataError where it is missing, or where reading it failed."""
+    try:
+        path = local_path(location)
+        if path is not None:
+            with open(path, "rb") as local:
+                yield local
+            return
+        with open_source(location) as file:
+            yield file
+            file.check()
+    except (OSError, AudioError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).partition(": ")[2].rpartition(": ")[0]
+        raise DataError(
+            f"manifest {redact_uri(location)}: {reason}: give the path or URI of a JSON-lines or CSV file"
+        ) from error
+
+
+def _suffix(location: str) -> str:
+    return PurePosixPath(file_place(location).name).suffix.lower()
 
 
 def header_duration_s(row: Row) -> float:
@@ -197,14 +234,19 @@ def _is_deep(file: SourceFile) -> bool:
         return False
 
 
-def _read_json(content: bytes, source: Manifest) -> Iterator[Row | DroppedLine]:
-    lines = content.splitlines()
-    results = [_parse_json(line, source, number) for number, line in enumerate(lines, start=1) if line.strip()]
-    if all(isinstance(result, DroppedLine) and result.reason == "not JSON" for result in results):
-        raise DataError(
-            f"manifest {source.manifest}: none of its {len(results)} lines is JSON: wants one object a line"
-        )
-    yield from (result for result in results if result)
+def _read_json(file: BinaryIO, source: Manifest) -> Iterator[Row | DroppedLine]:
+    count, is_json = 0, False
+    lines = (line for block in file for line in block.splitlines())
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        count += 1
+        result = _parse_json(line, source, number)
+        is_json |= not (isinstance(result, DroppedLine) and result.reason == "not JSON")
+        if result:
+            yield result
+    if not is_json:
+        raise DataError(f"manifest {source.place}: none of its {count} lines is JSON: wants one object a line")
 
 
 def _parse_json(line: bytes, source: Manifest, number: int) -> Row | DroppedLine | None:
@@ -213,38 +255,42 @@ def _parse_json(line: bytes, source: Manifest, number: int) -> Row | DroppedLine
         values = json.loads(line)
         json.dumps(values, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which is no text
     except ValueError as error:
-        return DroppedLine(source.manifest, number, None, "not JSON", str(error))
+        return DroppedLine(source.place, number, None, "not JSON", str(error))
     if not isinstance(values, dict):
-        return DroppedLine(source.manifest, number, None, "not JSON", f"a {type(values).__name__}, wants an object")
+        return DroppedLine(source.place, number, None, "not JSON", f"a {type(values).__name__}, wants an object")
     return _parse_fields(values, source, number) if _is_selected(values, source) else None
 
 
-def _read_csv(content: bytes, source: Manifest) -> Iterator[Row | DroppedLine]:
+def _read_csv(file: BinaryIO, source: Manifest) -> Iterator[Row | DroppedLine]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    number = 0
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"manifest {source.manifest}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
-    delimiter = source.delimiter or max(DELIMITERS, key=text.partition("\n")[0].count)
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    try:
+        first = text.readline()
+        delimiter = source.delimiter or max(DELIMITERS, key=first.count)
+        quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        lines = csv.reader(itertools.chain([first], text), delimiter=delimiter, quoting=quoting, strict=True)
         header = [name.strip() for name in next(lines, [])]
         required = _required_fields(source, "audio", "text")
         if missing := [field for field in required if not set(_names_of(field, source)) & set(header)]:
             raise DataError(
-                f"manifest {source.manifest}: its header {header} names no {' and no '.join(missing)}: "
+                f"manifest {source.place}: its header {header} names no {' and no '.join(missing)}: "
                 "say `columns: {...}`"
             )
         for values in lines:
+            number = lines.line_num
             if len(values) not in (0, len(header)):
                 detail = f"{len(values)} fields, the header has {len(header)}"
-                yield DroppedLine(source.manifest, lines.line_num, None, "not CSV", detail)
+                yield DroppedLine(source.place, number, None, "not CSV", detail)
             elif values and _is_selected(fields := dict(zip(header, values, strict=True)), source):
-                yield _parse_fields(fields, source, lines.line_num)
+                yield _parse_fields(fields, source, number)
     except csv.Error as error:
-        raise DataError(f"manifest {source.manifest}: line {lines.line_num}: {error}") from error
+        raise DataError(f"manifest {source.place}: line {lines.line_num}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"manifest {source.place}: not UTF-8 ({error.reason}, after line {number}): save it as UTF-8"
+        ) from error
+    finally:
+        text.detach()
 
 
 def _names_of(field: str, source: Manifest) -> tuple[str, ...]:
@@ -266,16 +312,16 @@ def _parse_fields(values: Mapping[str, Any], source: Manifest, number: int) -> R
     }
     fields = {field: _text_of(values, name) for field, name in found.items()}
     if found["audio"] in FIELD_NAMES["audio"][1:] and not fields["id"]:  # NeMo and Common Voice have no ids
-        fields["id"] = fields["audio"] + (f"@{fields['offset']}" if fields["offset"] else "")
+        fields["id"] = redact_uri(fields["audio"]) + (f"@{fields['offset']}" if fields["offset"] else "")
     # Punctuation alone is nothing that could be said.
     fields["text"] = compose(fields["text"]) if comparable_text(fields["text"]) else ""
     for field in _required_fields(source, "id", "audio", "text"):
         if not fields[field]:
-            return DroppedLine(source.manifest, number, fields["id"] or None, f"no {field}")
+            return DroppedLine(source.place, number, fields["id"] or None, f"no {field}")
     try:
         language = language_code(fields["language"]) if fields["language"] else None
     except DataError:
-        return DroppedLine(source.manifest, number, fields["id"], "no such language", fields["language"])
+        return DroppedLine(source.place, number, fields["id"], "no such language", fields["language"])
     try:
         offset_s = float(fields["offset"] or 0)
         # The duration of a whole file is measured; that of a part of a file is for the manifest to say.
@@ -284,7 +330,7 @@ def _parse_fields(values: Mapping[str, Any], source: Manifest, number: int) -> R
         if not (0 <= offset_s < LONGEST_S and (length_s is None or 0 < length_s < LONGEST_S)):
             raise ValueError(f"offset {offset_s:g} s, duration {length_s} s")
     except ValueError as error:
-        return DroppedLine(source.manifest, number, fields["id"], "no such time", str(error))
+        return DroppedLine(source.place, number, fields["id"], "no such time", str(error))
     return Row(
         fields["id"],
         file_place(location_below(source.manifest, fields["audio"], folder=source.folder)),
@@ -292,7 +338,7 @@ def _parse_fields(values: Mapping[str, Any], source: Manifest, number: int) -> R
         fields["speaker"] or None,
         fields["sex"] or None,
         source.split,
-        source.manifest,
+        source.place,
         number,
         offset_s,
         length_s,

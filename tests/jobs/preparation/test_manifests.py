@@ -16,7 +16,7 @@ from graft.errors import AudioError, DataError, RecipeError
 from jobs.preparation.audio_places import AudioPlace, file_place
 from jobs.preparation.manifests import DroppedLine, Manifest, Row, header_duration_s, read_manifests, row_audio
 from jobs.prepare import PrepareRecipe, run
-from tests.support import media
+from tests.support import hub_server, media
 
 
 def read(path: Path, content: str | bytes, **more) -> tuple[list[Row], dict[tuple[int, str | None], str]]:
@@ -217,6 +217,26 @@ def test_parts_of_every_container_are_cut_to_the_sample(tmp_path, codec, kind, n
     ((row,), _) = read(tmp_path / "late.json", late)
     with pytest.raises(AudioError, match=f"{name}: ends before the clip that begins at 5 s and lasts 2 s"):
         row_audio(row)
+
+
+def test_manifests_and_the_audio_beside_them_are_read_from_a_web_server(tmp_path):
+    """An answer that fails in a way that may pass is asked for again."""
+    home = tmp_path / "speech" / "talks" / "main"
+    home.mkdir(parents=True)
+    samples = sound(home / "a b.wav", 2)
+    (home / "rows.csv").write_text("id,audio,text,offset\n" + "x,a b.wav,all of it,\ny,a b.wav,a part,1\n")
+    with hub_server.serve(tmp_path) as hub:
+        hub.faults["data"] = ["503", "", "drop"]
+        place = f"{hub.url}/files/speech/talks/main/rows.csv?key=secret"
+        whole, part = read_manifests([Manifest(manifest=place)])
+        assert (whole.source, str(whole.audio)) == (place[:-11], f"{hub.url}/files/speech/talks/main/a%20b.wav")
+        assert row_audio(whole) == ((home / "a b.wav").read_bytes(), "a b.wav")
+        content, name = row_audio(part)
+        assert name == "a b.flac"
+        assert np.array_equal(soundfile.read(io.BytesIO(content), dtype="int16")[0], samples[16_000:])
+        gone = place.replace("rows", "gone")
+        with pytest.raises(DataError, match=f"^manifest {gone[:-11]}: no such file or folder: give the path or URI"):
+            list(read_manifests([Manifest(manifest=gone)]))
 
 
 def test_only_takes_the_lines_whose_fields_match_all(tmp_path):

@@ -48,6 +48,7 @@ ROADS = {
     r"^(?:graft ablate|python -m jobs\.ablate) ": "no: it takes hours; tests/jobs/test_ablate.py trains tiny models",
     r"^(?:graft demo|python -m jobs\.demo)|^make ": "no: continuous integration runs it",
     r"^(?:apt|cd|eval|export|git|pip|\.) ": "no: it changes the shell or the machine",
+    r"^graft score ": FAST,
     r"^curl ": ASKED,
     r"^graft serve ": SERVED,
     r"^(?:graft|python -m jobs\.)": WALKED,
@@ -95,6 +96,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"audio": {"bytes": path.read_bytes(), "path": path.name}} for path in (short, longer)]
     pq.write_table(pa.Table.from_pylist(rows), home / "data.parquet")
     _write_sources(home, lines)
+    for name in ("refs", "graft", "whisper"):
+        texts = [{"id": line["id"], "text": line["text"], "source": "prompts"} for line in lines[:3]]
+        _write_lines(home / f"{name}.jsonl", texts)
     (home / "jobs").symlink_to(ROOT / "jobs")
     return home
 

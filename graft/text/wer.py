@@ -1,9 +1,9 @@
 """Score transcripts by word and character error rates.
 
-    counts of each clip -> sums over the corpus -> rates with a bootstrap interval
+    counts of each clip -> sums over the corpus -> rates with a bootstrap interval (graft.text.bootstrap)
 
-A rate is errors / max(1, reference words) over the whole corpus, never a mean of the clips' rates: a clip with an empty
-reference adds its invented words as insertions, and no rate is infinite.
+A rate is errors / max(1, reference words) over the whole corpus, never a mean of the clips' rates unless it is called
+macro: a clip with an empty reference adds its invented words as insertions, and no rate is infinite.
 
 English is normalised as Whisper does it. Any other language gets Whisper's basic normaliser, which lowers case and
 removes punctuation and symbols, and here keeps the marks of letters, without which Hindi or Thai is unreadable. In
@@ -11,26 +11,42 @@ scripts without spaces each written character is a word, as in the Whisper paper
 Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision, 2022, appendix C.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import importlib.metadata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import regex
+from numpy.typing import NDArray
 
 from graft.errors import DataError, require
+from graft.text.bootstrap import interval, rate_of, resample_sums
 from graft.text.characters import UNSPACED, compose, is_unspaced
 
-ENGLISH, BASIC, BASIC_BY_CHARACTER = NORMALIZERS = ("english", "basic", "basic, by character")
+ENGLISH, OPENAI_ENGLISH, BASIC, BASIC_BY_CHARACTER = NORMALIZERS = (
+    "english",
+    "openai english",
+    "basic",
+    "basic, by character",
+)
 """Names of the normalisers in reports."""
 NORMALIZERS_IN_WORDS = {
     ENGLISH: "Whisper's English normaliser",
+    OPENAI_ENGLISH: "Whisper's English normaliser as OpenAI published it",
     BASIC: "Whisper's basic normaliser with the marks of letters kept",
     BASIC_BY_CHARACTER: "Whisper's basic normaliser with the marks of letters kept, each character a word",
 }
 MOST_ENGLISH_MARKED = 0.01
 """Share of letters outside ASCII up to which texts of an unknown language are taken for English; French has 0.03."""
+RATES = ("wer", "cer", "wer_folded", "cer_folded", "wer_raw", "cer_raw")
+"""Rates of words and of characters: after the normaliser, with case folded, and on texts as written."""
+PACKAGES = ("whisper-normalizer", "jiwer", "kaldialign")
+"""Packages whose versions decide rates."""
+_NOT_OPENAIS = (r"\bkinda\b", r"\bsorta\b", r"\bdunno\b", r"\bcause\b")
+"""Patterns that whisper-normalizer replaces and OpenAI's own rules do not."""
 _UNSPACED_CHARACTER = regex.compile(rf"({UNSPACED}[\p{{M}}\p{{Lm}}]*)")
 _SPACE_IN_UNSPACED = regex.compile(rf"(?<={UNSPACED}[\p{{M}}\p{{Lm}}]*) | (?={UNSPACED})")
 
@@ -95,32 +111,67 @@ def score(references: Sequence[str], hypotheses: Sequence[str], *, language: str
         raise DataError(
             f"{len(references)} references and {len(hypotheses)} hypotheses: wants as many of both, and at least one"
         )
-    references, hypotheses = list(map(compose, references)), list(map(compose, hypotheses))
     normalizer = choose_normalizer(references, language=language)
-    normal_references = [normalize(text, normalizer) for text in references]
-    normal_hypotheses = [normalize(text, normalizer) for text in hypotheses]
-    words = list(map(word_errors, normal_references, normal_hypotheses))
-    low, high = bootstrap_interval(words, seed=seed)
-    total = sum(words, WordErrors())
-    if normalizer == BASIC_BY_CHARACTER:
-        texts = (normal_references, normal_hypotheses, references, hypotheses)
-        normal_references, normal_hypotheses, raw_references, raw_hypotheses = (
-            [_SPACE_IN_UNSPACED.sub("", text) for text in some] for some in texts
-        )
-        references, hypotheses = ([_part_unspaced(text) for text in some] for some in (references, hypotheses))
-    else:
-        raw_references, raw_hypotheses = references, hypotheses
+    by_character = normalizer == BASIC_BY_CHARACTER
+    counts = count_clips(references, hypotheses, lambda text: normalize(text, normalizer), by_character=by_character)
+    words = counts["wer"]
+    sums = resample_sums(np.stack([errors_of(words), references_of(words)], axis=1), seed=seed)
+    low, high = interval(rate_of(sums[:, 0], sums[:, 1]))
+    rates = {name: total(table).rate for name, table in counts.items()}
     return Score(
-        wer=total.rate,
+        wer=rates["wer"],
         wer_low=low,
         wer_high=high,
-        cer=sum(map(character_errors, normal_references, normal_hypotheses), WordErrors()).rate,
-        wer_raw=sum(map(word_errors, references, hypotheses), WordErrors()).rate,
-        cer_raw=sum(map(character_errors, raw_references, raw_hypotheses), WordErrors()).rate,
+        cer=rates["cer"],
+        wer_raw=rates["wer_raw"],
+        cer_raw=rates["cer_raw"],
         clips=len(words),
-        words=total.reference_count,
+        words=total(words).reference_count,
         normalizer=normalizer,
     )
+
+
+def count_clips(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    normalizer: Callable[[str], str],
+    *,
+    by_character: bool = False,
+    merges_compounds: bool = False,
+) -> dict[str, NDArray[np.int64]]:
+    """Count the errors of each clip for each of RATES: (clips, 4) of substitutions, deletions, insertions and hits.
+
+    With `by_character` each character of a script without spaces is a word. With `merges_compounds` words that are
+    joined or parted otherwise than in the reference are right (compound_word_errors). Raises MissingExtra.
+    """
+    pairs = [(compose(reference), compose(text)) for reference, text in zip(references, hypotheses, strict=True)]
+    forms: dict[str, Callable[[str], str]] = {"": normalizer, "_folded": str.casefold, "_raw": str}
+    count_words = compound_word_errors if merges_compounds else word_errors
+    counts = {}
+    for form, written in forms.items():
+        texts = [(written(reference), written(text)) for reference, text in pairs]
+        words = characters = texts
+        if by_character:
+            words = [(_part_unspaced(reference), _part_unspaced(text)) for reference, text in texts]
+            characters = [(_join_unspaced(reference), _join_unspaced(text)) for reference, text in texts]
+        counts[f"wer{form}"] = _table(count_words(*one) for one in words)
+        counts[f"cer{form}"] = _table(character_errors(*one) for one in characters)
+    return counts
+
+
+def errors_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sum the errors of counts: (clips, 4) -> (clips,)."""
+    return counts[:, :3].sum(axis=1)
+
+
+def references_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Count the words of the references: (clips, 4) -> (clips,)."""
+    return counts[:, [0, 1, 3]].sum(axis=1)
+
+
+def total(counts: NDArray[np.int64]) -> WordErrors:
+    """Sum counts over clips: (clips, 4) -> one."""
+    return WordErrors(*map(int, counts.sum(axis=0)))
 
 
 def choose_normalizer(references: Sequence[str], *, language: str | None = None) -> str:
@@ -128,7 +179,7 @@ def choose_normalizer(references: Sequence[str], *, language: str | None = None)
 
     Texts of an unknown language are taken for English where nearly all of their letters are in ASCII.
     """
-    text = " ".join(references)
+    text = compose(" ".join(references))
     if language == "en":
         return ENGLISH
     if language is None:
@@ -139,11 +190,25 @@ def choose_normalizer(references: Sequence[str], *, language: str | None = None)
 
 
 def normalize(text: str, normalizer: str) -> str:
-    """Normalise a text by one of NORMALIZERS. Raises MissingExtra."""
-    if normalizer == ENGLISH:
-        return normalize_english(text)
+    """Normalise a text by one of NORMALIZERS.
+
+    The English ones write lower case, no punctuation, digits, American spelling and full contractions. The package
+    whisper-normalizer also writes out kinda, sorta and dunno, and reads "cause" as "because"; OpenAI's own rules do
+    not. Raises MissingExtra.
+    """
+    if normalizer in (ENGLISH, OPENAI_ENGLISH):
+        return _english_normalizer(is_openais=normalizer == OPENAI_ENGLISH)(text)
     basic = " ".join(_basic_normalizer()(text).split())
     return _part_unspaced(basic) if normalizer == BASIC_BY_CHARACTER else basic
+
+
+def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def word_errors(reference: str, hypothesis: str) -> WordErrors:
@@ -156,35 +221,16 @@ def character_errors(reference: str, hypothesis: str) -> WordErrors:
     return _count("process_characters", reference, hypothesis)
 
 
-def normalize_english(text: str) -> str:
-    """Normalise a text as Whisper does: lower case, no punctuation, digits, American spelling, full contractions.
+def compound_word_errors(reference: str, hypothesis: str) -> WordErrors:
+    """Align by words, of which neighbours may be joined: "white paper" and "whitepaper" agree (kaldialign).
 
-    The package whisper-normalizer also writes out kinda, sorta and dunno, and reads "cause" as "because", unlike
-    OpenAI's own rules. Raises MissingExtra.
+    Raises MissingExtra.
     """
-    return _english_normalizer()(text)
-
-
-def bootstrap_interval(
-    counts: Sequence[WordErrors], *, seed: int = 0, resamples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """Estimate the percentile interval of the corpus rate over resampled clips: counts (clips,) -> (low, high).
-
-    Raises DataError for no clips. Source: Bisani & Ney, Bootstrap estimates for confidence intervals in ASR performance
-    evaluation, ICASSP 2004.
-    """
-    if not counts:
-        raise DataError("no clips to estimate an interval from")
-    errors = np.array([count.errors for count in counts])
-    words = np.array([count.reference_count for count in counts])
-    random = np.random.default_rng(seed)
-    rates = np.empty(resamples)
-    block = max(1, 4_000_000 // len(counts))  # resamples at a time, so that memory stays at tens of MB
-    for start in range(0, resamples, block):
-        drawn = random.integers(len(counts), size=(min(block, resamples - start), len(counts)))  # (resamples, clips)
-        rates[start : start + block] = errors[drawn].sum(axis=1) / np.maximum(1, words[drawn].sum(axis=1))
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    kaldialign = require("kaldialign", extra="score")
+    words = reference.split()
+    result = kaldialign.edit_distance(words, hypothesis.split(), merge_compounds=True)
+    errors = result["sub"], result["del"], result["ins"]
+    return WordErrors(*errors, hits=len(words) - result["sub"] - result["del"])
 
 
 def _count(process: str, reference: str, hypothesis: str) -> WordErrors:
@@ -199,9 +245,22 @@ def _part_unspaced(text: str) -> str:
     return " ".join(_UNSPACED_CHARACTER.sub(r" \1 ", text).split())
 
 
+def _table(counts: Iterable[WordErrors]) -> NDArray[np.int64]:
+    rows = [(one.substitutions, one.deletions, one.insertions, one.hits) for one in counts]
+    return np.array(rows, np.int64).reshape(-1, 4)
+
+
+def _join_unspaced(text: str) -> str:
+    """Leave out the spaces beside characters of scripts without spaces."""
+    return _SPACE_IN_UNSPACED.sub("", text)
+
+
 @functools.cache
-def _english_normalizer() -> Callable[[str], str]:
-    return require("whisper_normalizer.english", extra="score").EnglishTextNormalizer()
+def _english_normalizer(*, is_openais: bool) -> Callable[[str], str]:
+    normalizer = require("whisper_normalizer.english", extra="score").EnglishTextNormalizer()
+    for pattern in _NOT_OPENAIS if is_openais else ():
+        del normalizer.replacers[pattern]
+    return normalizer
 
 
 @functools.cache

@@ -1,9 +1,11 @@
-"""Error rates count what jiwer aligns, after Whisper's normaliser, and their interval is a bootstrap over clips."""
+"""Error rates count what jiwer and kaldialign align, after Whisper's normaliser, and have bootstrap intervals."""
 
 import re
 import sys
 import unicodedata
 
+import jiwer
+import kaldialign
 import numpy as np
 import pytest
 import whisper_normalizer.english
@@ -11,12 +13,20 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from graft.errors import DataError, MissingExtra, install_command
 from graft.text.wer import (
+    ENGLISH,
     NORMALIZERS_IN_WORDS,
+    OPENAI_ENGLISH,
+    RATES,
     WordErrors,
-    bootstrap_interval,
     character_errors,
-    normalize_english,
+    compound_word_errors,
+    count_clips,
+    errors_of,
+    normalize,
+    package_versions,
+    references_of,
     score,
+    total,
     word_errors,
 )
 
@@ -44,10 +54,11 @@ def test_the_normaliser_is_whispers():
     spelling = whisper_normalizer.english.EnglishSpellingNormalizer().mapping
     whisper = EnglishTextNormalizer(spelling)
     for text in TRICKY:
-        assert normalize_english(text) == whisper(text), text
-    # Here whisper-normalizer goes beyond OpenAI's rules.
-    assert whisper("kinda sorta dunno cause") == "kinda sorta dunno cause"
-    assert normalize_english("kinda sorta dunno cause") == "kind of sort of do not know because"
+        assert normalize(text, ENGLISH) == whisper(text), text
+    # Here whisper-normalizer goes beyond OpenAI's rules, unless those are asked for.
+    said = "kinda sorta dunno cause"
+    assert whisper(said) == normalize(said, OPENAI_ENGLISH) == said
+    assert normalize(said, ENGLISH) == "kind of sort of do not know because"
 
 
 def test_the_normaliser_takes_whatever_a_model_says():
@@ -60,7 +71,7 @@ def test_the_normaliser_takes_whatever_a_model_says():
         "1/2",
     ]
     for _ in range(2000):
-        normalize_english(" ".join(random.choice(words, size=random.integers(1, 8))))
+        normalize(" ".join(random.choice(words, size=random.integers(1, 8))), ENGLISH)
 
 
 @pytest.mark.parametrize(
@@ -92,36 +103,51 @@ def test_counts_add_up_to_the_corpus_rate():
     assert WordErrors(insertions=3).rate == 3.0  # It is finite by definition: errors / max(1, words).
 
 
-def test_the_interval_agrees_with_the_normal_approximation():
-    # Each of 1,000 clips of 10 words is all wrong or all right: the rate's standard error is sqrt(p (1 - p) / clips).
-    clips, p = 1000, 0.2
-    counts = [WordErrors(substitutions=10)] * int(clips * p) + [WordErrors(hits=10)] * int(clips * (1 - p))
-    low, high = bootstrap_interval(counts, resamples=4000)
-    half = 1.96 * np.sqrt(p * (1 - p) / clips)
-    assert low == pytest.approx(p - half, abs=0.1 * half)
-    assert high == pytest.approx(p + half, abs=0.1 * half)
-    narrow = bootstrap_interval(counts, resamples=4000, level=0.5)
-    assert (narrow[1] - narrow[0]) / 2 == pytest.approx(0.6745 / 1.96 * half, rel=0.1)
+def test_compounds_may_be_joined_or_parted():
+    for reference, hypothesis, counts in [
+        ("the white paper is out", "the whitepaper is out", (0, 0, 0, 5)),
+        ("the whitepaper is out", "the white paper is out", (0, 0, 0, 4)),
+        ("white paper", "whitepapers", (1, 1, 0, 0)),
+        ("a b", "", (0, 2, 0, 0)),
+        ("", "a b", (0, 0, 2, 0)),
+    ]:
+        assert compound_word_errors(reference, hypothesis) == WordErrors(*counts), reference
+    assert word_errors("the white paper is out", "the whitepaper is out").errors == 2
 
 
-def test_the_interval_is_seeded_and_weighs_clips_by_their_words():
-    counts = [WordErrors(substitutions=index % 7, hits=50 + index) for index in range(60)]
-    assert (
-        bootstrap_interval(counts, seed=3) == bootstrap_interval(counts, seed=3) != bootstrap_interval(counts, seed=4)
+def test_clips_are_counted_as_jiwer_and_kaldialign_count_them():
+    random = np.random.default_rng(0)
+    words = ["a", "b", "c", "d", "white", "paper", "whitepaper", "Über", "5", ","]
+    texts = [[" ".join(random.choice(words, size=random.integers(0, 12))) for _ in range(200)] for _ in range(2)]
+    plain = count_clips(*texts, str)
+    merged = count_clips(*texts, str, merges_compounds=True)
+    assert plain.keys() == merged.keys() == set(RATES)
+    for place, (reference, hypothesis) in enumerate(zip(*texts, strict=True)):
+        aligned = jiwer.process_words(reference, hypothesis)
+        counts = aligned.substitutions, aligned.deletions, aligned.insertions, aligned.hits
+        assert tuple(plain["wer"][place]) == tuple(plain["wer_raw"][place]) == counts
+        folded = jiwer.process_words(reference.casefold(), hypothesis.casefold())
+        assert errors_of(plain["wer_folded"])[place] == folded.substitutions + folded.deletions + folded.insertions
+        letters = jiwer.process_characters(reference, hypothesis)
+        assert tuple(plain["cer"][place][:3]) == (letters.substitutions, letters.deletions, letters.insertions)
+        assert sum(counts[:3]) == kaldialign.edit_distance(reference.split(), hypothesis.split())["total"]
+        joined = kaldialign.edit_distance(reference.split(), hypothesis.split(), merge_compounds=True)
+        assert errors_of(merged["wer"])[place] == joined["total"] <= sum(counts[:3])
+        assert references_of(merged["wer"])[place] == references_of(plain["wer"])[place] == len(reference.split())
+    parts = [count_clips(texts[0][part], texts[1][part], str) for part in (slice(0, 70), slice(70, None))]
+    for rate in RATES:  # counts add up over shards
+        assert sum((total(part[rate]) for part in parts), WordErrors()) == total(plain[rate])
+    batch = kaldialign.batch_error_rate(
+        [text.split() for text in texts[0]], [text.split() for text in texts[1]], merge_compounds=True
     )
-    low, high = bootstrap_interval([WordErrors(substitutions=1, hits=99), WordErrors(substitutions=1)] * 20)
-    assert low < 40 / 2020 < high < 0.05  # the mean of the clips' rates would be 0.505
-    assert bootstrap_interval([WordErrors(hits=3)]) == (0.0, 0.0)
-    assert bootstrap_interval([WordErrors(insertions=1)]) == (1.0, 1.0)
-    with pytest.raises(DataError):
-        bootstrap_interval([])
+    assert total(merged["wer"]).rate == pytest.approx(batch["err_rate"])
 
 
-def test_many_clips_take_the_same_draws_in_blocks():
-    counts = [WordErrors(substitutions=index % 3, hits=5) for index in range(5000)]  # 5 million draws are two blocks.
-    low, high = bootstrap_interval(counts)
-    assert low < sum(counts, WordErrors()).rate < high
-    assert high - low < 0.01
+def test_the_packages_that_decide_a_rate_are_named():
+    versions = package_versions()
+    assert versions["whisper-normalizer"].startswith("0.1.")
+    assert versions.keys() >= {"jiwer", "kaldialign"}
+    assert package_versions(["no-such-package"]) == {}
 
 
 def test_a_score_is_normalised_and_raw():

@@ -1,9 +1,11 @@
 """Augment training clips, so that no two epochs meet the same clip; every choice follows from a sample's seed.
 
-    clip -> speed -> noise at a signal-to-noise ratio -> gain -> log-mels -> masks over time and frequency
+    clip -> speed -> room -> noise at a signal-to-noise ratio -> band, telephone -> gain
+         -> log-mels -> masks over time and frequency
 
-Sources: Ko et al. 2015, Audio augmentation for speech recognition; Park et al. 2019, SpecAugment. soxr changes the
-speed, as it also resamples clips of other rates, because torchaudio is installed on few machines.
+Sources: Ko et al. 2015, Audio augmentation for speech recognition; Polack 1988, whose model of a room's late response
+is noise that decays exponentially; ITU-T G.711, telephone speech in 8 bits; Park et al. 2019, SpecAugment. soxr changes
+the speed, as it also resamples clips of other rates, because torchaudio is installed on few machines.
 """
 
 from collections.abc import Sequence
@@ -24,6 +26,10 @@ SLOWED_LIMIT_S = 29.9
 NO_SPEECH_S = (0.5, 15.0)
 SILENCE_DBFS = -80.0
 NOISE_KINDS = ("white", "pink", "speech-shaped")
+TELEPHONE_HZ = (300.0, 3400.0)
+TELEPHONE_RATE = 8000
+DIRECT_S = 0.0025
+"""Seconds between the direct sound and the first reflection: a way longer by 0.9 m."""
 
 
 def sample_speeds(factors: Sequence[float], durations_s: np.ndarray, sample_seeds: np.ndarray) -> np.ndarray:
@@ -79,12 +85,14 @@ class Augmenter:
     def clip(
         self, clip: AudioClip, sample_seed: int, *, duration_s: float, noise: NoiseClip | None = None
     ) -> AudioClip:
-        """Change speed, add noise and amplify; `duration_s` is the clip's length by which the plan drew the speed.
+        """Change a clip; `duration_s` is its length by which the plan drew the speed.
 
         Noise is made where none is given. Raises DataError for a noise clip that cannot be read.
         """
         speed = float(sample_speeds(self.recipe.speed, np.array([duration_s]), np.array([sample_seed]))[0])
-        return self._amplify(self._add_noise(change_speed(clip, speed), sample_seed, noise), sample_seed)
+        in_room = self._reverberate(change_speed(clip, speed), sample_seed)
+        heard = self._transmit(self._add_noise(in_room, sample_seed, noise), sample_seed)
+        return self._amplify(heard, sample_seed)
 
     def features(self, features: Features, sample_seed: int) -> Features:
         """Mask the log-mels of a clip's own frames, without those of the padding after it."""
@@ -94,6 +102,22 @@ class Augmenter:
         own = mel[:, : features.frame_count]
         own[_mask(own.shape, self.recipe.specaugment, generator(sample_seed, "specaugment"))] = own.mean()
         return replace(features, mel=mel)
+
+    def _reverberate(self, clip: AudioClip, sample_seed: int) -> AudioClip:
+        room = self.recipe.room
+        if room is None or not uniform(sample_seed, "room share") < room.share:
+            return clip
+        rng = generator(sample_seed, "room")
+        response = room_response(rng.uniform(*room.rt60_s), rng.uniform(*room.direct_db), rng)
+        return AudioClip(reverberate(clip.samples, response))
+
+    def _transmit(self, clip: AudioClip, sample_seed: int) -> AudioClip:
+        samples, band = clip.samples, self.recipe.band
+        if band and uniform(sample_seed, "band share") < band.share:
+            samples = limit_band(samples, 0.0, generator(sample_seed, "band").uniform(*band.cutoff_hz))
+        if uniform(sample_seed, "telephone share") < self.recipe.telephone:
+            samples = telephone(samples, mu_law=bool(uniform(sample_seed, "telephone law") < 0.5))
+        return replace(clip, samples=samples)
 
     def _add_noise(self, clip: AudioClip, sample_seed: int, noise: NoiseClip | None) -> AudioClip:
         if self.recipe.noise is None or not wants_noise(self.recipe, np.array(sample_seed)):
@@ -127,6 +151,57 @@ def generate_noise(kind: str, samples: np.ndarray, rng: np.random.Generator) -> 
     spectrum = np.fft.rfft(rng.standard_normal(length, dtype=np.float32))
     shape = np.maximum(np.arange(len(spectrum)), 1) ** -0.5 if kind == "pink" else np.abs(np.fft.rfft(samples, length))
     return np.fft.irfft(spectrum * shape.astype(np.float32), length)[: len(samples)].astype(np.float32)
+
+
+def room_response(rt60_s: float, direct_db: float, rng: np.random.Generator) -> np.ndarray:
+    """Make a room's response, float32 (samples,): the direct sound at once, then noise that falls by 60 dB in `rt60_s`.
+
+    The reverberated sound has `direct_db` less energy than the direct one.
+    """
+    count = max(1, round(rt60_s * SAMPLE_RATE))
+    tail = rng.standard_normal(count) * 10 ** (-3 * np.arange(count) / count)
+    tail *= np.sqrt(10 ** (-direct_db / 10) / np.sum(np.square(tail)))
+    return np.concatenate([[1.0], np.zeros(round(DIRECT_S * SAMPLE_RATE)), tail]).astype(np.float32)
+
+
+def reverberate(samples: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """Convolve samples with a room's response: as many samples, of the same power, float32."""
+    length = 1 << (len(samples) + len(response) - 2).bit_length()
+    spectrum = np.fft.rfft(samples, length) * np.fft.rfft(response, length)
+    heard = np.fft.irfft(spectrum, length)[: len(samples)]
+    return (heard * np.sqrt(_power(samples) / max(_power(heard), 1e-20))).astype(np.float32)
+
+
+def limit_band(samples: np.ndarray, low_hz: float, high_hz: float) -> np.ndarray:
+    """Keep the frequencies between two, with slopes of a tenth of each frequency: as many samples, float32."""
+    length = 1 << (len(samples) - 1).bit_length()
+    hertz = np.fft.rfftfreq(length, 1 / SAMPLE_RATE)
+    gain = np.clip((high_hz - hertz) / (0.1 * high_hz) + 1, 0, 1)
+    if low_hz:
+        gain *= np.clip((hertz - low_hz) / (0.1 * low_hz) + 1, 0, 1)
+    return np.fft.irfft(np.fft.rfft(samples, length) * gain, length)[: len(samples)].astype(np.float32)
+
+
+def telephone(samples: np.ndarray, *, mu_law: bool) -> np.ndarray:
+    """Send samples through a telephone line: its band, 8 kHz, 8 bits by G.711's µ-law or A-law; as many, float32."""
+    line = soxr.resample(limit_band(samples, *TELEPHONE_HZ), SAMPLE_RATE, TELEPHONE_RATE)
+    peak = max(float(np.abs(line).max(initial=0.0)), 1.0)
+    coded = _g711(line / peak, mu_law=mu_law) * peak
+    heard = soxr.resample(coded.astype(np.float32), TELEPHONE_RATE, SAMPLE_RATE)[: len(samples)]
+    return np.pad(heard, (0, len(samples) - len(heard))).astype(np.float32)
+
+
+def _g711(samples: np.ndarray, *, mu_law: bool) -> np.ndarray:
+    """Round samples from -1 to 1 to the 256 levels of G.711's companding curves."""
+    size = np.abs(samples)
+    if mu_law:
+        level = np.round(127 * np.log1p(255 * size) / np.log(256)) / 127
+        return np.sign(samples) * np.expm1(level * np.log(256)) / 255
+    a, scale = 87.6, 1 + np.log(87.6)
+    level = np.where(size < 1 / a, a * size, 1 + np.log(np.maximum(a * size, 1))) / scale
+    level = np.round(127 * level) / 127
+    decoded = np.where(level < 1 / scale, level * scale / a, np.exp(level * scale - 1) / a)
+    return np.sign(samples) * decoded
 
 
 def no_speech_durations(count: int, seed: int) -> np.ndarray:

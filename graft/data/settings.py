@@ -60,6 +60,26 @@ class NoiseRecipe(Recipe):
     """Corpus of noise clips without speech. null generates white, pink or speech-shaped noise."""
 
 
+class RoomRecipe(Recipe):
+    """Reverberation of part of the samples, by room responses that are generated."""
+
+    share: float = Field(default=0.3, ge=0, le=1)
+    """Share of the samples that are heard in a room."""
+    rt60_s: Range = (0.15, 0.8)
+    """Least and greatest reverberation time in seconds, in which sound falls by 60 dB."""
+    direct_db: Range = (-3.0, 12.0)
+    """Least and greatest ratio of direct to reverberated sound in dB; near speakers have the greater one."""
+
+
+class BandRecipe(Recipe):
+    """Loss of high frequencies in part of the samples, as by a cheap microphone or a strong codec."""
+
+    share: float = Field(default=0.1, ge=0, le=1)
+    """Share of the samples."""
+    cutoff_hz: Range = (3000.0, 7000.0)
+    """Least and greatest frequency above which nothing is left."""
+
+
 class SpecAugmentRecipe(Recipe):
     """Masks on the log-mels, filled with the clip's mean; each width is drawn between zero and the greatest."""
 
@@ -80,14 +100,30 @@ class AugmentRecipe(Recipe):
     """Speed factors, one of which is drawn for each sample: 1.1 is faster and higher."""
     gain_db: Range | None = None
     """Least and greatest amplification in dB, which never lifts a clip past full scale. null leaves the level."""
+    room: RoomRecipe | None = None
+    """Reverberation of part of the samples; null adds none."""
     noise: NoiseRecipe | None = None
     """Noise added to part of the samples; null adds none."""
+    band: BandRecipe | None = None
+    """Loss of high frequencies in part of the samples; null keeps them."""
+    telephone: float = Field(default=0.0, ge=0, le=1)
+    """Share of the samples that are heard by telephone: 300 to 3,400 Hz, in 8 bits at 8 kHz (G.711)."""
     specaugment: SpecAugmentRecipe | None = None
     """Masks on the log-mels (SpecAugment); null makes none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name, limits in (("gain_db", self.gain_db), ("noise.snr_db", self.noise and self.noise.snr_db)):
+        ranges = {
+            "gain_db": self.gain_db,
+            "room.rt60_s": self.room and self.room.rt60_s,
+            "room.direct_db": self.room and self.room.direct_db,
+            "noise.snr_db": self.noise and self.noise.snr_db,
+            "band.cutoff_hz": self.band and self.band.cutoff_hz,
+        }
+        for name, limits in ranges.items():
             if limits and limits[0] > limits[1]:
                 raise ValueError(f"{name} is {list(limits)}: give the smaller number first")
+        for name in ("room.rt60_s", "band.cutoff_hz"):
+            if (limits := ranges[name]) and limits[0] <= 0:
+                raise ValueError(f"{name} is {list(limits)}: give numbers over zero")
         return self

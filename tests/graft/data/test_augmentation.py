@@ -18,9 +18,13 @@ from graft.data.augmentation import (
     NoiseClip,
     change_speed,
     generate_noise,
+    limit_band,
     no_speech_clip,
     no_speech_durations,
+    reverberate,
+    room_response,
     sample_speeds,
+    telephone,
 )
 from graft.data.row_groups import StoredAudio
 from graft.data.settings import AugmentRecipe, SpecAugmentRecipe
@@ -31,7 +35,10 @@ from tests.support.speech_corpus import flac
 EVERYTHING = {
     "speed": [0.9, 1.0, 1.1],
     "gain_db": (-6, 6),
+    "room": {"share": 0.5},
     "noise": {"share": 0.5, "snr_db": (5, 20)},
+    "band": {"share": 0.5},
+    "telephone": 0.5,
     "specaugment": {"time_masks": 2, "time_s": 0.3, "freq_masks": 2, "freq_bins": 15},
 }
 
@@ -196,3 +203,46 @@ def test_clips_without_speech_have_their_length_and_any_loudness():
 def test_wrong_settings_are_refused(override, words):
     with pytest.raises(RecipeError, match=words):
         read_recipe(AugmentRecipe, None, [override])
+
+
+def power_db(samples: np.ndarray) -> float:
+    return 10 * float(np.log10(np.mean(np.square(samples, dtype=np.float64)) + 1e-20))
+
+
+@pytest.mark.parametrize(("rt60_s", "direct_db"), [(0.2, 10.0), (0.8, -3.0)])
+def test_a_click_decays_as_in_the_room(rt60_s: float, direct_db: float):
+    response = room_response(rt60_s, direct_db, np.random.default_rng(0))
+    click = np.zeros(2 * 16_000, np.float32)
+    click[1000] = 0.5
+    heard = reverberate(click, response)
+    assert len(heard) == len(click)
+    assert np.abs(heard).argmax() == 1000  # the words stay where they are
+    assert power_db(heard) == pytest.approx(power_db(click), abs=0.1)
+    tail = heard[1001:].astype(np.float64)
+    assert 10 * np.log10(heard[1000] ** 2 / np.sum(tail**2)) == pytest.approx(direct_db, abs=0.5)
+    # Half of the reverberation time takes half of the 60 dB.
+    early, late = (
+        power_db(heard[1000 + start : 1000 + start + 400]) for start in (200, 200 + round(rt60_s * 16_000 / 2))
+    )
+    assert early - late == pytest.approx(30, abs=3)
+
+
+def test_bands_and_telephones_keep_what_is_inside_of_them():
+    speech, hiss = tone(1003.7), tone(6000)
+    assert power_db(limit_band(speech.samples, 0.0, 4000.0)) == pytest.approx(power_db(speech.samples), abs=0.1)
+    assert power_db(limit_band(hiss.samples, 0.0, 4000.0)) < power_db(hiss.samples) - 40
+    for mu_law in (True, False):
+        heard = telephone(speech.samples, mu_law=mu_law)
+        assert len(heard) == len(speech.samples)
+        noise_db = power_db(heard[2000:-2000] - speech.samples[2000:-2000]) - power_db(speech.samples)
+        assert -45 < noise_db < -30  # 8 companded bits have a noise of about -38 dB
+        for hertz in (60, 6000):
+            assert power_db(telephone(tone(hertz).samples, mu_law=mu_law)) < power_db(speech.samples) - 30
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_shares_of_rooms_and_lines_are_met(share: float):
+    augmenter = Augmenter(AugmentRecipe(room={"share": share}, band={"share": share}, telephone=share))
+    clip = tone(seconds=0.2)
+    changed = np.mean([augmenter.clip(clip, seed, duration_s=0.2).samples is not clip.samples for seed in range(400)])
+    assert changed == pytest.approx(1 - (1 - share) ** 3, abs=0.06)

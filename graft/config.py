@@ -240,11 +240,16 @@ def _place(cls: type[BaseModel], detail: ErrorDetails) -> tuple[str | int, ...]:
     slots: list[Slot] = [(cls, ())]
     for step in detail["loc"]:
         inner = _inside(slots, step)
-        is_member = isinstance(step, str) and "[" in step  # "list[str]" or "[key]" names a type, not a key
+        # "list[str]", "[key]" and, beside a dict, "str" name a type, not a key.
+        is_member = isinstance(step, str) and ("[" in step or step in _class_names(slots))
         if (inner or (detail["type"] == "extra_forbidden" and step == detail["loc"][-1])) and not is_member:
             place.append(step)
             slots = inner
     return tuple(place)
+
+
+def _class_names(slots: Sequence[Slot]) -> set[str]:
+    return {one.__name__ for one in _types(slots) if isinstance(one, type)}
 
 
 def _describe_fault(cls: type[BaseModel], detail: ErrorDetails, place: Sequence[str | int]) -> str:

@@ -3,10 +3,10 @@
 The module imports nothing heavy, so that commands read and check their recipes at once.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from graft.config import Recipe
 from graft.keys import Location
@@ -47,6 +47,27 @@ class Source(Recipe):
 
 
 Sources = Location | Source | Sequence[Location | Source]
+
+
+def _sources_or_sets(value: Any) -> str:
+    """Tell a group of Source's keys, or any other form of Sources, from several sets by their names."""
+    is_sets = isinstance(value, Mapping) and not value.keys() & Source.model_fields.keys()
+    return "[sets]" if is_sets else "[data]"
+
+
+def _any_of(schema: dict[str, Any]) -> None:
+    """Say in a JSON schema that a group may look like a dict of sets: it has no discriminator of this kind."""
+    schema["anyOf"] = schema.pop("oneOf")
+
+
+SetName = Annotated[str, Field(pattern=r"^[^/\s]+$")]
+"""Name of a set, which is also a part of its metrics' names."""
+NamedSources = Annotated[
+    Annotated[Sources, Tag("[data]")] | Annotated[dict[SetName, Sources], Field(min_length=1), Tag("[sets]")],
+    Field(json_schema_extra=_any_of),
+    Discriminator(_sources_or_sets),
+]
+"""Sources, or several sets of them by names of the user's own."""
 
 
 class NoiseRecipe(Recipe):

@@ -111,6 +111,23 @@ def batch_flops(
     )
 
 
+def validation_flops(
+    config: GraftConfig,
+    *,
+    token_counts: Counts,
+    label_count: int,
+    frame_counts: Counts,
+    lora_rank: int | None,
+) -> float:
+    """Count the FLOPs of the loss of clips, without its gradients; the arguments are those of batch_flops."""
+    return (
+        encoder_flops(config, frame_counts)
+        + projector_flops(config, frame_counts, to_encoder=True) / 3  # a third is the forward pass
+        + text_forward_flops(config, token_counts, lora_rank=lora_rank)
+        + 2.0 * _text(config).vocab_size * _text(config).hidden_size * label_count
+    )
+
+
 def encoder_flops(config: GraftConfig, frame_counts: Counts, *, lora_rank: int | None = None) -> float:
     """Count the encoder's FLOPs on the frames that it encodes; with adapters the backward pass, too."""
     audio = config.audio_config

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,7 +33,7 @@ class LoopSettings:
     checkpoint_every: int = 500
     validate_every: int | None = None
     patience: int | None = None
-    """End the run after this many validations in a row without a better loss; None for no limit."""
+    """End the run after this many validations in a row that are not better than the best; None for no limit."""
     max_loss: float = 24.0
     """A step's loss above this is an error, in nats per label token; guessing among 150,000 tokens costs 12."""
     max_masked: float = 0.1
@@ -42,14 +42,31 @@ class LoopSettings:
     """Peak FLOP/s of one worker's device; None logs no utilisation."""
 
 
+@dataclass(frozen=True)
+class ValidationResult:
+    """The metrics of a validation, such as `validation_loss` and `validation_wer/calls`; less is better."""
+
+    metrics: Mapping[str, float]
+    monitor: str
+    """Name of the metric by which the best weights are chosen."""
+
+    @property
+    def monitored(self) -> float:
+        return self.metrics[self.monitor]
+
+    def is_better(self, best: Mapping[str, float]) -> bool:
+        """Tell whether it is better than the metrics of the best validation so far, which may be none."""
+        return self.monitor not in best or self.monitored < best[self.monitor]
+
+
 class Observer:
     """Receives the events of a run; every worker calls it at the same steps. These defaults do nothing."""
 
     def log(self, log: StepLog) -> None:
         """Record the means over the steps since the last log."""
 
-    def validate(self, step: int) -> float:
-        """Return the model's validation loss over all workers."""
+    def validate(self, step: int) -> ValidationResult:
+        """Validate the model over all workers."""
         raise NotImplementedError
 
     def checkpoint(self, progress: Progress) -> None:
@@ -76,7 +93,7 @@ def train(
 
     Every worker takes `accumulation` batches per step. Returns the progress at the end. Raises ModelError when the loss
     or its gradient is not finite, explodes or diverges; the weights then are those before the step. Raises ModelError
-    for a validation loss that is not finite, and DataError when too many clips are masked.
+    for a metric of a validation that is not finite, and DataError when too many clips are masked.
     """
     waiting = iter(batches)
     meter = Meter(progress, total_steps=total_steps, max_loss=settings.max_loss, peak_flops=settings.peak_flops)
@@ -103,16 +120,11 @@ def train(
         is_best = False
         if settings.validate_every and (ends or progress.step % settings.validate_every == 0) and not stops:
             started = time.perf_counter()
-            validation_loss = observer.validate(progress.step)
-            if not math.isfinite(validation_loss):
-                raise ModelError(
-                    f"the validation loss is {validation_loss} at step {progress.step}: lower learning_rate, train in "
-                    "bf16 or fp32, or check the clips of validation.data"
-                )
-            is_best = progress.best_loss is None or validation_loss < progress.best_loss
+            result = _validate(progress.step, observer)
+            is_best = result.is_better(progress.best_metrics)
             progress = replace(progress, stale_validations=0 if is_best else progress.stale_validations + 1)
             if is_best:
-                progress = replace(progress, best_loss=validation_loss, best_step=progress.step)
+                progress = replace(progress, best_metrics=dict(result.metrics), best_step=progress.step)
             meter.since += time.perf_counter() - started  # This time is not spent on training.
             ends = ends or is_finished(progress, settings, total_steps)
         if ends or progress.step == 1 or progress.step % settings.log_every == 0:
@@ -136,6 +148,20 @@ def learning_rate_at(step: int, settings: LoopSettings, total_steps: int) -> flo
     done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[settings.schedule]
     return settings.learning_rate * factor
+
+
+def _validate(step: int, observer: Observer) -> ValidationResult:
+    """Validate. Raises ModelError for a metric of any set that is not finite, which is never the best."""
+    result = observer.validate(step)
+    for name, value in result.metrics.items():
+        if not math.isfinite(value):
+            metric, _, of = name.partition("/")
+            where = f" of {of}" if of else ""
+            raise ModelError(
+                f"the {metric.replace('_', ' ')}{where} is {value} at step {step}: lower learning_rate, train in bf16 "
+                "or fp32, or check the clips of validation.data"
+            )
+    return result
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Read a run's progress from its checkpoints' names and progress.json, without torch."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PROGRESS_FILE = "progress.json"
@@ -18,7 +18,8 @@ class Progress:
     """Number of clips that were masked, which `clips` does not count."""
     audio_s: float = 0.0
     first_loss: float | None = None
-    best_loss: float | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics of the best validation; none before the first one."""
     best_step: int | None = None
     stale_validations: int = 0
     """Number of validations since the best one."""

@@ -1,7 +1,7 @@
 """Record a run's metrics and sample transcripts as JSON lines, draw its curves, and log to Weights & Biases if asked.
 
 metrics.jsonl has one line of StepLog's fields for each log, and one of {step, validation_loss, ...} for each
-validation.
+validation, where `validation_loss/NAME` is that of the validation set NAME.
 """
 
 import json
@@ -57,15 +57,13 @@ class Tracker:
             )
 
     def write_transcripts(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
-        """Append the transcripts of some clips: id, reference text, and the model's transcript."""
+        """Append the transcripts of some clips: id, reference text, the model's transcript, and perhaps more."""
         _append(self.folder / TRANSCRIPTS_FILE, [{"step": step, **sample} for sample in samples])
         if self._run and samples:
             wandb = require("wandb", extra="wandb")
-            columns = list(samples[0])
-            self._run.log(
-                {"transcripts": wandb.Table(columns, [[sample[name] for name in columns] for sample in samples])},
-                step=step,
-            )
+            columns = list(dict.fromkeys(name for sample in samples for name in sample))
+            rows = [[sample.get(name) for name in columns] for sample in samples]
+            self._run.log({"transcripts": wandb.Table(columns, rows)}, step=step)
 
     def close(self) -> None:
         """Wait until W&B has received everything."""
@@ -84,9 +82,11 @@ def draw_curves(folder: str | Path, *, title: str) -> list[dict[str, Any]]:
     panels = figure.subplots(2, 2, sharex=True)
     loss, rate, speed, share = panels.flat
     red, gray = {"color": "tab:red"}, {"color": "tab:gray"}
+    sets = dict.fromkeys(key for line in lines for key in line if key.startswith("validation_loss/"))
     curves: list[tuple[Any, str, str, dict[str, str]]] = [  # panel, key, label ("right": its right axis), style
         (loss, "loss", "training", {}),
         (loss, "validation_loss", "validation", {"marker": "o"}),
+        *((loss, key, key.partition("/")[2], {"marker": ".", "linestyle": "--"}) for key in sets),
         (loss, "validation_wer", "validation WER (right)", {"marker": "o", **red}),
         (rate, "learning_rate", "learning rate", {}),
         (rate, "grad_norm", "gradient norm (log, right)", red),

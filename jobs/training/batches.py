@@ -57,15 +57,29 @@ def remaining_batches(plan: Plan, progress: Progress, recipe: TrainRecipe) -> tu
     return batches[: steps * slots], progress.step + steps
 
 
-def validation_spec(recipe: TrainRecipe, graft: str, processor: GraftProcessor) -> LoaderSpec | None:
-    """Plan the validation's batches; worker r of n takes the batches r, r + n and so on. None without validation."""
+def validation_specs(recipe: TrainRecipe, graft: str, processor: GraftProcessor) -> dict[str, LoaderSpec]:
+    """Plan the batches of each validation set; worker r of n takes the batches r, r + n and so on.
+
+    The name of a single set is "". Returns no sets without validation.
+    """
     if recipe.validation is None:
-        return None
-    rows = _read_trainable(recipe.validation.data)
-    if len(rows) > recipe.validation.clips:
-        rows = rows.select(
-            np.sort(np.random.default_rng(recipe.seed).permutation(len(rows))[: recipe.validation.clips])
-        )
+        return {}
+    clips = recipe.validation.clips
+    return {
+        name: _validation_spec(recipe, validation_rows(data, clips, seed=recipe.seed), graft, processor)
+        for name, data in recipe.validation.sets.items()
+    }
+
+
+def validation_rows(data: Sources, clips: int, *, seed: int) -> RowTable:
+    """Read a validation set without its audio, and choose clips of it where it has more."""
+    rows = _read_trainable(data)
+    if len(rows) <= clips:
+        return rows
+    return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:clips]))
+
+
+def _validation_spec(recipe: TrainRecipe, rows: RowTable, graft: str, processor: GraftProcessor) -> LoaderSpec:
     settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_clips)
     variation = plain_variation(rows, processor)
     plan = plan_training(rows, processor, settings, variation)

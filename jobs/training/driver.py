@@ -41,7 +41,7 @@ from ..common.cli import STOPPED
 from ..common.cluster import connect
 from ..common.console import follow
 from ..common.outputs import claim_output, holds_results, locked_output
-from .batches import ROWS, cached_rows, check_plan, plan_run, remaining_batches, validation_spec
+from .batches import ROWS, cached_rows, check_plan, plan_run, remaining_batches, validation_specs
 from .data_workers import (
     CPU_LOADERS,
     DataWorkers,
@@ -95,7 +95,7 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
             print(f"stage {stage.number}: CTC spells {share:.1%} of the texts with {len(letters)} letters", flush=True)
         progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
         batches, total_steps = remaining_batches(plan, progress, recipe)
-        validation = validation_spec(recipe, graft, processor)
+        validation = validation_specs(recipe, graft, processor)
         cache = _encoder_cache(recipe, stage, config, graft, processor, is_sharded=computing.is_sharded)
         claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)  # only now: a wrong recipe leaves no folder
     check_plan(out, plan)
@@ -316,7 +316,8 @@ def _finish(
         "loss_last": [line["loss"] for line in lines if line.get("loss") is not None][-1],
         "steps": progress.step,
         "best_step": progress.best_step,
-        "validation_loss": progress.best_loss,
+        "validation_loss": None,  # without validation
+        **progress.best_metrics,
         "clips": progress.clips,
         "audio_s": progress.audio_s,
         "seconds": seconds,

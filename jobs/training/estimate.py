@@ -5,7 +5,7 @@ will build it is enough.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,14 +28,15 @@ from graft.training.estimate import (
     encoded_frames,
     encoder_flops,
     network_bytes,
+    validation_flops,
 )
 from graft.training.plan import Plan
 
 from ..common.cli import PlanOptions
-from .batches import plan_run
+from .batches import plan_run, validation_rows
 from .reader import NOISE_BYTES, largest_window
 from .recipe import TrainRecipe
-from .samples import Variation
+from .samples import Variation, plan_columns
 
 STORED_BYTES_PER_S = 20_000
 """Bytes of a second of speech in FLAC at 16 kHz, about."""
@@ -77,6 +78,22 @@ class Work:
     """What the reader holds of the data."""
 
 
+@dataclass(frozen=True)
+class ValidationWork:
+    """What a run's validations take."""
+
+    count: int
+    """Number of validations of the run."""
+    clips: Mapping[str, int]
+    """Number of clips of each set; the name of a single set is ""."""
+    audio_s: float
+    """Seconds of audio of all sets."""
+    flops: float
+    """FLOPs of the loss of all sets, once."""
+    transcripts: int
+    """Number of clips of all sets that are transcribed."""
+
+
 def print_plan(
     recipe: TrainRecipe,
     options: PlanOptions,
@@ -91,12 +108,14 @@ def print_plan(
     RecipeError for inputs that are unknown or cannot be read.
     """
     parameters = count_parameters(config, lora_rank=trained.lora_rank, lora_encoder=trained.lora_encoder)
+    reads_data = recipe.data is not None and is_built
     work = (
         _read_work(recipe, config, trained)
-        if recipe.data is not None and is_built
+        if reads_data
         else _assumed_work(recipe, config, trained, hours=options.hours, clip_s=options.clip_s)
     )
-    print("\n".join(_work_lines(recipe, options, parameters, work)))
+    validation = _validation_work(recipe, config, trained, work, clip_s=None if reads_data else options.clip_s)
+    print("\n".join(_work_lines(recipe, options, parameters, work, validation)))
     print("\n".join(["", *_memory_lines(recipe, config, parameters, work, trained)]))
     if recipe.workers > 1:
         print("\n".join(["", *_network_lines(recipe, options, config, parameters, work, trained)]))
@@ -163,6 +182,46 @@ def _assumed_work(
     )
 
 
+def _validation_work(
+    recipe: TrainRecipe, config: GraftConfig, trained: TrainedParts, work: Work, *, clip_s: float | None
+) -> ValidationWork | None:
+    """Count the clips of all validation sets, which are read, or assumed to last `clip_s` each. None for no set."""
+    if recipe.validation is None:
+        return None
+    processor = None if clip_s is not None else GraftProcessor.from_pretrained(base_checkpoint(recipe.model))
+    clips, tokens, labels, frames = dict[str, int](), [], 0, []
+    for name, data in recipe.validation.sets.items():
+        if processor is None:
+            count = recipe.validation.clips
+            tokens.append(np.full(count, round(work.token_count / work.clips)))
+            labels += round(work.label_count / work.clips * count)
+            durations_s = np.full(count, clip_s)
+        else:
+            rows = validation_rows(data, recipe.validation.clips, seed=recipe.seed)
+            columns = plan_columns(rows, processor)
+            count, durations_s = len(rows), rows.duration_s
+            tokens.append(columns.token_counts)
+            labels += int(columns.label_counts.sum())
+        clips[name] = count
+        frames.append(np.ceil(durations_s * FRAMES_PER_S).clip(8, WINDOW_FRAMES).astype(int))
+    frame_counts = np.concatenate(frames)
+    flops = validation_flops(
+        config,
+        token_counts=np.concatenate(tokens) if trained.language_model else [],
+        label_count=labels if trained.language_model else 0,
+        frame_counts=frame_counts,
+        lora_rank=trained.lora_rank,
+    )
+    most = max(recipe.validation.transcripts, recipe.validation.wer_clips)
+    return ValidationWork(
+        count=-(-work.steps // recipe.validation.every),
+        clips=clips,
+        audio_s=float(frame_counts.sum()) / FRAMES_PER_S,
+        flops=flops,
+        transcripts=sum(min(most, count) for count in clips.values()),
+    )
+
+
 def _work(
     recipe: TrainRecipe,
     config: GraftConfig,
@@ -206,7 +265,13 @@ def _work(
     )
 
 
-def _work_lines(recipe: TrainRecipe, options: PlanOptions, parameters: Parameters, work: Work) -> Iterator[str]:
+def _work_lines(
+    recipe: TrainRecipe,
+    options: PlanOptions,
+    parameters: Parameters,
+    work: Work,
+    validation: ValidationWork | None,
+) -> Iterator[str]:
     parts = ("audio_tower", "projector", "text", "lm_head", "vision", "lora")
     counts = {name: count for name in parts if (count := getattr(parameters, name))}
     peak = _peak_flops(options)
@@ -229,10 +294,22 @@ def _work_lines(recipe: TrainRecipe, options: PlanOptions, parameters: Parameter
     idle = "" if busy == recipe.workers else f", of which {busy:.1f} at work: make step_batches a multiple of workers"
     devices = f"{recipe.workers} x {options.device} at {options.share:.0%} of {peak / 1e12:.0f} TFLOP/s"
     yield f"            expected of {devices}{idle}"
+    if validation is not None:
+        yield from _validation_lines(validation, work)
+        hours += validation.count * validation.flops / (recipe.workers * peak * options.share) / 3600
     cost = (
         "" if options.price is None else f", {hours * recipe.workers * options.price:,.2f} at {options.price:g} an hour"
     )
     yield f"time        {hours:,.2f} h, {hours * recipe.workers:,.2f} device hours{cost}"
+
+
+def _validation_lines(validation: ValidationWork, work: Work) -> Iterator[str]:
+    sets = ", ".join(f"{name} {count:,}" for name, count in validation.clips.items() if name)
+    clips = f"{sum(validation.clips.values()):,} clips{f' ({sets})' if sets else ''}, {validation.audio_s / 3600:.2f} h"
+    share = validation.count * validation.flops / work.flops
+    yield f"validation  {validation.count:,} times {clips}: {share:.1%} of the work of training, counted in the time"
+    if validation.transcripts:
+        yield f"            {validation.transcripts:,} clips are transcribed each time, which the time does not count"
 
 
 def _peak_flops(options: PlanOptions) -> float:

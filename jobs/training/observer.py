@@ -1,22 +1,24 @@
 """Write a training run's files: log, metrics, checkpoints, validations, skipped clips, and a failed step's batches."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from graft.text.wer import score
+from graft.errors import DataError
 from graft.training.backends import Backend, TrainingBatch
 from graft.training.checkpoint import CheckpointWriter
-from graft.training.loop import Observer
+from graft.training.loop import Observer, ValidationResult
 from graft.training.meter import StepLog
 from graft.training.progress import Progress
 from graft.training.tracking import Tracker
 
+from .recipe import ValidationRecipe
 from .validation import Validation, rank_and_world_size
+from .validation_report import SetResult, report_lines, sample_fields, validation_metrics
 
 CHECKPOINTS = "checkpoints"
 LOG_FILE = "log.txt"
@@ -29,12 +31,12 @@ class RunObserver(Observer):
     """Writes the run's files on the first worker; skipped clips and failed batches are written by each worker."""
 
     def __init__(
-        self, recipe: dict[str, Any], out: Path, backend: Backend, *, from_step: int, validation: Validation | None
+        self, recipe: dict[str, Any], out: Path, backend: Backend, *, from_step: int, sets: Mapping[str, Validation]
     ):
-        self.out, self.backend, self.validation = out, backend, validation
+        self.out, self.backend, self.sets = out, backend, sets
         self.rank, _ = rank_and_world_size()
-        self.sample_counts: dict[str, int] = recipe["validation"] or {}
-        self.skipped: list[dict[str, str]] = list(validation.masked) if validation else []
+        self.settings = ValidationRecipe.model_validate(recipe["validation"]) if recipe["validation"] else None
+        self.skipped: list[dict[str, str]] = [clip for one in sets.values() for clip in one.masked]
         self.tracker = Tracker(out, recipe, from_step=from_step) if self.rank == 0 else None
         self.writer = CheckpointWriter(out / CHECKPOINTS, keep=recipe["keep_checkpoints"]) if self.rank == 0 else None
 
@@ -56,23 +58,24 @@ class RunObserver(Observer):
             _append(path, new)
             _append(self.out / LOG_FILE, [f"{len(new)} clips could not be used and are left out, see {SKIPPED_FILE}"])
 
-    def validate(self, step: int) -> float:
-        if self.validation is None:
+    def validate(self, step: int) -> ValidationResult:
+        """Validate on every set. Raises DataError where the metric that chooses the best could not be measured."""
+        if self.settings is None:
             return super().validate(step)
-        loss, transcripts = self.validation.loss(), self.validation.transcripts()
-        found, line = {"validation_loss": loss}, f"step {step}  validation loss {loss:.4f}"
-        if scored := transcripts[: self.sample_counts["wer_clips"]]:
-            errors = score([sample["text"] for sample in scored], [sample["heard"] for sample in scored])
-            found["validation_wer"] = errors.wer
-            line += f"  WER {errors.wer:.1%} [{errors.wer_low:.1%}, {errors.wer_high:.1%}] of {errors.clips} clips"
-        shown = transcripts[: self.sample_counts["transcripts"]]
+        results, shown = {}, []
+        for name, one in self.sets.items():
+            loss, transcripts = one.summed_loss(), one.transcripts()
+            results[name] = SetResult(*loss, transcripts[: self.settings.wer_clips])
+            shown += [(name, clip) for clip in transcripts[: self.settings.transcripts]]
+        metrics = validation_metrics(results)
         if self.tracker:
-            self.tracker.write({"step": step, **found})
-            self.tracker.write_transcripts(step, shown)
-        self.say(line)
-        for sample in shown:
-            self.say(f"  {sample['id']}: {sample['text']!r} -> {sample['heard']!r}")
-        return loss
+            self.tracker.write({"step": step, **metrics})
+            self.tracker.write_transcripts(step, [sample_fields(name, clip) for name, clip in shown])
+        for line in report_lines(step, results, [clip for _, clip in shown]):
+            self.say(line)
+        if self.settings.monitor not in metrics:
+            raise DataError("validation.best_by=wer: no clip of validation.data can be transcribed: give others")
+        return ValidationResult(metrics, self.settings.monitor)
 
     def checkpoint(self, progress: Progress) -> None:
         state = self.backend.state()  # gathered from all workers

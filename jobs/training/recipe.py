@@ -1,11 +1,12 @@
 """The recipe keys that both training stages share."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graft.config import Recipe
-from graft.data.settings import AugmentRecipe, Sources
+from graft.data.settings import AugmentRecipe, NamedSources, Sources
 from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey, OutputKey, ScheduleKey
 from graft.text.instructions import InstructionRecipe
 from graft.training.tracking import WandbRecipe
@@ -25,20 +26,45 @@ EXECUTION_KEYS = frozenset(
 
 
 class ValidationRecipe(Recipe):
-    """Measure loss and word error rate on other clips during training."""
+    """Measure loss and word error rate on other clips during training, on one set of them or several."""
 
-    data: Sources
-    """Labelled clips for validation, given like the recipe's `data`."""
+    data: NamedSources
+    """Labelled clips for validation, given like the recipe's `data`, or several sets of them by names of your own."""
     every: int = Field(default=500, ge=1)
     """Steps between two validations. The last step is always followed by one."""
     clips: int = Field(default=256, ge=1)
-    """Number of clips of which the loss is measured. The seed chooses them where the data has more."""
+    """Number of clips of each set of which the loss is measured. The seed chooses them where a set has more."""
     transcripts: int = Field(default=4, ge=0)
-    """Number of clips whose transcripts are logged at every validation."""
+    """Number of clips of each set whose transcripts are logged at every validation."""
     wer_clips: int = Field(default=0, ge=0)
-    """Number of clips that are transcribed at every validation for the word error rate. 0 measures none."""
+    """Number of clips of each set that are transcribed at every validation for the word error rate, which is counted by
+    language where the data names several. 0 measures none."""
+    best_by: Literal["loss", "wer"] = "loss"
+    """Metric by which the best weights are chosen. wer needs wer_clips."""
+    best_set: str | None = None
+    """Name of the set whose metric chooses the best weights. null takes all sets together, each label or word counted
+    once."""
     patience: int | None = Field(default=None, ge=1)
-    """End the run after this many validations in a row without a better loss. null never ends it early."""
+    """End the run after this many validations in a row without better weights. null never ends it early."""
+
+    @property
+    def sets(self) -> dict[str, Sources]:
+        """The sets by name; the name of a single one is ""."""
+        return dict(self.data) if isinstance(self.data, Mapping) else {"": self.data}
+
+    @property
+    def monitor(self) -> str:
+        """Name of the metric by which the best weights are chosen, as in metrics.jsonl."""
+        return f"validation_{self.best_by}" + (f"/{self.best_set}" if self.best_set else "")
+
+    @model_validator(mode="after")
+    def _check_best(self) -> Self:
+        if self.best_by == "wer" and not self.wer_clips:
+            raise ValueError("best_by=wer needs transcripts: give wer_clips, the number of clips of each set")
+        if self.best_set is not None and self.best_set not in (names := [name for name in self.sets if name]):
+            known = f"give one of {', '.join(names)}" if names else "give data.NAME for each set, or leave it out"
+            raise ValueError(f"there is no validation set best_set={self.best_set}: {known}")
+        return self
 
 
 class TrainRecipe(Recipe):
@@ -52,7 +78,7 @@ class TrainRecipe(Recipe):
     out: OutputKey[str]
     """Folder for the results. The same command resumes an interrupted run from its newest checkpoint there."""
     validation: DataKey[ValidationRecipe | None] = None
-    """Validation on other clips; the result then has the weights with the best validation loss. null trains without."""
+    """Validation on other clips; the result then has the weights of the best validation. null trains without."""
     seed: ScheduleKey[int] = 0
     """Seed of the batches' order, of augmentation, and of fresh adapters."""
     epochs: ScheduleKey[int] = Field(default=1, ge=1)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,23 @@ from .loader import BatchLoader, LoaderSpec, training_batches
 from .samples import MAX_DURATION_S
 
 
-class Validation:
-    """Measures the loss on this worker's share of the validation clips, and transcribes the first `samples` of all.
+@dataclass(frozen=True)
+class TranscribedClip:
+    """A clip's reference text, what the model heard, and the language (ISO 639-1), None where it is not known."""
 
-    With sharded weights (`is_sharded`) all workers generate every transcript together, otherwise each its share.
-    `masked` lists this worker's clips that cannot be read. Raises DataError where these are more than the share
-    `max_masked` of all workers' clips.
+    id: str
+    text: str
+    heard: str
+    language: str | None = None
+
+
+class Validation:
+    """Measures the loss on this worker's share of a set's clips, and transcribes the first `samples` of all.
+
+    Clips of several languages are transcribed in turns, so that each language has its share. With sharded weights
+    (`is_sharded`) all workers generate every transcript together, otherwise each its share. `masked` lists this
+    worker's clips that cannot be read. Raises DataError where these are more than the share `max_masked` of all
+    workers' clips; it names the set by its `key` in the recipe.
     """
 
     def __init__(
@@ -40,6 +52,7 @@ class Validation:
         samples: int,
         is_sharded: bool,
         max_masked: float,
+        key: str = "validation.data",
     ):
         self.backend, self.processor = backend, processor
         self.model: Any = backend.model
@@ -48,26 +61,29 @@ class Validation:
         rank, workers = rank_and_world_size()
         loader = BatchLoader(spec)
         self.batches = list(loader.blocks(range(rank, len(spec.batches), workers)))
-        self.masked = _check_masked(self.batches, max_masked)
-        of_all = itertools.islice(readable(spec.rows, RowReader(spec.rows.files), max_s=MAX_DURATION_S), samples)
-        self.samples = list(of_all if is_sharded else itertools.islice(of_all, rank, None, workers))
+        self.masked = _check_masked(self.batches, max_masked, key)
+        rows = spec.rows.select(_by_turns(spec.rows.language))
+        of_all = itertools.islice(_readable_rows(rows, RowReader(rows.files), max_s=MAX_DURATION_S), samples)
+        own = of_all if is_sharded else itertools.islice(of_all, rank, None, workers)
+        self.samples = [(rows.id(row), rows.text(row), rows.language_of(row), clip) for row, clip in own]
 
-    def loss(self) -> float:
-        """Compute the loss per label token over all workers' clips."""
+    def summed_loss(self) -> tuple[float, float]:
+        """Sum the loss of all labels over all workers' clips; returns the sum and the number of labels."""
         with self.backend.evaluating():
             sums = summed_loss(self.model, self.batches)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        return float(sums[0] / sums[1])
+        loss, label_count = sums.tolist()
+        return loss, label_count
 
-    def transcripts(self) -> list[dict[str, str]]:
+    def transcripts(self) -> list[TranscribedClip]:
         """Transcribe the samples greedily, by the language model or by CTC; every worker returns all transcripts."""
         decode = self._ctc_transcript if isinstance(self.model, CtcPrealignment) else self._transcript
         samples = []
-        for name, text, clip in self.samples:
+        for name, text, language, clip in self.samples:
             inputs = self.processor(audio=clip).to(self.device)
             with self.backend.evaluating():
-                samples.append({"id": name, "text": text, "heard": decode(inputs, clip.duration_s)})
+                samples.append(TranscribedClip(name, text, decode(inputs, clip.duration_s), language))
         if self.is_sharded:
             return samples
         shares: list[Any] = [samples] * rank_and_world_size()[1]
@@ -87,7 +103,16 @@ class Validation:
         return self.model.greedy_decode(inputs["input_features"], inputs["audio_frame_counts"])[0]
 
 
-def _check_masked(blocks: Iterable[Mapping[str, np.ndarray]], max_masked: float) -> list[dict[str, str]]:
+def _by_turns(groups: np.ndarray) -> np.ndarray:
+    """Order rows so that their groups take turns; the rows of a group keep their order: int (rows,)."""
+    order = np.argsort(groups, kind="stable")
+    _, first, sizes = np.unique(groups[order], return_index=True, return_counts=True)
+    turns = np.empty(len(groups), int)
+    turns[order] = np.arange(len(groups)) - np.repeat(first, sizes)
+    return np.argsort(turns, kind="stable")
+
+
+def _check_masked(blocks: Iterable[Mapping[str, np.ndarray]], max_masked: float, key: str) -> list[dict[str, str]]:
     own: list[dict[str, str]] = []
     seen = 0
     for block in blocks:
@@ -100,7 +125,7 @@ def _check_masked(blocks: Iterable[Mapping[str, np.ndarray]], max_masked: float)
     reasons = [f"{clip['id']}: {clip['reason']}" for masked, _ in shares for clip in masked]
     if len(reasons) > max_masked * (total := sum(count for _, count in shares)):
         raise DataError(
-            f"validation.data: {masked_share(reasons, len(reasons), total)}, and max_masked={max_masked:g} is the "
+            f"{key}: {masked_share(reasons, len(reasons), total)}, and max_masked={max_masked:g} is the "
             "largest share that may be masked: repair the data, or raise max_masked"
         )
     return own
@@ -119,9 +144,14 @@ def read_clips(rows: RowTable) -> tuple[dict[int, AudioClip], dict[str, str]]:
 
 def readable(rows: RowTable, reader: RowReader, *, max_s: float | None = None) -> Iterator[tuple[str, str, AudioClip]]:
     """Yield id, text and audio of the clips that can be read and last `max_s` at most; the loss masks others, too."""
+    for row, clip in _readable_rows(rows, reader, max_s=max_s):
+        yield rows.id(row), rows.text(row), clip
+
+
+def _readable_rows(rows: RowTable, reader: RowReader, *, max_s: float | None) -> Iterator[tuple[int, AudioClip]]:
     for row in range(len(rows)):
         with contextlib.suppress(AudioError, DataError):
-            yield rows.id(row), rows.text(row), _read(rows, row, reader, max_s)
+            yield row, _read(rows, row, reader, max_s)
 
 
 def _read(rows: RowTable, row: int, reader: RowReader, max_s: float | None) -> AudioClip:

@@ -9,7 +9,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class Run:
     graft: str
     out: str
     total_steps: int
-    validation: LoaderSpec | None = None
+    validation: Mapping[str, LoaderSpec] = field(default_factory=dict)
+    """Validation sets by name; the name of a single one may be ""."""
     encoder_cache: EncoderCache | None = None
 
 
@@ -85,19 +86,8 @@ def work(run: Run) -> None:
         del graft  # frees the language model where CTC pre-alignment does not use it
         limits = {name: run.recipe[name] for name in ("weight_decay", "max_grad_norm")}
         backend = make_backend(model, run.computing, accumulation=settings.accumulation, **limits)
-        validation = None
-        if run.validation:
-            samples = max(run.recipe["validation"][name] for name in ("transcripts", "wer_clips"))
-            is_sharded = run.computing.is_sharded
-            validation = Validation(
-                run.validation,
-                backend,
-                processor,
-                samples=samples,
-                is_sharded=is_sharded,
-                max_masked=settings.max_masked,
-            )
-        observer = RunObserver(run.recipe, out, backend, from_step=progress.step, validation=validation)
+        sets = {name: _validation(run, name, backend, processor) for name in run.validation}
+        observer = RunObserver(run.recipe, out, backend, from_step=progress.step, sets=sets)
         if run.computing.dtype == "bf16" and not multiplies_bf16(device):
             observer.say("this processor has no fast bf16: dtype=fp32 takes a fraction of the time")
         if checkpoint:
@@ -128,6 +118,19 @@ def work(run: Run) -> None:
         observer.close()
         if encoder:
             encoder.close()
+
+
+def _validation(run: Run, name: str, backend: Backend, processor: GraftProcessor) -> Validation:
+    """Load a validation set. Raises DataError where too many of its clips cannot be read."""
+    return Validation(
+        run.validation[name],
+        backend,
+        processor,
+        samples=max(run.recipe["validation"][count] for count in ("transcripts", "wer_clips")),
+        is_sharded=run.computing.is_sharded,
+        max_masked=run.settings.max_masked,
+        key=f"validation.data.{name}" if name else "validation.data",
+    )
 
 
 def _preflight_line(

@@ -200,7 +200,7 @@ def test_ctc_prealignment_is_a_start_for_transcripts(home: Home, prealigned: Pat
     assert sum(losses[-10:]) / 10 < 0.8 * losses[0]
     assert (prealigned / "log.txt").read_text().startswith("preflight: ")
     told = re.findall(
-        r"^step 30  validation loss (.*)  WER (.*)% .* of 3 clips\n(  .*\n)",
+        r"^step 30  validation loss (.*)  WER (.*)% .* of 3 clips \(english\)\n(  .*\n)",
         (prealigned / "log.txt").read_text(),
         re.MULTILINE,
     )

@@ -9,7 +9,7 @@ import torch
 from graft.audio.clip import read_audio
 from graft.processor import Example, GraftProcessor
 from graft.training.backends import Backend, TrainingBatch
-from graft.training.loop import LoopSettings, Observer, train
+from graft.training.loop import LoopSettings, Observer, ValidationResult, train
 from graft.training.meter import StepLog
 from graft.training.plan import Batches, PlannedBatch
 from graft.training.progress import Progress
@@ -67,22 +67,29 @@ def clip_steps(processor: GraftProcessor, *, steps: int, size: int = 2) -> list[
 class Recorder(Observer):
     """Records a run's events.
 
-    `losses` are the results of its validations, in order; the run wants to stop after `stop_after` steps.
+    `losses` are the losses of its validations, or their metrics, in order; those named `monitor` choose the best. The
+    run wants to stop after `stop_after` steps.
     """
 
-    def __init__(self, losses: Sequence[float] = (), stop_after: int | None = None) -> None:
+    def __init__(
+        self,
+        losses: Sequence[float | dict[str, float]] = (),
+        stop_after: int | None = None,
+        monitor: str = "validation_loss",
+    ) -> None:
         self.logs: list[StepLog] = []
         self.checkpoints: list[tuple[Progress, bool]] = []
         self.faults: list[tuple[list[int], str]] = []
         self.losses = list(losses)
-        self.stop_after = stop_after
+        self.stop_after, self.monitor = stop_after, monitor
         self.asked = 0
 
     def log(self, log: StepLog) -> None:
         self.logs.append(log)
 
-    def validate(self, step: int) -> float:
-        return self.losses.pop(0)
+    def validate(self, step: int) -> ValidationResult:
+        found = self.losses.pop(0)
+        return ValidationResult(found if isinstance(found, dict) else {self.monitor: found}, self.monitor)
 
     def checkpoint(self, progress: Progress) -> None:
         self.checkpoints.append((progress, progress.step == progress.best_step))

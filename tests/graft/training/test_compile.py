@@ -44,7 +44,7 @@ def test_preflight_and_validation_leave_layers_compiled(tmp_path: Path) -> None:
     for batch in batches:
         backend.backward(batch.model_inputs(), label_count=batch.step_label_count, is_last=True)
         backend.step(1e-3)
-        assert validation.loss() > 0
-        assert [sample["id"] for sample in validation.transcripts()] == ["c0", "c1"]
+        assert validation.summed_loss()[0] > 0
+        assert [clip.id for clip in validation.transcripts()] == ["c0", "c1"]
     assert len({tuple(batch.inputs["input_ids"].shape) for batch in batches}) > 2
     assert 2 <= torch._dynamo.utils.counters["frames"]["ok"] <= MOST_GRAPHS

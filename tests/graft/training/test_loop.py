@@ -200,10 +200,31 @@ def test_validations_find_the_best_and_lack_of_progress_ends_the_run(folder):
     batches = clip_steps(processor, steps=12)
     kept = Recorder(losses=[3.0, 2.0, 2.5, 2.0])
     done, _ = run_steps(batches, backend, validate_every=2, patience=2, checkpoint_every=100, observer=kept)
-    assert (done.step, done.best_loss, done.best_step, done.stale_validations) == (8, 2.0, 4, 2)
+    best = {"validation_loss": 2.0}
+    assert (done.step, done.best_metrics, done.best_step, done.stale_validations) == (8, best, 4, 2)
     assert [(progress.step, is_best) for progress, is_best in kept.checkpoints] == [(2, True), (4, True), (8, False)]
     again, logs = run_steps(batches[8:], backend, progress=done, validate_every=2, patience=2, total_steps=12)
     assert (again, logs) == (done, [])
+
+
+def test_the_monitored_metric_alone_chooses_the_best(folder):
+    _, processor, backend = opened(folder)
+    found = [
+        {"validation_loss": loss, "validation_wer": wer, "validation_wer/calls": calls}
+        for loss, wer, calls in ((3.0, 0.5, 0.2), (2.0, 0.3, 0.4), (1.0, 0.6, 0.3))
+    ]
+    for monitor, best in (("validation_loss", 3), ("validation_wer", 2), ("validation_wer/calls", 1)):
+        kept = Recorder(losses=found, monitor=monitor)
+        done, _ = run_steps(clip_steps(processor, steps=3), backend, validate_every=1, observer=kept)
+        assert (done.best_step, done.best_metrics) == (best, found[best - 1])
+
+
+def test_a_metric_of_another_set_that_is_not_finite_ends_the_run(folder):
+    _, processor, backend = opened(folder)
+    kept = Recorder(losses=[{"validation_loss": 1.0, "validation_loss/calls": math.nan}])
+    with pytest.raises(ModelError, match=r"the validation loss of calls is nan at step 1: lower learning_rate"):
+        run_steps(clip_steps(processor, steps=2), backend, validate_every=1, observer=kept)
+    assert kept.checkpoints == []
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

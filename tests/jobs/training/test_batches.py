@@ -7,7 +7,7 @@ import pytest
 from graft.errors import DataError
 from graft.processor import GraftProcessor
 from graft.training.plan import Plan
-from jobs.training.batches import ROWS, cached_rows, check_plan, plan_run, validation_spec
+from jobs.training.batches import ROWS, cached_rows, check_plan, plan_run, validation_specs
 from jobs.training.recipe import TrainRecipe
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, row
@@ -63,10 +63,9 @@ def test_one_text_that_is_too_long_is_left_out_and_named(
     found, _, plan = plan_run(recipe(folder, data), GraftProcessor.from_pretrained(folder))
     assert sorted(found.id(number) for number in plan.epochs[0].rows) == ["c0", "c1", "c2", "c3"]
     assert "left out: 1 of over token_budget=400 tokens (book)\n" in capsys.readouterr().out
-    spec = validation_spec(
+    (spec,) = validation_specs(
         recipe(folder, data, validation={"data": data}), folder, GraftProcessor.from_pretrained(folder)
-    )
-    assert spec is not None
+    ).values()
     assert 0 not in spec.batches.rows
     assert "left out: 1 of over" in capsys.readouterr().out
 
@@ -77,8 +76,9 @@ def test_validation_clips_are_sampled_and_divided_evenly(
     rows = [*(row(f"c{seed}", seed) for seed in range(12)), row("mute", 12, text=" ")]
     validation = {"data": corpus(tmp_path / "clips.parquet", rows), "clips": 7}
     training = recipe(folder, validation["data"], workers=3, validation=validation)
-    spec = validation_spec(training, folder, GraftProcessor.from_pretrained(folder))
-    assert spec is not None
+    specs = validation_specs(training, folder, GraftProcessor.from_pretrained(folder))
+    assert list(specs) == [""]
+    spec = specs[""]
     assert len(spec.batches) % 3 == 0
     assert sorted(place for batch in spec.batches for place in batch.rows) == list(range(7))
     assert len({spec.rows.id(place) for place in range(7)}) == 7

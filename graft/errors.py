@@ -6,6 +6,7 @@ GraftError
  |   |- AudioTooLong      audio that is usable, but longer than the limit
  |   \- AudioTrackError   a file without the audio track that was asked for
  |- DataError      a manifest, a parquet file or a row
+ |   \- UnreachableError  a place that does not answer, after retries
  |- ModelError     a checkpoint, its parts or its origin
  |- OutputError    a folder that holds other results
  |- MissingExtra   a capability whose packages are not installed
@@ -38,6 +39,10 @@ class AudioTrackError(AudioError):
 
 class DataError(GraftError):
     """Training or evaluation data is missing or malformed."""
+
+
+class UnreachableError(DataError):
+    """A place that did not answer, though it was asked several times, and may answer later."""
 
 
 class ModelError(GraftError):

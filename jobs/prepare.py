@@ -10,36 +10,40 @@ order of a manifest's lines changes no split.
 
 import json
 import os
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from graft.audio.clip import read_audio
 from graft.config import Recipe
 from graft.data.splits import Candidate, assign_splits, seeded_hash
-from graft.errors import AudioError, DataError, require
-from graft.keys import DataKey, Location, OutputKey
+from graft.errors import DataError, require
+from graft.keys import DataKey, Location, MachineKey, OutputKey
 from graft.text.characters import display_columns
 
 from .common.cli import run_job
+from .common.console import ProgressLine
 from .common.outputs import holds_results, staged_output
-from .preparation.concatenation import JoinedRecipe, JoinedRow, join_splits, joined_corpus_row
-from .preparation.manifests import (
-    DroppedLine,
-    Manifest,
-    Row,
-    SplitName,
-    header_duration_s,
-    pin_revisions,
-    read_manifests,
-    row_audio,
-)
+from .preparation.clip_tasks import ReadingProgress, check_batch, read_all_clips
+from .preparation.clips import ClipChecker, ClipLimits
+from .preparation.concatenation import JoinedRecipe, JoinedRow, join_splits
+from .preparation.manifests import DroppedLine, Manifest, Row, SplitName, pin_revisions, read_manifests
+from .preparation.parts import Part, write_part, write_parts
+from .transcription import Auto
+from .transcription.tasks import RayTasks, Tasks, TasksHere, asks_for_ray
+
+MOST_CLIPS_HERE = 2000
+"""Clips up to which starting Ray would take longer than it saves."""
+EXECUTION_KEYS = frozenset({"workers"})
+"""Keys that change how a run works, not what it writes."""
+COPIES_FOLDER = ".clips"
+"""Folder in the unfinished output for copies of clips that are no local files of their own."""
 
 
 class PrepareRecipe(Recipe):
@@ -72,6 +76,9 @@ class PrepareRecipe(Recipe):
     joined: DataKey[JoinedRecipe | None] = None
     """Add longer clips, joined from clips of one speaker: a model trained on single sentences alone does not learn to
     transcribe 30 s. null adds none."""
+    workers: MachineKey[Annotated[int, Field(ge=1)] | Auto] = "auto"
+    """Number of processes that read audio and write files; auto is one for each CPU of the machine or the cluster, and
+    none but the command's own for few clips. The files that are written are the same with any number."""
     rows_per_file: OutputKey[int] = Field(default=1000, ge=1)
     """Rows of one parquet file."""
     rows_per_group: OutputKey[int] = Field(default=100, ge=1)
@@ -100,7 +107,7 @@ class PrepareRecipe(Recipe):
 
 def run(recipe: PrepareRecipe) -> None:
     """Write the splits. Raises DataError when a manifest is missing or no row remains, OutputError."""
-    if holds_results(recipe.out, recipe):
+    if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS):
         print(f"{recipe.out}: already prepared")
         return
     require("pyarrow", extra="jobs")  # before the audio is decoded, not after
@@ -108,16 +115,13 @@ def run(recipe: PrepareRecipe) -> None:
     with staged_output(recipe.out, recipe) as folder:
         # A line that cannot be parsed is read once for each source of its manifest, and listed once.
         dropped: dict[DroppedLine, None] = {}
-        rows = _keep_rows(read_manifests(sources), dropped)
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            rows = _keep_rows(pool.map(lambda row: _check_row(row, recipe), rows), dropped)
+        rows = _keep_rows((_check_line(row, recipe) for row in read_manifests(sources)), dropped)
+        workers = _Workers.choose(recipe, len(rows))
+        rows = _keep_rows(_read_clips(rows, recipe, folder.absolute(), workers), dropped)
         rows = _keep_rows(_unique_ids(rows, sources), dropped)
         splits = _assign(rows, recipe, dropped)
         joined = join_splits(splits, recipe.joined, seed=recipe.seed) if recipe.joined else {}
-        has_languages = any(row.language for members in splits.values() for row in members)
-        for split, members in splits.items():
-            written: list[Row | JoinedRow] = [*members, *joined.get(split, [])]
-            _write_split(folder / split, written, recipe, has_languages=has_languages)
+        _write_splits(splits, joined, recipe, folder.absolute(), workers)
         summary: dict[str, Any] = {
             "splits": {
                 split: {
@@ -131,61 +135,134 @@ def run(recipe: PrepareRecipe) -> None:
         }
         if recipe.joined:
             summary["joined"] = {split: {"rows": len(clips), "hours": _hours(clips)} for split, clips in joined.items()}
-        lines = [vars(row) for row in sorted(dropped, key=lambda row: (row.source, row.line))]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (folder / "dropped.jsonl").write_text(text, encoding="utf-8")
+        with (folder / "dropped.jsonl").open("w", encoding="utf-8") as file:
+            for line in sorted(dropped, key=lambda row: (row.source, row.line, row.reason, row.id or "", row.detail)):
+                file.write(json.dumps(asdict(line), ensure_ascii=False) + "\n")
         (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _print_table(recipe.out, summary)
 
 
+@dataclass(frozen=True)
+class _Workers:
+    """Where clips are read and files are written."""
+
+    is_ray: bool
+    count: int
+    """Tasks at a time."""
+
+    @classmethod
+    def choose(cls, recipe: PrepareRecipe, clip_count: int) -> "_Workers":
+        """Choose this process for few clips; else join the Ray cluster or start a local Ray."""
+        reason = asks_for_ray(recipe.workers)
+        if reason is None and clip_count > MOST_CLIPS_HERE and recipe.workers != 1:
+            reason = f"these are {clip_count:,} clips"
+        if reason is None:
+            return cls(False, 1)
+        from .common.cluster import connect
+        from .transcription.machine import cluster_machine
+
+        connect(cpus=None if recipe.workers == "auto" else recipe.workers, trains=False)
+        machine = cluster_machine()
+        count = sum(machine.node_cpus) if recipe.workers == "auto" else recipe.workers
+        print(f"graft: preparing on Ray, because {reason}: workers={count} (of {machine})", flush=True)
+        return cls(True, count)
+
+    def tasks(self, function: Callable[..., Any]) -> Tasks:
+        """Return what runs a function."""
+        return RayTasks(function) if self.is_ray else TasksHere(function)
+
+    def printing(self, line: Callable[[], str]) -> AbstractContextManager[Any]:
+        """Print a line of progress while a block lasts, which is short without Ray."""
+        return ProgressLine(line) if self.is_ray else nullcontext()
+
+
 def _keep_rows(results: Iterable[Row | DroppedLine], dropped: dict[DroppedLine, None]) -> list[Row]:
     """Return the rows among the results, and add the dropped lines to `dropped`."""
-    results = list(results)
-    dropped.update(dict.fromkeys(result for result in results if isinstance(result, DroppedLine)))
-    return [result for result in results if isinstance(result, Row)]
+    rows = []
+    for result in results:
+        if isinstance(result, DroppedLine):
+            dropped[result] = None
+        else:
+            rows.append(result)
+    return rows
 
 
-def _check_row(row: Row, recipe: PrepareRecipe) -> Row | DroppedLine:
-    """Return the row with its measured duration, or why it is dropped."""
+def _check_line(row: Row | DroppedLine, recipe: PrepareRecipe) -> Row | DroppedLine:
+    """Return the row, or why it is dropped, as far as its manifest tells."""
+    if isinstance(row, DroppedLine):
+        return row
     length = display_columns(row.text)
     if row.text and length < recipe.min_text_chars:  # a row without text was kept by its source
         return row.dropped("text too short", f"{length} characters, at least {recipe.min_text_chars}")
     if recipe.disjoint_speakers and row.speaker is None:
         return row.dropped("no speaker", "disjoint_speakers wants one")
-    try:
-        duration_s = header_duration_s(row)
-        if duration_s <= recipe.max_duration_s:  # hours of audio are not decoded only to be dropped
-            duration_s = read_audio(row_audio(row)[0], name=str(row.audio)).duration_s
-    except AudioError as error:
-        return row.dropped("unreadable audio", str(error))
-    if duration_s > recipe.max_duration_s:
-        return row.dropped("too long", f"{duration_s:.3f} s, at most {recipe.max_duration_s:g} s")
-    if duration_s < recipe.min_duration_s:
-        return row.dropped("too short", f"{duration_s:.3f} s, at least {recipe.min_duration_s:g} s")
-    if length > recipe.max_chars_per_s * duration_s:
-        rate = f"{length} characters in {duration_s:.3f} s, at most {recipe.max_chars_per_s:g} per second"
-        return row.dropped("speech rate", rate)
-    return replace(row, duration_s=duration_s)
+    if row.length_s is not None and row.length_s > recipe.max_duration_s:
+        return row.dropped("too long", f"{row.length_s:.3f} s, at most {recipe.max_duration_s:g} s")
+    return row
 
 
-def _unique_ids(rows: Iterable[Row], sources: Sequence[Manifest]) -> Iterator[Row | DroppedLine]:
+def _read_clips(rows: list[Row], recipe: PrepareRecipe, folder: Path, workers: _Workers) -> Iterable[Row | DroppedLine]:
+    """Read and check the audio of rows, of which the list is emptied."""
+    limits = ClipLimits(recipe.min_duration_s, recipe.max_duration_s, recipe.max_chars_per_s)
+    (folder / COPIES_FOLDER).mkdir()
+    threads = 1 if workers.is_ray else os.cpu_count() or 1
+    checker = ClipChecker(limits, folder / COPIES_FOLDER, os.getcwd(), threads)
+    progress = ReadingProgress(len(rows))
+    with workers.printing(progress.line):
+        return read_all_clips(rows, checker, workers.tasks(check_batch), workers.count, progress)
+
+
+def _write_splits(
+    splits: Mapping[str, list[Row]],
+    joined: Mapping[str, Sequence[JoinedRow]],
+    recipe: PrepareRecipe,
+    folder: Path,
+    workers: _Workers,
+) -> None:
+    """Write all rows, and remove the copies of their clips."""
+    has_languages = any(row.language for members in splits.values() for row in members)
+    counts = [len(members) + len(joined.get(split, ())) for split, members in splits.items()]
+    file_count, written = sum(-(-count // recipe.rows_per_file) for count in counts), list[Path]()
+
+    def parts() -> Iterator[Part]:
+        for split, members in splits.items():
+            # Manifests are sorted by speaker and book; batches should not be.
+            rows: list[Row | JoinedRow] = [*members, *joined.get(split, [])]
+            rows.sort(key=lambda row: (seeded_hash(recipe.seed, row.id), row.id))
+            for number, start in enumerate(range(0, len(rows), recipe.rows_per_file)):
+                path = folder / split / f"part-{number:05d}.parquet"
+                some = rows[start : start + recipe.rows_per_file]
+                yield Part(path, some, recipe.rows_per_group, has_languages, os.getcwd())
+
+    with workers.printing(lambda: f"{len(written)}/{file_count} files written"):
+        written.extend(write_parts(parts(), workers.tasks(write_part), workers.count))
+    shutil.rmtree(folder / COPIES_FOLDER)
+
+
+def _unique_ids(rows: Sequence[Row], sources: Sequence[Manifest]) -> Iterator[Row | DroppedLine]:
     """Keep the first row of each id: pinned ones first, then by the recipe's order of sources, then by content."""
     order = {source.place: index for index, source in reversed(list(enumerate(sources)))}
     first: dict[str, Row] = {}
-    for row in sorted(
-        rows,
-        key=lambda row: (
-            row.pinned is None,
-            order[row.source],
-            row.id,
-            row.audio.sort_key,
-            row.offset_s,
-            row.text,
-            row.line,
-        ),
-    ):
-        kept = first.setdefault(row.id, row)
-        yield row if kept is row else row.dropped("duplicate id", f"kept: {kept.source} line {kept.line}")
+    others: dict[str, list[Row]] = {}
+    for row in rows:
+        if first.setdefault(row.id, row) is not row:
+            others.setdefault(row.id, []).append(row)
+    for name, kept in first.items():
+        same = [kept, *others[name]] if name in others else [kept]
+        if len(same) > 1:
+            same.sort(
+                key=lambda row: (
+                    row.pinned is None,
+                    order[row.source],
+                    row.audio.sort_key,
+                    row.offset_s,
+                    row.text,
+                    row.line,
+                )
+            )
+        yield same[0]
+        for row in same[1:]:
+            yield row.dropped("duplicate id", f"kept: {same[0].source} line {same[0].line}")
 
 
 def _assign(rows: Sequence[Row], recipe: PrepareRecipe, dropped: dict[DroppedLine, None]) -> dict[str, list[Row]]:
@@ -209,33 +286,6 @@ def _assign(rows: Sequence[Row], recipe: PrepareRecipe, dropped: dict[DroppedLin
                 count = sum(map(len, splits.values()))
                 raise DataError(f"split {name} got none of {count} rows for its share {share:g}: change seed or splits")
     return dict(sorted(splits.items()))
-
-
-def _write_split(folder: Path, rows: Sequence[Row | JoinedRow], recipe: PrepareRecipe, *, has_languages: bool) -> None:
-    """Write the rows in a seeded random order: manifests are sorted by speaker and book, batches should not be."""
-    from graft.data.dataset import write_corpus
-
-    shuffled = sorted(rows, key=lambda row: (seeded_hash(recipe.seed, row.id), row.id))
-    for part, start in enumerate(range(0, len(rows), recipe.rows_per_file)):
-        some = shuffled[start : start + recipe.rows_per_file]
-        columns = (_corpus_row(row) | ({"language": row.language} if has_languages else {}) for row in some)
-        path = folder / f"part-{part:05d}.parquet"
-        write_corpus(columns, path, rows_per_group=recipe.rows_per_group, has_languages=has_languages)
-
-
-def _corpus_row(row: Row | JoinedRow) -> dict[str, Any]:
-    """Read a row's audio into the columns of write_corpus."""
-    if isinstance(row, JoinedRow):
-        return joined_corpus_row(row)
-    content, name = row_audio(row)
-    return {
-        "ID": row.id,
-        "duration": row.duration_s,
-        "wav": {"bytes": content, "path": name},
-        "spk_id": row.speaker,
-        "sex": row.sex,
-        "text": row.text,
-    }
 
 
 def _hours(rows: Sequence[Row | JoinedRow]) -> float:

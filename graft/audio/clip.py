@@ -139,10 +139,20 @@ def resample(blocks: Iterable[np.ndarray], rate: int, to: int = SAMPLE_RATE) -> 
         yield stream.resample_chunk(block[:0], last=True)  # what the filter still holds
 
 
+def resampled_count(frames: int, rate: int, to: int = SAMPLE_RATE) -> int:
+    """Count the samples that `resample` makes of so many frames of a whole recording, rounded as soxr rounds it."""
+    return (2 * frames * to + rate) // (2 * rate)
+
+
 def check_finite(samples: np.ndarray, name: str) -> None:
     """Raise AudioError for NaN and infinite samples."""
     if not np.isfinite(samples).all():
-        raise AudioError(f"{name}: holds NaN or infinite samples: export it again, e.g. as 16-bit PCM")
+        raise not_finite(name)
+
+
+def not_finite(name: str) -> AudioError:
+    """Return the error of audio with NaN or infinite samples."""
+    return AudioError(f"{name}: holds NaN or infinite samples: export it again, e.g. as 16-bit PCM")
 
 
 def encode_flac(clip: AudioClip) -> bytes:

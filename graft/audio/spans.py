@@ -17,7 +17,7 @@ import numpy as np
 
 from graft.audio.audio_info import AudioInfo, AudioTrack
 from graft.audio.chunking import QUIET_S, SEARCH_S, quietest
-from graft.audio.clip import SAMPLE_RATE, check_finite, mix_blocks, mix_window, resample
+from graft.audio.clip import SAMPLE_RATE, check_finite, mix_blocks, mix_window, resample, resampled_count
 from graft.audio.decoding import open_audio
 from graft.audio.defects import AudioDefect
 from graft.storage.source import AudioSource
@@ -123,8 +123,8 @@ class _ResamplingGrid:
         return max(0, frame) // period * period
 
     def to_sample(self, frame: int) -> int:
-        """Count the samples before a frame, rounded as soxr rounds the length of a whole."""
-        return (2 * frame * self.to_rate + self.from_rate) // (2 * self.from_rate)
+        """Count the samples before a frame."""
+        return resampled_count(frame, self.from_rate, self.to_rate)
 
 
 class _FrameReader:

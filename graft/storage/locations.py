@@ -27,7 +27,7 @@ from fsspec.caching import BaseCache
 from fsspec.spec import AbstractBufferedFile
 from fsspec.utils import glob_translate, merge_offset_ranges
 
-from graft.errors import DataError, require
+from graft.errors import DataError, UnreachableError, require
 
 from .local_paths import is_utf8, local_path, utf8_location, utf8_name
 
@@ -138,7 +138,7 @@ def open_file(uri: str) -> Any:
 def retry_read(uri: str, action: Callable[[], T]) -> T:
     """Call an action that reads from a URI, and call it again after faults that may pass.
 
-    Raises DataError for a fault that lasts.
+    Raises DataError for a fault that lasts, its subclass UnreachableError for one that may still pass.
     """
     waits_s = iter(RETRY_WAITS_S)
     while True:
@@ -152,8 +152,16 @@ def retry_read(uri: str, action: Callable[[], T]) -> T:
                 hint = " (a private or gated one wants HF_TOKEN)" if uri.startswith("hf://") else ""
                 raise DataError(f"{redact_uri(uri)}: no such file or folder{hint}") from error
             if wait_s is None or not _may_pass(uri, fault):
-                raise DataError(f"{redact_uri(uri)}: {one_line_error(fault)}") from error
+                kind = UnreachableError if _may_pass(uri, fault) else DataError
+                raise kind(f"{redact_uri(uri)}: {one_line_error(fault)}") from error
             time.sleep(wait_s * random.uniform(0.5, 1.0))  # The jitter keeps workers from retrying all at once.
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Tell whether an error comes from an UnreachableError."""
+    while error is not None and not isinstance(error, UnreachableError):
+        error = error.__cause__
+    return error is not None
 
 
 def redact_uri(uri: str) -> str:

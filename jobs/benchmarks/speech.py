@@ -13,7 +13,8 @@ from graft.data.dataset import clip_row, write_corpus
 from graft.errors import AudioError, DataError
 from graft.text.wer import score
 
-from ..preparation.manifests import DroppedLine, Manifest, read_manifests, row_audio
+from ..preparation.clips import row_audio
+from ..preparation.manifests import DroppedLine, Manifest, read_manifests
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts"
 MANIFESTS = tuple(str(PROMPTS / name) for name in ("train.jsonl", "unseen.jsonl"))

@@ -5,13 +5,16 @@ import json
 import logging
 import os
 import re
+import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 POLL_S = 0.5
+TERMINAL_S, LOG_S = 2.0, 60.0
+"""Seconds between two lines of progress, on a terminal, where each is written over the last one, and elsewhere."""
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters by which a name could move the cursor, end a line, or turn the text about it round."""
 QUIET_VARIABLES = {
@@ -40,6 +43,38 @@ def json_text(values: Any) -> str:
     """Write JSON in one line for every reader: what ends lines in Unicode, or is no character in YAML, is escaped."""
     text = json.dumps(values, ensure_ascii=False)
     return re.sub(r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class ProgressLine:
+    """Prints a line that `line` returns now and then while a context lasts, and once more at its end."""
+
+    def __init__(self, line: Callable[[], str], out: TextIO | None = None) -> None:
+        self._line = line
+        self._out = out or sys.stdout
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="graft-progress", daemon=True)
+
+    def __enter__(self) -> "ProgressLine":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._print("\n")
+
+    def _watch(self) -> None:
+        while not self._ended.wait(TERMINAL_S if self._out.isatty() else LOG_S):
+            self._print("\r" if self._out.isatty() else "\n")
+
+    def _print(self, end: str) -> None:
+        print(self._line(), end=end, file=self._out, flush=True)
+
+
+def time_left(seconds: float) -> str:
+    """Write how long something takes as a clock does: 01:02:03."""
+    whole = round(seconds)
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 @contextlib.contextmanager

@@ -24,9 +24,11 @@ from graft.data.dataset import CorpusFile, FooterCache, audio_file, read_parquet
 from graft.errors import AudioError, DataError
 from graft.storage.local_paths import local_path
 from graft.storage.locations import open_file, redact_uri, retry_read
-from graft.storage.source import SourceFile, open_source
+from graft.storage.source import BUFFER_BYTES, ReadRange, SourceFile, open_source
 
 PARQUET = ".parquet"
+BLOCKS_HELD = 8
+"""Blocks of 1 MB that are held of a file on a network: its header, and where it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +95,22 @@ def location_below(manifest: str, path: str, *, folder: str = ".") -> str:
 
 
 class AudioReader:
-    """Opens audio places; holds the row group or record batch that was read last. Use one for each thread."""
+    """Opens audio places, one after the other; use one for each thread, and close it.
 
-    def __init__(self) -> None:
+    It holds the row group or record batch that was read last, and of a file on a network the last BLOCKS_HELD blocks,
+    so that neighbours in a tar file are fetched once. `home` is the folder that relative paths begin at.
+    """
+
+    def __init__(self, home: str = "") -> None:
+        self._home = home
         self._rows = functools.lru_cache(maxsize=1)(_open_rows)
+        self._stack = contextlib.ExitStack()
+        self._remote: tuple[str, SourceFile] | None = None
+
+    def close(self) -> None:
+        """Close the file that is open."""
+        self._remote = None
+        self._stack.close()
 
     @contextlib.contextmanager
     def open(self, place: AudioPlace) -> Iterator[SourceFile]:
@@ -105,22 +119,46 @@ class AudioReader:
         A local file is read where it is, in ranges, and so is a part of a tar file. Reads over a network that fail in
         a way that may pass are retried. Raises AudioError for a place that is missing, empty or cannot be opened.
         """
+        path, name = local_path(place.uri), str(place)
+        location = place.uri if path is None else os.path.join(self._home, path)
         if place.row is not None:
             try:
-                content = self._rows(place.uri, place.column or "").read(place.row)
+                content = self._rows(location, place.column or "").read(place.row)
             except DataError as error:
                 raise AudioError(str(error)) from error
-            with open_source(content, name=str(place)) as file:
+            with open_source(content, name=name) as file:
                 yield file
-            return
-        with open_source(place.uri, name=str(place)) as file:
-            if place.size is None and not place.start:
-                yield file
-            elif place.start + (place.size or 0) > file.size:
-                raise AudioError(f"{place}: its tar file ends at byte {file.size:,}: fetch it again")
-            else:
-                rest = file.after(place.start)
-                yield rest if place.size is None else rest.before(place.size)
+        elif path is None:
+            yield _range_of(self._open_remote(place.uri), place)
+        else:
+            with open_source(location, name=name) as file:
+                yield _range_of(file, place)
+
+    def _open_remote(self, uri: str) -> SourceFile:
+        if self._remote is None or self._remote[0] != uri:
+            self.close()
+            file = self._stack.enter_context(open_source(uri))
+            self._remote = uri, SourceFile(file.label, file.size, _BlockCache(file.read_range))
+        return self._remote[1]
+
+
+def _range_of(file: SourceFile, place: AudioPlace) -> SourceFile:
+    """Open the bytes of a place in its file."""
+    end = file.size if place.size is None else place.start + place.size
+    if end > file.size:
+        raise AudioError(f"{place}: its tar file ends at byte {file.size:,}: fetch it again")
+    return SourceFile(str(place), end - place.start, lambda start, count: file.read_range(place.start + start, count))
+
+
+class _BlockCache:
+    """Reads ranges of a file by whole blocks, and holds the last ones."""
+
+    def __init__(self, read_range: ReadRange) -> None:
+        self._block = functools.lru_cache(BLOCKS_HELD)(lambda number: read_range(number * BUFFER_BYTES, BUFFER_BYTES))
+
+    def __call__(self, start: int, count: int) -> bytes:
+        number, skipped = divmod(start, BUFFER_BYTES)
+        return self._block(number)[skipped : skipped + count]
 
 
 class _ParquetRows:

@@ -20,7 +20,9 @@ from graft.config import Recipe
 from graft.data.splits import seeded_hash
 from graft.errors import DataError
 
-from .manifests import Row, SplitName, row_audio
+from .audio_places import AudioReader
+from .clips import stored_clip
+from .manifests import Row, SplitName
 
 MOST_TURNS = 10
 """Largest number of joined clips with the same row: hours made of minutes of speech would be learnt by heart."""
@@ -84,14 +86,15 @@ def join_splits(splits: Mapping[str, Sequence[Row]], recipe: JoinedRecipe, *, se
     return {split: _join(split, [row for row in splits[split] if row.text], recipe, seed) for split in named}
 
 
-def joined_corpus_row(joined: JoinedRow) -> dict[str, Any]:
+def joined_corpus_row(joined: JoinedRow, reader: AudioReader) -> dict[str, Any]:
     """Decode a joined row into the columns of write_corpus. Raises AudioError."""
     from graft.data.dataset import clip_row
 
     pieces: list[np.ndarray] = []
     for part in joined.parts:
         pieces += [np.zeros(part.pause_count, np.float32)] if pieces else []
-        pieces += [read_audio(row_audio(part.row)[0], name=str(part.row.audio)).samples]
+        content, _ = stored_clip(part.row, reader)
+        pieces += [read_audio(content, name=str(part.row.audio)).samples]
     rows = [part.row for part in joined.parts]
     columns = clip_row(joined.id, AudioClip(np.concatenate(pieces)), " ".join(row.text for row in rows))
     sexes = {row.sex for row in rows}  # rows without a speaker can be of several

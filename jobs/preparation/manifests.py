@@ -9,28 +9,26 @@ import csv
 import io
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Annotated, Any, BinaryIO, Literal
 
-import numpy as np
-import soundfile
 from pydantic import Field
 
-from graft.audio.spans import probe, read_span
 from graft.config import Recipe
 from graft.data.splits import comparable_text
 from graft.errors import AudioError, DataError
 from graft.keys import Location
 from graft.storage.local_paths import local_path
 from graft.storage.locations import pin_revision, redact_uri
-from graft.storage.source import SourceFile, open_source
+from graft.storage.source import open_source
 from graft.text.characters import compose
 from graft.text.languages import language_code
 
-from .audio_places import AudioPlace, AudioReader, file_place, location_below
+from .audio_places import AudioPlace, file_place, location_below
 
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 FieldName = Literal["id", "audio", "text", "speaker", "sex", "language", "offset", "duration"]
@@ -50,8 +48,6 @@ FIELD_NAMES: dict[str, tuple[str, ...]] = {
 DELIMITERS = "\t,;|"
 SYNTAX_REASONS = ("not JSON", "not CSV")
 """Reasons of lines that cannot be parsed, so that their fields are not known."""
-LENGTH_TOLERANCE_S = 0.1
-"""Largest difference between the length of a file in its manifest and in its header."""
 LONGEST_S = 1e6
 """Times beyond this are taken for errors: some headers give no length but the largest number."""
 
@@ -83,7 +79,7 @@ class Manifest(Recipe):
         return redact_uri(self.manifest)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A clip of a manifest, and its line there."""
 
@@ -99,13 +95,14 @@ class Row:
     length_s: float | None = None  # of the clip; None: to the file's end
     duration_s: float = 0.0  # measured from the audio
     language: str | None = None  # its code
+    copy: AudioPlace | None = None  # the clip, where it was copied out of its file or from a network
 
     def dropped(self, reason: str, detail: str = "") -> "DroppedLine":
         """Say why this row is in no split."""
         return DroppedLine(self.source, self.line, self.id, reason, detail)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DroppedLine:
     """A line of a manifest that is in no split, and the reason."""
 
@@ -164,74 +161,6 @@ def _open_manifest(location: str) -> Iterator[BinaryIO]:
 
 def _suffix(location: str) -> str:
     return PurePosixPath(file_place(location).name).suffix.lower()
-
-
-def header_duration_s(row: Row) -> float:
-    """Return the seconds of a row's clip by its manifest or its file's header, 0 where the header gives none."""
-    if row.length_s is not None:
-        return row.length_s
-    try:
-        with AudioReader().open(row.audio) as file:
-            return max(0.0, (_file_duration_s(file) or 0.0) - row.offset_s)
-    except AudioError:
-        return 0.0  # decoding it will tell what is wrong
-
-
-def row_audio(row: Row) -> tuple[bytes, str]:
-    """Return the row's audio file or, if the row is a part of it, that part as FLAC, and the name of either.
-
-    Raises AudioError for times beyond the file's end, and for a part of a file that cannot be decoded up to it.
-    """
-    with AudioReader().open(row.audio) as file:
-        if _is_part(row, file):
-            return _cut(row, file), f"{PurePosixPath(row.audio.name).stem}.flac"
-        file.seek(0)
-        content = file.read()
-        file.check()
-        return content, row.audio.name
-
-
-def _is_part(row: Row, file: SourceFile) -> bool:
-    if row.offset_s or row.length_s is None:
-        return bool(row.offset_s)
-    file_s = _file_duration_s(file)
-    return file_s is None or file_s - row.length_s > LENGTH_TOLERANCE_S
-
-
-def _file_duration_s(file: SourceFile) -> float | None:
-    """Return a file's seconds by its header; None where it gives none."""
-    try:
-        duration_s = probe(file).duration_s
-    except AudioError:
-        return None  # decoding it will tell what is wrong
-    return duration_s if duration_s is not None and duration_s < LONGEST_S else None
-
-
-def _cut(row: Row, file: SourceFile) -> bytes:
-    """Cut the row's part out of its file, at the file's own rate and channels, in 16 bits or, if it has more, in 24."""
-    rate = probe(file).rate
-    start = round(row.offset_s * rate)
-    end = None if row.length_s is None else start + round(row.length_s * rate)
-    blocks = [block.samples for block in read_span(file, start, end, channels="split", rate=None)]
-    count = sum(map(len, blocks))
-    if not count or (end is not None and start + count < end - LENGTH_TOLERANCE_S * rate):
-        length = "goes to its end" if row.length_s is None else f"lasts {row.length_s:g} s"
-        raise AudioError(
-            f"{row.audio}: ends before the clip that begins at {row.offset_s:g} s and {length}: correct the manifest"
-        )
-    clip = io.BytesIO()
-    subtype = "PCM_24" if _is_deep(file) else "PCM_16"
-    soundfile.write(clip, np.concatenate(blocks), rate, format="FLAC", subtype=subtype)
-    return clip.getvalue()
-
-
-def _is_deep(file: SourceFile) -> bool:
-    """Tell whether a file holds more than 16 bits a sample; lossy formats count as 16."""
-    file.seek(0)
-    try:
-        return soundfile.info(file).subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
-    except soundfile.LibsndfileError:
-        return False
 
 
 def _read_json(file: BinaryIO, source: Manifest) -> Iterator[Row | DroppedLine]:
@@ -335,8 +264,8 @@ def _parse_fields(values: Mapping[str, Any], source: Manifest, number: int) -> R
         fields["id"],
         file_place(location_below(source.manifest, fields["audio"], folder=source.folder)),
         fields["text"],
-        fields["speaker"] or None,
-        fields["sex"] or None,
+        sys.intern(fields["speaker"]) or None,
+        sys.intern(fields["sex"]) or None,
         source.split,
         source.place,
         number,

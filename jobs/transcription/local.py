@@ -26,6 +26,7 @@ from .assembly import read_index
 from .discovery import LIST_SUFFIXES, PARQUET, find_recordings, suffix_of
 from .pipeline import NOTES_FOLDER, RESULTS, ChunkTranscriber, ItemTranscriber, Opener, Pipeline
 from .reader import ItemReader, Reading
+from .tasks import asks_for_ray
 from .work_items import ITEMS, durations, plan_items
 
 MOST_FILES = 8
@@ -38,7 +39,7 @@ text appears later."""
 
 def needs_ray(sources: Sequence[str], workers: int | Auto) -> str | None:
     """Say why Ray is to transcribe what `sources` name, where they are not a few local files; else return None."""
-    if reason := _asks_for_ray(workers):
+    if reason := asks_for_ray(workers):
         return reason
     paths = (local_path(source) or "" for source in sources)
     is_named = (os.path.isfile(path) and suffix_of(path) not in (*LIST_SUFFIXES, PARQUET) for path in paths)
@@ -53,7 +54,7 @@ def are_for_ray(recordings: pa.Table, workers: int | Auto, home: Path) -> str | 
     `home` holds the results of earlier runs. Where one was killed while it read, a file may crash the decoder, which
     ends a process of Ray, and not the run.
     """
-    if reason := _asks_for_ray(workers):
+    if reason := asks_for_ray(workers):
         return reason
     if len(recordings) > MOST_FILES:
         return f"these are more than {MOST_FILES} recordings"
@@ -62,12 +63,6 @@ def are_for_ray(recordings: pa.Table, workers: int | Auto, home: Path) -> str | 
     if any((home / NOTES_FOLDER).glob("*")):
         return "an earlier run was killed while it read a recording"
     return None
-
-
-def _asks_for_ray(workers: int | Auto) -> str | None:
-    if os.environ.get("RAY_ADDRESS"):
-        return "RAY_ADDRESS names a cluster"
-    return f"workers={workers} is more than one process" if workers != "auto" and workers > 1 else None
 
 
 def is_too_long(plan: pa.Table) -> str | None:

@@ -1,7 +1,5 @@
 """Print how a bulk run goes in one line: recordings, hours, speed, time left and errors, by the results on disk."""
 
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import TextIO
@@ -9,10 +7,8 @@ from typing import TextIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..common.console import ProgressLine, time_left
 from .assembly import NewResults
-
-TERMINAL_S, LOG_S = 2.0, 60.0
-"""Seconds between two lines, on a terminal, where each is written over the last one, and elsewhere."""
 
 
 class BulkProgress:
@@ -22,8 +18,6 @@ class BulkProgress:
     """
 
     def __init__(self, plan: pa.Table, done: pa.Table, home: Path, out: TextIO | None = None) -> None:
-        self._out = out or sys.stdout
-        self._every_s = TERMINAL_S if self._out.isatty() else LOG_S
         self._results = NewResults(home, seen=done["file"].unique().to_pylist())
         self._item_count = len(plan)
         self._recording_count = pc.sum(pc.equal(plan["index"], 0)).as_py()
@@ -32,18 +26,14 @@ class BulkProgress:
         self._recordings = self._audio_s = 0.0
         self._add(done.filter(pc.is_in(done["id"], plan["id"])))
         self._start, self._audio_before_s = time.monotonic(), self._audio_s
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="graft-progress", daemon=True)
+        self._printed = ProgressLine(self._newest_line, out)
 
     def __enter__(self) -> "BulkProgress":
-        self._thread.start()
+        self._printed.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._count_new_files()
-        self._print("\n")
+        self._printed.__exit__()
 
     @property
     def rtfx(self) -> float:
@@ -52,8 +42,7 @@ class BulkProgress:
 
     def line(self) -> str:
         """Return the line as of the last count."""
-        seconds = round(self._left_s()) if self.rtfx else 0
-        left = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}" if self.rtfx else "?"
+        left = time_left(self._left_s()) if self.rtfx else "?"
         done = f"{int(self._recordings + 1e-6)}/{self._recording_count} recordings"
         return f"{done}  {self._audio_s / 3600:.2f} h  RTFx {self.rtfx:.1f}  left {left}  {self._errors} errors"
 
@@ -64,10 +53,9 @@ class BulkProgress:
         expected_s = known + mean * self._expected_s.null_count
         return max(0.0, expected_s - self._audio_s) / self.rtfx if self._items < self._item_count else 0.0
 
-    def _watch(self) -> None:
-        while not self._ended.wait(self._every_s):
-            self._count_new_files()
-            self._print("\r" if self._out.isatty() else "\n")
+    def _newest_line(self) -> str:
+        self._count_new_files()
+        return self.line()
 
     def _count_new_files(self) -> None:
         self._add(self._results.read())
@@ -77,6 +65,3 @@ class BulkProgress:
         self._recordings += pc.sum(pc.divide(1.0, index["item_count"].cast(pa.float64()))).as_py() or 0.0
         self._audio_s += pc.sum(index["duration_s"]).as_py() or 0.0
         self._errors += pc.sum(index["failed"]).as_py() or 0
-
-    def _print(self, end: str) -> None:
-        print(self.line(), end=end, file=self._out, flush=True)

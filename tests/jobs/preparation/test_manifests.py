@@ -14,7 +14,8 @@ from graft.data.dataset import RowReader, read_rows
 from graft.data.settings import Source
 from graft.errors import AudioError, DataError, RecipeError
 from jobs.preparation.audio_places import AudioPlace, file_place
-from jobs.preparation.manifests import DroppedLine, Manifest, Row, header_duration_s, read_manifests, row_audio
+from jobs.preparation.clips import row_audio
+from jobs.preparation.manifests import DroppedLine, Manifest, Row, read_manifests
 from jobs.prepare import PrepareRecipe, run
 from tests.support import hub_server, media
 
@@ -164,7 +165,6 @@ def test_nemo_parts_of_a_file_become_clips_and_whole_files_stay_as_they_are(tmp_
         "talk.wav@3",
         "own",
     ]
-    assert [header_duration_s(row) for row in rows] == [4, 3.96, 1.5, 2, 1, 1.05, 4]
     clips = [row_audio(row) for row in rows]
     assert [name for _, name in clips] == ["talk.wav", "talk.wav", *["talk.flac"] * 4, "talk.wav"]
     assert {content for content, name in clips if name == "talk.wav"} == {(tmp_path / "talk.wav").read_bytes()}

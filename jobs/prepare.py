@@ -1,10 +1,11 @@
 """Turn manifests of speech into parquet files in disjoint, seeded splits.
 
-manifest lines -> rows -> checks of text and audio -> one row for each id -> splits, with longer clips joined from
-their rows on request -> out/SPLIT/part-00000.parquet ..., out/dropped.jsonl, out/summary.json
+manifest lines -> rows -> checks of text and audio, each file decoded once -> one row for each id -> splits, with longer
+clips joined from their rows on request -> out/SPLIT/part-00000.parquet ..., out/dropped.jsonl, out/summary.json
 
-Manifests are JSON lines, NeMo's among them, or CSV; files are in SpeechBrain's LargeScaleASR schema. Every line that a
-source takes ends up in a split or, with its reason, in dropped.jsonl. The same input and seed give the same bytes; the
+Manifests are JSON lines, NeMo's among them, or CSV; files are in SpeechBrain's LargeScaleASR schema. Manifests and audio
+may lie on disks, in buckets, on the Hugging Face hub and on web servers. Every line that a source takes ends up in a
+split or, with its reason, in dropped.jsonl. The same input and seed give the same bytes, on any number of workers; the
 order of a manifest's lines changes no split.
 """
 
@@ -54,7 +55,7 @@ class PrepareRecipe(Recipe):
     other names of its fields, {manifest, only} for some of its lines, and {manifest, unlabelled: keep} for lines
     without text."""
     out: OutputKey[str]
-    """Folder that the splits are written to."""
+    """Folder that the splits are written to, which every machine of a cluster must see."""
     splits: DataKey[dict[SplitName, Annotated[float, Field(ge=0, le=1)]]] = Field(
         default_factory=lambda: {"train": 0.95, "dev": 0.05}
     )

@@ -3,10 +3,10 @@
 manifest lines -> rows -> checks of text and audio, each file decoded once -> one row for each id -> splits, with longer
 clips joined from their rows on request -> out/SPLIT/part-00000.parquet ..., out/dropped.jsonl, out/summary.json
 
-Manifests are JSON lines, NeMo's among them, or CSV; files are in SpeechBrain's LargeScaleASR schema. Manifests and audio
-may lie on disks, in buckets, on the Hugging Face hub and on web servers. Every line that a source takes ends up in a
-split or, with its reason, in dropped.jsonl. The same input and seed give the same bytes, on any number of workers; the
-order of a manifest's lines changes no split.
+Manifests are JSON lines, NeMo's among them, or CSV; files are in SpeechBrain's LargeScaleASR schema. Manifests and
+audio may lie on disks, in buckets, on the Hugging Face hub and on web servers. Every line that a source takes ends up
+in a split or, with its reason, in dropped.jsonl. The same input and seed give the same bytes, on any number of workers;
+the order of a manifest's lines changes no split.
 """
 
 import json

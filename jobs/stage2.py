@@ -5,9 +5,9 @@ The frozen weights of the language model are quantized to NF4 (QLoRA), or left i
 
 import os
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graft.config import Recipe
 from graft.errors import ModelError
@@ -31,6 +31,17 @@ class LoraRecipe(Recipe):
     """Put adapters on the Whisper encoder, too."""
 
 
+class LearningRates(Recipe):
+    """Learning rates of single parts, each with the warm-up and the schedule of learning_rate."""
+
+    projector: float | None = Field(default=None, ge=0)
+    """Learning rate of the projector. 0 leaves it as it is, null takes learning_rate."""
+    adapters: float | None = Field(default=None, ge=0)
+    """Learning rate of the adapters on the language model. 0 leaves them as they are, null takes learning_rate."""
+    encoder: float | None = Field(default=None, ge=0)
+    """Learning rate of the adapters on the Whisper encoder (lora.encoder). null takes learning_rate."""
+
+
 class Stage2Recipe(TrainRecipe):
     """Settings of stage 2, which trains adapters and projector."""
 
@@ -47,6 +58,14 @@ class Stage2Recipe(TrainRecipe):
     """Training backend: plain torch, with DDP where there are several workers, or DeepSpeed ZeRO."""
     learning_rate: ScheduleKey[float] = Field(default=2e-4, gt=0)
     """Learning rate after the warm-up."""
+    learning_rates: ScheduleKey[LearningRates] = LearningRates()
+    """Other learning rates for the projector, the adapters or the encoder; the log shows learning_rate."""
+
+    @model_validator(mode="after")
+    def _check_encoder_rate(self) -> Self:
+        if self.learning_rates.encoder is not None and not self.lora.encoder:
+            raise ValueError("learning_rates.encoder needs adapters on the encoder: give lora.encoder=true")
+        return self
 
 
 def run(recipe: Stage2Recipe) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Backend(Protocol):
         """
 
     def step(self, learning_rate: float) -> float:
-        """Update the weights; returns the gradients' norm before clipping."""
+        """Update the weights, each part at its scale of the rate; returns the gradients' norm before clipping."""
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """Put `model` into eval mode without gradients, in the arithmetic of training; every worker must enter it."""
@@ -75,14 +75,23 @@ class Backend(Protocol):
 class TorchBackend:
     """AdamW on the trainable parameters, which stay in float32; DDP where there is more than one process.
 
-    With `bf16` autocast rounds the trained weights to bf16 in matrix products.
+    With `bf16` autocast rounds the trained weights to bf16 in matrix products. `lr_scales` are parameter_groups'.
     """
 
-    def __init__(self, model: nn.Module, *, weight_decay: float, max_grad_norm: float, bf16: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight_decay: float,
+        max_grad_norm: float,
+        bf16: bool = False,
+        lr_scales: Mapping[str, float] | None = None,
+    ):
         self.model = model
         self.trained = trainable_parameters(model)
         self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.optimizer = torch.optim.AdamW(self.trained.values(), weight_decay=weight_decay, betas=BETAS, fused=True)
+        groups = parameter_groups(self.trained, lr_scales or {})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, betas=BETAS, fused=True)
         self.max_grad_norm = max_grad_norm
         device = next(iter(self.trained.values())).device
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -106,8 +115,7 @@ class TorchBackend:
         return loss.detach()
 
     def step(self, learning_rate: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -140,6 +148,27 @@ class TorchBackend:
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def parameter_groups(trained: Mapping[str, nn.Parameter], lr_scales: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Group parameters for an optimizer by the scale of their learning rate, which is 1 where none is given.
+
+    `lr_scales` has scales of the parts `projector`, `adapters` (on the language model) and `encoder` (adapters on it).
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        groups.setdefault(lr_scales.get(trained_part(name), 1.0), []).append(parameter)
+    return [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
+
+
+def trained_part(name: str) -> str:
+    """Return the part that a trained parameter belongs to: projector, encoder or adapters."""
+    return {"audio_projector": "projector", "audio_tower": "encoder"}.get(name.partition(".")[0], "adapters")
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_scale"]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ trains LoRA adapters as well, on an NF4 base (QLoRA) or a full-precision one.
 """
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -111,11 +112,14 @@ def make_backend(
     accumulation: int,
     weight_decay: float,
     max_grad_norm: float,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> Backend:
-    """Make the backend that trains a stage's model."""
+    """Make the backend that trains a stage's model; `lr_scales` are parameter_groups'."""
     bf16 = computing.dtype == "bf16"
     if computing.backend == "torch":
-        return TorchBackend(model, weight_decay=weight_decay, max_grad_norm=max_grad_norm, bf16=bf16)
+        return TorchBackend(
+            model, weight_decay=weight_decay, max_grad_norm=max_grad_norm, bf16=bf16, lr_scales=lr_scales
+        )
     return ZeroBackend(
         model,
         zero_stage=computing.zero_stage,
@@ -123,6 +127,7 @@ def make_backend(
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
         bf16=bf16,
+        lr_scales=lr_scales,
     )
 
 

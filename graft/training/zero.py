@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import require
-from graft.training.backends import BETAS, STATE_KEYS, eval_mode, float32_copy, trainable_parameters
+from graft.training.backends import (
+    BETAS,
+    STATE_KEYS,
+    eval_mode,
+    float32_copy,
+    parameter_groups,
+    set_learning_rate,
+    trainable_parameters,
+)
 from graft.training.checkpoint import State
 
 
@@ -27,17 +35,22 @@ class ZeroBackend:
         weight_decay: float,
         max_grad_norm: float,
         bf16: bool,
+        lr_scales: Mapping[str, float] | None = None,
     ):
         deepspeed = require("deepspeed", extra="train")
         self.model = model
         self.trained = trainable_parameters(model)
         self.zero_stage = zero_stage
         self.world_size = torch.distributed.get_world_size()
-        optimizer = torch.optim.AdamW(self.trained.values(), weight_decay=weight_decay, betas=BETAS, fused=True)
+        groups = parameter_groups(self.trained, lr_scales or {})
+        optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, betas=BETAS, fused=True)
         config = zero_config(zero_stage, accumulation=accumulation, max_grad_norm=max_grad_norm, bf16=bf16)
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model, model_parameters=list(self.trained.values()), optimizer=optimizer, config=config
         )
+        if len(groups) > 1:
+            # ZeRO 1 and 2 look for the moments of all groups after the first one's first step, when others have none.
+            self._make_moments(0)
 
     def backward(self, inputs: Mapping[str, Tensor], *, label_count: int, is_last: bool) -> Tensor:
         loss = self.engine(**inputs, label_count=label_count).loss
@@ -48,8 +61,7 @@ class ZeroBackend:
         return loss.detach()
 
     def step(self, learning_rate: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0)
 
@@ -82,6 +94,7 @@ class ZeroBackend:
             moments = {key: torch.zeros_like(flat) for key in STATE_KEYS}
             self.optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step), device=flat.device), **moments}
         if self.zero_stage < 3:
+            self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _load_whole(self, parameter: nn.Parameter, entry: Mapping[str, Tensor], keys: tuple[str, ...]) -> None:

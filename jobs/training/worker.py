@@ -24,7 +24,7 @@ from graft.model.ctc import CtcPrealignment
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import GraftProcessor
 from graft.storage.atomic import write_atomic
-from graft.training.backends import Backend, TrainingBatch
+from graft.training.backends import Backend, TrainingBatch, trainable_parameters, trained_part
 from graft.training.checkpoint import load_checkpoint
 from graft.training.devices import device_peak_flops
 from graft.training.encoder_cache import CachingEncoder, EncoderCache
@@ -85,11 +85,18 @@ def work(run: Run) -> None:
         model = trainable_module(graft, run.stage, run.computing, processor)
         del graft  # frees the language model where CTC pre-alignment does not use it
         limits = {name: run.recipe[name] for name in ("weight_decay", "max_grad_norm")}
-        backend = make_backend(model, run.computing, accumulation=settings.accumulation, **limits)
+        rates = {part: rate for part, rate in run.recipe.get("learning_rates", {}).items() if rate is not None}
+        scales = {part: rate / settings.learning_rate for part, rate in rates.items()}
+        backend = make_backend(model, run.computing, accumulation=settings.accumulation, lr_scales=scales, **limits)
         sets = {name: _validation(run, name, backend, processor) for name in run.validation}
         observer = RunObserver(run.recipe, out, backend, from_step=progress.step, sets=sets)
         if run.computing.dtype == "bf16" and not multiplies_bf16(device):
             observer.say("this processor has no fast bf16: dtype=fp32 takes a fraction of the time")
+        if rates:
+            parts = ", ".join(
+                f"{part} {rates.get(part, settings.learning_rate):.2e}" for part in _trained_parts(backend)
+            )
+            observer.say(f"learning rates: {parts}, each with the schedule of learning_rate")
         if checkpoint:
             backend.load_state(load_checkpoint(checkpoint)[0], step=progress.step)
             observer.say(f"going on at step {progress.step}, batch {progress.position} of the plan")
@@ -118,6 +125,10 @@ def work(run: Run) -> None:
         observer.close()
         if encoder:
             encoder.close()
+
+
+def _trained_parts(backend: Backend) -> dict[str, None]:
+    return dict.fromkeys(map(trained_part, trainable_parameters(backend.model)))
 
 
 def _validation(run: Run, name: str, backend: Backend, processor: GraftProcessor) -> Validation:

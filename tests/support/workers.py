@@ -19,7 +19,9 @@ from tests.support.network import sent_bytes
 from tests.support.training import example, filler, run_steps, step_batches, weights
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
+EVERYWHERE = LoraSettings(rank=4, alpha=8, dropout=0.1, encoder=True)
 STAGES = {"stage1": Stage(1), "stage2": Stage(2, lora=LORA), "qlora": Stage(2, lora=LORA, nf4=True)}
+STAGES["encoder"] = Stage(2, lora=EVERYWHERE)
 STEPS, STEP_BATCHES = 3, 4
 
 
@@ -39,6 +41,7 @@ class Case:
     end: int = STEPS
     begin: State | None = None
     """State after the steps before `first`."""
+    lr_scales: Mapping[str, float] | None = None
 
 
 def train_share(case: Case, *, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
@@ -54,7 +57,14 @@ def train_share(case: Case, *, rank: int = 0, world_size: int = 1) -> dict[str, 
         )
         model, processor = open_for_stage(STAGES[case.stage], case.folder, computing)
         resident = resident_bytes(model)
-        trainer = make_backend(model, computing, accumulation=accumulation, weight_decay=0.01, max_grad_norm=1.0)
+        trainer = make_backend(
+            model,
+            computing,
+            accumulation=accumulation,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+            lr_scales=case.lr_scales,
+        )
         if state:
             trainer.load_state(state, step=progress.step)
         steps = range(case.first + leg, case.first + leg + 1) if len(case.backends) > 1 else range(case.first, case.end)

@@ -139,3 +139,18 @@ def test_a_checkpoint_of_three_processes_goes_on_in_two(folder: str, alone: dict
     for together in in_processes({2: cases}, tmp_path)[2]:
         for shared in together:
             check_same({**shared, "losses": begun[0]["losses"] + shared["losses"]}, alone["stage2"])
+
+
+@pytest.mark.slow
+def test_learning_rates_of_parts_are_the_same_in_every_layout_and_after_resuming(folder: str, tmp_path: Path) -> None:
+    scales = {"projector": 10.0, "encoder": 0.1}
+    alone = train_share(Case(folder, "encoder", ("torch",), lr_scales=scales))
+    plain = train_share(Case(folder, "encoder", ("torch",)))
+    changed = [name for name, entry in plain["state"].items() if furthest(entry, alone["state"][name]) > 1e-5]
+    assert {name.split(".")[0] for name in changed} >= {"audio_projector", "audio_tower"}
+    cases = [Case(folder, "encoder", backends, lr_scales=scales) for backends in (ZERO1, ZERO2, ZERO3, MOVED)]
+    results = in_processes({1: cases, 2: cases}, tmp_path)
+    for count in results:
+        for together in results[count]:
+            for shared in together:
+                check_same(shared, alone)

@@ -145,6 +145,21 @@ def test_learning_rates():
     assert {learning_rate_at(step, constant, 10) for step in range(10)} == {2.0}
 
 
+def test_each_part_has_its_learning_rate(folder):
+    stage = dataclasses.replace(STAGE_2, lora=dataclasses.replace(STAGE_2.lora, encoder=True, dropout=0.0))
+    rates = {"audio_projector": 1e-2, "model": 1e-3, "audio_tower": 0.0}
+    model, processor = open_for_stage(stage, str(folder), FP32)
+    scales = {"projector": 10.0, "encoder": 0.0}
+    backend = TorchBackend(model, weight_decay=0.0, max_grad_norm=1.0, lr_scales=scales)
+    before = weights(model)
+    run_steps(clip_steps(processor, steps=1), backend, learning_rate=1e-3)
+    steps = {
+        part: max(float((weights(model)[name] - before[name]).abs().max()) for name in before if name.startswith(part))
+        for part in rates
+    }
+    assert steps == pytest.approx(rates, rel=1e-3)  # AdamW's first step changes a weight by its rate
+
+
 def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(folder):
     model, processor, backend = opened(folder)
     (batch,) = clip_steps(processor, steps=1)

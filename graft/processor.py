@@ -18,16 +18,17 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from graft.audio.clip import AudioClip
 from graft.audio.features import Features, Featurizer
 from graft.errors import ModelError
-from graft.model.configuration import GraftConfig, audio_token_count
+from graft.model.configuration import AnyGraftConfig, GraftConfig, TextGraftConfig, audio_token_count, read_graft_config
 from graft.model.tokens import AUDIO_PAD_TOKEN
 from graft.text.prompts import (
-    ANSWER_END,
+    CHATML,
     DEFAULT_INSTRUCTION,
     PLAIN_INSTRUCTION,
-    PROMPT_END,
     TEMPLATES,
+    ChatFormat,
     Instruction,
     check_language,
+    find_chat_format,
     prompt_text,
     request_instruction,
     style_text,
@@ -107,7 +108,7 @@ class Example:
 
 
 class GraftProcessor(ProcessorMixin):
-    """Bundles Whisper's feature extractor, Qwen2-VL's image processor and a tokenizer with the audio tokens.
+    """Bundles Whisper's feature extractor, a tokenizer with the audio tokens and, for Qwen2-VL, its image processor.
 
     `audio_pool` and the parameters after it repeat the GraftConfig that it was built with; the model checks the tokens.
     """
@@ -135,17 +136,23 @@ class GraftProcessor(ProcessorMixin):
         self.trained_context = trained_context
         self.trained_languages = list(trained_languages)
         self.tokens_per_s = tokens_per_s
-        super().__init__(feature_extractor, image_processor, tokenizer, chat_template=chat_template)
+        parts = {"feature_extractor": feature_extractor, "image_processor": image_processor, "tokenizer": tokenizer}
+        own = {name: parts[name] for name in self.get_attributes()}
+        super().__init__(**own, chat_template=chat_template)
 
-    @classmethod
+    @staticmethod
     def for_config(
-        cls, config: GraftConfig, *, feature_extractor: Any, image_processor: Any, tokenizer: Any
+        config: AnyGraftConfig, *, feature_extractor: Any, image_processor: Any, tokenizer: Any
     ) -> "GraftProcessor":
-        """Make the processor that matches a graft's configuration."""
+        """Make the processor that matches a graft's configuration; one for text alone has no image processor."""
         names = ("audio_pool", "audio_context", "prompt_style", "text_style")
         trained = ("trained_styles", "trained_context", "trained_languages", "tokens_per_s")
         settings = {name: getattr(config, name) for name in (*names, *trained)}
-        return cls(feature_extractor, image_processor, tokenizer, chat_template=tokenizer.chat_template, **settings)
+        parts = {"feature_extractor": feature_extractor, "tokenizer": tokenizer}
+        parts |= {"chat_template": tokenizer.chat_template}
+        if isinstance(config, TextGraftConfig):
+            return TextGraftProcessor(**parts, **settings)
+        return GraftProcessor(image_processor=image_processor, **parts, **settings)
 
     @cached_property
     def featurizer(self) -> Featurizer:
@@ -265,7 +272,7 @@ class GraftProcessor(ProcessorMixin):
             raise ValueError("videos are not supported: pass their frames as images")
         clips = [audio] if isinstance(audio, AudioClip) else list(audio or [])
         if text is None:
-            text = [prompt_text(self.prompt_style)] * len(clips)
+            text = [prompt_text(self.prompt_style, chat=self._chat)] * len(clips)
         texts = [text] if isinstance(text, str) else list(text)
         image_inputs = dict(self.image_processor(images=images, return_tensors="pt")) if images is not None else {}
         grids = image_inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))  # (images, time height width)
@@ -298,16 +305,20 @@ class GraftProcessor(ProcessorMixin):
         return TEMPLATES[self.prompt_style].answer.format(text=style_text(text, style or self.text_style))
 
     @cached_property
+    def _chat(self) -> ChatFormat:
+        return find_chat_format(self.tokenizer.get_added_vocab()) or CHATML
+
+    @cached_property
     def _prompt_parts(self) -> tuple[list[int], list[int], list[int]]:
         """Tokenize a prompt's text before the placeholders, between them and the question, and after the question."""
         template = TEMPLATES[self.prompt_style]
-        texts = [template.before, template.after, PROMPT_END]
+        texts = [self._chat.user + template.before, template.after, self._chat.prompt_end]
         before, after, end = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return before, after, end
 
     @cached_property
     def _answer_end_ids(self) -> list[int]:
-        return self.tokenizer(ANSWER_END, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(self._chat.answer_end, add_special_tokens=False)["input_ids"]
 
     def _plain_ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)[
@@ -321,6 +332,46 @@ class GraftProcessor(ProcessorMixin):
         while block := list(itertools.islice(waiting, TOKENIZED_TOGETHER)):
             lengths += map(len, encode(block, add_special_tokens=False))
         return np.array(lengths, dtype=np.int64)
+
+
+class TextGraftProcessor(GraftProcessor):
+    """The GraftProcessor of a language model for text alone, which has no image processor."""
+
+    # transformers saves what the signature names, and takes its processors for the parts.
+    def __init__(
+        self,
+        feature_extractor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        audio_pool: int = 2,
+        audio_context: str = "valid",
+        prompt_style: str = "graft",
+        text_style: str = "lower",
+        trained_styles: Sequence[str] = (),
+        trained_context: bool = False,
+        trained_languages: Sequence[str] = (),
+        tokens_per_s: float = ENGLISH_TOKENS_PER_S,
+    ):
+        super().__init__(
+            feature_extractor,
+            None,
+            tokenizer,
+            chat_template,
+            audio_pool,
+            audio_context,
+            prompt_style,
+            text_style,
+            trained_styles,
+            trained_context,
+            trained_languages,
+            tokens_per_s,
+        )
+
+
+def read_graft_processor(checkpoint: str) -> GraftProcessor:
+    """Read the processor of a graft, in a folder or on the hub. Raises as read_graft_config."""
+    is_text = isinstance(read_graft_config(checkpoint), TextGraftConfig)
+    return (TextGraftProcessor if is_text else GraftProcessor).from_pretrained(checkpoint)
 
 
 class PlainWhisperProcessor:
@@ -411,3 +462,4 @@ def _expand(text: str, token: str, counts: Iterator[int]) -> str:
 
 
 AutoProcessor.register(GraftConfig, GraftProcessor)
+AutoProcessor.register(TextGraftConfig, TextGraftProcessor)

@@ -20,7 +20,7 @@ from .common.outputs import RECIPE_FILE, holds_results, staged_output
 from .merge import ADAPTER_FOLDER
 
 if TYPE_CHECKING:
-    from graft.model.configuration import GraftConfig
+    from graft.model.configuration import AnyGraftConfig, read_graft_config
 
     from .transcription.estimate import PlannedModel
 
@@ -124,7 +124,7 @@ def is_untrained(graft: str) -> bool:
     return isinstance(found, dict) and "audio_base" in found and not (found.get("reference") or found.get("pretrained"))
 
 
-def planned_graft(model: str) -> tuple["GraftConfig", bool]:
+def planned_graft(model: str) -> tuple["AnyGraftConfig", bool]:
     """Return the configuration of a graft, and whether it is built; a recipe with known bases can stand in for it.
 
     `model` is a graft's folder or hub id, the file of a build recipe, or the name of one that comes with graft
@@ -133,12 +133,11 @@ def planned_graft(model: str) -> tuple["GraftConfig", bool]:
     """
     from graft.checkpoints.known_bases import AUDIO_BASES, TEXT_BASES, known_config
     from graft.checkpoints.loading import base_checkpoint, check_graft
-    from graft.model.configuration import GraftConfig
 
     path = Path(model) if Path(model).is_file() else RECIPES / f"{model}-build.yaml"
     if not path.is_file():
         check_graft(model)
-        return GraftConfig.from_pretrained(base_checkpoint(model)), True
+        return read_graft_config(base_checkpoint(model)), True
     recipe = with_trained_settings(read_recipe(BuildRecipe, str(path), ["out=none"]))
     if recipe.audio_base not in AUDIO_BASES or recipe.text_base not in TEXT_BASES:
         known = ", ".join(dict.fromkeys([*AUDIO_BASES, *TEXT_BASES]))

@@ -123,10 +123,10 @@ def _trained_part(
     from graft.checkpoints.lora import LoraSettings, has_adapters, read_adapters, truncate_adapters
     from graft.checkpoints.projector_file import read_projector, state_digest
     from graft.checkpoints.release import AUDIO_TOKENS, PROJECTOR, Pretrained, audio_token_rows
-    from graft.model.configuration import GraftConfig
+    from graft.model.configuration import read_graft_config
 
     graft = base_checkpoint(recipe.model)
-    config = GraftConfig.from_pretrained(graft)
+    config = read_graft_config(graft)
     base_names = _base_names(recipe, build, graft, config)
     processor = open_processor(recipe.model)
     state = {f"{PROJECTOR}{name}": tensor for name, tensor in read_projector(recipe.model, config).items()}

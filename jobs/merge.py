@@ -94,10 +94,10 @@ def _merge(recipe: MergeRecipe) -> None:
     from graft.checkpoints.lora import ADAPTER_FILES, has_adapters
     from graft.checkpoints.merging import write_merged
     from graft.checkpoints.projector_file import PROJECTOR_FILE
-    from graft.model.configuration import GraftConfig
+    from graft.model.configuration import read_graft_config
 
     with staged_output(recipe.out, recipe) as out:
-        config: Any = GraftConfig.from_pretrained(base_checkpoint(recipe.model))
+        config: Any = read_graft_config(base_checkpoint(recipe.model))
         dtype = DTYPES.get(recipe.dtype) or config.dtype
         write_merged(recipe.model, out, dtype=dtype, onto_nf4=recipe.onto == "nf4")
         trained_files = [PROJECTOR_FILE, *(ADAPTER_FILES if has_adapters(recipe.model) else ())]

@@ -89,7 +89,7 @@ def _initial_adapters(recipe: Stage2Recipe) -> str | None:
     from graft.checkpoints.loading import base_checkpoint, check_graft
     from graft.checkpoints.lora import read_adapters
     from graft.checkpoints.projector_file import read_projector
-    from graft.model.configuration import GraftConfig
+    from graft.model.configuration import read_graft_config
 
     if recipe.adapters is None:
         return None
@@ -100,7 +100,7 @@ def _initial_adapters(recipe: Stage2Recipe) -> str | None:
         )
     check_graft(recipe.model)
     # The projector beside the adapters states the bases of both; projector= may be another one.
-    read_projector(recipe.adapters, GraftConfig.from_pretrained(base_checkpoint(recipe.model)))
+    read_projector(recipe.adapters, read_graft_config(base_checkpoint(recipe.model)))
     return os.path.abspath(recipe.adapters)
 
 

@@ -1,4 +1,4 @@
-"""Join the encoder of a Whisper checkpoint to a Qwen2-VL checkpoint, with an untrained projector between them."""
+"""Join the encoder of a Whisper checkpoint to a language model, with an untrained projector between them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2VLForConditionalGeneration,
     WhisperFeatureExtractor,
     WhisperModel,
@@ -20,41 +22,58 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from graft.checkpoints.projector_file import state_digest
 from graft.checkpoints.quiet import no_loading_bars
 from graft.errors import ModelError
-from graft.model.configuration import GraftConfig
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.configuration import TEXT_MODEL_TYPES, AnyGraftConfig, GraftConfig, TextGraftConfig
+from graft.model.modeling import AnyGraft, graft_class
 from graft.model.tokens import AUDIO_TOKENS
 from graft.processor import GraftProcessor
+from graft.text.prompts import CHAT_FORMATS, find_chat_format
+
+VISION_MODEL_TYPE = "qwen2_vl"
+OWN_TO_CLASS = ("model_type", "architectures")
+"""Entries of a configuration that name its class."""
 
 
 def build_graft(
     audio_base: str, text_base: str, *, dtype: torch.dtype | None = None, seed: int = 0, **settings: Any
-) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
-    """Join a Whisper and a Qwen2-VL checkpoint (hub ids or folders) into a graft and its processor.
+) -> tuple[AnyGraft, GraftProcessor]:
+    """Join a Whisper checkpoint and a language model's (hub ids or folders) into a graft and its processor.
+
+    The language model is a Qwen2-VL, or a decoder for text alone of one of TEXT_MODEL_TYPES.
 
     Args:
         dtype: of all weights; by default the text base's.
         seed: of the projector's initial weights and of embedding rows that are added.
-        settings: GraftConfig's audio_pool, audio_context and so on.
+        settings: AnyGraftConfig's audio_pool, audio_context and so on.
 
     The audio tokens take spare rows of the embedding table, which grows only where it has too few. Raises ModelError
     for a base of another kind and for wrong settings.
     """
     check_kind(audio_base, "whisper")
-    check_kind(text_base, "qwen2_vl")
+    is_vision = check_kind(text_base, VISION_MODEL_TYPE, *TEXT_MODEL_TYPES) == VISION_MODEL_TYPE
     encoder = load_whole(WhisperModel, audio_base).encoder
-    text = load_whole(Qwen2VLForConditionalGeneration, text_base)
+    text = load_whole(Qwen2VLForConditionalGeneration if is_vision else AutoModelForCausalLM, text_base)
+    check_attention(text.config, text_base)
     digests = {"audio": state_digest(encoder.state_dict()), "text": state_digest(text.state_dict())}
     with reading(text_base):
-        tokenizer, image_processor = AutoTokenizer.from_pretrained(text_base), read_image_processor(text_base)
+        tokenizer = AutoTokenizer.from_pretrained(text_base)
+        image_processor = read_image_processor(text_base) if is_vision else None
+    check_chat_tokens(tokenizer, text_base)
     with reading(audio_base):
         feature_extractor = WhisperFeatureExtractor.from_pretrained(audio_base)
     ids = add_audio_tokens(tokenizer)
     if len(tokenizer) > text.get_input_embeddings().num_embeddings:
         torch.manual_seed(seed)
         text.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-    base = {key: value for key, value in text.config.to_dict().items() if key not in ("model_type", "architectures")}
+    settings |= ids | {"audio_config": encoder.config.to_dict(), "base_digests": digests}
+    config: AnyGraftConfig
     try:
-        config = GraftConfig(**base, **ids, **settings, audio_config=encoder.config.to_dict(), base_digests=digests)
+        if is_vision:
+            own = {name: value for name, value in text.config.to_dict().items() if name not in OWN_TO_CLASS}
+            config = GraftConfig(**own, **settings)
+        else:
+            tied = text.config.tie_word_embeddings
+            config = TextGraftConfig(text_config=text.config.to_dict(), tie_word_embeddings=tied, **settings)
+            config.dtype = text.dtype
     except ValueError as error:
         raise ModelError(str(error)) from error
     model = _join_parts(config, text, encoder, dtype=dtype or text.dtype, seed=seed)
@@ -62,12 +81,30 @@ def build_graft(
     return model, GraftProcessor.for_config(config, **parts)
 
 
-def check_kind(checkpoint: str, *kinds: str, remedy: str = "give a folder or a hub id that answers") -> str:
+def check_attention(config: PreTrainedConfig, text_base: str) -> None:
+    """Raise ModelError for a language model of which a layer sees the last tokens alone: engines keep them all."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    if "sliding_attention" in kinds:
+        raise ModelError(f"{text_base} has layers with a sliding window: give a model whose layers see the whole text")
+
+
+def check_chat_tokens(tokenizer: Any, text_base: str) -> None:
+    """Raise ModelError for a tokenizer without the tokens of a chat, in whose form prompts are written."""
+    if find_chat_format(tokenizer.get_added_vocab()) is None:
+        raise ModelError(
+            f"{text_base} has the chat tokens of neither {' nor '.join(CHAT_FORMATS)}: "
+            "give a model that was trained for chats (Instruct)"
+        )
+
+
+def check_kind(
+    checkpoint: str, *kinds: str, name: str = "", remedy: str = "give a folder or a hub id that answers"
+) -> str:
     """Return the model_type that a checkpoint's config.json names. Raises ModelError unless it is one of `kinds`.
 
-    `remedy` ends the message where there is no such checkpoint.
+    `name` names them in messages, and `remedy` ends the message where there is no such checkpoint.
     """
-    folder, kind = Path(checkpoint), " or ".join(kinds)
+    folder, kind = Path(checkpoint), name or " or ".join(kinds)
     if not folder.exists() and "/" not in checkpoint:  # hub ids have an owner, so that the hub need not be asked
         raise ModelError(f"{checkpoint} can't be read as a {kind} checkpoint: {remedy}")
     if folder.exists() and not (folder / "config.json").is_file():
@@ -116,19 +153,22 @@ def add_audio_tokens(tokenizer: Any) -> dict[str, Any]:
 
 
 def _join_parts(
-    config: GraftConfig, text: Qwen2VLForConditionalGeneration, encoder: Any, *, dtype: torch.dtype, seed: int
-) -> GraftForConditionalGeneration:
+    config: AnyGraftConfig, text: PreTrainedModel, encoder: Any, *, dtype: torch.dtype, seed: int
+) -> AnyGraft:
     with no_init_weights():
-        model = GraftForConditionalGeneration(config)
+        model = graft_class(config)(config)
     for parameter in model.parameters():  # buffers are left out: rotary frequencies stay float32
         parameter.data = parameter.data.to(dtype)
     model.tie_weights()
-    state = {**text.state_dict(), **{f"audio_tower.{name}": tensor for name, tensor in encoder.state_dict().items()}}
+    state = text.state_dict()
+    if isinstance(config, TextGraftConfig):  # whose decoder has the name that it has in Qwen2-VL
+        state = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in state.items()}
+    state = {**state, **{f"audio_tower.{name}": tensor for name, tensor in encoder.state_dict().items()}}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unmatched := [name for name in missing if not name.startswith("audio_projector.")] + unexpected:
         raise ModelError(
             f"the bases do not fit a graft: {len(unmatched)} tensors have no match, {unmatched[0]} first: "
-            "use Whisper and Qwen2-VL"
+            "use Whisper and a language model as transformers saves it"
         )
     torch.manual_seed(seed)
     model._init_weights(model.audio_projector)
@@ -138,10 +178,11 @@ def _join_parts(
     return model.eval()
 
 
-def set_generation_config(model: GraftForConditionalGeneration, settings: Any) -> None:
+def set_generation_config(model: AnyGraft, settings: Any) -> None:
     """Give a graft its base's generation settings, and forbid it to generate placeholder tokens."""
     names = ("audio", "audio_start", "audio_end", "image", "video", "vision_start", "vision_end")
-    settings.suppress_tokens = sorted(getattr(model.config, f"{name}_token_id") for name in names)
+    ids = (getattr(model.config, f"{name}_token_id", None) for name in names)
+    settings.suppress_tokens = sorted(one for one in ids if one is not None)
     model.generation_config = settings
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graft.model.configuration import GraftConfig
+from graft.model.configuration import AnyGraftConfig, GraftConfig
 
 QWEN2_VL = {
     "num_hidden_layers": 28,
@@ -76,7 +76,7 @@ AUDIO_BASES: dict[str, dict[str, Any]] = {
 }
 
 
-def known_config(audio_base: str, text_base: str, **settings: Any) -> GraftConfig:
+def known_config(audio_base: str, text_base: str, **settings: Any) -> AnyGraftConfig:
     """Make the configuration of a graft of two known bases; `settings` are GraftConfig's.
 
     Its dtype is the one that the text base is stored in.

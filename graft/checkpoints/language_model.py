@@ -24,8 +24,8 @@ from graft.checkpoints.loading import base_checkpoint, check_graft, open_process
 from graft.checkpoints.lora import has_adapters
 from graft.checkpoints.projector_file import check_projector, load_projector, weight_files
 from graft.errors import ModelError
-from graft.model.configuration import GraftConfig
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.configuration import AnyGraftConfig, read_graft_config
+from graft.model.modeling import AnyGraft, graft_class
 from graft.processor import GraftProcessor
 from graft.storage.user_cache import cache_path, file_digest
 
@@ -36,7 +36,7 @@ ENCODER_MODEL = ("audio_tower.", "audio_projector.", f"{LANGUAGE_MODEL}embed_tok
 
 def open_encoder_model(
     path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
+) -> tuple[AnyGraft, GraftProcessor]:
     """Load what open_graft opens without the language model's layers, so that `embed` works and generation does not.
 
     `dtype` defaults to the checkpoint's own. Raises ModelError as open_graft does, and for a stage's output with
@@ -46,9 +46,9 @@ def open_encoder_model(
     if has_adapters(path):
         raise ModelError(f"{path} holds adapters that are not merged: merge them (`graft merge`) and give the result")
     graft = base_checkpoint(path)
-    config: Any = GraftConfig.from_pretrained(graft)
+    config: Any = read_graft_config(graft)
     with torch.device("meta"):
-        model = GraftForConditionalGeneration(config)
+        model = graft_class(config)(config)
     with reading(graft):
         model.generation_config = GenerationConfig.from_pretrained(graft)
         dtype = dtype or config.dtype or torch.float32
@@ -75,7 +75,7 @@ def language_model_folder(path: str | Path, cache: Path | None = None) -> Path:
     ModelError when it cannot be written.
     """
     graft = base_checkpoint(path)
-    config = _qwen2_config(GraftConfig.from_pretrained(graft))
+    config = _qwen2_config(read_graft_config(graft))
     files = weight_files(graft)
     digest = hashlib.sha256(config.to_json_string().encode())
     for file in files:
@@ -91,7 +91,7 @@ def language_model_folder(path: str | Path, cache: Path | None = None) -> Path:
     return write_once(folder, write, gigabytes=f"{size:.1f}")
 
 
-def _qwen2_config(config: GraftConfig) -> Qwen2Config:
+def _qwen2_config(config: AnyGraftConfig) -> Qwen2Config:
     text = config.get_text_config().to_dict()
     own = {
         "model_type",

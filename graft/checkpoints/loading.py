@@ -21,9 +21,9 @@ from graft.checkpoints.quiet import no_loading_bars
 from graft.checkpoints.release import installed_graft, known_names
 from graft.checkpoints.whisper import open_whisper, open_whisper_processor
 from graft.errors import ModelError
-from graft.model.configuration import GraftConfig
-from graft.model.modeling import GraftForConditionalGeneration
-from graft.processor import GraftProcessor, SpeechProcessor
+from graft.model.configuration import GRAFT_MODEL_TYPES, AnyGraftConfig, TextGraftConfig, read_graft_config
+from graft.model.modeling import AnyGraft, graft_class
+from graft.processor import GraftProcessor, SpeechProcessor, read_graft_processor
 from graft.storage.user_cache import file_digest
 
 STAGE_FILE = "stage.json"
@@ -58,7 +58,7 @@ def open_graft(
     nf4: bool = False,
     attention: str = "sdpa",
     rounded_to_nf4: bool = False,
-) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
+) -> tuple[AnyGraft, GraftProcessor]:
     """Load a model and its processor.
 
     Args:
@@ -85,7 +85,7 @@ def open_graft(
     return model.eval(), processor
 
 
-def configure_as_trained(config: GraftConfig, processor: GraftProcessor) -> None:
+def configure_as_trained(config: AnyGraftConfig, processor: GraftProcessor) -> None:
     """Say in a graft's configuration what its processor says it was trained for."""
     config.trained_styles = list(processor.trained_styles)
     config.trained_context = processor.trained_context
@@ -103,8 +103,11 @@ def check_model(path: str | Path, *, engine: Literal["transformers", "vllm"] = "
     close = difflib.get_close_matches(str(path), names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     remedy = f"{hint}give a folder, a hub id that answers, or one of {', '.join(names)}"
-    if check_kind(base_checkpoint(path), "graft", "whisper", remedy=remedy) == "graft":
+    kind = check_kind(base_checkpoint(path), *GRAFT_MODEL_TYPES, "whisper", name="graft or whisper", remedy=remedy)
+    if kind in GRAFT_MODEL_TYPES:
         check_graft(path)
+        if engine == "vllm" and kind == TextGraftConfig.model_type:
+            raise ModelError(f"{path} is no graft on Qwen2-VL, which engine=vllm runs alone: leave engine out")
         return "graft"
     if engine == "vllm":
         raise ModelError(f"{path} is a whisper checkpoint, which engine=vllm does not run: leave engine out")
@@ -113,7 +116,7 @@ def check_model(path: str | Path, *, engine: Literal["transformers", "vllm"] = "
 
 def open_model(
     path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> tuple[GraftForConditionalGeneration | WhisperForConditionalGeneration, SpeechProcessor]:
+) -> tuple[AnyGraft | WhisperForConditionalGeneration, SpeechProcessor]:
     """Open a model that transcribes, a graft or a Whisper, with its processor. Raises ModelError as check_model."""
     if check_model(path) == "graft":
         return open_graft(path, dtype=dtype, device=device)
@@ -140,9 +143,9 @@ def model_digest(path: str | Path) -> str:
 def open_processor(path: str | Path) -> GraftProcessor:
     """Load the processor that open_graft returns, without the model. Raises ModelError as open_graft does."""
     graft = base_checkpoint(path)
-    check_kind(graft, "graft")
+    check_kind(graft, *GRAFT_MODEL_TYPES, name="graft")
     with reading(graft):
-        processor = GraftProcessor.from_pretrained(graft)
+        processor = read_graft_processor(graft)
     stage = read_stage(path) or {}
     processor.tokens_per_s = stage.get("tokens_per_s", processor.tokens_per_s)  # stages used not to say it
     if words := stage.get("words"):
@@ -157,9 +160,9 @@ def check_graft(path: str | Path) -> None:
     No other weights are read.
     """
     graft = base_checkpoint(path)
-    check_kind(graft, "graft")
+    check_kind(graft, *GRAFT_MODEL_TYPES, name="graft")
     if read_stage(path):
-        read_projector(path, GraftConfig.from_pretrained(graft))
+        read_projector(path, read_graft_config(graft))
 
 
 def write_stage(
@@ -208,13 +211,13 @@ def base_checkpoint(path: str | Path) -> str:
 
 def _load_model(
     path: str, *, dtype: torch.dtype | None, device: str | torch.device, nf4: bool, attention: str
-) -> GraftForConditionalGeneration:
-    check_kind(path, "graft")
+) -> AnyGraft:
+    check_kind(path, *GRAFT_MODEL_TYPES, name="graft")
     # Only a quantized model needs accelerate's device_map: its weights are quantized on their way to the device.
     options = {"quantization_config": nf4_config(dtype or torch.bfloat16), "device_map": {"": device}} if nf4 else {}
     try:
         with no_loading_bars():
-            model = GraftForConditionalGeneration.from_pretrained(
+            model = graft_class(read_graft_config(path)).from_pretrained(
                 path, dtype=dtype or "auto", attn_implementation=attention, **options
             )
     except ValueError as error:

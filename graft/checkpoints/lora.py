@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graft.errors import ModelError, require
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.modeling import AnyGraft
 
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 """The pattern names the language model in full: a bare `q_proj` would also match the Whisper encoder."""
@@ -48,7 +48,7 @@ def nf4_config(compute_dtype: torch.dtype) -> Any:
     )
 
 
-def round_to_nf4(model: GraftForConditionalGeneration) -> None:
+def round_to_nf4(model: AnyGraft) -> None:
     """Round the language model's matrices to the values of QLoRA's quantization; their dtype stays."""
     for module in model.model.language_model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -61,7 +61,7 @@ def round_matrix_to_nf4(matrix: Tensor) -> Tensor:
     return functional.dequantize_4bit(*functional.quantize_4bit(matrix, quant_type="nf4", compress_statistics=True))
 
 
-def add_adapters(model: GraftForConditionalGeneration, settings: LoraSettings) -> None:
+def add_adapters(model: AnyGraft, settings: LoraSettings) -> None:
     """Inject fresh LoRA layers (float32, B zero) and make them the only trainable weights."""
     _inject(model, lora_config(settings))
 
@@ -77,7 +77,7 @@ def lora_config(settings: LoraSettings) -> Any:
     )
 
 
-def _inject(model: GraftForConditionalGeneration, config: Any) -> None:
+def _inject(model: AnyGraft, config: Any) -> None:
     require("peft", extra="train").inject_adapter_in_model(config, model)
     model.peft_config = {"default": config}
     for name, parameter in model.named_parameters():
@@ -123,14 +123,14 @@ def read_adapters(folder: str | Path) -> tuple[dict[str, Tensor], Any]:
     return state, config
 
 
-def attach_adapters(model: GraftForConditionalGeneration, folder: str | Path) -> None:
+def attach_adapters(model: AnyGraft, folder: str | Path) -> None:
     """Inject saved adapters into a graft, unmerged. Raises ModelError when the files are missing or do not fit."""
     state, config = read_adapters(folder)
     _inject(model, config)
     load_adapters(model, state, source=str(folder))
 
 
-def load_adapters(model: GraftForConditionalGeneration, state: Mapping[str, Tensor], *, source: str) -> None:
+def load_adapters(model: AnyGraft, state: Mapping[str, Tensor], *, source: str) -> None:
     """Load weights into adapters that are injected already. Raises ModelError when they do not fit."""
     peft = require("peft", extra="train")
     expected = peft.get_peft_model_state_dict(model).keys()
@@ -184,7 +184,7 @@ def _truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return torch.nn.functional.pad(new_a, (0, 0, 0, missing)), torch.nn.functional.pad(new_b, (0, missing)), share
 
 
-def merge_adapters(model: GraftForConditionalGeneration) -> None:
+def merge_adapters(model: AnyGraft) -> None:
     """Merge attached adapters into the weights that they adapt.
 
     Raises ModelError for a quantized base, where merging would lose precision.

@@ -31,8 +31,8 @@ from graft.checkpoints.lora import (
 )
 from graft.checkpoints.projector_file import read_projector, weight_files
 from graft.errors import ModelError
-from graft.model.configuration import GraftConfig
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.configuration import AnyGraftConfig, read_graft_config
+from graft.model.modeling import graft_class
 
 PROJECTOR = "audio_projector."
 SHARD_BYTES = 5 * 10**9
@@ -49,7 +49,7 @@ def write_merged(
     """
     check_graft(stage)
     graft = base_checkpoint(stage)
-    config, processor = GraftConfig.from_pretrained(graft), open_processor(stage)
+    config, processor = read_graft_config(graft), open_processor(stage)
     places = _tensor_files(graft)
     adapters = _Adapters(Path(stage), *_check_adapters(stage, config)) if has_adapters(stage) else None
     _check_whole(graft, config, places)
@@ -92,10 +92,10 @@ class _Adapters:
         return b @ a * self.scale  # (out, r), (r, in) -> (out, in)
 
 
-def _check_adapters(stage: str | Path, config: GraftConfig) -> tuple[frozenset[str], float]:
+def _check_adapters(stage: str | Path, config: AnyGraftConfig) -> tuple[frozenset[str], float]:
     """Return the names of the adapted matrices, and the adapters' scale. Raises ModelError where they do not fit."""
     with torch.device("meta"):
-        model = GraftForConditionalGeneration(config)
+        model = graft_class(config)(config)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         attach_adapters(model, stage)
@@ -106,9 +106,9 @@ def _check_adapters(stage: str | Path, config: GraftConfig) -> tuple[frozenset[s
     return matrices, settings.lora_alpha / settings.r
 
 
-def _check_whole(graft: str, config: GraftConfig, places: dict[str, Path]) -> None:
+def _check_whole(graft: str, config: AnyGraftConfig, places: dict[str, Path]) -> None:
     with torch.device("meta"):
-        wanted = GraftForConditionalGeneration(config).state_dict().keys()
+        wanted = graft_class(config)(config).state_dict().keys()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if missing := sorted(wanted - places.keys() - tied):
         raise ModelError(f"{graft} lacks {len(missing)} tensors of a graft, {missing[0]} first: build it again")

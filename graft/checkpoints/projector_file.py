@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graft.errors import ModelError
-from graft.model.configuration import GraftConfig
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.configuration import AnyGraftConfig
+from graft.model.modeling import AnyGraft
 
 PROJECTOR_FILE = "projector.safetensors"
 VARIANTS = "model.*.safetensors"
@@ -54,18 +54,18 @@ def weight_files(graft: str | Path) -> list[Path]:
     raise ModelError(f"{graft} has no *.safetensors file: save it again with save_pretrained of transformers")
 
 
-def write_projector(state: Mapping[str, Tensor], config: GraftConfig, folder: str | Path) -> None:
+def write_projector(state: Mapping[str, Tensor], config: AnyGraftConfig, folder: str | Path) -> None:
     """Write a projector's tensors in float32, with its kind and the digests of the bases that it belongs to."""
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, Path(folder) / PROJECTOR_FILE, metadata={"graft": json.dumps(_identity(config))})
 
 
-def load_projector(model: GraftForConditionalGeneration, folder: str | Path) -> None:
+def load_projector(model: AnyGraft, folder: str | Path) -> None:
     """Load a trained projector into a graft. Raises ModelError as read_projector does."""
     model.audio_projector.load_state_dict(read_projector(folder, model.config))
 
 
-def read_projector(folder: str | Path, config: GraftConfig) -> dict[str, Tensor]:
+def read_projector(folder: str | Path, config: AnyGraftConfig) -> dict[str, Tensor]:
     """Read a trained projector for a graft of this configuration.
 
     Raises ModelError when the file is missing or broken, when the projector is of another kind or was trained on other
@@ -103,7 +103,7 @@ def check_projector(state: Mapping[str, Tensor], *, source: str) -> None:
             )
 
 
-def _identity(config: GraftConfig) -> dict[str, object]:
+def _identity(config: AnyGraftConfig) -> dict[str, object]:
     return {
         "base_digests": config.base_digests,
         "audio_projector": config.audio_projector,

@@ -39,8 +39,8 @@ from graft.checkpoints.lora import (
 )
 from graft.checkpoints.projector_file import check_projector, state_digest, weight_files, write_projector
 from graft.errors import ModelError
-from graft.model.configuration import GraftConfig
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.configuration import AnyGraftConfig
+from graft.model.modeling import AnyGraft
 from graft.processor import ENGLISH_TOKENS_PER_S, GraftProcessor
 
 FOLDER = Path(__file__).parents[1] / "pretrained"
@@ -158,7 +158,7 @@ def write_pretrained(folder: Path, pretrained: Pretrained, state: Mapping[str, T
     (folder / SETTINGS_FILE).write_text(json.dumps({"format": FORMAT, **asdict(pretrained)}, indent=2) + "\n")
 
 
-def audio_token_rows(graft: str, config: GraftConfig) -> Tensor:
+def audio_token_rows(graft: str, config: AnyGraftConfig) -> Tensor:
     """Read the embeddings of a graft's audio tokens (3, hidden_size); no other weights are read."""
     for path in weight_files(graft):
         with safe_open(path, framework="pt") as file:
@@ -171,7 +171,7 @@ def audio_token_rows(graft: str, config: GraftConfig) -> Tensor:
 
 def pretrained_graft(
     folder: Path, *, audio_base: str, text_base: str, dtype: torch.dtype | None = None
-) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
+) -> tuple[AnyGraft, GraftProcessor]:
     """Join two bases, load the trained part in `folder` and merge its adapters in float32.
 
     The result has `dtype`, by default the text base's. Raises ModelError where the bases are not those that the part
@@ -213,7 +213,7 @@ def pretrained_graft(
     return model, processor
 
 
-def save_trained_parts(source: Path, config: GraftConfig, folder: Path) -> None:
+def save_trained_parts(source: Path, config: AnyGraftConfig, folder: Path) -> None:
     """Write a trained part in the files of a stage's output: projector.safetensors and PEFT's files of adapters."""
     pretrained = read_pretrained(source)
     state = read_tensors(source, pretrained)
@@ -226,5 +226,5 @@ def _projector_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(PROJECTOR): tensor for name, tensor in state.items() if name.startswith(PROJECTOR)}
 
 
-def _audio_ids(config: GraftConfig) -> list[int]:
+def _audio_ids(config: AnyGraftConfig) -> list[int]:
     return [config.audio_token_id, config.audio_start_token_id, config.audio_end_token_id]

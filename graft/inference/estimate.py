@@ -16,8 +16,8 @@ from graft.inference.engines.kv_cache import COLUMNS, round_up_columns
 from graft.inference.engines.scheduler import ENCODER_ROWS
 from graft.inference.int8 import quantized_bytes
 from graft.inference.transcriber import BATCH_TOKENS, PREFILL_TOKENS
-from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_count
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.configuration import WINDOW_FRAMES, AnyGraftConfig, GraftConfig, audio_token_count
+from graft.model.modeling import graft_class
 from graft.processor import max_new_tokens
 from graft.training.devices import Device
 from graft.training.estimate import (
@@ -75,7 +75,7 @@ class InferenceMemory:
         return self.weights + self.cache + self.activations
 
 
-def graft_work(config: GraftConfig, *, chunk_s: float, dtype_bytes: int, kind: str = "cuda") -> ChunkWork:
+def graft_work(config: AnyGraftConfig, *, chunk_s: float, dtype_bytes: int, kind: str = "cuda") -> ChunkWork:
     """Count a graft's work for chunks that last `chunk_s`; `kind` is cpu or cuda."""
     frames = round(chunk_s * FRAMES_PER_S)
     prompt, answer = _prompt_tokens(config, chunk_s), LABELS_PER_S[config.text_style] * chunk_s + 1
@@ -123,7 +123,7 @@ def cpu(threads: int, *, int8: bool = False) -> Device:
 
 
 def graft_memory(
-    config: GraftConfig, *, chunk_s: float, dtype_bytes: int, kind: str = "cuda", int8: bool = False
+    config: AnyGraftConfig, *, chunk_s: float, dtype_bytes: int, kind: str = "cuda", int8: bool = False
 ) -> InferenceMemory:
     """Estimate the memory of the transformers engine with chunks of up to `chunk_s`, full batches and one prefill.
 
@@ -145,7 +145,7 @@ def graft_memory(
     weights: float = count_parameters(config).total * dtype_bytes
     if int8:
         with torch.device("meta"):
-            weights = quantized_bytes(GraftForConditionalGeneration(config))
+            weights = quantized_bytes(graft_class(config)(config))
     return InferenceMemory(weights, cache + spare, max(hidden, encoded) + read + logits)
 
 
@@ -175,14 +175,14 @@ def _whisper_rows(config: WhisperConfig, kind: str) -> int:
     return max(1, BATCH_TOKENS[kind] // (config.max_source_positions + COLUMNS))
 
 
-def token_cache_bytes(config: GraftConfig, dtype_bytes: int) -> int:
+def token_cache_bytes(config: AnyGraftConfig, dtype_bytes: int) -> int:
     """Count the bytes of a token's keys and values in all layers of the language model."""
     text = config.text_config
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * text.num_key_value_heads * width * dtype_bytes
 
 
-def _prompt_tokens(config: GraftConfig, chunk_s: float) -> int:
+def _prompt_tokens(config: AnyGraftConfig, chunk_s: float) -> int:
     frames = round(chunk_s * FRAMES_PER_S)
     audio = audio_token_count(frames, pool=config.audio_pool, context=config.audio_context)
     return PROMPT_TOKENS[config.prompt_style] + audio

@@ -11,7 +11,7 @@ from graft.checkpoints.loading import DTYPES, base_checkpoint, check_model
 from graft.checkpoints.names import INT8
 from graft.errors import ModelError
 from graft.inference.estimate import InferenceMemory, graft_memory, whisper_memory
-from graft.model.configuration import GraftConfig
+from graft.model.configuration import read_graft_config
 
 LONGEST_CHUNK_S = 30.0
 CGROUP = Path("/sys/fs/cgroup")
@@ -20,12 +20,12 @@ CGROUP = Path("/sys/fs/cgroup")
 def model_memory(path: str | os.PathLike[str], *, dtype: str | None = None, device: str = "cpu") -> InferenceMemory:
     """Estimate the memory that a model takes on a device with full batches. Raises ModelError as check_model does."""
     is_graft, folder = check_model(os.fspath(path)) == "graft", base_checkpoint(os.fspath(path))
-    config = (GraftConfig if is_graft else WhisperConfig).from_pretrained(folder)
+    config = read_graft_config(folder) if is_graft else WhisperConfig.from_pretrained(folder)
     int8 = dtype == INT8
     stored = DTYPES["fp32" if int8 else dtype] if dtype else config.dtype
     dtype_bytes = stored.itemsize if isinstance(stored, torch.dtype) else torch.float32.itemsize
     kind = torch.device(device).type
-    if isinstance(config, GraftConfig):
+    if not isinstance(config, WhisperConfig):
         return graft_memory(config, chunk_s=LONGEST_CHUNK_S, dtype_bytes=dtype_bytes, kind=kind, int8=int8)
     return whisper_memory(config, dtype_bytes=dtype_bytes, kind=kind, int8=int8)
 

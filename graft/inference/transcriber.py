@@ -40,7 +40,7 @@ from graft.inference.hallucination import NO_REPEAT_NGRAM, QualityVerdict, check
 from graft.inference.int8 import check_int8, quantize_to_int8
 from graft.inference.segments import ScoredSegment, ScoredToken, Segment, Word
 from graft.inference.transcript import Transcript, stitch
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.modeling import AnyGraft
 from graft.processor import SpeechProcessor
 
 # A path, the bytes of a file, or samples.
@@ -416,7 +416,7 @@ def open_transcriber(
 
 
 def make_transcriber(
-    model: GraftForConditionalGeneration | WhisperForConditionalGeneration,
+    model: AnyGraft | WhisperForConditionalGeneration,
     processor: SpeechProcessor,
     *,
     name: str,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from .encoder import encode_audio, token_counts
-from .modeling import GraftForConditionalGeneration
+from .modeling import AnyGraft
 
 BLANK, SPACE = "\n", " "
 LOGIT_MARGIN = 8.0
@@ -32,7 +32,7 @@ class CtcPrealignment(nn.Module):
     letter that is not.
     """
 
-    def __init__(self, model: GraftForConditionalGeneration, tokenizer: Any, letters: str):
+    def __init__(self, model: AnyGraft, tokenizer: Any, letters: str):
         super().__init__()
         self.config = model.config
         self.audio_tower, self.audio_projector = model.audio_tower, model.audio_projector

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from .configuration import TAIL_FRAMES, WINDOW_FRAMES, GraftConfig, audio_token_count
+from .configuration import TAIL_FRAMES, WINDOW_FRAMES, AnyGraftConfig, audio_token_count
 
 ENCODER_FRAMES_PER_S = 50
 
 
-def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Tensor, config: GraftConfig) -> Tensor:
+def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Tensor, config: AnyGraftConfig) -> Tensor:
     """Encode clips to the states that the projector takes.
 
     Args:
@@ -58,7 +58,7 @@ def encode_audio(tower: WhisperEncoder, input_features: Tensor, frame_counts: Te
     return hidden_states[is_own]  # (clips, length // pool, d_model) -> (states of all clips, d_model)
 
 
-def token_counts(frame_counts: Tensor, config: GraftConfig) -> list[int]:
+def token_counts(frame_counts: Tensor, config: AnyGraftConfig) -> list[int]:
     """Count the audio tokens of clips with so many mel frames (clips,). Raises ValueError as audio_token_count does."""
     return [
         audio_token_count(count, pool=config.audio_pool, context=config.audio_context)
@@ -66,7 +66,7 @@ def token_counts(frame_counts: Tensor, config: GraftConfig) -> list[int]:
     ]
 
 
-def projected_counts(frame_counts: Tensor, config: GraftConfig) -> list[int]:
+def projected_counts(frame_counts: Tensor, config: AnyGraftConfig) -> list[int]:
     """Count the states that the projector takes of clips with so many mel frames (clips,), as token_counts."""
     return [config.audio_pool // config.averaged_states * count for count in token_counts(frame_counts, config)]
 

@@ -3,8 +3,8 @@
 The module imports nothing heavy, because a Serve ingress checks requests without torch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from graft.errors import ModelError
 from graft.model.tokens import AUDIO_END_TOKEN, AUDIO_PAD_TOKEN, AUDIO_START_TOKEN
@@ -48,7 +48,7 @@ PLAIN_INSTRUCTION = Instruction()
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The text around a clip's placeholders.
+    """The text around a clip's placeholders, within the message of a chat.
 
     The question and the answer are plain text: nothing in them becomes a special token.
     """
@@ -59,29 +59,54 @@ class PromptTemplate:
     answer: str
 
 
-PROMPT_END = "<|im_end|>\n<|im_start|>assistant\n"
-"""The end of every prompt, which the answer follows."""
-ANSWER_END = "<|im_end|>"
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a language model's chats are written: the beginning of a user's message, its end, which the answer follows,
+    and the end of the answer."""
+
+    user: str
+    prompt_end: str
+    answer_end: str
+
+
+CHATML = ChatFormat("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
+CHAT_FORMATS = {
+    "ChatML": CHATML,
+    # Models that may think before they answer are given an empty thought, as their own templates do.
+    "ChatML with thoughts": replace(CHATML, prompt_end=CHATML.prompt_end + "<think>\n\n</think>\n\n"),
+    "Llama 3": ChatFormat(
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+}
 
 TEMPLATES = {
     "graft": PromptTemplate(
-        before=f"<|im_start|>user\n{AUDIO_START_TOKEN}",
+        before=AUDIO_START_TOKEN,
         after=AUDIO_END_TOKEN,
         question="\n{instruction}",
         answer="{text}",
     ),
     # The released reference weights were trained with two literals that never became tokens, and need the same ids.
     "reference": PromptTemplate(
-        before="<|im_start|>user\n<|audio_bos|>", after="", question="<|audio_eos|>\n{instruction}", answer=" {text}"
+        before="<|audio_bos|>", after="", question="<|audio_eos|>\n{instruction}", answer=" {text}"
     ),
 }
 
 
-def prompt_text(style: str, instruction: str = DEFAULT_INSTRUCTION) -> str:
+def find_chat_format(special_tokens: Collection[str]) -> ChatFormat | None:
+    """Return the chat format whose tokens are among a tokenizer's special ones; None where there is none."""
+    if "<|im_start|>" in special_tokens:
+        return CHAT_FORMATS["ChatML with thoughts" if "<think>" in special_tokens else "ChatML"]
+    return CHAT_FORMATS["Llama 3"] if "<|start_header_id|>" in special_tokens else None
+
+
+def prompt_text(style: str, instruction: str = DEFAULT_INSTRUCTION, chat: ChatFormat = CHATML) -> str:
     """Write a prompt around one placeholder. Raises KeyError for an unknown style."""
     template = TEMPLATES[style]
     question = template.question.format(instruction=instruction)
-    return f"{template.before}{AUDIO_PAD_TOKEN}{template.after}{question}{PROMPT_END}"
+    return f"{chat.user}{template.before}{AUDIO_PAD_TOKEN}{template.after}{question}{chat.prompt_end}"
 
 
 def with_context(instruction: str, words: Sequence[str]) -> str:

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graft.model.configuration import GraftConfig
+from graft.model.configuration import AnyGraftConfig
 from graft.model.ctc import CtcPrealignment
 from graft.model.encoder import encode_audio, projected_counts
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.modeling import AnyGraft
 from graft.storage.atomic import atomic_file
 
 
@@ -60,7 +60,7 @@ class EncoderCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
-def open_cache(folder: str | Path, config: GraftConfig, *, encoder: str, features: str, dtype: str) -> EncoderCache:
+def open_cache(folder: str | Path, config: AnyGraftConfig, *, encoder: str, features: str, dtype: str) -> EncoderCache:
     """Open the subfolder that belongs to an encoder and features, given by their digests, and a precision."""
     parts = (encoder, features, dtype, str(config.averaged_states), config.audio_context, str(config.audio_margin_s))
     return EncoderCache(Path(folder).resolve() / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16])
@@ -69,7 +69,7 @@ def open_cache(folder: str | Path, config: GraftConfig, *, encoder: str, feature
 class CachingEncoder:
     """Encodes the clips of a batch that were not found in the cache, and adds them to it."""
 
-    def __init__(self, model: GraftForConditionalGeneration | CtcPrealignment, cache: EncoderCache):
+    def __init__(self, model: AnyGraft | CtcPrealignment, cache: EncoderCache):
         self.model, self.cache = model, cache
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="graft-encoder-cache")
         self._writes: list[Future[None]] = []

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_count
+from graft.model.configuration import WINDOW_FRAMES, AnyGraftConfig, GraftConfig, TextGraftConfig, audio_token_count
 from graft.model.encoder import ENCODER_FRAMES_PER_S
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.modeling import graft_class
 from graft.model.projector import KERNEL_SIZE
 
 Counts = Sequence[int] | np.ndarray
@@ -60,7 +60,7 @@ class Parameters:
         return self.projector + self.lora
 
 
-def count_parameters(config: GraftConfig, *, lora_rank: int | None = None, lora_encoder: bool = False) -> Parameters:
+def count_parameters(config: AnyGraftConfig, *, lora_rank: int | None = None, lora_encoder: bool = False) -> Parameters:
     """Count a graft's parameters on torch's meta device; `lora_rank` and `lora_encoder` describe stage 2's adapters."""
     lora = lora_parameters(config, lora_rank) + (encoder_lora_parameters(config, lora_rank) if lora_encoder else 0)
     return replace(_count_parts(config.to_json_string()), lora=lora)
@@ -68,15 +68,16 @@ def count_parameters(config: GraftConfig, *, lora_rank: int | None = None, lora_
 
 @cache
 def _count_parts(config_json: str) -> Parameters:
-    config = GraftConfig(**json.loads(config_json))
+    values = json.loads(config_json)
+    config = (GraftConfig if values["model_type"] == GraftConfig.model_type else TextGraftConfig)(**values)
     with torch.device("meta"):
-        model = GraftForConditionalGeneration(config)
+        model = graft_class(config)(config)
     inner: Any = model.model
     parts = {
         "audio_tower": model.audio_tower,
         "projector": model.audio_projector,
         "text": inner.language_model,
-        "vision": inner.visual,
+        "vision": getattr(inner, "visual", torch.nn.Module()),
     }
     counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
     lm_head = 0 if config.tie_word_embeddings else model.lm_head.weight.numel()
@@ -84,7 +85,7 @@ def _count_parts(config_json: str) -> Parameters:
 
 
 def batch_flops(
-    config: GraftConfig,
+    config: AnyGraftConfig,
     *,
     token_counts: Counts,
     label_count: int,
@@ -112,7 +113,7 @@ def batch_flops(
 
 
 def validation_flops(
-    config: GraftConfig,
+    config: AnyGraftConfig,
     *,
     token_counts: Counts,
     label_count: int,
@@ -128,7 +129,7 @@ def validation_flops(
     )
 
 
-def encoder_flops(config: GraftConfig, frame_counts: Counts, *, lora_rank: int | None = None) -> float:
+def encoder_flops(config: AnyGraftConfig, frame_counts: Counts, *, lora_rank: int | None = None) -> float:
     """Count the encoder's FLOPs on the frames that it encodes; with adapters the backward pass, too."""
     audio = config.audio_config
     frames = encoded_frames(config, frame_counts)  # (clips,)
@@ -141,7 +142,7 @@ def encoder_flops(config: GraftConfig, frame_counts: Counts, *, lora_rank: int |
     return float(convolutions + matrices + attention + adapters + backward)
 
 
-def encoded_frames(config: GraftConfig, frame_counts: Counts) -> np.ndarray:
+def encoded_frames(config: AnyGraftConfig, frame_counts: Counts) -> np.ndarray:
     """Count the encoder frames (50 per second) that each clip is encoded with, as float64 (clips,)."""
     window = WINDOW_FRAMES // 2
     if config.audio_context != "valid":
@@ -150,7 +151,7 @@ def encoded_frames(config: GraftConfig, frame_counts: Counts) -> np.ndarray:
     return np.minimum(own + round(config.audio_margin_s * ENCODER_FRAMES_PER_S), window)
 
 
-def projector_flops(config: GraftConfig, frame_counts: Counts, *, to_encoder: bool = False) -> float:
+def projector_flops(config: AnyGraftConfig, frame_counts: Counts, *, to_encoder: bool = False) -> float:
     """Count the projector's FLOPs, forward and backward; `to_encoder` adds the gradient of its input."""
     lengths, clips = np.unique(np.asarray(frame_counts), return_counts=True)
     counts = [audio_token_count(int(one), pool=config.audio_pool, context=config.audio_context) for one in lengths]
@@ -164,7 +165,7 @@ def projector_flops(config: GraftConfig, frame_counts: Counts, *, to_encoder: bo
     return float(tokens * ((6 if to_encoder else 4) * width * text_width + 6 * second))
 
 
-def text_flops(config: GraftConfig, token_counts: Counts, *, lora_rank: int | None, repeats_forward: bool) -> float:
+def text_flops(config: AnyGraftConfig, token_counts: Counts, *, lora_rank: int | None, repeats_forward: bool) -> float:
     """Count the FLOPs of the language model's layers, forward and backward.
 
     `repeats_forward` adds the forward pass that gradient checkpointing repeats.
@@ -175,13 +176,13 @@ def text_flops(config: GraftConfig, token_counts: Counts, *, lora_rank: int | No
     return forward * (2 if repeats_forward else 1) + backward
 
 
-def text_forward_flops(config: GraftConfig, token_counts: Counts, *, lora_rank: int | None = None) -> float:
+def text_forward_flops(config: AnyGraftConfig, token_counts: Counts, *, lora_rank: int | None = None) -> float:
     """Count the FLOPs of the language model's layers in a forward pass over clips of these lengths."""
     weights = matrix_parameters(config) + lora_parameters(config, lora_rank)
     return 2 * weights * float(np.sum(token_counts)) + _attention_flops(config, token_counts)
 
 
-def _attention_flops(config: GraftConfig, token_counts: Counts) -> float:
+def _attention_flops(config: AnyGraftConfig, token_counts: Counts) -> float:
     # Scores and weighted values cost 4 FLOPs per pair of tokens and unit of width; causal attention has half the pairs.
     pairs = (np.asarray(token_counts, dtype=np.float64) ** 2).sum()
     return float(2 * _text(config).num_hidden_layers * _text(config).hidden_size * pairs)
@@ -202,7 +203,7 @@ class Memory:
 
 
 def device_memory(
-    config: GraftConfig,
+    config: AnyGraftConfig,
     parameters: Parameters,
     *,
     layout: Layout,
@@ -245,7 +246,7 @@ def device_memory(
 
 
 def network_bytes(
-    config: GraftConfig,
+    config: AnyGraftConfig,
     parameters: Parameters,
     *,
     layout: Layout,
@@ -281,7 +282,7 @@ def network_bytes(
     return tensors * (workers - 1) / workers
 
 
-def activation_bytes(config: GraftConfig, token_count: int, *, lora: bool, checkpointing: bool) -> float:
+def activation_bytes(config: AnyGraftConfig, token_count: int, *, lora: bool, checkpointing: bool) -> float:
     """Estimate the bytes that the language model keeps for the backward pass.
 
     With gradient checkpointing these are each layer's input and one layer's activations.
@@ -293,35 +294,40 @@ def activation_bytes(config: GraftConfig, token_count: int, *, lora: bool, check
     return layer + 2 * text.hidden_size * token_count * text.num_hidden_layers
 
 
-def layer_matrices(config: GraftConfig) -> list[tuple[int, int]]:
+def layer_matrices(config: AnyGraftConfig) -> list[tuple[int, int]]:
     """List inputs and outputs of the seven matrices of a language model layer, which LoRA adapts and NF4 quantizes."""
     text = _text(config)
     width, inner = text.hidden_size, text.intermediate_size
-    keys = text.num_key_value_heads * (width // text.num_attention_heads)
-    attention = [(width, width), (width, keys), (width, keys), (width, width)]
+    queries, keys = (heads * head_width(text) for heads in (text.num_attention_heads, text.num_key_value_heads))
+    attention = [(width, queries), (width, keys), (width, keys), (queries, width)]
     return [*attention, (width, inner), (width, inner), (inner, width)]
 
 
-def encoder_matrices(config: GraftConfig) -> list[tuple[int, int]]:
+def head_width(text: Any) -> int:
+    """Return the width of an attention head by a language model's configuration."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def encoder_matrices(config: AnyGraftConfig) -> list[tuple[int, int]]:
     """List inputs and outputs of the six matrices of a Whisper encoder layer."""
     width, inner = config.audio_config.d_model, config.audio_config.encoder_ffn_dim
     return [*[(width, width)] * 4, (width, inner), (inner, width)]
 
 
-def matrix_parameters(config: GraftConfig) -> int:
+def matrix_parameters(config: AnyGraftConfig) -> int:
     """Count the weights in the matrices of all layers of the language model."""
     return _text(config).num_hidden_layers * sum(map(math.prod, layer_matrices(config)))
 
 
-def lora_parameters(config: GraftConfig, rank: int | None) -> int:
+def lora_parameters(config: AnyGraftConfig, rank: int | None) -> int:
     """Count the weights of adapters of this rank on all layers of the language model; None counts 0."""
     return (rank or 0) * _text(config).num_hidden_layers * sum(map(sum, layer_matrices(config)))
 
 
-def encoder_lora_parameters(config: GraftConfig, rank: int | None) -> int:
+def encoder_lora_parameters(config: AnyGraftConfig, rank: int | None) -> int:
     """Count the weights of adapters of this rank on all layers of the encoder; None counts 0."""
     return (rank or 0) * config.audio_config.encoder_layers * sum(map(sum, encoder_matrices(config)))
 
 
-def _text(config: GraftConfig) -> Any:
+def _text(config: AnyGraftConfig) -> Any:
     return config.text_config

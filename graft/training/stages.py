@@ -16,7 +16,7 @@ from graft.checkpoints.lora import LoraSettings, add_adapters, load_adapters, re
 from graft.checkpoints.projector_file import load_projector
 from graft.errors import ModelError, require
 from graft.model.ctc import CtcPrealignment
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.modeling import AnyGraft
 from graft.model.projector import AudioProjector
 from graft.processor import GraftProcessor
 from graft.training.backends import Backend, TorchBackend
@@ -60,7 +60,7 @@ class ComputeSettings:
 
 def open_for_stage(
     stage: Stage, graft: str, computing: ComputeSettings, *, device: torch.device | str = "cpu", seed: int = 0
-) -> tuple[GraftForConditionalGeneration, GraftProcessor]:
+) -> tuple[AnyGraft, GraftProcessor]:
     """Open a graft for a stage: the projector is loaded, and all is frozen except the trained weights, in float32.
 
     Raises ModelError for an NF4 base that would be sharded, and MissingExtra where FlashAttention is not installed.
@@ -83,9 +83,7 @@ def open_for_stage(
     return prepare_for_stage(model, stage, computing, seed=seed), processor
 
 
-def prepare_for_stage(
-    model: GraftForConditionalGeneration, stage: Stage, computing: ComputeSettings, *, seed: int = 0
-) -> GraftForConditionalGeneration:
+def prepare_for_stage(model: AnyGraft, stage: Stage, computing: ComputeSettings, *, seed: int = 0) -> AnyGraft:
     """Load an open graft's projector and adapters, freeze the other weights, and set it to train mode."""
     model.audio_projector.float()  # before loading, which would round it to `dtype`
     if stage.projector:
@@ -106,7 +104,7 @@ def prepare_for_stage(
 
 
 def make_backend(
-    model: GraftForConditionalGeneration | CtcPrealignment,
+    model: AnyGraft | CtcPrealignment,
     computing: ComputeSettings,
     *,
     accumulation: int,
@@ -132,8 +130,8 @@ def make_backend(
 
 
 def trainable_module(
-    model: GraftForConditionalGeneration, stage: Stage, computing: ComputeSettings, processor: GraftProcessor
-) -> GraftForConditionalGeneration | CtcPrealignment:
+    model: AnyGraft, stage: Stage, computing: ComputeSettings, processor: GraftProcessor
+) -> AnyGraft | CtcPrealignment:
     """Return the module that a stage trains: the graft itself, or CtcPrealignment on its encoder and projector.
 
     Pre-alignment without a projector to start from begins at zero, so that no part of a random projection remains in

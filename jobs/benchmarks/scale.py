@@ -130,7 +130,7 @@ def count_reads(folder: str) -> Numbers:
     """
     from graft.data.dataset import read_rows
     from graft.data.settings import AugmentRecipe, NoiseRecipe
-    from graft.processor import GraftProcessor
+    from graft.processor import read_graft_processor
     from graft.training.plan import PlanSettings
 
     from ..training.loader import LoaderSpec
@@ -138,7 +138,7 @@ def count_reads(folder: str) -> Numbers:
     from ..training.samples import plan_training, vary
     from .speech import write_speech_corpus
 
-    processor, data = GraftProcessor.from_pretrained(folder), str(Path(folder, "speech.parquet"))
+    processor, data = read_graft_processor(folder), str(Path(folder, "speech.parquet"))
     augment = AugmentRecipe(noise=NoiseRecipe(data=write_speech_corpus(Path(folder, "noise.parquet"), CLIPS)))
     rows = read_rows(data)
     variation = vary(rows, processor, augment=augment)
@@ -201,14 +201,14 @@ def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS, epochs: int = 1
     from transformers import WhisperFeatureExtractor
 
     from graft.data.dataset import read_rows
-    from graft.processor import GraftProcessor
+    from graft.processor import read_graft_processor
     from graft.training.plan import PlanSettings
 
     from ..training.loader import LoaderSpec
     from ..training.samples import plan_training
     from .speech import write_speech_corpus
 
-    processor = GraftProcessor.from_pretrained(graft)
+    processor = read_graft_processor(graft)
     processor.feature_extractor = WhisperFeatureExtractor(feature_size=MEL_COUNT)
     processor.save_pretrained(folder)
     rows = read_rows(write_speech_corpus(Path(folder, "speech.parquet"), clips))

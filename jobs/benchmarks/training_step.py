@@ -189,6 +189,7 @@ def way(
 ) -> Way:
     """Prepare a way to train, by default graft's own; `audio` holds settings of GraftConfig."""
     settings = replace(compute_settings(), gradient_checkpointing=checkpointing)
+    model: Any
     model, processor = open_for_stage(Stage(1), graft, settings)
     for name, value in audio.items():
         setattr(model.config, name, value)

@@ -17,7 +17,7 @@ from graft.data.settings import Sources
 from graft.errors import DataError
 from graft.inference.transcriber import make_transcriber
 from graft.inference.transcript import Transcript
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.modeling import AnyGraft
 from graft.processor import GraftProcessor
 from graft.text.wer import Score, score
 from graft.training.plan import PlanSettings
@@ -62,7 +62,7 @@ def compare(
 
 def _variants(
     stage: str, merged: Path, *, dtype: torch.dtype, device: str
-) -> Iterator[tuple[str, GraftForConditionalGeneration, GraftProcessor]]:
+) -> Iterator[tuple[str, AnyGraft, GraftProcessor]]:
     """Open one model at a time: a large one leaves no room for two."""
     short = str(dtype).removeprefix("torch.")
     yield "adapters on NF4", *open_graft(stage, dtype=dtype, device=device, nf4=True)
@@ -70,7 +70,7 @@ def _variants(
     yield "merged", *open_graft(merged, dtype=dtype, device=device)
 
 
-def _loss(model: GraftForConditionalGeneration, processor: GraftProcessor, rows: RowTable, graft: Path) -> float:
+def _loss(model: AnyGraft, processor: GraftProcessor, rows: RowTable, graft: Path) -> float:
     variation = plain_variation(rows, processor)
     batches = plan_training(rows, processor, PlanSettings(token_budget=TOKEN_BUDGET), variation).batches(
         position=0, step_batches=1
@@ -81,9 +81,7 @@ def _loss(model: GraftForConditionalGeneration, processor: GraftProcessor, rows:
     return total / count
 
 
-def _score(
-    model: GraftForConditionalGeneration, processor: GraftProcessor, rows: RowTable, clips: Sequence[AudioClip]
-) -> Score:
+def _score(model: AnyGraft, processor: GraftProcessor, rows: RowTable, clips: Sequence[AudioClip]) -> Score:
     transcriber = make_transcriber(model, processor, name="compared")
     try:
         transcripts = transcriber.transcribe_many(clips)

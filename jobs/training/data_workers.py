@@ -9,7 +9,7 @@ import numpy as np
 from graft.checkpoints.lora import LoraSettings
 from graft.data.dataset import RowTable
 from graft.data.settings import AugmentRecipe
-from graft.model.configuration import WINDOW_FRAMES, GraftConfig
+from graft.model.configuration import WINDOW_FRAMES, AnyGraftConfig
 from graft.training.devices import device_peak_flops
 from graft.training.estimate import batch_flops
 from graft.training.plan import Plan
@@ -52,7 +52,7 @@ def choose_data_workers(
 
 
 def flops_per_audio_s(
-    config: GraftConfig,
+    config: AnyGraftConfig,
     rows: RowTable,
     plan: Plan,
     *,

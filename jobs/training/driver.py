@@ -25,8 +25,8 @@ from graft.checkpoints.lora import save_adapters
 from graft.checkpoints.projector_file import encoder_digest, read_projector, write_projector
 from graft.data.dataset import RowTable
 from graft.errors import GraftError, RecipeError, require
-from graft.model.configuration import GraftConfig
-from graft.processor import GraftProcessor
+from graft.model.configuration import AnyGraftConfig, read_graft_config
+from graft.processor import GraftProcessor, read_graft_processor
 from graft.storage.atomic import write_atomic
 from graft.text.instructions import trained_instructions
 from graft.training.checkpoint import load_checkpoint
@@ -79,10 +79,10 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
     require("ray.train", extra="train")
     check_graft(recipe.model)
     graft = base_checkpoint(recipe.model)
-    config = GraftConfig.from_pretrained(graft)
+    config = read_graft_config(graft)
     if stage.projector:
         read_projector(stage.projector, config)
-    processor = GraftProcessor.from_pretrained(graft)
+    processor = read_graft_processor(graft)
     computing = ComputeSettings(**{name: getattr(recipe, name) for name in ComputeSettings.__dataclass_fields__})
     with cached_rows(out) as cache_folder:
         rows, variation, plan = plan_run(recipe, processor, cache=cache_folder)
@@ -158,7 +158,7 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
 
 
 def _choose_data_workers(
-    recipe: TrainRecipe, stage: Stage, config: GraftConfig, rows: RowTable, plan: Plan
+    recipe: TrainRecipe, stage: Stage, config: AnyGraftConfig, rows: RowTable, plan: Plan
 ) -> DataWorkers:
     """Choose the loaders for the GPUs that the cluster has."""
     import ray
@@ -184,7 +184,7 @@ def _choose_data_workers(
 def _encoder_cache(
     recipe: TrainRecipe,
     stage: Stage,
-    config: GraftConfig,
+    config: AnyGraftConfig,
     graft: str,
     processor: GraftProcessor,
     *,
@@ -285,7 +285,7 @@ def _on_sigterm(act: Callable[[], Any]) -> Iterator[None]:
 
 def _finish(
     out: Path,
-    config: GraftConfig,
+    config: AnyGraftConfig,
     stage: Stage,
     *,
     graft: str,

@@ -13,8 +13,8 @@ import numpy as np
 from graft.checkpoints.loading import base_checkpoint
 from graft.data.dataset import RowTable
 from graft.errors import RecipeError
-from graft.model.configuration import WINDOW_FRAMES, GraftConfig, audio_token_count
-from graft.processor import GraftProcessor
+from graft.model.configuration import WINDOW_FRAMES, AnyGraftConfig, audio_token_count
+from graft.processor import read_graft_processor
 from graft.training.devices import KNOWN_DEVICES, device_nvlink, device_peak_flops
 from graft.training.estimate import (
     LABELS_PER_S,
@@ -97,7 +97,7 @@ class ValidationWork:
 def print_plan(
     recipe: TrainRecipe,
     options: PlanOptions,
-    config: GraftConfig,
+    config: AnyGraftConfig,
     is_built: bool,
     *,
     trained: TrainedParts,
@@ -122,9 +122,9 @@ def print_plan(
     sys.stdout.flush()
 
 
-def _read_work(recipe: TrainRecipe, config: GraftConfig, trained: TrainedParts) -> Work:
+def _read_work(recipe: TrainRecipe, config: AnyGraftConfig, trained: TrainedParts) -> Work:
     """Read the data and plan the run, as training does."""
-    rows, variation, plan = plan_run(recipe, GraftProcessor.from_pretrained(base_checkpoint(recipe.model)))
+    rows, variation, plan = plan_run(recipe, read_graft_processor(base_checkpoint(recipe.model)))
     samples = np.concatenate([epoch.rows for epoch in plan.epochs])
     seconds = np.concatenate([rows.duration_s, variation.no_speech_s])[samples]
     return _work(
@@ -152,7 +152,7 @@ def _reading(rows: RowTable, variation: Variation, plan: Plan) -> str:
 
 
 def _assumed_work(
-    recipe: TrainRecipe, config: GraftConfig, trained: TrainedParts, *, hours: float, clip_s: float
+    recipe: TrainRecipe, config: AnyGraftConfig, trained: TrainedParts, *, hours: float, clip_s: float
 ) -> Work:
     """Assume `hours` of clips that all last `clip_s`, which need no padding."""
     clips = max(1, round(hours * 3600 / clip_s))
@@ -224,7 +224,7 @@ def _validation_work(
 
 def _work(
     recipe: TrainRecipe,
-    config: GraftConfig,
+    config: AnyGraftConfig,
     trained: TrainedParts,
     *,
     token_counts: np.ndarray,
@@ -331,7 +331,7 @@ def _hours(recipe: TrainRecipe, options: PlanOptions, work: Work) -> float:
 
 
 def _memory_lines(
-    recipe: TrainRecipe, config: GraftConfig, parameters: Parameters, work: Work, trained: TrainedParts
+    recipe: TrainRecipe, config: AnyGraftConfig, parameters: Parameters, work: Work, trained: TrainedParts
 ) -> Iterator[str]:
     """Tabulate the memory of each layout, and mark the recipe's own."""
     tokens = min(recipe.token_budget, recipe.max_batch_clips * work.longest)
@@ -368,7 +368,7 @@ def _memory_lines(
 def _network_lines(
     recipe: TrainRecipe,
     options: PlanOptions,
-    config: GraftConfig,
+    config: AnyGraftConfig,
     parameters: Parameters,
     work: Work,
     trained: TrainedParts,

@@ -23,7 +23,7 @@ from graft.data.row_groups import StoredAudio
 from graft.data.sample_seeds import generator
 from graft.data.settings import AugmentRecipe
 from graft.errors import AudioError, DataError
-from graft.processor import Example, GraftProcessor
+from graft.processor import Example, read_graft_processor
 from graft.text.prompts import Instruction
 from graft.training.backends import TrainingBatch
 from graft.training.encoder_cache import CachingEncoder, EncoderCache
@@ -90,7 +90,7 @@ class BatchLoader:
 
     def __init__(self, spec: LoaderSpec):
         self.spec = spec
-        self.processor = GraftProcessor.from_pretrained(spec.processor)
+        self.processor = read_graft_processor(spec.processor)
         self.augmenter = Augmenter(spec.variation.augment or AugmentRecipe())
         self.cache = spec.encoder_cache
         self.no_mel = np.zeros((self.processor.featurizer.mel_count, 0), np.float32)

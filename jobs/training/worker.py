@@ -19,9 +19,9 @@ from torch.distributed import DistError
 
 from graft.checkpoints.loading import multiplies_bf16
 from graft.errors import GraftError, ModelError
-from graft.model.configuration import GraftConfig
+from graft.model.configuration import AnyGraftConfig
 from graft.model.ctc import CtcPrealignment
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.modeling import AnyGraft
 from graft.processor import GraftProcessor
 from graft.storage.atomic import write_atomic
 from graft.training.backends import Backend, TrainingBatch, trainable_parameters, trained_part
@@ -145,7 +145,7 @@ def _validation(run: Run, name: str, backend: Backend, processor: GraftProcessor
 
 
 def _preflight_line(
-    model: GraftForConditionalGeneration | CtcPrealignment,
+    model: AnyGraft | CtcPrealignment,
     backend: Backend,
     batch: TrainingBatch,
     processor: GraftProcessor,
@@ -163,7 +163,7 @@ def _preflight_line(
     return f"preflight: other audio changes the logits by {change:.2g}; {label_count} labels, all in answers"
 
 
-def _make_flop_counter(run: Run, config: GraftConfig) -> Callable[[Mapping[str, np.ndarray]], float]:
+def _make_flop_counter(run: Run, config: AnyGraftConfig) -> Callable[[Mapping[str, np.ndarray]], float]:
     """Make the function that computes a block's FLOPs, from which the log computes the device's utilisation."""
     lora = run.stage.lora
     is_ctc = run.stage.letters is not None

@@ -28,7 +28,7 @@ from graft.inference.estimate import (
     whisper_memory,
     whisper_work,
 )
-from graft.model.configuration import GraftConfig
+from graft.model.configuration import AnyGraftConfig
 from graft.training.devices import KNOWN_DEVICES, Device, find_device
 from graft.training.estimate import count_parameters
 
@@ -76,10 +76,10 @@ class PlannedModel:
     @property
     def is_graft(self) -> bool:
         """Whether it is a graft, and not plain Whisper."""
-        return isinstance(self.config, GraftConfig)
+        return not isinstance(self.config, WhisperConfig)
 
 
-def planned_graft_model(name: str, config: GraftConfig, dtype: str | None, *, passes: int = 1) -> PlannedModel:
+def planned_graft_model(name: str, config: AnyGraftConfig, dtype: str | None, *, passes: int = 1) -> PlannedModel:
     """Describe a graft that computes in `dtype`, by default in the one that its weights are stored in."""
     return PlannedModel(name, config, dtype or _stored_dtype(config), passes)
 

@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 from graft.audio.clip import AudioClip
 from graft.model.modeling import GraftForConditionalGeneration
 from graft.processor import IGNORED_LABEL, GraftProcessor
-from graft.text.prompts import ANSWER_END, PROMPT_END, TEMPLATES, prompt_text, style_text
+from graft.text.prompts import CHATML, TEMPLATES, prompt_text, style_text
 from tests.support import tiny_models
 
 
@@ -78,14 +78,14 @@ def test_training_rows_are_prompt_then_answer(processor):
         assert (labels[length:] == IGNORED_LABEL).all()
     decoded = processor.tokenizer.decode(examples[0].target_ids)
     assert decoded.replace(" ", "") == "helloworld<|im_end|>"
-    assert processor.tokenizer.decode(processor.prompt_end_ids()).replace(" ", "") == PROMPT_END.replace(" ", "")
+    assert processor.tokenizer.decode(processor.prompt_end_ids()).replace(" ", "") == CHATML.prompt_end.replace(" ", "")
 
 
 @pytest.mark.parametrize("style", TEMPLATES)
 def test_every_prompt_ends_where_the_answer_begins(style):
-    assert prompt_text(style, "Do it.").endswith("Do it." + PROMPT_END)
+    assert prompt_text(style, "Do it.").endswith("Do it." + CHATML.prompt_end)
     assert prompt_text(style).count("<|audio_pad|>") == 1
-    assert (TEMPLATES[style].answer.format(text="a b") + ANSWER_END).strip() == "a b<|im_end|>"
+    assert (TEMPLATES[style].answer.format(text="a b") + CHATML.answer_end).strip() == "a b<|im_end|>"
 
 
 def test_the_reference_prompt_keeps_its_literals():
@@ -93,7 +93,7 @@ def test_the_reference_prompt_keeps_its_literals():
         "<|im_start|>user\n<|audio_bos|><|audio_pad|><|audio_eos|>\nTranscribe this audio.<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert TEMPLATES["reference"].answer.format(text="A") + ANSWER_END == " A<|im_end|>"
+    assert TEMPLATES["reference"].answer.format(text="A") + CHATML.answer_end == " A<|im_end|>"
 
 
 def test_text_styles():

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -231,6 +233,30 @@ def save_text_base(folder: Path, *, spare_rows: int = 8, tied: bool = False, see
     config |= dict(zip(names, words.convert_tokens_to_ids(list(VISION_TOKENS)), strict=True))
     torch.manual_seed(seed)
     Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config | {"tie_word_embeddings": tied})).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+TEXT_DECODERS: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 16},  # wider than the hidden states divided by the heads, as in Qwen3
+    "llama": {"tie_word_embeddings": True},
+}
+
+
+@built_once
+def save_text_decoder(folder: Path, *, kind: str, spare_rows: int = 8, **settings: Any) -> str:
+    """Make a base for text alone, of a kind of TEXT_DECODERS, in whose text every token before has an effect."""
+    words = tokenizer(audio=False)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    shape |= {"num_key_value_heads": 2, "vocab_size": len(words) + spare_rows, "max_position_embeddings": 4096}
+    config = AutoConfig.for_model(kind, **shape | ids | TEXT_DECODERS[kind] | settings)
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.model.layers.parameters():
+        if parameter.ndim > 1:
+            parameter.data = torch.randn(parameter.shape) / parameter.shape[1] ** 0.5
+    model.save_pretrained(folder)
     words.save_pretrained(folder)
     return str(folder)
 

@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from graft.inference.engines.kv_cache import SlotDecoder, Slots, Update
 from graft.inference.engines.protocol import EngineRequest
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.modeling import AnyGraft
 from graft.processor import collate_features
 
 # Name under which `_attend` is registered with transformers.
@@ -22,7 +22,7 @@ ATTENTION = "graft_grouped_queries"
 class GraftDecoder(SlotDecoder):
     """Decodes with a graft, whose attention is replaced by one that gives the same answers faster."""
 
-    def __init__(self, model: GraftForConditionalGeneration, *, pad_id: int, graphs: bool | None = None) -> None:
+    def __init__(self, model: AnyGraft, *, pad_id: int, graphs: bool | None = None) -> None:
         model.set_attn_implementation({"text_config": ATTENTION})
         config = model.config.get_text_config()
         slots = Slots(

@@ -27,7 +27,7 @@ from graft.errors import require
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
 from graft.inference.engines.sampling import repeating_ids
 from graft.inference.engines.scheduler import ENCODER_ROWS, Row, deliver, next_token
-from graft.model.modeling import GraftForConditionalGeneration
+from graft.model.modeling import AnyGraft
 from graft.processor import GraftProcessor, collate_features
 
 CPU_CACHE_BYTES = 2**30
@@ -89,7 +89,7 @@ class VllmEngine:
 
     def __init__(
         self,
-        encoder_model: GraftForConditionalGeneration,
+        encoder_model: AnyGraft,
         arguments: Any,
         *,
         eos_ids: Collection[int],

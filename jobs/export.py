@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 RECIPES_FOLDER = "recipes"
 HEAD = """# {name}
 
-The trained part of a graft: the projector between a Whisper encoder and a Qwen2-VL{adapters}.
+The trained part of a graft: the projector between a Whisper encoder and a language model{adapters}.
 It holds none of the weights of its bases. This command puts it onto them, whose tensors must have the digests in
 pretrained.json (audio_base={audio_base}, text_base={text_base}):
 
@@ -61,7 +61,7 @@ class ExportRecipe(Recipe):
     audio_base: ModelKey[str | None] = None
     """Name of the Whisper checkpoint, as graft build takes it; null takes it from the graft's own recipe."""
     text_base: ModelKey[str | None] = None
-    """Name of the Qwen2-VL checkpoint, as graft build takes it; null takes it from the graft's own recipe."""
+    """Name of the language model's checkpoint, as graft build takes it; null takes it from the graft's own recipe."""
     data_list: OutputKey[Location | None] = None
     """File that lists the training data and their licences for the model card, as Markdown or a JSON list of
     objects."""

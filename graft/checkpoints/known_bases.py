@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graft.model.configuration import AnyGraftConfig, GraftConfig
+from graft.model.configuration import AnyGraftConfig, GraftConfig, TextGraftConfig
 
 QWEN2_VL = {
     "num_hidden_layers": 28,
@@ -23,6 +23,15 @@ SMOLLM2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 2,
+}
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
 TEXT_BASES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2-VL-7B-Instruct": {
@@ -48,6 +57,26 @@ TEXT_BASES: dict[str, dict[str, Any]] = {
         },
         "vision_config": QWEN2_VL_VISION | {"hidden_size": 1536},
         "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-0.6B": {
+        "text_config": QWEN3
+        | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-1.7B": {
+        "text_config": QWEN3
+        | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-4B": {
+        "text_config": QWEN3
+        | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-8B": {
+        "text_config": QWEN3
+        | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+        "tie_word_embeddings": False,
     },
     "bundled": {
         "text_config": SMOLLM2,
@@ -77,7 +106,7 @@ AUDIO_BASES: dict[str, dict[str, Any]] = {
 
 
 def known_config(audio_base: str, text_base: str, **settings: Any) -> AnyGraftConfig:
-    """Make the configuration of a graft of two known bases; `settings` are GraftConfig's.
+    """Make the configuration of a graft of two known bases; `settings` are AudioSettings'.
 
     Its dtype is the one that the text base is stored in.
 
@@ -85,4 +114,5 @@ def known_config(audio_base: str, text_base: str, **settings: Any) -> AnyGraftCo
     """
     dtype = "float32" if text_base == "bundled" else "bfloat16"
     base = {"audio_config": dict(AUDIO_BASES[audio_base]), **TEXT_BASES[text_base]}
-    return GraftConfig(**base, **{"dtype": dtype, **settings})
+    kind = GraftConfig if "vision_config" in base else TextGraftConfig
+    return kind(**base, **{"dtype": dtype, **settings})

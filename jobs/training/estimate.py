@@ -183,12 +183,12 @@ def _assumed_work(
 
 
 def _validation_work(
-    recipe: TrainRecipe, config: GraftConfig, trained: TrainedParts, work: Work, *, clip_s: float | None
+    recipe: TrainRecipe, config: AnyGraftConfig, trained: TrainedParts, work: Work, *, clip_s: float | None
 ) -> ValidationWork | None:
     """Count the clips of all validation sets, which are read, or assumed to last `clip_s` each. None for no set."""
     if recipe.validation is None:
         return None
-    processor = None if clip_s is not None else GraftProcessor.from_pretrained(base_checkpoint(recipe.model))
+    processor = None if clip_s is not None else read_graft_processor(base_checkpoint(recipe.model))
     clips, tokens, labels, frames = dict[str, int](), [], 0, []
     for name, data in recipe.validation.sets.items():
         if processor is None:

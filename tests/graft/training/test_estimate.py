@@ -41,6 +41,11 @@ def test_the_parameters_of_the_7b_pair():
 
 
 def test_a_tied_head_has_no_parameters_of_its_own():
+    sizes = {name: count_parameters(known_config(TURBO, f"Qwen/Qwen3-{name}")) for name in ("0.6B", "8B")}
+    assert {name: size.text + size.lm_head for name, size in sizes.items()} == {
+        "0.6B": 596_049_920,
+        "8B": 8_190_735_360,
+    }
     parameters = count_parameters(known_config(TURBO, "Qwen/Qwen2-VL-2B-Instruct"))
     assert parameters.lm_head == 0
     assert parameters.text + parameters.vision == 2_208_985_600

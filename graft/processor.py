@@ -248,7 +248,7 @@ class GraftProcessor(ProcessorMixin):
         rows = [example.prompt_ids + (example.decoder_input_ids or example.target_ids) for example in examples]
         labels = [[IGNORED_LABEL] * len(example.prompt_ids) + example.target_ids for example in examples]
         return {
-            "input_ids": _pad(rows, self.tokenizer.pad_token_id),
+            "input_ids": _pad(rows, self._pad_id),
             "attention_mask": _pad([[1] * len(row) for row in rows], 0),
             "labels": _pad(labels, IGNORED_LABEL),
             **collate_features([example.features for example in examples]),
@@ -285,7 +285,7 @@ class GraftProcessor(ProcessorMixin):
         audio_counts = iter([self.audio_token_count(one.frame_count) for one in features])
         expanded = [_expand(_expand(one, AUDIO_PAD_TOKEN, audio_counts), IMAGE_TOKEN, image_counts) for one in texts]
         rows = [self.tokenizer(one, add_special_tokens=False)["input_ids"] for one in expanded]
-        ids, mask = map(torch.from_numpy, pad_prompts(rows, self.tokenizer.pad_token_id))
+        ids, mask = map(torch.from_numpy, pad_prompts(rows, self._pad_id))
         types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int() if images is not None else None
         audio_inputs = (
             {key: torch.from_numpy(value) for key, value in collate_features(features).items()} if features else {}
@@ -306,7 +306,23 @@ class GraftProcessor(ProcessorMixin):
 
     @cached_property
     def _chat(self) -> ChatFormat:
-        return find_chat_format(self.tokenizer.get_added_vocab()) or CHATML
+        return find_chat_format(self.tokenizer.get_added_vocab(), self._answer_start()) or CHATML
+
+    def _answer_start(self) -> str:
+        """Render what the language model's own chat template begins an answer without thoughts with; "" without one."""
+        if not self.tokenizer.chat_template:
+            return ""
+        chat = [{"role": "user", "content": DEFAULT_INSTRUCTION}]
+        question, prompt = (
+            self.tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, add_generation_prompt=end)
+            for end in (False, True)
+        )
+        return prompt.removeprefix(question) if prompt.startswith(question) else ""
+
+    @property
+    def _pad_id(self) -> int:
+        """The id of padding, which is masked; Llama's tokenizers name none."""
+        return self.tokenizer.pad_token_id or 0
 
     @cached_property
     def _prompt_parts(self) -> tuple[list[int], list[int], list[int]]:

@@ -20,7 +20,7 @@ from .common.outputs import RECIPE_FILE, holds_results, staged_output
 from .merge import ADAPTER_FOLDER
 
 if TYPE_CHECKING:
-    from graft.model.configuration import AnyGraftConfig, read_graft_config
+    from graft.model.configuration import AnyGraftConfig
 
     from .transcription.estimate import PlannedModel
 
@@ -134,6 +134,7 @@ def planned_graft(model: str) -> tuple["AnyGraftConfig", bool]:
     """
     from graft.checkpoints.known_bases import AUDIO_BASES, TEXT_BASES, known_config
     from graft.checkpoints.loading import base_checkpoint, check_graft
+    from graft.model.configuration import read_graft_config
 
     path = Path(model) if Path(model).is_file() else RECIPES / f"{model}-build.yaml"
     if not path.is_file():

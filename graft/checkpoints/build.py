@@ -92,7 +92,7 @@ def check_chat_tokens(tokenizer: Any, text_base: str) -> None:
     """Raise ModelError for a tokenizer without the tokens of a chat, in whose form prompts are written."""
     if find_chat_format(tokenizer.get_added_vocab()) is None:
         raise ModelError(
-            f"{text_base} has the chat tokens of neither {' nor '.join(CHAT_FORMATS)}: "
+            f"{text_base} has neither the chat token {' nor '.join(CHAT_FORMATS)}: "
             "give a model that was trained for chats (Instruct)"
         )
 

@@ -61,25 +61,31 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a language model's chats are written: the beginning of a user's message, its end, which the answer follows,
-    and the end of the answer."""
+    """How a language model's chats are written: what is around a user's message, and around the answer to it."""
 
     user: str
-    prompt_end: str
+    user_end: str
+    answer: str
     answer_end: str
 
+    @property
+    def prompt_end(self) -> str:
+        """The end of every prompt, which the answer's text follows."""
+        return self.user_end + self.answer
 
-CHATML = ChatFormat("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
+
+CHATML = ChatFormat("<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>")
 CHAT_FORMATS = {
-    "ChatML": CHATML,
-    # Models that may think before they answer are given an empty thought, as their own templates do.
-    "ChatML with thoughts": replace(CHATML, prompt_end=CHATML.prompt_end + "<think>\n\n</think>\n\n"),
-    "Llama 3": ChatFormat(
+    "<|im_start|>": CHATML,
+    "<|start_header_id|>": ChatFormat(
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "<|eot_id|>",
     ),
 }
+"""The special token with which a message begins, of ChatML or of Llama 3 -> the form of the chats."""
+THOUGHT, THOUGHT_END = "<think>", "</think>"
 
 TEMPLATES = {
     "graft": PromptTemplate(
@@ -95,11 +101,17 @@ TEMPLATES = {
 }
 
 
-def find_chat_format(special_tokens: Collection[str]) -> ChatFormat | None:
-    """Return the chat format whose tokens are among a tokenizer's special ones; None where there is none."""
-    if "<|im_start|>" in special_tokens:
-        return CHAT_FORMATS["ChatML with thoughts" if "<think>" in special_tokens else "ChatML"]
-    return CHAT_FORMATS["Llama 3"] if "<|start_header_id|>" in special_tokens else None
+def find_chat_format(special_tokens: Collection[str], answer: str = "") -> ChatFormat | None:
+    """Return the chat format whose tokens are among a tokenizer's special ones; None where there is none.
+
+    `answer` is what the model's own chat template begins an answer with where it is not to think: the prompt ends so,
+    with an empty thought where the template has one. A thought that the template leaves open is closed.
+    """
+    chat = next((chat for token, chat in CHAT_FORMATS.items() if token in special_tokens), None)
+    if chat is None or not answer.startswith(chat.answer):
+        return chat
+    is_open = answer.rfind(THOUGHT) > answer.rfind(THOUGHT_END)
+    return replace(chat, answer=f"{answer}\n{THOUGHT_END}\n\n" if is_open else answer)
 
 
 def prompt_text(style: str, instruction: str = DEFAULT_INSTRUCTION, chat: ChatFormat = CHATML) -> str:

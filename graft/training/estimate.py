@@ -184,8 +184,8 @@ def text_forward_flops(config: AnyGraftConfig, token_counts: Counts, *, lora_ran
 
 def _attention_flops(config: AnyGraftConfig, token_counts: Counts) -> float:
     # Scores and weighted values cost 4 FLOPs per pair of tokens and unit of width; causal attention has half the pairs.
-    pairs = (np.asarray(token_counts, dtype=np.float64) ** 2).sum()
-    return float(2 * _text(config).num_hidden_layers * _text(config).hidden_size * pairs)
+    pairs, text = (np.asarray(token_counts, dtype=np.float64) ** 2).sum(), _text(config)
+    return float(2 * text.num_hidden_layers * text.num_attention_heads * head_width(text) * pairs)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +18,8 @@ from graft.checkpoints.merging import write_merged
 from graft.errors import ModelError
 from graft.inference.transcriber import make_transcriber
 from graft.model.modeling import GraftForCausalLM
-from graft.text.prompts import CHAT_FORMATS, find_chat_format
+from graft.processor import TextGraftProcessor
+from graft.text.prompts import CHATML, find_chat_format
 from graft.training.backends import TorchBackend
 from graft.training.estimate import count_parameters, layer_matrices
 from graft.training.stages import ComputeSettings, Stage, open_for_stage
@@ -185,12 +187,45 @@ def test_what_does_not_go_with_it_is_refused_in_one_line(bases: tuple[str, str],
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (path := Path(plain, name)).is_file():
             path.write_text(path.read_text().replace("<|im_start|>", "<|begin|>"))
-    with pytest.raises(ModelError, match="has the chat tokens of neither ChatML"):
+    with pytest.raises(ModelError, match="has neither the chat token <\\|im_start\\|> nor"):
         build_graft(bases[0], plain)
 
 
 def test_prompts_are_written_in_the_form_of_the_models_chats():
-    assert find_chat_format(["<|im_start|>", "<|im_end|>"]) is CHAT_FORMATS["ChatML"]
-    assert find_chat_format(["<|im_start|>", "<think>"]).prompt_end.endswith("assistant\n<think>\n\n</think>\n\n")
+    assert find_chat_format(["<|im_start|>", "<think>"]) is CHATML
+    assert find_chat_format(["<|im_start|>"], "Assistant: ") is CHATML  # a template of another kind
+    thought = CHATML.answer + "<think>\n\n</think>\n"
+    assert find_chat_format(["<|im_start|>"], thought).prompt_end == CHATML.user_end + thought
+    assert find_chat_format(["<|im_start|>"], CHATML.answer + "<think>\n").answer.endswith("<think>\n\n</think>\n\n")
     assert find_chat_format(["<|start_header_id|>"]).user.endswith("user<|end_header_id|>\n\n")
     assert find_chat_format(["<s>"]) is None
+
+
+THINKING = """{%- for message in messages -%}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+
+
+def test_a_thinking_model_answers_without_thoughts_as_its_template_does(bases: tuple[str, str], tmp_path: Path):
+    _, processor = build_graft(*bases)
+    assert processor.tokenizer.decode(processor.prompt_end_ids()) == CHATML.prompt_end
+    processor.tokenizer.chat_template = processor.chat_template = THINKING
+    processor.save_pretrained(tmp_path)
+    opened = TextGraftProcessor.from_pretrained(tmp_path)
+    assert opened.tokenizer.decode(opened.prompt_end_ids()).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_tokenizer_without_a_padding_token_pads_too(bases: tuple[str, str]):
+    _, processor = build_graft(*bases)
+    processor.tokenizer.pad_token = None
+    (batch,) = clip_steps(processor, steps=1, size=3)
+    assert batch.inputs["input_ids"].shape == batch.inputs["attention_mask"].shape
+    assert not batch.inputs["attention_mask"].all()
+    clips = [AudioClip(np.ones(16_000 // part, np.float32)) for part in (1, 3)]
+    assert len(processor(audio=clips)["input_ids"]) == 2

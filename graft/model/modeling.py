@@ -43,15 +43,22 @@ class AudioInput(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a graft.
 
-        Raises ValueError for a checkpoint that lacks tensors, which transformers would initialise at random.
+        Raises ValueError for a checkpoint of another class, and for one that lacks tensors, which transformers would
+        initialise at random.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("config") is None:
             found, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path)
-            if found.get("model_type") not in GRAFT_MODEL_TYPES:
+            kind = found.get("model_type")
+            if kind not in GRAFT_MODEL_TYPES:
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} is a {found.get('model_type')} checkpoint, not a graft: "
+                    f"{pretrained_model_name_or_path} is a {kind} checkpoint, not a graft: "
                     "build one from it with `graft build`"
+                )
+            if kind != cls.config_class.model_type:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is a {kind} checkpoint, which {cls.__name__} does not load: "
+                    "load it with AutoModelForCausalLM"
                 )
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded

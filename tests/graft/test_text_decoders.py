@@ -17,11 +17,11 @@ from graft.checkpoints.lora import LoraSettings, save_adapters
 from graft.checkpoints.merging import write_merged
 from graft.errors import ModelError
 from graft.inference.transcriber import make_transcriber
-from graft.model.modeling import GraftForCausalLM
+from graft.model.modeling import GraftForCausalLM, GraftForConditionalGeneration
 from graft.processor import TextGraftProcessor
 from graft.text.prompts import CHATML, find_chat_format
 from graft.training.backends import TorchBackend
-from graft.training.estimate import count_parameters, layer_matrices
+from graft.training.estimate import count_parameters, layer_matrices, matrix_parameters, text_forward_flops
 from graft.training.stages import ComputeSettings, Stage, open_for_stage
 from tests.support import media, tiny_models
 from tests.support.adapters import SETTINGS, adapt, largest_difference, logits, save_projector
@@ -170,11 +170,15 @@ def test_parameters_and_matrices_are_counted(folder: Path):
     layer: Any = model.model.language_model.layers[0]
     matrices = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
     assert sorted(layer_matrices(model.config)) == sorted((one.in_features, one.out_features) for one in matrices)
+    attention = text_forward_flops(model.config, [10]) - 2 * 10 * matrix_parameters(model.config)
+    assert attention == 2 * 2 * layer.self_attn.o_proj.in_features * 10**2  # 2 layers, half of 4 FLOPs a pair of tokens
 
 
 def test_what_does_not_go_with_it_is_refused_in_one_line(bases: tuple[str, str], folder: Path, tmp_path: Path):
     with pytest.raises(ModelError, match="engine=vllm runs alone: leave engine out"):
         check_model(folder, engine="vllm")
+    with pytest.raises(ValueError, match="which GraftForConditionalGeneration does not load: load it with AutoModel"):
+        GraftForConditionalGeneration.from_pretrained(folder)
     sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
     windowed = tiny_models.save_text_decoder(tmp_path / "windowed", kind="qwen3", **sliding)
     with pytest.raises(ModelError, match="sliding window: give a model whose layers see the whole text"):

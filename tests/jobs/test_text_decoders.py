@@ -27,6 +27,7 @@ def test_the_whole_chain(kind: str, tmp_path: Path) -> None:
     settings += [f"data={data}", "learning_rate=1e-2"]
     bases = [f"audio_base={audio}", f"text_base={text}"]
     assert build(argv=[*bases, "audio_projector=conv", "audio_projector_blocks=1", f"out={graft}"]) == 0
+    assert stage1(argv=[f"model={graft}", f"out={first}", "--plan", "--hours=10"]) == 0
     assert stage1(argv=[*settings, "backend=deepspeed", "zero_stage=3", "workers=2", f"out={first}"]) == 0
     adapters = ["quantize=none", "lora.rank=4", f"projector={first}", f"out={second}"]
     assert stage2(argv=[*settings, *adapters, "backend=torch", "workers=1"]) == 0

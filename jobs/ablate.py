@@ -209,7 +209,7 @@ def _score(recipe: EvaluateRecipe) -> dict[str, Any]:
     """Return the graft's scores by test set, from an earlier run's report if it is there."""
     is_scored = holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS)
     report = json.loads(Path(recipe.out, REPORT_FILE).read_text()) if is_scored else evaluate(recipe)
-    sets = {name: kinds["graft"] for name, kinds in report["sets"].items()}
+    sets = {name: one["systems"]["graft"] for name, one in report["sets"].items()}
     # A set of several languages is one for each, "NAME LANGUAGE".
     return {name: rates for name, rates in sets.items() if {name, name.rpartition(" ")[0]} & recipe.data.keys()}
 

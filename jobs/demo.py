@@ -237,7 +237,8 @@ def _ask_service(recipe: DemoRecipe) -> None:
 def _summarize(results: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
     """Collect the numbers of summary.json from the results of the stages and evaluations."""
     before, report = results["evaluate graft"], results["evaluate merged"]
-    sets, losses = report["sets"], ("loss_first", "loss_last", "seconds")
+    sets = {name: one["systems"] for name, one in report["sets"].items()}
+    losses = ("loss_first", "loss_last", "seconds")
     rounded = {name: round(elapsed_s, 1) for name, elapsed_s in seconds.items()}
     return {
         "stage1": {key: results["stage1"][key] for key in losses},
@@ -245,7 +246,7 @@ def _summarize(results: Mapping[str, Any], seconds: Mapping[str, float]) -> dict
         "wer": {
             "trained": sets["trained"]["graft"]["wer"],
             "unseen": sets["unseen"]["graft"]["wer"],
-            "unseen_as_it_comes": before["sets"]["unseen"]["graft"]["wer"],
+            "unseen_as_it_comes": before["sets"]["unseen"]["systems"]["graft"]["wer"],
             "swapped": sets["swapped"]["graft"]["wer"],
             "whisper_trained": sets["trained"]["whisper"]["wer"],
             "whisper_unseen": sets["unseen"]["whisper"]["wer"],

@@ -3,9 +3,9 @@
 The clips can also be scored with their audio swapped, which a model that listens fails.
 On request it also scores other instructions, clips joined to recordings, and sounds without speech, for which it counts
 the characters that are written.
-Writes report.json and, one clip a line, predictions.jsonl.
+Writes report.json and, a line for each clip and model, predictions.jsonl, which graft score reads too.
 
-test sets -> the bulk pipeline, once for each model and instruction -> error rates -> report.json, predictions.jsonl
+test sets -> the bulk pipeline, once for each model and instruction -> predictions.jsonl -> scores -> report.json
 """
 
 import json
@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from graft.audio.chunking import ChunkSettings
@@ -24,7 +23,7 @@ from graft.config import Recipe
 from graft.data.settings import Sources
 from graft.errors import DataError, RecipeError
 from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey, OutputKey
-from graft.text.wer import NORMALIZERS_IN_WORDS, score
+from graft.text.wer import score
 
 from .common.cli import run_job
 from .common.inputs import check_inputs
@@ -33,6 +32,7 @@ from .transcription import Auto, ClipTranscript
 from .transcription.plan_options import EvaluationPlanOptions
 
 if TYPE_CHECKING:
+    from .evaluation.predictions import Prediction
     from .evaluation.test_sets import Item
     from .transcription.machine import AskedWorkers
 
@@ -123,6 +123,8 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     Raises DataError for rows without text and for names of sets, RecipeError, MissingExtra, OutputError, and
     ModelError, also for an instruction that the model was not trained for.
     """
+    from .evaluation.predictions import write_predictions
+
     if holds_results(recipe.out, recipe):
         print(f"evaluate: {recipe.out} is done already", flush=True)
         report = json.loads(Path(recipe.out, REPORT_FILE).read_text())
@@ -136,10 +138,11 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
         work.mkdir()
         items = _items(recipe, work)
         models, rtfx = _transcribe_models(items, checkpoints, recipe, work)
-        report = _report(models, rtfx, items, recipe)
+        predictions = list(_predictions(models, items))
+        with (out / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
+            write_predictions(predictions, file)
+        report = _report(predictions, rtfx, recipe)
         (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-        with (out / PREDICTIONS_FILE).open("w") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(models, items))
         shutil.rmtree(work)
     print(table(report), flush=True)
     return report
@@ -270,86 +273,56 @@ def _asked_workers(recipe: EvaluateRecipe) -> "AskedWorkers":
     return AskedWorkers(*counts, recipe.dtype)
 
 
-def _report(
-    models: Mapping[str, Transcripts], rtfx: Mapping[str, float], items: "Sequence[Item]", recipe: EvaluateRecipe
-) -> dict[str, Any]:
-    sets: dict[str, dict[str, Any]] = {}
-    own = next(iter(models))
-    for name in dict.fromkeys(item.set_name for item in items):
+def _predictions(models: Mapping[str, Transcripts], items: "Sequence[Item]") -> "Iterator[Prediction]":
+    """Yield what each model wrote for each clip; a clip that could not be read has an error."""
+    from .evaluation.predictions import Prediction
+
+    for item in items:
         for kind, clips in models.items():
-            if scored := [item for item, clip in clips.items() if item.set_name == name and not clip.error]:
-                texts = [clips[item].text for item in scored]
-                sets.setdefault(name, {})[kind] = _scores(scored, texts, seed=recipe.seed)
+            if clip := clips.get(item):
+                more = {"audio_id": item.audio_id} if item.audio_id != item.id else {}
+                yield Prediction(
+                    item.id,
+                    item.set_name,
+                    kind,
+                    item.text,
+                    None if clip.error else clip.text,
+                    item.duration_s,
+                    item.language,
+                    item.known.get("speaker"),
+                    item.known.get("sex"),
+                    item.known.get("source"),
+                    error=clip.error,
+                    more=more | ({} if clip.mean_logprob is None else {"mean_logprob": clip.mean_logprob}),
+                )
+
+
+def _report(predictions: "Sequence[Prediction]", rtfx: Mapping[str, float], recipe: EvaluateRecipe) -> dict[str, Any]:
+    from .evaluation.samples import ScoringSettings
+    from .evaluation.scoring import score_predictions
+
+    scores = score_predictions(predictions, ScoringSettings(seed=recipe.seed))
+    own = next(iter(rtfx))
     verdicts = []  # the model's rates beside the expected ones
     for name, rates in recipe.expected.items():
         for rate, (low, high) in rates.items():
-            found = sets.get(name, {}).get(own, {}).get(rate)  # None where no clip could be read
+            found = scores["sets"].get(name, {"systems": {}})["systems"].get(own, {}).get(rate)
             agrees = found is not None and low <= found <= high
             verdicts.append({"set": name, "rate": rate, "found": found, "low": low, "high": high, "agrees": agrees})
-    return {
-        "model": recipe.model,
-        "pipeline": "windows" if recipe.windows else "speech",
-        "sets": sets,
-        "expected": verdicts,
-        "rtfx": dict(rtfx),
-        "errors": {item.audio_id: clip.error for item, clip in models[own].items() if clip.error},
-    }
-
-
-def _scores(items: "Sequence[Item]", texts: Sequence[str], *, seed: int) -> dict[str, float]:
-    """Return the error rates of a set's texts or, where nobody speaks, how much was written."""
-    if any(item.text for item in items):
-        return score([item.text for item in items], texts, language=items[0].language, seed=seed).to_dict()
-    minutes = sum(item.duration_s for item in items) / 60
-    written = [len(text) for text in texts]
-    return {
-        "clips": len(items),
-        "minutes": minutes,
-        "chars_per_minute": sum(written) / minutes,
-        "share_with_text": float(np.mean(np.array(written) > 0)),
-    }
-
-
-def _predictions(models: Mapping[str, Transcripts], items: "Sequence[Item]") -> Iterator[dict[str, Any]]:
-    for item in items:
-        clips = {kind: model.get(item) for kind, model in models.items()}
-        texts = {kind: clip.text if clip and not clip.error else None for kind, clip in clips.items()}
-        yield {"set": item.set_name, "id": item.id, "audio_id": item.audio_id, "text": item.text} | texts
+    pipeline = "windows" if recipe.windows else "speech"
+    return {"model": recipe.model, "pipeline": pipeline, **scores, "expected": verdicts, "rtfx": dict(rtfx)}
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Lay a report out for people.
+    """Lay a report out for people: its scores, the verdicts on expected rates, the pipeline and the speed."""
+    from .evaluation.score_table import score_table
 
-    A row has the WER with its 95 % interval and the CER after a normaliser, and the WER of the raw strings. Below are
-    the normalisers, the sets without speech, the verdicts on expected rates, unreadable clips, the pipeline and the
-    speed.
-    """
-    rows = [(name, kind, scores) for name, kinds in report["sets"].items() for kind, scores in kinds.items()]
-    names, kinds = (max([least, *(len(row[column]) for row in rows)]) for column, least in ((0, 12), (1, 8)))
-    headings = f"{'clips':>5} {'words':>6}  {'WER':>6}  {'95 % interval':<16} {'CER':>6}  {'raw WER':>7}"
-    lines = [f"{'set':<{names}} {'model':<{kinds}} {headings}"]
-    for name, kind, s in rows:
-        if "wer" in s:
-            interval = f"[{s['wer_low']:.1%}, {s['wer_high']:.1%}]"
-            rates = f"{s['wer']:>6.1%}  {interval:<16} {s['cer']:>6.1%}  {s['wer_raw']:>7.1%}"
-            lines.append(f"{name:<{names}} {kind:<{kinds}} {s['clips']:>5} {s['words']:>6}  {rates}")
-    for normalizer, title in NORMALIZERS_IN_WORDS.items():
-        # Reports used to be of English alone.
-        sets = dict.fromkeys(name for name, _, s in rows if "wer" in s and s.get("normalizer", "english") == normalizer)
-        lines += [f"rates of {', '.join(sets)} after {title}"] if sets else []
-    if silent := [row for row in rows if "chars_per_minute" in row[2]]:
-        headings = f"{'clips':>5} {'min':>6}  {'chars/min':>9}  {'with text':>9}"
-        lines.append(f"{'no speech':<{names}} {'model':<{kinds}} {headings}")
-        for name, kind, s in silent:
-            written = f"{s['chars_per_minute']:>9.1f}  {s['share_with_text']:>9.1%}"
-            lines.append(f"{name:<{names}} {kind:<{kinds}} {s['clips']:>5} {s['minutes']:>6.1f}  {written}")
+    lines = [score_table(report)]
     for v in report["expected"]:
         verdict = "agrees with" if v["agrees"] else "does not agree with"
         found = "of no clip" if v["found"] is None else f"{v['found']:.2%}"
         lines.append(f"{v['set']}: {v['rate']} {found} {verdict} the expected {v['low']:.2%} to {v['high']:.2%}")
-    if errors := report["errors"]:
-        lines.append(f"{len(errors)} clips could not be read and are not scored: {', '.join(list(errors)[:3])}")
-    lines.append(f"pipeline: {PIPELINES[report.get('pipeline', 'windows')]}")  # reports used to be of windows alone
+    lines.append(f"pipeline: {PIPELINES[report['pipeline']]}")
     speeds = ", ".join(f"{kind} {rtfx:.1f}" for kind, rtfx in report["rtfx"].items())
     return "\n".join([*lines, f"seconds of audio per second: {speeds}"])
 

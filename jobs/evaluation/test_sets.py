@@ -3,18 +3,22 @@
 Recordings and sounds are written as a corpus, so that they are read as any other clip is.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip
-from graft.data.dataset import CorpusFile, RowReader, RowTable, clip_row, read_rows, write_corpus
+from graft.data.dataset import CorpusFile, RowReader, RowTable, clip_row, read_parquet, read_rows, write_corpus
 from graft.data.settings import Sources
 from graft.errors import DataError
+
+from .text_files import COLUMNS
 
 SWAPPED = "swapped"
 PAUSE_S = 0.5
@@ -34,14 +38,17 @@ class Item:
     duration_s: float
     language: str | None = None
     """Language of the reference (ISO 639-1), None where it is not known."""
+    known: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """The reference's speaker, sex and source, those that the data name."""
 
 
 def labelled(name: str, sources: Sources, *, limit: int | None, language: str | None = None) -> list[Item]:
     """List the first clips of a set; a set of several languages becomes one for each, "NAME LANGUAGE".
 
-    `language` is that of the clips of which the data names none. Raises DataError for rows without text.
+    `language` is that of the clips of which the data names none. Ids that occur again are numbered: `a`, `a#2`. Raises
+    DataError for rows without text.
     """
-    items = _items(name, sources, limit=limit, language=language)
+    items = _number_ids(_with_known(_items(name, sources, limit=limit, language=language)))
     if len({item.language for item in items}) > 1:
         items = [replace(item, set_name=f"{name} {item.language or 'unknown'}") for item in items]
     if empty := [item.id for item in items if not item.text.strip()]:
@@ -55,7 +62,7 @@ def swapped(items: Sequence[Item]) -> list[Item]:
     """Return the items with the audio of the next one each."""
     others = [*items[1:], *items[:1]]
     return [
-        replace(other, set_name=SWAPPED, id=item.id, text=item.text, language=item.language)
+        replace(other, set_name=SWAPPED, id=item.id, text=item.text, language=item.language, known=item.known)
         for item, other in zip(items, others, strict=True)
     ]
 
@@ -126,6 +133,40 @@ def _items(name: str, sources: Sources, *, limit: int | None = None, language: s
             zip(*(column[:limit].tolist() for column in columns), strict=True)
         )
     ]
+
+
+def _number_ids(items: Sequence[Item]) -> list[Item]:
+    """Make ids unique, by which answers are told apart."""
+    seen = Counter[str]()
+    numbered = []
+    for item in items:
+        seen[item.id] += 1
+        name = item.id if seen[item.id] == 1 else f"{item.id}#{seen[item.id]}"
+        numbered.append(replace(item, id=name, audio_id=name))
+    return numbered
+
+
+def _with_known(items: Sequence[Item]) -> list[Item]:
+    """Add what the data say of speakers and sources."""
+    known = {file: _read_known(file) for file in dict.fromkeys(item.clip[0] for item in items)}
+    return [replace(item, known=known[item.clip[0]].get(item.clip[1:], {})) for item in items]
+
+
+def _read_known(file: CorpusFile) -> dict[tuple[int, int], dict[str, str]]:
+    """Read the columns that name speaker, sex and source: (row group, row) -> those that are not empty."""
+
+    def read(parquet: pq.ParquetFile) -> dict[tuple[int, int], dict[str, str]]:
+        names = parquet.schema_arrow.names
+        found = {key: next((one for one in COLUMNS[key] if one in names), None) for key in ("speaker", "sex", "source")}
+        columns = {key: column for key, column in found.items() if column is not None}
+        known = {}
+        for group in range(parquet.num_row_groups if columns else 0):
+            rows = parquet.read_row_group(group, columns=list(columns.values())).to_pylist()
+            for number, row in enumerate(rows):
+                known[group, number] = {key: str(row[column]) for key, column in columns.items() if row[column]}
+        return known
+
+    return read_parquet(file.uri, read)
 
 
 def _recordings(items: Sequence[Item], recording_s: float) -> Iterator[Mapping[str, Any]]:

@@ -1,6 +1,7 @@
 """Each job in cluster/ reads only what one before it wrote, what the image holds, and what the user gives."""
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -154,7 +155,9 @@ def test_a_command_that_is_done_says_so_and_ends(verb: str, tmp_path: Path, caps
     recipe = command.recipe.model_copy(update={"out": str(tmp_path)})
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
     (tmp_path / "result.json").write_text("{}")
-    (tmp_path / "report.json").write_text('{"sets": {}, "expected": [], "errors": {}, "rtfx": {}}')
+    empty = {"overall": None, "sets": {}, "misfits": {"unknown": {}, "doubled": {}}, "settings": {}}
+    report = empty | {"pipeline": "speech", "expected": [], "rtfx": {}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
     before = sorted(path.stat().st_mtime_ns for path in tmp_path.iterdir())
     importlib.import_module(f"jobs.{verb}").run(recipe)
     printed = capsys.readouterr().out

@@ -97,7 +97,7 @@ def test_variants_share_a_stage_and_go_on_after_a_fault(
             report = json.loads((folder / f"{stage}-scored" / "report.json").read_text())
             assert report["model"] == str(folder / stage)
             trained = json.loads((folder / stage / "result.json").read_text())
-            assert line[stage] == {**trained, "scores": {"test": report["sets"]["test"]["graft"]}}
+            assert line[stage] == {**trained, "scores": {"test": report["sets"]["test"]["systems"]["graft"]}}
             assert (trained["steps"], trained["clips"]) == (CLIPS / 4, CLIPS)
 
     rows = [line.strip("| ").split(" | ") for line in (out / "ablation.md").read_text().splitlines()]

@@ -84,12 +84,12 @@ def test_the_summary_has_the_keys_that_others_read(capsys: pytest.CaptureFixture
         "== step 3 of 3: evaluate, about 30 s: scores",
     ]
     scores = {
-        name: {"graft": {"wer": place, "clips": 20}, "whisper": {"wer": place / 2}}
+        name: {"systems": {"graft": {"wer": place, "clips": 20}, "whisper": {"wer": place / 2}}}
         for place, name in enumerate(["trained", "unseen"])
     }
-    report = {"sets": {**scores, "swapped": {"graft": {"wer": 2}}}, "rtfx": {"graft": 3.0}}
+    report = {"sets": {**scores, "swapped": {"systems": {"graft": {"wer": 2}}}}, "rtfx": {"graft": 3.0}}
     stage = {"loss_first": 6.0, "loss_last": 1.0, "steps": 9, "seconds": 5.0}
-    before = {"sets": {"unseen": {"graft": {"wer": 3}}}}
+    before = {"sets": {"unseen": {"systems": {"graft": {"wer": 3}}}}}
     results = {"stage1": stage, "stage2": stage, "evaluate graft": before, "evaluate merged": report}
     summary = demo_job._summarize(results, seconds)
     assert summary["stage1"] == summary["stage2"] == {"loss_first": 6.0, "loss_last": 1.0, "seconds": 5.0}

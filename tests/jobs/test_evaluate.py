@@ -1,8 +1,6 @@
 """Test jobs.evaluate: it scores what jobs.transcribe writes, or windows, and on request more than the clips."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +18,7 @@ from jobs.evaluate import EvaluateRecipe
 from jobs.evaluate import _check_models as check_models
 from jobs.evaluate import run as run_evaluate
 from tests.support import media, tiny_models
-from tests.support.jobs import transcribe
+from tests.support.jobs import left_by_evaluate, transcribe
 from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
 
 pytestmark = pytest.mark.usefixtures("ray_started")
@@ -28,14 +26,6 @@ pytestmark = pytest.mark.usefixtures("ray_started")
 
 def run(*arguments: str) -> int:
     return run_job(EvaluateRecipe, run_evaluate, summary="", argv=list(arguments))
-
-
-def left_by(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the report, and the predictions from which it follows."""
-    assert {path.name for path in out.iterdir()} == {"report.json", "predictions.jsonl", "recipe.yaml"}
-    return json.loads((out / "report.json").read_text()), [
-        json.loads(line) for line in (out / "predictions.jsonl").open()
-    ]
 
 
 def spoken_corpus(folder: Path) -> str:
@@ -55,7 +45,7 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
     transcripts = {one["id"]: one for one in table.to_pylist()}
     given = [f"model={graft}", f"data.test={data}", f"baseline={whisper}", "expected.test.wer_raw=[0, 99]"]
     assert run(*given, f"out={tmp_path / 'out'}", "audio_check=test", "batch_clips=3", *settings) == 0
-    report, predictions = left_by(tmp_path / "out")
+    report, predictions = left_by_evaluate(tmp_path / "out")
     assert report["pipeline"] == "speech"
     assert [verdict["agrees"] for verdict in report["expected"]] == [True]
     assert "pipeline: speech (detected and cut into chunks, as graft transcribe does)" in capsys.readouterr().out
@@ -66,10 +56,11 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
     assert len(transcripts["long"]["segments"]) > 1
     assert len({line["graft"] for line in heard.values()}) > 5
     assert heard["silence"]["graft"] == heard["silence"]["whisper"] == ""
-    assert report["errors"] == {"broken": transcripts["broken"]["error"]}
-    for kind in ("graft", "whisper"):
-        assert report["sets"]["test"][kind]["clips"] == len(heard) - 1
-    assert report["sets"]["swapped"].keys() == {"graft"}
+    systems = report["sets"]["test"]["systems"]
+    for kind in ("graft", "whisper"):  # what could not be read counts, too
+        assert (systems[kind]["clips"], systems[kind]["answered"]) == (len(heard), len(heard) - 1)
+        assert systems[kind]["failed"] == {"broken": transcripts["broken"]["error"]}
+    assert report["sets"]["swapped"]["systems"].keys() == {"graft"}
 
     # Whisper transcribes the same chunks.
     chunker = Chunker(SpeechSettings(threshold=0.4), ChunkSettings(max_pause_s=0.4))
@@ -94,15 +85,17 @@ def test_windows_instructions_and_recordings_are_scored_beside(
     expected = {"wer_raw": [0.5, 99], "cer_raw": [98.5, 99], "wer": [0, 0.001]}
     given += [f"expected.a/b.{rate}={bounds}" for rate, bounds in expected.items()]
     assert run(*given, "instructions=[formatted]", "recordings_s=31", "windows=true") == 1
-    report, predictions = left_by(tmp_path / "out")
+    report, predictions = left_by_evaluate(tmp_path / "out")
     printed = capsys.readouterr().out
     kinds = {"graft", "graft formatted"}
     sets = {"test", "test joined", "a/b", "a/b joined"}
-    assert {name: scores.keys() for name, scores in report["sets"].items()} == dict.fromkeys(sets, kinds)
-    for name, scores in report["sets"].items():
-        heard = [line for line in predictions if line["set"] == name and line["id"] != "broken"]
+    assert {name: one["systems"].keys() for name, one in report["sets"].items()} == dict.fromkeys(sets, kinds)
+    for name, one in report["sets"].items():
+        heard = [line for line in predictions if line["set"] == name]
         for kind in kinds:
-            assert scores[kind] == score([line["text"] for line in heard], [line[kind] for line in heard]).to_dict()
+            wanted = score([line["text"] for line in heard], [line[kind] or "" for line in heard])
+            for rate in ("wer", "cer", "wer_raw", "cer_raw", "words", "clips"):
+                assert one["systems"][kind][rate] == pytest.approx(getattr(wanted, rate))
 
     # Recordings are the readable clips in their order; each instruction gives what the Transcriber gives for it.
     readable = [one for one in rows if one["ID"] != "broken"]
@@ -123,13 +116,13 @@ def test_windows_instructions_and_recordings_are_scored_beside(
         assert recordings[0][kind] == transcriber.transcribe(recording, instruction=instruction).text
     assert any(line["graft"] != line["graft formatted"] for line in plain)
     lines = [line.split() for line in printed.splitlines()]
-    shown = [line[:4] for line in lines if line[:2] == ["test", "joined"]]
+    shown = [line[:4] for line in lines if line[:3] == ["test", "joined", "graft"]]
     assert shown == [["test", "joined", "graft", "2"], ["test", "joined", "graft", "formatted"]]
 
     # Windows are of all of a clip, its silence and what is over 30 s included, and the report says so.
     assert report["pipeline"] == "windows"
     assert "pipeline: windows (all of each clip, without the speech detector)" in printed
-    assert report["errors"].keys() == {"broken"}
+    assert report["sets"]["a/b"]["systems"]["graft"]["failed"].keys() == {"broken"}
     spoken = {one["ID"]: one["wav"]["bytes"] for one in pq.read_table(other).to_pylist()}
     heard = {line["id"]: line["graft"] for line in predictions if line["set"] == "a/b"}
     assert heard.keys() == spoken.keys()
@@ -138,7 +131,7 @@ def test_windows_instructions_and_recordings_are_scored_beside(
     assert heard == {name: transcriber.transcribe(spoken[name]).text for name in heard}
     transcriber.close()
 
-    found = report["sets"]["a/b"]["graft"]
+    found = report["sets"]["a/b"]["systems"]["graft"]
     assert report["expected"] == [
         {"set": "a/b", "rate": "wer_raw", "found": found["wer_raw"], "low": 0.5, "high": 99, "agrees": True},
         {"set": "a/b", "rate": "cer_raw", "found": found["cer_raw"], "low": 98.5, "high": 99, "agrees": False},
@@ -168,8 +161,11 @@ def test_a_whisper_is_scored_as_a_graft_is(tmp_path: Path) -> None:
     data = corpus(tmp_path / "test.parquet", [row("t0", 0), row("t1", 1)])
     given = [f"model={whisper}", f"data.test={data}", f"out={tmp_path / 'out'}", "baseline=", "windows=true"]
     assert run(*given, "audio_check=test", "expected.test.wer_raw=[0, 99]") == 0
-    report, predictions = left_by(tmp_path / "out")
-    assert {(name, *kinds) for name, kinds in report["sets"].items()} == {("test", "whisper"), ("swapped", "whisper")}
+    report, predictions = left_by_evaluate(tmp_path / "out")
+    assert {(name, *one["systems"]) for name, one in report["sets"].items()} == {
+        ("test", "whisper"),
+        ("swapped", "whisper"),
+    }
     transcriber = open_transcriber(whisper, chunker=windows)
     texts = [transcriber.transcribe(wav["bytes"]).text for wav in pq.read_table(data)["wav"].to_pylist()]
     transcriber.close()
@@ -186,7 +182,7 @@ def test_what_is_written_where_nobody_speaks_is_counted(
     data = corpus(tmp_path / "test.parquet", [row("t0", 0)])
     given = [f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}", f"baseline={whisper}"]
     assert run(*given, "sounds=true", "windows=true") == 0
-    report, predictions = left_by(tmp_path / "out")
+    report, predictions = left_by_evaluate(tmp_path / "out")
     made = [sound for kind in nonspeech.SOUNDS for sound in nonspeech.generate_sounds(kind)]
     assert report["sets"].keys() == {"test", *nonspeech.SOUNDS}
     assert [line["id"] for line in predictions] == ["t0", *(sound.name for sound in made)]
@@ -194,12 +190,12 @@ def test_what_is_written_where_nobody_speaks_is_counted(
         minutes = sum(sound.clip.duration_s for sound in made if sound.kind == kind) / 60
         for model in ("graft", "whisper"):
             written = [len(line[model]) for line in predictions if line["set"] == kind]
-            found = report["sets"][kind][model]
-            assert found.keys() == {"clips", "minutes", "chars_per_minute", "share_with_text"}
+            found = report["sets"][kind]["systems"][model]
+            assert "wer" not in found
             assert (found["clips"], found["share_with_text"]) == (len(written), np.mean(np.array(written) > 0))
             assert found["minutes"] == pytest.approx(minutes)
             assert found["chars_per_minute"] == pytest.approx(sum(written) / minutes)
-    assert report["sets"]["noise"]["graft"]["chars_per_minute"] > 0  # it is not trained to keep silent
+    assert report["sets"]["noise"]["systems"]["graft"]["chars_per_minute"] > 0  # it is not trained to keep silent
     texts = {line["graft"] for line in predictions}
     assert len(texts) > 3  # it hears which sound it is
     printed = capsys.readouterr().out.splitlines()

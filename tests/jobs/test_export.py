@@ -23,6 +23,8 @@ from graft.inference.transcriber import open_transcriber
 from graft.training.stages import ComputeSettings, Stage, open_for_stage
 from jobs import build, export, merge, stage1, stage2
 from jobs.common.cli import run_job
+from jobs.evaluation.predictions import Prediction
+from jobs.evaluation.scoring import score_predictions
 from tests.support import tiny_models
 from tests.support.adapters import SETTINGS, adapt, largest_difference, logits, save_projector, save_tiny_adapters
 
@@ -295,8 +297,9 @@ def test_the_card_tells_data_and_scores(home, tmp_path):
         {"corpus": "Calls", "hours": 3, "licence": "CC0"},
     ]
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    rates = {"clips": 4, "words": 20, "wer": 0.25, "wer_low": 0.2, "wer_high": 0.3, "cer": 0.1, "wer_raw": 0.5}
-    report = {"model": "m", "sets": {"dev": {"graft": rates}}, "expected": [], "rtfx": {"graft": 2.0}, "errors": {}}
+    words = Prediction("a", "dev", "graft", "good morning to you", "good morning to")
+    scores = score_predictions([words])
+    report = {"model": "m", "pipeline": "windows", **scores, "expected": [], "rtfx": {"graft": 2.0}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     given = [f"data_list={tmp_path / 'data.json'}", f"report={tmp_path / 'report.json'}", "name=tiny", "rank=2"]
     assert job(export, f"model={home / 'stage2'}", f"out={tmp_path / 'out'}", *given) == 0

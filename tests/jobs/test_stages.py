@@ -26,6 +26,7 @@ from graft.text.wer import score
 from graft.training.stages import ComputeSettings, Stage, open_for_stage
 from jobs import check, evaluate, merge, stage1, stage2
 from tests.support import tiny_models
+from tests.support.jobs import left_by_evaluate
 from tests.support.paths import ROOT
 from tests.support.speech_corpus import BROKEN, corpus, row, save_tiny_whisper
 
@@ -373,11 +374,9 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
     recipe = evaluate.EvaluateRecipe.model_validate({**settings, "limit": 5, "audio_check": "trained"})
     report = evaluate.evaluate(recipe)
     out = Path(recipe.out)
-    assert {path.name for path in out.iterdir()} == {"report.json", "predictions.jsonl", "recipe.yaml"}
-    assert report == json.loads((out / "report.json").read_text())
-    heard = {
-        name: [line for line in lines(out / "predictions.jsonl") if line["set"] == name] for name in (*data, "swapped")
-    }
+    written_report, predictions = left_by_evaluate(out)
+    assert report == written_report
+    heard = {name: [line for line in predictions if line["set"] == name] for name in (*data, "swapped")}
     assert (
         [line["id"] for line in heard["trained"]]
         == [line["id"] for line in heard["swapped"]]
@@ -385,18 +384,19 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
     )
     assert [line["id"] for line in heard["unseen"]] == ["u0", "u1", "u2", "u3", "broken"]
 
-    # The rates are those of the texts that were written down; what could not be read is reported and not scored.
-    assert {(name, kind) for name, kinds in report["sets"].items() for kind in kinds} == {
+    # The rates are those of the texts that were written down; of what could not be read, all words are deletions.
+    assert {(name, kind) for name, one in report["sets"].items() for kind in one["systems"]} == {
         *((name, kind) for name in data for kind in ("graft", "whisper")),
         ("swapped", "graft"),
     }
-    for name, kinds in report["sets"].items():
-        for kind, scores in kinds.items():
-            pairs = [(line["text"], line[kind]) for line in heard[name] if line[kind] is not None]
-            assert scores["clips"] == len(pairs) == (4 if name == "unseen" else 5)
-            assert scores == score(*map(list, zip(*pairs, strict=True))).to_dict()
-    assert report["errors"].keys() == {"broken"}
-    assert report["errors"]["broken"].startswith("not readable as audio")
+    for name, one in report["sets"].items():
+        for kind, scores in one["systems"].items():
+            wanted = score([line["text"] for line in heard[name]], [line[kind] or "" for line in heard[name]])
+            assert (scores["clips"], scores["answered"]) == (5, 4 if name == "unseen" else 5)
+            assert (scores["wer"], scores["cer_raw"]) == pytest.approx((wanted.wer, wanted.cer_raw))
+    failed = report["sets"]["unseen"]["systems"]["graft"]["failed"]
+    assert failed.keys() == {"broken"}
+    assert failed["broken"].startswith("not readable as audio")
     assert (heard["unseen"][4]["graft"], heard["unseen"][4]["whisper"]) == (None, None)
     assert all(rate > 0 for rate in report["rtfx"].values())
 

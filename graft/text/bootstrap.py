@@ -18,6 +18,8 @@ from graft.errors import DataError
 RESAMPLES = 2000
 LEVEL = 0.95
 Seed = int | Sequence[int]
+LEAST_UNITS = 6
+"""Fewer clips or speakers show no difference: all would favour one system by chance in more than 1 of 20 cases."""
 _BLOCK = 4_000_000
 """Draws at a time, so that memory stays at tens of MB."""
 
@@ -29,17 +31,21 @@ class Difference:
     difference: float
     low: float
     high: float
+    units: int
+    """Number of speakers or clips that were drawn from."""
 
     @property
     def is_shown(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out 0, and rests on LEAST_UNITS."""
+        return self.units >= LEAST_UNITS and (self.low > 0 or self.high < 0)
 
     def verdict(self, first: str, second: str) -> str:
         """Say in words which system is better, by how many percentage points of the rate, and the interval."""
         points, low, high = (100 * value for value in (self.difference, self.low, self.high))
         if not self.is_shown:
-            return f"no difference shown between {first} and {second}: {points:+.1f} points [{low:+.1f}, {high:+.1f}]"
+            few = f", from {self.units} alone" if self.units < LEAST_UNITS else ""
+            interval_text = f"[{low:+.1f}, {high:+.1f}]"
+            return f"no difference shown between {first} and {second}: {points:+.1f} points {interval_text}{few}"
         if points < 0:
             return f"{first} is better than {second} by {-points:.1f} points [{-high:.1f}, {-low:.1f}]"
         return f"{second} is better than {first} by {points:.1f} points [{low:.1f}, {high:.1f}]"

@@ -140,6 +140,8 @@ class Samples:
     """(system, rate) -> errors and words."""
     drawn: Mapping[tuple[str, str], tuple[Floats, Floats]]
     """(system, rate) -> the same for each resample: (resamples,) each."""
+    units: int
+    """Number of speakers or clips that were drawn from."""
 
     def rate(self, system: str, rate: str) -> float:
         """Return a rate of the clips."""
@@ -161,7 +163,7 @@ class Samples:
     def difference(self, first: str, second: str, rate: str = "wer") -> Difference:
         """Compare two systems on the same resamples."""
         low, high = interval(self.rates(first, rate) - self.rates(second, rate))
-        return Difference(self.rate(first, rate) - self.rate(second, rate), low, high)
+        return Difference(self.rate(first, rate) - self.rate(second, rate), low, high, self.units)
 
 
 def draw(
@@ -188,6 +190,7 @@ def draw(
     return Samples(
         {key: (float(whole[2 * at]), float(whole[2 * at + 1])) for at, key in enumerate(keys)},
         {key: (sums[:, 2 * at], sums[:, 2 * at + 1]) for at, key in enumerate(keys)},
+        len(table) if units is None else int(units.max()) + 1,
     )
 
 
@@ -198,6 +201,7 @@ def pooled(samples: Sequence[Samples]) -> Samples:
     return Samples(
         {key: (float(errors), float(words)) for key, (errors, words) in found.items()},
         {key: (errors, words) for key, (errors, words) in drawn.items()},
+        sum(one.units for one in samples),
     )
 
 
@@ -207,6 +211,7 @@ def mean_of(samples: Sequence[Samples]) -> Samples:
     return Samples(
         {key: (float(np.mean([one.rate(*key) for one in samples])), 1.0) for key in _shared(samples)},
         {key: (np.mean([one.rates(*key) for one in samples], axis=0), ones) for key in _shared(samples)},
+        sum(one.units for one in samples),
     )
 
 

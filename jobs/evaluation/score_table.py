@@ -8,7 +8,7 @@ from graft.text.wer import NORMALIZERS_IN_WORDS
 MOST_GROUPS = 12
 """A column with more groups is in scores.json alone."""
 FEW_UNITS = 10
-"""An interval over fewer speakers is rough."""
+"""An interval over fewer clips or speakers is rough."""
 MOST_NAMED = 3
 
 
@@ -20,6 +20,9 @@ def score_table(scores: Mapping[str, Any]) -> str:
         lines += notes(name, one, scores["settings"])
     for comparison in (scores["overall"] or {}).get("comparisons", []):
         lines.append(f"mean of sets: {comparison['mean_of_sets']['verdict']}")
+    for system, found in (scores["overall"] or {"systems": {}})["systems"].items():
+        if found["rtfx"] is not None:
+            lines.append(f"all sets: {system} transcribes {found['rtfx']:.1f} seconds of audio per second")
     lines += _misfits(scores["misfits"])
     for name, one in sets.items():
         for column, groups in one.get("breakdowns", {}).items():
@@ -97,7 +100,7 @@ def _method(one: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     title = NORMALIZERS_IN_WORDS.get(normalizer, normalizer)
     package = f" (whisper-normalizer {version})" if normalizer in NORMALIZERS_IN_WORDS and version else ""
     units = f"{one['units']} {one['unit']}s"
-    rough = ", which are few: it is rough" if one["unit"] == "speaker" and one["units"] < FEW_UNITS else ""
+    rough = ", which are few: they are rough" if one["units"] < FEW_UNITS else ""
     return f"rates after {title}{package}; intervals over {units}{rough}"
 
 

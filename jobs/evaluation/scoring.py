@@ -15,7 +15,7 @@ All rates are fractions. Counts (`counts`: rate -> substitutions, deletions, ins
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +46,8 @@ def score_predictions(
 def score_sets(sets: Sequence[TestSet], settings: ScoringSettings, misfits: Misfits | None = None) -> dict[str, Any]:
     """Score test sets; a set of several languages becomes one for each, "NAME LANGUAGE"."""
     counted = [count_set(part, settings) for one in sets for part in _by_language(one, settings)]
-    scores, samples = {}, []
+    scores: dict[str, Any] = {}
+    samples: list[Samples] = []
     for place, one in enumerate(counted):
         if one.systems and one.test_set.clips and not one.is_silent:
             samples.append(draw(one, settings, place=place))
@@ -55,7 +56,7 @@ def score_sets(sets: Sequence[TestSet], settings: ScoringSettings, misfits: Misf
             scores[one.name] = _silent(one)
     return {
         "sets": scores,
-        "overall": _overall(samples) if len(samples) > 1 else None,
+        "overall": _overall(samples, scores) if len(samples) > 1 else None,
         "misfits": (misfits or Misfits()).to_json(),
         "settings": {
             "scorer": settings.scorer,
@@ -151,7 +152,6 @@ def _answers(one: CountedSet, system: str) -> dict[str, Any]:
     clips = one.test_set.clips
     answers = [(clip, answer) for clip in clips if (answer := clip.answers.get(system))]
     times = [(answer.duration_s or clip.known.duration_s or 0, answer.seconds or 0) for clip, answer in answers]
-    is_timed = bool(times) and all(min(one) > 0 for one in times)
     return {
         "clips": len(clips),
         "answered": sum(answer.hypothesis is not None for _, answer in answers),
@@ -160,8 +160,16 @@ def _answers(one: CountedSet, system: str) -> dict[str, Any]:
             clip.known.id: answer.error or "no hypothesis" for clip, answer in answers if answer.hypothesis is None
         },
         "flags": dict(Counter(flag for _, answer in answers for flag in answer.flags)),
-        "rtfx": sum(audio_s for audio_s, _ in times) / sum(seconds for _, seconds in times) if is_timed else None,
+        **_speed(times),
     }
+
+
+def _speed(times: Sequence[tuple[float, float]]) -> dict[str, float | None]:
+    """Sum the seconds of audio and of transcription, where all are known, and divide them."""
+    if not times or min(map(min, times)) <= 0:
+        return {"audio_s": None, "seconds": None, "rtfx": None}
+    audio_s, seconds = (sum(one) for one in zip(*times, strict=True))
+    return {"audio_s": audio_s, "seconds": seconds, "rtfx": audio_s / seconds}
 
 
 def _compare(one: CountedSet, samples: Samples, pair: tuple[str, str], settings: ScoringSettings) -> dict[str, Any]:
@@ -207,13 +215,19 @@ def _label_noise(one: CountedSet) -> dict[str, Any]:
 # All sets together
 
 
-def _overall(samples: Sequence[Samples]) -> dict[str, Any]:
+def _overall(samples: Sequence[Samples], sets: Mapping[str, Any]) -> dict[str, Any]:
     """Score all sets together, for the systems that answered in each: their clips pooled, and the mean of the sets."""
     bases = {"pooled": pooled(samples), "mean_of_sets": mean_of(samples)}
     systems = list(dict.fromkeys(system for system, _ in bases["pooled"].found))
+    spoken = [one["systems"] for one in sets.values() if "normalizer" in one]
+    speeds = {
+        system: _speed([(one[system]["audio_s"] or 0, one[system]["seconds"] or 0) for one in spoken])
+        for system in systems
+    }
     return {
         "systems": {
-            system: {basis: one.scores(system, ALL_RATES) for basis, one in bases.items()} for system in systems
+            system: {basis: one.scores(system, ALL_RATES) for basis, one in bases.items()} | speeds[system]
+            for system in systems
         },
         "comparisons": [
             {"systems": list(pair)} | {basis: _verdict(one, pair) for basis, one in bases.items()}

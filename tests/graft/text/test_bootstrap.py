@@ -67,19 +67,21 @@ def test_paired_draws_show_a_difference_that_separate_intervals_do_not():
     sums = resample_sums(table)
     one, other = rate_of(sums[:, 0], sums[:, 2]), rate_of(sums[:, 1], sums[:, 2])
     assert interval(one)[1] > interval(other)[0]
-    found = Difference(first.sum() / words.sum() - second.sum() / words.sum(), *interval(one - other))
+    found = Difference(first.sum() / words.sum() - second.sum() / words.sum(), *interval(one - other), 400)
     assert found.is_shown
     assert found.low < found.difference < found.high < 0
 
 
 def test_verdicts_are_in_words():
-    assert Difference(-0.019, -0.033, -0.004).verdict("graft", "whisper") == (
+    assert Difference(-0.019, -0.033, -0.004, 50).verdict("graft", "whisper") == (
         "graft is better than whisper by 1.9 points [0.4, 3.3]"
     )
-    assert Difference(0.019, 0.004, 0.033).verdict("graft", "whisper") == (
+    assert Difference(0.019, 0.004, 0.033, 50).verdict("graft", "whisper") == (
         "whisper is better than graft by 1.9 points [0.4, 3.3]"
     )
-    assert Difference(-0.002, -0.009, 0.005).verdict("graft", "whisper") == (
+    assert Difference(-0.002, -0.009, 0.005, 50).verdict("graft", "whisper") == (
         "no difference shown between graft and whisper: -0.2 points [-0.9, +0.5]"
     )
-    assert not Difference(0.0, 0.0, 0.0).is_shown
+    assert not Difference(0.0, 0.0, 0.0, 50).is_shown
+    few = Difference(-0.019, -0.033, -0.004, 5)
+    assert few.verdict("a", "b") == "no difference shown between a and b: -1.9 points [-3.3, -0.4], from 5 alone"

@@ -142,7 +142,7 @@ def test_speakers_are_resampled_where_they_are_known() -> None:
     # One speaker alone says nothing of others: what is drawn are clips.
     assert score_predictions(clips(20, errors={"one": 0.2}, speakers=1))["sets"]["all"]["unit"] == "clip"
     few = score_predictions(clips(20, errors={"one": 0.2}, speakers=3))
-    assert "intervals over 3 speakers, which are few: it is rough" in score_table(few)
+    assert "intervals over 3 speakers, which are few: they are rough" in score_table(few)
     some = [line for line in lines if not line.reference or int(line.id[1:]) % 20 < 2] + [
         Prediction(f"x{place}", reference="a b", system="one", hypothesis="a b") for place in range(5)
     ]
@@ -160,6 +160,20 @@ def test_intervals_hold_what_they_promise_and_are_seeded() -> None:
     by_clip = score_predictions([line for line in clips(100, errors={"one": 0.2})])["sets"]["all"]["systems"]["one"]
     assert by_clip["wer_low"] == pytest.approx(bootstrap["ci95min"], abs=0.004)
     assert by_clip["wer_high"] == pytest.approx(bootstrap["ci95max"], abs=0.004)
+
+
+def test_few_clips_show_no_difference() -> None:
+    for count, verdict in (
+        (5, "no difference shown between one and two"),
+        (6, "two is better than one by 50.0 points"),
+    ):
+        lines = [
+            Prediction(f"c{place}", reference="good morning", system=system, hypothesis=text)
+            for place in range(count)
+            for system, text in (("one", "good"), ("two", "good morning"))
+        ]
+        (comparison,) = score_predictions(lines)["sets"]["all"]["comparisons"]
+        assert comparison["all"]["verdict"].startswith(verdict)
 
 
 def test_equal_systems_show_no_difference() -> None:
@@ -299,6 +313,7 @@ def test_open_asr_is_the_rule_of_the_leaderboard() -> None:
     )
     assert one["wer"] == batch["err_rate"]
     assert one["rtfx"] == 3.0
+    assert scores["overall"]["systems"]["s"]["rtfx"] == 4 / 1.5  # the audio of all sets by the time of all
     mean = scores["overall"]["systems"]["s"]["mean_of_sets"]["wer"]
     assert mean == np.mean([batch["err_rate"], 0.0])
     assert "x: 2 clips without reference words are left out (b, c)" in score_table(scores)

@@ -6,7 +6,7 @@ What a Transcriber uses of either is a SpeechProcessor.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -60,6 +60,16 @@ class SpeechProcessor(Protocol):
     @property
     def languages(self) -> Sequence[str]:
         """Languages (ISO 639-1) that a prompt may name; none where the model is not told the language."""
+        ...
+
+    @property
+    def language_ids(self) -> Mapping[str, int]:
+        """Tokens of languages, one of which follows `start_ids`; none where the model does not find out languages."""
+        ...
+
+    @property
+    def start_ids(self) -> list[int]:
+        """Ids after which a model with `language_ids` writes the language of a clip."""
         ...
 
     def instruction(
@@ -165,6 +175,16 @@ class GraftProcessor(ProcessorMixin):
     def languages(self) -> Sequence[str]:
         """See SpeechProcessor: the languages that training named."""
         return self.trained_languages
+
+    @property
+    def language_ids(self) -> Mapping[str, int]:
+        """See SpeechProcessor: a graft does not find out languages."""
+        return {}
+
+    @property
+    def start_ids(self) -> list[int]:
+        """See SpeechProcessor."""
+        return []
 
     def instruction(
         self, instruction: str | None = None, context: Sequence[str] | None = None, language: str | None = None
@@ -393,8 +413,9 @@ def read_graft_processor(checkpoint: str) -> GraftProcessor:
 class PlainWhisperProcessor:
     """The SpeechProcessor of a plain Whisper, which writes without timestamps, in no other style than its own.
 
-    It writes English, unless another language is named that the checkpoint knows. `generation_config` is that of the
-    checkpoint: it says how a text begins. `max_length` is the number of tokens that the decoder takes, prompt included.
+    Its prompts name the language, which a checkpoint of several languages finds out itself where it is not known.
+    `generation_config` is that of the checkpoint: it says how a text begins. `max_length` is the number of tokens that
+    the decoder takes, prompt included.
     """
 
     trained_context = False
@@ -404,7 +425,7 @@ class PlainWhisperProcessor:
         self.tokenizer = tokenizer
         # English-only checkpoints have no tokens of languages and tasks.
         found = getattr(generation_config, "lang_to_id", None) or {}
-        self._language_ids = {token.strip("<|>"): index for token, index in found.items()}
+        self.language_ids: Mapping[str, int] = {token.strip("<|>"): index for token, index in found.items()}
         self._task = [generation_config.task_to_id["transcribe"]] if found else []
         self._start_id = generation_config.decoder_start_token_id
         self._max_length = max_length
@@ -414,21 +435,26 @@ class PlainWhisperProcessor:
     @property
     def languages(self) -> Sequence[str]:
         """See SpeechProcessor: those that have a token, or English alone."""
-        return list(self._language_ids) or ["en"]
+        return list(self.language_ids) or ["en"]
+
+    @property
+    def start_ids(self) -> list[int]:
+        """See SpeechProcessor."""
+        return [self._start_id]
 
     def instruction(
         self, instruction: str | None = None, context: Sequence[str] | None = None, language: str | None = None
     ) -> str:
         """See SpeechProcessor: Whisper takes no instruction but `raw`, its own style, no words, and a language.
 
-        Returns the code of the language. Raises ModelError for anything else.
+        Returns the code of the language, by default English. Raises ModelError for anything else.
         """
         request_instruction(instruction, context, text_style="raw", trained_styles=(), trained_context=False)
         return check_language(language or "en", self.languages)
 
     def prompt_ids(self, frame_count: int, instruction: str = "en") -> list[int]:
         """See SpeechProcessor: the start of every text in a language, which is the instruction."""
-        language = [self._language_ids[instruction]] if self._language_ids else []
+        language = [self.language_ids[instruction]] if self.language_ids else []
         return [self._start_id, *language, *self._task, *self._ending]
 
     def end_ids(self, generation_config: Any) -> set[int]:

@@ -30,6 +30,7 @@ from graft.inference.aligners.loading import find_aligner
 from graft.inference.subtitles import CueLimits, Format
 from graft.keys import Checkpoint, DataKey, Location, MachineKey, ModelKey, OutputKey
 from graft.storage.atomic import write_atomic
+from graft.text.languages import language_code
 
 from .common.cli import disk_fault, run_job
 from .common.console import printable
@@ -76,8 +77,8 @@ class TranscribeRecipe(Recipe):
     """SHA-256 over the model's files, which a run checks; null takes the model as it is. Results of different models
     are never mixed."""
     audio: DataKey[Location | list[Location]]
-    """Files, folders (at any depth), globs, s3:// and other URIs, .txt lists of them with one in each line, and
-    parquet files with audio in them."""
+    """Files, folders (at any depth), globs, s3:// and other URIs, .txt lists of them with one in each line, optionally
+    with a tab and its language, and parquet files with audio in them."""
     out: OutputKey[str | None] = None
     """Folder for the transcripts, which every machine of a cluster must see; null only prints them."""
     columns: DataKey[Columns] = Columns()
@@ -92,8 +93,8 @@ class TranscribeRecipe(Recipe):
     """Text style (raw, lower, formatted) that the model was trained for, or a phrasing that asks for one; null takes
     the model's own."""
     language: ModelKey[str | None] = None
-    """Language of all recordings, such as de (ISO 639-1), for a model whose prompt can name it; a Whisper writes
-    English where it is null."""
+    """Language of the recordings of which a list or columns.language names none, such as de (ISO 639-1), for a model
+    whose prompt can name it; a Whisper that is told none finds it out, for each recording or part of item_s."""
     context: ModelKey[list[str] | None] = None
     """Words that may occur (names, terms), for a model that was trained for lists of words."""
     aligner: ModelKey[Checkpoint | None] = None
@@ -168,7 +169,7 @@ def _write_transcripts(recipe: TranscribeRecipe, out: str) -> dict[str, Any]:
     from .transcription.work_items import durations, plan_items
 
     found = discover(_sources(recipe), recipe.columns, results=out)
-    _check_model(recipe)
+    _check_model(recipe, found.recordings)
     folder = _claim_output(recipe, out)
     say_skipped(found.skipped, folder)
     if (reason := are_for_ray(found.recordings, recipe.workers, folder / "work")) is None:
@@ -279,7 +280,7 @@ def _reading(recipe: TranscribeRecipe) -> "Reading":
 
 
 def _options(recipe: TranscribeRecipe) -> dict[str, Any]:
-    told = {"language": recipe.language} if recipe.language else {}
+    told = {"language": language_code(recipe.language)} if recipe.language else {}
     return {"instruction": recipe.instruction, "context": recipe.context, **told}
 
 
@@ -335,8 +336,11 @@ def _check_track(sources: Sequence[str], track: int | str | None) -> None:
             pass
 
 
-def _check_model(recipe: TranscribeRecipe) -> None:
-    """Check the model, the aligner, and what the model is asked for, before a cluster starts. Raises ModelError."""
+def _check_model(recipe: TranscribeRecipe, recordings: "pa.Table | None" = None) -> None:
+    """Check the model, the aligner, and what the model is asked for, before a cluster starts. Raises ModelError.
+
+    The languages of `recordings` (discovery.RECORDINGS) are checked, too.
+    """
     if recipe.quantization and recipe.engine != "vllm":
         raise RecipeError(f"quantization={recipe.quantization} goes with engine=vllm")
     import_heavy("graft.checkpoints.loading")
@@ -348,6 +352,12 @@ def _check_model(recipe: TranscribeRecipe) -> None:
         require("vllm", extra="vllm")
     if recipe.instruction or recipe.context or recipe.language:
         open_speech_processor(recipe.model).instruction(recipe.instruction, recipe.context, recipe.language)
+    if recordings is not None and recordings["language"].null_count < len(recordings):
+        from .transcription.pipeline import check_languages
+
+        check_languages(
+            {one["values"]: one["counts"] for one in recordings["language"].value_counts().to_pylist()}, recipe.model
+        )
     if recipe.aligner:
         find_aligner(recipe.aligner)
 
@@ -387,7 +397,7 @@ def _print_transcripts(sources: Sequence[str], recipe: TranscribeRecipe) -> dict
             return _print_from_here(plan, len(sources), recipe)
     recordings, skipped = discover(sources, recipe.columns)
     printer = _printer(recipe, len(recordings))
-    _check_model(recipe)
+    _check_model(recipe, recordings)
     say_skipped(skipped, None)
     print(f"graft: transcribing on Ray, because {reason}", file=sys.stderr, flush=True)
     return _print_from_ray(recordings, recipe, printer)

@@ -192,7 +192,8 @@ def _chunks_per_key(args: ServeArgs, key_count: int) -> int | None:
 def build(args: ServeArgs) -> Application:
     """Build the Ray Serve application.
 
-    Raises ModelError for an unusable model or aligner, and RecipeError for unreadable keys, before a replica starts.
+    Raises ModelError for an unusable model, aligner or language, and RecipeError for unreadable keys, before a replica
+    starts.
     """
     from graft.checkpoints.loading import check_model
     from graft.inference.aligners.loading import find_aligner
@@ -204,6 +205,7 @@ def build(args: ServeArgs) -> Application:
         "model": absolute_checkpoint(args.model),
         "key_file": args.key_file and os.path.abspath(args.key_file),
         "aligner": args.aligner and find_aligner(args.aligner)[0],
+        "language": args.language and _check_language(args),
     }
     args = args.model_copy(update=absolute)
     engine = serve.deployment(
@@ -222,6 +224,16 @@ def build(args: ServeArgs) -> Application:
         **COMMON_SETTINGS,
     )(serve.ingress()(Ingress))
     return ingress.bind(args, engine, ApiKeys.from_environment())
+
+
+def _check_language(args: ServeArgs) -> str:
+    """Return the code of the service's language. Raises ModelError where the model's prompt cannot name it."""
+    from graft.checkpoints.loading import open_speech_processor
+    from graft.text.languages import language_code
+    from graft.text.prompts import check_language
+
+    known, language = open_speech_processor(args.model).languages, args.language or ""
+    return check_language(language, known) if known else language_code(language)
 
 
 def _autoscaling_config(args: ServeArgs, min_replicas: int, max_replicas: int, max_ongoing: int) -> dict[str, Any]:

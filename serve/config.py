@@ -34,6 +34,9 @@ class ServeArgs(Recipe):
     """Name by which clients call the model, also after another one was loaded. By default it is the folder's name."""
     aliases: ModelKey[tuple[str, ...]] = ()
     """Other names by which clients may call the model, such as whisper-1 for programs that know OpenAI's names only."""
+    language: ModelKey[str | None] = None
+    """Language of the speech where a request names none, such as de (ISO 639-1). By default a Whisper finds out the
+    language of each upload. A graft whose prompt cannot name languages transcribes this one alone, by default en."""
     dtype: ModelKey[Literal["fp32", "bf16", "int8"] | None] = None
     """Precision of the weights. By default it is the one in which they are stored. int8 is for CPUs with VNNI or AMX,
     where it is about twice as fast as fp32."""

@@ -8,10 +8,10 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
-from graft.audio.chunking import Chunk
+from graft.audio.chunking import Chunk, find_telling
 from graft.inference.engines.protocol import EngineCounts
 from graft.inference.segments import ScoredToken, Segment
 from graft.inference.transcript import Transcript, stitch
@@ -22,8 +22,6 @@ from .logs import Observer
 
 CHUNKS_PER_REQUEST = 4
 """Chunks that one request has in the engine at a time, so that an upload of hours does not delay one of seconds."""
-Part: TypeAlias = str | ScoredToken | Segment
-"""What a backend yields of a chunk."""
 NO_SEGMENT = "the backend returned no segment for a chunk"
 NO_COUNTS = EngineCounts(running=0, waiting=0, prefills=0, steps=0, tokens=0, busy_s=0.0)
 ANONYMOUS = "anonymous"
@@ -87,22 +85,44 @@ class ReplicaModel:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The served model's name, its language (ISO 639-1), the optional features that it supports, and its replicas."""
+    """The served model's name, its languages (ISO 639-1), the optional features that it supports, and its replicas."""
 
     name: str
-    language: str
+    language: str | None
+    """The language of the speech where a request names none; None where the model finds it out, or nobody knows."""
     supports_context: bool
     supports_word_timestamps: bool
     replicas: tuple[ReplicaModel, ...] = ()
+    languages: tuple[str, ...] = ()
+    """Languages that a prompt may name; a model without any transcribes `language` alone."""
+    finds_language: bool = False
+    """Whether the model finds out which language is spoken."""
 
 
 @dataclass(frozen=True)
 class TranscriptionOptions:
-    """Options of a request: words that may occur in the audio, and whether words get timestamps and tokens are sent."""
+    """Options of a request: words that may occur in the audio, and whether words get timestamps and tokens are sent.
+
+    `language` (ISO 639-1) is that of the speech; where it is None, `finds_language` says whether the model finds it
+    out.
+    """
 
     context: tuple[str, ...] | None = None
     word_timestamps: bool = False
     logprobs: bool = False
+    language: str | None = None
+    finds_language: bool = False
+
+
+@dataclass(frozen=True)
+class FoundLanguage:
+    """The language (ISO 639-1) that a model has found out."""
+
+    code: str
+
+
+Part: TypeAlias = str | ScoredToken | FoundLanguage | Segment
+"""What a backend yields of a chunk."""
 
 
 class TranscriptionBackend(Protocol):
@@ -117,7 +137,8 @@ class TranscriptionBackend(Protocol):
     ) -> AsyncGenerator[Part, None]:
         """Yield a chunk's segment; with `stream`, first its text in parts. Closing the generator aborts the chunk.
 
-        With `options.logprobs` the segment is a ScoredSegment, and each part of a stream comes after its tokens.
+        With `options.logprobs` the segment is a ScoredSegment, and each part of a stream comes after its tokens. A
+        FoundLanguage comes before all of it where the language is to be found.
         """
         ...
 
@@ -179,9 +200,16 @@ class Service:
             self._admit(path, client) as upload,
             aclosing(self._transcribe_in_order(upload.chunks, options, client, stream=False)) as parts,
         ):
-            segments = [part async for part in parts if isinstance(part, Segment)]
+            segments, language = [], options.language
+            async for part in parts:
+                if isinstance(part, Segment):
+                    segments.append(part)
+                elif isinstance(part, FoundLanguage):
+                    language = part.code
             self._observer.on_transcript(upload.duration_s, time.monotonic() - start, key=client.name)
-            return stitch(segments, duration_s=upload.duration_s, model=model, defects=upload.defects)
+            return stitch(
+                segments, duration_s=upload.duration_s, model=model, defects=upload.defects, language=language
+            )
 
     async def stream(
         self, path: str, options: TranscriptionOptions, *, model: str, client: Client = NOBODY
@@ -201,6 +229,8 @@ class Service:
                 if isinstance(part, Segment):
                     segments.append(part)
                     space = " " if part.text else space  # between this chunk and the next
+                    continue
+                if isinstance(part, FoundLanguage):
                     continue
                 if isinstance(part, ScoredToken):
                     yield part
@@ -278,25 +308,40 @@ class Service:
     async def _transcribe_in_order(
         self, chunks: Sequence[Chunk], options: TranscriptionOptions, client: Client, *, stream: bool
     ) -> AsyncGenerator[Part, None]:
-        """Yield what the backend yields for one chunk after the other, while several are decoded together."""
+        """Yield what the backend yields for one chunk after the other, while several are decoded together.
+
+        Where the language is to be found, one chunk tells it to all.
+        """
+        telling = find_telling(chunks) if chunks and options.finds_language and not options.language else None
+        language, is_told = options.language, asyncio.Event()
         slots = asyncio.Semaphore(CHUNKS_PER_REQUEST)
         queues: list[asyncio.Queue[Part | Exception]] = [asyncio.Queue() for _ in chunks]
 
-        async def fill(queue: asyncio.Queue[Part | Exception], chunk: Chunk) -> None:
+        async def fill(place: int) -> None:
+            nonlocal language
+            queue = queues[place]
             try:
+                if telling not in (None, place):
+                    await is_told.wait()
+                asked = replace(options, language=language)
                 async with (
                     slots,
                     self._chunk_slots.slot(client.id),
-                    aclosing(self.backend.transcribe_chunk(chunk, options, stream=stream)) as parts,
+                    aclosing(self.backend.transcribe_chunk(chunks[place], asked, stream=stream)) as parts,
                 ):
                     async for part in parts:
                         queue.put_nowait(part)
+                        if isinstance(part, FoundLanguage) and place == telling:
+                            language = part.code
+                            is_told.set()
             except Exception as error:
                 queue.put_nowait(error)
             finally:  # nobody reads this after a segment or an error
                 queue.put_nowait(RuntimeError(NO_SEGMENT))
+                if place == telling:
+                    is_told.set()
 
-        tasks = [asyncio.create_task(fill(queue, chunk)) for queue, chunk in zip(queues, chunks, strict=True)]
+        tasks = [asyncio.create_task(fill(place)) for place in range(len(chunks))]
         try:
             for queue in queues:
                 part: Part | Exception = ""

@@ -13,6 +13,8 @@ from graft.config import Recipe
 
 SEARCH_S = 5.0
 QUIET_S = 0.2
+TELLING = 4
+"""Chunks at the start of a recording among which the one is that tells its language."""
 
 Span = tuple[int, int]
 """Start and end in samples."""
@@ -38,6 +40,15 @@ class Chunk:
     start_s: float
     clip: AudioClip
     has_speech: bool | None = None
+
+
+def find_telling(chunks: Sequence[Chunk]) -> int:
+    """Return the place of the chunk that tells the language of a recording: the longest of its first TELLING chunks.
+
+    One without speech is taken only where all are.
+    """
+    keys = [(chunk.has_speech is not False, len(chunk.clip.samples)) for chunk in chunks[:TELLING]]
+    return keys.index(max(keys))
 
 
 class Chunker:

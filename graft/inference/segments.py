@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Word:
-    """A word and the time in which it is spoken, in seconds."""
+    """A word, in scripts without spaces a character, and the time in which it is spoken, in seconds."""
 
     start_s: float
     end_s: float
@@ -17,9 +17,9 @@ class Segment:
     """One stretch of audio and the text that is spoken in it.
 
     `mean_logprob` is the mean natural log-probability of the text's tokens, None if unknown. `flags` name the faults
-    that `graft.inference.hallucination` found. `words` is empty unless word times were asked for; joined by spaces the
-    words are `text`, each begins after the previous one has ended, and all lie within the segment. `channel` counts
-    from 1; it is None if channels were mixed.
+    that `graft.inference.hallucination` found. `words` is empty unless word times were asked for; they are those of
+    graft.text.characters.split_words, each begins after the previous one has ended, and all lie within the segment.
+    `channel` counts from 1; it is None if channels were mixed.
     """
 
     start_s: float

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from typing import Literal, get_args
 
-import regex
 from pydantic import Field
 
 from graft.config import Recipe
 from graft.inference.segments import Segment
-from graft.text.characters import UNSPACED, display_columns
+from graft.text.characters import display_columns, split_words
 
 Format = Literal["txt", "srt", "vtt", "tsv", "json"]
 # Names of the formats, which are also the suffixes of their files.
@@ -27,12 +26,6 @@ CLAUSE_ENDS = tuple(",;:、，；：､")
 CLOSING = "\"')]”’»」』）"
 TURN_PAUSE_S = 0.5
 """Pause after which the text of one channel goes on behind what another channel says meanwhile."""
-
-_OPENING = r"[\p{Ps}\p{Pi}]"
-# A character of a script without spaces, with the punctuation around it; or all up to the next one.
-_PIECE = regex.compile(
-    rf"{_OPENING}*(?={UNSPACED})\X[\p{{Po}}\p{{Pe}}\p{{Pf}}\p{{Lm}}]*|(?:(?!{_OPENING}*{UNSPACED})\X)+|\X"
-)
 
 
 class CueLimits(Recipe):
@@ -162,14 +155,21 @@ def _by_channel(segments: Sequence[Segment]) -> Iterator[tuple[int | None, list[
 
 
 def _pieces_of(segment: Segment) -> list[_Piece]:
-    """Cut a segment into the pieces between which a line may break, each with its time.
+    """Cut a segment into the pieces between which a line may break, its words, each with its time.
 
-    Within a word, or a segment without words, the time is shared out by the widths of the pieces.
+    In a segment without words the time is shared out by the widths of the pieces.
     """
+    written = split_words(segment.text)
+    if [word.text for word in segment.words] == [text for _, text in written]:
+        timed = zip(segment.words, written, strict=True)
+        return [
+            _Piece(word.start_s, max(word.start_s, word.end_s), text, gap, display_columns(text))
+            for word, (gap, text) in timed
+        ]
     words = segment.words if any(word.text.strip() for word in segment.words) else (segment,)
     pieces = []
     for word in words:
-        cut = [(gap, text, display_columns(text)) for gap, text in _cut_text(word.text)]
+        cut = [(gap, text, display_columns(text)) for gap, text in split_words(word.text)]
         total, before = sum(columns for *_, columns in cut), 0
         for gap, text, columns in cut:
             start_s, end_s = (
@@ -178,15 +178,6 @@ def _pieces_of(segment: Segment) -> list[_Piece]:
             pieces.append(_Piece(start_s, end_s, text, gap, columns))
             before += columns
     return pieces
-
-
-def _cut_text(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the pieces of a text and what stands before each: a space, or nothing within scripts without spaces."""
-    for word in text.split():
-        gap = " "
-        for piece in [word] if word.isascii() else _PIECE.findall(word):
-            yield gap, piece
-            gap = ""
 
 
 def _split_channel(channel: int | None, segments: Sequence[Segment], limits: CueLimits) -> list[Sequence[_Piece]]:

@@ -1,7 +1,7 @@
 """Transcribe audio of any length; bulk transcription, online service and the prompt use the same Transcriber.
 
-audio -> read_audio -> chunks of up to 30 s -> features and prompt -> Engine -> check_quality -> Aligner -> Segment
-    -> stitch -> Transcript
+audio -> read_audio -> chunks of up to 30 s -> features -> language -> prompt -> Engine -> check_quality -> Aligner
+    -> Segment -> stitch -> Transcript
 """
 
 import asyncio
@@ -11,8 +11,8 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,9 +21,10 @@ from transformers import WhisperForConditionalGeneration
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from graft.audio.audio_info import AudioTrack
-from graft.audio.chunking import Chunk, Chunker, windows
+from graft.audio.chunking import Chunk, Chunker, find_telling, windows
 from graft.audio.clip import AudioClip, read_audio
 from graft.audio.defects import AudioDefect, merge_defects
+from graft.audio.features import Features
 from graft.audio.spans import read_span
 from graft.checkpoints.loading import DTYPES, check_model, open_model
 from graft.checkpoints.names import INT8, checkpoint_name
@@ -42,12 +43,13 @@ from graft.inference.segments import ScoredSegment, ScoredToken, Segment, Word
 from graft.inference.transcript import Transcript, stitch
 from graft.model.modeling import AnyGraft
 from graft.processor import SpeechProcessor
+from graft.text.languages import language_code
 
 # A path, the bytes of a file, or samples.
 Audio: TypeAlias = str | os.PathLike[str] | bytes | AudioClip
 # A recording's duration in seconds, its defects, and its parts: the number of a channel, None where channels are mixed,
-# a chunk, and the engine's request for it.
-Prepared: TypeAlias = tuple[float, tuple[AudioDefect, ...], list[tuple[int | None, Chunk, EngineRequest]]]
+# a chunk, and its features.
+Prepared: TypeAlias = tuple[float, tuple[AudioDefect, ...], list[tuple[int | None, Chunk, Features]]]
 # mix: the mean of all channels; split: each channel by itself.
 Channels: TypeAlias = Literal["mix", "split"]
 # Gets the share of the speech that is transcribed, from 0 to 1.
@@ -109,8 +111,8 @@ class Transcriber:
 
         `instruction` is a text style (raw, lower, formatted) or a phrasing that asks for one; `context` lists words
         that may occur; `language` (ISO 639-1) is that of the speech, for a model whose prompt can name it: a Whisper
-        writes English unless it is told another one; `words` says whether segments have words with times, by default
-        wherever there is an aligner.
+        that is told none finds it out, once for the recording; `words` says whether segments have words with times, by
+        default wherever there is an aligner.
         `channels` is "mix" for the mean of all channels, or "split" for each by itself, as in calls with one speaker on
         each: segments then name their channels, and are in order of time. Of a file with several audio tracks,
         `audio_track` is the one to take, by its number from 1 or its language, by default the file's own default.
@@ -149,22 +151,23 @@ class Transcriber:
         All recordings are prepared before the first is decoded, so that the engine's batches are full, and the same in
         every call. `progress` gets the share of the speech of all recordings. Raises ModelError as `transcribe` does.
         """
-        phrasing, timed = self._processor.instruction(instruction, context, language), self._wants_words(words)
+        asked = self._check(instruction, context, language, words)
 
         async def prepare(audio: Audio) -> Prepared | AudioError:
             try:
-                return await self._in_background(self._prepare, audio, phrasing, channels, audio_track)
+                return await self._in_background(self._prepare, audio, channels, audio_track)
             except AudioError as error:
                 return error
 
         async def transcribe_all() -> list[Transcript | AudioError]:
             prepared = await asyncio.gather(*map(prepare, audios))
             report = _Report(progress, [one for one in prepared if not isinstance(one, AudioError)])
+            own = await asyncio.gather(*(self._with_language(asked, one) for one in prepared))
 
-            async def decode(one: Prepared | AudioError) -> Transcript | AudioError:
-                return one if isinstance(one, AudioError) else await self._transcribe_prepared(one, timed, report)
+            async def decode(one: Prepared | AudioError, asked: _Asked) -> Transcript | AudioError:
+                return one if isinstance(one, AudioError) else await self._transcribe_prepared(one, asked, report)
 
-            return await asyncio.gather(*map(decode, prepared))
+            return await asyncio.gather(*map(decode, prepared, own))
 
         return _run(transcribe_all())
 
@@ -184,9 +187,10 @@ class Transcriber:
 
         Cancelling releases its slots in the engine. Raises as `transcribe` does.
         """
-        phrasing, timed = self._processor.instruction(instruction, context, language), self._wants_words(words)
-        prepared = await self._in_background(self._prepare, audio, phrasing, channels, audio_track)
-        return await self._transcribe_prepared(prepared, timed, _Report(progress, [prepared]))
+        asked = self._check(instruction, context, language, words)
+        prepared = await self._in_background(self._prepare, audio, channels, audio_track)
+        asked = await self._with_language(asked, prepared)
+        return await self._transcribe_prepared(prepared, asked, _Report(progress, [prepared]))
 
     async def transcribe_chunks(
         self,
@@ -198,17 +202,26 @@ class Transcriber:
         words: bool | None = None,
         scored: bool = False,
     ) -> list[Segment]:
-        """Transcribe chunks that are cut already; returns a segment for each, in order, if `scored` a ScoredSegment.
+        """Transcribe chunks of one recording; returns a segment for each, in order, if `scored` a ScoredSegment.
 
-        Raises ModelError as `transcribe` does.
+        A `language` that the model's prompt cannot name is for the aligner alone. Raises ModelError as `transcribe`
+        does otherwise.
         """
-        phrasing, timed = self._processor.instruction(instruction, context, language), self._wants_words(words)
+        asked = _Asked(instruction, context, language, self._wants_words(words))
+        asked = replace(asked, found=None if language else await self._find_language(chunks, words=asked.words))
 
         async def transcribe_chunk(chunk: Chunk) -> Segment:
-            request = await self._in_background(self._make_request, chunk.clip, phrasing)
-            return await self._decode_chunk(chunk, request, timed, scored=scored)
+            request = await self._in_background(self._featurize, chunk, asked)
+            return await self._decode_chunk(chunk, request, asked, scored=scored)
 
         return await asyncio.gather(*map(transcribe_chunk, chunks))
+
+    async def find_language(self, chunks: Sequence[Chunk]) -> str | None:
+        """Return the language (ISO 639-1) of a recording, of which these are the first chunks, as a Whisper hears it.
+
+        It is that of the model or else of the aligner. None where neither finds it out, or there are no chunks.
+        """
+        return await self._find_language(chunks, words=self._aligner is not None)
 
     async def stream_chunk(
         self,
@@ -222,11 +235,12 @@ class Transcriber:
         """Yield a chunk's text in parts as it is decoded, and at last its segment, whose text is all parts joined.
 
         If `scored`, each token is yielded before the text that it completes, and the segment is a ScoredSegment. No
-        part is taken back: text that `check_quality` flags is not decoded again. Raises ModelError as `transcribe`
-        does.
+        part is taken back: text that `check_quality` flags is not decoded again. Raises ModelError as
+        `transcribe_chunks` does.
         """
-        phrasing = self._processor.instruction(instruction, context, language)
-        request = await self._in_background(self._make_request, chunk.clip, phrasing)
+        found = None if language else await self._find_language([chunk], words=False)
+        asked = _Asked(instruction, context, language, words=False, found=found)
+        request = await self._in_background(self._featurize, chunk, asked)
         tokens: list[Token] = []
         sent = ""
         async with aclosing(self._engine.stream(request)) as stream:
@@ -239,10 +253,10 @@ class Transcriber:
                 if len(text) > len(sent) and text.startswith(sent):
                     yield text[len(sent) :]
                     sent = text
-        verdict = self._check(chunk, request, tokens)
+        verdict = self._judge(chunk, request, tokens)
         if rest := verdict.text.removeprefix(sent):
             yield rest
-        segment = await self._make_segment(chunk, verdict, words=False)
+        segment = await self._make_segment(chunk, verdict, asked)
         yield self._add_tokens(segment, request, tokens) if scored else segment
 
     @property
@@ -255,6 +269,16 @@ class Transcriber:
         """Whether there is an aligner."""
         return self._aligner is not None
 
+    @property
+    def languages(self) -> Sequence[str]:
+        """Languages (ISO 639-1) that the model's prompt may name; none where it names none."""
+        return self._processor.languages
+
+    @property
+    def finds_language(self) -> bool:
+        """Whether the model itself finds out which language is spoken."""
+        return bool(self._processor.language_ids)
+
     def counts(self) -> EngineCounts:
         """Return the engine's state and totals, for benchmarks and metrics."""
         return self._engine.counts()
@@ -265,64 +289,102 @@ class Transcriber:
         self._prepare_thread.shutdown()
         self._align_thread.shutdown()
 
+    def _check(
+        self, instruction: str | None, context: Sequence[str] | None, language: str | None, words: bool | None
+    ) -> "_Asked":
+        """Return what a recording is to be transcribed with. Raises ModelError for what the model does not take."""
+        self._processor.instruction(instruction, context, language)
+        return _Asked(instruction, context, language and language_code(language), self._wants_words(words))
+
     def _wants_words(self, words: bool | None) -> bool:
         """Return whether words are timed. Raises ModelError where they are asked for and there is no aligner."""
         if words and not self._aligner:
             raise ModelError("words have no times without an aligner: load the model with aligner='whisper'")
         return self._aligner is not None if words is None else words
 
-    def _prepare(self, audio: Audio, instruction: str, channels: Channels, track: AudioTrack | None) -> Prepared:
+    def _prepare(self, audio: Audio, channels: Channels, track: AudioTrack | None) -> Prepared:
         clips = _read_channels(audio, track) if channels == "split" else {None: _read_mixed(audio, track)}
         parts = [
-            (number, chunk, self._make_request(chunk.clip, instruction))
+            (number, chunk, self._processor.featurizer(chunk.clip))
             for number, clip in clips.items()
             for chunk in self._chunker(clip)
         ]
         first = next(iter(clips.values()))
         return first.duration_s, first.defects, parts
 
-    def _make_request(self, clip: AudioClip, instruction: str) -> EngineRequest:
-        features = self._processor.featurizer(clip)
+    def _featurize(self, chunk: Chunk, asked: "_Asked") -> EngineRequest:
+        return self._make_request(chunk, self._processor.featurizer(chunk.clip), asked)
+
+    def _make_request(self, chunk: Chunk, features: Features, asked: "_Asked") -> EngineRequest:
+        found = asked.found if self._processor.language_ids else None  # what an aligner hears, no prompt names
+        language = (asked.language or found) if self._processor.languages else None
+        instruction = self._processor.instruction(asked.instruction, asked.context, language)
         with self._tokenizer_lock:
             prompt_ids = self._processor.prompt_ids(features.frame_count, instruction)
-            most = self._processor.max_new_tokens(clip.duration_s, instruction)
+            most = self._processor.max_new_tokens(chunk.clip.duration_s, instruction)
         return EngineRequest(uuid.uuid4().hex, features, prompt_ids, most)
 
-    async def _transcribe_prepared(self, prepared: Prepared, words: bool, report: "_Report") -> Transcript:
+    async def _find_language(self, chunks: Sequence[Chunk], *, words: bool) -> str | None:
+        """Find the language of a recording by its first chunks, with the aligner only where `words` are timed."""
+        if not chunks:
+            return None
+        clip = chunks[find_telling(chunks)].clip
+        ids = self._processor.language_ids
+        if not ids:
+            if not (words and self._aligner):
+                return None
+            find = partial(self._aligner.find_language, clip)
+            return await asyncio.get_running_loop().run_in_executor(self._align_thread, find)
+        features = await self._in_background(self._processor.featurizer, clip)
+        first_ids = tuple(ids.values())
+        request = EngineRequest(uuid.uuid4().hex, features, self._processor.start_ids, 1, first_ids=first_ids)
+        (token,) = await self._decode(request)
+        return next(code for code, id in ids.items() if id == token.id)
+
+    async def _with_language(self, asked: "_Asked", prepared: Prepared | AudioError) -> "_Asked":
+        """Add the language that is found in a recording where none is asked for."""
+        if asked.language or isinstance(prepared, AudioError):
+            return asked
+        found = await self._find_language([chunk for _, chunk, _ in prepared[2]], words=asked.words)
+        return replace(asked, found=found)
+
+    async def _transcribe_prepared(self, prepared: Prepared, asked: "_Asked", report: "_Report") -> Transcript:
         duration_s, defects, parts = prepared
+        requests = [self._make_request(chunk, features, asked) for _, chunk, features in parts]
 
         async def decode(channel: int | None, chunk: Chunk, request: EngineRequest) -> Segment:
-            segment = await self._decode_chunk(chunk, request, words)
+            segment = await self._decode_chunk(chunk, request, asked)
             report.add(chunk)
             return replace(segment, channel=channel)
 
         return stitch(
-            await asyncio.gather(*(decode(*part) for part in parts)),
+            await asyncio.gather(*(decode(*part[:2], request) for part, request in zip(parts, requests, strict=True))),
             duration_s=duration_s,
             model=self.name,
-            aligner=self._aligner.name if self._aligner and words else None,
+            aligner=self._aligner.name if self._aligner and asked.words else None,
             defects=defects,
+            language=asked.spoken,
         )
 
     async def _decode_chunk(
-        self, chunk: Chunk, request: EngineRequest, words: bool, *, scored: bool = False
+        self, chunk: Chunk, request: EngineRequest, asked: "_Asked", *, scored: bool = False
     ) -> Segment:
         tokens = await self._decode(request)
-        verdict = self._check(chunk, request, tokens)
+        verdict = self._judge(chunk, request, tokens)
         if verdict.flags and has_repeated_ngram([token.id for token in tokens], NO_REPEAT_NGRAM):
             request = replace(request, request_id=uuid.uuid4().hex, no_repeat_ngram=NO_REPEAT_NGRAM)
             other_tokens = await self._decode(request)
-            other = self._check(chunk, request, other_tokens)
+            other = self._judge(chunk, request, other_tokens)
             if pick_better(verdict, other) is other:
                 tokens, verdict = other_tokens, other
-        segment = await self._make_segment(chunk, verdict, words=words)
+        segment = await self._make_segment(chunk, verdict, asked)
         return self._add_tokens(segment, request, tokens) if scored else segment
 
     async def _decode(self, request: EngineRequest) -> list[Token]:
         async with aclosing(self._engine.stream(request)) as stream:
             return [token async for token in stream]
 
-    def _check(self, chunk: Chunk, request: EngineRequest, tokens: Sequence[Token]) -> QualityVerdict:
+    def _judge(self, chunk: Chunk, request: EngineRequest, tokens: Sequence[Token]) -> QualityVerdict:
         return check_quality(
             self._decode_text(tokens),
             [token.logprob for token in tokens],
@@ -354,12 +416,12 @@ class Transcriber:
         scored = tuple(self._score(tokens))
         return ScoredSegment(**vars(segment), tokens=scored, prompt_token_count=len(request.prompt_ids))
 
-    async def _make_segment(self, chunk: Chunk, verdict: QualityVerdict, *, words: bool) -> Segment:
+    async def _make_segment(self, chunk: Chunk, verdict: QualityVerdict, asked: "_Asked") -> Segment:
         start_s, text = chunk.start_s, verdict.text
         timed: tuple[Word, ...] = ()
-        if words and self._aligner and text:
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self._align_thread, self._aligner.align, chunk.clip, text)
+        if asked.words and self._aligner and text:
+            align = partial(self._aligner.align, chunk.clip, text, asked.spoken)
+            found = await asyncio.get_running_loop().run_in_executor(self._align_thread, align)
             timed = tuple(Word(start_s + word.start_s, start_s + word.end_s, word.text) for word in found)
         end_s = start_s + chunk.clip.duration_s
         return Segment(start_s, end_s, text, verdict.mean_logprob, verdict.flags, timed)
@@ -462,6 +524,21 @@ def _read_channels(audio: Audio, track: AudioTrack | None) -> dict[int | None, A
     return {
         number: AudioClip(np.ascontiguousarray(channel), found) for number, channel in enumerate(samples.T, start=1)
     }
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a recording is transcribed with; `found` is its language where none is asked for."""
+
+    instruction: str | None
+    context: Sequence[str] | None
+    language: str | None
+    words: bool
+    found: str | None = None
+
+    @property
+    def spoken(self) -> str | None:
+        return self.language or self.found
 
 
 class _Report:

@@ -19,7 +19,8 @@ class Transcript:
     """The text of a whole recording, its segments in order, its duration in seconds and the name of the model.
 
     `aligner` names the source of the words' times; it is None if words have no times. `defects` say what is wrong with
-    the recording, and when.
+    the recording, and when. `language` (ISO 639-1) is the one that was named, or that a Whisper found out; None where
+    it is not known.
     """
 
     text: str
@@ -28,6 +29,7 @@ class Transcript:
     model: str
     aligner: str | None = None
     defects: tuple[AudioDefect, ...] = ()
+    language: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; the keys are always the same."""
@@ -74,8 +76,9 @@ def stitch(
     model: str,
     aligner: str | None = None,
     defects: Iterable[AudioDefect] = (),
+    language: str | None = None,
 ) -> Transcript:
     """Make a transcript of one recording's segments: order them by time and join their texts with single spaces."""
     ordered = tuple(sorted(segments, key=lambda segment: (segment.start_s, segment.channel or 0)))
     text = " ".join(part for segment in ordered if (part := segment.text.strip()))
-    return Transcript(text, duration_s, ordered, model, aligner, merge_defects(defects))
+    return Transcript(text, duration_s, ordered, model, aligner, merge_defects(defects), language)

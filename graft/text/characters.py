@@ -15,10 +15,12 @@ UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer
 """A character of a script that puts no spaces between words."""
 UNSPACED_CHARACTERS_PER_WORD = 3.0
 """Characters of such a script that make a word: about 1.5 in Chinese, 2.5 in Japanese and 3 in Thai."""
-JOINERS = r"\u200c\u200d"  # They shape letters in Persian and Indic words, and are not seen themselves.
+# They shape letters in Persian and Indic words, and are not seen themselves. Emoji hold them, too.
+JOINERS = r"\u200c\u200d"
+_SPACED = rf"[[\p{{L}}\p{{M}}\p{{N}}{JOINERS}]--{UNSPACED}]"
 WORD = regex.compile(
     rf"(?V1){UNSPACED}[\p{{M}}\p{{Lm}}]*"
-    rf"|[[\p{{L}}\p{{M}}\p{{N}}{JOINERS}]--{UNSPACED}]+(?:['’][[\p{{L}}\p{{M}}\p{{N}}{JOINERS}]--{UNSPACED}]+)*"
+    rf"|(?=[\p{{L}}\p{{N}}]){_SPACED}+(?:['’]{_SPACED}+)*"
 )
 """A word with its apostrophes; in scripts without spaces each character is one."""
 _SENTENCE_MARK = r"[\p{Terminal_Punctuation}…¿¡]"
@@ -27,10 +29,15 @@ SENTENCE_MARK = regex.compile(rf"(?<!\p{{N}}){_SENTENCE_MARK}|{_SENTENCE_MARK}(?
 SENTENCE_END = regex.compile(r"[\p{Sentence_Terminal}…]")
 
 _CLUSTER = regex.compile(r"\X")
+_OPENING = r"[\p{Ps}\p{Pi}]"
+# A character of a script without spaces, with the punctuation around it; or all up to the next one.
+_PIECE = regex.compile(
+    rf"{_OPENING}*(?={UNSPACED})\X[\p{{Po}}\p{{Pe}}\p{{Pf}}\p{{Lm}}]*|(?:(?!{_OPENING}*{UNSPACED})\X)+|\X"
+)
 _LETTER = rf"[\p{{L}}\p{{M}}\p{{N}}{JOINERS}]"
 # What a text in lower case keeps: words, with the signs inside words and numbers, and symbols that are read aloud.
 _KEPT = (
-    rf"{_LETTER}+"
+    rf"[\p{{L}}\p{{N}}]{_LETTER}*"
     rf"|(?<={_LETTER})'(?={_LETTER})"
     r"|(?<=[\p{L}\p{M}])[·‧״་](?=[\p{L}\p{M}])|(?<=\p{Hebrew})׳"  # Catalan, Hebrew, Tibetan
     r"|(?<=\p{N})[.,:/٫٬](?=\p{N})"
@@ -40,7 +47,10 @@ _KEPT = (
 )
 _GONE = "\x00"
 _DROPPED = regex.compile(rf"(?:{_KEPT})(*SKIP)(*FAIL)|[^\s]")
-_INVISIBLE = regex.compile(rf"(?V1)[\p{{Cf}}--[{JOINERS}]]|[՛՜՞]")  # Armenian puts these marks inside a word
+# Enclosing marks and variation selectors choose the look of emoji and letters; Armenian puts its marks inside a word.
+_INVISIBLE = regex.compile(
+    rf"(?V1)[\p{{Cf}}--[{JOINERS}]]|[\u20dd-\u20e0\u20e2-\u20e4\ufe00-\ufe0f\U000e0100-\U000e01ef]|[՛՜՞]"
+)
 _BETWEEN_UNSPACED = regex.compile(rf"(?<={UNSPACED}[\p{{M}}\p{{Lm}}]*){_GONE}+(?={UNSPACED})")
 
 
@@ -59,6 +69,20 @@ def lower_case(text: str) -> str:
     text = _INVISIBLE.sub("", compose(compose(text).lower()).replace("’", "'").replace(_GONE, " "))
     text = _BETWEEN_UNSPACED.sub("", _DROPPED.sub(_GONE, text))
     return " ".join(text.replace(_GONE, " ").split())
+
+
+def split_words(text: str) -> list[tuple[str, str]]:
+    """Split a text into words with the punctuation around them, and what stands before each: a space, or nothing.
+
+    In scripts without spaces each character is one, with its marks, as in error rates.
+    """
+    words = []
+    for spaced in text.split():
+        gap = " "
+        for word in [spaced] if spaced.isascii() else _PIECE.findall(spaced):
+            words.append((gap, word))
+            gap = ""
+    return words
 
 
 def count_words(words: Sequence[str]) -> float:

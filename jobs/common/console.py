@@ -17,6 +17,8 @@ TERMINAL_S, LOG_S = 2.0, 60.0
 """Seconds between two lines of progress, on a terminal, where each is written over the last one, and elsewhere."""
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters by which a name could move the cursor, end a line, or turn the text about it round."""
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters by which a text could control a terminal; those that mark the direction of Arabic or Hebrew are none."""
 QUIET_VARIABLES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -37,6 +39,11 @@ def quiet_libraries() -> None:
 def printable(line: str) -> str:
     """Write the control characters in a line, such as those in names of files, as Python's escapes."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
+
+
+def printable_text(text: str) -> str:
+    """Write the control characters in a text of several lines as Python's escapes; line feeds and tabs stay."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def json_text(values: Any) -> str:

@@ -4,6 +4,7 @@ Only what is named in full is looked up: globs, hub ids and locations on other m
 """
 
 import difflib
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -36,7 +37,8 @@ def _exists(one: Input) -> bool:
     if path is None or os.path.exists(path):
         return True
     if one.is_file:
-        return any(sign in path for sign in "*?[")
+        # Brackets often stand in names of files: they are only a glob where they match something.
+        return any(sign in path for sign in "*?") or ("[" in path and bool(glob.glob(path)))
     first = path.split("/")[0]
     return not (path.startswith(("/", ".")) or path.count("/") > 1 or ("/" in path and os.path.isdir(first)))
 

@@ -54,10 +54,14 @@ def staged_output(out: str, recipe: Recipe) -> Iterator[Path]:
     """Yield a hidden folder beside `out` that becomes `out` when the block ends well, and is removed when it fails.
 
     It is for commands that finish in one go: `out` exists only when it is complete. Raises OutputError if `out` exists
-    and is not empty, or if another run is making it.
+    and is not empty, or is the working folder or one around it, or if another run is making it.
     """
     final = _local_path(out)
     _check_vacant(final, out)
+    if Path.cwd().resolve().is_relative_to(final.resolve()):
+        raise OutputError(
+            f"output {out} is the working folder, or holds it, and would be replaced: choose another out="
+        )
     with _locked(final.absolute().with_name(f".{final.name}{LOCK}"), out) as lock, contextlib.ExitStack() as stack:
         _check_vacant(final, out)  # another run may just have made it
         with _output_errors(final):

@@ -37,8 +37,8 @@ class TextsRecipe(Recipe):
     data: DataKey[Sources]
     """Clips: parquet files, folders or globs, or {files, columns}."""
     language: DataKey[str | None] = None
-    """Language of the clips of which the data names none, such as de (ISO 639-1); a Whisper that is told none writes
-    English."""
+    """Language of the clips of which the data names none, such as de (ISO 639-1); a Whisper that is told none finds it
+    out for each clip."""
     out: OutputKey[str]
     """Folder for texts.parquet, which every machine of a cluster must see; a run that was cut off goes on there."""
     model: ModelKey[Checkpoint] = "whisper"
@@ -80,7 +80,8 @@ def write_texts(
                       -> its line of texts.parquet, without ID
     report            texts.parquet -> the content of result.json, and one line for people
 
-    Raises DataError, ModelError, OutputError, MissingExtra.
+    Raises DataError, also where none of the clips to transcribe can be read and these are most of all, ModelError,
+    OutputError, MissingExtra.
     """
     if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and Path(recipe.out, RESULT_FILE).is_file():
         print(f"{name}: {recipe.out} is done already")
@@ -123,6 +124,7 @@ def _write_texts(
     unlabelled = languages_for_model(rows.select(is_needed), recipe.model)
     claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)
     clips: Iterator[ClipTranscript] = iter(())
+    failures: list[str] = []
     if is_needed.any():
         workers = connect_workers(asked)
         opener = model_opener(recipe.model, **workers.model_settings, dtype=recipe.dtype)
@@ -133,9 +135,13 @@ def _write_texts(
             for row in range(start, min(start + recipe.part_clips, len(rows))):
                 clip = next(clips) if is_needed[row] else None
                 if clip and clip.error:
+                    failures.append(f"{rows.id(row)}: {clip.error}")
                     print(f"graft: {rows.id(row)}: {clip.error}", file=sys.stderr)
                 lines.append({"ID": rows.id(row)} | line(rows.text(row), clip, rows.language_of(row)))
             writer.write_table(pa.Table.from_pylist(lines, schema=writer.schema))
+        if len(failures) == is_needed.sum() > len(rows) / 2:
+            shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)  # the next run tries again
+            raise DataError(f"none of the {len(failures)} clips to transcribe can be read; the first: {failures[0]}")
     result, summary = report(out / TEXTS_FILE)
     write_atomic(out / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)

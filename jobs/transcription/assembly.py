@@ -56,6 +56,7 @@ TRANSCRIPTS = pa.schema(
         ("flags", pa.list_(pa.string())),  # of any of its segments, and of its audio
         ("defects", DEFECTS),  # what is wrong with its audio, and when
         ("error", pa.string()),  # null, or why it, or part of it, has no text
+        ("language", pa.string()),  # code (ISO 639-1) that was named or found; null where it is not known
         ("model", pa.string()),
         ("aligner", pa.string()),  # where the times of words come from; null without an aligner
         ("read_s", pa.float64()),  # CPU seconds of decoding and finding speech
@@ -231,7 +232,13 @@ def join_items(items: Sequence[dict[str, Any]], *, model: str = "", aligner: str
     ]
     defects = [AudioDefect(**defect) for item in items for defect in item["defects"]]
     duration_s = sum(item["duration_s"] for item in items)
-    return stitch(segments, duration_s=duration_s, model=model, aligner=aligner, defects=defects)
+    spoken: Counter[str] = Counter()  # seconds by language: each item of a long recording has its own
+    for item in items:
+        spoken[item["language"] or ""] += item["duration_s"]
+    ((language, _),) = spoken.most_common(1)
+    return stitch(
+        segments, duration_s=duration_s, model=model, aligner=aligner, defects=defects, language=language or None
+    )
 
 
 def join_errors(items: Sequence[dict[str, Any]]) -> str | None:

@@ -20,6 +20,7 @@ from graft.errors import DataError
 from graft.storage.local_paths import local_path, utf8_location, utf8_name
 from graft.storage.locations import StoredFile, find_files, redact_uri
 from graft.storage.source import open_source
+from graft.text.languages import language_code
 
 AUDIO_SUFFIXES = (
     *(".3g2", ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".asf", ".au", ".avi", ".bwf", ".caf"),
@@ -70,7 +71,8 @@ def discover(sources: Sequence[str], columns: Columns | None = None, *, results:
     """List the recordings in files, folders (at any depth), globs, URIs, lists of them, and parquet files: RECORDINGS.
 
     Files are in the order of their names, followed by the rows of parquet files in their own order, so that each row
-    group is read once. A list is a .txt or .lst file with a path or URI in each line, relative to its own folder.
+    group is read once. A list is a .txt or .lst file with a path or URI in each line, relative to its own folder, and
+    optionally a tab and the language of the recording.
     `columns` names the columns of parquet files. What the folder `results` holds is neither a recording nor skipped: it
     may lie inside the folder that is transcribed. A file that does not exist is a recording too: the run reports it.
     Raises DataError when there are none, when two have the same name, and for lists that are not text and parquet
@@ -93,7 +95,7 @@ def _recordings_of(source: str, columns: Columns, skipped: list[str], results: s
     """Yield the recordings of one source, and append to `skipped` what its folder holds besides."""
     suffix = suffix_of(source)
     if suffix in LIST_SUFFIXES:
-        yield _files(_listed(source))
+        yield _listed(source)
         return
     found = _found(source)
     if results:
@@ -106,7 +108,7 @@ def _recordings_of(source: str, columns: Columns, skipped: list[str], results: s
     skipped += [file.uri for file, taken in zip(audio, is_taken, strict=True) if not taken]
     yield _files([file for file, taken in zip(audio, is_taken, strict=True) if taken])
     for file in corpora:
-        rows = read_rows(Source(files=file.uri, columns=columns)).without_languages()  # the command's is that of all
+        rows = read_rows(Source(files=file.uri, columns=columns))
         yield recordings_of_rows(rows, versions=pa.repeat(file.version, len(rows)))
 
 
@@ -121,7 +123,7 @@ def _found(place: str) -> list[StoredFile]:
     return [StoredFile(uri, utf8_name(PurePosixPath(path or place).name), None, "")]
 
 
-def _listed(source: str) -> list[StoredFile]:
+def _listed(source: str) -> pa.Table:
     """Look up the files in a list; their names are their paths without the folders that all share."""
     with open_source(source) as file:
         data = file.read()
@@ -131,16 +133,32 @@ def _listed(source: str) -> list[StoredFile]:
     lines = [line.strip(" \t\r") for line in os.fsdecode(data).split("\n")]
     path = local_path(source)
     home = (source if path is None else os.path.abspath(path)).rpartition("/")[0]
-    named = [local_path(line) or line for line in lines if line and not line.startswith("#")]
+    named, languages = [], []
+    for line in lines:
+        if line and not line.startswith("#"):
+            place, language = _parted(line)
+            named.append(local_path(place) or place)
+            languages.append(language)
     places = [line if "://" in line or os.path.isabs(line) else f"{home}/{line}" for line in named]
     folders = zip(*(place.split("/")[:-1] for place in places), strict=False)
     shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, folders))
     with ThreadPoolExecutor(LOOKUPS) as pool:
-        files = pool.map(_looked_up, places)
-        return [
+        files = [
             StoredFile(file.uri, utf8_name("/".join(place.split("/")[shared:])), file.size, file.version)
-            for file, place in zip(files, places, strict=True)
+            for file, place in zip(pool.map(_looked_up, places), places, strict=True)
         ]
+    return _files(files, languages)
+
+
+def _parted(line: str) -> tuple[str, str | None]:
+    """Part a line of a list into its place and, behind a tab, the code of its language.
+
+    Names of files may hold tabs, too. Raises DataError for what looks like a language, but is none.
+    """
+    place, tab, language = line.rpartition("\t")
+    if not tab or "." in language or "/" in language:
+        return line, None
+    return place.strip(" \t"), language_code(language)
 
 
 def _looked_up(place: str) -> StoredFile:
@@ -152,12 +170,17 @@ def _looked_up(place: str) -> StoredFile:
     return file
 
 
-def _files(files: Sequence[StoredFile]) -> pa.Table:
+def _files(files: Sequence[StoredFile], languages: Sequence[str | None] = ()) -> pa.Table:
+    """List files as RECORDINGS. A file whose language changes is a new version: its transcript does, too."""
+    versions = (file.version for file in files)
+    if any(languages):
+        versions = (f"{file.version} {code or ''}".strip() for file, code in zip(files, languages, strict=True))
     values = {
         "recording": pa.array((file.name for file in files), pa.string()),
         "uri": pa.array((file.uri for file in files), pa.string()),
-        "version": pa.array((file.version for file in files), pa.string()),
+        "version": pa.array(versions, pa.string()),
         "size": pa.array((file.size for file in files), pa.int64()),
+        "language": pa.array(languages or [None] * len(files), pa.string()),
     }
     return _table(values, len(files))
 

@@ -149,6 +149,10 @@ class _ShowingTranscriber:
     def __init__(self, model: ChunkTranscriber, show: Callable[[Segment], None]) -> None:
         self._model, self._show = model, show
 
+    async def find_language(self, chunks: Sequence[Chunk]) -> str | None:
+        """Find the language of a recording, as the model does."""
+        return await self._model.find_language(chunks)
+
     async def transcribe_chunks(self, chunks: Sequence[Chunk], **options: Any) -> list[Segment]:
         """Transcribe chunks; a segment for each, in their order."""
         places = asyncio.Semaphore(CHUNKS_AT_ONCE)

@@ -12,7 +12,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import graft
-from graft.audio.chunking import windows
+from graft.audio.chunking import Chunk, windows
 from graft.audio.defects import LOSSES
 from graft.checkpoints.names import absolute_checkpoint
 from graft.data.dataset import RowTable
@@ -71,10 +71,20 @@ freed: 700 MB of 2,300 MB on ten hours of audio."""
 PER_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "runtime_env": MALLOC_ENV}
 """A call of both steps takes a whole block, which is a batch of items."""
 
-RESULTS = pa.schema([*KEYS, *MEASURED, ("started_at", pa.float64()), ("heard_s", pa.float64()), ("segments", SEGMENTS)])
+RESULTS = pa.schema(
+    [
+        *KEYS,
+        *MEASURED,
+        ("language", pa.string()),
+        ("started_at", pa.float64()),
+        ("heard_s", pa.float64()),
+        ("segments", SEGMENTS),
+    ]
+)
 """The result of an item. `error` is null or says in one line what failed; `defects` are what is wrong with audio that
-was decoded all the same; `duration_s` is its length; `read_s` is the CPU time of reading; `started_at` (Unix time) and
-`heard_s` are when transcription began and how many seconds it took, beside other items."""
+was decoded all the same; `duration_s` is its length; `read_s` is the CPU time of reading; `language` is the one that
+was named or found; `started_at` (Unix time) and `heard_s` are when transcription began and how many seconds it took,
+beside other items."""
 
 
 class ChunkTranscriber(Protocol):
@@ -83,6 +93,10 @@ class ChunkTranscriber(Protocol):
     @property
     def transcribe_chunks(self) -> Callable[..., Awaitable[Sequence[Segment]]]:
         """Chunks that are cut already, and options -> a segment for each, in their order."""
+
+    @property
+    def find_language(self) -> Callable[[Sequence[Chunk]], Awaitable[str | None]]:
+        """The first chunks of a recording -> the code of its language, where the model finds it out."""
 
 
 Opener = Callable[[], ChunkTranscriber]
@@ -120,13 +134,15 @@ class ItemTranscriber:
     async def _transcribe_item(
         self, model: ChunkTranscriber, chunks: pa.ListScalar, language: str | None
     ) -> dict[str, Any]:
-        """Return an item's `segments`, `error`, `started_at` and `heard_s`."""
+        """Return an item's `segments`, `language`, `error`, `started_at` and `heard_s`."""
         started_at, start = time.time(), time.monotonic()
         cut = [chunk_of(chunk) for chunk in chunks.values or []]
-        options = self._options | ({"language": language} if language else {})
+        language = language or self._options.get("language")
         segments: Sequence[Segment] = ()
         error = None
         try:
+            language = language or await model.find_language([chunk for chunk, _ in cut])
+            options = self._options | ({"language": language} if language else {})
             segments = await model.transcribe_chunks([chunk for chunk, _ in cut], **options)
         except GraftError:
             raise  # the recipe is wrong, not the item
@@ -139,6 +155,7 @@ class ItemTranscriber:
             self._faults = 0 if cut else self._faults  # an item without chunks does not reach the engine
         return {
             "error": error,
+            "language": language,
             "started_at": started_at,
             "heard_s": time.monotonic() - start,
             "segments": [
@@ -318,19 +335,27 @@ def languages_for_model(rows: RowTable, model: str) -> RowTable:
 
     Raises ModelError where the model does not know one of them.
     """
+    counts = np.bincount(rows.language, minlength=len(rows.languages)).tolist()
+    is_told = check_languages(dict(zip(rows.languages, counts, strict=True)), model)
+    return rows if is_told else rows.without_languages()
+
+
+def check_languages(counts: Mapping[str, int], model: str) -> bool:
+    """Tell whether a model's prompt can name languages, of which there are so many recordings; "" is none.
+
+    Raises ModelError where the model does not know one of them.
+    """
     from graft.checkpoints.loading import open_speech_processor
 
     known = open_speech_processor(model).languages
-    if not known:
-        return rows.without_languages()
-    counts = np.bincount(rows.language, minlength=len(rows.languages))
-    for code, count in zip(rows.languages, counts.tolist(), strict=True):
+    for code, count in counts.items() if known else ():
         if code and count and code not in known:
+            which = "1 recording is" if count == 1 else f"{count} recordings are"
             raise ModelError(
-                f"{count} clips are in {code}, and {model} knows {', '.join(sorted(known))}: "
-                "choose another model, or leave these clips out"
+                f"{which} in {code}, and {model} knows {', '.join(sorted(known))}: "
+                "choose another model, or leave these out"
             )
-    return rows
+    return bool(known)
 
 
 def measured_rtfx(home: Path) -> float:

@@ -9,7 +9,7 @@ from graft.inference.segments import Segment
 from graft.inference.subtitles import CueLimits, Format
 from graft.inference.transcript import Transcript
 
-from ..common.console import printable
+from ..common.console import printable, printable_text
 
 
 def printed_format(formats: Sequence[Format], recording_count: int) -> Format:
@@ -45,7 +45,7 @@ class TranscriptPrinter:
 
     def show(self, segment: Segment) -> None:
         """Print a segment's text, where plain text is printed by segments."""
-        if self._form == "txt" and not self._splits_channels and (text := segment.text.strip()):
+        if self._form == "txt" and not self._splits_channels and (text := _shown(segment.text.strip())):
             print(f" {text}" if self._is_open else f"{self._label(' ')}{text}", end="", flush=True)
             self._is_open = True
 
@@ -56,7 +56,7 @@ class TranscriptPrinter:
         if error:
             print(f"graft: {self._name}: {printable(error)}", file=sys.stderr)
         elif not self._is_open:
-            text = transcript.to_string(self._form, self._cues)
+            text = _shown(transcript.to_string(self._form, self._cues))
             label = self._label("\n" if self._splits_channels else " ")
             print(f"{label}{text}", end="", flush=True)
             if not transcript.text:
@@ -64,3 +64,8 @@ class TranscriptPrinter:
 
     def _label(self, separator: str) -> str:
         return f"{self._name}:{separator}" if self._has_names else ""
+
+
+def _shown(text: str) -> str:
+    """Return what is printed of a text: a terminal gets no control characters, a file or a pipe all that is written."""
+    return printable_text(text) if sys.stdout.isatty() else text

@@ -3,28 +3,50 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graft.audio.chunking import Chunk
 from graft.checkpoints.names import checkpoint_name
 from graft.errors import GraftError
 from graft.inference.engines.protocol import EngineCounts
 from graft.inference.segments import ScoredToken
+from graft.text.languages import language_code
+from graft.text.prompts import check_language
 
 from ..config import ServeArgs
-from ..service import ModelInfo, Part, TranscriptionOptions
+from ..service import FoundLanguage, ModelInfo, Part, TranscriptionOptions
 
 if TYPE_CHECKING:  # an ingress replica imports this file and starts sooner without torch
     from graft.inference.transcriber import Transcriber
+
+ONLY_LANGUAGE = "en"
+"""Language of a model whose prompt names none, unless the service is told another one."""
 
 
 class LocalBackend:
     """A TranscriptionBackend that calls a Transcriber in this process."""
 
-    def __init__(self, transcriber: "Transcriber", name: str | None = None, *, digest: str = "") -> None:
+    def __init__(
+        self, transcriber: "Transcriber", name: str | None = None, *, digest: str = "", language: str | None = None
+    ) -> None:
+        """`language` is that of requests which name none. Raises ModelError where the model's prompt cannot name it."""
         self._transcriber = transcriber
         self._active_chunks = 0
-        self.info = ModelInfo(name or transcriber.name, "en", transcriber.takes_context, transcriber.times_words)
+        languages = tuple(transcriber.languages)
+        if not languages:
+            language = language_code(language or ONLY_LANGUAGE)
+        elif language:
+            language = check_language(language, languages)
+        elif len(languages) == 1:
+            (language,) = languages
+        self.info = ModelInfo(
+            name or transcriber.name,
+            language,
+            transcriber.takes_context,
+            transcriber.times_words,
+            languages=languages,
+            finds_language=transcriber.finds_language,
+        )
         self.digest = digest
 
     @classmethod
@@ -49,7 +71,8 @@ class LocalBackend:
             threads=args.threads,
         )
         # The name by which clients call the model stays when another model is loaded.
-        return cls(transcriber, args.name or checkpoint_name(args.model), digest=digest)
+        name = args.name or checkpoint_name(args.model)
+        return cls(transcriber, name, digest=digest, language=args.language)
 
     async def close(self) -> None:
         """Wait for the chunks that are being transcribed, then release the model."""
@@ -70,17 +93,20 @@ class LocalBackend:
     ) -> AsyncGenerator[Part, None]:
         """See TranscriptionBackend."""
         self._active_chunks += 1
+        asked: dict[str, Any] = {"context": options.context, "language": options.language}
         try:
+            if options.finds_language and not options.language:
+                asked["language"] = await self._transcriber.find_language([chunk])
+                if asked["language"]:
+                    yield FoundLanguage(asked["language"])
             if stream:
-                async with aclosing(
-                    self._transcriber.stream_chunk(chunk, context=options.context, scored=True)
-                ) as parts:
+                async with aclosing(self._transcriber.stream_chunk(chunk, **asked, scored=True)) as parts:
                     async for part in parts:
                         if options.logprobs or not isinstance(part, ScoredToken):
                             yield part
             else:
                 (segment,) = await self._transcriber.transcribe_chunks(
-                    [chunk], context=options.context, words=options.word_timestamps, scored=options.logprobs
+                    [chunk], **asked, words=options.word_timestamps, scored=options.logprobs
                 )
                 yield segment
         finally:

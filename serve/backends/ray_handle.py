@@ -22,7 +22,7 @@ from graft.audio.chunking import Chunk
 from graft.inference.segments import ScoredToken, Segment
 
 from ..logs import LOG
-from ..service import NO_SEGMENT, ModelInfo, ModelNotReady, Part, TranscriptionOptions
+from ..service import NO_SEGMENT, FoundLanguage, ModelInfo, ModelNotReady, Part, TranscriptionOptions
 
 MAX_ATTEMPTS = 2
 """Replicas that a chunk is sent to: one that kills two of them is not sent to a third."""
@@ -128,6 +128,9 @@ class RayBackend:
                                 raise ModelChanged
                             yield part
                             return
+                        if isinstance(part, FoundLanguage):
+                            yield part
+                            continue
                         if isinstance(part, ScoredToken):
                             token_count += 1
                             if token_count > sent_token_count:
@@ -195,5 +198,7 @@ def _merge(infos: list[ModelInfo]) -> ModelInfo:
         infos[0],
         supports_context=all(info.supports_context for info in infos),
         supports_word_timestamps=all(info.supports_word_timestamps for info in infos),
+        languages=tuple(code for code in infos[0].languages if all(code in info.languages for info in infos)),
+        finds_language=all(info.finds_language for info in infos),
         replicas=tuple(model for info in infos for model in info.replicas),
     )

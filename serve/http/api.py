@@ -178,7 +178,7 @@ def _add_transcriptions(
             asked = body.validate()
             info = await service.backend.model_info()
             _check_model(asked.model, info, aliases)
-            options = read_options(body, asked, info)
+            options = await asyncio.to_thread(read_options, body, asked, info)  # names of languages take an import
             if body.faults and (strict if asked.strict is None else asked.strict):
                 raise next(iter(body.faults.values()))
             headers = ignored_header(body.faults)
@@ -186,7 +186,7 @@ def _add_transcriptions(
             async def respond(upload: AsyncExitStack) -> Response:
                 async with upload:  # the file is deleted here, because this may outlive the request
                     transcript = await service.transcribe(path, options, model=info.name, client=client)
-                    response = _format_response(asked, transcript, info, logprobs=options.logprobs)
+                    response = _format_response(asked, transcript, logprobs=options.logprobs)
                     response.headers.update(headers)
                     return response
 
@@ -217,9 +217,7 @@ def _check_model(name: str, info: ModelInfo, aliases: Collection[str]) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _format_response(
-    asked: TranscriptionRequest, transcript: Transcript, info: ModelInfo, *, logprobs: bool
-) -> Response:
+def _format_response(asked: TranscriptionRequest, transcript: Transcript, *, logprobs: bool) -> Response:
     match asked.response_format:
         case "json":
             answer = TranscriptionResponse(text=transcript.text, usage=Usage(seconds=transcript.duration_s))
@@ -227,7 +225,7 @@ def _format_response(
             return JSONResponse(answer.model_dump(exclude_none=True))
         case "verbose_json":
             wanted = asked.timestamp_granularities
-            return JSONResponse(verbose_response(transcript, language=info.language, granularities=wanted).model_dump())
+            return JSONResponse(verbose_response(transcript, granularities=wanted).model_dump())
         case "text":
             return PlainTextResponse(transcript.text + "\n")
         case subtitles:

@@ -22,8 +22,9 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from graft.errors import ModelError
-from graft.text.prompts import check_context_words
+from graft.errors import GraftError, ModelError
+from graft.text.languages import language_code
+from graft.text.prompts import check_context_words, check_language
 
 from ..fairness import FairSlots
 from ..service import ModelInfo, TranscriptionOptions
@@ -40,8 +41,6 @@ MAX_JSON_VALUES = 10_000
 HOW_TO_SEND = "send the audio as the file `file` of a form, or in base64 as `input_audio` of a JSON object"
 ANY_LANGUAGE = {"", "auto", "detect", "none", "null", "undefined"}
 """Values of `language` that name no language."""
-LANGUAGE_NAMES = {"en": {"en", "eng", "english"}}
-"""What clients call a model's language, regions aside."""
 REFUSED = {
     ("response_format", "diarized_json"): "the service does not tell speakers apart: ask for json or verbose_json",
     ("task", "translate"): "the service does not translate: it writes what is said in the language in which it is said",
@@ -200,7 +199,6 @@ def read_options(body: TranscriptionBody, request: TranscriptionRequest, info: M
     has_words = request.response_format in ("verbose_json", "srt", "vtt")
     wants_words = "word" in request.timestamp_granularities
     for name, is_supported, message in (
-        ("language", _is_language(request.language, info.language), f"the model transcribes {info.language!r} only"),
         (
             "timestamp_granularities",
             info.supports_word_timestamps or not (wants_words and has_words),
@@ -221,16 +219,30 @@ def read_options(body: TranscriptionBody, request: TranscriptionRequest, info: M
         body.refuse("include", "log-probabilities of tokens need response_format json or a stream")
     if request.temperature:
         body.refuse("temperature", "temperature must be 0: decoding is greedy")
+    language = _read_language(request.language, info)
     return TranscriptionOptions(
         context=_read_context(body, request, info),
         word_timestamps=wants_words and has_words,
         logprobs=bool(request.include),
+        language=language,
+        finds_language=language is None and info.finds_language,
     )
 
 
-def _is_language(value: str | None, language: str) -> bool:
-    code = (value or "").strip().lower()
-    return code in ANY_LANGUAGE or re.split(r"[-_ ]", code)[0] in LANGUAGE_NAMES.get(language, {language})
+def _read_language(value: str | None, info: ModelInfo) -> str | None:
+    """Return the code of the language of the speech, None where it is not known. Raises ApiError."""
+    asked = (value or "").strip()
+    if asked.lower() in ANY_LANGUAGE:
+        return info.language
+    try:
+        if info.languages:
+            return check_language(asked, info.languages)
+        if (code := language_code(asked)) == info.language:
+            return code
+        message = f"the model transcribes {info.language!r} only"
+    except GraftError as error:
+        message = str(error)
+    raise ApiError(400, message, param="language", code="unsupported_value")
 
 
 def _read_context(body: TranscriptionBody, request: TranscriptionRequest, info: ModelInfo) -> tuple[str, ...] | None:

@@ -30,7 +30,8 @@ class TranscriptionRequest(BaseModel):
     stream: bool = False
     """Send the text in server-sent events while it is decoded."""
     language: str | None = None
-    """Language of the speech: a code such as `en` or `en-US`, its English name, or `auto`. It must be the model's."""
+    """Language of the speech: a code such as `en` or `en-US`, its English name, or `auto`. It must be one that the
+    model knows."""
     task: Literal["transcribe"] = "transcribe"
     """Accepted for compatibility."""
     strict: bool | None = None
@@ -195,6 +196,8 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+UNKNOWN_LANGUAGE = "und"
+"""What ISO 639 calls a language that is not known."""
 LEAST_LOGPROB = -9_999.0
 """Stands for the log-probability of a token that has none, as in OpenAI's API."""
 ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
@@ -220,9 +223,7 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
-def verbose_response(
-    transcript: Transcript, *, language: str, granularities: Collection[str]
-) -> VerboseTranscriptionResponse:
+def verbose_response(transcript: Transcript, *, granularities: Collection[str]) -> VerboseTranscriptionResponse:
     """Convert a transcript to OpenAI's verbose_json."""
     segments = [_convert_segment(number, segment) for number, segment in enumerate(transcript.segments)]
     words = [
@@ -231,7 +232,7 @@ def verbose_response(
         for word in segment.words
     ]
     return VerboseTranscriptionResponse(
-        language=language,
+        language=transcript.language or UNKNOWN_LANGUAGE,
         duration=transcript.duration_s,
         text=transcript.text,
         segments=segments if "segment" in granularities else None,

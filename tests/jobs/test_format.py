@@ -54,6 +54,9 @@ class Echo:
     def __init__(self, texts: list[str]) -> None:
         self._texts = iter(texts)
 
+    async def find_language(self, chunks: Sequence[Chunk]) -> str | None:
+        return None
+
     async def transcribe_chunks(self, chunks: Sequence[Chunk]) -> list[Segment]:
         return [Segment(0.0, chunk.clip.duration_s, f"{next(self._texts).capitalize()}!") for chunk in chunks]
 

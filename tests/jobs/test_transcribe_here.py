@@ -267,6 +267,9 @@ class Turns:
         self.shown: list[str] = []
         self.running = self.most = 0
 
+    async def find_language(self, chunks: list[Chunk]) -> str | None:
+        return None
+
     async def transcribe_chunks(self, chunks: list[Chunk]) -> list[Segment]:
         (chunk,) = chunks
         self.running += 1

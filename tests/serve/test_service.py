@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from graft.audio.chunking import Chunk
 from graft.audio.clip import AudioClip
 from graft.inference.segments import Segment
 from serve.decode.decoder import DecodedUpload
-from serve.service import NO_SEGMENT, Client, ModelInfo, Service, ServiceBusy, TranscriptionOptions
+from serve.service import NO_SEGMENT, Client, FoundLanguage, ModelInfo, Service, ServiceBusy, TranscriptionOptions
 
 OPTIONS = TranscriptionOptions()
 
@@ -163,3 +164,42 @@ def test_the_chunks_of_one_client_leave_room_for_those_of_others(limits, most):
         await asyncio.gather(*greedy, other)
 
     asyncio.run(run())
+
+
+class HearingBackend:
+    """Finds the language of chunks of which none is said, and notes the seconds of each chunk and what is asked."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self._fails = fails
+        self.asked: list[tuple[float, str | None]] = []
+
+    async def model_info(self) -> ModelInfo:
+        return ModelInfo("m", None, supports_context=False, supports_word_timestamps=False, finds_language=True)
+
+    async def transcribe_chunk(
+        self, chunk: Chunk, options: TranscriptionOptions, *, stream: bool
+    ) -> AsyncGenerator[FoundLanguage | Segment, None]:
+        self.asked.append((chunk.clip.duration_s, options.language))
+        if options.language is None:
+            await asyncio.sleep(0.01)
+            if self._fails:
+                raise MemoryError
+            yield FoundLanguage("de")
+        yield Segment(0.0, 1.0, "word")
+
+
+def test_the_longest_of_the_first_chunks_tells_the_language_to_all():
+    found = TranscriptionOptions(finds_language=True)
+    for options, asked in (
+        (found, [(5.0, None), (1.0, "de"), (2.0, "de"), (9.0, "de")]),
+        (replace(found, language="vi"), [(1.0, "vi"), (5.0, "vi"), (2.0, "vi"), (9.0, "vi")]),
+    ):
+        backend = HearingBackend()
+        transcript = asyncio.run(make_service(backend).transcribe("1 5 2 2 9", options, model="m"))
+        assert transcript.language == (options.language or "de")
+        assert set(backend.asked) == set(asked)
+        assert backend.asked[0] == asked[0]
+        assert len(transcript.segments) == len(backend.asked) == 5
+    with pytest.raises(MemoryError):
+        asyncio.run(make_service(HearingBackend(fails=True)).transcribe("1 5 2", found, model="m"))
+    assert asyncio.run(make_service(HearingBackend()).transcribe("", found, model="m")).language is None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
 from graft.audio.clip import SAMPLE_RATE
 from graft.data.dataset import write_corpus
@@ -47,8 +47,11 @@ BROKEN = {"wav": {"bytes": b"no audio at all", "path": "broken.flac"}}
 
 
 @built_once
-def save_tiny_whisper(folder: Path, *, varied: bool = False) -> str:
-    """Write a whole tiny Whisper, which answers with random bytes; with `varied`, short answers have no loops."""
+def save_tiny_whisper(folder: Path, *, varied: bool = False, languages: Sequence[str] = ()) -> str:
+    """Write a whole tiny Whisper, which answers with random bytes; with `varied`, short answers have no loops.
+
+    One that knows `languages` has tokens of these, from 40 on.
+    """
     words = tiny_models.tokenizer()
     config = tiny_models.whisper_config()
     config.vocab_size = len(words)
@@ -59,6 +62,14 @@ def save_tiny_whisper(folder: Path, *, varied: bool = False) -> str:
         parameter.data.normal_(std=0.2)
     if varied:
         model.model.decoder.embed_positions.weight.data *= 10
+    if languages:
+        model.generation_config = GenerationConfig(
+            decoder_start_token_id=3,
+            no_timestamps_token_id=5,
+            lang_to_id={f"<|{code}|>": 40 + place for place, code in enumerate(languages)},
+            task_to_id={"transcribe": 6},
+            eos_token_id=config.eos_token_id,
+        )
     model.save_pretrained(folder)
     WhisperTokenizer(vocab=words.get_vocab(), merges=[]).save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)

@@ -10,6 +10,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureEx
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
 from graft.inference.segments import Word
+from graft.text.characters import split_words
 from tests.support.paths import ROOT
 
 SPOKEN = ROOT / "tests" / "data" / "words"
@@ -24,7 +25,7 @@ Span = tuple[float, float]
 def in_order(words: Sequence[Word], text: str, start_s: float, end_s: float) -> bool:
     """Return whether words are those of the text, in order and without overlap, between two times."""
     times = [start_s, *(time for word in words for time in (word.start_s, word.end_s)), end_s]
-    return [word.text for word in words] == text.split() and times == sorted(times)
+    return [word.text for word in words] == [word for _, word in split_words(text)] and times == sorted(times)
 
 
 def spoken(*words: str) -> list[Piece]:

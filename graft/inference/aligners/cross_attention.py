@@ -33,6 +33,7 @@ from graft.inference.aligners.protocol import spread_words, timed_words
 from graft.inference.segments import Word
 from graft.model.configuration import WINDOW_FRAMES
 from graft.model.encoder import pad_with_silence
+from graft.text.characters import split_words
 
 # Samples in an encoder frame: 20 ms.
 FRAME = 320
@@ -60,11 +61,12 @@ SLOPE_DB = 2.0
 
 
 class WhisperAligner:
-    """Aligns with any Whisper checkpoint, which takes the text for English.
+    """Aligns with any Whisper checkpoint, which finds out the language of each clip where none is given.
 
-    A text of more tokens than the decoder takes (444 in most checkpoints), or of more than 16 words a second, is spread
-    over the clip. Raises MissingExtra without the package silero-vad, ModelError for a checkpoint whose generation
-    config does not say how texts begin.
+    A text in a language that the checkpoint does not know is read as one in the language that it hears. A text of more
+    tokens than the decoder takes (443 in most checkpoints), or of more than 16 words a second, is spread over the clip.
+    Raises MissingExtra without the package silero-vad, ModelError for a checkpoint whose generation config does not say
+    how texts begin.
     """
 
     def __init__(
@@ -85,23 +87,34 @@ class WhisperAligner:
                 "take that of the Whisper it was made from"
             )
         # English-only checkpoints take no tokens for the language and the task.
-        is_multilingual = getattr(generation, "lang_to_id", None)
-        task = [generation.lang_to_id["<|en|>"], generation.task_to_id["transcribe"]] if is_multilingual else []
-        self._prefix = [generation.decoder_start_token_id, *task, generation.no_timestamps_token_id]
+        found = getattr(generation, "lang_to_id", None) or {}
+        self._language_ids = {token.strip("<|>"): index for token, index in found.items()}
+        self._start_id = generation.decoder_start_token_id
+        task = [generation.task_to_id["transcribe"]] if found else []
+        self._ending = [*task, generation.no_timestamps_token_id]
         self._tokenizer = WhisperTokenizer.from_pretrained(folder)
         self._featurizer = Featurizer(model.config.num_mel_bins)
         self._detector = SpeechDetector()
         self._lock = threading.Lock()
 
-    def align(self, clip: AudioClip, text: str) -> tuple[Word, ...]:
+    def find_language(self, clip: AudioClip) -> str | None:
+        """Return the language that is spoken in a clip, as Aligner says; an English-only checkpoint hears English."""
+        if not self._language_ids:
+            return "en"
+        with self._lock:
+            return self._likeliest_language(self._encode(clip))
+
+    def align(self, clip: AudioClip, text: str, language: str | None = None) -> tuple[Word, ...]:
         """Return the words of a text with their times, as Aligner says."""
-        words = text.split()
+        written = split_words(text)
+        words = [word for _, word in written]
         frame_count = -(-len(clip.samples) // FRAME)
         with self._lock:
-            tokens = self._word_tokens(words)
+            tokens = self._word_tokens(written)
             if tokens is None or not words or len(words) > -(-frame_count // COARSE):
                 return spread_words(words, clip.duration_s)
-            attention = self._attention(clip, tokens, frame_count)
+            states = self._encode(clip)
+            attention = self._attention(states, self._prefix(states, language), tokens, frame_count)
             speech = self._detector.find(clip)
         evidence = _speech_evidence(clip, speech, frame_count)
         best = attention[_best_heads(attention, evidence)]  # (heads, words, frames)
@@ -110,10 +123,13 @@ class WhisperAligner:
         frame_s = FRAME / SAMPLE_RATE
         return timed_words(words, [(first * frame_s, end * frame_s) for first, end in spans], clip.duration_s)
 
-    def _word_tokens(self, words: Sequence[str]) -> list[list[int]] | None:
-        """Tokenize each word by letters, or as a whole where letters are too many; None where words are too."""
-        most = self._model.config.max_target_positions - len(self._prefix)
-        for pieces in [[f" {word[0]}", *word[1:]] for word in words], [[f" {word}"] for word in words]:
+    def _word_tokens(self, words: Sequence[tuple[str, str]]) -> list[list[int]] | None:
+        """Tokenize each word by letters, or as a whole where letters are too many; None where words are too.
+
+        What stands before a word is given with it.
+        """
+        most = self._model.config.max_target_positions - len(self._ending) - (2 if self._language_ids else 1)
+        for pieces in [[gap + word[0], *word[1:]] for gap, word in words], [[gap + word] for gap, word in words]:
             flat = [piece for word in pieces for piece in word] or [""]
             ids = iter(self._tokenizer(flat, add_special_tokens=False)["input_ids"])
             # The ids of all pieces in order -> those of each word.
@@ -123,25 +139,48 @@ class WhisperAligner:
         return None
 
     @torch.inference_mode()
-    def _attention(self, clip: AudioClip, tokens: Sequence[Sequence[int]], frame_count: int) -> np.ndarray:
-        """Compute how much heads attend to the clip's frames for each word: (CANDIDATES, words, frames).
-
-        The attention of each token sums to 1 over the frames.
-        """
-        device = self._model.device
+    def _encode(self, clip: AudioClip) -> torch.Tensor:
+        """Compute the encoder's states of a clip, (1, window, d_model). Raises AudioError for a clip over 30 s."""
         features = self._featurizer(clip)
         # (1, mels, frames of the clip) -> (1, mels, WINDOW_FRAMES)
         mel = pad_with_silence(
             torch.from_numpy(features.mel[None]), torch.tensor([features.frame_count]), WINDOW_FRAMES
         )
         self._model.set_attn_implementation("sdpa")
-        states = self._model.get_encoder()(mel.to(device, self._model.dtype)).last_hidden_state
+        states: torch.Tensor = self._model.get_encoder()(
+            mel.to(self._model.device, self._model.dtype)
+        ).last_hidden_state
+        return states
+
+    def _prefix(self, states: torch.Tensor, language: str | None) -> list[int]:
+        """Return the ids with which every text begins in a language, by default the likeliest one of the states."""
+        if not self._language_ids:
+            return [self._start_id, *self._ending]
+        code = language if language in self._language_ids else self._likeliest_language(states)
+        return [self._start_id, self._language_ids[code], *self._ending]
+
+    @torch.inference_mode()
+    def _likeliest_language(self, states: torch.Tensor) -> str:
+        ids = torch.tensor([[self._start_id]], device=states.device)
+        decoded = self._model.get_decoder()(ids, encoder_hidden_states=states, use_cache=False).last_hidden_state
+        logits = self._model.proj_out(decoded)[0, -1]  # (vocabulary,)
+        return max(self._language_ids, key=lambda code: float(logits[self._language_ids[code]]))
+
+    @torch.inference_mode()
+    def _attention(
+        self, states: torch.Tensor, prefix: Sequence[int], tokens: Sequence[Sequence[int]], frame_count: int
+    ) -> np.ndarray:
+        """Compute how much heads attend to the clip's frames for each word: (CANDIDATES, words, frames).
+
+        The attention of each token sums to 1 over the frames.
+        """
+        device = states.device
         self._model.set_attn_implementation("eager")  # it takes twice the time, but returns its weights
-        ids = torch.tensor([[*self._prefix, *(token for word in tokens for token in word)]], device=device)
+        ids = torch.tensor([[*prefix, *(token for word in tokens for token in word)]], device=device)
         decoded = self._model.get_decoder()(ids, encoder_hidden_states=states, output_attentions=True, use_cache=False)
         owners = torch.repeat_interleave(torch.tensor([len(word) for word in tokens])).to(device)  # (tokens,)
         # For each layer (1, heads, prefix + tokens, window) -> (heads, tokens, frames) -> (heads, words, frames)
-        layers = [layer[0, :, len(self._prefix) :, :frame_count].float() for layer in decoded.cross_attentions]
+        layers = [layer[0, :, len(prefix) :, :frame_count].float() for layer in decoded.cross_attentions]
         heads = torch.cat([_sum_by_word(layer, owners, len(tokens)) for layer in layers])
         norms = heads.square().sum(dim=1).sqrt().sum(dim=-1)  # (heads of all layers,)
         return heads[norms.topk(min(CANDIDATES, len(norms))).indices].cpu().numpy()

@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from graft.checkpoints.quiet import no_loading_bars
 from graft.errors import ModelError
 from graft.inference.aligners.protocol import spread_words, timed_words
 from graft.inference.segments import Word
+from graft.text.characters import compose, split_words
 
 # Shorter clips are padded with silence to this length: the convolutions of wav2vec2 need 400 samples.
 LEAST_SAMPLES = 1600
@@ -38,9 +39,11 @@ PREFERENCE = 0.01
 class CtcAligner:
     """Aligns with a folder or hub id that AutoModelForCTC opens and whose vocabulary is letters.
 
-    Each letter is looked up as it is written, in upper case, in lower case, and without accents; letters that are not
-    in the vocabulary are left out, and a word without any letter lasts from the previous word to the next. A text of
-    more letters than the model has frames is spread over the clip. Raises ModelError for a vocabulary without letters.
+    Each letter is looked up as it is written, in upper case, in lower case, and by the parts that Unicode takes it
+    apart into, such as é without its accent or a Korean syllable's jamo; letters that are not in the vocabulary are
+    left out, and a word without any letter lasts from the previous word to the next. A text is spread over the clip
+    where most of its letters are left out, as Russian's are by an English model, or where it has more letters than the
+    model has frames. Raises ModelError for a vocabulary without letters.
     """
 
     def __init__(
@@ -69,18 +72,30 @@ class CtcAligner:
         self._delimiter = self._ids.pop(getattr(tokenizer, "word_delimiter_token", None) or " ", None)
         self._lock = threading.Lock()
 
-    def align(self, clip: AudioClip, text: str) -> tuple[Word, ...]:
-        """Return the words of a text with their times, as Aligner says.
+    def find_language(self, clip: AudioClip) -> str | None:
+        """Return None: the letters of a CTC model are those of its own language."""
+        return None
+
+    def align(self, clip: AudioClip, text: str, language: str | None = None) -> tuple[Word, ...]:
+        """Return the words of a text with their times, as Aligner says; the language does not matter.
 
         A clip may have any length that fits into memory.
         """
-        words = text.split()
+        written = split_words(text)
+        words = [word for _, word in written]
+        letters = [letter for letter in compose(text) if letter.isalpha()]
+        if 2 * sum(bool(self._spell(letter)) for letter in letters) < len(letters):
+            return spread_words(words, clip.duration_s)
         if not words:
             return ()
         with self._lock:
             logprobs = self._logprobs(clip)
         spans = word_frames(
-            logprobs, [self._labels(word) for word in words], blank=self._blank, delimiter=self._delimiter
+            logprobs,
+            [self._labels(word) for word in words],
+            blank=self._blank,
+            delimiter=self._delimiter,
+            joined={place for place, (gap, _) in enumerate(written) if not gap},
         )
         if not spans:
             return spread_words(words, clip.duration_s)
@@ -97,17 +112,32 @@ class CtcAligner:
 
     def _labels(self, word: str) -> list[int]:
         """Look up the letters of a word; a word without any is one wildcard."""
-        forms = (next((form for form in _letter_forms(letter) if form in self._ids), None) for letter in word)
-        return [self._ids[form] for form in forms if form] or [WILDCARD]
+        return [label for letter in compose(word) for label in self._spell(letter)] or [WILDCARD]
+
+    def _spell(self, letter: str) -> list[int]:
+        """Return the labels of a letter, or else of its parts; none where the vocabulary has neither."""
+        found = self._find(letter)
+        parts = [found] if found is not None else [self._find(part) for part in unicodedata.normalize("NFKD", letter)]
+        return [part for part in parts if part is not None]
+
+    def _find(self, letter: str) -> int | None:
+        forms = (letter, letter.upper(), letter.lower())
+        return next((self._ids[form] for form in forms if form in self._ids), None)
 
 
 def word_frames(
-    logprobs: np.ndarray, words: Sequence[Sequence[int]], *, blank: int, delimiter: int | None
+    logprobs: np.ndarray,
+    words: Sequence[Sequence[int]],
+    *,
+    blank: int,
+    delimiter: int | None,
+    joined: Collection[int] = (),
 ) -> list[tuple[int, int]]:
     """Find the first frame of each word and the frame after its last on the likeliest CTC path.
 
     logprobs (frames, vocabulary), labels of each word; `delimiter` is the label between words, None for a model without
-    one. Returns an empty list where there are fewer frames than the labels need.
+    one; it does not stand before the words at the places `joined`. Returns an empty list where there are fewer frames
+    than the labels need.
     """
     # Two columns follow the vocabulary: the wildcard, and the edge, which stands before the first and after the last
     # word, where models write blanks and delimiters in any order.
@@ -121,7 +151,7 @@ def word_frames(
     vocabulary = logprobs.shape[1]
     labels, owners = [vocabulary + 1], [-1]  # the word of each label, -1 for edges and delimiters
     for word, own in enumerate(words):
-        gap = [delimiter] if word and delimiter is not None else []
+        gap = [delimiter] if word and delimiter is not None and word not in joined else []
         labels += [*gap, *(vocabulary if label == WILDCARD else label for label in own)]
         owners += [-1] * len(gap) + [word] * len(own)
     labels, owners = [*labels, vocabulary + 1], [*owners, -1]
@@ -214,9 +244,3 @@ def word_spans(owners: np.ndarray, word_count: int) -> list[tuple[int, int]]:
     """
     frames = [np.flatnonzero(owners == word) for word in range(word_count)]
     return [(int(own[0]), int(own[-1]) + 1) for own in frames]
-
-
-def _letter_forms(letter: str) -> tuple[str, ...]:
-    """Return the ways in which a vocabulary may write a letter, the likeliest first."""
-    plain = unicodedata.normalize("NFKD", letter)[0]
-    return (letter, letter.upper(), letter.lower(), plain, plain.upper(), plain.lower())

@@ -19,8 +19,15 @@ class Aligner(Protocol):
         """Name of the model and the method, as it stands in transcripts."""
         ...
 
-    def align(self, clip: AudioClip, text: str) -> tuple[Word, ...]:
-        """Return the words of a text, `text.split()`, with times in seconds from the clip's start.
+    def find_language(self, clip: AudioClip) -> str | None:
+        """Return the language (ISO 639-1) that is spoken in a clip; None from a model that does not find it out.
+
+        Raises AudioError for a clip over 30 s.
+        """
+        ...
+
+    def align(self, clip: AudioClip, text: str, language: str | None = None) -> tuple[Word, ...]:
+        """Return the words of a text in a language, as split_words does, with times in seconds from the clip's start.
 
         Words come in order: no word starts before the previous one starts, ends before it starts itself, or ends after
         the clip. A text too long to be spoken in the clip (each aligner states its limit) is not aligned:

@@ -13,7 +13,8 @@ class EngineRequest:
     """One clip to transcribe: its features, the prompt whose placeholders they fill, and the most tokens of the answer.
 
     With a positive `no_repeat_ngram`, no sequence of that many tokens occurs twice in the answer: at each step the
-    likeliest token that repeats none is chosen.
+    likeliest token that repeats none is chosen. Where there are `first_ids`, the answer begins with one of them, as a
+    Whisper's begins with the language that it hears; vLLM, which runs no Whisper, does not read them.
     """
 
     request_id: str
@@ -21,6 +22,7 @@ class EngineRequest:
     prompt_ids: list[int]
     max_new_tokens: int
     no_repeat_ngram: int = 0
+    first_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Choose each row's next token: the likeliest that is neither suppressed for all rows nor blocked for its own."""
+"""Choose each row's next token: the likeliest that is neither suppressed for all rows nor blocked for its own.
+
+A row may also be given the only tokens that it has to choose from.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,13 +9,21 @@ from torch import Tensor
 
 
 def choose_tokens(
-    logits: Tensor, suppressed_ids: Tensor, blocked_ids: Mapping[int, Sequence[int]]
+    logits: Tensor,
+    suppressed_ids: Tensor,
+    blocked_ids: Mapping[int, Sequence[int]],
+    only_ids: Mapping[int, Sequence[int]] | None = None,
 ) -> tuple[list[int], list[float]]:
     """Choose a token for each row of logits (rows, vocabulary); returns the ids and their natural log-probabilities.
 
-    Suppressed ids (count,) have no probability. Blocked ids, given by row index, keep theirs but are not chosen.
+    Suppressed ids (count,) have no probability. Blocked ids, given by row index, keep theirs but are not chosen. Rows
+    in `only_ids` choose among these, whatever is suppressed, which have all of the probability.
     """
-    logits = logits.float().index_fill(1, suppressed_ids, float("-inf"))
+    all_logits = logits.float()
+    logits = all_logits.index_fill(1, suppressed_ids, float("-inf"))
+    for row, ids in (only_ids or {}).items():
+        logits[row] = float("-inf")
+        logits[row, ids] = all_logits[row, ids]
     total = logits.logsumexp(dim=-1)
     for row, ids in blocked_ids.items():
         logits[row, ids] = float("-inf")

@@ -190,7 +190,8 @@ class TransformersEngine:
     def _prefill(self, rows: list[Row]) -> None:
         together = [*self._running, *rows]
         cache, logits = self._decoder.prefill([row.request for row in rows])
-        chosen = choose_tokens(logits, self._decoder.first_suppressed_ids, {})
+        only = {index: row.request.first_ids for index, row in enumerate(rows) if row.request.first_ids}
+        chosen = choose_tokens(logits, self._decoder.first_suppressed_ids, {}, only)
         slots = self._decoder.slots
         longest = slots.window + max(row.length for row in together)
         self._decoder.reserve(max(self._max_batch_tokens, len(together) * longest))

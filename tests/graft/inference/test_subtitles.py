@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from graft.inference.segments import Segment, Word
 from graft.inference.subtitles import FORMATS, Cue, CueLimits, make_cues
 from graft.inference.transcript import Transcript, stitch
+from graft.text.characters import split_words
 
 SPEECH = (
     "When the sunlight strikes raindrops in the air, they act as a prism and form a rainbow. The rainbow is a division "
@@ -168,8 +169,11 @@ def test_without_word_times_a_segments_time_is_shared_out_by_the_lengths_of_its_
 )
 @pytest.mark.parametrize("is_timed", [False, True])
 def test_scripts_without_spaces_break_between_characters(text: str, first: str | None, is_timed: bool) -> None:
-    words = tuple(Word(20.0 * place, 20.0 * place + 18.0, word) for place, word in enumerate(text.split()))
+    words = tuple(Word(0.3 * place, 0.3 * place + 0.2, word) for place, (_, word) in enumerate(split_words(text)))
     cues = cues_of(transcript(Segment(0.0, 60.0, text, words=words if is_timed else ())))
+    if is_timed:
+        starts = {round(1000 * word.start_s): word.text for word in words}
+        assert all(cue.text.startswith(starts[cue.start_ms]) for cue in cues)
     assert within(cues, CueLimits())
     lines = [line for cue in cues for line in cue.text.split("\n")]
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")

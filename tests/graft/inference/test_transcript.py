@@ -62,6 +62,7 @@ def test_json_holds_everything() -> None:
         "model": "graft-base",
         "aligner": None,
         "defects": [],
+        "language": None,
     }
 
 

@@ -14,6 +14,7 @@ from graft.text.characters import (
     display_columns,
     is_unspaced,
     lower_case,
+    split_words,
 )
 from graft.text.prompts import check_context_words, is_formatted, style_text
 
@@ -65,6 +66,7 @@ def test_lower_case_keeps_the_letters_and_marks_of_a_script(language):
         ("10:30, 24/7, 1,000 and .5 for -$3.", "10:30 24/7 1,000 and .5 for -$3"),
         ("The boys' ’tis 'quoted' don’t a_b e-mail... x", "the boys tis quoted don't a b e mail x"),
         ("me@home.org #1 §5 (loud) ♪ 😀", "me@home org #1 §5 loud"),
+        ("I ❤️ you 👩‍👩‍👧 1️⃣ 🇫🇷, ok 👍🏽", "i you 1 ok"),
         ("soft\u00adhyphen \ufeffmark nul\x00byte", "softhyphen mark nul byte"),
     ],
 )
@@ -81,10 +83,20 @@ def test_lower_case_twice_is_lower_case_once(text):
 
 def test_words_of_scripts_without_spaces_are_characters():
     assert WORD.findall("Hello, 世界コーヒー don’t यह है") == ["Hello", "世", "界", "コー", "ヒー", "don’t", "यह", "है"]
+    assert WORD.findall("❤️ 👩‍👩‍👧 नहीं") == ["नहीं"]
     assert count_words(WORD.findall("one two 世界世")) == 3
     assert [is_unspaced(SENTENCES[language]) for language in ("ja", "th", "ru", "hi")] == [True, True, False, False]
     assert is_unspaced("AI 技術の話")
     assert not any(map(is_unspaced, ["He said 你好 to me", ""]))
+
+
+def test_words_have_times_of_their_own_where_they_are_characters():
+    text = "「吾輩は猫」。 AI 技術, don't สวัสดีครับ 한국어"
+    words = split_words(text)
+    assert [word for _, word in words][:8] == ["「吾", "輩", "は", "猫」。", "AI", "技", "術,", "don't"]
+    assert [word for _, word in words][8:] == [*("ส", "วั", "ส", "ดี", "ค", "รั", "บ"), "한국어"]
+    assert "".join(map("".join, words)).strip() == text
+    assert split_words("") == split_words(" \n") == []
 
 
 def test_lengths_are_those_of_speech():

@@ -12,6 +12,13 @@ def test_codes_regions_and_names_are_one_language():
     given = ["de", "DE", "de-AT", "de_ch", "vi_vn", "cmn_hans_cn", "yue", "gsw"]
     assert [language_code(one) for one in given] == ["de", "de", "de", "de", "vi", "zh", "yue", "gsw"]
     assert [language_code(one) for one in ("German", " vietnamese", "Burmese")] == ["de", "vi", "my"]
+    assert [language_code(one) for one in ("deu", "ger", "eng", "zho-TW", "English (US)")] == [
+        "de",
+        "de",
+        "en",
+        "zh",
+        "en",
+    ]
     assert [language_name(one) for one in ("de", "gsw")] == ["German", "gsw"]
     for wrong in ("", "Klingon", "d", "12"):
         with pytest.raises(DataError, match="is none that is known: give its code by ISO 639-1, such as de"):

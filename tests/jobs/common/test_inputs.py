@@ -14,7 +14,8 @@ from jobs.transcribe import TranscribeRecipe
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "merged").mkdir(parents=True)
-    for name in ("talk.flac", "Smith, John.wav", "a [1].wav"):
+    (tmp_path / "sub").mkdir()
+    for name in ("talk.flac", "Smith, John.wav", "a [1].wav", "sub/b.wav"):
         (tmp_path / name).touch()
     return tmp_path
 
@@ -44,6 +45,7 @@ def test_a_model_may_be_a_hub_id_or_a_name(model):
         (TranscribeRecipe(model="./small", audio="talk.flac"), "model=./small"),
         (TranscribeRecipe(model="a/b/c", audio="talk.flac"), "model=a/b/c (there is no folder a)"),
         (TranscribeRecipe(model="small", audio="file:///none.flac"), "audio=file:///none.flac"),
+        (TranscribeRecipe(model="small", audio="a[1].wav"), "audio=a[1].wav (did you mean a [1].wav?)"),
         (
             TranscribeRecipe(model="small", audio=["Smith", "John.wav"]),
             'audio=Smith, audio=John.wav (did you mean Smith, John.wav?); write audio=["Smith, John.wav"]',

@@ -1,6 +1,7 @@
 """Tests that an output folder belongs to one recipe and appears only when it is complete."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -41,6 +42,17 @@ def test_a_folder_belongs_to_the_recipe_that_claimed_it(tmp_path):
     assert (folder / "result").read_text() == "kept"
     assert claim_output(out, Job(workers=4), ignore=frozenset({"workers"})) == folder
     assert not holds_results(str(tmp_path / "none"), Job())
+
+
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "./", "..", "deep/..", str(tmp_path / "here")):
+        message = rf"^output {re.escape(out)} (is the working folder, or holds it, .*: choose another out=|exists: )"
+        with pytest.raises(OutputError, match=message), staged_output(out, Job()):
+            pass
+    assert not list((tmp_path / "here").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_what_is_said_in_other_words_is_the_same_recipe(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import logging
@@ -30,8 +31,10 @@ from starlette.routing import Mount
 
 import serve.http.uploads
 from graft.audio.chunking import Chunk
-from graft.errors import RecipeError
+from graft.errors import ModelError, RecipeError
 from graft.inference.segments import Segment
+from graft.inference.transcriber import open_transcriber
+from serve.backends.local import LocalBackend
 from serve.http.middleware import CLIENT_CLOSED_REQUEST, KEYS_VARIABLE, ApiKeys
 from serve.logs import Observer
 from serve.service import ModelInfo, ModelNotReady, TranscriptionBackend, TranscriptionOptions
@@ -528,7 +531,9 @@ def test_other_paths_and_methods_are_errors(url, method, path, status):
         ({"task": "translate"}, "does not translate"),
         ({"language": "german"}, "transcribes 'en' only"),
         ({"language": "de-AT"}, "transcribes 'en' only"),
-        ({"language": "中文"}, "transcribes 'en' only"),
+        ({"language": "xx"}, "transcribes 'en' only"),
+        ({"language": "中文"}, "language '中文' is none that is known: give its code by ISO 639-1"),
+        ({"language": "e"}, "language 'e' is none that is known"),
         ({"strict": "perhaps"}, "valid boolean"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join([*value, next(iter(value.values()))]),
@@ -543,6 +548,41 @@ def test_what_would_change_the_language_or_shape_of_the_answer_is_refused(url, d
 def test_english_has_many_names(url, language):
     response = post(url, {"language": language, "response_format": "verbose_json"})
     assert (response.json()["language"], response.headers.get("X-Graft-Ignored")) == ("en", None)
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("languages") / "tiny-whisper"
+    return Path(speech_corpus.save_tiny_whisper(folder, varied=True, languages=("de", "en", "vi")))
+
+
+@pytest.mark.seconds
+def test_the_language_reaches_the_prompt_or_is_found_for_the_upload(decoder, whisper):
+    with contextlib.ExitStack() as stack:
+        transcriber = stack.enter_context(contextlib.closing(open_transcriber(whisper)))
+        urls = {
+            default: stack.enter_context(serve_api(decoder, LocalBackend(transcriber, language=default)))
+            for default in (None, "vi")
+        }
+        form = {"model": "tiny-whisper", "response_format": "verbose_json"}
+        texts = {one: transcriber.transcribe(LONGER, language=one).text for one in ("de", "en", "vi")}
+        assert len(set(texts.values())) == 3
+        for asked, language in (("de", "de"), ("deu", "de"), ("English (US)", "en"), ("vi_VN", "vi")):
+            body = post(urls[None], form | {"language": asked}, file=LONGER).json()
+            assert (body["language"], body["text"]) == (language, texts[language])
+        for asked in ({}, {"language": "auto"}):
+            body = post(urls["vi"], form | asked, file=LONGER).json()
+            assert (body["language"], body["text"]) == ("vi", texts["vi"])
+        recording = media.write(media.speech(16_000, channels=1), 16_000, "WAV")
+        expected = transcriber.transcribe(recording)
+        assert len(expected.segments) > 1
+        body = post(urls[None], form, file=recording).json()
+        assert (body["language"], body["text"]) == (expected.language, expected.text)
+        error = read_error(post(urls["vi"], form | {"language": "fr"}, file=LONGER), 400)
+        assert (error["param"], error["code"]) == ("language", "unsupported_value")
+        assert error["message"] == "language=fr: this checkpoint knows de, en, vi: give one of these, or none"
+        with pytest.raises(ModelError, match="language=fr: this checkpoint knows de, en, vi"):
+            LocalBackend(transcriber, language="fr")
 
 
 @pytest.mark.parametrize(

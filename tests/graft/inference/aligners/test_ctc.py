@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 from graft.audio.clip import SAMPLE_RATE, AudioClip
 from graft.errors import ModelError
 from graft.inference.aligners.ctc import WILDCARD, CtcAligner, find_alignment, viterbi_alignment, word_frames
+from graft.inference.aligners.protocol import spread_words
+from graft.text.characters import split_words
 from tests.support.spoken_words import VOCABULARY, in_order, save_ctc
 
 TONES = {"a": 400.0, "b": 900.0, "c": 1700.0, "d": 3100.0}
@@ -97,6 +100,29 @@ def test_a_word_outside_the_vocabulary_lies_between_its_neighbours(ctc):
     found = np.array([[word.start_s, word.end_s] for word in words])
     assert np.abs(found[[0, 2, 3]] - np.array(spans)[[0, 2, 3]]).max() < 0.06
     assert spans[0][1] - 0.06 < found[1, 0] < found[1, 1] < spans[2][0] + 0.06
+
+
+def test_letters_are_spelled_by_their_parts_and_a_text_of_another_script_is_spread(ctc):
+    clip, spans, _ = make_tones("ab cda b dcb", np.random.default_rng(5))
+    for text in ("Āb çda b dçḃ", unicodedata.normalize("NFD", "Āb çda b dçḃ")):
+        words = ctc.align(clip, text)
+        assert in_order(words, text, 0, clip.duration_s)
+        assert np.abs([[word.start_s, word.end_s] for word in words] - np.array(spans)).max() < 0.06
+    for text in ("привет мир", "ab привет", "世界の話"):
+        assert ctc.align(clip, text) == spread_words([word for _, word in split_words(text)], clip.duration_s)
+
+
+def test_characters_without_spaces_follow_each_other_without_a_delimiter(tmp_path):
+    kana = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "か": 5, "き": 6, "ᄒ": 7, "ᅡ": 8, "ᆫ": 9}
+    aligner = CtcAligner(save_ctc(tmp_path / "kana", kana))
+    assert [aligner._labels(word) for word in ("か。", "き", "한", "漢")] == [[5], [6], [7, 8, 9], [WILDCARD]]
+    clip = AudioClip(np.random.default_rng(1).normal(0, 0.1, SAMPLE_RATE).astype(np.float32))
+    assert [word.text for word in aligner.align(clip, "かき。 か")] == ["か", "き。", "か"]
+    logprobs = np.log(np.full((7, 4), 0.05))
+    for frame, label in enumerate([0, 1, 1, 2, 3, 1, 0]):
+        logprobs[frame, label] = np.log(0.85)
+    spans = word_frames(logprobs, [[1], [2], [1]], blank=0, delimiter=3, joined={1})
+    assert spans == [(1, 3), (3, 4), (5, 6)]
 
 
 @pytest.mark.parametrize(

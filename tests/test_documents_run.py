@@ -93,7 +93,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         line["audio"] = str(prompts[line["id"]])
     _write_lines(home / "my" / "manifest.jsonl", lines)
     _write_lines(home / "my" / "unlabelled.jsonl", [{**line, "text": ""} for line in lines[:3]])
-    rows = [{"audio": {"bytes": path.read_bytes(), "path": path.name}} for path in (short, longer)]
+    rows = [{"audio": {"bytes": path.read_bytes(), "path": path.name}, "lang": "en"} for path in (short, longer)]
     pq.write_table(pa.Table.from_pylist(rows), home / "data.parquet")
     _write_sources(home, lines)
     for name in ("refs", "graft", "whisper"):

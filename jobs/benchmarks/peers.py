@@ -106,7 +106,8 @@ def bench_bf16(model: str | None, speech: Sequence[str] | None) -> Numbers:
 def open_graft(model: str, dtype: str | None = None) -> Transcribe:
     """Open a graft or a Whisper in a precision, by default the one that its weights are stored in."""
     transcriber: Any = open_transcriber(model, device="cpu", dtype=dtype, chunker=windows, threads=1)
-    return lambda clips: [transcript.text for transcript in transcriber.transcribe_many(clips)]
+    language = "en" if "en" in transcriber.languages else None  # as the others are told
+    return lambda clips: [transcript.text for transcript in transcriber.transcribe_many(clips, language=language)]
 
 
 def open_pipeline() -> Transcribe:

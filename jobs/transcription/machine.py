@@ -92,18 +92,25 @@ def connect_workers(asked: AskedWorkers, *, trains: bool = True) -> Workers:
     # A local Ray must count as many CPUs as all that is chosen takes.
     connect(cpus=max(asked.choose(this_machine(gpus=gpus)).cpus for gpus in (0, 1)) + RAYS_CPUS, trains=trains)
     machine, cpus = cluster_machine(), cluster_cpus()
-    workers = asked.choose(machine)
-    is_short = workers.cpus > cpus - 1  # nothing would be left to Ray's own tasks, which take turns on one CPU
-    if is_short and asked.transcribers == "auto" and cpus > 1:
-        workers, is_short = replace(workers, logical_cpu=(cpus - 1) / workers.cpus), False
+    workers = leave_room(asked.choose(machine), cpus, may_wait=asked.transcribers != "auto")
     print(f"graft: {describe(workers, machine)}", flush=True)
-    if is_short:
+    if workers.cpus * workers.logical_cpu > cpus - 1 + 1e-6:
         print(
             f"graft: the cluster has {cpus:g} CPUs, and these processes and Ray's own tasks take {workers.cpus + 1}: "
             "the run may wait for more",
             flush=True,
         )
     return workers
+
+
+def leave_room(workers: Workers, cpus: float, *, may_wait: bool) -> Workers:
+    """Return the processes of a cluster with so many CPUs such that one is left to Ray's own tasks, which take turns.
+
+    Where they would take it, all reserve less. Where they `may_wait`, more than there are now stay as they are: a
+    cluster may grow.
+    """
+    takes_all = cpus - 1 < workers.cpus <= (cpus if may_wait else math.inf)
+    return replace(workers, logical_cpu=(cpus - 1) / workers.cpus) if takes_all and cpus > 1 else workers
 
 
 def this_machine(*, gpus: int | None = None) -> Machine:

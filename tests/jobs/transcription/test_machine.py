@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jobs.transcription.machine import AskedWorkers, Machine, describe, describe_one, this_machine
+from jobs.transcription.machine import AskedWorkers, Machine, describe, describe_one, leave_room, this_machine
 from jobs.transcription.pipeline import Workers
 
 
@@ -53,6 +53,22 @@ def test_the_choice_is_told_in_one_line() -> None:
     assert describe_one(asked().choose(Machine((2,)))) == "on the CPU with 1 thread"
     here = this_machine(gpus=0)
     assert describe(asked().choose(here), here).endswith(f", on the CPU (of {here})")
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "may_wait", "share"),
+    [
+        (Workers(1, 1, 1, 0, 16), 2, True, 0.5),  # a reader and a worker take both CPUs
+        (Workers(1, 1, 1, 0, 16), 2, False, 0.5),
+        (Workers(1, 1, 1, 0, 16), 3, True, 1),
+        (Workers(2, 2, 1, 0, 16), 4, True, 0.75),
+        (Workers(2, 4, 1, 0, 16), 4, True, 1),  # they wait for a cluster that grows
+        (Workers(2, 4, 1, 0, 16), 4, False, 0.5),
+        (Workers(1, 1, 1, 0, 16), 1, False, 1),
+    ],
+)
+def test_a_cpu_is_left_to_rays_own_tasks(workers: Workers, cpus: float, may_wait: bool, share: float) -> None:
+    assert leave_room(workers, cpus, may_wait=may_wait).logical_cpu == share
 
 
 def test_processes_reserve_whole_cpus_or_a_part_of_one() -> None:

@@ -62,11 +62,17 @@ def save_tiny_whisper(folder: Path, *, varied: bool = False, languages: Sequence
         parameter.data.normal_(std=0.2)
     if varied:
         model.model.decoder.embed_positions.weight.data *= 10
-    if languages:
+    if languages:  # which change what is written, and are not written themselves
+        places = range(40, 40 + len(languages))
+        model.model.decoder.embed_tokens.weight.data[places] *= 50
+        for layer in model.model.decoder.layers:
+            for projection in (layer.self_attn.v_proj, layer.self_attn.out_proj):
+                projection.weight.data *= 4
         model.generation_config = GenerationConfig(
             decoder_start_token_id=3,
             no_timestamps_token_id=5,
-            lang_to_id={f"<|{code}|>": 40 + place for place, code in enumerate(languages)},
+            lang_to_id={f"<|{code}|>": place for place, code in zip(places, languages, strict=True)},
+            suppress_tokens=list(places),
             task_to_id={"transcribe": 6},
             eos_token_id=config.eos_token_id,
         )

@@ -72,7 +72,11 @@ class LocalBackend:
         )
         # The name by which clients call the model stays when another model is loaded.
         name = args.name or checkpoint_name(args.model)
-        return cls(transcriber, name, digest=digest, language=args.language)
+        try:
+            return cls(transcriber, name, digest=digest, language=args.language)
+        except GraftError:
+            transcriber.close()
+            raise
 
     async def close(self) -> None:
         """Wait for the chunks that are being transcribed, then release the model."""

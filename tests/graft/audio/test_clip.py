@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
+from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio, resample, resampled_count
 from graft.audio.spans import probe, read_span
 from graft.errors import AudioError
 from graft.storage.locations import find_files
@@ -379,3 +379,10 @@ def test_what_cannot_be_read_is_an_error_not_the_end(kind: str) -> None:
 
 def test_duration_counts_samples() -> None:
     assert AudioClip(np.zeros(8_000, np.float32)).duration_s == 0.5
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
+def test_the_length_at_16_khz_is_known_without_resampling(rate):
+    for count in (1, 2, 3, 5, 17, 441, 1_001, 4_409, 30_011):
+        made = sum(map(len, resample([np.zeros(count, np.float32)], rate)))
+        assert resampled_count(count, rate) == made

@@ -21,13 +21,16 @@ from pydantic import Field
 from graft.config import Recipe
 from graft.errors import DataError, RecipeError
 from graft.keys import DataKey, Location, ModelKey, OutputKey
+from graft.storage.atomic import write_atomic
 
 from .common.cli import run_job
-from .common.outputs import staged_output
+from .common.outputs import claim_output, locked_output
 from .evaluation.predictions import Prediction
 from .evaluation.text_files import ColumnName, read_texts
 
 SCORES_FILE = "scores.json"
+USUAL_COLUMNS = ("source", "speaker", "sex", "duration")
+"""Columns by which rates are broken down where the files have them."""
 
 
 class ScoreRecipe(Recipe):
@@ -54,7 +57,7 @@ class ScoreRecipe(Recipe):
     leaderboard: ModelKey[Location | None] = None
     """A checkout of the Open ASR Leaderboard, whose own English normaliser is used: its rules change from time to
     time. The scores name its digest."""
-    by: DataKey[list[str]] = Field(default=["source", "speaker", "sex", "duration"])
+    by: DataKey[list[str]] = Field(default=[*USUAL_COLUMNS])
     """Columns by which the rates are broken down; any column of the files can be named."""
     seed: DataKey[int] = Field(default=0, ge=0)
     """Seed of the intervals."""
@@ -63,15 +66,16 @@ class ScoreRecipe(Recipe):
 
 
 def run(recipe: ScoreRecipe) -> None:
-    """Score the files. Raises as score, and OutputError where the folder `out` holds other results."""
+    """Score the files, also again. Raises as score, and OutputError where the folder `out` holds other results."""
     from .evaluation.score_table import score_table
 
     if recipe.out is None:
         print(score_table(score(recipe)), flush=True)
         return
-    with staged_output(recipe.out, recipe) as folder:
-        scores = score(recipe)
-        (folder / SCORES_FILE).write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with locked_output(recipe.out):
+        scores = score(recipe)  # before anything is written
+        folder = claim_output(recipe.out, recipe)
+        write_atomic(folder / SCORES_FILE, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     print(score_table(scores), flush=True)
 
 
@@ -96,7 +100,12 @@ def score(recipe: ScoreRecipe) -> dict[str, Any]:
     lines = list(_reference_lines(references, recipe.columns))
     holds_answers = any(line.system is not None for line in lines)
     lines += _answer_lines(hypotheses, recipe.columns)
-    return score_predictions(lines, settings, own_references=holds_answers and not recipe.refs)
+    scores = score_predictions(lines, settings, own_references=holds_answers and not recipe.refs)
+    found = {column for one in scores["sets"].values() for column in one.get("breakdowns", {})}
+    if missing := [column for column in recipe.by if column not in found | set(USUAL_COLUMNS)]:
+        known = sorted({name for line in lines for name in line.more} | {*USUAL_COLUMNS, "language"})
+        raise DataError(f"by={missing[0]}: no clip has such a column: give some of {', '.join(known)}")
+    return scores
 
 
 def _roles(recipe: ScoreRecipe) -> tuple[list[str], list[tuple[str | None, str]]]:

@@ -67,6 +67,15 @@ def test_the_first_file_holds_the_references(files: Path, capsys: pytest.Capture
     assert list(scores_of("--recipe", "recipe.yaml")["sets"]["all"]["systems"]) == ["graft"]
 
 
+def test_files_that_changed_are_scored_again(files: Path) -> None:
+    for found in (ONE, TWO):
+        texts(files / "system.jsonl", found)
+        assert main(argv=["refs.jsonl", "system.jsonl", "out=scored"]) == 0
+        scores = json.loads((files / "scored" / "scores.json").read_text())
+        assert scores["sets"]["all"]["systems"]["system"]["wer"] == pytest.approx(wer(found))
+    assert {path.name for path in (files / "scored").iterdir()} == {"scores.json", "recipe.yaml"}
+
+
 def test_files_of_every_format_give_the_same_scores(files: Path) -> None:
     expected = scores_of("refs.jsonl", "one.jsonl")["sets"]["all"]["systems"]["one"]
     for name, lines in {"refs": REFERENCES, "one": ONE}.items():
@@ -154,6 +163,8 @@ def test_mistakes_are_told_in_one_line(files: Path, capsys: pytest.CaptureFixtur
     texts(files / "other.jsonl", {"x": "hello"})
     write_lines(files / "both.jsonl", [{"id": "a", "system": name, "hypothesis": "b"} for name in ("p", "q")])
     (files / "empty.jsonl").touch()
+    assert main(argv=["refs.jsonl", "one.jsonl", "out=scored"]) == 0
+    capsys.readouterr()
     for arguments, words in [
         ([], "there is nothing to score: give the file of the references"),
         (["refs.jsonl"], "there are references, but no hypotheses"),
@@ -163,9 +174,10 @@ def test_mistakes_are_told_in_one_line(files: Path, capsys: pytest.CaptureFixtur
         (["refs.jsonl", "empty.jsonl"], "empty.jsonl is empty"),
         (["refs.jsonl", "one.jsonl", "columns.hypothesis=mine"], "no text among id, text"),
         (["refs.jsonl", "one.jsonl", "columns.hyp=mine"], "unknown key columns.hyp"),
+        (["refs.jsonl", "one.jsonl", "by=sex,colour"], "by=colour: no clip has such a column: give some of duration"),
         (["refs.jsonl", "one.jsonl", "leaderboard=."], "leaderboard=. has no package normalizer"),
         (["refs.jsonl", "one.jsonl", "scorer=jiwer"], "scorer=jiwer: give graft or open-asr"),
-        (["refs.jsonl", "one.jsonl", "out=."], "output . exists"),
+        (["refs.jsonl", "two.jsonl", "out=scored"], "output scored holds another recipe's results: files was"),
     ]:
         assert main(argv=arguments) == 2, arguments
         errors = capsys.readouterr().err

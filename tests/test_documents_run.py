@@ -41,7 +41,7 @@ ROADS = {
     r"small-weights|speech/|runs/small/": "no: it takes hours, and its speech is not in the repository",
     r"--plan\b|^graft prepare |^graft(?: --version)?$|^graft \w+ --help$|^graft schema \w+$|^python -m jobs$": FAST,
     r"\b(?:s3|hf|https?)://|/shared/|/outputs/|example\.com": "no: it needs a bucket, the hub or a cluster",
-    r"gpu=true|gpus_per_\w+=[1-9]|-7b|-2b|engine=vllm": "no: it needs GPUs and checkpoints from the hub",
+    r"gpu=true|gpus_per_\w+=[1-9]|-7b|-2b|text_base=Qwen|engine=vllm": "no: it needs GPUs and checkpoints from the hub",
     r"^(?:docker|kubectl|helm|ssh|ray|serve) ": "no: tests/cluster and tests/serve/test_deploy.py run what it starts",
     r"^(?:graft submit|python -m jobs\.submit) ": "no: tests/jobs/test_submit_jobs.py sends every job to a cluster",
     r"^(?:graft bench|python -m jobs\.bench) ": "no: it takes idle cores; tests/jobs/benchmarks run its parts",

@@ -107,7 +107,10 @@ def check_model(path: str | Path, *, engine: Literal["transformers", "vllm"] = "
     if kind in GRAFT_MODEL_TYPES:
         check_graft(path)
         if engine == "vllm" and kind == TextGraftConfig.model_type:
-            raise ModelError(f"{path} is no graft on Qwen2-VL, which engine=vllm runs alone: leave engine out")
+            raise ModelError(
+                f"{path} is a graft on another language model than Qwen2-VL, which engine=vllm does not run: "
+                "leave engine out"
+            )
         return "graft"
     if engine == "vllm":
         raise ModelError(f"{path} is a whisper checkpoint, which engine=vllm does not run: leave engine out")

@@ -175,7 +175,7 @@ def test_parameters_and_matrices_are_counted(folder: Path):
 
 
 def test_what_does_not_go_with_it_is_refused_in_one_line(bases: tuple[str, str], folder: Path, tmp_path: Path):
-    with pytest.raises(ModelError, match="engine=vllm runs alone: leave engine out"):
+    with pytest.raises(ModelError, match="which engine=vllm does not run: leave engine out"):
         check_model(folder, engine="vllm")
     with pytest.raises(ValueError, match="which GraftForConditionalGeneration does not load: load it with AutoModel"):
         GraftForConditionalGeneration.from_pretrained(folder)

@@ -3,10 +3,10 @@
 manifest lines -> rows -> checks of text and audio, each file decoded once -> one row for each id -> splits, with longer
 clips joined from their rows on request -> out/SPLIT/part-00000.parquet ..., out/dropped.jsonl, out/summary.json
 
-Manifests are JSON lines, NeMo's among them, or CSV; files are in SpeechBrain's LargeScaleASR schema. Manifests and
-audio may lie on disks, in buckets, on the Hugging Face hub and on web servers. Every line that a source takes ends up
-in a split or, with its reason, in dropped.jsonl. The same input and seed give the same bytes, on any number of workers;
-the order of a manifest's lines changes no split.
+Manifests are JSON, CSV, those of NeMo and lhotse, WebDataset's tar files, or tables (parquet, Hugging Face datasets);
+files are in SpeechBrain's LargeScaleASR schema. Manifests and audio may lie on disks, in buckets, on the Hugging Face
+hub and on web servers. Every line that a source takes ends up in a split or, with its reason, in dropped.jsonl. The
+same input and seed give the same bytes, on any number of workers; the order of a manifest's lines changes no split.
 """
 
 import json
@@ -34,7 +34,7 @@ from .common.outputs import holds_results, staged_output
 from .preparation.clip_tasks import ReadingProgress, check_batch, read_all_clips
 from .preparation.clips import ClipChecker, ClipLimits
 from .preparation.concatenation import JoinedRecipe, JoinedRow, join_splits
-from .preparation.manifests import DroppedLine, Manifest, Row, SplitName, pin_revisions, read_manifests
+from .preparation.manifests import DroppedLine, Manifest, Row, SplitName, list_manifests, read_manifests
 from .preparation.parts import Part, write_part, write_parts
 from .transcription import Auto
 from .transcription.tasks import RayTasks, Tasks, TasksHere, asks_for_ray
@@ -112,7 +112,7 @@ def run(recipe: PrepareRecipe) -> None:
         print(f"{recipe.out}: already prepared")
         return
     require("pyarrow", extra="jobs")  # before the audio is decoded, not after
-    sources = pin_revisions(recipe.long_sources())
+    sources = list_manifests(recipe.long_sources())
     with staged_output(recipe.out, recipe) as folder:
         # A line that cannot be parsed is read once for each source of its manifest, and listed once.
         dropped: dict[DroppedLine, None] = {}

@@ -6,6 +6,7 @@ Only what is named in full is looked up: globs, hub ids and locations on other m
 import difflib
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +18,8 @@ from graft.storage.local_paths import local_path
 
 MOST_NAMED = 10
 """Most missing files that a message names."""
+SHARDS = re.compile(r"\{[^{}]*(?:,|\.\.)[^{}]*\}|_OP_.*_CL_")
+"""Numbers of several files in a name."""
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -38,7 +41,8 @@ def _exists(one: Input) -> bool:
         return True
     if one.is_file:
         # Brackets often stand in names of files: they are only a glob where they match something.
-        return any(sign in path for sign in "*?") or ("[" in path and bool(glob.glob(path)))
+        is_pattern = any(sign in path for sign in "*?") or SHARDS.search(path) is not None
+        return is_pattern or ("[" in path and bool(glob.glob(path)))
     first = path.split("/")[0]
     return not (path.startswith(("/", ".")) or path.count("/") > 1 or ("/" in path and os.path.isdir(first)))
 

@@ -1,67 +1,81 @@
-"""Read manifests of speech: JSON lines and CSV or TSV with a header line, also those of NeMo and Common Voice.
+"""Read manifests of speech in the formats of the field: text, tar files and tables.
 
-Every line becomes a Row or, with its reason, a DroppedLine. NeMo and Common Voice name fields differently and have no
+    a source -> its files -> records (by a reader of `formats`, or CSV) -> Row, or with its reason DroppedLine
+
+Every line, sample and row of a table becomes one of the two. NeMo and Common Voice name fields differently and have no
 ids.
 """
 
-import contextlib
 import csv
 import io
 import itertools
-import json
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
 from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from graft.config import Recipe
 from graft.data.splits import comparable_text
-from graft.errors import AudioError, DataError
+from graft.errors import DataError
 from graft.keys import Location
-from graft.storage.local_paths import local_path
-from graft.storage.locations import pin_revision, redact_uri
-from graft.storage.source import open_source
+from graft.storage.locations import redact_uri
 from graft.text.characters import compose
 from graft.text.languages import language_code
 
 from .audio_places import AudioPlace, file_place, location_below
+from .formats.json_records import NOT_JSON, read_json
+from .formats.lhotse_cuts import SHAR, is_lhotse, read_cut
+from .formats.opening import OpenManifest, open_manifest
+from .formats.records import BadRecord, Record
+from .formats.sources import list_files
+from .formats.tables import read_arrow_rows, read_parquet_rows
+from .formats.tarred_audio import TarredAudio
+from .formats.webdataset import DAMAGED, read_samples
 
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 FieldName = Literal["id", "audio", "text", "speaker", "sex", "language", "offset", "duration"]
 
 FIELD_NAMES: dict[str, tuple[str, ...]] = {
-    "id": ("id",),
-    "audio": ("audio", "audio_filepath", "path"),
-    "text": ("text", "sentence"),
-    "speaker": ("speaker", "client_id"),
+    "id": ("id", "ID"),
+    "audio": ("audio", "audio_filepath", "path", "wav"),
+    "text": ("text", "sentence", "transcription", "transcript"),
+    "speaker": ("speaker", "client_id", "speaker_id", "spk_id"),
     "sex": ("sex", "gender"),
     "language": ("language", "lang", "locale"),
     "offset": ("offset",),
     "duration": ("duration",),
 }
-"""Names of a field in manifests: graft's name first, then NeMo's or Common Voice's."""
+"""Names of a field in manifests: graft's name first, then those of NeMo, Common Voice, and usual data sets."""
 
 DELIMITERS = "\t,;|"
-SYNTAX_REASONS = ("not JSON", "not CSV")
+NOT_CSV = "not CSV"
+SYNTAX_REASONS = (NOT_JSON, NOT_CSV, DAMAGED)
 """Reasons of lines that cannot be parsed, so that their fields are not known."""
 LONGEST_S = 1e6
 """Times beyond this are taken for errors: some headers give no length but the largest number."""
+
+_QWEN_TEXT = re.compile(r"\s*language\s+([^<]+?)\s*<asr_text>(.*)", re.DOTALL)
+"""A text for the fine-tuning of Qwen3-ASR, which names its language, or None."""
 
 
 class Manifest(Recipe):
     """A manifest, and how to read it."""
 
     manifest: Location
-    """Path or URI of JSON lines, or of CSV (*.csv, *.tsv or a given delimiter), with the fields audio and text and
-    optionally id, speaker, sex, language, offset and duration."""
+    """Path or URI of JSON lines or one JSON array, of CSV (*.csv, *.tsv or a given delimiter), of lhotse's cuts, of a
+    tar file of WebDataset, or of a parquet or Arrow file; or a folder or glob of one kind, or names with {0..7} or
+    _OP_0..7_CL_. Fields are audio and text and optionally id, speaker, sex, language, offset and duration."""
     split: SplitName | None = None
     """Split that every row of this manifest goes to; null draws splits by the shares of `splits`."""
     folder: str = "."
     """Folder that audio paths are relative to, itself relative to the manifest's folder; `clips` for Common Voice."""
+    tars: list[str] = Field(default_factory=list)
+    """Tar files with the audio of a NeMo manifest, relative to its folder; with none, lines with a shard_id are looked
+    up in audio_ID.tar beside the manifest or one folder above it."""
     delimiter: str | None = Field(default=None, min_length=1, max_length=1)
     """Delimiter of a CSV file; null takes the one of tab, comma, semicolon and bar that its header line holds most
     often. With a tab, quotes are part of the text."""
@@ -73,10 +87,18 @@ class Manifest(Recipe):
     unlabelled: Literal["drop", "keep"] = "drop"
     """Lines without a text are dropped, or kept with an empty text for graft label."""
 
+    _given: str = PrivateAttr(default="")  # the source's location, where it names several files
+
     @property
     def place(self) -> str:
         """The manifest's location as messages show it."""
         return redact_uri(self.manifest)
+
+    def of_file(self, location: str) -> "Manifest":
+        """Return this source with one of the files that it names."""
+        copy = self.model_copy(update={"manifest": location})
+        copy._given = self.place
+        return copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,84 +135,82 @@ class DroppedLine:
     detail: str = ""
 
 
-def pin_revisions(sources: Sequence[Manifest]) -> list[Manifest]:
-    """Name manifests on the hub by their present commits, at which the audio beside them is then read, too.
+def list_manifests(sources: Sequence[Manifest]) -> list[Manifest]:
+    """Name each file of sources that are folders, globs or have braces, and those on the hub by their present commits.
 
-    Raises DataError for one that is missing.
+    The audio beside a manifest on the hub is then read at that commit, too. Raises DataError for a source that is
+    missing, and for a folder that does not tell what is to be read.
     """
-    return [source.model_copy(update={"manifest": pin_revision(source.manifest)}) for source in sources]
+    return [source.of_file(file) for source in sources for file in list_files(source.manifest)]
 
 
 def read_manifests(sources: Sequence[Manifest]) -> Iterator[Row | DroppedLine]:
     """Read every line of every manifest in order, one after the other, without those that a source's `only` leaves out.
 
-    Raises DataError for a manifest that is missing or of another format, and where `only` matches none of its lines.
+    A source is one file. Raises DataError for a manifest that is missing or of another format, and where `only` matches
+    none of the lines of the files that were given together.
     """
-    for source in sources:
-        is_csv = source.delimiter or _suffix(source.manifest) in (".csv", ".tsv")
+    for given, files in itertools.groupby(sources, key=lambda source: (source._given or source.place, source.only)):
         is_matched = False
-        with _open_manifest(source.manifest) as file:
-            for result in _read_csv(file, source) if is_csv else _read_json(file, source):
-                # Lines that cannot be parsed are reported whether `only` would match them or not.
-                is_matched |= not (isinstance(result, DroppedLine) and result.reason in SYNTAX_REASONS)
-                yield result
-        if source.only and not is_matched:
-            raise DataError(
-                f"manifest {source.place}: no line matches only={source.only}: give a glob of a field's whole value"
-            )
+        for source in files:
+            with open_manifest(source.manifest, has_delimiter=source.delimiter is not None) as manifest:
+                for result in _read_rows(manifest, source):
+                    # Lines that cannot be parsed are reported whether `only` would match them or not.
+                    is_matched |= not (isinstance(result, DroppedLine) and result.reason in SYNTAX_REASONS)
+                    yield result
+        place, only = given
+        if only and not is_matched:
+            raise DataError(f"manifest {place}: no line matches only={only}: give a glob of a field's whole value")
 
 
-@contextlib.contextmanager
-def _open_manifest(location: str) -> Iterator[BinaryIO]:
-    """Open a manifest, which is read by ranges. Raises DataError where it is missing, or where reading it failed."""
-    try:
-        path = local_path(location)
-        if path is not None:
-            with open(path, "rb") as local:
-                yield local
-            return
-        with open_source(location) as file:
-            yield file
-            file.check()
-    except (OSError, AudioError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).partition(": ")[2].rpartition(": ")[0]
-        raise DataError(
-            f"manifest {redact_uri(location)}: {reason}: give the path or URI of a JSON-lines or CSV file"
-        ) from error
+def _read_rows(manifest: OpenManifest, source: Manifest) -> Iterator[Row | DroppedLine]:
+    """Make rows of a manifest's records, but for those that `only` leaves out."""
+    for record in _read_records(manifest, source):
+        if isinstance(record, BadRecord):
+            yield DroppedLine(source.place, record.number, record.id, record.reason, record.detail)
+        elif _is_selected(record.values, source):
+            yield _parse_fields(record, source)
 
 
-def _suffix(location: str) -> str:
-    return PurePosixPath(file_place(location).name).suffix.lower()
+def _read_records(manifest: OpenManifest, source: Manifest) -> Iterator[Record | BadRecord]:
+    names = {field: _names_of(field, source) for field in FIELD_NAMES}
+    match manifest.format:
+        case "csv":
+            return _read_csv(manifest.file, source)
+        case "tar":
+            return read_samples(manifest.file, source.manifest, source.place)
+        case "parquet":
+            return read_parquet_rows(source.manifest, names, list(source.only))
+        case "arrow":
+            return read_arrow_rows(source.manifest, names, list(source.only))
+    tars = TarredAudio(source.manifest, source.tars)
+    return (
+        found
+        for record in read_json(manifest.file, source.place)
+        for one in _clips_of(record)
+        for found in [one if isinstance(one, BadRecord) else _with_tarred_audio(one, source, tars)]
+    )
 
 
-def _read_json(file: BinaryIO, source: Manifest) -> Iterator[Row | DroppedLine]:
-    count, is_json = 0, False
-    lines = (line for block in file for line in block.splitlines())
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        count += 1
-        result = _parse_json(line, source, number)
-        is_json |= not (isinstance(result, DroppedLine) and result.reason == "not JSON")
-        if result:
-            yield result
-    if not is_json:
-        raise DataError(f"manifest {source.place}: none of its {count} lines is JSON: wants one object a line")
+def _clips_of(record: Record | BadRecord) -> Iterable[Record | BadRecord]:
+    is_cut = isinstance(record, Record) and is_lhotse(record.values)
+    return read_cut(record.values, record.number) if isinstance(record, Record) and is_cut else [record]
 
 
-def _parse_json(line: bytes, source: Manifest, number: int) -> Row | DroppedLine | None:
-    """Parse one line; None where `only` leaves it out."""
-    try:
-        values = json.loads(line)
-        json.dumps(values, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which is no text
-    except ValueError as error:
-        return DroppedLine(source.place, number, None, "not JSON", str(error))
-    if not isinstance(values, dict):
-        return DroppedLine(source.place, number, None, "not JSON", f"a {type(values).__name__}, wants an object")
-    return _parse_fields(values, source, number) if _is_selected(values, source) else None
+def _with_tarred_audio(record: Record, source: Manifest, tars: TarredAudio) -> Record | BadRecord:
+    """Give a record the place of its audio, where that is in a tar file beside the manifest."""
+    values, place = record.values, None
+    if SHAR in values:
+        place = tars.find_recording(str(values[SHAR]), record.number)
+    elif tars.holds(values):
+        path = next(filter(None, (_text_of(values, name) for name in _names_of("audio", source))), "")
+        # NeMo writes the names of members without folders.
+        if path and (source.tars or "/" not in path):
+            place = tars.find(values, path, record.number)
+    return place if isinstance(place, BadRecord) else replace(record, audio=place)
 
 
-def _read_csv(file: BinaryIO, source: Manifest) -> Iterator[Row | DroppedLine]:
+def _read_csv(file: BinaryIO, source: Manifest) -> Iterator[Record | BadRecord]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     number = 0
     try:
@@ -209,9 +229,9 @@ def _read_csv(file: BinaryIO, source: Manifest) -> Iterator[Row | DroppedLine]:
             number = lines.line_num
             if len(values) not in (0, len(header)):
                 detail = f"{len(values)} fields, the header has {len(header)}"
-                yield DroppedLine(source.place, number, None, "not CSV", detail)
-            elif values and _is_selected(fields := dict(zip(header, values, strict=True)), source):
-                yield _parse_fields(fields, source, number)
+                yield BadRecord(number, NOT_CSV, detail)
+            elif values:
+                yield Record(number, dict(zip(header, values, strict=True)))
     except csv.Error as error:
         raise DataError(f"manifest {source.place}: line {lines.line_num}: {error}") from error
     except UnicodeDecodeError as error:
@@ -234,18 +254,25 @@ def _is_selected(values: Mapping[str, Any], source: Manifest) -> bool:
     return all(fnmatchcase(_text_of(values, name), pattern) for name, pattern in source.only.items())
 
 
-def _parse_fields(values: Mapping[str, Any], source: Manifest, number: int) -> Row | DroppedLine:
-    """Make a row of a line's values, or the reason why there is none."""
+def _parse_fields(record: Record, source: Manifest) -> Row | DroppedLine:
+    """Make a row of a record's values, or the reason why there is none."""
+    values, number = record.values, record.number
     found = {
         field: next((name for name in _names_of(field, source) if _text_of(values, name)), "") for field in FIELD_NAMES
     }
     fields = {field: _text_of(values, name) for field, name in found.items()}
-    if found["audio"] in FIELD_NAMES["audio"][1:] and not fields["id"]:  # NeMo and Common Voice have no ids
-        fields["id"] = redact_uri(fields["audio"]) + (f"@{fields['offset']}" if fields["offset"] else "")
+    if record.is_whole:
+        fields["offset"] = fields["duration"] = ""
+    if not fields["id"] and not any(name in values for name in _names_of("id", source)):
+        path = record.id or redact_uri(fields["audio"])
+        fields["id"] = path + (f"@{fields['offset']}" if path and fields["offset"] else "")
+    if prefix := _QWEN_TEXT.fullmatch(fields["text"]):
+        named = "" if prefix[1].lower() == "none" else prefix[1]
+        fields |= {"language": fields["language"] or named, "text": prefix[2].strip()}
     # Punctuation alone is nothing that could be said.
     fields["text"] = compose(fields["text"]) if comparable_text(fields["text"]) else ""
     for field in _required_fields(source, "id", "audio", "text"):
-        if not fields[field]:
+        if not fields[field] and not (field == "audio" and record.audio):
             return DroppedLine(source.place, number, fields["id"] or None, f"no {field}")
     try:
         language = language_code(fields["language"]) if fields["language"] else None
@@ -262,7 +289,7 @@ def _parse_fields(values: Mapping[str, Any], source: Manifest, number: int) -> R
         return DroppedLine(source.place, number, fields["id"], "no such time", str(error))
     return Row(
         fields["id"],
-        file_place(location_below(source.manifest, fields["audio"], folder=source.folder)),
+        record.audio or file_place(location_below(source.manifest, fields["audio"], folder=source.folder)),
         fields["text"],
         sys.intern(fields["speaker"]) or None,
         sys.intern(fields["sex"]) or None,

@@ -85,7 +85,7 @@ def test_every_bad_row_is_dropped_with_its_reason(tmp_path):
         {"id": "good", "audio": "fine.wav", "text": "good one"},
         "{broken",
         "[1, 2]",
-        {"audio": "fine.wav", "text": "no id"},
+        {"id": "", "audio": "fine.wav", "text": "no id"},
         {"id": "a", "text": "no audio", "audio": None},
         {"id": "b", "audio": "fine.wav", "text": None},
         {"id": "c", "audio": "fine.wav", "text": " ... "},

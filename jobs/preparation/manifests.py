@@ -173,16 +173,16 @@ def _read_rows(manifest: OpenManifest, source: Manifest) -> Iterator[Row | Dropp
 
 
 def _read_records(manifest: OpenManifest, source: Manifest) -> Iterator[Record | BadRecord]:
-    names = {field: _names_of(field, source) for field in FIELD_NAMES}
+    names, named = {field: _names_of(field, source) for field in FIELD_NAMES}, [*source.columns.values(), *source.only]
     match manifest.format:
         case "csv":
             return _read_csv(manifest.file, source)
         case "tar":
             return read_samples(manifest.file, source.manifest, source.place)
         case "parquet":
-            return read_parquet_rows(source.manifest, names, list(source.only))
+            return read_parquet_rows(source.manifest, names, named)
         case "arrow":
-            return read_arrow_rows(source.manifest, names, list(source.only))
+            return read_arrow_rows(source.manifest, names, named)
     tars = TarredAudio(source.manifest, source.tars)
     return (
         found

@@ -26,6 +26,7 @@ KINDS = (("*.parquet", ".parquet"), ("*.arrow", ".arrow"), ("cuts.*.jsonl.gz", "
 STATE, SPLITS, NEMO_MANIFEST = "state.json", "dataset_dict.json", "tarred_audio_manifest.json"
 """Files by which the folders of `datasets` and NeMo's tarred sets are known."""
 
+_FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".txt", ".tar", ".tgz", ".parquet", ".arrow")
 _NEMO_BRACES = re.compile(r"_OP_(.*?)_CL_")
 _BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -90,7 +91,8 @@ def _files_of(location: str) -> list[str]:
     name = PurePosixPath(location.rstrip("/") if is_hub else location.partition("?")[0].rstrip("/")).name
     if any(sign in name for sign in ("*?[" if is_hub else "*[")):
         return _matching(location)
-    return [pin_revision(location)] if "." in name else _in_folder(location)
+    is_file = PurePosixPath(name).suffix.lower() in _FILE_SUFFIXES
+    return [pin_revision(location)] if is_file else _in_folder(location)
 
 
 def _matching(location: str) -> list[str]:

@@ -31,9 +31,9 @@ _SCANNED_ROWS = 16
 
 
 def read_parquet_rows(location: str, names: Names, others: Sequence[str]) -> Iterator[Record]:
-    """Yield the rows of a parquet file: the columns that may be fields, and `others`.
+    """Yield the rows of a parquet file: the columns that may be fields, and `others`, which must be there.
 
-    Raises DataError where it cannot be read, or no column holds audio.
+    Raises DataError where it cannot be read, or lacks a column, or none holds audio.
     """
     place = redact_uri(location)
     if PurePosixPath(file_place(location).name).suffix.lower() != PARQUET:
@@ -81,6 +81,11 @@ class _Layout:
     @classmethod
     def of(cls, schema: pa.Schema, names: Names, others: Sequence[str], place: str) -> "_Layout":
         """Find the columns of a schema. Raises DataError where none holds audio."""
+        if missing := [name for name in others if name not in schema.names]:
+            raise DataError(
+                f"manifest {place}: has no column {', '.join(missing)}, but {', '.join(schema.names):.300}: correct "
+                "`columns` or `only`"
+            )
         kinds = {name: _kind(schema.field(name).type) for name in schema.names}
         named = [name for name in names["audio"] if kinds.get(name)]
         structs = [name for name, kind in kinds.items() if kind == "struct"]
@@ -212,8 +217,12 @@ def _readable(place: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        text = str(error)
-        raise DataError(text if text.startswith("manifest ") else f"manifest {text}") from error
+        if str(error).startswith("manifest "):
+            raise
+        if not isinstance(error.__cause__, pa.ArrowException):
+            raise DataError(f"manifest {error}") from error
+        text = str(error).partition(": ")[2]
+        raise DataError(f"manifest {place}: cannot be read as a table ({text}): fetch or save it again") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         raise DataError(f"manifest {place}: cannot be read as a table ({text:.200}): fetch or save it again") from error

@@ -19,7 +19,7 @@ from jobs.preparation.audio_places import AudioReader
 from jobs.preparation.formats.sources import expand_braces, list_files
 from jobs.preparation.manifests import DroppedLine, Manifest, Row, list_manifests, read_manifests
 from jobs.prepare import PrepareRecipe, run
-from tests.support import hub_server, media
+from tests.support import hub_server, media, s3
 
 
 @functools.cache
@@ -301,7 +301,7 @@ def test_damaged_and_hostile_tar_files_lose_what_follows_the_damage_and_no_more(
         (whole[: at + 20_000], [1], {(2, f"{tmp_path}/s/1"): "unreadable member", (3, None): "damaged tar"}),
         (whole[:at] + b"\x55" * 600 + whole[at + 600 :], [1], {(2, None): "damaged tar"}),
         (bytes(backwards), [1], {(2, None): "damaged tar"}),
-        (whole[:at] + huge.tobuf(tarfile.PAX_FORMAT) + whole[at:], [1], {(2, None): "damaged tar"}),
+        (whole[:at] + huge.tobuf(tarfile.GNU_FORMAT) + whole[at:], [1], {(2, None): "damaged tar"}),
         (whole[: whole.index(b"2.wav\0")], [1, 2], {}),  # without the blocks that end it
     ]:
         place.write_bytes(content)
@@ -324,6 +324,24 @@ def test_tar_files_are_read_from_a_web_server(tmp_path):
         for name, identity in (("manifest__OP_0..0_CL_.json", "a.wav"), ("s-{0..0}.tar", f"{folder}/s-0/k")):
             (row,), dropped = read(f"{folder}/{name}")
             assert (row.id, audio(row), dropped) == (identity, sound, {})
+
+
+@pytest.mark.slow  # the server takes seconds to start
+def test_folders_and_shards_are_read_from_a_bucket(tmp_path):
+    sound = wav(1)
+    for index in range(2):
+        write_tar(tmp_path / "w" / f"s-{index}.tar", {"k.wav": sound, "k.txt": b"words"})
+    tables = [pa.Table.from_pylist([{"audio": {"bytes": sound, "path": "u.wav"}, "text": "words"}])]
+    write_dataset(tmp_path / "saved", tables)
+    pq.write_table(tables[0], tmp_path / "saved" / "t.parquet")
+    with s3.serve(tmp_path, "speech/data v1.0") as address:
+        options = f"?endpoint_override={address}&scheme=http&region=us-east-1"
+        home = "s3://speech/data%20v1.0"
+        for name, count in [("w", 2), ("w/s-{0..1}.tar", 2), ("w/s-*.tar", 2), ("saved", 1), ("saved/t.parquet", 1)]:
+            rows, dropped = read(f"{home}/{name}{options}")
+            assert dropped == {}
+            assert [audio(row) for row in rows] == [sound] * count
+            assert all(row.id.startswith(home) and "?" not in row.id for row in rows)
 
 
 # Tables
@@ -394,6 +412,8 @@ def test_a_table_may_hold_plain_bytes_or_paths_and_others_say_what_they_hold(tmp
     pq.write_table(pa.table({"id": [7], "path": ["a.wav"], "text": ["words"], "set": ["dev"]}), place)
     (row,), _ = read(f"{tmp_path}/*.parquet", only={"set": "d*"})
     assert (row.id, row.audio.uri) == ("7", str(tmp_path / "a.wav"))
+    with pytest.raises(DataError, match=r"has no column sound, but id, path, text, set: correct `columns` or `only`"):
+        read(place, columns={"audio": "sound"})
     pq.write_table(pa.table({"audio": [[0.1, 0.2]], "text": ["words"]}), place)
     with pytest.raises(
         DataError, match=r"no column holds audio as bytes.* audio \(list.*say `columns: \{audio: NAME\}`"
@@ -401,7 +421,7 @@ def test_a_table_may_hold_plain_bytes_or_paths_and_others_say_what_they_hold(tmp
         read(place)
     for content in (b"PAR1 and no more", b"text"):
         place.write_bytes(content)
-        with pytest.raises(DataError, match=f"^manifest {place}: ") as caught:
+        with pytest.raises(DataError, match=f"^manifest {place}: cannot be read as a table .*again$") as caught:
             read(place)
         assert "\n" not in str(caught.value)
 

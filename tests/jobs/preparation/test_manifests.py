@@ -130,7 +130,7 @@ def test_bad_lines_of_a_csv_are_dropped_with_their_reasons(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"id,wav,words\na,b,c\n", r"its header \['id', 'wav', 'words'\] names no audio and no text: say `columns"),
+        (b"id,sound,words\na,b,c\n", r"its header \['id', 'sound', 'words'\] names no audio and no text: say `columns"),
         (b"", "names no audio and no text"),
         (b"id,audio,text\na,b,caf\xe9\n", "not UTF-8"),
         (b'id,audio,text\na,b,"never closed\n', "line 2: "),

@@ -4,6 +4,7 @@ A GraftProcessor serves training and inference of a graft, a PlainWhisperProcess
 What a Transcriber uses of either is a SpeechProcessor.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from graft.text.prompts import (
     request_instruction,
     style_text,
 )
+from graft.text.word_counts import count_tokens
 
 IGNORED_LABEL = -100
 IMAGE_TOKEN = "<|image_pad|>"
@@ -247,6 +249,16 @@ class GraftProcessor(ProcessorMixin):
         """Count the ids of transcripts' answers, each in its style or, with None, in the graft's: int64 (texts,)."""
         answers = map(self._answer, texts, styles if styles is not None else itertools.repeat(None))
         return self._plain_lengths(answers) + len(self._answer_end_ids)
+
+    def corpus_target_lengths(self, texts: Any) -> np.ndarray:
+        """Count what target_lengths does, of the millions of texts of a LargeStringArray: int32 (texts,)."""
+        counts = count_tokens(
+            texts,
+            self._plain_lengths,
+            write=functools.partial(style_text, style=self.text_style),
+            template=TEMPLATES[self.prompt_style].answer,
+        )
+        return counts + np.int32(len(self._answer_end_ids))
 
     def example(self, clip: AudioClip, text: str, instruction: Instruction = PLAIN_INSTRUCTION) -> Example:
         """Make the training example of a labelled clip.

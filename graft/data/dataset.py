@@ -26,6 +26,7 @@ from graft.data.settings import Columns, Source, Sources
 from graft.errors import DataError
 from graft.storage.atomic import atomic_file
 from graft.storage.locations import StoredFile, list_parquet_files, open_parquet, redact_uri, retry_read
+from graft.storage.mapped_strings import MappedStrings
 from graft.text.languages import language_code
 
 T = TypeVar("T")
@@ -41,6 +42,7 @@ SCHEMA = pa.schema(
     ]
 )
 PLANNING_THREADS = 32  # The threads mostly wait for a network.
+TAKEN_TOGETHER = 2**18
 _NUMBERS = ("duration_s", "language", "source", "file", "row_group", "row", "group_bytes")
 
 
@@ -56,7 +58,7 @@ class CorpusFile:
 class RowTable:
     """The rows of a corpus without their audio, in the order of the sources and of their files: columns (rows,).
 
-    No row has a Python object of its own: pickled with protocol 5, the table is read from shared memory without a copy.
+    No row has a Python object of its own, and the strings of a large corpus lie in a mapped file: pickled with protocol 5, the table is read from shared memory without a copy.
     """
 
     ids: pa.LargeStringArray
@@ -95,7 +97,7 @@ class RowTable:
         """Take the rows at these indices, in their order, or those where a mask is true."""
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
-        strings = {name: getattr(self, name).take(pa.array(rows)) for name in ("ids", "texts")}
+        strings = {name: _taken(getattr(self, name), rows) for name in ("ids", "texts")}
         return replace(self, **strings, **{name: getattr(self, name)[rows] for name in _NUMBERS})
 
 
@@ -117,14 +119,20 @@ def read_rows(
             f"corpus {redact_uri(twice[0])}: stands in two sources: give it once, with the weight that it should have"
         )
     folder = Path(cache) if cache else None
+    strings = {"id": MappedStrings(), "text": MappedStrings()}
+    parts = []
     with ThreadPoolExecutor(PLANNING_THREADS) as pool:
-        parts = list(pool.map(lambda entry: _read_metadata(entry[1], kinds[entry[0]].columns, folder), listed))
+        for part in pool.map(lambda entry: _read_metadata(entry[1], kinds[entry[0]].columns, folder), listed):
+            for name, column in strings.items():
+                column.add(part[name])
+            parts.append(part.drop_columns(list(strings)))
+            del part
     sizes = [len(part) for part in parts]
     if not any(sizes):
         raise DataError(f"corpus {redact_uri(listed[0][1].uri)}: no rows in {len(listed)} files")
     source = np.repeat([index for index, _ in listed], sizes).astype(np.int16)
     table = pa.concat_tables(parts)
-    ids, texts = table["id"].combine_chunks(), table["text"].combine_chunks()
+    ids, texts = strings["id"].array(), strings["text"].array()
     for index, kind in enumerate(kinds):
         if kind.texts is not None:
             texts = _replace_texts(texts, ids, source == index, kind.texts)
@@ -244,6 +252,14 @@ def _group_table(group: list[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
         return pa.Table.from_pylist(group, schema=schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"corpus rows {group[0]['ID']!r} to {group[-1]['ID']!r}: {error}") from error
+
+
+def _taken(strings: Any, rows: np.ndarray) -> pa.LargeStringArray:
+    """Take the strings of rows (rows,), in a mapped file where they are many."""
+    taken = MappedStrings()
+    for start in range(0, len(rows), TAKEN_TOGETHER):
+        taken.add(strings.take(pa.array(rows[start : start + TAKEN_TOGETHER])))
+    return taken.array()
 
 
 def _language_indices(

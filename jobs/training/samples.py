@@ -167,14 +167,16 @@ def plan_training(
 def plan_columns(rows: RowTable, processor: GraftProcessor, variation: Variation = NO_VARIATION) -> PlanColumns:
     """Count the tokens of rows and then of generated samples, unchanged and with the default instruction."""
     free = len(variation.no_speech_s)
-    answers = [processor.target_lengths(rows.texts[start:stop].to_pylist()) for start, stop in _blocks(len(rows))]
-    label_counts = np.concatenate([*answers, np.repeat(processor.target_lengths([""]), free)])
-    groups = np.unique(rows.file.astype(np.int64) << 32 | rows.row_group, return_inverse=True)[1]
+    silent = processor.target_lengths([""]).astype(np.int32)
+    label_counts = np.concatenate([processor.corpus_target_lengths(rows.texts), np.repeat(silent, free)])
+    # The rows of a row group stand together.
+    is_first = (np.diff(rows.file, prepend=-1) != 0) | (np.diff(rows.row_group, prepend=-1) != 0)
+    groups = np.cumsum(is_first, dtype=np.int32) - np.int32(1)
     counts = audio_counts(processor, np.concatenate([rows.duration_s, variation.no_speech_s]))
     return PlanColumns(
-        processor.prompt_lengths([DEFAULT_INSTRUCTION])[0] + counts + label_counts,
+        processor.prompt_lengths([DEFAULT_INSTRUCTION]).astype(np.int32)[0] + counts + label_counts,
         label_counts,
-        np.concatenate([groups, np.full(free, -1)]),
+        np.concatenate([groups, np.full(free, -1, np.int32)]),
         np.concatenate([rows.source, np.full(free, len(rows.weights), np.int16)]),
         (*rows.weights, 1.0),
     )
@@ -218,7 +220,7 @@ def _count_samples(
 def audio_counts(processor: GraftProcessor, durations_s: np.ndarray) -> np.ndarray:
     """Count the audio tokens of clips of these lengths in seconds (clips,)."""
     frames = np.ceil(np.round(durations_s * SAMPLE_RATE) / HOP_LENGTH).clip(MIN_FRAMES, WINDOW_FRAMES).astype(int)
-    counts = np.array([processor.audio_token_count(count) for count in range(MIN_FRAMES, WINDOW_FRAMES + 1)])
+    counts = np.array([processor.audio_token_count(count) for count in range(MIN_FRAMES, WINDOW_FRAMES + 1)], np.int32)
     return counts[frames - MIN_FRAMES]
 
 

@@ -58,7 +58,8 @@ class CorpusFile:
 class RowTable:
     """The rows of a corpus without their audio, in the order of the sources and of their files: columns (rows,).
 
-    No row has a Python object of its own, and the strings of a large corpus lie in a mapped file: pickled with protocol 5, the table is read from shared memory without a copy.
+    No row has a Python object of its own, and the strings of a large corpus lie in a mapped file. Pickled with protocol
+    5, the table is read from shared memory without a copy.
     """
 
     ids: pa.LargeStringArray

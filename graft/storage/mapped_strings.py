@@ -15,7 +15,8 @@ class MappedStrings:
     """Appends strings to an unnamed file of the temporary folder, and maps them as one array of Arrow."""
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(HELD_BYTES)  # noqa: SIM115: the array outlives this object
+        # Nothing closes it: the mapped array outlives this object.
+        self._file = tempfile.SpooledTemporaryFile(HELD_BYTES)  # noqa: SIM115
         self._ends: list[np.ndarray] = [np.zeros(1, np.int64)]
 
     def add(self, strings: Any) -> None:

@@ -106,7 +106,8 @@ def train(
         learning_rate = learning_rate_at(progress.step, settings, total_steps)
         loss, stops = meter.add(_accumulate(step, backend, settings, observer), step, wants_stop=observer.wants_stop())
         _raise_fault(meter.find_fault(loss), progress.step + 1, step, observer)
-        grad_norm = backend.step(learning_rate)
+        with naming_clips(step, observer, where="in the update after"):
+            grad_norm = backend.step(learning_rate)
         if not math.isfinite(grad_norm):
             _raise_fault(f"the gradient's norm is {grad_norm}", progress.step + 1, step, observer)
         progress = meter.advance(progress, loss, step[-1].step_position)
@@ -165,17 +166,21 @@ def _validate(step: int, observer: Observer) -> ValidationResult:
 
 
 @contextlib.contextmanager
-def naming_clips(batch: TrainingBatch, observer: Observer) -> Iterator[None]:
-    """Name the clips of the batch, and save it, when the device's memory runs out in the block."""
+def naming_clips(batches: Sequence[TrainingBatch], observer: Observer, *, where: str = "on") -> Iterator[None]:
+    """Name the clips of the batches, and save them, when the device's memory runs out in the block."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        clips, tokens = batch.inputs["input_ids"].shape
-        others = f" and {len(batch.ids) - NAMED_CLIPS} others" if len(batch.ids) > NAMED_CLIPS else ""
-        note = f"on a batch of {clips} x {tokens} tokens with the clips {', '.join(batch.ids[:NAMED_CLIPS])}{others}"
+        note = f"{where} {'; '.join(map(_describe_batch, batches))}"
         error.add_note(note)
-        observer.fault([batch], f"the device's memory ran out {note}")
+        observer.fault(batches, f"the device's memory ran out {note}")
         raise
+
+
+def _describe_batch(batch: TrainingBatch) -> str:
+    clips, tokens = batch.inputs["input_ids"].shape
+    others = f" and {len(batch.ids) - NAMED_CLIPS} others" if len(batch.ids) > NAMED_CLIPS else ""
+    return f"a batch of {clips} x {tokens} tokens with the clips {', '.join(batch.ids[:NAMED_CLIPS])}{others}"
 
 
 def _accumulate(step: Sequence[TrainingBatch], backend: Backend, settings: LoopSettings, observer: Observer) -> Tensor:
@@ -184,7 +189,7 @@ def _accumulate(step: Sequence[TrainingBatch], backend: Backend, settings: LoopS
     for index, batch in enumerate(step):
         torch.manual_seed(settings.seed * 1_000_003 + batch.position)  # dropout follows the batch
         is_last = index == len(step) - 1
-        with naming_clips(batch, observer):
+        with naming_clips([batch], observer):
             loss = backend.backward(batch.model_inputs(), label_count=batch.step_label_count, is_last=is_last)
         losses.append(loss)
     return torch.stack(losses).sum().double()

@@ -2,18 +2,21 @@
 
 import contextlib
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from graft.data.dataset import RowTable, read_rows
 from graft.data.settings import Sources
 from graft.errors import DataError
 from graft.processor import GraftProcessor
-from graft.storage.atomic import write_atomic
+from graft.storage.atomic import atomic_file, write_atomic
 from graft.training.plan import Batches, Plan, PlanSettings
 from graft.training.progress import Progress
 
@@ -24,25 +27,46 @@ from .samples import Variation, plain_variation, plan_training, trainable, vary
 
 PLAN_FILE = "plan.sha256"
 ROWS = "rows"
+LEFT_OUT_FILE = "left_out.jsonl"
 NAMED_CLIPS = 3
 """Clips over the token budget that are named, at most."""
 
 
+class LeftOutRows:
+    """Collects the names of the rows that are not trained or validated on, with the reasons."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, Any]] = []
+
+    def add(self, reason: str, ids: Any) -> None:
+        """Add the rows of a list or an Arrow array of ids."""
+        self._found.append((reason, ids))
+
+    def write(self, path: Path) -> None:
+        """Write a line {"id", "reason"} for each row; no file where there is none."""
+        if not self._found:
+            return
+        with atomic_file(path) as temporary, temporary.open("w") as file:
+            for reason, ids in self._found:
+                file.writelines(json.dumps({"id": str(one), "reason": reason}) + "\n" for one in ids)
+
+
 def plan_run(
-    recipe: TrainRecipe, processor: GraftProcessor, *, cache: Path | None = None
+    recipe: TrainRecipe, processor: GraftProcessor, *, cache: Path | None = None, left_out: LeftOutRows | None = None
 ) -> tuple[RowTable, Variation, Plan]:
     """Read the recipe's data without its audio, and plan the run.
 
     `cache` is a folder that keeps the data's columns for a second reading. The numbers of clips that are left out are
-    printed. Raises DataError and RecipeError.
+    printed, and their names are added to `left_out`. Raises DataError and RecipeError.
     """
-    rows = _read_trainable(recipe.data, cache)
+    left_out = left_out or LeftOutRows()
+    rows = _read_trainable(recipe.data, left_out, cache)
     names = ("seed", "epochs", "token_budget", "max_batch_clips", "window_clips", "short_first")
     settings = PlanSettings(**{name: getattr(recipe, name) for name in names})
     varied = ("seed", "no_speech", "augment", "words", "token_noise")
     variation = vary(rows, processor, **{name: getattr(recipe, name) for name in varied})
     plan = plan_training(rows, processor, settings, variation)
-    _print_over_budget(rows, plan)
+    _print_over_budget(rows, plan, left_out)
     return rows, variation, plan
 
 
@@ -57,33 +81,39 @@ def remaining_batches(plan: Plan, progress: Progress, recipe: TrainRecipe) -> tu
     return batches[: steps * slots], progress.step + steps
 
 
-def validation_specs(recipe: TrainRecipe, graft: str, processor: GraftProcessor) -> dict[str, LoaderSpec]:
+def validation_specs(
+    recipe: TrainRecipe, graft: str, processor: GraftProcessor, left_out: LeftOutRows
+) -> dict[str, LoaderSpec]:
     """Plan the batches of each validation set; worker r of n takes the batches r, r + n and so on.
 
-    The name of a single set is "". Returns no sets without validation.
+    The name of a single set is "". Returns no sets without validation. Adds the names of clips that are left out.
     """
     if recipe.validation is None:
         return {}
     clips = recipe.validation.clips
     return {
-        name: _validation_spec(recipe, validation_rows(data, clips, seed=recipe.seed), graft, processor)
+        name: _validation_spec(
+            recipe, validation_rows(data, clips, seed=recipe.seed, left_out=left_out), graft, processor, left_out
+        )
         for name, data in recipe.validation.sets.items()
     }
 
 
-def validation_rows(data: Sources, clips: int, *, seed: int) -> RowTable:
+def validation_rows(data: Sources, clips: int, *, seed: int, left_out: LeftOutRows | None = None) -> RowTable:
     """Read a validation set without its audio, and choose clips of it where it has more."""
-    rows = _read_trainable(data)
+    rows = _read_trainable(data, left_out or LeftOutRows())
     if len(rows) <= clips:
         return rows
     return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:clips]))
 
 
-def _validation_spec(recipe: TrainRecipe, rows: RowTable, graft: str, processor: GraftProcessor) -> LoaderSpec:
+def _validation_spec(
+    recipe: TrainRecipe, rows: RowTable, graft: str, processor: GraftProcessor, left_out: LeftOutRows
+) -> LoaderSpec:
     settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_clips)
     variation = plain_variation(rows, processor)
     plan = plan_training(rows, processor, settings, variation)
-    _print_over_budget(rows, plan)
+    _print_over_budget(rows, plan, left_out)
     batches = plan.batches(position=0, step_batches=recipe.workers)
     return LoaderSpec(rows, batches, graft, variation, token_budget=recipe.token_budget)
 
@@ -104,10 +134,9 @@ def cached_rows(out: Path) -> Iterator[Path]:
 
 def check_plan(out: Path, plan: Plan) -> None:
     """Raise DataError when a resumed run has other rows than it started with."""
-    columns = plan.columns
-    digest = hashlib.sha256(
-        b"".join(array.tobytes() for array in (columns.token_counts, columns.label_counts, columns.row_groups))
-    )
+    columns, digest = plan.columns, hashlib.sha256()
+    for array in (columns.token_counts, columns.label_counts, columns.row_groups):
+        digest.update(np.ascontiguousarray(array, np.int32))
     path = out / PLAN_FILE
     if not path.is_file():
         write_atomic(path, digest.hexdigest() + "\n")
@@ -118,18 +147,23 @@ def check_plan(out: Path, plan: Plan) -> None:
         )
 
 
-def _print_over_budget(rows: RowTable, plan: Plan) -> None:
+def _print_over_budget(rows: RowTable, plan: Plan, left_out: LeftOutRows) -> None:
     """Print which clips are left out because one alone exceeds the token budget; a generated one is NO_SPEECH_ID."""
     if count := len(plan.left_out):
-        ids = [rows.id(row) if row < len(rows) else NO_SPEECH_ID for row in plan.left_out[:NAMED_CLIPS]]
+        ids = [rows.id(row) if row < len(rows) else NO_SPEECH_ID for row in plan.left_out]
         others = f" and {count - NAMED_CLIPS} others" if count > NAMED_CLIPS else ""
         budget = plan.settings.token_budget
-        print(f"left out: {count} of over token_budget={budget} tokens ({', '.join(ids)}{others})", flush=True)
+        named = ", ".join(ids[:NAMED_CLIPS])
+        print(f"left out: {count} of over token_budget={budget} tokens ({named}{others})", flush=True)
+        left_out.add(f"over token_budget={budget} tokens", ids)
 
 
-def _read_trainable(data: Sources, cache: Path | None = None) -> RowTable:
-    rows, left_out = trainable(read_rows(data, cache=cache))
-    if left_out:
-        reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
+def _read_trainable(data: Sources, left_out: LeftOutRows, cache: Path | None = None) -> RowTable:
+    every = read_rows(data, cache=cache)
+    rows, faulty = trainable(every)
+    if faulty:
+        reasons = ", ".join(f"{len(found)} with {reason}" for reason, found in faulty.items())
         print(f"left out: {reasons}; {len(rows)} clips remain", flush=True)
+    for reason, found in faulty.items():
+        left_out.add(reason, every.ids.take(pa.array(found)))
     return rows

@@ -1,8 +1,8 @@
 """Run a training stage: recipe -> plan -> Ray Data and a TorchTrainer -> an output folder.
 
-While it trains, an output folder holds recipe.yaml, log.txt, metrics.jsonl, checkpoints/ and, where clips were masked,
-skipped.jsonl; once it is done also projector.safetensors (stage 2: the adapters too), curves.png, stage.json and, last
-of all, result.json.
+While it trains, an output folder holds recipe.yaml, log.txt, metrics.jsonl, checkpoints/ and, where clips are left out
+or masked, left_out.jsonl and skipped.jsonl; once it is done also projector.safetensors (stage 2: the adapters too),
+curves.png, stage.json and, last of all, result.json.
 """
 
 import contextlib
@@ -41,7 +41,16 @@ from ..common.cli import STOPPED
 from ..common.cluster import connect
 from ..common.console import follow
 from ..common.outputs import claim_output, holds_results, locked_output
-from .batches import ROWS, cached_rows, check_plan, plan_run, remaining_batches, validation_specs
+from .batches import (
+    LEFT_OUT_FILE,
+    ROWS,
+    LeftOutRows,
+    cached_rows,
+    check_plan,
+    plan_run,
+    remaining_batches,
+    validation_specs,
+)
 from .data_workers import (
     CPU_LOADERS,
     DataWorkers,
@@ -84,8 +93,9 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
         read_projector(stage.projector, config)
     processor = read_graft_processor(graft)
     computing = ComputeSettings(**{name: getattr(recipe, name) for name in ComputeSettings.__dataclass_fields__})
+    left_out = LeftOutRows()
     with cached_rows(out) as cache_folder:
-        rows, variation, plan = plan_run(recipe, processor, cache=cache_folder)
+        rows, variation, plan = plan_run(recipe, processor, cache=cache_folder, left_out=left_out)
         spelled: dict[str, Any] = {}
         if stage.letters is not None:
             check_ctc_lengths(rows, processor)
@@ -95,10 +105,11 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
             print(f"stage {stage.number}: CTC spells {share:.1%} of the texts with {len(letters)} letters", flush=True)
         progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
         batches, total_steps = remaining_batches(plan, progress, recipe)
-        validation = validation_specs(recipe, graft, processor)
+        validation = validation_specs(recipe, graft, processor, left_out)
         cache = _encoder_cache(recipe, stage, config, graft, processor, is_sharded=computing.is_sharded)
         claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)  # only now: a wrong recipe leaves no folder
     check_plan(out, plan)
+    left_out.write(out / LEFT_OUT_FILE)
     planned_s = np.delete(rows.duration_s, plan.left_out[plan.left_out < len(rows)])
     print(
         f"stage {stage.number}: {len(planned_s)} clips, {planned_s.sum() / 3600:.2f} h, "

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from graft.audio.features import HOP_LENGTH
 from graft.checkpoints.loading import base_checkpoint
 from graft.data.dataset import RowTable
 from graft.errors import RecipeError
@@ -40,6 +41,10 @@ from .samples import Variation, plan_columns
 
 STORED_BYTES_PER_S = 20_000
 """Bytes of a second of speech in FLAC at 16 kHz, about."""
+PROCESS_BYTES = 0.6e9
+"""Memory of a reader or a loader before it reads anything, as measured with a CPU build of torch."""
+MUCH_BYTES = 4e9
+"""Memory of the reader above which a plan says how to lower it."""
 FRAMES_PER_S = WINDOW_FRAMES // 30
 NETWORKS_GBIT = (25.0, 100.0, 400.0)
 """Networks that a plan compares where its options name none."""
@@ -74,8 +79,8 @@ class Work:
     encoder_flops: float
     source: str
     """How the numbers were found."""
-    reading: str
-    """What the reader holds of the data."""
+    reading: tuple[str, ...]
+    """What the reader holds of the data, and the memory of reader and loaders, in lines."""
 
 
 @dataclass(frozen=True)
@@ -137,18 +142,37 @@ def _read_work(recipe: TrainRecipe, config: AnyGraftConfig, trained: TrainedPart
         steps=plan.step_count(recipe.step_batches or recipe.workers),
         padding=plan.padding_waste(),
         source="as planned",
-        reading=_reading(rows, variation, plan),
+        reading=_reading(recipe, config, rows, variation, plan),
     )
 
 
-def _reading(rows: RowTable, variation: Variation, plan: Plan) -> str:
+def _reading(
+    recipe: TrainRecipe, config: GraftConfig, rows: RowTable, variation: Variation, plan: Plan
+) -> tuple[str, ...]:
     clips, size = largest_window(rows, plan)
-    held = f"a window: up to {clips:,} clips and {size / 1e6:,.1f} MB"
-    if variation.noise is None:
-        return held
-    _, first = np.unique(variation.noise.file.astype(np.int64) << 32 | variation.noise.row_group, return_index=True)
-    noise = float(variation.noise.group_bytes[first].sum(dtype=float))
-    return f"{held}; of {noise / 1e6:,.1f} MB of noise up to {min(noise, NOISE_BYTES) / 1e6:,.1f} MB"
+    window = f"a window: up to {clips:,} clips and {size / 1e6:,.1f} MB"
+    held_bytes = 2.0 * size + sum(column.nbytes for column in (rows.ids, rows.texts))
+    if variation.noise is not None:
+        _, first = np.unique(variation.noise.file.astype(np.int64) << 32 | variation.noise.row_group, return_index=True)
+        noise_bytes = float(variation.noise.group_bytes[first].sum(dtype=float))
+        held_noise_bytes = min(noise_bytes, NOISE_BYTES)
+        window += f"; of {noise_bytes / 1e6:,.1f} MB of noise up to {held_noise_bytes / 1e6:,.1f} MB"
+        held_bytes += held_noise_bytes
+    return window, *_reading_memory(recipe, config, held_bytes)
+
+
+def _reading_memory(recipe: TrainRecipe, config: GraftConfig, held_bytes: float) -> Iterator[str]:
+    """Tell the memory of the reader, which holds two windows, and of each loader."""
+    held = f"{(PROCESS_BYTES + held_bytes) / 1e9:.1f} GB for the one reader, which holds two windows and the texts"
+    # A loader holds the features and the samples of a batch twice: of each clip, and padded or resampled.
+    values_per_token = 2 * config.audio_pool * 2 * (config.audio_config.num_mel_bins + HOP_LENGTH)
+    batch_bytes = 4 * values_per_token * recipe.token_budget
+    yield f"memory: about {held}, {(PROCESS_BYTES + batch_bytes) / 1e9:.1f} GB for each loader"
+    if held_bytes > MUCH_BYTES:
+        yield (
+            f"which is much for one machine: lower window_clips={recipe.window_clips}, as row groups of more clips are "
+            "read in slices"
+        )
 
 
 def _assumed_work(
@@ -166,6 +190,7 @@ def _assumed_work(
     batch_clips = min(recipe.token_budget // tokens, recipe.max_batch_clips)
     if not batch_clips:
         raise RecipeError(f"a clip makes {tokens} tokens, more than token_budget={recipe.token_budget}: raise it")
+    clip_bytes = STORED_BYTES_PER_S * clip_s
     unread = "" if recipe.data is None else ", as data is read once the graft is built"
     step_clips = batch_clips * (recipe.step_batches or recipe.workers)
     return _work(
@@ -178,7 +203,10 @@ def _assumed_work(
         steps=-(-clips // step_clips) * recipe.epochs,
         padding=0.0,
         source=f"assumed{unread}: {clip_s:g} s a clip, {LABELS_PER_S[config.text_style]} label tokens a second",
-        reading=f"a window: up to {recipe.window_clips:,} clips of about {STORED_BYTES_PER_S * clip_s / 1e6:.2g} MB",
+        reading=(
+            f"a window: up to {recipe.window_clips:,} clips of about {clip_bytes / 1e6:.2g} MB",
+            *_reading_memory(recipe, config, 2 * recipe.window_clips * clip_bytes),
+        ),
     )
 
 
@@ -233,7 +261,7 @@ def _work(
     steps: int,
     padding: float,
     source: str,
-    reading: str,
+    reading: tuple[str, ...],
 ) -> Work:
     """Add up the clips of all epochs. A run that stops at max_steps takes the same share of each sum."""
     share = min(1.0, recipe.max_steps / steps) if recipe.max_steps else 1.0
@@ -286,7 +314,7 @@ def _work_lines(
     yield f"tokens      {tokens}, padding {work.padding:.1%}"
     batch = f"a batch: up to {recipe.token_budget:,} tokens and {recipe.max_batch_clips} clips"
     yield f"steps       {work.steps:,}, batches a step: {step_batches}, {batch}"
-    yield f"reading     {work.reading}; the reader holds two windows"
+    yield "reading     " + "\n            ".join(work.reading)
     encoder_share = work.encoder_flops / work.flops
     yield f"work        {work.flops / 1e12 / work.clips:.3g} TFLOP a clip, {encoder_share:.0%} of it the encoder's"
     audio_rate, token_rate = rate * work.audio_s / work.clips, rate * work.token_count / work.clips

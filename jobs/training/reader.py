@@ -39,22 +39,27 @@ class ReaderSpec:
 def largest_window(rows: RowTable, plan: Plan) -> tuple[int, int]:
     """Return the most clips of a window of the run, and the most bytes that are read for one, noise excluded."""
     clips, most = 0, 0.0
-    groups = plan.columns.row_groups[: len(rows)]
-    _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
-    group_bytes = rows.group_bytes[first].astype(float)  # (groups,)
+    groups = plan.columns.row_groups[: len(rows)]  # (rows,), ascending
+    first = np.flatnonzero(np.diff(groups, prepend=-1))
+    sizes, group_bytes = np.diff(first, append=len(rows)), rows.group_bytes[first].astype(float)  # (groups,)
     for epoch in plan.epochs:
-        windows = np.repeat(epoch.windows, np.diff(epoch.offsets))[epoch.rows < len(rows)]
-        read = epoch.rows[epoch.rows < len(rows)]
-        pairs = np.unique(windows.astype(np.int64) * len(rows) + read)  # (clips,), of the windows one after the other
-        window, group = pairs // len(rows), groups[pairs % len(rows)]
-        parts, counts = np.unique(window * len(first) + group, return_counts=True)
-        window, group = parts // len(first), parts % len(first)
+        batches = np.flatnonzero(np.diff(epoch.windows, prepend=-1))  # the first of each window
+        windows = np.split(epoch.rows, epoch.offsets[batches[1:]])
+        # One after the other, which takes the memory of one window only.
+        parts = [np.unique(groups[_read_rows(window, len(rows))], return_counts=True) for window in windows]
+        window = np.repeat(np.arange(len(parts)), [len(found) for found, _ in parts])
+        group, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
         # A row group of one window is read whole, and of one in several windows a slice in each.
         is_sliced = np.bincount(group, minlength=len(first))[group] > 1
         part_bytes = group_bytes[group] * np.where(is_sliced, counts / sizes[group], 1.0)
-        clips = max(clips, int(np.bincount(window, counts).max()))
-        most = max(most, float(np.bincount(window, part_bytes).max()))
+        clips = max(clips, int(np.bincount(window, counts).max(initial=0)))
+        most = max(most, float(np.bincount(window, part_bytes).max(initial=0)))
     return clips, round(most)
+
+
+def _read_rows(window: np.ndarray, count: int) -> np.ndarray:
+    """Find the rows of a window that are read, each once; rows from `count` on are generated."""
+    return np.unique(window[window < count])
 
 
 @dataclass(frozen=True, slots=True)

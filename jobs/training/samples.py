@@ -62,8 +62,8 @@ class Variation:
 NO_VARIATION = Variation(np.zeros(0))
 
 
-def trainable(rows: RowTable) -> tuple[RowTable, dict[str, int]]:
-    """Select the rows that can be trained on; returns them and the numbers of others by the first reason that applies.
+def trainable(rows: RowTable) -> tuple[RowTable, dict[str, np.ndarray]]:
+    """Select the rows that can be trained on; returns them and the indices of others by the first reason that applies.
 
     Raises DataError when none is left.
     """
@@ -74,17 +74,17 @@ def trainable(rows: RowTable) -> tuple[RowTable, dict[str, int]]:
         f"over {MAX_DURATION_S:.0f} s": lengths > MAX_DURATION_S,
         f"under {MIN_DURATION_S} s": lengths < MIN_DURATION_S,
     }
-    is_usable, counts = np.ones(len(rows), bool), {}  # (rows,)
+    is_usable, left_out = np.ones(len(rows), bool), {}  # (rows,)
     for reason, faulty in faults.items():
-        if count := int((is_usable & faulty).sum()):
-            counts[reason] = count
+        if len(found := np.flatnonzero(is_usable & faulty)):
+            left_out[reason] = found
         is_usable &= ~faulty
     if not is_usable.any():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        reasons = ", ".join(f"{len(found)} {reason}" for reason, found in left_out.items())
         raise DataError(
             f"none of {len(rows)} rows can be trained on ({reasons}): check the data and which of its columns are named"
         )
-    return (rows if is_usable.all() else rows.select(is_usable)), counts
+    return (rows if is_usable.all() else rows.select(is_usable)), left_out
 
 
 def check_ctc_lengths(rows: RowTable, processor: GraftProcessor) -> None:

@@ -164,7 +164,7 @@ def summed_loss(model: Any, blocks: Iterable[Mapping[str, np.ndarray]]) -> Tenso
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in training_batches(blocks, device, []):
-        with naming_clips(batch, Observer()):
+        with naming_clips([batch], Observer()):
             sums[0] += model(**batch.inputs, label_count=1).loss
         sums[1] += (batch.inputs["labels"] != -100).sum()
     return sums

@@ -111,7 +111,7 @@ def work(run: Run) -> None:
         if first.position != min(progress.position + ray.train.get_context().get_world_rank() + 1, first.step_position):
             raise StaleCheckpoint(f"batch {first.position} does not follow the checkpoint at {progress.position}")
         if progress.step == 0 and first.ids:  # neither a filler nor a batch of masked clips
-            with naming_clips(first, observer):
+            with naming_clips([first], observer):
                 line = _preflight_line(model, backend, first, processor, token_noise=run.recipe["token_noise"] > 0)
             observer.say(line)
         train(

@@ -29,6 +29,7 @@ from graft.text.prompts import (
     prompt_text,
     style_text,
 )
+from graft.text.word_counts import count_tokens
 from graft.training.preflight import check_labels
 from tests.support import tiny_models
 from tests.support.training import example as labelled
@@ -265,6 +266,40 @@ def test_the_plans_lengths_are_those_of_the_samples(any_processor):
     expected = [len(processor.prompt_ids(100, instruction)) - processor.audio_token_count(100) for instruction in asked]
     assert processor.prompt_lengths(asked).tolist() == expected
     assert processor.prompt_lengths([]).shape == processor.target_lengths([]).shape == (0,)
+
+
+TEXTS = [UPPER, FORMATTED, "", " ", "--- hello", "two  spaces ", "AT&T costs $5.20, 50%", "a\tb\nc", "Été à Zürich"]
+TEXTS += [
+    "İstanbul",
+    "ΟΔΟΣ ΟΔΟΣ.",
+    "नमस्ते दुनिया",
+    "日本語 テスト。",
+    "- -",
+    "I 'am' it's",
+    "12 345 6.7 -3",
+    "<|im_end|> a",
+]
+
+
+@pytest.mark.parametrize("style", ["lower", "raw"])
+@pytest.mark.parametrize("block", [5, 1000])
+def test_a_corpus_is_counted_by_its_words_as_by_its_texts(any_processor, monkeypatch, style, block):
+    monkeypatch.setattr("graft.text.word_counts.BLOCK", block)
+    monkeypatch.setattr("graft.text.word_counts.CHECKED", 1)  # the first text of a block; all are compared here
+    monkeypatch.setattr("graft.text.word_counts.MOST_WORDS", 20)
+    monkeypatch.setattr(any_processor, "text_style", style)
+    corpus = pa.array(["unused", *TEXTS, *TEXTS[::-1]], pa.large_string()).slice(1)
+    expected = any_processor.target_lengths(corpus.to_pylist())
+    assert any_processor.corpus_target_lengths(corpus).tolist() == expected.tolist()
+    assert any_processor.corpus_target_lengths(corpus[:0]).tolist() == []
+
+
+def test_texts_whose_tokens_reach_across_spaces_are_counted_whole():
+    def lengths(texts):  # a pair of words is one token
+        return np.array([(len(text.split()) + 1) // 2 for text in texts])
+
+    corpus = pa.array(["one", "one two", "one two three", ""], pa.large_string())
+    assert count_tokens(corpus, lengths, write=str.lower, template="{text}").tolist() == [1, 1, 2, 0]
 
 
 def test_padding_left_on_by_others_does_not_reach_the_lengths(processor):

@@ -198,6 +198,24 @@ def test_a_run_out_of_memory_names_and_saves_the_batch_that_took_it(folder):
     assert kept.faults == [([2], f"the device's memory ran out {caught.value.__notes__[0]}")]
 
 
+def test_a_run_out_of_memory_in_the_update_names_and_saves_all_batches_of_the_step(folder, monkeypatch):
+    _, processor, backend = opened(folder)
+    steps = [dataclasses.replace(one, ids=(f"s{step}",)) for step, one in enumerate(clip_steps(processor, steps=2))]
+
+    def run_out(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(backend.optimizer, "step", run_out)
+    kept = Recorder()
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run_steps(steps, backend, accumulation=2, observer=kept)
+    (note,) = caught.value.__notes__
+    assert note.startswith("in the update after a batch of ")
+    assert note.count("with the clips") == 2
+    assert "with the clips s0; a batch of" in note
+    assert kept.faults == [([step.position for step in steps], f"the device's memory ran out {note}")]
+
+
 def test_a_loss_that_explodes_or_diverges_ends_the_run(folder):
     _, processor, backend = opened(folder)
     (batch,) = clip_steps(processor, steps=1)

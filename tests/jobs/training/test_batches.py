@@ -1,5 +1,6 @@
 """Test a run's plan: resuming with other data is refused, columns are cached, validation clips are shared evenly."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from graft.errors import DataError
 from graft.processor import GraftProcessor
 from graft.training.plan import Plan
-from jobs.training.batches import ROWS, cached_rows, check_plan, plan_run, validation_specs
+from jobs.training.batches import ROWS, LeftOutRows, cached_rows, check_plan, plan_run, validation_specs
 from jobs.training.recipe import TrainRecipe
 from tests.support import tiny_models
 from tests.support.speech_corpus import corpus, row
@@ -58,15 +59,24 @@ def test_columns_are_cached_only_without_an_error(tmp_path: Path) -> None:
 def test_one_text_that_is_too_long_is_left_out_and_named(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [row("book", 9, text="word " * 500), *(row(f"c{seed}", seed) for seed in range(4))]
+    rows = [
+        row("book", 9, text="word " * 500),
+        row("mute", 10, text="-"),
+        *(row(f"c{seed}", seed) for seed in range(4)),
+    ]
     data = corpus(tmp_path / "clips.parquet", rows)
-    found, _, plan = plan_run(recipe(folder, data), GraftProcessor.from_pretrained(folder))
+    left_out = LeftOutRows()
+    found, _, plan = plan_run(recipe(folder, data), GraftProcessor.from_pretrained(folder), left_out=left_out)
     assert sorted(found.id(number) for number in plan.epochs[0].rows) == ["c0", "c1", "c2", "c3"]
     assert "left out: 1 of over token_budget=400 tokens (book)\n" in capsys.readouterr().out
     (spec,) = validation_specs(
-        recipe(folder, data, validation={"data": data}), folder, GraftProcessor.from_pretrained(folder)
+        recipe(folder, data, validation={"data": data}), folder, GraftProcessor.from_pretrained(folder), left_out
     ).values()
     assert 0 not in spec.batches.rows
+    left_out.write(tmp_path / "left_out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    expected = [("mute", "no words"), ("book", "over token_budget=400 tokens")]
+    assert lines == [{"id": name, "reason": reason} for name, reason in expected] * 2
     assert "left out: 1 of over" in capsys.readouterr().out
 
 

@@ -136,6 +136,9 @@ def test_data_is_planned_as_it_is_trained(graft, data, capsys, settings):
     assert number(text, r"# of them labels") == sum(epoch.label_counts.sum() for epoch in plan.epochs)
     assert "as planned" in text
     assert number(text, r"reading +a window: up to # clips and") == 24
+    assert number(text, r"memory: about # GB for the one reader") == pytest.approx(0.6, abs=0.1)
+    assert number(text, r"texts, # GB for each loader") == pytest.approx(0.6, abs=0.1)
+    assert "lower window_clips" not in text
     assert plan_of(f"model={graft}", f"data={data}", *settings, "max_steps=1") == 0
     assert number(capsys.readouterr().out, r"steps +#,") == 1
 

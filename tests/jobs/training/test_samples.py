@@ -63,7 +63,8 @@ def test_rows_that_cannot_be_trained_are_left_out_and_counted(tmp_path):
     changes = {"text": {0: "", 1: " \n", 2: None, 3: "... -"}, "duration": {0: 40.0, 4: 30.5, 5: 0.05, 6: float("nan")}}
     every = read_rows([clips(tmp_path / "good.parquet"), clips(tmp_path / "odd.parquet", **changes)])
     rows, left_out = trainable(every)
-    assert left_out == {"no words": 4, "no valid duration": 1, "over 30 s": 1, "under 0.08 s": 1}
+    counts = {reason: len(found) for reason, found in left_out.items()}
+    assert counts == {"no words": 4, "no valid duration": 1, "over 30 s": 1, "under 0.08 s": 1}
     assert [rows.id(index) for index in range(len(rows))] == [f"clip{index}" for index in range(len(SECONDS))]
     assert trainable(rows) == (rows, {})
     with pytest.raises(

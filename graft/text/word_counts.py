@@ -41,7 +41,8 @@ class _Words:
     def __init__(self, lengths: Lengths, write: Callable[[str], str], template: str) -> None:
         self._lengths, self._write, self._template = lengths, write, template
         self.empty_count = int(lengths([template.format(text="")])[0])
-        self._forget()
+        self._known: Any = pa.array([], pa.large_string())
+        self._counts = np.zeros(0, np.int32)
 
     def whole(self, texts: Any) -> np.ndarray:
         """Count the tokens of texts as a whole."""
@@ -50,7 +51,7 @@ class _Words:
     def later(self, words: Any) -> np.ndarray:
         """Count the tokens of words that follow a space, 0 for those that are not written: int32 (words,)."""
         if len(self._known) > MOST_WORDS:
-            self._forget()
+            self._known, self._counts = self._known[:0], self._counts[:0]
         missing = words.filter(pc.is_null(pc.index_in(words, self._known)))
         if len(missing):
             written = map(self._write, missing.to_pylist())
@@ -58,9 +59,6 @@ class _Words:
             self._known = pa.concat_arrays([self._known, missing])
             self._counts = np.concatenate([self._counts, counts.astype(np.int32)])
         return self._counts[pc.index_in(words, self._known).to_numpy()]
-
-    def _forget(self) -> None:
-        self._known, self._counts = pa.array([], pa.large_string()), np.zeros(0, np.int32)
 
 
 def _count_block(texts: Any, words: _Words) -> np.ndarray:

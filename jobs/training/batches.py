@@ -136,7 +136,7 @@ def check_plan(out: Path, plan: Plan) -> None:
     """Raise DataError when a resumed run has other rows than it started with."""
     columns, digest = plan.columns, hashlib.sha256()
     for array in (columns.token_counts, columns.label_counts, columns.row_groups):
-        digest.update(np.ascontiguousarray(array, np.int32))
+        digest.update(np.ascontiguousarray(array, np.int32).data)
     path = out / PLAN_FILE
     if not path.is_file():
         write_atomic(path, digest.hexdigest() + "\n")

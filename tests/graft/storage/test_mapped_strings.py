@@ -2,10 +2,12 @@
 
 import gc
 import pickle
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from graft.errors import DataError
 from graft.storage.mapped_strings import HELD_BYTES, MappedStrings
 
 SOME = pa.array(["a", "", "éx", "long one"], pa.large_string())
@@ -19,6 +21,14 @@ def test_chunks_and_slices_become_one_array():
     array.validate(full=True)
     assert array.to_pylist() == ["a", "", "éx", "long one", "éx", "long one", "", "éx"]
     assert MappedStrings().array().to_pylist() == []
+
+
+def test_a_full_temporary_folder_is_named(monkeypatch):
+    monkeypatch.setattr("graft.storage.mapped_strings.HELD_BYTES", 1)
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr("tempfile.SpooledTemporaryFile", lambda size: full)
+        with pytest.raises(DataError, match=r"cannot hold the corpus's ids and texts \(No space left on device\)"):
+            MappedStrings().add(SOME)
 
 
 @pytest.mark.seconds

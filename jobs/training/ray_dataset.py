@@ -81,8 +81,14 @@ def planned_dataset(
     run before the first is read.
     """
     import ray
+    from ray.data._internal.datasource.range_datasource import RangeDatasource
 
-    dataset = ray.data.range(len(windows), override_num_blocks=min(len(windows), most_tasks))
+    # ray.data.range itself, whose tasks each wait for a CPU: a run would stall where workers and loaders have them all.
+    dataset = ray.data.read_datasource(
+        RangeDatasource(len(windows), column_name="id"),
+        num_cpus=READER_CPUS,
+        override_num_blocks=min(len(windows), most_tasks),
+    )
     dataset.context.target_max_block_size = 1  # byte: Ray then never puts two batches into one block
     callbacks: list[Any] = [SchedulerThrottle]  # Ray's own base class would import ray here
     dataset.context.custom_execution_callback_classes = callbacks

@@ -49,11 +49,14 @@ def steps(spec: LoaderSpec) -> tuple[DataStep, DataStep]:
         pytest.param(2, 100, id="one, from its middle"),
     ],
 )
-def test_each_worker_gets_its_own_batches_in_order(spec, first, most_tasks):
+def test_each_worker_gets_its_own_batches_in_order_with_no_cpu_to_spare(spec, first, most_tasks):
+    import ray
 
     count = len(spec.batches) - first
     windows = range(int(spec.batches.windows[first]), int(spec.batches.windows[-1]) + 1)
     assert len(windows) > 2
+    spare = ray.cluster_resources()["CPU"] - 2  # what the two loaders leave, as training workers do
+    held = ray.util.placement_group([{"CPU": 1}] * int(spare)) if spare else None
     dataset = planned_dataset(*steps(spec), windows, first=first, data_workers=2, most_tasks=most_tasks)
     dataset.context.execution_options.preserve_order = True
 
@@ -62,6 +65,8 @@ def test_each_worker_gets_its_own_batches_in_order(spec, first, most_tasks):
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         shares = list(pool.map(blocks, dataset.streaming_split(2, equal=True)))
+    if held:
+        ray.util.remove_placement_group(held)
     expected_blocks = list(BatchLoader(spec).blocks(range(len(spec.batches))))
     for rank, share in enumerate(shares):
         assert len(share) == count // 2

@@ -82,7 +82,7 @@ def remaining_batches(plan: Plan, progress: Progress, recipe: TrainRecipe) -> tu
 
 
 def validation_specs(
-    recipe: TrainRecipe, graft: str, processor: GraftProcessor, left_out: LeftOutRows
+    recipe: TrainRecipe, graft: str, processor: GraftProcessor, left_out: LeftOutRows | None = None
 ) -> dict[str, LoaderSpec]:
     """Plan the batches of each validation set; worker r of n takes the batches r, r + n and so on.
 
@@ -90,7 +90,7 @@ def validation_specs(
     """
     if recipe.validation is None:
         return {}
-    clips = recipe.validation.clips
+    clips, left_out = recipe.validation.clips, left_out or LeftOutRows()
     return {
         name: _validation_spec(
             recipe, validation_rows(data, clips, seed=recipe.seed, left_out=left_out), graft, processor, left_out

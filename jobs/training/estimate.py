@@ -147,7 +147,7 @@ def _read_work(recipe: TrainRecipe, config: AnyGraftConfig, trained: TrainedPart
 
 
 def _reading(
-    recipe: TrainRecipe, config: GraftConfig, rows: RowTable, variation: Variation, plan: Plan
+    recipe: TrainRecipe, config: AnyGraftConfig, rows: RowTable, variation: Variation, plan: Plan
 ) -> tuple[str, ...]:
     clips, size = largest_window(rows, plan)
     window = f"a window: up to {clips:,} clips and {size / 1e6:,.1f} MB"
@@ -161,7 +161,7 @@ def _reading(
     return window, *_reading_memory(recipe, config, held_bytes)
 
 
-def _reading_memory(recipe: TrainRecipe, config: GraftConfig, held_bytes: float) -> Iterator[str]:
+def _reading_memory(recipe: TrainRecipe, config: AnyGraftConfig, held_bytes: float) -> Iterator[str]:
     """Tell the memory of the reader, which holds two windows, and of each loader."""
     held = f"{(PROCESS_BYTES + held_bytes) / 1e9:.1f} GB for the one reader, which holds two windows and the texts"
     # A loader holds the features and the samples of a batch twice: of each clip, and padded or resampled.

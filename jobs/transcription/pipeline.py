@@ -238,7 +238,7 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
     with ray.data.DataContext.current(context), warnings.catch_warnings():
         # Without checkpoints a run that is started again would begin anew.
         warnings.filterwarnings("error", message=".*logical plan doesn't support")
-        planned = ray.data.read_parquet(str(left))
+        planned = ray.data.read_parquet(str(left), num_cpus=0)
         # strict, or what is left of each block is a batch of its own
         items = planned.repartition(target_num_rows_per_block=workers.items_per_batch, strict=True)
         read = items.map_batches(
@@ -263,7 +263,11 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
             **PER_BLOCK,
         )
         try:
-            transcribed.write_parquet(str(home / "items"))
+            # Reading and writing reserve no CPU, as they mostly wait for the disk: in a small cluster, whose CPUs the
+            # other processes take, results would be written only when all are there.
+            transcribed.write_parquet(
+                str(home / "items"), ray_remote_args={"num_cpus": 0}, concurrency=max(2, workers.transcribers)
+            )
         except Exception as error:
             if message := user_message(error):
                 raise ModelError(message) from error

@@ -292,3 +292,37 @@ def test_a_segment_is_shown_before_the_last_ones_are_decoded() -> None:
     segments = asyncio.run(transcribe_all())
     assert model.shown == [segment.text for segment in segments] == [str(number) for number in range(10)]
     assert model.most == CHUNKS_AT_ONCE
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_files_that_vanish_grow_or_shrink_during_a_run_have_one_row_each(folder: Path, tmp_path: Path) -> None:
+    sound = media.speech(16_000, seconds=40.0, channels=1)
+    data = media.write(sound, 16_000, "WAV"), media.encode(sound, 16_000, "libmp3lame", "mp3")
+    (tmp_path / "calls").mkdir()
+    files = [tmp_path / "calls" / f"{number}.{('wav', 'mp3')[number % 2]}" for number in range(MOST_FILES)]
+    for number, path in enumerate(files):
+        path.write_bytes(data[number % 2])
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "jobs", "transcribe", f"model={folder}", f"audio={tmp_path / 'calls'}"]
+    with subprocess.Popen(
+        [*command, f"out={out}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        while not list((out / "work" / "items").glob("[!.]*.parquet")):
+            assert run.poll() is None
+            time.sleep(0.02)
+        for path in files[2:4]:
+            path.unlink()
+        for path in files[4:6]:
+            with path.open("ab") as file:
+                file.write(path.read_bytes()[44:200_000])
+        for path in files[6:]:
+            os.truncate(path, 30_000)
+        said, warned = run.communicate(timeout=200)
+    assert (run.returncode, "Traceback" in said + warned) == (0, False)
+    rows = pq.read_table(out / "recordings", partitioning=None).to_pylist()
+    assert [row["id"] for row in rows] == [path.name for path in files]
+    assert [row["id"] for row in rows if row["error"]] == [path.name for path in files[2:4]]
+    assert all("No such file or directory" in row["error"] for row in rows[2:4])
+    assert all("truncated_file" in row["flags"] for row in rows[6:])
+    assert (out / "errors.jsonl").read_text().count("\n") == 2

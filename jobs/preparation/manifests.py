@@ -183,18 +183,17 @@ def _read_records(manifest: OpenManifest, source: Manifest) -> Iterator[Record |
             return read_parquet_rows(source.manifest, names, named)
         case "arrow":
             return read_arrow_rows(source.manifest, names, named)
+    return _read_json(manifest.file, source)
+
+
+def _read_json(file: BinaryIO, source: Manifest) -> Iterator[Record | BadRecord]:
     tars = TarredAudio(source.manifest, source.tars)
-    return (
-        found
-        for record in read_json(manifest.file, source.place)
-        for one in _clips_of(record)
-        for found in [one if isinstance(one, BadRecord) else _with_tarred_audio(one, source, tars)]
-    )
-
-
-def _clips_of(record: Record | BadRecord) -> Iterable[Record | BadRecord]:
-    is_cut = isinstance(record, Record) and is_lhotse(record.values)
-    return read_cut(record.values, record.number) if isinstance(record, Record) and is_cut else [record]
+    for record in read_json(file, source.place):
+        clips: Iterable[Record | BadRecord] = [record]
+        if isinstance(record, Record) and is_lhotse(record.values):
+            clips = read_cut(record.values, record.number)
+        for clip in clips:
+            yield _with_tarred_audio(clip, source, tars) if isinstance(clip, Record) else clip
 
 
 def _with_tarred_audio(record: Record, source: Manifest, tars: TarredAudio) -> Record | BadRecord:

@@ -1,16 +1,14 @@
 """Write and read training checkpoints: trained weights, AdamW's moments by parameter name, and the run's progress."""
 
-import json
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graft.storage.atomic import atomic_folder
-from graft.training.progress import PROGRESS_FILE, Progress, read_progress, step_folder
+from graft.training.progress import Progress, read_progress, step_folder, write_progress
 
 STATE_FILE = "trained.safetensors"
 
@@ -43,7 +41,7 @@ def write_checkpoint(folder: str | Path, state: State, progress: Progress, *, ke
     tensors = {f"{key}:{name}": tensor.contiguous() for name, entry in state.items() for key, tensor in entry.items()}
     with atomic_folder(path, replace=True) as partial:
         save_file(tensors, partial / STATE_FILE)
-        (partial / PROGRESS_FILE).write_text(json.dumps(asdict(progress)) + "\n")
+        write_progress(partial, progress)
     for old in sorted(Path(folder).glob("step-*"))[:-keep]:
         if progress.best_step is None or old.name != step_folder(progress.best_step):
             shutil.rmtree(old)

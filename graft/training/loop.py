@@ -103,7 +103,7 @@ def train(
         and not is_finished(progress, settings, total_steps)
         and (step := meter.take(waiting, settings.accumulation))
     ):
-        learning_rate = learning_rate_at(progress.step, settings, total_steps)
+        learning_rate = learning_rate_at(progress.step, settings, total_steps, start=progress.schedule_start)
         loss, stops = meter.add(_accumulate(step, backend, settings, observer), step, wants_stop=observer.wants_stop())
         _raise_fault(meter.find_fault(loss), progress.step + 1, step, observer)
         with naming_clips(step, observer, where="in the update after"):
@@ -142,8 +142,12 @@ def is_finished(progress: Progress, settings: LoopSettings, total_steps: int) ->
     )
 
 
-def learning_rate_at(step: int, settings: LoopSettings, total_steps: int) -> float:
-    """Compute the learning rate of update `step` + 1: linear warm-up, then constant, linear or cosine decay to zero."""
+def learning_rate_at(step: int, settings: LoopSettings, total_steps: int, *, start: int = 0) -> float:
+    """Compute the learning rate of update `step` + 1: linear warm-up, then constant, linear or cosine decay to zero.
+
+    The schedule begins after `start` updates, where a run of fewer steps ended.
+    """
+    step, total_steps = step - start, total_steps - start
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)

@@ -1,8 +1,10 @@
 """Read a run's progress from its checkpoints' names and progress.json, without torch."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from graft.storage.atomic import write_atomic
 
 PROGRESS_FILE = "progress.json"
 
@@ -23,6 +25,8 @@ class Progress:
     best_step: int | None = None
     stale_validations: int = 0
     """Number of validations since the best one."""
+    schedule_start: int = 0
+    """Number of updates at which the present schedule of the learning rate began."""
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -40,6 +44,11 @@ def best_checkpoint(folder: str | Path) -> Path | None:
 def read_progress(path: str | Path | None) -> Progress:
     """Read a checkpoint's progress; None stands for the start of a run."""
     return Progress(**json.loads(Path(path, PROGRESS_FILE).read_text())) if path else Progress()
+
+
+def write_progress(path: str | Path, progress: Progress) -> None:
+    """Write the progress of a checkpoint, which is given by its folder."""
+    write_atomic(Path(path, PROGRESS_FILE), json.dumps(asdict(progress)) + "\n")
 
 
 def step_folder(step: int) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -15,6 +15,7 @@ from graft.storage.atomic import atomic_folder, write_atomic
 
 from .folder_lock import FolderLock, lock_folder
 
+R = TypeVar("R", bound=Recipe)
 RECIPE_FILE = "recipe.yaml"
 LOCK = ".lock"
 
@@ -112,6 +113,14 @@ def holds_results(out: str, recipe: Recipe, *, ignore: frozenset[str] = frozense
                 "choose another out= or remove the folder"
             )
     return True
+
+
+def held_recipe(out: str, recipe_class: type[R]) -> R | None:
+    """Read the recipe whose results a folder holds; None where there is none, or one that is not of this class."""
+    path = _local_path(out) / RECIPE_FILE
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        return recipe_class.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return None
 
 
 def _local_path(out: str) -> Path:

@@ -24,7 +24,7 @@ from graft.checkpoints.loading import base_checkpoint, check_graft, write_stage
 from graft.checkpoints.lora import save_adapters
 from graft.checkpoints.projector_file import encoder_digest, read_projector, write_projector
 from graft.data.dataset import RowTable
-from graft.errors import GraftError, RecipeError, require
+from graft.errors import GraftError, OutputError, RecipeError, require
 from graft.model.configuration import AnyGraftConfig, read_graft_config
 from graft.processor import GraftProcessor, read_graft_processor
 from graft.storage.atomic import write_atomic
@@ -33,14 +33,14 @@ from graft.training.checkpoint import load_checkpoint
 from graft.training.encoder_cache import EncoderCache, open_cache
 from graft.training.loop import LoopSettings, is_finished
 from graft.training.plan import Plan
-from graft.training.progress import best_checkpoint, latest_checkpoint, read_progress
+from graft.training.progress import Progress, best_checkpoint, latest_checkpoint, read_progress, write_progress
 from graft.training.stages import ComputeSettings, Stage
 from graft.training.tracking import draw_curves
 
 from ..common.cli import STOPPED
 from ..common.cluster import connect
 from ..common.console import follow
-from ..common.outputs import claim_output, holds_results, locked_output
+from ..common.outputs import claim_output, held_recipe, holds_results, locked_output
 from .batches import (
     LEFT_OUT_FILE,
     ROWS,
@@ -63,7 +63,7 @@ from .loader import LoaderSpec
 from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
 from .ray_dataset import DataStep, LoadBatches, ReadWindows, RemainingBatches
 from .ray_entry import ordered_data_config, run_worker
-from .recipe import EXECUTION_KEYS, TrainRecipe
+from .recipe import EXECUTION_KEYS, LONGER_RUN_KEYS, TrainRecipe
 from .samples import check_ctc_lengths, choose_letters, most_tokens_per_s
 from .worker import FAULT_FILE, Run
 
@@ -73,17 +73,32 @@ RESULT_FILE = "result.json"
 def fit(recipe: TrainRecipe, stage: Stage) -> dict[str, Any]:
     """Train a stage, or resume it; returns the content of result.json.
 
-    Raises GraftError for what a user can correct, and SystemExit(143) after a SIGTERM, when everything is saved.
+    A recipe with more epochs or steps than that of the folder goes on where that one ended, or stands. Raises
+    GraftError for what a user can correct, and SystemExit(143) after a SIGTERM, when everything is saved.
     """
     out = Path(recipe.out).resolve()
-    if holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and (out / RESULT_FILE).is_file():
+    goes_on = _shorter_recipe(recipe) is not None
+    if not goes_on and holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS) and (out / RESULT_FILE).is_file():
         print(f"stage {stage.number}: {out} is done already")
         return json.loads((out / RESULT_FILE).read_text())
     with locked_output(recipe.out):
         return _fit(recipe, stage, out)
 
 
+def _shorter_recipe(recipe: TrainRecipe) -> TrainRecipe | None:
+    """Return the recipe of the output folder where this one only has more epochs or steps; otherwise None.
+
+    Raises OutputError where other keys differ, too.
+    """
+    held = held_recipe(recipe.out, type(recipe))
+    if held is None or not recipe.is_longer_than(held):
+        return None
+    holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS | LONGER_RUN_KEYS)
+    return held
+
+
 def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
+    shorter = _shorter_recipe(recipe)
     started = time.perf_counter()
     require("ray.train", extra="train")
     check_graft(recipe.model)
@@ -107,7 +122,11 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
         batches, total_steps = remaining_batches(plan, progress, recipe)
         validation = validation_specs(recipe, graft, processor, left_out)
         cache = _encoder_cache(recipe, stage, config, graft, processor, is_sharded=computing.is_sharded)
-        claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)  # only now: a wrong recipe leaves no folder
+        if shorter is not None:
+            check_plan(out, plan)
+            progress = _go_on(out, recipe, shorter, progress, total_steps, stage)
+        ignore = EXECUTION_KEYS | (LONGER_RUN_KEYS if shorter is not None else frozenset())
+        claim_output(recipe.out, recipe, ignore=ignore)  # only now: a wrong recipe leaves no folder
     check_plan(out, plan)
     left_out.write(out / LEFT_OUT_FILE)
     planned_s = np.delete(rows.duration_s, plan.left_out[plan.left_out < len(rows)])
@@ -166,6 +185,44 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
     return _finish(
         out, config, stage, graft=graft, words=words, seconds=seconds, spelled=spelled, tokens_per_s=tokens_per_s
     )
+
+
+def _go_on(
+    out: Path, recipe: TrainRecipe, shorter: TrainRecipe, progress: Progress, total_steps: int, stage: Stage
+) -> Progress:
+    """Let a run go on with more epochs or steps, with its schedule begun anew; returns the progress to start from.
+
+    What is done twice, where a run is killed in between, changes nothing. Raises OutputError without a checkpoint of a
+    finished run, and RecipeError where no step is added.
+    """
+    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    if checkpoint is None:
+        if (out / RESULT_FILE).is_file():
+            raise OutputError(f"{out} can't go on, because its checkpoints are gone: train its result in another out=")
+        return progress
+    said = [
+        f"{key} {_written(old)} -> {_written(new)}"
+        for key in ("epochs", "max_steps")
+        if (old := getattr(shorter, key)) != (new := getattr(recipe, key))
+    ]
+    if total_steps <= progress.step:
+        raise RecipeError(f"{', '.join(said)} adds no step to the {progress.step} that {out} has: raise the other one")
+    progress = replace(progress, schedule_start=progress.step, stale_validations=0)
+    write_progress(checkpoint, progress)
+    (out / RESULT_FILE).unlink(missing_ok=True)
+    decay = "constant" if recipe.schedule == "constant" else f"with a {recipe.schedule} decay to zero"
+    line = (
+        f"stage {stage.number}: going on from step {progress.step} to {total_steps} ({', '.join(said)}); the schedule "
+        f"starts anew there: {recipe.warmup_steps} steps of warm-up to {recipe.learning_rate:g}, then {decay}"
+    )
+    print(line, flush=True)
+    with (out / LOG_FILE).open("a") as log:
+        log.write(f"{line}\n")
+    return progress
+
+
+def _written(value: int | None) -> str:
+    return "null" if value is None else str(value)
 
 
 def _choose_data_workers(
@@ -335,8 +392,10 @@ def _finish(
         **spelled,
     }
     write_atomic(out / RESULT_FILE, json.dumps(result, indent=2) + "\n")
-    for folder in (CHECKPOINTS, ROWS):
-        shutil.rmtree(out / folder, ignore_errors=True)
+    # The newest checkpoint is where more epochs would go on, and the best one may stay the best then.
+    kept = {latest_checkpoint(out / CHECKPOINTS), checkpoint}
+    for folder in [out / ROWS, *(path for path in (out / CHECKPOINTS).iterdir() if path not in kept)]:
+        shutil.rmtree(folder, ignore_errors=True)
     losses = f"loss {result['loss_first']:.3f} -> {result['loss_last']:.3f}"
     print(f"stage {stage.number}: {losses} in {seconds:.0f} s, see {out}", flush=True)
     return result

@@ -1,5 +1,6 @@
 """The recipe keys that both training stages share."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
@@ -23,6 +24,14 @@ EXECUTION_KEYS = frozenset(
 
 `workers` changes the result where step_batches is not given.
 """
+
+LONGER_RUN_KEYS = frozenset(
+    {
+        *("epochs", "max_steps", "learning_rate", "schedule", "warmup_steps"),
+        *(f"learning_rates.{part}" for part in ("projector", "adapters", "encoder")),
+    }
+)
+"""Keys that may differ, too, where a run goes on with more epochs or steps than it had."""
 
 
 class ValidationRecipe(Recipe):
@@ -82,9 +91,9 @@ class TrainRecipe(Recipe):
     seed: ScheduleKey[int] = 0
     """Seed of the batches' order, of augmentation, and of fresh adapters."""
     epochs: ScheduleKey[int] = Field(default=1, ge=1)
-    """Number of passes over the data."""
+    """Number of passes over the data. The same command with more of them goes on where a finished run ended."""
     max_steps: ScheduleKey[int | None] = Field(default=None, ge=1)
-    """Stop after this many updates of the weights. null trains all epochs."""
+    """Stop after this many updates of the weights. null trains all epochs. A finished run goes on with more of them."""
     token_budget: ScheduleKey[int] = Field(default=8192, ge=1)
     """Most tokens in a batch of one worker: number of clips times the tokens of the longest, audio tokens included."""
     max_batch_clips: ScheduleKey[int] = Field(default=64, ge=1)
@@ -164,6 +173,11 @@ class TrainRecipe(Recipe):
     """Number of newest checkpoints to keep, besides that of the best validation."""
     wandb: OutputKey[WandbRecipe | None] = None
     """Log the run to Weights & Biases, too. null does not."""
+
+    def is_longer_than(self, other: Self) -> bool:
+        """Tell whether the run has more epochs or steps than another, and less of neither."""
+        own, others = ((one.epochs, one.max_steps or math.inf) for one in (self, other))
+        return own != others and own[0] >= others[0] and own[1] >= others[1]
 
     @property
     def accumulation(self) -> int:

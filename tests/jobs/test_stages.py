@@ -40,6 +40,7 @@ LEFT_BY_A_STAGE = {
     "metrics.jsonl",
     "curves.png",
     "plan.sha256",
+    "checkpoints",
     "projector.safetensors",
     "stage.json",
     "result.json",

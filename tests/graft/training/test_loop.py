@@ -141,6 +141,7 @@ def test_learning_rates():
     rates = [learning_rate_at(step, cosine, 10) for step in range(11)]
     assert (rates[0], rates[5], rates[10]) == pytest.approx((2.0, 1.0, 0.0))
     assert rates == sorted(rates, reverse=True)
+    assert [learning_rate_at(7 + step, cosine, 17, start=7) for step in range(11)] == rates
     constant = dataclasses.replace(settings, schedule="constant", warmup_steps=0)
     assert {learning_rate_at(step, constant, 10) for step in range(10)} == {2.0}
 

@@ -69,8 +69,11 @@ class Observer:
         """Validate the model over all workers."""
         raise NotImplementedError
 
-    def checkpoint(self, progress: Progress) -> None:
-        """Save the trained weights; `progress.best_step` is this step after the best validation so far."""
+    def checkpoint(self, progress: Progress, *, is_last: bool) -> None:
+        """Save the trained weights; `progress.best_step` is this step after the best validation so far.
+
+        `is_last` marks the end of the run, after which the observer may change the model.
+        """
 
     def wants_stop(self) -> bool:
         """Tell whether this worker was asked to end the run early."""
@@ -131,7 +134,7 @@ def train(
         if ends or progress.step == 1 or progress.step % settings.log_every == 0:
             observer.log(meter.read(progress.step, learning_rate, grad_norm))
         if ends or is_best or progress.step % settings.checkpoint_every == 0:
-            observer.checkpoint(progress)
+            observer.checkpoint(progress, is_last=is_finished(progress, settings, total_steps))
     return progress
 
 

@@ -29,7 +29,7 @@ from graft.model.configuration import AnyGraftConfig, read_graft_config
 from graft.processor import GraftProcessor, read_graft_processor
 from graft.storage.atomic import write_atomic
 from graft.text.instructions import trained_instructions
-from graft.training.checkpoint import load_checkpoint
+from graft.training.checkpoint import AVERAGE_FOLDER, load_checkpoint
 from graft.training.encoder_cache import EncoderCache, open_cache
 from graft.training.loop import LoopSettings, is_finished
 from graft.training.plan import Plan
@@ -60,7 +60,7 @@ from .data_workers import (
     gpu_name,
 )
 from .loader import LoaderSpec
-from .observer import CHECKPOINTS, LOG_FILE, STOP_FILE
+from .observer import AVERAGE_FILE, CHECKPOINTS, LOG_FILE, STOP_FILE
 from .ray_dataset import DataStep, LoadBatches, ReadWindows, RemainingBatches
 from .ray_entry import ordered_data_config, run_worker
 from .recipe import EXECUTION_KEYS, LONGER_RUN_KEYS, TrainRecipe
@@ -120,6 +120,7 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
             print(f"stage {stage.number}: CTC spells {share:.1%} of the texts with {len(letters)} letters", flush=True)
         progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
         batches, total_steps = remaining_batches(plan, progress, recipe)
+        _check_average(recipe, total_steps - (progress.schedule_start if shorter is None else progress.step))
         validation = validation_specs(recipe, graft, processor, left_out)
         cache = _encoder_cache(recipe, stage, config, graft, processor, is_sharded=computing.is_sharded)
         if shorter is not None:
@@ -185,6 +186,16 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
     return _finish(
         out, config, stage, graft=graft, words=words, seconds=seconds, spelled=spelled, tokens_per_s=tokens_per_s
     )
+
+
+def _check_average(recipe: TrainRecipe, steps: int) -> None:
+    """Raise RecipeError where a run of so many steps has too few checkpoints for the average."""
+    needed = (recipe.average_checkpoints - 1) * recipe.checkpoint_every + 1
+    if recipe.average_checkpoints > 1 and steps < needed:
+        raise RecipeError(
+            f"average_checkpoints={recipe.average_checkpoints} and checkpoint_every={recipe.checkpoint_every} need "
+            f"{needed:,} steps, and the run has {steps:,}: lower one of them"
+        )
 
 
 def _go_on(
@@ -332,6 +343,12 @@ def _train(recipe: TrainRecipe, run: Run, spec: LoaderSpec) -> None:
     shutil.rmtree(out / "ray", ignore_errors=True)
 
 
+def _read_average(checkpoints: Path) -> dict[str, Any] | None:
+    """Read what is known of a run's averaged weights: their steps and metrics, and whether they are the result."""
+    path = checkpoints / AVERAGE_FOLDER / AVERAGE_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 @contextlib.contextmanager
 def _on_sigterm(act: Callable[[], Any]) -> Iterator[None]:
     """Call `act` at the first SIGTERM; a second one ends the process as usual."""
@@ -362,7 +379,7 @@ def _finish(
     spelled: dict[str, Any],
     tokens_per_s: float,
 ) -> dict[str, Any]:
-    """Write the trained weights of the best or last checkpoint; result.json is written last and marks completion.
+    """Write the trained weights of the best or last checkpoint, or the average; result.json is written last.
 
     `spelled` are the letters of CTC pre-alignment, and the share of the texts that they spell.
     """
@@ -370,7 +387,10 @@ def _finish(
     if checkpoint is None:
         raise GraftError(f"{out} has no checkpoint, although all its steps are done: remove it and train again")
     progress = read_progress(latest_checkpoint(out / CHECKPOINTS))
-    weights = {name: entry["weight"] for name, entry in load_checkpoint(checkpoint)[0].items()}
+    average = _read_average(out / CHECKPOINTS)
+    uses_average = average is not None and average["is_result"]
+    chosen = out / CHECKPOINTS / AVERAGE_FOLDER if uses_average else checkpoint
+    weights = {name: entry["weight"] for name, entry in load_checkpoint(chosen)[0].items()}
     prefix = "audio_projector."
     write_projector(
         {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}, config, out
@@ -385,7 +405,8 @@ def _finish(
         "steps": progress.step,
         "best_step": progress.best_step,
         "validation_loss": None,  # without validation
-        **progress.best_metrics,
+        **(average["metrics"] if average and uses_average else progress.best_metrics),
+        **({"average": average} if average else {}),
         "clips": progress.clips,
         "audio_s": progress.audio_s,
         "seconds": seconds,

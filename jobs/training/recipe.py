@@ -94,6 +94,9 @@ class TrainRecipe(Recipe):
     """Number of passes over the data. The same command with more of them goes on where a finished run ended."""
     max_steps: ScheduleKey[int | None] = Field(default=None, ge=1)
     """Stop after this many updates of the weights. null trains all epochs. A finished run goes on with more of them."""
+    average_checkpoints: ScheduleKey[int] = Field(default=1, ge=1)
+    """Number of last checkpoints, checkpoint_every steps apart, whose trained weights are averaged at the end. The
+    average is the result where its validation is better than the best one, or without validation. 1 averages none."""
     token_budget: ScheduleKey[int] = Field(default=8192, ge=1)
     """Most tokens in a batch of one worker: number of clips times the tokens of the longest, audio tokens included."""
     max_batch_clips: ScheduleKey[int] = Field(default=64, ge=1)

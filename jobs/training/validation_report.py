@@ -40,11 +40,11 @@ def validation_metrics(results: Mapping[str, SetResult]) -> dict[str, float]:
     return found
 
 
-def report_lines(step: int, results: Mapping[str, SetResult], shown: Iterable[TranscribedClip]) -> Iterator[str]:
+def report_lines(title: str, results: Mapping[str, SetResult], shown: Iterable[TranscribedClip]) -> Iterator[str]:
     """Yield the lines that the log has of a validation: of all sets, of each set and language, and transcripts."""
     whole = _metrics(results.values(), "")
     scores = [one for result in results.values() for one in result.scores.values()]
-    yield f"step {step}  validation loss {whole['validation_loss']:.4f}{_wer_text(scores)}"
+    yield f"{title}  validation loss {whole['validation_loss']:.4f}{_wer_text(scores)}"
     for name, result in results.items():
         if name:
             loss = _metrics([result], "")["validation_loss"]

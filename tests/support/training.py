@@ -91,7 +91,7 @@ class Recorder(Observer):
         found = self.losses.pop(0)
         return ValidationResult(found if isinstance(found, dict) else {self.monitor: found}, self.monitor)
 
-    def checkpoint(self, progress: Progress) -> None:
+    def checkpoint(self, progress: Progress, *, is_last: bool) -> None:
         self.checkpoints.append((progress, progress.step == progress.best_step))
 
     def wants_stop(self) -> bool:

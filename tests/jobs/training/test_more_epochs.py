@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from graft.errors import GraftError, OutputError, RecipeError
+from graft.errors import GraftError, OutputError
 from graft.processor import GraftProcessor
 from graft.training.progress import latest_checkpoint, read_progress
 from jobs import stage1
@@ -21,7 +21,7 @@ from tests.support.stage_runs import stage1_recipe, train_here
 def recipe_of(folder: Path, out: str, **settings: Any) -> stage1.Stage1Recipe:
     """A run of four batches an epoch, of which a step has two."""
     data = corpus(folder / "clips.parquet", [row(f"c{seed}", seed) for seed in range(8)])
-    given = {"data": data, "out": str(folder / out), "token_budget": 60, "max_batch_clips": 2, "step_batches": 2}
+    given = {"data": data, "out": str(folder / out), "token_budget": 200, "max_batch_clips": 2, "step_batches": 2}
     given |= {"dtype": "fp32", "max_steps": None, "schedule": "constant", "learning_rate": 1e-2}
     return stage1_recipe(folder, **given | settings)
 
@@ -52,12 +52,9 @@ def test_a_finished_run_goes_on_with_more_epochs_as_if_it_had_had_them(
     at_once = recipe_of(tmp_path, "at-once", epochs=3)
     whole = stage1.run(at_once)
     first = stage1.run(recipe_of(tmp_path, "in-two", epochs=1))
-    with pytest.raises(OutputError, match="token_budget was 60 there and is 90 now"):
-        stage1.run(recipe_of(tmp_path, "in-two", epochs=3, token_budget=90))
-    with pytest.raises(RecipeError, match=r"epochs 1 -> 2 adds no step to the \d+ that .* has: raise the other one"):
-        stage1.run(recipe_of(tmp_path, "in-two", epochs=2).model_copy(update={"max_steps": first["steps"]}))
-    kept = {path.name: path.read_bytes() for path in (tmp_path / "in-two").iterdir() if path.is_file()}
-    assert "result.json" in kept
+    with pytest.raises(OutputError, match="token_budget was 200 there and is 210 now"):
+        stage1.run(recipe_of(tmp_path, "in-two", epochs=3, token_budget=210))
+    assert Path(tmp_path, "in-two", "result.json").is_file()
     capsys.readouterr()
     more = recipe_of(tmp_path, "in-two", epochs=3)
     result = stage1.run(more)

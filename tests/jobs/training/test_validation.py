@@ -37,7 +37,7 @@ def test_error_rates_are_counted_by_set_and_language_each_after_its_normaliser()
     }
     wrong = score([clip.text for clip in GERMAN], [clip.heard for clip in GERMAN], language="en")
     assert wrong.normalizer != results["calls"].scores["de"].normalizer
-    lines = list(report_lines(30, results, [GERMAN[0]]))
+    lines = list(report_lines("step 30", results, [GERMAN[0]]))
     assert lines[0] == "step 30  validation loss 0.5000  WER 50.0% of 4 clips"
     assert lines[1] == "  calls: loss 2.0000  WER 50.0% of 3 clips"
     assert lines[2].startswith("  calls de:  WER 50.0% [")
@@ -60,7 +60,7 @@ def test_a_single_set_has_no_name_and_a_loss_without_labels_is_no_number() -> No
     assert {"validation_wer/de", "validation_wer/hi"} < both.keys()
     empty = validation_metrics({"calls": SetResult(0.0, 0, []), "read": SetResult(3.0, 2, [])})
     assert np.isnan(empty["validation_loss/calls"])
-    assert list(report_lines(1, {"": SetResult(3.0, 2, [])}, [])) == ["step 1  validation loss 1.5000"]
+    assert list(report_lines("step 1", {"": SetResult(3.0, 2, [])}, [])) == ["step 1  validation loss 1.5000"]
 
 
 def test_languages_take_turns() -> None:
@@ -97,7 +97,7 @@ def sets(folder: Path) -> dict[str, Any]:
     return {"calls": [{"files": german, "language": "de"}, {"files": hindi, "language": "hi"}], "read": read}
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_a_run_validates_each_set_and_keeps_the_weights_of_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from .common.cli import run_job
 from .common.cluster import connect
 from .common.outputs import RECIPE_FILE, claim_output, locked_output, output_files
 from .common.speed import about, slowness
-from .preparation.manifests import Manifest
+from .preparation.recipe import Manifest
 
 SPEECH = Path(__file__).parent / "data" / "prompts"
 SUMMARY_FILE = "summary.json"

@@ -14,7 +14,8 @@ from graft.errors import AudioError, DataError
 from graft.text.wer import score
 
 from ..preparation.clips import row_audio
-from ..preparation.manifests import DroppedLine, Manifest, read_manifests
+from ..preparation.manifests import DroppedLine, read_manifests
+from ..preparation.recipe import Manifest
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts"
 MANIFESTS = tuple(str(PROMPTS / name) for name in ("train.jsonl", "unseen.jsonl"))

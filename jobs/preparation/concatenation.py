@@ -10,47 +10,18 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from graft.audio.clip import SAMPLE_RATE, AudioClip, read_audio
-from graft.config import Recipe
 from graft.data.splits import seeded_hash
 from graft.errors import DataError
 
 from .audio_places import AudioReader
 from .clips import stored_clip
-from .manifests import Row, SplitName
-
-MOST_TURNS = 10
-"""Largest number of joined clips with the same row: hours made of minutes of speech would be learnt by heart."""
-
-PauseS = Annotated[float, Field(ge=0, le=10)]
-
-
-class JoinedRecipe(Recipe):
-    """Longer clips that are made of clips of one speaker and added to the single clips."""
-
-    share: float = Field(gt=0, le=MOST_TURNS)
-    """Hours of joined clips, as a share of the hours of the split's labelled clips."""
-    shortest_s: float = Field(default=10, gt=0)
-    """Shortest joined clip in seconds."""
-    longest_s: float = Field(default=28, gt=0)
-    """Longest joined clip in seconds. Each clip is filled until it reaches a length drawn uniformly between the two."""
-    pause_s: tuple[PauseS, PauseS] = (0.2, 0.8)
-    """Shortest and longest silence between two clips in seconds, drawn uniformly."""
-    splits: list[SplitName] | None = None
-    """Splits that get joined clips; null is all."""
-
-    @model_validator(mode="after")
-    def _check_limits(self) -> "JoinedRecipe":
-        lengths = (self.shortest_s, self.longest_s)
-        for name, limits in (("shortest_s and longest_s are", lengths), ("pause_s is", self.pause_s)):
-            if limits[0] > limits[1]:
-                raise ValueError(f"{name} {list(limits)}: give the smaller number first")
-        return self
+from .manifests import Row
+from .recipe import MOST_TURNS, JoinedRecipe
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
-from pydantic import Field, PrivateAttr
-
-from graft.config import Recipe
 from graft.data.splits import comparable_text
 from graft.errors import DataError
-from graft.keys import Location
 from graft.storage.locations import redact_uri
 from graft.text.characters import compose
 from graft.text.languages import language_code
@@ -35,9 +31,7 @@ from .formats.sources import list_files
 from .formats.tables import read_arrow_rows, read_parquet_rows
 from .formats.tarred_audio import TarredAudio
 from .formats.webdataset import DAMAGED, read_samples
-
-SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-FieldName = Literal["id", "audio", "text", "speaker", "sex", "language", "offset", "duration"]
+from .recipe import Manifest
 
 FIELD_NAMES: dict[str, tuple[str, ...]] = {
     "id": ("id", "ID"),
@@ -60,45 +54,6 @@ LONGEST_S = 1e6
 
 _QWEN_TEXT = re.compile(r"\s*language\s+([^<]+?)\s*<asr_text>(.*)", re.DOTALL)
 """A text for the fine-tuning of Qwen3-ASR, which names its language, or None."""
-
-
-class Manifest(Recipe):
-    """A manifest, and how to read it."""
-
-    manifest: Location
-    """Path or URI of JSON lines or one JSON array, of CSV (*.csv, *.tsv or a given delimiter), of lhotse's cuts, of a
-    tar file of WebDataset, or of a parquet or Arrow file; or a folder or glob of one kind, or names with {0..7} or
-    _OP_0..7_CL_. Fields are audio and text and optionally id, speaker, sex, language, offset and duration."""
-    split: SplitName | None = None
-    """Split that every row of this manifest goes to; null draws splits by the shares of `splits`."""
-    folder: str = "."
-    """Folder that audio paths are relative to, itself relative to the manifest's folder; `clips` for Common Voice."""
-    tars: list[str] = Field(default_factory=list)
-    """Tar files with the audio of a NeMo manifest, relative to its folder; with none, lines with a shard_id are looked
-    up in audio_ID.tar beside the manifest or one folder above it."""
-    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
-    """Delimiter of a CSV file; null takes the one of tab, comma, semicolon and bar that its header line holds most
-    often. With a tab, quotes are part of the text."""
-    columns: dict[FieldName, str] = Field(default_factory=dict)
-    """Names of fields in this manifest where they differ from graft's, NeMo's and Common Voice's, as {audio: file}."""
-    only: dict[str, str] = Field(default_factory=dict)
-    """Patterns that select lines: a field by its name in this manifest and a glob, as {source: "LibriSpeech*"}. Other
-    lines are passed over and not counted as dropped, so a manifest can be given once for each split that it holds."""
-    unlabelled: Literal["drop", "keep"] = "drop"
-    """Lines without a text are dropped, or kept with an empty text for graft label."""
-
-    _given: str = PrivateAttr(default="")  # the source's location, where it names several files
-
-    @property
-    def place(self) -> str:
-        """The manifest's location as messages show it."""
-        return redact_uri(self.manifest)
-
-    def of_file(self, location: str) -> "Manifest":
-        """Return this source with one of the files that it names."""
-        copy = self.model_copy(update={"manifest": location})
-        copy._given = self.place
-        return copy
 
 
 @dataclass(frozen=True, slots=True)

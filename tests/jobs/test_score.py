@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import jiwer
 import pytest
 
 from jobs.score import main
+from tests.support.paths import ROOT
 
 REFERENCES = {"a": "good morning to you", "b": "the lazy dog", "c": "white paper", "d": "quick fox"}
 ONE = {"a": "good morning you", "b": "the lazy dog", "c": "white paper", "d": "brown fox"}
@@ -191,5 +193,6 @@ def test_it_needs_neither_ray_nor_torch(files: Path) -> None:
         "import sys; from jobs.score import main; code = main(argv=['refs.jsonl', 'one.jsonl', 'scorer=open-asr']); "
         "sys.exit(code or bool({'ray', 'torch', 'transformers'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr

@@ -18,6 +18,7 @@ from graft.checkpoints.loading import multiplies_bf16
 from graft.errors import AudioError, DataError
 from graft.inference.engines.sampling import has_repeated_ngram
 from graft.inference.hallucination import NO_REPEAT_NGRAM
+from graft.inference.transcriber import _Asked
 from jobs.bench import main as bench
 from jobs.benchmarks.bulk import (
     ITEMS_PER_BATCH,
@@ -51,8 +52,10 @@ def test_the_stand_in_answers_at_its_rate_and_without_loops(graft: str) -> None:
     engine = transcriber._engine
     assert not has_repeated_ngram(engine._answer_ids, 2 * NO_REPEAT_NGRAM)
 
+    asked = _Asked(None, None, None, words=False)
+
     async def count_tokens() -> int:
-        return len([token async for token in engine.stream(transcriber._make_request(clips[0], ""))])
+        return len([token async for token in engine.stream(transcriber._featurize(Chunk(0.0, clips[0]), asked))])
 
     assert asyncio.run(count_tokens()) == round(-(-len(clips[0].samples) // 160) / 100 * TOKENS_PER_S)
     transcriber.close()

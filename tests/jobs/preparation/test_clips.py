@@ -19,7 +19,8 @@ from graft.audio import decoding
 from graft.data.dataset import RowReader, read_rows
 from jobs.preparation.clip_tasks import BATCH_ROWS, ReadingProgress, check_batch, read_all_clips
 from jobs.preparation.clips import ClipChecker, ClipLimits
-from jobs.preparation.manifests import DroppedLine, Manifest, Row, read_manifests
+from jobs.preparation.manifests import DroppedLine, Row, read_manifests
+from jobs.preparation.recipe import Manifest
 from jobs.prepare import PrepareRecipe, run
 from jobs.transcription.tasks import RayTasks, TasksHere
 from tests.support import hub_server, media, s3

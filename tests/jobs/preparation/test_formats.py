@@ -17,7 +17,8 @@ from graft.errors import DataError
 from jobs.common.inputs import check_inputs
 from jobs.preparation.audio_places import AudioReader
 from jobs.preparation.formats.sources import expand_braces, list_files
-from jobs.preparation.manifests import DroppedLine, Manifest, Row, list_manifests, read_manifests
+from jobs.preparation.manifests import DroppedLine, Row, list_manifests, read_manifests
+from jobs.preparation.recipe import Manifest
 from jobs.prepare import PrepareRecipe, run
 from tests.support import hub_server, media, s3
 

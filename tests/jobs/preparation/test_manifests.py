@@ -15,7 +15,8 @@ from graft.data.settings import Source
 from graft.errors import AudioError, DataError, RecipeError
 from jobs.preparation.audio_places import AudioPlace, file_place
 from jobs.preparation.clips import row_audio
-from jobs.preparation.manifests import DroppedLine, Manifest, Row, read_manifests
+from jobs.preparation.manifests import DroppedLine, Row, read_manifests
+from jobs.preparation.recipe import Manifest
 from jobs.prepare import PrepareRecipe, run
 from tests.support import hub_server, media
 

@@ -28,6 +28,7 @@ from pydantic_core import ErrorDetails
 
 from graft.errors import RecipeError
 from graft.keys import alternatives, is_group, is_sequence, values_text
+from graft.redaction import without_secrets
 
 SCALAR_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")}
 """YAML's tags of values that are read as such where a key takes any value; others, such as dates, are text."""
@@ -71,8 +72,14 @@ def make_recipe(cls: type[R], data: Mapping[str, Any], *, name: str = "recipe") 
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """Write the resolved recipe as YAML, with every field, in the order of the class."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
+    """Write the resolved recipe as YAML, with every field, in the order of the class, and without secrets of URIs."""
+    return yaml.safe_dump(recipe_values(recipe), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """Return the values of the resolved recipe as they are kept: the URIs in them have no secrets."""
+    values: dict[str, Any] = without_secrets(recipe.model_dump(mode="json"))
+    return values
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

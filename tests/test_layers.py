@@ -20,8 +20,8 @@ COMMANDS = (
 )
 
 ROOMS = {
-    "graft": "errors imports keys config storage model audio text data processor checkpoints training inference "
-    "__init__",
+    "graft": "errors imports redaction keys config storage model audio text data processor checkpoints training "
+    "inference __init__",
     "jobs": f"common transcription training preparation evaluation {COMMANDS} __main__",
     "serve": "proxy logs fairness decode config service metrics backends http app command",
 }

@@ -23,6 +23,7 @@ import numpy as np
 from graft.checkpoints.loading import base_checkpoint, check_graft, write_stage
 from graft.checkpoints.lora import save_adapters
 from graft.checkpoints.projector_file import encoder_digest, read_projector, write_projector
+from graft.config import recipe_values
 from graft.data.dataset import RowTable
 from graft.errors import GraftError, OutputError, RecipeError, require
 from graft.model.configuration import AnyGraftConfig, read_graft_config
@@ -163,7 +164,7 @@ def _fit(recipe: TrainRecipe, stage: Stage, out: Path) -> dict[str, Any]:
             token_budget=recipe.token_budget,
         )
         run = Run(
-            recipe.model_dump(),
+            recipe_values(recipe),
             stage,
             computing,
             settings,

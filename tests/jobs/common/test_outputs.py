@@ -44,6 +44,16 @@ def test_a_folder_belongs_to_the_recipe_that_claimed_it(tmp_path):
     assert not holds_results(str(tmp_path / "none"), Job())
 
 
+def test_no_secret_of_a_uri_is_kept_or_shown(tmp_path):
+    out, uri = str(tmp_path / "out"), "s3://KEY:SECRET@bucket/name?endpoint_override=host:9000"
+    folder = claim_output(out, Other(name=uri))
+    assert (folder / "recipe.yaml").read_text() == "name: s3://bucket/name?endpoint_override=host:9000\n"
+    assert holds_results(out, Other(name=uri.replace("SECRET", "ANOTHER")))
+    with pytest.raises(OutputError) as caught:
+        claim_output(out, Other(name=uri.replace("bucket", "other")))
+    assert "SECRET" not in str(caught.value)
+
+
 def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

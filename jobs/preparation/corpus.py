@@ -200,7 +200,7 @@ def _assign(rows: Sequence[Row], recipe: PrepareRecipe, dropped: dict[DroppedLin
             splits.setdefault(placement.split, []).append(row)
     if not splits:
         reasons = ", ".join(f"{reason} {count}" for reason, count in _count_reasons(dropped).items())
-        raise DataError(f"no row of {len(recipe.sources)} manifests remains, dropped: {reasons}")
+        raise DataError(f"all rows were dropped ({reasons}): correct the sources")
     if any(source.split is None for source in recipe.long_sources()):
         for name, share in recipe.splits.items():
             if share > 0 and name not in splits:

@@ -179,4 +179,6 @@ def is_as(folder: Folder, expected: Folder) -> None:
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
     for key in ("steps", "clips", "audio_s", "loss_first", "loss_last"):
         assert folder.result[key] == pytest.approx(expected.result[key], rel=1e-5), key
-    assert not {"checkpoints", "ray", "stop", "fault.json"} & {path.name for path in folder.path.iterdir()}
+    assert not {"ray", "stop", "fault.json"} & {path.name for path in folder.path.iterdir()}
+    kept = [sorted(path.name for path in (one.path / CHECKPOINTS).iterdir()) for one in (folder, expected)]
+    assert kept[0] == kept[1], "other checkpoints stay, from which more epochs go on"

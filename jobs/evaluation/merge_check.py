@@ -71,7 +71,7 @@ def _variants(
 
 
 def _loss(model: AnyGraft, processor: GraftProcessor, rows: RowTable, graft: Path) -> float:
-    variation = plain_variation(rows, processor)
+    variation = plain_variation(processor)
     batches = plan_training(rows, processor, PlanSettings(token_budget=TOKEN_BUDGET), variation).batches(
         position=0, step_batches=1
     )

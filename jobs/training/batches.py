@@ -111,7 +111,7 @@ def _validation_spec(
     recipe: TrainRecipe, rows: RowTable, graft: str, processor: GraftProcessor, left_out: LeftOutRows
 ) -> LoaderSpec:
     settings = PlanSettings(recipe.seed, 1, recipe.token_budget, recipe.max_batch_clips, recipe.window_clips)
-    variation = plain_variation(rows, processor)
+    variation = plain_variation(processor)
     plan = plan_training(rows, processor, settings, variation)
     _print_over_budget(rows, plan, left_out)
     batches = plan.batches(position=0, step_batches=recipe.workers)

@@ -150,9 +150,13 @@ def vary(
     )
 
 
-def plain_variation(rows: RowTable, processor: GraftProcessor) -> Variation:
-    """Make the Variation of unchanged clips; an unformatted label keeps its lower-case instruction."""
-    return vary(rows, processor, words=InstructionRecipe())
+def plain_variation(processor: GraftProcessor) -> Variation:
+    """Make the Variation of unchanged clips; an unformatted label keeps its lower-case instruction.
+
+    Unlike those of training, all of the labels may be unformatted.
+    """
+    style = "raw" if processor.prompt_style == "reference" else processor.text_style
+    return Variation(np.zeros(0), instruction_sampler=InstructionSampler(InstructionRecipe(), style))
 
 
 def plan_training(

@@ -93,3 +93,14 @@ def test_validation_clips_are_sampled_and_divided_evenly(
     assert sorted(place for batch in spec.batches for place in batch.rows) == list(range(7))
     assert len({spec.rows.id(place) for place in range(7)}) == 7
     assert "left out: 1 with no words; 12 clips remain" in capsys.readouterr().out
+
+
+def test_labels_of_validation_may_all_be_unformatted(folder: str, tmp_path: Path) -> None:
+    processor = GraftProcessor.from_pretrained(folder)
+    processor.text_style = "formatted"
+    data = corpus(tmp_path / "clips.parquet", [row(f"c{seed}", seed, text="no capitals here") for seed in range(3)])
+    training = recipe(folder, data, validation={"data": data})
+    with pytest.raises(DataError, match="none of 3 texts is formatted"):
+        plan_run(training, processor)
+    (spec,) = validation_specs(training, folder, processor).values()
+    assert spec.variation.instruction("no capitals here", 0).style == "lower"

@@ -87,6 +87,10 @@ class SpeechProcessor(Protocol):
         """Tokenize the prompt of a clip of `frame_count` mel frames."""
         ...
 
+    def prefix_ids(self, text: str) -> list[int]:
+        """Tokenize a text that an answer begins with; the next word begins with a space."""
+        ...
+
     def end_ids(self, generation_config: Any) -> set[int]:
         """Return the ids that end an answer."""
         ...
@@ -229,6 +233,10 @@ class GraftProcessor(ProcessorMixin):
     def prompt_end_ids(self) -> list[int]:
         """Return the ids that end every prompt, which the answer follows."""
         return list(self._prompt_parts[2])
+
+    def prefix_ids(self, text: str) -> list[int]:
+        """See SpeechProcessor. The text is in the answer's style already."""
+        return self._plain_ids([TEMPLATES[self.prompt_style].answer.format(text=text)])[0]
 
     def end_ids(self, generation_config: Any) -> set[int]:
         """Return the ids that end an answer: that of trained answers and those of the generation configuration."""
@@ -468,6 +476,10 @@ class PlainWhisperProcessor:
         """See SpeechProcessor: the start of every text in a language, which is the instruction."""
         language = [self.language_ids[instruction]] if self.language_ids else []
         return [self._start_id, *language, *self._task, *self._ending]
+
+    def prefix_ids(self, text: str) -> list[int]:
+        """See SpeechProcessor. Every text begins with a space."""
+        return self.tokenizer(f" {text}", add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def end_ids(self, generation_config: Any) -> set[int]:
         """See SpeechProcessor."""

@@ -201,13 +201,15 @@ class Transcriber:
         language: str | None = None,
         words: bool | None = None,
         scored: bool = False,
+        prefix: str = "",
     ) -> list[Segment]:
         """Transcribe chunks of one recording; returns a segment for each, in order, if `scored` a ScoredSegment.
 
-        A `language` that the model's prompt cannot name is for the aligner alone. Raises ModelError as `transcribe`
-        does otherwise.
+        Each text begins with `prefix`, which is in the model's style and is read, not decoded; its tokens count as
+        certain. A `language` that the model's prompt cannot name is for the aligner alone. Raises ModelError as
+        `transcribe` does otherwise.
         """
-        asked = _Asked(instruction, context, language, self._wants_words(words))
+        asked = _Asked(instruction, context, language, self._wants_words(words), prefix=prefix)
         asked = replace(asked, found=None if language else await self._find_language(chunks, words=asked.words))
 
         async def transcribe_chunk(chunk: Chunk) -> Segment:
@@ -322,7 +324,8 @@ class Transcriber:
         with self._tokenizer_lock:
             prompt_ids = self._processor.prompt_ids(features.frame_count, instruction)
             most = self._processor.max_new_tokens(chunk.clip.duration_s, instruction)
-        return EngineRequest(uuid.uuid4().hex, features, prompt_ids, most)
+            prefix_ids = tuple(self._processor.prefix_ids(asked.prefix)) if asked.prefix else ()
+        return EngineRequest(uuid.uuid4().hex, features, prompt_ids, most, prefix_ids=prefix_ids)
 
     async def _find_language(self, chunks: Sequence[Chunk], *, words: bool) -> str | None:
         """Find the language of a recording by its first chunks, with the aligner only where `words` are timed."""
@@ -381,13 +384,15 @@ class Transcriber:
         return self._add_tokens(segment, request, tokens) if scored else segment
 
     async def _decode(self, request: EngineRequest) -> list[Token]:
+        """Return the tokens of an answer, those of its prefix too."""
+        given = [Token(id, 0.0) for id in request.prefix_ids]
         async with aclosing(self._engine.stream(request)) as stream:
-            return [token async for token in stream]
+            return given + [token async for token in stream]
 
     def _judge(self, chunk: Chunk, request: EngineRequest, tokens: Sequence[Token]) -> QualityVerdict:
         return check_quality(
             self._decode_text(tokens),
-            [token.logprob for token in tokens],
+            [token.logprob for token in tokens[len(request.prefix_ids) :]],
             duration_s=chunk.clip.duration_s,
             is_cut=len(tokens) == request.max_new_tokens,
             has_speech=chunk.has_speech,
@@ -528,13 +533,17 @@ def _read_channels(audio: Audio, track: AudioTrack | None) -> dict[int | None, A
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a recording is transcribed with; `found` is its language where none is asked for."""
+    """What a recording is transcribed with; `found` is its language where none is asked for.
+
+    Its texts begin with `prefix`.
+    """
 
     instruction: str | None
     context: Sequence[str] | None
     language: str | None
     words: bool
     found: str | None = None
+    prefix: str = ""
 
     @property
     def spoken(self) -> str | None:

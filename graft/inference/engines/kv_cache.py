@@ -94,8 +94,11 @@ class SlotDecoder(ABC):
         """
 
     def _pad_prompts(self, requests: Sequence[EngineRequest]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the ids, the attention mask and the positions of prompts, padded on the left: (rows, length) each."""
-        rows = [request.prompt_ids for request in requests]
+        """Return the ids, the attention mask and the positions of prompts with the prefixes of their answers.
+
+        They are padded on the left: (rows, length) each.
+        """
+        rows = [[*request.prompt_ids, *request.prefix_ids] for request in requests]
         ids, mask = (torch.from_numpy(array).to(self.device) for array in pad_prompts(rows, self._pad_id))
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # a prompt's first token is at 0, whatever the padding
         return ids, mask, positions

@@ -14,7 +14,9 @@ class EngineRequest:
 
     With a positive `no_repeat_ngram`, no sequence of that many tokens occurs twice in the answer: at each step the
     likeliest token that repeats none is chosen. Where there are `first_ids`, the answer begins with one of them, as a
-    Whisper's begins with the language that it hears; vLLM, which runs no Whisper, does not read them.
+    Whisper's begins with the language that it hears; vLLM, which runs no Whisper, does not read them. The answer goes
+    on after `prefix_ids`, which are read together with the prompt: they are not yielded, but count among its tokens,
+    and must be fewer than it may have.
     """
 
     request_id: str
@@ -23,6 +25,7 @@ class EngineRequest:
     max_new_tokens: int
     no_repeat_ngram: int = 0
     first_ids: tuple[int, ...] = ()
+    prefix_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class Engine(Protocol):
     def stream(self, request: EngineRequest) -> AsyncGenerator[Token, None]:
         """Yield the tokens of the answer as they are decoded, without the token that ends it.
 
-        An answer of `max_new_tokens` tokens was cut. Closing or cancelling the generator aborts the request. Errors of
-        the model are raised here.
+        An answer of `max_new_tokens` tokens, its prefix included, was cut. Closing or cancelling the generator aborts
+        the request. Errors of the model are raised here.
         """
         ...
 

@@ -24,12 +24,19 @@ class Row:
     request: EngineRequest
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     outbox: "asyncio.Queue[Item]" = field(default_factory=asyncio.Queue)
-    tokens: list[int] = field(default_factory=list)
     is_over: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prefix_ids)  # of the answer
 
     @property
     def prompt_length(self) -> int:
         return len(self.request.prompt_ids)
+
+    @property
+    def read_length(self) -> int:
+        """Tokens that are read together before the first new one: the prompt and the answer's prefix."""
+        return self.prompt_length + len(self.request.prefix_ids)
 
     @cached_property
     def length(self) -> int:
@@ -40,6 +47,13 @@ class Row:
     def position(self) -> int:
         """Position of the last token; that of the prompt's first token is 0."""
         return self.prompt_length + len(self.tokens) - 1
+
+
+def check_prefix(request: EngineRequest) -> None:
+    """Raise ValueError for a request whose prefix leaves its answer no room for a token."""
+    count = len(request.prefix_ids)
+    if count and count >= request.max_new_tokens:
+        raise ValueError(f"the prefix has {count} tokens, and the answer may have {request.max_new_tokens}")
 
 
 def pick_admissible(
@@ -57,7 +71,7 @@ def pick_admissible(
     longest = max((row.length for row in running), default=0)
     longest_prompt = 0
     for row in heapq.nsmallest(ENCODER_ROWS, waiting, key=lambda row: abs(row.length - waiting[0].length)):
-        longest, longest_prompt = max(longest, row.length), max(longest_prompt, row.prompt_length)
+        longest, longest_prompt = max(longest, row.length), max(longest_prompt, row.read_length)
         count = len(picked) + 1
         exceeds_batch = (running or picked) and (window + longest) * (len(running) + count) > max_batch_tokens
         if exceeds_batch or (picked and (window + longest_prompt) * count > max_prefill_tokens):

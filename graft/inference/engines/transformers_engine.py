@@ -17,7 +17,7 @@ import torch
 from graft.inference.engines.kv_cache import SlotDecoder
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
 from graft.inference.engines.sampling import choose_tokens, repeating_ids
-from graft.inference.engines.scheduler import Row, deliver, next_token, pick_admissible
+from graft.inference.engines.scheduler import Row, check_prefix, deliver, next_token, pick_admissible
 
 
 class TransformersEngine:
@@ -68,6 +68,7 @@ class TransformersEngine:
         length = row.prompt_length + request.max_new_tokens
         if self._max_length and length > self._max_length:
             raise ValueError(f"prompt and answer may have {length} tokens: the model takes {self._max_length}")
+        check_prefix(request)
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the engine is closed")
@@ -191,12 +192,15 @@ class TransformersEngine:
         together = [*self._running, *rows]
         cache, logits = self._decoder.prefill([row.request for row in rows])
         only = {index: row.request.first_ids for index, row in enumerate(rows) if row.request.first_ids}
-        chosen = choose_tokens(logits, self._decoder.first_suppressed_ids, {}, only)
+        # Answers with a prefix have begun already.
+        first = [index for index, row in enumerate(rows) if not row.tokens and index not in only]
+        logits[first] = logits[first].index_fill(1, self._decoder.first_suppressed_ids, float("-inf"))
+        chosen = choose_tokens(logits, self._decoder.suppressed_ids, _blocked_ids(rows), only)
         slots = self._decoder.slots
         longest = slots.window + max(row.length for row in together)
         self._decoder.reserve(max(self._max_batch_tokens, len(together) * longest))
         slots.fit(max(row.position for row in together) + 1)
-        self._decoder.join(cache, [row.prompt_length for row in rows])
+        self._decoder.join(cache, [row.read_length for row in rows])
         self._running = together
         self._prefills += 1
         self._send_tokens(rows, *chosen)
@@ -204,9 +208,7 @@ class TransformersEngine:
     def _step(self, rows: list[Row]) -> None:
         first = self._running.index(rows[0])
         logits = self._decoder.step([row.tokens[-1] for row in rows], [row.position for row in rows], first=first)
-        blocked = {index: repeating_ids(row.tokens, row.request.no_repeat_ngram) for index, row in enumerate(rows)}
-        suppressed = self._decoder.suppressed_ids
-        chosen = choose_tokens(logits, suppressed, {index: ids for index, ids in blocked.items() if ids})
+        chosen = choose_tokens(logits, self._decoder.suppressed_ids, _blocked_ids(rows))
         self._steps += 1
         self._send_tokens(rows, *chosen)
 
@@ -221,6 +223,12 @@ class TransformersEngine:
                 items.append((row, None))
         self._tokens += sum(item is not None for _, item in items)
         deliver(items)
+
+
+def _blocked_ids(rows: Sequence[Row]) -> dict[int, list[int]]:
+    """Return the ids that would repeat an n-gram, by row index."""
+    blocked = {index: repeating_ids(row.tokens, row.request.no_repeat_ngram) for index, row in enumerate(rows)}
+    return {index: ids for index, ids in blocked.items() if ids}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -26,7 +26,7 @@ from graft.checkpoints.language_model import language_model_folder, open_encoder
 from graft.errors import require
 from graft.inference.engines.protocol import EngineCounts, EngineRequest, Token
 from graft.inference.engines.sampling import repeating_ids
-from graft.inference.engines.scheduler import ENCODER_ROWS, Row, deliver, next_token
+from graft.inference.engines.scheduler import ENCODER_ROWS, Row, check_prefix, deliver, next_token
 from graft.model.modeling import AnyGraft
 from graft.processor import GraftProcessor, collate_features
 
@@ -128,6 +128,7 @@ class VllmEngine:
         Raises ValueError for an id under way or too long a request, RuntimeError for a closed engine.
         """
         row = Row(request)
+        check_prefix(request)
         self._call(self._arrive, row)
         try:
             while token := await next_token(row):
@@ -274,7 +275,7 @@ class VllmEngine:
         stay blocked in later steps too, which changes nothing as long as none of them is likelier than the chosen
         token.
         """
-        ids: list[int] = []
+        ids = list(request.prefix_ids)
         while len(ids) < request.max_new_tokens:
             blocked = set(repeating_ids(ids, request.no_repeat_ngram))
             async with contextlib.aclosing(self._choices(request, embeddings, ids, blocked)) as choices:

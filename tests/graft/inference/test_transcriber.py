@@ -380,6 +380,37 @@ def test_a_scored_segment_has_the_tokens_of_its_text(transcriber):
     assert scored.prompt_token_count == streamed.prompt_token_count > 0
 
 
+def test_a_text_begins_with_its_prefix(transcriber):
+    chunk = windows(make_clip(1.5, seed=3))[0]
+
+    async def transcribe(**options) -> ScoredSegment:
+        (segment,) = await transcriber.transcribe_chunks([chunk], scored=True, **options)
+        return segment
+
+    plain, prefixed = asyncio.run(transcribe()), asyncio.run(transcribe(prefix="go, on"))
+    assert prefixed.text.startswith("go, on")
+    assert len(prefixed.text) > len("go, on") + 3
+    assert prefixed.text != plain.text
+    given = [token for token in prefixed.tokens if token.logprob == 0]
+    assert b"".join(token.data for token in given).decode().strip() == "go, on"
+    assert prefixed.prompt_token_count == plain.prompt_token_count
+    rest = [token.logprob for token in prefixed.tokens if token.logprob]
+    assert prefixed.mean_logprob == pytest.approx(np.mean(rest), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.bundled
+@pytest.mark.parametrize("model", ["small", "whisper"])
+def test_speech_is_transcribed_alike_after_the_first_words_of_its_text(model):
+    chunk = windows(read_audio(media.PROMPTS[0]))[0]
+    with closing(open_transcriber(model, chunker=windows)) as transcriber:
+        (whole,) = asyncio.run(transcriber.transcribe_chunks([chunk]))
+        words = whole.text.split(" ")
+        for count in range(len(words) + 1):
+            (segment,) = asyncio.run(transcriber.transcribe_chunks([chunk], prefix=" ".join(words[:count])))
+            assert segment.text == whole.text
+
+
 @pytest.mark.slow
 @pytest.mark.bundled
 def test_the_bundled_whisper_transcribes_speech_alone_together_and_over_30_s():

@@ -295,6 +295,44 @@ def test_blocked_ids_keep_their_probability_and_suppressed_ids_have_none():
 
 
 @BOTH
+def test_a_prefix_of_the_answer_is_continued_as_the_answer_goes_on(kind):
+    model = kind.model()
+    requests = [
+        replace(kind.request(model, index, count), no_repeat_ngram=2 * (index % 2))
+        for index, count in enumerate(FRAME_COUNTS)
+    ]
+    # A token that no answer may begin with follows later in one: only first tokens are concerned.
+    late = generated(model, requests[0])[0][6]
+    model.generation_config.begin_suppress_tokens = [late]
+    answers = [generated(model, request) for request in requests]
+    assert any(late in ids[1:] for ids, _ in answers)
+    given = [(index, count) for index in range(len(requests)) for count in (0, 1, 5, 6, 11)]
+    mixed = [
+        replace(requests[index], request_id=f"{index}-{count}", prefix_ids=tuple(answers[index][0][:count]))
+        for index, count in given
+    ]
+    with running(model, gather_s=0.05) as engine:
+        rest = asyncio.run(collect_all(engine, mixed))
+    for (index, count), tokens in zip(given, rest, strict=True):
+        ids, logprobs = answers[index]
+        assert [token.id for token in tokens] == ids[count:]
+        assert_close(tokens, logprobs[count:])
+
+
+@BOTH
+def test_another_prefix_is_read_as_the_end_of_the_prompt(kind):
+    model = kind.model()
+    request = kind.request(model, 0, 60)
+    other = (5, 6, 7)
+    asked = replace(request, prompt_ids=[*request.prompt_ids, *other], max_new_tokens=12 - len(other))
+    with running(model) as engine:
+        tokens = asyncio.run(collect(engine, replace(request, prefix_ids=other)))
+        assert [token.id for token in tokens] == generated(model, asked)[0] != generated(model, request)[0][3:]
+        with pytest.raises(ValueError, match="the prefix has 12 tokens, and the answer may have 12"):
+            asyncio.run(collect(engine, replace(request, prefix_ids=(5,) * 12)))
+
+
+@BOTH
 def test_max_new_tokens_holds_for_each_row(kind):
     model = kind.model()
     requests = [kind.request(model, index, 60, max_new_tokens=count) for index, count in enumerate([1, 5, 3])]

@@ -3,14 +3,16 @@
 The clips can also be scored with their audio swapped, which a model that listens fails.
 On request it also scores other instructions, clips joined to recordings, and sounds without speech, for which it counts
 the characters that are written.
-Writes report.json and, a line for each clip and model, predictions.jsonl, which graft score reads too.
+Writes report.json and, a line for each clip and system as soon as it is transcribed, predictions.jsonl, which graft
+score reads too. A run that was cut off goes on.
 
-test sets -> the bulk pipeline, once for each model and instruction -> predictions.jsonl -> scores -> report.json
+test sets -> the bulk pipeline, once for each system and instruction -> predictions.jsonl -> scores -> report.json
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,17 +23,20 @@ from graft.audio.chunking import ChunkSettings
 from graft.audio.vad import SpeechSettings
 from graft.config import Recipe
 from graft.data.settings import Sources
-from graft.errors import DataError, RecipeError
+from graft.errors import DataError, OutputError, RecipeError
 from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey, OutputKey
+from graft.storage.atomic import write_atomic
 from graft.text.wer import score
 
 from .common.cli import run_job
 from .common.inputs import check_inputs
-from .common.outputs import holds_results, staged_output
-from .transcription import Auto, ClipTranscript
+from .common.outputs import claim_output, holds_results, locked_output, output_files
+from .evaluation.system_spec import Service, SystemSpec, is_checkpoint
+from .transcription import Auto
 from .transcription.plan_options import EvaluationPlanOptions
 
 if TYPE_CHECKING:
+    from .evaluation.predict import System
     from .evaluation.predictions import Prediction
     from .evaluation.test_sets import Item
     from .transcription.machine import AskedWorkers
@@ -39,15 +44,18 @@ if TYPE_CHECKING:
 WINDOW_S = 30.0
 """Longest window of a clip in seconds where the speech detector is not used."""
 REPORT_FILE = "report.json"
-PREDICTIONS_FILE = "predictions.jsonl"
-WORK_FOLDER = "work"
-"""Folder of what is made while the job runs: corpora of sounds and recordings, and the results of each model."""
+CLIPS_FILE = "clips.parquet"
+"""Where the audio of each clip is."""
+SYSTEMS_FILE = "systems.json"
+"""Digests of the systems' weights."""
+WORK_FOLDER, SETS_FOLDER = "work", "sets"
+"""Folder of what is made while the job runs, the results of each system, and its part for sounds and recordings."""
+EXECUTION_KEYS = frozenset({"readers", "workers", "threads_per_worker", "gpu"})
+"""Keys that change how clips are transcribed, not what is written."""
 PIPELINES = {
     "speech": "speech (detected and cut into chunks, as graft transcribe does)",
     "windows": "windows (all of each clip, without the speech detector)",
 }
-
-Transcripts = Mapping["Item", ClipTranscript]
 
 
 class EvaluateRecipe(Recipe):
@@ -59,8 +67,8 @@ class EvaluateRecipe(Recipe):
     data: DataKey[dict[str, Sources]]
     """Test sets by name: parquet files, a folder, a glob, or {files, columns}."""
     out: OutputKey[str]
-    """Folder for the report. While the job runs, its results, made sounds and joined recordings are there too: every
-    machine of a cluster must see it."""
+    """Folder for the report and all answers; a run that was cut off goes on there. While the job runs, made sounds and
+    joined recordings are there too: every machine of a cluster must see it."""
     baseline: ModelKey[Checkpoint | None] = "whisper"
     """Model that is scored beside it, as a rule plain Whisper; `whisper` is the bundled Whisper base, null scores
     none."""
@@ -80,6 +88,10 @@ class EvaluateRecipe(Recipe):
     recordings_s: DataKey[float | None] = Field(default=None, gt=30)
     """Score each set also as recordings of about so many seconds, in which its clips follow one another with short
     pauses."""
+    systems: ModelKey[dict[str, str | Service]] = Field(default={})
+    """Further systems to score beside it, by names of your own: grafts, outputs of a stage and Whispers as `model`
+    takes them, faster-whisper:NAME for a folder or a size of faster-whisper, or an OpenAI-compatible service as
+    {url, model}. All transcribe the same chunks."""
     windows: DataKey[bool] = False
     """By default clips are transcribed as graft transcribe does: a detector finds the speech in them and the rest is
     skipped. true transcribes all of each clip in windows of at most 30 s, without the detector."""
@@ -120,30 +132,36 @@ def run(recipe: EvaluateRecipe) -> int:
 def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     """Score recipe.model, unless that is done already; returns the content of report.json.
 
-    Raises DataError for rows without text and for names of sets, RecipeError, MissingExtra, OutputError, and
-    ModelError, also for an instruction that the model was not trained for.
+    What an earlier run with the same recipe has transcribed is kept. Raises DataError for rows without text and for
+    names of sets, RecipeError, MissingExtra, OutputError, and ModelError, also for an instruction that the model was
+    not trained for.
     """
-    from .evaluation.predictions import write_predictions
+    from .evaluation.predict import PREDICTIONS_FILE, predict, speeds, write_clip_index
 
-    if holds_results(recipe.out, recipe):
-        print(f"evaluate: {recipe.out} is done already", flush=True)
-        report = json.loads(Path(recipe.out, REPORT_FILE).read_text())
-        print(table(report), flush=True)
-        return report
-    _check_sets(recipe)
-    score(["a"], ["a"])  # a missing extra is reported now, not after hours
-    checkpoints = _check_models(recipe)
-    with staged_output(recipe.out, recipe) as out:
+    with locked_output(recipe.out):
+        is_own = holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS)
+        if is_own and (report_file := Path(recipe.out, REPORT_FILE)).is_file():
+            print(f"evaluate: {recipe.out} is done already", flush=True)
+            report: dict[str, Any] = json.loads(report_file.read_text())
+            print(table(report), flush=True)
+            return report
+        if not is_own and output_files(recipe.out):
+            raise OutputError(f"output {recipe.out} exists: choose another out= or remove it")
+        _check_sets(recipe)
+        score(["a"], ["a"])  # a missing extra is reported now, not after hours
+        specs = _check_models(recipe)
+        out = claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)
+        _check_systems(specs, out)
         work = (out / WORK_FOLDER).absolute()
-        work.mkdir()
-        items = _items(recipe, work)
-        models, rtfx = _transcribe_models(items, checkpoints, recipe, work)
-        predictions = list(_predictions(models, items))
-        with (out / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
-            write_predictions(predictions, file)
-        report = _report(predictions, rtfx, recipe)
-        (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        shutil.rmtree(work / SETS_FOLDER, ignore_errors=True)
+        (work / SETS_FOLDER).mkdir(parents=True)
+        items = _items(recipe, work / SETS_FOLDER)
+        write_clip_index(items, out / CLIPS_FILE, work=work)
+        predictions = predict(items, _systems(specs, recipe), out, work)
+        report = _report(predictions, speeds(predictions), recipe)
+        write_atomic(out / REPORT_FILE, json.dumps(report, indent=2) + "\n")
         shutil.rmtree(work)
+        print(f"evaluate: every answer is in {out / PREDICTIONS_FILE}", flush=True)
     print(table(report), flush=True)
     return report
 
@@ -187,13 +205,16 @@ def _check_sets(recipe: EvaluateRecipe) -> None:
             raise DataError(f"data.{name}: that name is taken by a set which is made here: give the set another one")
 
 
-def _check_models(recipe: EvaluateRecipe) -> dict[str, str]:
-    """Check the models before a cluster starts for them; returns them by their names in the report.
+def _check_models(recipe: EvaluateRecipe) -> dict[str, SystemSpec]:
+    """Check the systems before a cluster starts for them; returns them by their names in the report.
 
     The recipe's model comes first. A model's name is its kind, graft or whisper; a baseline of the same kind is called
-    baseline, and one that is the model itself is left out. Raises ModelError.
+    baseline, and one that is the model itself is left out. The others have their own names. Raises ModelError, and
+    RecipeError for a name that is taken.
     """
     from graft.checkpoints.loading import base_checkpoint, check_model, open_speech_processor
+
+    from .evaluation.systems import check_system
 
     own = check_model(recipe.model)
     _asked_workers(recipe).check()
@@ -201,12 +222,17 @@ def _check_models(recipe: EvaluateRecipe) -> dict[str, str]:
         processor = open_speech_processor(recipe.model)
         for instruction in recipe.instructions:
             processor.instruction(instruction, None)
-    if not recipe.baseline:
-        return {own: recipe.model}
-    other = check_model(recipe.baseline)
-    if other == own == "whisper" and base_checkpoint(recipe.baseline) == base_checkpoint(recipe.model):
-        return {own: recipe.model}
-    return {own: recipe.model, other if other != own else "baseline": recipe.baseline}
+    specs: dict[str, SystemSpec] = {own: recipe.model}
+    if recipe.baseline:
+        other = check_model(recipe.baseline)
+        is_same = other == own == "whisper" and base_checkpoint(recipe.baseline) == base_checkpoint(recipe.model)
+        specs |= {} if is_same else {other if other != own else "baseline": recipe.baseline}
+    for name, spec in recipe.systems.items():
+        if name in specs or name in [f"{own} {instruction}" for instruction in recipe.instructions]:
+            raise RecipeError(f"systems.{name}: that name is taken by the model or the baseline: give it another one")
+        check_system(spec)
+        specs[name] = spec
+    return specs
 
 
 def _items(recipe: EvaluateRecipe, folder: Path) -> "list[Item]":
@@ -225,45 +251,41 @@ def _items(recipe: EvaluateRecipe, folder: Path) -> "list[Item]":
     return items + (sounds(recipe.seed, folder) if recipe.sounds else [])
 
 
-def _transcribe_models(
-    items: "Sequence[Item]", checkpoints: Mapping[str, str], recipe: EvaluateRecipe, work: Path
-) -> tuple[dict[str, Transcripts], dict[str, float]]:
-    """Transcribe the items with the model, again with each instruction, and with the baseline.
+def _check_systems(specs: Mapping[str, SystemSpec], out: Path) -> None:
+    """Keep the digests of the models in the folder. Raises OutputError where an earlier run had other models."""
+    from graft.checkpoints.loading import model_digest
 
-    Returns the transcripts of each, the model's first, and how many seconds of audio it transcribed per second.
-    """
-    from .evaluation.test_sets import SWAPPED, as_rows
+    digests = {name: model_digest(spec) for name, spec in specs.items() if is_checkpoint(spec)}
+    path = out / SYSTEMS_FILE
+    before = json.loads(path.read_text()) if path.is_file() else digests
+    if changed := [name for name, digest in digests.items() if before.get(name) != digest]:
+        raise OutputError(
+            f"output {out} has answers of another {changed[0]}: its weights have changed since: choose another out="
+        )
+    write_atomic(path, json.dumps(digests, indent=2) + "\n")
+
+
+def _systems(specs: Mapping[str, SystemSpec], recipe: EvaluateRecipe) -> "list[System]":
+    """Return what transcribes: the model, again with each instruction, and the other systems; joins the cluster."""
+    from .evaluation.predict import System
+    from .evaluation.systems import system_opener
     from .transcription.machine import connect_workers
-    from .transcription.pipeline import Pipeline, languages_for_model, measured_rtfx, model_opener, transcribe_rows
+    from .transcription.pipeline import Pipeline
     from .transcription.reader import WINDOWS, Reading
 
     workers = connect_workers(_asked_workers(recipe))
-    settings = workers.model_settings | {"dtype": recipe.dtype}
     reading = WINDOWS if recipe.windows else Reading(recipe.speech, recipe.chunks)
-    openers = {kind: model_opener(checkpoint, **settings) for kind, checkpoint in checkpoints.items()}
-    own, *baselines = openers
-    pipelines = {own: Pipeline(reading, openers[own], workers)}
-    for instruction in recipe.instructions:
-        pipelines[f"{own} {instruction}"] = Pipeline(reading, openers[own], workers, {"instruction": instruction})
-    for kind in baselines:
-        pipelines[kind] = Pipeline(reading, openers[kind], workers)
-    models: dict[str, Transcripts] = {}
-    rtfx = {}
-    # Items of swapped audio share the clips of others, which come first and have the language of the audio.
-    by_clip: dict[Any, Item] = {}
-    for item in items:
-        by_clip.setdefault(item.clip, item)
-    rows = as_rows([*by_clip.values()])
-    of_checkpoint = {name: languages_for_model(rows, name) for name in checkpoints.values()}
-    told = {kind: of_checkpoint[checkpoints.get(kind, checkpoints[own])] for kind in pipelines}
-    for number, (kind, pipeline) in enumerate(pipelines.items()):
-        print(f"evaluate: {kind}", flush=True)
-        home = work / f"model-{number}"
-        clips = dict(zip(by_clip, transcribe_rows(told[kind], home, pipeline), strict=True))
-        # The audio check is of the model alone.
-        scored = [item for item in items if kind == own or item.set_name != SWAPPED]
-        models[kind], rtfx[kind] = {item: clips[item.clip] for item in scored}, measured_rtfx(home)
-    return models, rtfx
+    systems = []
+    for place, (name, spec) in enumerate(specs.items()):
+        opener = system_opener(spec, **workers.model_settings, dtype=recipe.dtype)
+        own_workers = workers if isinstance(spec, str) else replace(workers, transcribers=1, gpus_per_transcriber=0)
+        pipeline = Pipeline(reading, opener, own_workers)
+        checkpoint = str(spec) if is_checkpoint(spec) else None
+        systems.append(System(name, pipeline, checkpoint, with_swapped=not place))
+        for instruction in recipe.instructions if not place else ():
+            told = replace(pipeline, options={"instruction": instruction})
+            systems.append(System(f"{name} {instruction}", told, checkpoint))
+    return systems
 
 
 def _asked_workers(recipe: EvaluateRecipe) -> "AskedWorkers":
@@ -271,30 +293,6 @@ def _asked_workers(recipe: EvaluateRecipe) -> "AskedWorkers":
 
     counts = recipe.readers, recipe.workers, recipe.threads_per_worker, recipe.gpu, recipe.batch_clips
     return AskedWorkers(*counts, recipe.dtype)
-
-
-def _predictions(models: Mapping[str, Transcripts], items: "Sequence[Item]") -> "Iterator[Prediction]":
-    """Yield what each model wrote for each clip; a clip that could not be read has an error."""
-    from .evaluation.predictions import Prediction
-
-    for item in items:
-        for kind, clips in models.items():
-            if clip := clips.get(item):
-                more = {"audio_id": item.audio_id} if item.audio_id != item.id else {}
-                yield Prediction(
-                    item.id,
-                    item.set_name,
-                    kind,
-                    item.text,
-                    None if clip.error else clip.text,
-                    item.duration_s,
-                    item.language,
-                    item.known.get("speaker"),
-                    item.known.get("sex"),
-                    item.known.get("source"),
-                    error=clip.error,
-                    more=more | ({} if clip.mean_logprob is None else {"mean_logprob": clip.mean_logprob}),
-                )
 
 
 def _report(predictions: "Sequence[Prediction]", rtfx: Mapping[str, float], recipe: EvaluateRecipe) -> dict[str, Any]:

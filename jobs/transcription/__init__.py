@@ -16,3 +16,9 @@ class ClipTranscript:
     duration_s: float = 0.0
     mean_logprob: float | None = None
     """Mean natural log-probability of the text's tokens; None where there are none."""
+    flags: tuple[str, ...] = ()
+    """Faults of the text and of the audio, as graft transcribe flags them."""
+    started_at: float | None = None
+    """When its transcription began (Unix time)."""
+    transcription_s: float | None = None
+    """Seconds that its transcription took, beside other clips; None where it was not transcribed."""

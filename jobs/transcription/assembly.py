@@ -161,6 +161,43 @@ class NewResults:
         return pa.concat_tables(parts)
 
 
+class ItemResults:
+    """Keeps which items of a plan have results, and in which files; the first result of an item counts."""
+
+    def __init__(self, plan: pa.Table) -> None:
+        self._ids = plan["id"]
+        self.starts = np.flatnonzero(plan["index"].to_numpy() == 0)  # of each recording, in the plan
+        self.ends = np.append(self.starts[1:], len(plan))
+        self.has_failed = np.zeros(len(plan), bool)  # each item
+        self._files: list[str] = []
+        self._file_of = np.full(len(plan), -1, np.int32)  # place of each item's file in that list; -1 without a result
+
+    def add(self, index: pa.Table) -> None:
+        """Take notice of the results in an index."""
+        places = pc.index_in(index["id"], self._ids)
+        index, places = index.filter(places.is_valid()), places.drop_null().to_numpy()
+        files = index["file"].combine_chunks().dictionary_encode()
+        codes = len(self._files) + files.indices.to_numpy()
+        self._files += files.dictionary.to_pylist()
+        is_first = self._file_of[places] < 0
+        # Of several assignments to one place the last one holds.
+        order = np.flatnonzero(is_first)[::-1]
+        self._file_of[places[order]] = codes[order]
+        self.has_failed[places[order]] = index["failed"].to_numpy()[order]
+
+    def done(self) -> np.ndarray:
+        """Tell of each recording whether all of its items have results."""
+        return np.logical_and.reduceat(self._file_of >= 0, self.starts)
+
+    def items_of(self, recordings: np.ndarray) -> np.ndarray:
+        """Return the places in the plan of all items of recordings, which are given by their numbers."""
+        return np.concatenate([np.arange(self.starts[one], self.ends[one]) for one in recordings])
+
+    def files_of(self, places: np.ndarray) -> pa.Array:
+        """Return the files of items that have results."""
+        return pa.array([self._files[code] for code in self._file_of[places]], pa.string())
+
+
 def whole_files(home: Path) -> list[Path]:
     """List the files of results, without those that are still written or were when a run was killed."""
     pending = tuple(path.name.removesuffix(PENDING) for path in (home / "done").glob(f"*{PENDING}"))

@@ -43,7 +43,6 @@ from .assembly import (
     plan_parts,
     read_index,
     recordings_in,
-    whole_files,
     with_files,
 )
 from .discovery import recordings_of_rows
@@ -317,21 +316,40 @@ def transcribe_rows(rows: RowTable, home: Path, pipeline: Pipeline) -> Iterator[
     `home` is a folder that every node sees. A run that was cut off goes on there. Raises as transcribe_items.
     """
     home.mkdir(exist_ok=True)
-    places = zip(rows.file.tolist(), rows.row_group.tolist(), rows.row.tolist(), strict=True)
-    versions = pa.array([f"{rows.files[file].uri}:{group}:{row}" for file, group, row in places])
-    plan = plan_items(recordings_of_rows(rows, versions), probe=durations)
+    plan = plan_rows(rows)
     run_plan(plan, open_results(home), home, pipeline)
     for part in plan_parts(with_files(plan, read_index(home))):
         for items in recordings_in(part, home / "items"):
-            transcript = join_items(items)
-            # Characters stand for tokens, whose number is not kept; one more stands for the end of a segment's answer.
-            known = [one for one in transcript.segments if one.mean_logprob is not None]
-            weights = [len(one.text) + 1 for one in known]
-            mean = float(np.average([one.mean_logprob for one in known], weights=weights)) if known else None
-            # A text must fit all of its clip, so a clip of which a part is lost has failed.
-            lost = sorted({defect.flag for defect in transcript.defects} & LOSSES)
-            error = join_errors(items) or (f"the audio is incomplete ({', '.join(lost)})" if lost else None)
-            yield ClipTranscript(transcript.text, error, transcript.duration_s, mean)
+            yield clip_transcript(items)
+
+
+def plan_rows(rows: RowTable) -> pa.Table:
+    """Return the work items of the rows of a corpus, each a recording of its own, in their order."""
+    places = zip(rows.file.tolist(), rows.row_group.tolist(), rows.row.tolist(), strict=True)
+    versions = pa.array([f"{rows.files[file].uri}:{group}:{row}" for file, group, row in places])
+    return plan_items(recordings_of_rows(rows, versions), probe=durations)
+
+
+def clip_transcript(items: Sequence[dict[str, Any]]) -> ClipTranscript:
+    """Join the items of a clip, with their results."""
+    transcript = join_items(items)
+    # Characters stand for tokens, whose number is not kept; one more stands for the end of a segment's answer.
+    known = [one for one in transcript.segments if one.mean_logprob is not None]
+    weights = [len(one.text) + 1 for one in known]
+    mean = float(np.average([one.mean_logprob for one in known], weights=weights)) if known else None
+    # A text must fit all of its clip, so a clip of which a part is lost has failed.
+    defects = {defect.flag for defect in transcript.defects}
+    lost = sorted(defects & LOSSES)
+    error = join_errors(items) or (f"the audio is incomplete ({', '.join(lost)})" if lost else None)
+    return ClipTranscript(
+        transcript.text,
+        error,
+        transcript.duration_s,
+        mean,
+        flags=tuple(sorted(defects | {flag for segment in transcript.segments for flag in segment.flags})),
+        started_at=min((item["started_at"] for item in items if item["started_at"] is not None), default=None),
+        transcription_s=sum(item["heard_s"] or 0.0 for item in items),
+    )
 
 
 def languages_for_model(rows: RowTable, model: str) -> RowTable:
@@ -360,15 +378,6 @@ def check_languages(counts: Mapping[str, int], model: str) -> bool:
                 "choose another model, or leave these out"
             )
     return bool(known)
-
-
-def measured_rtfx(home: Path) -> float:
-    """Return seconds of audio per second, from when a model got the first item to when the last one was done."""
-    columns = ["duration_s", "started_at", "heard_s"]
-    results = pa.concat_tables(pq.read_table(path, columns=columns, partitioning=None) for path in whole_files(home))
-    ended_at = pc.max(pc.add(results["started_at"], results["heard_s"])).as_py()
-    seconds = ended_at - pc.min(results["started_at"]).as_py()
-    return float(pc.sum(results["duration_s"]).as_py() / max(seconds, 1e-9))
 
 
 def model_opener(model: str, *, threads: int, gpu: bool, **settings: Any) -> Opener:

@@ -23,6 +23,7 @@ from .assembly import (
     ITEMS_PER_PART,
     PLAN_FILE,
     TRANSCRIPTS,
+    ItemResults,
     NewResults,
     Totals,
     done_recordings,
@@ -80,16 +81,13 @@ class RecordingWriter:
         self._tasks = tasks(_join_part)
         self._earlier_files = remember_files(home, _done_in_last_plan(home, done), output.formats)
         self._plan = plan.append_column("stem", file_stems(plan["recording"], self._earlier_files))
-        self._starts = np.flatnonzero(plan["index"].to_numpy() == 0)  # of each recording, in the plan
-        self._ends = np.append(self._starts[1:], len(plan))
-        self._result_files: list[str] = []
-        self._file_of = np.full(len(plan), -1, np.int32)  # place of each item's file in that list; -1 without a result
-        self._has_failed = np.zeros(len(plan), bool)  # each item
+        self._found = ItemResults(plan)
+        self._found.add(done)
+        self._starts, self._ends = self._found.starts, self._found.ends  # of each recording, in the plan
         self._is_written = np.zeros(len(self._starts), bool)  # each recording
         self._failures: list[tuple[int, str]] = []  # place of the item in the plan, line of errors.jsonl
         self.totals = Totals()
         self._results = NewResults(home, seen=done["file"].unique().to_pylist())
-        self._add(done)
         self._fault: BaseException | None = None
         self._is_ending, self._is_stopped = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="graft-recordings", daemon=True)
@@ -117,33 +115,19 @@ class RecordingWriter:
             pause_s = LOOK_S
             while not self._is_ending.wait(pause_s):
                 start = time.monotonic()
-                self._add(self._results.read())
+                self._found.add(self._results.read())
                 pause_s = max(LOOK_S, RESTS_PER_LOOK * (time.monotonic() - start))
                 self._write_recordings(rows)
-            self._add(self._results.read())
+            self._found.add(self._results.read())
             self._write_recordings(rows)
             self._finish()
         except BaseException as error:
             self._fault = error
 
-    def _add(self, index: pa.Table) -> None:
-        """Take notice of results; the first one of an item counts."""
-        places = pc.index_in(index["id"], self._plan["id"])
-        index, places = index.filter(places.is_valid()), places.drop_null().to_numpy()
-        files = index["file"].combine_chunks().dictionary_encode()
-        codes = len(self._result_files) + files.indices.to_numpy()
-        self._result_files += files.dictionary.to_pylist()
-        is_first = self._file_of[places] < 0
-        # Of several assignments to one place the last one holds.
-        order = np.flatnonzero(is_first)[::-1]
-        self._file_of[places[order]] = codes[order]
-        self._has_failed[places[order]] = index["failed"].to_numpy()[order]
-
     def _write_recordings(self, rows: Path) -> None:
         """Write the recordings that are done and not written yet; their rows go into the folder `rows`."""
         running: dict[Any, np.ndarray] = {}  # tasks, and the recordings that they write
-        is_done = np.logical_and.reduceat(self._file_of >= 0, self._starts)
-        for recordings in self._by_part(np.flatnonzero(is_done & ~self._is_written)):
+        for recordings in self._by_part(np.flatnonzero(self._found.done() & ~self._is_written)):
             part, names = self._part_of(recordings)
             path = rows / f"part-{self._starts[recordings[0]] // ITEMS_PER_PART:05}.parquet"
             running[self._tasks.start(part, names, self._home / "items", path, self._output)] = recordings
@@ -182,9 +166,9 @@ class RecordingWriter:
         plan = self._plan.slice(offset, self._ends[end - 1] - offset).combine_chunks()
         written = first + np.flatnonzero(self._is_written[first:end])
         chosen = np.sort(np.concatenate([written, recordings]))
-        places = np.concatenate([np.arange(self._starts[one], self._ends[one]) for one in chosen])
+        places = self._found.items_of(chosen)
         columns = {
-            "file": pa.array([self._result_files[code] for code in self._file_of[places]]),
+            "file": self._found.files_of(places),
             "place": pa.array(places),
             "is_written": pa.array(np.repeat(self._is_written[chosen], (self._ends - self._starts)[chosen])),
         }
@@ -195,7 +179,7 @@ class RecordingWriter:
 
     def _finish(self) -> None:
         """Write errors.jsonl, and remove the files of other recordings."""
-        done = done_recordings(self._plan, pa.table({"id": self._plan["id"], "failed": self._has_failed}))
+        done = done_recordings(self._plan, pa.table({"id": self._plan["id"], "failed": self._found.has_failed}))
         remove_other_files(self._home, Path(self._output.folder), self._earlier_files, done, self._output.formats)
         with atomic_file(self._out / "errors.jsonl") as temporary, temporary.open("w", encoding="utf-8") as errors:
             errors.writelines(line for _, line in sorted(self._failures))

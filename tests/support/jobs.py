@@ -19,7 +19,8 @@ def left_by_evaluate(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     from jobs.score import ScoreRecipe, score
 
-    assert {path.name for path in out.iterdir()} == {"report.json", "predictions.jsonl", "recipe.yaml"}
+    names = {"report.json", "predictions.jsonl", "recipe.yaml", "clips.parquet", "systems.json"}
+    assert {path.name for path in out.iterdir()} == names
     report = json.loads((out / "report.json").read_text())
     again = score(ScoreRecipe(files=[str(out / "predictions.jsonl")]))
     assert {key: report[key] for key in again} == again

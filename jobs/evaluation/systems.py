@@ -110,13 +110,7 @@ class ServiceTranscriber:
     """
 
     def __init__(self, service: Service, api_key: SecretStr | None) -> None:
-        import httpx
-
-        headers = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
-        self._service = service
-        self._client = httpx.Client(
-            base_url=service.url.rstrip("/"), headers=headers, timeout=service.timeout_s, follow_redirects=True
-        )
+        self._service, self._headers = service, _headers(api_key)
         self._faults = 0  # chunks in a row that got no text
         self._pool = ThreadPoolExecutor(service.concurrency, thread_name_prefix="graft-service")
 
@@ -144,8 +138,9 @@ class ServiceTranscriber:
 
     def _text_of(self, form: dict[str, str], wav: bytes) -> str:
         """Ask for the text of an audio file, again where that may help."""
-        import httpx
+        import requests
 
+        url = f"{self._service.url.rstrip('/')}/audio/transcriptions"
         wait_s, fault = FIRST_WAIT_S, ""
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -153,11 +148,13 @@ class ServiceTranscriber:
                 wait_s = min(2 * wait_s, MOST_WAIT_S)
             try:
                 files = {"file": ("chunk.wav", wav, "audio/wav")}
-                answer = self._client.post("/audio/transcriptions", data=form, files=files)
-            except httpx.TransportError as error:
-                fault = f"{type(error).__name__}: {one_line_error(error)}"
+                answer = requests.post(
+                    url, data=form, files=files, headers=self._headers, timeout=self._service.timeout_s
+                )
+            except (requests.ConnectionError, requests.Timeout) as error:
+                fault = type(error).__name__  # its text repeats the address, secrets included
                 continue
-            if answer.is_success:
+            if answer.ok:
                 return self._read_text(answer)
             fault = f"status {answer.status_code}: {' '.join(answer.text.split()):.200}"
             if answer.status_code in SETTINGS_FAULTS:
@@ -205,23 +202,22 @@ def _api_key(service: Service) -> SecretStr | None:
     return SecretStr(key)
 
 
+def _headers(api_key: SecretStr | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
+
+
 def _check_service(service: Service) -> None:
     """Raise ModelError where a service cannot be reached, or does not take the key."""
-    import httpx
+    import requests
 
-    key = _api_key(service)
-    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-    name = without_secrets(service.url)
+    headers, name = _headers(_api_key(service)), without_secrets(service.url)
     try:
-        status = httpx.get(
-            f"{service.url.rstrip('/')}/models", headers=headers, timeout=30, follow_redirects=True
-        ).status_code
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ModelError(f"{name} cannot be reached ({one_line_error(error)}): correct url") from error
+        status = requests.get(f"{service.url.rstrip('/')}/models", headers=headers, timeout=30).status_code
+    except (requests.RequestException, ValueError) as error:
+        reason = type(error).__name__  # the error's text repeats the address, secrets included
+        raise ModelError(f"{name} cannot be reached ({reason}): correct url, or start the service") from error
     if status in (401, 403):
-        raise ModelError(
-            f"{name} does not take the key (status {status}): give api_key_env the variable of a valid one"
-        )
+        raise ModelError(f"{name} does not take the key (status {status}): set api_key_env to the variable of one")
 
 
 def _retry_after(value: str | None) -> float:

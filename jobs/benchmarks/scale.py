@@ -201,6 +201,7 @@ def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS, epochs: int = 1
     from transformers import WhisperFeatureExtractor
 
     from graft.data.dataset import read_rows
+    from graft.model.configuration import read_graft_config
     from graft.processor import read_graft_processor
     from graft.training.plan import PlanSettings
 
@@ -211,6 +212,7 @@ def _loader_spec(graft: str, folder: str, *, clips: int = CLIPS, epochs: int = 1
     processor = read_graft_processor(graft)
     processor.feature_extractor = WhisperFeatureExtractor(feature_size=MEL_COUNT)
     processor.save_pretrained(folder)
+    read_graft_config(graft).save_pretrained(folder)  # says whose prompts the processor writes
     rows = read_rows(write_speech_corpus(Path(folder, "speech.parquet"), clips))
     plan = plan_training(rows, processor, PlanSettings(epochs=epochs))
     return LoaderSpec(rows, plan.batches(position=0, step_batches=1), folder), plan.padding_waste()

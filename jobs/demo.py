@@ -31,6 +31,8 @@ from .preparation.recipe import Manifest
 SPEECH = Path(__file__).parent / "data" / "prompts"
 SUMMARY_FILE = "summary.json"
 SPLITS = {"trained": "train", "unseen": "unseen"}
+CHECKED_CLIPS = 20
+"""Clips on which the evaluation itself is checked."""
 """Test sets, and the splits that they are."""
 
 
@@ -109,7 +111,7 @@ def step_recipes(recipe: DemoRecipe) -> dict[str, Recipe]:
     }
     files = [str(SPEECH / clip["audio"]) for clip in _transcribed_clips()]
     scoring = {"limit": recipe.scored_clips, "dtype": "fp32", "workers": recipe.workers}
-    before = {"data": {"unseen": sets["unseen"]}, "baseline": None}
+    before = {"data": {"unseen": sets["unseen"]}, "baseline": None, "checks": 0}
     return {
         "prepare": prepare.PrepareRecipe(
             sources=[Manifest(manifest=f"{SPEECH}/{split}.jsonl", split=split) for split in SPLITS.values()],
@@ -133,7 +135,7 @@ def step_recipes(recipe: DemoRecipe) -> dict[str, Recipe]:
             clips=8,
         ),
         "evaluate merged": evaluate.EvaluateRecipe.model_validate(
-            {"model": f"{out}/merged", "out": f"{out}/evaluation-merged", "data": sets, "audio_check": "trained"}
+            {"model": f"{out}/merged", "out": f"{out}/evaluation-merged", "data": sets, "checks": CHECKED_CLIPS}
             | scoring
         ),
         "transcribe merged": transcribe.TranscribeRecipe(
@@ -165,7 +167,7 @@ def estimated_seconds(recipe: DemoRecipe, *, fp32: float, training: float) -> di
         "check": 2 + fp32,
         "stage2": 20 + 31 * training * recipe.stage2_epochs,
         "merge": 10 + 21 * training,
-        "evaluate merged": 25 + 2 * (20 + scored) * fp32,
+        "evaluate merged": 25 + (2 * (20 + scored) + CHECKED_CLIPS + 20) * fp32,
         "transcribe merged": 8 + 4 * fp32,
         "serve": 22,
     }
@@ -238,6 +240,7 @@ def _summarize(results: Mapping[str, Any], seconds: Mapping[str, float]) -> dict
     """Collect the numbers of summary.json from the results of the stages and evaluations."""
     before, report = results["evaluate graft"], results["evaluate merged"]
     sets = {name: one["systems"] for name, one in report["sets"].items()}
+    checks = {one["name"]: one["numbers"] for one in report["honesty"]["checks"]}
     losses = ("loss_first", "loss_last", "seconds")
     rounded = {name: round(elapsed_s, 1) for name, elapsed_s in seconds.items()}
     return {
@@ -247,7 +250,7 @@ def _summarize(results: Mapping[str, Any], seconds: Mapping[str, float]) -> dict
             "trained": sets["trained"]["graft"]["wer"],
             "unseen": sets["unseen"]["graft"]["wer"],
             "unseen_as_it_comes": before["sets"]["unseen"]["systems"]["graft"]["wer"],
-            "swapped": sets["swapped"]["graft"]["wer"],
+            "swapped": checks["swapped_audio"]["wer_swapped"],
             "whisper_trained": sets["trained"]["whisper"]["wer"],
             "whisper_unseen": sets["unseen"]["whisper"]["wer"],
         },

@@ -1,8 +1,8 @@
 """Score a model on labelled clips by word and character error rates, beside plain Whisper.
 
-The clips can also be scored with their audio swapped, which a model that listens fails.
-On request it also scores other instructions, clips joined to recordings, and sounds without speech, for which it counts
-the characters that are written.
+Each run also checks itself: what the model writes to the audio of other clips and where nobody speaks, whether context
+words help, and whether test clips stand twice or were trained on. On request it scores other systems and instructions,
+and clips joined to recordings.
 Writes report.json and, a line for each clip and system as soon as it is transcribed, predictions.jsonl, which graft
 score reads too. A run that was cut off goes on.
 
@@ -36,6 +36,7 @@ from .transcription import Auto
 from .transcription.plan_options import EvaluationPlanOptions
 
 if TYPE_CHECKING:
+    from .evaluation.checking import PlannedChecks
     from .evaluation.predict import System
     from .evaluation.predictions import Prediction
     from .evaluation.test_sets import Item
@@ -77,9 +78,12 @@ class EvaluateRecipe(Recipe):
     rates, and models whose prompt can name a language are told it."""
     limit: DataKey[int | None] = Field(default=None, ge=1)
     """Number of clips to score, the first ones of each set; null scores all."""
-    audio_check: DataKey[str | None] = None
-    """Name of a set that is also scored with every clip's audio swapped for another's, which a model that listens
-    fails."""
+    checks: DataKey[int] = Field(default=50, ge=0)
+    """Number of clips on which the evaluation itself is checked: with the audio of other clips, and with context words.
+    There are also sounds without speech, duplicates, and the overlap with the training data. 0 makes no checks."""
+    train_data: DataKey[Sources | None] = None
+    """Data that the model was trained on, in which test clips are looked for; null takes those that the recipes in the
+    model's folder name."""
     instructions: ModelKey[list[str]] = Field(default=[])
     """Text styles or phrasings that the model was trained for; the answers to each are scored as those of a further
     model."""
@@ -136,7 +140,10 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     names of sets, RecipeError, MissingExtra, OutputError, and ModelError, also for an instruction that the model was
     not trained for.
     """
-    from .evaluation.predict import PREDICTIONS_FILE, predict, speeds, write_clip_index
+    from graft.checkpoints.loading import open_speech_processor
+
+    from .evaluation.checking import judge, plan_checks, training_rows
+    from .evaluation.predict import PREDICTIONS_FILE, of_data, predict, write_clip_index
 
     with locked_output(recipe.out):
         is_own = holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS)
@@ -150,15 +157,29 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
         _check_sets(recipe)
         score(["a"], ["a"])  # a missing extra is reported now, not after hours
         specs = _check_models(recipe)
+        sets = _labelled(recipe)
         out = claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)
         _check_systems(specs, out)
         work = (out / WORK_FOLDER).absolute()
         shutil.rmtree(work / SETS_FOLDER, ignore_errors=True)
         (work / SETS_FOLDER).mkdir(parents=True)
-        items = _items(recipe, work / SETS_FOLDER)
+        items = _with_made(sets, recipe, work / SETS_FOLDER)
         write_clip_index(items, out / CLIPS_FILE, work=work)
-        predictions = predict(items, _systems(specs, recipe), out, work)
-        report = _report(predictions, speeds(predictions), recipe)
+        own, *_ = specs
+        planned = plan_checks(
+            items,
+            open_speech_processor(recipe.model),
+            work / SETS_FOLDER,
+            clips=recipe.checks,
+            seed=recipe.seed,
+            makes_sounds=not recipe.sounds,
+        )
+        predictions, answers = predict(_systems(specs, items, planned, recipe), out, work)
+        report = _report(predictions, own, recipe)
+        if recipe.checks:
+            training = training_rows(recipe.train_data, recipe.model)
+            judged = of_data(items, work), predictions, answers, report
+            report["honesty"] = judge(planned, *judged, system=own, training=training, instructions=recipe.instructions)
         write_atomic(out / REPORT_FILE, json.dumps(report, indent=2) + "\n")
         shutil.rmtree(work)
         print(f"evaluate: every answer is in {out / PREDICTIONS_FILE}", flush=True)
@@ -190,17 +211,14 @@ def plan(recipe: EvaluateRecipe, options: EvaluationPlanOptions) -> None:
 def _check_sets(recipe: EvaluateRecipe) -> None:
     from graft.data.nonspeech import SOUNDS
 
-    from .evaluation.test_sets import SWAPPED, joined_name
+    from .evaluation.check_sets import CONTEXT, SWAPPED
+    from .evaluation.test_sets import joined_name
 
-    for key, name in [("audio_check", recipe.audio_check), *(("expected", name) for name in recipe.expected)]:
-        if name and name not in recipe.data:
-            raise DataError(f"{key}={name} is no set of data ({', '.join(recipe.data)}): give one of them")
-    if recipe.audio_check and recipe.recordings_s:
-        raise RecipeError(
-            f"recordings_s would join the clips of audio_check={recipe.audio_check} too: leave one out, or run twice"
-        )
+    for name in recipe.expected:
+        if name not in recipe.data:
+            raise DataError(f"expected={name} is no set of data ({', '.join(recipe.data)}): give one of them")
     recordings = map(joined_name, recipe.data if recipe.recordings_s else [])
-    for name in (SWAPPED, *recordings, *(SOUNDS if recipe.sounds else [])):
+    for name in (SWAPPED, CONTEXT, *recordings, *(SOUNDS if recipe.sounds else [])):
         if name in recipe.data:
             raise DataError(f"data.{name}: that name is taken by a set which is made here: give the set another one")
 
@@ -235,16 +253,22 @@ def _check_models(recipe: EvaluateRecipe) -> dict[str, SystemSpec]:
     return specs
 
 
-def _items(recipe: EvaluateRecipe, folder: Path) -> "list[Item]":
-    """List all that is scored, set by set; what has to be made for it is written into the folder."""
-    from .evaluation.test_sets import joined, labelled, sounds, swapped
+def _labelled(recipe: EvaluateRecipe) -> "list[list[Item]]":
+    """List the clips of each set of the data. Raises DataError as labelled."""
+    from .evaluation.test_sets import labelled
+
+    return [
+        labelled(name, sources, limit=recipe.limit, language=recipe.language) for name, sources in recipe.data.items()
+    ]
+
+
+def _with_made(sets: "Sequence[Sequence[Item]]", recipe: EvaluateRecipe, folder: Path) -> "list[Item]":
+    """Add recordings and sounds where they are asked for, which are written into the folder; all in order."""
+    from .evaluation.test_sets import joined, sounds
 
     items = []
-    for name, sources in recipe.data.items():
-        own = labelled(name, sources, limit=recipe.limit, language=recipe.language)
+    for own in sets:
         items += own
-        if name == recipe.audio_check:
-            items += swapped(own)
         if recipe.recordings_s:
             for part in dict.fromkeys(item.set_name for item in own):  # one for each language
                 items += joined([item for item in own if item.set_name == part], recipe.recordings_s, folder)
@@ -265,8 +289,11 @@ def _check_systems(specs: Mapping[str, SystemSpec], out: Path) -> None:
     write_atomic(path, json.dumps(digests, indent=2) + "\n")
 
 
-def _systems(specs: Mapping[str, SystemSpec], recipe: EvaluateRecipe) -> "list[System]":
-    """Return what transcribes: the model, again with each instruction, and the other systems; joins the cluster."""
+def _systems(
+    specs: Mapping[str, SystemSpec], items: "Sequence[Item]", planned: "PlannedChecks", recipe: EvaluateRecipe
+) -> "list[System]":
+    """Join the cluster, and return what transcribes: the model, also with instructions and context, and the others."""
+    from .evaluation.honesty import told_name
     from .evaluation.predict import System
     from .evaluation.systems import system_opener
     from .transcription.machine import connect_workers
@@ -276,16 +303,23 @@ def _systems(specs: Mapping[str, SystemSpec], recipe: EvaluateRecipe) -> "list[S
     workers = connect_workers(_asked_workers(recipe))
     reading = WINDOWS if recipe.windows else Reading(recipe.speech, recipe.chunks)
     systems = []
-    for place, (name, spec) in enumerate(specs.items()):
+    for name, spec in specs.items():
         opener = system_opener(spec, **workers.model_settings, dtype=recipe.dtype)
         own_workers = workers if isinstance(spec, str) else replace(workers, transcribers=1, gpus_per_transcriber=0)
-        pipeline = Pipeline(reading, opener, own_workers)
-        checkpoint = str(spec) if is_checkpoint(spec) else None
-        systems.append(System(name, pipeline, checkpoint, with_swapped=not place))
-        for instruction in recipe.instructions if not place else ():
-            told = replace(pipeline, options={"instruction": instruction})
-            systems.append(System(f"{name} {instruction}", told, checkpoint))
-    return systems
+        systems.append(
+            System(name, Pipeline(reading, opener, own_workers), items, spec if is_checkpoint(spec) else None)
+        )
+    own, *others = systems
+    told = [
+        replace(
+            own, name=f"{own.name} {instruction}", pipeline=replace(own.pipeline, options={"instruction": instruction})
+        )
+        for instruction in recipe.instructions
+    ]
+    if planned.context:
+        pipeline = replace(own.pipeline, options={"context": list(planned.context.words)})
+        told.append(replace(own, name=told_name(own.name), pipeline=pipeline, items=planned.context.items))
+    return [replace(own, items=[*items, *planned.items]), *told, *others]
 
 
 def _asked_workers(recipe: EvaluateRecipe) -> "AskedWorkers":
@@ -295,12 +329,13 @@ def _asked_workers(recipe: EvaluateRecipe) -> "AskedWorkers":
     return AskedWorkers(*counts, recipe.dtype)
 
 
-def _report(predictions: "Sequence[Prediction]", rtfx: Mapping[str, float], recipe: EvaluateRecipe) -> dict[str, Any]:
+def _report(predictions: "Sequence[Prediction]", own: str, recipe: EvaluateRecipe) -> dict[str, Any]:
+    """Score the predictions; `own` is the name of the model."""
+    from .evaluation.predict import speeds
     from .evaluation.samples import ScoringSettings
     from .evaluation.scoring import score_predictions
 
     scores = score_predictions(predictions, ScoringSettings(seed=recipe.seed))
-    own = next(iter(rtfx))
     verdicts = []  # the model's rates beside the expected ones
     for name, rates in recipe.expected.items():
         for rate, (low, high) in rates.items():
@@ -308,14 +343,15 @@ def _report(predictions: "Sequence[Prediction]", rtfx: Mapping[str, float], reci
             agrees = found is not None and low <= found <= high
             verdicts.append({"set": name, "rate": rate, "found": found, "low": low, "high": high, "agrees": agrees})
     pipeline = "windows" if recipe.windows else "speech"
-    return {"model": recipe.model, "pipeline": pipeline, **scores, "expected": verdicts, "rtfx": dict(rtfx)}
+    return {"model": recipe.model, "pipeline": pipeline, **scores, "expected": verdicts, "rtfx": speeds(predictions)}
 
 
 def table(report: Mapping[str, Any]) -> str:
     """Lay a report out for people: its scores, the verdicts on expected rates, the pipeline and the speed."""
+    from .evaluation.honesty import honesty_lines
     from .evaluation.score_table import score_table
 
-    lines = [score_table(report)]
+    lines = [score_table(report), *honesty_lines(report.get("honesty", {"checks": []}))]
     for v in report["expected"]:
         verdict = "agrees with" if v["agrees"] else "does not agree with"
         found = "of no clip" if v["found"] is None else f"{v['found']:.2%}"

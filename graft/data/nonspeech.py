@@ -42,6 +42,8 @@ class Sound:
     kind: str
     name: str
     clip: AudioClip
+    is_shortest: bool = False
+    """Whether it is the shortest of its name."""
 
 
 def generate_sounds(kind: str, seed: int = 0) -> Iterator[Sound]:
@@ -53,7 +55,8 @@ def generate_sounds(kind: str, seed: int = 0) -> Iterator[Sound]:
         for number, (shortest, longest) in enumerate(LENGTHS_S, start=1):
             rng = generator(seed, f"{kind} {name} {number}")
             samples = make(round(rng.uniform(shortest, longest) * SAMPLE_RATE), rng)
-            yield Sound(kind, f"{kind}-{name}-{number}", AudioClip(samples.astype(np.float32)))
+            clip = AudioClip(samples.astype(np.float32))
+            yield Sound(kind, f"{kind}-{name}-{number}", clip, is_shortest=number == 1)
 
 
 def _hum(count: int, rng: np.random.Generator) -> np.ndarray:

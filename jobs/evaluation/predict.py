@@ -1,7 +1,7 @@
 """Transcribe test sets with several systems, and write each answer as soon as it is there: predictions.jsonl.
 
-items, systems -> the bulk pipeline of each system -> its results in work/ -> a line for each clip, as it comes
-               -> the same lines in the order of the sets
+systems and their items -> the bulk pipeline of each -> its results in work/ -> a line for each clip, as it comes
+                        -> the same lines in the order of the sets
 
 A run that was killed goes on: what has a line is not transcribed again, and results that have none yet get theirs.
 """
@@ -23,9 +23,11 @@ from ..transcription import ClipTranscript
 from ..transcription.assembly import ItemResults, NewResults, open_results, recordings_in
 from ..transcription.pipeline import Pipeline, clip_transcript, languages_for_model, plan_rows, run_plan
 from .predictions import Prediction, read_predictions, write_predictions
-from .test_sets import SWAPPED, Item, as_rows
+from .test_sets import Item, as_rows
 
 PREDICTIONS_FILE = "predictions.jsonl"
+CHECKS_FILE = "checks.jsonl"
+"""Answers that check the evaluation and are not scored, as those to swapped audio."""
 LOOK_S, RESTS_PER_LOOK = 2.0, 20
 """Seconds between two looks for new results, and how many times as long as a look the pause after it is at least."""
 CLIPS_AT_ONCE = 500
@@ -41,46 +43,40 @@ class System:
 
     name: str
     pipeline: Pipeline
+    items: Sequence[Item]
+    """What it transcribes, of which some may share their audio."""
     checkpoint: str | None = None
     """Graft or Whisper whose prompt may name languages; None where it takes any."""
-    with_swapped: bool = False
-    """Whether it also transcribes swapped audio."""
-
-    def items_of(self, items: Sequence[Item]) -> list[Item]:
-        """Return the items that the system transcribes."""
-        return [item for item in items if self.with_swapped or item.set_name != SWAPPED]
 
 
-def predict(items: Sequence[Item], systems: Sequence[System], out: Path, work: Path) -> list[Prediction]:
-    """Transcribe the items with each system, and return the predictions, which out/predictions.jsonl then holds.
+def predict(systems: Sequence[System], out: Path, work: Path) -> tuple[list[Prediction], list[Prediction]]:
+    """Transcribe each system's items; returns what is scored, and what checks the evaluation.
 
-    They are in the order of the items, and say of each clip its share of the time in which its system was at work.
-    Raises as run_plan.
+    The one is in out/predictions.jsonl then, the other in out/checks.jsonl, both in the order of the items. Each clip
+    has its share of the time in which its system was at work. Raises as run_plan.
     """
-    file = PredictionFile(out / PREDICTIONS_FILE)
+    scored, checks = (PredictionFile(out / name) for name in (PREDICTIONS_FILE, CHECKS_FILE))
     for number, system in enumerate(systems):
-        _predict_with(system, items, work / f"system-{number}", file)
-    timed = {system.name: _with_seconds(file.predictions, system.name) for system in systems}
-    predictions = [
-        timed[system.name][system.name, item.set_name, item.id]
-        for item in items
-        for system in systems
-        if system.with_swapped or item.set_name != SWAPPED
-    ]
-    with atomic_file(file.path) as temporary, temporary.open("w", encoding="utf-8") as lines:
-        write_predictions(predictions, lines)
-    return predictions
+        _predict_with(system, work / f"system-{number}", scored, checks)
+    timed: dict[Key, Prediction] = {}
+    for system in systems:
+        timed |= _with_seconds(scored.predictions | checks.predictions, system.name)
+    items = dict.fromkeys(item for system in systems for item in system.items)
+    chosen = {_key(system.name, item) for system in systems for item in system.items}
+    for file, are_checks in ((scored, False), (checks, True)):
+        keys = (_key(system.name, item) for item in items if item.is_check == are_checks for system in systems)
+        file.rewrite([timed[key] for key in keys if key in chosen])
+    return list(scored.predictions.values()), list(checks.predictions.values())
 
 
-def _predict_with(system: System, items: Sequence[Item], home: Path, file: "PredictionFile") -> None:
+def _predict_with(system: System, home: Path, scored: "PredictionFile", checks: "PredictionFile") -> None:
     """Transcribe the items that have no line of the system yet; `home` holds the results of earlier runs."""
     # Items of swapped audio share the clips of others, which come first and have the language of the audio.
     owners: dict[Any, Item] = {}
-    for item in items:
-        owners.setdefault(item.clip, item)
     left: dict[Any, list[Item]] = {}
-    for item in system.items_of(items):
-        if _key(system.name, item) not in file.predictions:
+    for item in system.items:
+        owners.setdefault(item.clip, item)
+        if _key(system.name, item) not in (checks if item.is_check else scored).predictions:
             left.setdefault(item.clip, []).append(item)
     if not left:
         return
@@ -90,7 +86,9 @@ def _predict_with(system: System, items: Sequence[Item], home: Path, file: "Pred
     sharing = list(left.values())  # the items of each clip
 
     def write(clips: Iterable[tuple[int, ClipTranscript]]) -> None:
-        file.append(_prediction(system.name, item, clip) for number, clip in clips for item in sharing[number])
+        made = [(item, _prediction(system.name, item, clip)) for number, clip in clips for item in sharing[number]]
+        for file, are_checks in ((scored, False), (checks, True)):
+            file.append(one for item, one in made if item.is_check == are_checks)
 
     home.mkdir(exist_ok=True)
     done = open_results(home)
@@ -170,11 +168,20 @@ class PredictionFile:
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Write predictions to the disk before this returns."""
         new = list(predictions)
+        if not new:
+            return
         with self.path.open("a", encoding="utf-8") as lines:
             write_predictions(new, lines)
             lines.flush()
             os.fsync(lines.fileno())
         self.predictions |= {(str(one.system), one.set_name, one.id): one for one in new}
+
+    def rewrite(self, predictions: Sequence[Prediction]) -> None:
+        """Put predictions in the place of all that are there; none make no file."""
+        self.predictions = {(str(one.system), one.set_name, one.id): one for one in predictions}
+        if predictions or self.path.is_file():
+            with atomic_file(self.path) as temporary, temporary.open("w", encoding="utf-8") as lines:
+                write_predictions(predictions, lines)
 
 
 def _key(system: str, item: Item) -> Key:
@@ -240,11 +247,16 @@ def speeds(predictions: Iterable[Prediction]) -> dict[str, float]:
     return {system: float(audio_s / seconds) for system, (audio_s, seconds) in sums.items()}
 
 
+def of_data(items: Sequence[Item], work: Path) -> list[Item]:
+    """Return the items whose audio is the data's own, and not made in the folder `work`."""
+    return [item for item in items if not item.clip[0].uri.startswith(f"{work}/")]
+
+
 def write_clip_index(items: Sequence[Item], path: Path, *, work: Path) -> None:
     """Write where the audio of each clip is: file, row group, row and column; not of what lies in `work`."""
     import pyarrow.parquet as pq
 
-    kept = [item for item in items if not item.clip[0].uri.startswith(f"{work}/")]
+    kept = of_data(items, work)
     places = [item.clip for item in kept]
     columns = {
         "set": pa.array([item.set_name for item in kept], pa.string()),

@@ -20,7 +20,6 @@ from graft.errors import DataError
 
 from .text_files import COLUMNS
 
-SWAPPED = "swapped"
 PAUSE_S = 0.5
 """Seconds of silence between the clips of a joined recording."""
 
@@ -40,6 +39,8 @@ class Item:
     """Language of the reference (ISO 639-1), None where it is not known."""
     known: Mapping[str, str] = field(default_factory=dict, compare=False)
     """The reference's speaker, sex and source, those that the data name."""
+    is_check: bool = False
+    """Whether it checks the evaluation, and is not scored."""
 
 
 def labelled(name: str, sources: Sources, *, limit: int | None, language: str | None = None) -> list[Item]:
@@ -58,15 +59,6 @@ def labelled(name: str, sources: Sources, *, limit: int | None, language: str | 
     return items
 
 
-def swapped(items: Sequence[Item]) -> list[Item]:
-    """Return the items with the audio of the next one each."""
-    others = [*items[1:], *items[:1]]
-    return [
-        replace(other, set_name=SWAPPED, id=item.id, text=item.text, language=item.language, known=item.known)
-        for item, other in zip(items, others, strict=True)
-    ]
-
-
 def joined_name(name: str) -> str:
     """Return the name of the set of recordings that are joined from a set."""
     return f"{name} joined"
@@ -82,17 +74,16 @@ def joined(items: Sequence[Item], recording_s: float, folder: Path) -> list[Item
     return _items(joined_name(items[0].set_name), str(path), language=items[0].language)
 
 
-def sounds(seed: int, folder: Path) -> list[Item]:
-    """Make sounds in which nobody speaks, a set for each kind."""
+def sounds(seed: int, folder: Path, *, are_checks: bool = False) -> list[Item]:
+    """Make sounds in which nobody speaks, a set for each kind; as checks only the shortest of each sound."""
     from graft.data.nonspeech import SOUNDS, generate_sounds
 
     items = []
     for kind in SOUNDS:
         path = folder / f"{kind}.parquet"
-        write_corpus(
-            (clip_row(sound.name, sound.clip, "") for sound in generate_sounds(kind, seed)), path, rows_per_group=4
-        )
-        items += _items(kind, str(path))
+        made = (sound for sound in generate_sounds(kind, seed) if not are_checks or sound.is_shortest)
+        write_corpus((clip_row(sound.name, sound.clip, "") for sound in made), path, rows_per_group=4)
+        items += [replace(item, is_check=are_checks) for item in _items(kind, str(path))]
     return items
 
 

@@ -63,7 +63,7 @@ class Validation:
         self.batches = list(loader.blocks(range(rank, len(spec.batches), workers)))
         self.masked = _check_masked(self.batches, max_masked, key)
         rows = spec.rows.select(_by_turns(spec.rows.language))
-        of_all = itertools.islice(_readable_rows(rows, RowReader(rows.files), max_s=MAX_DURATION_S), samples)
+        of_all = itertools.islice(readable_rows(rows, RowReader(rows.files), max_s=MAX_DURATION_S), samples)
         own = of_all if is_sharded else itertools.islice(of_all, rank, None, workers)
         self.samples = [(rows.id(row), rows.text(row), rows.language_of(row), clip) for row, clip in own]
 
@@ -144,11 +144,12 @@ def read_clips(rows: RowTable) -> tuple[dict[int, AudioClip], dict[str, str]]:
 
 def readable(rows: RowTable, reader: RowReader, *, max_s: float | None = None) -> Iterator[tuple[str, str, AudioClip]]:
     """Yield id, text and audio of the clips that can be read and last `max_s` at most; the loss masks others, too."""
-    for row, clip in _readable_rows(rows, reader, max_s=max_s):
+    for row, clip in readable_rows(rows, reader, max_s=max_s):
         yield rows.id(row), rows.text(row), clip
 
 
-def _readable_rows(rows: RowTable, reader: RowReader, *, max_s: float | None) -> Iterator[tuple[int, AudioClip]]:
+def readable_rows(rows: RowTable, reader: RowReader, *, max_s: float | None = None) -> Iterator[tuple[int, AudioClip]]:
+    """Yield the numbers and the audio of the rows that can be read and last `max_s` at most."""
     for row in range(len(rows)):
         with contextlib.suppress(AudioError, DataError):
             yield row, _read(rows, row, reader, max_s)

@@ -127,9 +127,6 @@ FAULTS = {
     "row without text to score": Fault(
         "evaluate", f"{SCORE} data.test={{no_text.parquet}}", ("2 rows of", "silent first", "`graft prepare`")
     ),
-    "audio check of no set": Fault(
-        "evaluate", f"{SCORE} audio_check=tset", ("audio_check=tset is no set of data (test)",)
-    ),
     "model to score missing": Fault("evaluate", f"{SCORE} model={{nothing}}", ("no such file or folder: model=",)),
     "model to score deaf": Fault("evaluate", f"{SCORE} model={{zeros}}", ("all zeros, so audio has no effect",)),
     "baseline is no Whisper": Fault(

@@ -47,7 +47,7 @@ def test_both_stages_read_what_the_steps_before_them_wrote(tmp_path: Path) -> No
     assert second.quantize == recipe.quantize
     assert second.projector == first.out
     assert first.data == second.data == [score.data["trained"]]
-    assert score.audio_check == "trained"
+    assert score.checks > 0
     assert score.limit is not None
     assert score.limit <= len(demo_job._manifest("train"))
     sources = recipes["prepare"].long_sources()
@@ -87,7 +87,8 @@ def test_the_summary_has_the_keys_that_others_read(capsys: pytest.CaptureFixture
         name: {"systems": {"graft": {"wer": place, "clips": 20}, "whisper": {"wer": place / 2}}}
         for place, name in enumerate(["trained", "unseen"])
     }
-    report = {"sets": {**scores, "swapped": {"systems": {"graft": {"wer": 2}}}}, "rtfx": {"graft": 3.0}}
+    checks = [{"name": "swapped_audio", "numbers": {"wer_swapped": 2}}]
+    report = {"sets": scores, "honesty": {"checks": checks}, "rtfx": {"graft": 3.0}}
     stage = {"loss_first": 6.0, "loss_last": 1.0, "steps": 9, "seconds": 5.0}
     before = {"sets": {"unseen": {"systems": {"graft": {"wer": 3}}}}}
     results = {"stage1": stage, "stage2": stage, "evaluate graft": before, "evaluate merged": report}

@@ -1,5 +1,6 @@
 """Test jobs.evaluate: it scores what jobs.transcribe writes, or windows, and on request more than the clips."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
     table = pq.read_table(tmp_path / "transcripts" / "recordings")
     transcripts = {one["id"]: one for one in table.to_pylist()}
     given = [f"model={graft}", f"data.test={data}", f"baseline={whisper}", "expected.test.wer_raw=[0, 99]"]
-    assert run(*given, f"out={tmp_path / 'out'}", "audio_check=test", "batch_clips=3", *settings) == 0
+    assert run(*given, f"out={tmp_path / 'out'}", "checks=4", "batch_clips=3", *settings) == 0
     report, predictions = left_by_evaluate(tmp_path / "out")
     assert report["pipeline"] == "speech"
     assert [verdict["agrees"] for verdict in report["expected"]] == [True]
@@ -60,7 +61,18 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
     for kind in ("graft", "whisper"):  # what could not be read counts, too
         assert (systems[kind]["clips"], systems[kind]["answered"]) == (len(heard), len(heard) - 1)
         assert systems[kind]["failed"] == {"broken": transcripts["broken"]["error"]}
-    assert report["sets"]["swapped"]["systems"].keys() == {"graft"}
+    checks = {one["name"]: one for one in report["honesty"]["checks"]}
+    assert [name for name, one in checks.items() if one["ok"] is None] == [
+        "overlap",
+        "swapped_audio",  # the tiny model hears nothing
+        "context_words",
+    ]
+    assert checks["duplicates"]["ok"]
+    assert checks["overlap"]["verdict"].startswith("It was not checked: the model's folder does not say")
+    assert "the references have too few rare words" in checks["context_words"]["verdict"]
+    answers = [json.loads(line) for line in (tmp_path / "out" / "checks.jsonl").open()]
+    assert {line["system"] for line in answers} == {"graft"}
+    assert sum(line["set"] == "swapped" for line in answers) == checks["swapped_audio"]["numbers"]["clips"] == 4
 
     # Whisper transcribes the same chunks.
     chunker = Chunker(SpeechSettings(threshold=0.4), ChunkSettings(max_pause_s=0.4))
@@ -84,7 +96,7 @@ def test_windows_instructions_and_recordings_are_scored_beside(
     given = [f"model={graft}", f"data={{test: {data}, a/b: {other}}}", f"out={tmp_path / 'out'}", "baseline="]
     expected = {"wer_raw": [0.5, 99], "cer_raw": [98.5, 99], "wer": [0, 0.001]}
     given += [f"expected.a/b.{rate}={bounds}" for rate, bounds in expected.items()]
-    assert run(*given, "instructions=[formatted]", "recordings_s=31", "windows=true") == 1
+    assert run(*given, "instructions=[formatted]", "recordings_s=31", "windows=true", "checks=0") == 1
     report, predictions = left_by_evaluate(tmp_path / "out")
     printed = capsys.readouterr().out
     kinds = {"graft", "graft formatted"}
@@ -160,16 +172,15 @@ def test_a_whisper_is_scored_as_a_graft_is(tmp_path: Path) -> None:
     whisper = save_tiny_whisper(tmp_path / "whisper")
     data = corpus(tmp_path / "test.parquet", [row("t0", 0), row("t1", 1)])
     given = [f"model={whisper}", f"data.test={data}", f"out={tmp_path / 'out'}", "baseline=", "windows=true"]
-    assert run(*given, "audio_check=test", "expected.test.wer_raw=[0, 99]") == 0
+    assert run(*given, "checks=2", "expected.test.wer_raw=[0, 99]") == 0
     report, predictions = left_by_evaluate(tmp_path / "out")
-    assert {(name, *one["systems"]) for name, one in report["sets"].items()} == {
-        ("test", "whisper"),
-        ("swapped", "whisper"),
-    }
+    assert {(name, *one["systems"]) for name, one in report["sets"].items()} == {("test", "whisper")}
     transcriber = open_transcriber(whisper, chunker=windows)
     texts = [transcriber.transcribe(wav["bytes"]).text for wav in pq.read_table(data)["wav"].to_pylist()]
     transcriber.close()
-    assert [line["whisper"] for line in predictions] == [*texts, *reversed(texts)]
+    assert [line["whisper"] for line in predictions] == texts
+    answers = [json.loads(line) for line in (tmp_path / "out" / "checks.jsonl").open()]
+    assert [line["hypothesis"] for line in answers if line["set"] == "swapped"] == list(reversed(texts))
     assert all(texts)
 
 
@@ -181,7 +192,7 @@ def test_what_is_written_where_nobody_speaks_is_counted(
     graft, whisper = tiny_models.save_tiny_graft(tmp_path / "graft"), save_tiny_whisper(tmp_path / "whisper")
     data = corpus(tmp_path / "test.parquet", [row("t0", 0)])
     given = [f"model={graft}", f"data.test={data}", f"out={tmp_path / 'out'}", f"baseline={whisper}"]
-    assert run(*given, "sounds=true", "windows=true") == 0
+    assert run(*given, "sounds=true", "windows=true", "checks=0") == 0
     report, predictions = left_by_evaluate(tmp_path / "out")
     made = [sound for kind in nonspeech.SOUNDS for sound in nonspeech.generate_sounds(kind)]
     assert report["sets"].keys() == {"test", *nonspeech.SOUNDS}
@@ -216,10 +227,6 @@ def test_what_can_not_be_scored_is_refused_before_anything_runs(
         (
             ["instructions=[formatted, raw]"],
             "instruction 'raw': this checkpoint was trained for lower, formatted: give one of these",
-        ),
-        (
-            ["recordings_s=60", "audio_check=test"],
-            "recordings_s would join the clips of audio_check=test too: leave one out",
         ),
         (["recordings_s=20"], "recordings_s=20: give a number over 30 or null"),
         (["expected.nothing.wer=[0, 1]"], "expected=nothing is no set of data (test)"),

@@ -372,23 +372,20 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
         "batch_clips": 4,
         "windows": True,
     }
-    recipe = evaluate.EvaluateRecipe.model_validate({**settings, "limit": 5, "audio_check": "trained"})
+    recipe = evaluate.EvaluateRecipe.model_validate({**settings, "limit": 5, "checks": 10})
     report = evaluate.evaluate(recipe)
     out = Path(recipe.out)
     written_report, predictions = left_by_evaluate(out)
     assert report == written_report
-    heard = {name: [line for line in predictions if line["set"] == name] for name in (*data, "swapped")}
-    assert (
-        [line["id"] for line in heard["trained"]]
-        == [line["id"] for line in heard["swapped"]]
-        == [f"t{seed}" for seed in range(5)]
-    )
+    heard = {name: [line for line in predictions if line["set"] == name] for name in data}
+    swapped = [line for line in map(json.loads, (out / "checks.jsonl").open()) if line["set"] == "swapped"]
+    assert [line["id"] for line in heard["trained"]] == [f"t{seed}" for seed in range(5)]
+    assert [line["id"] for line in swapped] == [line["id"] for name in data for line in heard[name]]
     assert [line["id"] for line in heard["unseen"]] == ["u0", "u1", "u2", "u3", "broken"]
 
     # The rates are those of the texts that were written down; of what could not be read, all words are deletions.
     assert {(name, kind) for name, one in report["sets"].items() for kind in one["systems"]} == {
-        *((name, kind) for name in data for kind in ("graft", "whisper")),
-        ("swapped", "graft"),
+        (name, kind) for name in data for kind in ("graft", "whisper")
     }
     for name, one in report["sets"].items():
         for kind, scores in one["systems"].items():
@@ -410,8 +407,11 @@ def test_evaluate_scores_what_was_heard(home: Home, merged: Path, whisper: str) 
     assert [line["text"] for line in heard["trained"]] == [clip["text"] for clip in rows]
     assert [line["graft"] for line in heard["trained"]] == texts
     assert len(set(texts)) > 1
-    assert [line["audio_id"] for line in heard["swapped"]] == ["t1", "t2", "t3", "t4", "t0"]
-    assert [line["graft"] for line in heard["swapped"]] == [*texts[1:], texts[0]]
+    assert [line["audio_id"] for line in swapped[:4]] == ["t1", "t2", "t3", "t4"]
+    assert [line["hypothesis"] for line in swapped[:4]] == texts[1:]
+    checks = {one["name"]: one for one in report["honesty"]["checks"]}
+    assert checks["swapped_audio"]["numbers"]["clips"] == len(swapped)
+    assert checks["overlap"]["ids"][:5] == [["trained", f"t{seed}"] for seed in range(5)]
     baseline = open_transcriber(whisper, chunker=windows)
     assert [line["whisper"] for line in heard["trained"]] == [one.text for one in baseline.transcribe_many(clips)]
     baseline.close()

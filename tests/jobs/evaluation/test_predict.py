@@ -82,7 +82,7 @@ def test_ten_kills_lose_no_prediction(tmp_path: Path) -> None:
 
     def start(name: str) -> subprocess.Popen[bytes]:
         settings = [f"model={graft}", f"baseline={whisper}", f"data.test={data}", "windows=true", "batch_clips=2"]
-        command = [sys.executable, "-m", "jobs.evaluate", *settings, "audio_check=test", f"out={tmp_path / name}"]
+        command = [sys.executable, "-m", "jobs.evaluate", *settings, "checks=5", f"out={tmp_path / name}"]
         with (tmp_path / f"{name}.log").open("ab") as log:
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
@@ -93,22 +93,24 @@ def test_ten_kills_lose_no_prediction(tmp_path: Path) -> None:
         return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
     undisturbed = finish("undisturbed")
-    assert len(undisturbed) == 3 * (CLIPS + 1)
+    assert len(undisturbed) == 2 * (CLIPS + 1)
     path, chance = tmp_path / "killed" / PREDICTIONS_FILE, random.Random(7)
     before: list[str] = []
-    grew = 0
-    for _ in range(KILLS):
+
+    def lines() -> list[str]:
+        return path.read_text().split("\n")[:-1] if path.is_file() else []  # the last may be torn
+
+    for number in range(KILLS):
         run = start("killed")
-        deadline = time.monotonic() + chance.uniform(15, 40)
-        while time.monotonic() < deadline and run.poll() is None:
-            time.sleep(0.1)
+        # Some are killed as they start, the others when they have written some more.
+        enough = len(before) + chance.randint(1, 2 * CLIPS // KILLS)
+        deadline = time.monotonic() + (chance.uniform(1, 20) if number % 3 == 0 else DEADLINE_S)
+        while time.monotonic() < deadline and len(lines()) < enough and run.poll() is None:
+            time.sleep(0.05)
+        assert run.poll() is None, (tmp_path / "killed.log").read_text()[-3000:]
         run.kill()
         run.wait()
-        lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # the last may be torn
-        assert lines[: len(before)] == before or run.returncode == 0
-        grew += len(lines) > len(before)
-        before = lines
-        if run.returncode == 0:
-            break
-    assert grew > 1, "no run wrote anything before its kill"
+        assert lines()[: len(before)] == before
+        before = lines()
+    assert len(before) > CLIPS // 2
     assert finish("killed") == undisturbed

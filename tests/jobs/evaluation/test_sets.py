@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from jobs.evaluation.test_sets import labelled, swapped
+from jobs.evaluation.check_sets import swapped
+from jobs.evaluation.test_sets import labelled
 from tests.support.speech_corpus import corpus, row
 
 

@@ -266,7 +266,7 @@ def _with_made(sets: "Sequence[Sequence[Item]]", recipe: EvaluateRecipe, folder:
     """Add recordings and sounds where they are asked for, which are written into the folder; all in order."""
     from .evaluation.test_sets import joined, sounds
 
-    items = []
+    items: list[Item] = []
     for own in sets:
         items += own
         if recipe.recordings_s:

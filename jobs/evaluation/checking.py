@@ -91,13 +91,13 @@ def training_rows(train_data: Sources | None, model: str) -> RowTable | str:
     try:
         if train_data is not None:
             return read_rows(train_data)
-        sources = list(chain.from_iterable(_sources_of(recipe) for recipe in _recipes_of(model)))
+        sources = list(chain.from_iterable(_sources_of(recipe) for recipe in recipes_of(model)))
         return read_rows(sources) if sources else NO_TRAINING
     except (GraftError, ValueError) as error:
         return f"its training data cannot be read ({' '.join(str(error).split())})"
 
 
-def _recipes_of(model: str) -> Iterator[Mapping[str, Any]]:
+def recipes_of(model: str) -> Iterator[Mapping[str, Any]]:
     """Yield the recipe in a model's folder, and those of what it was made from."""
     left, seen = [Path(model)], set[Path]()
     while left:

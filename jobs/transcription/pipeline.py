@@ -265,7 +265,9 @@ def transcribe_items(plan: Path, home: Path, pipeline: Pipeline) -> None:
             # Reading and writing reserve no CPU, as they mostly wait for the disk: in a small cluster, whose CPUs the
             # other processes take, results would be written only when all are there.
             transcribed.write_parquet(
-                str(home / "items"), ray_remote_args={"num_cpus": 0}, concurrency=max(2, workers.transcribers)
+                str(home / "items"),
+                ray_remote_args={"num_cpus": 0},
+                concurrency=min(batch_count, max(2, workers.transcribers)),  # Ray warns of more than there are batches
             )
         except Exception as error:
             if message := user_message(error):

@@ -135,7 +135,13 @@ def step_recipes(recipe: DemoRecipe) -> dict[str, Recipe]:
             clips=8,
         ),
         "evaluate merged": evaluate.EvaluateRecipe.model_validate(
-            {"model": f"{out}/merged", "out": f"{out}/evaluation-merged", "data": sets, "checks": CHECKED_CLIPS}
+            {
+                "model": f"{out}/merged",
+                "out": f"{out}/evaluation-merged",
+                "data": sets,
+                "checks": CHECKED_CLIPS,
+                "pictures": 3,
+            }
             | scoring
         ),
         "transcribe merged": transcribe.TranscribeRecipe(
@@ -167,7 +173,7 @@ def estimated_seconds(recipe: DemoRecipe, *, fp32: float, training: float) -> di
         "check": 2 + fp32,
         "stage2": 20 + 31 * training * recipe.stage2_epochs,
         "merge": 10 + 21 * training,
-        "evaluate merged": 25 + (2 * (20 + scored) + CHECKED_CLIPS + 20) * fp32,
+        "evaluate merged": 40 + (2 * (20 + scored) + CHECKED_CLIPS + 20) * fp32,
         "transcribe merged": 8 + 4 * fp32,
         "serve": 22,
     }

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .evaluation.predictions import Prediction
     from .evaluation.test_sets import Item
     from .transcription.machine import AskedWorkers
+    from .transcription.pipeline import Workers
 
 WINDOW_S = 30.0
 """Longest window of a clip in seconds where the speech detector is not used."""
@@ -84,6 +85,12 @@ class EvaluateRecipe(Recipe):
     train_data: DataKey[Sources | None] = None
     """Data that the model was trained on, in which test clips are looked for; null takes those that the recipes in the
     model's folder name."""
+    pictures: DataKey[int] = Field(default=0, ge=0)
+    """Number of generated pictures about which a graft on Qwen2-VL and its base are asked, to see whether vision is
+    kept; both are opened for that. 0 asks about none."""
+    vision_base: ModelKey[Checkpoint | None] = None
+    """Qwen2-VL that the graft was built on, `bundled` the one of the bundled pair; null takes the one that the recipes
+    in the model's folder name."""
     instructions: ModelKey[list[str]] = Field(default=[])
     """Text styles or phrasings that the model was trained for; the answers to each are scored as those of a further
     model."""
@@ -144,6 +151,8 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
 
     from .evaluation.checking import judge, plan_checks, training_rows
     from .evaluation.predict import PREDICTIONS_FILE, of_data, predict, write_clip_index
+    from .evaluation.vision_check import ask_about_pictures
+    from .transcription.machine import connect_workers
 
     with locked_output(recipe.out):
         is_own = holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS)
@@ -174,12 +183,17 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
             seed=recipe.seed,
             makes_sounds=not recipe.sounds,
         )
-        predictions, answers = predict(_systems(specs, items, planned, recipe), out, work)
+        workers = connect_workers(_asked_workers(recipe))
+        predictions, answers = predict(_systems(specs, items, planned, workers, recipe), out, work)
         report = _report(predictions, own, recipe)
         if recipe.checks:
             training = training_rows(recipe.train_data, recipe.model)
             judged = of_data(items, work), predictions, answers, report
             report["honesty"] = judge(planned, *judged, system=own, training=training, instructions=recipe.instructions)
+        if recipe.pictures:
+            report["vision"] = ask_about_pictures(
+                recipe.model, recipe.vision_base, pictures=recipe.pictures, seed=recipe.seed, workers=workers
+            )
         write_atomic(out / REPORT_FILE, json.dumps(report, indent=2) + "\n")
         shutil.rmtree(work)
         print(f"evaluate: every answer is in {out / PREDICTIONS_FILE}", flush=True)
@@ -290,17 +304,19 @@ def _check_systems(specs: Mapping[str, SystemSpec], out: Path) -> None:
 
 
 def _systems(
-    specs: Mapping[str, SystemSpec], items: "Sequence[Item]", planned: "PlannedChecks", recipe: EvaluateRecipe
+    specs: Mapping[str, SystemSpec],
+    items: "Sequence[Item]",
+    planned: "PlannedChecks",
+    workers: "Workers",
+    recipe: EvaluateRecipe,
 ) -> "list[System]":
-    """Join the cluster, and return what transcribes: the model, also with instructions and context, and the others."""
+    """Return what transcribes: the model, also with instructions and context words, and the other systems."""
     from .evaluation.honesty import told_name
     from .evaluation.predict import System
     from .evaluation.systems import system_opener
-    from .transcription.machine import connect_workers
     from .transcription.pipeline import Pipeline
     from .transcription.reader import WINDOWS, Reading
 
-    workers = connect_workers(_asked_workers(recipe))
     reading = WINDOWS if recipe.windows else Reading(recipe.speech, recipe.chunks)
     systems = []
     for name, spec in specs.items():
@@ -352,6 +368,8 @@ def table(report: Mapping[str, Any]) -> str:
     from .evaluation.score_table import score_table
 
     lines = [score_table(report), *honesty_lines(report.get("honesty", {"checks": []}))]
+    if vision := report.get("vision"):
+        lines.append(f"vision: {vision['verdict']}")
     for v in report["expected"]:
         verdict = "agrees with" if v["agrees"] else "does not agree with"
         found = "of no clip" if v["found"] is None else f"{v['found']:.2%}"

@@ -19,12 +19,16 @@ from transformers import GenerationConfig
 
 from graft.checkpoints.build import VISION_MODEL_TYPE, check_kind
 from graft.checkpoints.bundled.cache import bundled_qwen2vl
-from graft.checkpoints.loading import DTYPES, base_checkpoint, open_graft, open_processor
+from graft.checkpoints.loading import DTYPES, base_checkpoint, check_model, open_graft, open_processor
+from graft.checkpoints.names import absolute_checkpoint
 from graft.checkpoints.quiet import no_loading_bars
+from graft.errors import ModelError
 from graft.model.configuration import TextGraftConfig, read_graft_config
 from graft.processor import IMAGE_TOKEN, GraftProcessor
 from graft.text.prompts import CHATML
 
+from ..common.cli import user_message
+from ..transcription.pipeline import Workers
 from .checking import recipes_of
 
 BUNDLED = "bundled"
@@ -45,6 +49,28 @@ class Answer:
 
     logits: Tensor
     token_ids: Tensor
+
+
+def ask_about_pictures(model: str, base: str | None, *, pictures: int, seed: int, workers: Workers) -> dict[str, Any]:
+    """Check in a process of the cluster, with a worker's share of a GPU, that a model still sees. Raises ModelError."""
+    import ray
+
+    if check_model(model) != "graft":
+        return not_checked("the model is no graft")
+    gpus = min(1.0, workers.gpus_per_transcriber)
+    base = base or find_vision_base(model)
+    remote: Any = ray.remote(num_cpus=workers.reserved_cpus(1), num_gpus=gpus)
+    task = remote(check_vision)
+    settings = {"pictures": pictures, "seed": seed, "device": "cuda" if gpus else "cpu"}
+    try:
+        found: dict[str, Any] = ray.get(
+            task.remote(absolute_checkpoint(model), base and absolute_checkpoint(base), **settings)
+        )
+    except ray.exceptions.RayTaskError as error:
+        if message := user_message(error):
+            raise ModelError(message) from error
+        raise
+    return found
 
 
 def check_vision(

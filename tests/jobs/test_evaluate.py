@@ -45,7 +45,7 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
     table = pq.read_table(tmp_path / "transcripts" / "recordings")
     transcripts = {one["id"]: one for one in table.to_pylist()}
     given = [f"model={graft}", f"data.test={data}", f"baseline={whisper}", "expected.test.wer_raw=[0, 99]"]
-    assert run(*given, f"out={tmp_path / 'out'}", "checks=4", "batch_clips=3", *settings) == 0
+    assert run(*given, f"out={tmp_path / 'out'}", "checks=4", "pictures=1", "batch_clips=3", *settings) == 0
     report, predictions = left_by_evaluate(tmp_path / "out")
     assert report["pipeline"] == "speech"
     assert [verdict["agrees"] for verdict in report["expected"]] == [True]
@@ -70,6 +70,7 @@ def test_texts_are_those_that_transcribe_writes(tmp_path: Path, capsys: pytest.C
     assert checks["duplicates"]["ok"]
     assert checks["overlap"]["verdict"].startswith("It was not checked: the model's folder does not say")
     assert "the references have too few rare words" in checks["context_words"]["verdict"]
+    assert report["vision"]["verdict"].endswith("was built on: give vision_base.")
     answers = [json.loads(line) for line in (tmp_path / "out" / "checks.jsonl").open()]
     assert {line["system"] for line in answers} == {"graft"}
     assert sum(line["set"] == "swapped" for line in answers) == checks["swapped_audio"]["numbers"]["clips"] == 4

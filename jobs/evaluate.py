@@ -91,6 +91,9 @@ class EvaluateRecipe(Recipe):
     vision_base: ModelKey[Checkpoint | None] = None
     """Qwen2-VL that the graft was built on, `bundled` the one of the bundled pair; null takes the one that the recipes
     in the model's folder name."""
+    token_clips: DataKey[int] = Field(default=0, ge=0)
+    """Number of clips, those with the most wrong words, of which the report has a graft's answer token by token: what
+    it writes next when it is told the reference so far, beside what it writes by itself."""
     instructions: ModelKey[list[str]] = Field(default=[])
     """Text styles or phrasings that the model was trained for; the answers to each are scored as those of a further
     model."""
@@ -150,7 +153,10 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     from graft.checkpoints.loading import open_speech_processor
 
     from .evaluation.checking import judge, plan_checks, training_rows
+    from .evaluation.data_statistics import describe_sets
     from .evaluation.predict import PREDICTIONS_FILE, of_data, predict, write_clip_index
+    from .evaluation.systems import keep_digests
+    from .evaluation.token_tables import ask_for_tokens
     from .evaluation.vision_check import ask_about_pictures
     from .transcription.machine import connect_workers
 
@@ -168,7 +174,7 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
         specs = _check_models(recipe)
         sets = _labelled(recipe)
         out = claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)
-        _check_systems(specs, out)
+        keep_digests(specs, out / SYSTEMS_FILE)
         work = (out / WORK_FOLDER).absolute()
         shutil.rmtree(work / SETS_FOLDER, ignore_errors=True)
         (work / SETS_FOLDER).mkdir(parents=True)
@@ -190,6 +196,12 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
             training = training_rows(recipe.train_data, recipe.model)
             judged = of_data(items, work), predictions, answers, report
             report["honesty"] = judge(planned, *judged, system=own, training=training, instructions=recipe.instructions)
+        report["data"] = describe_sets(predictions)
+        if recipe.token_clips:
+            clips = of_data(items, work)
+            report["tokens"] = ask_for_tokens(
+                recipe.model, predictions, clips, system=own, count=recipe.token_clips, workers=workers
+            )
         if recipe.pictures:
             report["vision"] = ask_about_pictures(
                 recipe.model, recipe.vision_base, pictures=recipe.pictures, seed=recipe.seed, workers=workers
@@ -287,20 +299,6 @@ def _with_made(sets: "Sequence[Sequence[Item]]", recipe: EvaluateRecipe, folder:
             for part in dict.fromkeys(item.set_name for item in own):  # one for each language
                 items += joined([item for item in own if item.set_name == part], recipe.recordings_s, folder)
     return items + (sounds(recipe.seed, folder) if recipe.sounds else [])
-
-
-def _check_systems(specs: Mapping[str, SystemSpec], out: Path) -> None:
-    """Keep the digests of the models in the folder. Raises OutputError where an earlier run had other models."""
-    from graft.checkpoints.loading import model_digest
-
-    digests = {name: model_digest(spec) for name, spec in specs.items() if is_checkpoint(spec)}
-    path = out / SYSTEMS_FILE
-    before = json.loads(path.read_text()) if path.is_file() else digests
-    if changed := [name for name, digest in digests.items() if before.get(name) != digest]:
-        raise OutputError(
-            f"output {out} has answers of another {changed[0]}: its weights have changed since: choose another out="
-        )
-    write_atomic(path, json.dumps(digests, indent=2) + "\n")
 
 
 def _systems(

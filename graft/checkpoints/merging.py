@@ -47,32 +47,53 @@ def write_merged(
     time is in memory. With `onto_nf4` the adapters are added to the values that NF4 rounds the language model to.
     Raises ModelError where the graft lacks tensors, and where projector or adapters do not fit it.
     """
-    check_graft(stage)
-    graft = base_checkpoint(stage)
-    config, processor = read_graft_config(graft), open_processor(stage)
-    places = _tensor_files(graft)
-    adapters = _Adapters(Path(stage), *_check_adapters(stage, config)) if has_adapters(stage) else None
-    _check_whole(graft, config, places)
-    projector = read_projector(stage, config)
+    weights = StageWeights(stage)
+    graft, config, processor = weights.graft, weights.config, open_processor(stage)
 
     def merged(name: str) -> Tensor:
-        if name.startswith(PROJECTOR):
-            return projector[name.removeprefix(PROJECTOR)]
-        with safe_open(places[name], framework="pt") as file:  # Opened again each time, it leaves no pages in memory.
-            tensor = file.get_tensor(name)
-        matrix = name.removesuffix(".weight")
-        if onto_nf4 and re.fullmatch(LORA_TARGETS, matrix):
+        tensor = weights.before(name)
+        if onto_nf4 and re.fullmatch(LORA_TARGETS, name.removesuffix(".weight")):
             tensor = round_matrix_to_nf4(tensor.float())
-        delta = adapters.delta(matrix) if adapters else None
-        return tensor if delta is None else tensor.float() + delta
+        return weights.after(name, tensor)
 
-    _write_shards(out, _sizes(places, dtype), merged, dtype=dtype, shard_bytes=shard_bytes)
+    _write_shards(out, _sizes(weights.places, dtype), merged, dtype=dtype, shard_bytes=shard_bytes)
     configure_as_trained(config, processor)
     config.dtype = dtype
     config.save_pretrained(out)
     with reading(graft):
         GenerationConfig.from_pretrained(graft).save_pretrained(out)
     processor.save_pretrained(out)
+
+
+class StageWeights:
+    """The tensors of the graft that a stage was trained on, and what the stage makes of them, one at a time.
+
+    Raises ModelError where the graft lacks tensors, and where projector or adapters do not fit it.
+    """
+
+    def __init__(self, stage: str | Path) -> None:
+        check_graft(stage)
+        self.graft = base_checkpoint(stage)
+        self.config = read_graft_config(self.graft)
+        self.places = _tensor_files(self.graft)
+        """File of each tensor of the graft, by its name."""
+        self._adapters = _Adapters(Path(stage), *_check_adapters(stage, self.config)) if has_adapters(stage) else None
+        _check_whole(self.graft, self.config, self.places)
+        self._projector = read_projector(stage, self.config)
+
+    def before(self, name: str) -> Tensor:
+        """Read a tensor of the graft."""
+        with safe_open(
+            self.places[name], framework="pt"
+        ) as file:  # opened again each time, it leaves no pages in memory
+            return file.get_tensor(name)
+
+    def after(self, name: str, before: Tensor) -> Tensor:
+        """Return what the stage makes of a tensor: its projector's, the sum with an adapter, or the tensor itself."""
+        if name.startswith(PROJECTOR):
+            return self._projector[name.removeprefix(PROJECTOR)]
+        delta = self._adapters.delta(name.removesuffix(".weight")) if self._adapters else None
+        return before if delta is None else before.float() + delta
 
 
 @dataclass(frozen=True)

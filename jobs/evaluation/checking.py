@@ -4,7 +4,7 @@ test sets -> clips with other audio, sounds, clips with context words -> answers
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -97,20 +97,29 @@ def training_rows(train_data: Sources | None, model: str) -> RowTable | str:
         return f"its training data cannot be read ({' '.join(str(error).split())})"
 
 
-def recipes_of(model: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the recipe in a model's folder, and those of what it was made from."""
-    left, seen = [Path(model)], set[Path]()
+def recipes_of(model: str) -> list[Mapping[str, Any]]:
+    """Return the recipe in a model's folder, and those of what it was made from."""
+    return list(_recipes(model).values())
+
+
+def recipe_folders(model: str) -> list[Path]:
+    """Return the model's folder, and those of what it was made from, as far as they have recipes."""
+    return list(_recipes(model))
+
+
+def _recipes(model: str) -> dict[Path, Mapping[str, Any]]:
+    """Read the recipe in a model's folder, and those of what it was made from, by their folders."""
+    left, found = [Path(model)], dict[Path, Mapping[str, Any]]()
     while left:
-        folder = left.pop()
-        if folder in seen or not (folder / RECIPE_FILE).is_file():
+        folder = left.pop(0)
+        if folder in found or not (folder / RECIPE_FILE).is_file():
             continue
-        seen.add(folder)
-        recipe: Any = None
         with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
             recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-        if isinstance(recipe, dict):
-            yield recipe
-            left += [Path(recipe[key]) for key in TRAINED_FROM if isinstance(recipe.get(key), str)]
+            if isinstance(recipe, dict):
+                found[folder] = recipe
+                left += [Path(recipe[key]) for key in TRAINED_FROM if isinstance(recipe.get(key), str)]
+    return found
 
 
 def _sources_of(recipe: Mapping[str, Any]) -> list[Any]:

@@ -6,11 +6,12 @@ All transcribe the same chunks, which the pipeline cuts, so that they differ by 
 import asyncio
 import functools
 import io
+import json
 import os
 import threading
 import time
 import wave
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +21,10 @@ from pydantic import SecretStr
 
 from graft.audio.chunking import Chunk
 from graft.audio.clip import SAMPLE_RATE
-from graft.errors import ModelError, RecipeError, require
+from graft.errors import ModelError, OutputError, RecipeError, require
 from graft.inference.segments import Segment
 from graft.redaction import without_secrets
+from graft.storage.atomic import write_atomic
 from graft.storage.locations import one_line_error
 
 from ..transcription.pipeline import Opener, model_opener
@@ -57,6 +59,23 @@ def check_system(spec: SystemSpec) -> Kind:
     from graft.checkpoints.loading import check_model
 
     return check_model(spec)
+
+
+def keep_digests(specs: Mapping[str, SystemSpec], path: Path) -> None:
+    """Write the digests of the systems' weights to a file, by name.
+
+    Raises OutputError where the file has others: the answers beside it are not of these systems.
+    """
+    from graft.checkpoints.loading import model_digest
+
+    digests = {name: model_digest(spec) for name, spec in specs.items() if is_checkpoint(spec)}
+    before = json.loads(path.read_text()) if path.is_file() else digests
+    if changed := [name for name, digest in digests.items() if before.get(name) != digest]:
+        raise OutputError(
+            f"output {path.parent} has answers of another {changed[0]}, whose weights have changed since: "
+            "choose another out="
+        )
+    write_atomic(path, json.dumps(digests, indent=2) + "\n")
 
 
 def system_opener(spec: SystemSpec, *, threads: int, gpu: bool, dtype: str | None) -> Opener:

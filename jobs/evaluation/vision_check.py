@@ -8,7 +8,7 @@ Before stage 2 the language model is the base's, so the logits are the same bits
 """
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,24 +53,30 @@ class Answer:
 
 def ask_about_pictures(model: str, base: str | None, *, pictures: int, seed: int, workers: Workers) -> dict[str, Any]:
     """Check in a process of the cluster, with a worker's share of a GPU, that a model still sees. Raises ModelError."""
-    import ray
-
     if check_model(model) != "graft":
         return not_checked("the model is no graft")
-    gpus = min(1.0, workers.gpus_per_transcriber)
     base = base or find_vision_base(model)
+    bases = absolute_checkpoint(model), base and absolute_checkpoint(base)
+    found: dict[str, Any] = run_beside(workers, check_vision, *bases, pictures=pictures, seed=seed)
+    return found
+
+
+def run_beside(workers: Workers, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    """Call a function in a process of the cluster, on a worker's kind of `device`, which it is told.
+
+    Raises ModelError for what the user can mend.
+    """
+    import ray
+
+    gpus = min(1.0, workers.gpus_per_transcriber)
     remote: Any = ray.remote(num_cpus=workers.reserved_cpus(1), num_gpus=gpus)
-    task = remote(check_vision)
-    settings = {"pictures": pictures, "seed": seed, "device": "cuda" if gpus else "cpu"}
+    task = remote(function).remote(*arguments, device="cuda" if gpus else "cpu", **settings)
     try:
-        found: dict[str, Any] = ray.get(
-            task.remote(absolute_checkpoint(model), base and absolute_checkpoint(base), **settings)
-        )
+        return ray.get(task)
     except ray.exceptions.RayTaskError as error:
         if message := user_message(error):
             raise ModelError(message) from error
         raise
-    return found
 
 
 def check_vision(

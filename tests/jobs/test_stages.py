@@ -25,6 +25,7 @@ from graft.inference.transcript import Transcript
 from graft.text.wer import score
 from graft.training.stages import ComputeSettings, Stage, open_for_stage
 from jobs import check, evaluate, merge, stage1, stage2
+from jobs.evaluation.training_runs import training_runs
 from tests.support import tiny_models
 from tests.support.jobs import left_by_evaluate
 from tests.support.paths import ROOT
@@ -45,6 +46,9 @@ LEFT_BY_A_STAGE = {
     "stage.json",
     "result.json",
 }
+
+
+LANGUAGE_MODEL = ("attention of the language model", "MLPs of the language model")
 
 
 @dataclass(frozen=True)
@@ -354,6 +358,19 @@ def test_every_checkpoint_hears(
     assert changes[0] > 1e-6
     assert changes[1] == pytest.approx(changes[2], rel=1e-4)  # merged or not, the same model
     assert capsys.readouterr().out.count(" hears: other audio changes the answer's logits by ") == 3
+
+
+def test_the_stages_that_led_to_a_model_are_described(merged: Path) -> None:
+    first, second = training_runs(str(merged))
+    for run, changed in ((first, {"projector"}), (second, {"projector", *LANGUAGE_MODEL})):
+        parts = {one["part"]: one for one in run["weights"]}
+        assert {part for part, one in parts.items() if one["changed"]} == changed
+        assert all((one["relative_change"] > 0) == (part in changed) for part, one in parts.items())
+        assert {"audio encoder", "text embeddings"} < parts.keys()
+        steps = run["curves"]["step"]
+        assert steps == sorted(steps)
+        assert all(len(values) == len(steps) for values in run["curves"].values())
+        assert run["curves"]["loss"][0] > run["curves"]["loss"][-1]
 
 
 @pytest.fixture(scope="module")

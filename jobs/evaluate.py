@@ -23,7 +23,7 @@ from graft.audio.chunking import ChunkSettings
 from graft.audio.vad import SpeechSettings
 from graft.config import Recipe
 from graft.data.settings import Sources
-from graft.errors import DataError, OutputError, RecipeError
+from graft.errors import DataError, GraftError, OutputError, RecipeError
 from graft.keys import Checkpoint, DataKey, MachineKey, ModelKey, OutputKey
 from graft.storage.atomic import write_atomic
 from graft.text.wer import score
@@ -259,6 +259,7 @@ def _check_models(recipe: EvaluateRecipe) -> dict[str, SystemSpec]:
     from graft.checkpoints.loading import base_checkpoint, check_model, open_speech_processor
 
     from .evaluation.systems import check_system
+    from .evaluation.vision_check import check_vision_base
 
     own = check_model(recipe.model)
     _asked_workers(recipe).check()
@@ -274,8 +275,13 @@ def _check_models(recipe: EvaluateRecipe) -> dict[str, SystemSpec]:
     for name, spec in recipe.systems.items():
         if name in specs or name in [f"{own} {instruction}" for instruction in recipe.instructions]:
             raise RecipeError(f"systems.{name}: that name is taken by the model or the baseline: give it another one")
-        check_system(spec)
+        try:
+            check_system(spec)
+        except GraftError as error:
+            raise type(error)(f"systems.{name}: {error}") from error
         specs[name] = spec
+    if recipe.pictures and recipe.vision_base:
+        check_vision_base(recipe.vision_base)
     return specs
 
 

@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import re
 import threading
 import time
 import wave
@@ -50,7 +51,7 @@ def check_system(spec: SystemSpec) -> Kind:
         _check_service(spec)
         return "service"
     if not is_checkpoint(spec):
-        require("faster_whisper", extra="faster-whisper")
+        _check_faster_whisper(spec.removeprefix(FASTER_WHISPER))
         return "faster-whisper"
     if "://" in spec and not spec.startswith("hf://"):
         raise RecipeError(
@@ -223,6 +224,16 @@ def _api_key(service: Service) -> SecretStr | None:
 
 def _headers(api_key: SecretStr | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
+
+
+def _check_faster_whisper(name: str) -> None:
+    """Raise ModelError for what is no folder, no size and no hub id."""
+    sizes = require("faster_whisper", extra="faster-whisper").available_models()
+    if not (Path(name, "model.bin").is_file() or name in sizes or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        raise ModelError(
+            f"{FASTER_WHISPER}{name} is no Whisper in CTranslate2's format: "
+            f"give a folder with model.bin, a hub id, or a size ({', '.join(sizes)})"
+        )
 
 
 def _check_service(service: Service) -> None:

@@ -61,6 +61,13 @@ def ask_about_pictures(model: str, base: str | None, *, pictures: int, seed: int
     return found
 
 
+def check_vision_base(base: str) -> str:
+    """Return the Qwen2-VL that a name stands for. Raises ModelError for anything else."""
+    folder = str(bundled_qwen2vl()) if base == BUNDLED else base
+    check_kind(folder, VISION_MODEL_TYPE, name="Qwen2-VL")
+    return folder
+
+
 def run_beside(workers: Workers, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
     """Call a function in a process of the cluster, on a worker's kind of `device`, which it is told.
 
@@ -93,8 +100,7 @@ def check_vision(
     base = base or find_vision_base(model)
     if base is None:
         return not_checked("the model's folder does not say which Qwen2-VL it was built on: give vision_base")
-    folder = str(bundled_qwen2vl()) if base == BUNDLED else base
-    check_kind(folder, VISION_MODEL_TYPE)
+    folder = check_vision_base(base)
     processor = open_processor(model)
     prompts = [_inputs(processor, picture, question) for picture, question in make_pictures(pictures, seed)]
     torch_dtype: Any = DTYPES[dtype] if dtype else config.dtype or torch.float32

@@ -129,6 +129,10 @@ def test_systems_that_do_not_work_are_refused_in_a_line(tmp_path: Path) -> None:
         (Service(url="nonsense", model="m"), "cannot be reached"),
         ("http://somebody:hidden@host/v1", r"is an address: give a service as \{url: http://host/v1, model: NAME\}"),
         (str(tmp_path / "nothing"), "nothing"),
+        (
+            "faster-whisper:nope",
+            "is no Whisper in CTranslate2's format: give a folder with model.bin, a hub id, or a size",
+        ),
     ]:
         with pytest.raises((ModelError, RecipeError), match=words) as caught:
             check_system(spec)

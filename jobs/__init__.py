@@ -7,7 +7,7 @@ COMMANDS = {
     "transcribe and serve": ("transcribe", "serve"),
     "prepare speech": ("prepare", "label", "format"),
     "train": ("build", "stage1", "stage2", "check", "merge", "export"),
-    "measure": ("evaluate", "score", "ablate", "bench"),
+    "measure": ("evaluate", "score", "report", "ablate", "bench"),
     "try and submit": ("demo", "submit", "schema"),
 }
 """The commands by what they are for. `serve` is not a module here: it is in the package of the service."""

@@ -88,7 +88,6 @@ def score(recipe: ScoreRecipe) -> dict[str, Any]:
     from .evaluation.samples import ScoringSettings
     from .evaluation.scoring import score_predictions
 
-    references, hypotheses = _roles(recipe)
     settings = ScoringSettings(
         scorer=recipe.scorer,
         normalizer=None if recipe.normalizer == "auto" else recipe.normalizer,
@@ -97,15 +96,25 @@ def score(recipe: ScoreRecipe) -> dict[str, Any]:
         by=recipe.by,
         seed=recipe.seed,
     )
-    lines = list(_reference_lines(references, recipe.columns))
-    holds_answers = any(line.system is not None for line in lines)
-    lines += _answer_lines(hypotheses, recipe.columns)
-    scores = score_predictions(lines, settings, own_references=holds_answers and not recipe.refs)
+    lines, own_references = read_lines(recipe)
+    scores = score_predictions(lines, settings, own_references=own_references)
     found = {column for one in scores["sets"].values() for column in one.get("breakdowns", {})}
     if missing := [column for column in recipe.by if column not in found | set(USUAL_COLUMNS)]:
         known = sorted({name for line in lines for name in line.more} | {*USUAL_COLUMNS, "language"})
         raise DataError(f"by={missing[0]}: no clip has such a column: give some of {', '.join(known)}")
     return scores
+
+
+def read_lines(recipe: ScoreRecipe) -> tuple[list[Prediction], bool]:
+    """Read the files that a recipe names; returns their lines, and whether the references of answers count.
+
+    Raises RecipeError, and DataError for files that cannot be read.
+    """
+    references, hypotheses = _roles(recipe)
+    lines = list(_reference_lines(references, recipe.columns))
+    holds_answers = any(line.system is not None for line in lines)
+    lines += _answer_lines(hypotheses, recipe.columns)
+    return lines, holds_answers and not recipe.refs
 
 
 def _roles(recipe: ScoreRecipe) -> tuple[list[str], list[tuple[str | None, str]]]:

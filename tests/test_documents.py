@@ -218,7 +218,7 @@ def test_keys_are_those_of_the_commands(page: Page, keys: set[str]) -> None:
     given = {key for code in page.code() for key in re.findall(r"(?:^|\s)([a-z][\w.]*(?:\[\])?)=", code)}
     assert given - {"key", "group.key"} <= keys
     dotted = {code for code in page.code() if re.fullmatch(r"[a-z_]+\.[a-z_]+", code) and not (ROOT / code).exists()}
-    files = re.compile(r".+\.(?:json|jsonl|yaml|txt|png|parquet|safetensors|md|mp3|errors)")
+    files = re.compile(r".+\.(?:json|jsonl|yaml|txt|png|parquet|safetensors|md|mp3|html|errors)")
     assert {code for code in dotted if not files.fullmatch(code)} - {"audio.bytes"} <= keys
 
 

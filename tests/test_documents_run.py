@@ -48,7 +48,7 @@ ROADS = {
     r"^(?:graft ablate|python -m jobs\.ablate) ": "no: it takes hours; tests/jobs/test_ablate.py trains tiny models",
     r"^(?:graft demo|python -m jobs\.demo)|^make ": "no: continuous integration runs it",
     r"^(?:apt|cd|eval|export|git|pip|\.) ": "no: it changes the shell or the machine",
-    r"^graft score refs": FAST,
+    r"^graft (?:score|report) refs": FAST,
     r"^curl ": ASKED,
     r"^graft serve ": SERVED,
     r"^(?:graft|python -m jobs\.)": WALKED,

@@ -15,8 +15,8 @@ FILES = sorted(path.relative_to(ROOT) for name in ("graft", "jobs", "serve") for
 EDGE = {"ray", "fastapi", "starlette", "uvicorn"}
 OPTIONAL = ("deepspeed", "peft", "bitsandbytes", "vllm", "torchaudio")
 COMMANDS = (
-    "prepare label format build stage1 stage2 check merge export transcribe evaluate score ablate demo submit bench "
-    "schema"
+    "prepare label format build stage1 stage2 check merge export transcribe evaluate score report ablate demo submit "
+    "bench schema"
 )
 
 ROOMS = {

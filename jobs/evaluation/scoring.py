@@ -45,7 +45,7 @@ def score_predictions(
 
 def score_sets(sets: Sequence[TestSet], settings: ScoringSettings, misfits: Misfits | None = None) -> dict[str, Any]:
     """Score test sets; a set of several languages becomes one for each, "NAME LANGUAGE"."""
-    counted = [count_set(part, settings) for one in sets for part in _by_language(one, settings)]
+    counted = [count_set(part, settings) for one in sets for part in by_language(one, settings)]
     scores: dict[str, Any] = {}
     samples: list[Samples] = []
     for place, one in enumerate(counted):
@@ -68,7 +68,8 @@ def score_sets(sets: Sequence[TestSet], settings: ScoringSettings, misfits: Misf
     }
 
 
-def _by_language(one: TestSet, settings: ScoringSettings) -> list[TestSet]:
+def by_language(one: TestSet, settings: ScoringSettings) -> list[TestSet]:
+    """Part a set of several languages into one for each, "NAME LANGUAGE"."""
     languages = [clip.known.language or settings.language for clip in one.clips]
     if len(set(languages)) < 2:
         return [one]

@@ -1,7 +1,8 @@
 """Make a web page of an evaluation: one file that opens without a server or a network.
 
-It has the scores with their intervals and verdicts, every clip with the differences between two systems word by word,
-the audio of the most telling ones, and the recipe. Beside it, in exports/, the same results are written as STM, SegLST
+It has the scores with their intervals and verdicts, plots, every clip with the differences between two systems word by
+word, the audio of the most telling ones, a sheet to judge the labels, the checks of the evaluation, the training of the
+model, and the recipe. Beside it, in exports/, the same results are written as STM, SegLST
 and a NeMo manifest, which meeteval-viz and NeMo's Speech Data Explorer open.
 
 predictions.jsonl, report.json -> clips with word differences, pictures, audio -> report.html, exports/
@@ -30,6 +31,9 @@ class ReportRecipe(Recipe):
     files: DataKey[list[Location]] = Field(min_length=1)
     """The output folder of graft evaluate; or files of references and hypotheses, as graft score takes them. They can
     be given without files=."""
+    runs: DataKey[list[str] | None] = None
+    """Output folders of stages, whose curves and changed weights are shown; null takes those that led to the evaluated
+    model, as far as its folder's recipes name them."""
     page: OutputKey[PageSettings] = PageSettings()
     """How much the page holds."""
     out: OutputKey[str | None] = None
@@ -39,7 +43,7 @@ class ReportRecipe(Recipe):
 def run(recipe: ReportRecipe) -> None:
     """Write the page, also again. Raises DataError for files that are no evaluation, MissingExtra, and OutputError."""
     from .evaluation.report_page.evaluation import Evaluation, evaluation_of, read_evaluation
-    from .evaluation.report_page.writing import write_report
+    from .evaluation.report_page.writing import runs_of, write_report
 
     folder = _evaluation_folder(recipe)
     out = recipe.out or folder
@@ -54,7 +58,8 @@ def run(recipe: ReportRecipe) -> None:
 
     with locked_output(out):
         evaluation = read()  # before anything is written
-        page = write_report(evaluation, claim_output(out, recipe) if recipe.out else Path(out), recipe.page)
+        runs = runs_of(evaluation, recipe.runs)
+        page = write_report(evaluation, claim_output(out, recipe) if recipe.out else Path(out), recipe.page, runs)
     print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)", flush=True)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..score_table import notes
 from .evaluation import Evaluation
+from .plots import Plot, group_plot, speed_plot
 
 
 def head_section(evaluation: Evaluation) -> dict[str, Any]:
@@ -67,6 +68,46 @@ def notes_of(scores: Mapping[str, Any], system: str) -> list[dict[str, str]]:
     told = {one["text"] for one in verdicts}
     others = [text for name, one in scores["sets"].items() for text in notes(name, one, scores["settings"])]
     return verdicts + [{"kind": "note", "text": text} for text in others if text not in told]
+
+
+def plots_of(evaluation: Evaluation) -> list[Plot]:
+    """Draw the WER over the speed, and by the groups of each set. Raises MissingExtra."""
+    scores, systems = evaluation.scores, evaluation.systems
+    found = []
+    if points := _points(scores, systems):
+        found.append(speed_plot(points))
+    for name, one in scores["sets"].items():
+        told = [system for system in systems if system in one["systems"]]
+        for column, groups in one.get("breakdowns", {}).items():
+            if len(groups) > 1:
+                found.append(group_plot(name, column, groups, told))
+    return found
+
+
+def _points(scores: Mapping[str, Any], systems: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Return the WER over all sets, or the only one, and the speed of each system of which both are known."""
+    overall = (scores["overall"] or {"systems": {}})["systems"]
+    only: Mapping[str, Any] = next((one["systems"] for one in scores["sets"].values() if "normalizer" in one), {})
+    points = {}
+    for system in systems:
+        wer = overall[system]["mean_of_sets"]["wer"] if system in overall else only.get(system, {}).get("wer")
+        rtfx = (scores.get("rtfx") or {}).get(system) or only.get(system, {}).get("rtfx")
+        if wer is not None and rtfx:
+            points[system] = (wer, rtfx)
+    return points
+
+
+def data_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List how long the clips of each set are, and what a cut at 30 s would lose, in a sentence."""
+    rows = []
+    for name, one in data.items():
+        cut = one["cut"]
+        lost = "loses nothing"
+        if cut["clips"]:
+            clips = f"{cut['clips']} clip{'s' * (cut['clips'] != 1)}"
+            lost = f"cuts {clips}, and loses about {cut['words']:.0f} words ({cut['word_share']:.1%})"
+        rows.append({"set": name, **one, "lost": lost})
+    return rows
 
 
 def _verdicts(scores: Mapping[str, Any], system: str) -> Iterator[dict[str, str]]:

@@ -236,5 +236,102 @@
     addEventListener("afterprint", () => { state.open = before; draw(); });
     draw();
   };
+
+  // The label audit: a verdict and a note for each suspicious clip, kept in the browser, exported and imported as JSON
+
+  const VERDICTS = {
+    "": "not judged", same: "no real difference", label: "the label is wrong", model: "the model is wrong",
+    both: "both are wrong", ambiguous: "ambiguous",
+  };
+  const store = `graft-audit ${document.title} ${data.audit.map((place) => data.clips[place].id).join(" ").length}`;
+  const verdicts = new Map();
+  const keyOf = (clip) => JSON.stringify([clip.set, clip.id]);
+  const remember = () => {
+    try { localStorage.setItem(store, JSON.stringify([...verdicts])); } catch { /* the browser keeps nothing here */ }
+  };
+  const remembered = () => {
+    try { return JSON.parse(localStorage.getItem(store)) ?? []; } catch { return []; }
+  };
+
+  const tellProgress = (said = "") => {
+    const judged = data.audit.map((place) => verdicts.get(keyOf(data.clips[place]))?.verdict).filter(Boolean);
+    const counts = Object.entries(VERDICTS).map(([key, title]) => [title, judged.filter((one) => one === key).length]);
+    const told = counts.filter(([, count]) => count).map(([title, count]) => `${title} ${count}`).join(", ");
+    byId("audit-status").textContent = `${judged.length} of ${data.audit.length} judged${told && `: ${told}`}. ${said}`;
+  };
+
+  const auditRow = (clip, number) => {
+    const key = keyOf(clip);
+    const given = () => verdicts.get(key) ?? { verdict: "", note: "" };
+    const change = (name) => (event) => {
+      verdicts.set(key, { ...given(), [name]: event.target.value });
+      remember();
+      tellProgress();
+    };
+    const choice = element("select", { "aria-label": `Verdict on ${clip.id}`, on: { change: change("verdict") } },
+      ...Object.entries(VERDICTS).map(([value, title]) => element("option", { value }, title)));
+    choice.value = given().verdict;
+    const note = element("textarea", { rows: "2", "aria-label": `Note on ${clip.id}`, on: { input: change("note") } });
+    note.value = given().note;
+    const texts = Object.entries(clip.answers).flatMap(([system, one]) => [
+      element("dt", {}, system), element("dd", { dir: "auto" }, one.text === null ? "no answer" : one.text || "(nothing written)")]);
+    const sure = confidence(clip);
+    return element("tr", { class: "clip-row" },
+      element("td", { class: "number" }, String(number)),
+      element("td", { class: "audit-texts" },
+        element("p", { class: "text small faint" }, element("bdi", {}, clip.id), sure === undefined ? "" : `, confidence ${percent(sure)}`),
+        element("dl", {}, element("dt", {}, "label"), element("dd", { dir: "auto" }, clip.reference || "(no words)"), ...texts),
+        ...audioView(clip)),
+      element("td", {}, choice), element("td", {}, note));
+  };
+
+  const drawAudit = () => {
+    const titles = ["", "Clip", "Verdict", "Note"].map((title) => element("th", { scope: "col" }, title));
+    const rows = data.audit.map((place, at) => auditRow(data.clips[place], at + 1));
+    const table = element("table", {}, element("thead", {}, element("tr", {}, ...titles)), element("tbody", {}, ...rows));
+    byId("audit-table").replaceChildren(
+      element("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Sheet of the label audit" }, table));
+    tellProgress();
+  };
+
+  const exported = () => data.audit.map((place) => {
+    const clip = data.clips[place];
+    const hypotheses = Object.fromEntries(Object.entries(clip.answers).map(([system, one]) => [system, one.text]));
+    const known = { set: clip.set, id: clip.id, reference: clip.reference, hypotheses };
+    return { ...known, ...(verdicts.get(keyOf(clip)) ?? { verdict: "", note: "" }) };
+  });
+
+  const download = () => {
+    const content = JSON.stringify({ model: document.title, verdicts: VERDICTS, clips: exported() }, null, 2);
+    const link = element("a", { download: "label-audit.json", href: URL.createObjectURL(new Blob([content], { type: "application/json" })) });
+    link.click();
+    URL.revokeObjectURL(link.href);
+  };
+
+  const importFile = async (event) => {
+    const [file] = event.target.files;
+    if (!file) return;
+    try {
+      const known = new Set(data.audit.map((place) => keyOf(data.clips[place])));
+      const told = JSON.parse(await file.text()).clips.filter((one) => known.has(keyOf(one)) && one.verdict in VERDICTS);
+      told.forEach((one) => verdicts.set(keyOf(one), { verdict: one.verdict, note: String(one.note ?? "") }));
+      remember();
+      drawAudit();
+      tellProgress(`${told.length} verdicts were imported.`);
+    } catch {
+      tellProgress("The file is no export of such a sheet.");
+    }
+    event.target.value = "";
+  };
+
+  const startAudit = () => {
+    for (const [key, one] of remembered()) verdicts.set(key, one);
+    byId("audit-controls").hidden = false;
+    byId("audit-export").addEventListener("click", download);
+    byId("audit-import").addEventListener("change", importFile);
+    drawAudit();
+  };
+
   if (data.clips.length && data.systems.length) start();
+  if (data.audit.length) startAudit();
 })();

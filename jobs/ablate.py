@@ -151,7 +151,7 @@ def _make_trial(recipe: AblateRecipe, name: str, changes: Settings, seed: int, f
         _recipe(
             EvaluateRecipe,
             "scoring",
-            {"baseline": None, "checks": 0, **recipe.scoring},
+            {"baseline": None, "checks": 0, "page": False, **recipe.scoring},
             model="",
             out="",
             data=given["evaluate"] or {"validation": given["validation"]},

@@ -31,6 +31,7 @@ from .preparation.recipe import Manifest
 SPEECH = Path(__file__).parent / "data" / "prompts"
 SUMMARY_FILE = "summary.json"
 SPLITS = {"trained": "train", "unseen": "unseen"}
+PAGE_FILE = "report.html"
 CHECKED_CLIPS = 20
 """Clips on which the evaluation itself is checked."""
 """Test sets, and the splits that they are."""
@@ -64,6 +65,8 @@ def run(recipe: DemoRecipe) -> None:
 
 
 def _run(recipe: DemoRecipe) -> None:
+    from .evaluation.score_table import report_table
+
     _empty_folder(recipe)
     recipes = step_recipes(recipe)
     estimates = estimated_seconds(recipe, fp32=slowness("fp32"), training=slowness(_training_dtype()))
@@ -76,12 +79,15 @@ def _run(recipe: DemoRecipe) -> None:
     for stage in ("stage1", "stage2"):
         losses = summary[stage]
         print(f"{stage}: loss {losses['loss_first']:.3f} -> {losses['loss_last']:.3f} in {losses['seconds']:.0f} s")
-    print(f"\nbefore training:\n{evaluate.table(results['evaluate graft'])}")
-    print(f"\nafter training:\n{evaluate.table(results['evaluate merged'])}")
+    print(f"\nbefore training:\n{report_table(results['evaluate graft'])}")
+    print(f"\nafter training:\n{report_table(results['evaluate merged'])}")
     print(EXPLANATION.format(clips=summary["clips"]["trained"]))
     print("\nseconds: " + "  ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items()))
     print(f"\nfiles in {recipe.out}:{FILES}\nthree transcripts, before and after training:")
     _print_transcripts(f"{recipe.out}/transcripts-graft", f"{recipe.out}/transcripts-merged")
+    page = f"{recipe.out}/evaluation-merged/{PAGE_FILE}"
+    if Path(page).is_file():  # not without the extra that it takes
+        print(f"\nopen in a browser: {page}", flush=True)
     print(f"\nyour own file: graft transcribe YOUR_FILE model={recipe.out}/merged", flush=True)
 
 
@@ -111,7 +117,7 @@ def step_recipes(recipe: DemoRecipe) -> dict[str, Recipe]:
     }
     files = [str(SPEECH / clip["audio"]) for clip in _transcribed_clips()]
     scoring = {"limit": recipe.scored_clips, "dtype": "fp32", "workers": recipe.workers}
-    before = {"data": {"unseen": sets["unseen"]}, "baseline": None, "checks": 0}
+    before = {"data": {"unseen": sets["unseen"]}, "baseline": None, "checks": 0, "page": False}
     return {
         "prepare": prepare.PrepareRecipe(
             sources=[Manifest(manifest=f"{SPEECH}/{split}.jsonl", split=split) for split in SPLITS.values()],
@@ -140,6 +146,7 @@ def step_recipes(recipe: DemoRecipe) -> dict[str, Recipe]:
                 "out": f"{out}/evaluation-merged",
                 "data": sets,
                 "checks": CHECKED_CLIPS,
+                "token_clips": 2,
                 "pictures": 3,
             }
             | scoring
@@ -173,7 +180,7 @@ def estimated_seconds(recipe: DemoRecipe, *, fp32: float, training: float) -> di
         "check": 2 + fp32,
         "stage2": 20 + 31 * training * recipe.stage2_epochs,
         "merge": 10 + 21 * training,
-        "evaluate merged": 40 + (2 * (20 + scored) + CHECKED_CLIPS + 20) * fp32,
+        "evaluate merged": 55 + (2 * (20 + scored) + CHECKED_CLIPS + 20) * fp32,
         "transcribe merged": 8 + 4 * fp32,
         "serve": 22,
     }
@@ -298,6 +305,7 @@ FILES = """
   encoded/               the encoder's outputs, so that it ran once for each clip
   merged/                the trained model, with its trained parts in adapter/
   evaluation-*/          report.json and predictions.jsonl of both models
+  evaluation-merged/report.html   scores, checks, clips with their audio: open it in a browser
   transcripts-*/         text and JSON of three files, from both models
 """
 

@@ -54,10 +54,6 @@ WORK_FOLDER, SETS_FOLDER = "work", "sets"
 """Folder of what is made while the job runs, the results of each system, and its part for sounds and recordings."""
 EXECUTION_KEYS = frozenset({"readers", "workers", "threads_per_worker", "gpu"})
 """Keys that change how clips are transcribed, not what is written."""
-PIPELINES = {
-    "speech": "speech (detected and cut into chunks, as graft transcribe does)",
-    "windows": "windows (all of each clip, without the speech detector)",
-}
 
 
 class EvaluateRecipe(Recipe):
@@ -131,6 +127,8 @@ class EvaluateRecipe(Recipe):
     """Whether each worker takes a GPU; auto takes GPUs where there are any."""
     seed: DataKey[int] = 0
     """Seed of the bootstrap intervals and of the sounds."""
+    page: OutputKey[bool] = True
+    """Write report.html, as graft report does."""
     expected: OutputKey[dict[str, dict[Literal["wer", "cer", "wer_raw", "cer_raw"], tuple[float, float]]]] = Field(
         default={}
     )
@@ -150,22 +148,16 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     names of sets, RecipeError, MissingExtra, OutputError, and ModelError, also for an instruction that the model was
     not trained for.
     """
-    from graft.checkpoints.loading import open_speech_processor
-
-    from .evaluation.checking import judge, plan_checks, training_rows
-    from .evaluation.data_statistics import describe_sets
-    from .evaluation.predict import PREDICTIONS_FILE, of_data, predict, write_clip_index
+    from .evaluation.report_page.writing import write_page_of
+    from .evaluation.score_table import report_table
     from .evaluation.systems import keep_digests
-    from .evaluation.token_tables import ask_for_tokens
-    from .evaluation.vision_check import ask_about_pictures
-    from .transcription.machine import connect_workers
 
     with locked_output(recipe.out):
         is_own = holds_results(recipe.out, recipe, ignore=EXECUTION_KEYS)
         if is_own and (report_file := Path(recipe.out, REPORT_FILE)).is_file():
             print(f"evaluate: {recipe.out} is done already", flush=True)
             report: dict[str, Any] = json.loads(report_file.read_text())
-            print(table(report), flush=True)
+            print(report_table(report), flush=True)
             return report
         if not is_own and output_files(recipe.out):
             raise OutputError(f"output {recipe.out} exists: choose another out= or remove it")
@@ -175,41 +167,60 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
         sets = _labelled(recipe)
         out = claim_output(recipe.out, recipe, ignore=EXECUTION_KEYS)
         keep_digests(specs, out / SYSTEMS_FILE)
-        work = (out / WORK_FOLDER).absolute()
-        shutil.rmtree(work / SETS_FOLDER, ignore_errors=True)
-        (work / SETS_FOLDER).mkdir(parents=True)
-        items = _with_made(sets, recipe, work / SETS_FOLDER)
-        write_clip_index(items, out / CLIPS_FILE, work=work)
-        own, *_ = specs
-        planned = plan_checks(
-            items,
-            open_speech_processor(recipe.model),
-            work / SETS_FOLDER,
-            clips=recipe.checks,
-            seed=recipe.seed,
-            makes_sounds=not recipe.sounds,
+        report = _evaluate_into(out, recipe, specs, sets)
+        if recipe.page:
+            write_page_of(out)
+    print(report_table(report), flush=True)
+    return report
+
+
+def _evaluate_into(
+    out: Path, recipe: EvaluateRecipe, specs: Mapping[str, SystemSpec], sets: "Sequence[Sequence[Item]]"
+) -> dict[str, Any]:
+    """Transcribe the sets with all systems, score and check them, and write all of it into a folder."""
+    from graft.checkpoints.loading import open_speech_processor
+
+    from .evaluation.checking import judge, plan_checks, training_rows
+    from .evaluation.data_statistics import describe_sets
+    from .evaluation.predict import PREDICTIONS_FILE, of_data, predict, write_clip_index
+    from .evaluation.token_tables import ask_for_tokens
+    from .evaluation.vision_check import ask_about_pictures
+    from .transcription.machine import connect_workers
+
+    work = (out / WORK_FOLDER).absolute()
+    shutil.rmtree(work / SETS_FOLDER, ignore_errors=True)
+    (work / SETS_FOLDER).mkdir(parents=True)
+    items = _with_made(sets, recipe, work / SETS_FOLDER)
+    write_clip_index(items, out / CLIPS_FILE, work=work)
+    own, *_ = specs
+    planned = plan_checks(
+        items,
+        open_speech_processor(recipe.model),
+        work / SETS_FOLDER,
+        clips=recipe.checks,
+        seed=recipe.seed,
+        makes_sounds=not recipe.sounds,
+    )
+    workers = connect_workers(_asked_workers(recipe))
+    predictions, answers = predict(_systems(specs, items, planned, workers, recipe), out, work)
+    report = _report(predictions, own, recipe)
+    if recipe.checks:
+        training = training_rows(recipe.train_data, recipe.model)
+        judged = of_data(items, work), predictions, answers, report
+        report["honesty"] = judge(planned, *judged, system=own, training=training, instructions=recipe.instructions)
+    report["data"] = describe_sets(predictions)
+    if recipe.token_clips:
+        clips = of_data(items, work)
+        report["tokens"] = ask_for_tokens(
+            recipe.model, predictions, clips, system=own, count=recipe.token_clips, workers=workers
         )
-        workers = connect_workers(_asked_workers(recipe))
-        predictions, answers = predict(_systems(specs, items, planned, workers, recipe), out, work)
-        report = _report(predictions, own, recipe)
-        if recipe.checks:
-            training = training_rows(recipe.train_data, recipe.model)
-            judged = of_data(items, work), predictions, answers, report
-            report["honesty"] = judge(planned, *judged, system=own, training=training, instructions=recipe.instructions)
-        report["data"] = describe_sets(predictions)
-        if recipe.token_clips:
-            clips = of_data(items, work)
-            report["tokens"] = ask_for_tokens(
-                recipe.model, predictions, clips, system=own, count=recipe.token_clips, workers=workers
-            )
-        if recipe.pictures:
-            report["vision"] = ask_about_pictures(
-                recipe.model, recipe.vision_base, pictures=recipe.pictures, seed=recipe.seed, workers=workers
-            )
-        write_atomic(out / REPORT_FILE, json.dumps(report, indent=2) + "\n")
-        shutil.rmtree(work)
-        print(f"evaluate: every answer is in {out / PREDICTIONS_FILE}", flush=True)
-    print(table(report), flush=True)
+    if recipe.pictures:
+        report["vision"] = ask_about_pictures(
+            recipe.model, recipe.vision_base, pictures=recipe.pictures, seed=recipe.seed, workers=workers
+        )
+    write_atomic(out / REPORT_FILE, json.dumps(report, indent=2) + "\n")
+    shutil.rmtree(work)
+    print(f"evaluate: every answer is in {out / PREDICTIONS_FILE}", flush=True)
     return report
 
 
@@ -364,23 +375,6 @@ def _report(predictions: "Sequence[Prediction]", own: str, recipe: EvaluateRecip
             verdicts.append({"set": name, "rate": rate, "found": found, "low": low, "high": high, "agrees": agrees})
     pipeline = "windows" if recipe.windows else "speech"
     return {"model": recipe.model, "pipeline": pipeline, **scores, "expected": verdicts, "rtfx": speeds(predictions)}
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """Lay a report out for people: its scores, the verdicts on expected rates, the pipeline and the speed."""
-    from .evaluation.honesty import honesty_lines
-    from .evaluation.score_table import score_table
-
-    lines = [score_table(report), *honesty_lines(report.get("honesty", {"checks": []}))]
-    if vision := report.get("vision"):
-        lines.append(f"vision: {vision['verdict']}")
-    for v in report["expected"]:
-        verdict = "agrees with" if v["agrees"] else "does not agree with"
-        found = "of no clip" if v["found"] is None else f"{v['found']:.2%}"
-        lines.append(f"{v['set']}: {v['rate']} {found} {verdict} the expected {v['low']:.2%} to {v['high']:.2%}")
-    lines.append(f"pipeline: {PIPELINES[report['pipeline']]}")
-    speeds = ", ".join(f"{kind} {rtfx:.1f}" for kind, rtfx in report["rtfx"].items())
-    return "\n".join([*lines, f"seconds of audio per second: {speeds}"])
 
 
 EXAMPLES = (

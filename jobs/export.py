@@ -21,7 +21,6 @@ from graft.keys import Location, ModelKey, OutputKey, StageFolder
 from .build import SETTINGS
 from .common.cli import run_job
 from .common.outputs import RECIPE_FILE, staged_output
-from .evaluate import table
 from .merge import ADAPTER_FOLDER, read_stage_output
 
 if TYPE_CHECKING:
@@ -255,8 +254,10 @@ def _training_data(path: str) -> str:
 
 def _evaluation(path: str) -> str:
     """Quote the table of a report of graft evaluate as a code block."""
+    from .evaluation.score_table import report_table
+
     try:
-        lines = table(json.loads(_read_text(path))).splitlines()
+        lines = report_table(json.loads(_read_text(path))).splitlines()
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"report {path} is no report.json of `graft evaluate` ({error!r}): give one") from error
     return "\n".join(f"    {line}".rstrip() for line in lines)

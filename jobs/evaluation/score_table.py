@@ -5,11 +5,31 @@ from typing import Any
 
 from graft.text.wer import NORMALIZERS_IN_WORDS
 
+from .honesty import honesty_lines
+
 MOST_GROUPS = 12
 """A column with more groups is in scores.json alone."""
+PIPELINES = {
+    "speech": "speech (detected and cut into chunks, as graft transcribe does)",
+    "windows": "windows (all of each clip, without the speech detector)",
+}
 FEW_UNITS = 10
 """An interval over fewer clips or speakers is rough."""
 MOST_NAMED = 3
+
+
+def report_table(report: Mapping[str, Any]) -> str:
+    """Lay a report out for people: its scores, the verdicts on expected rates, the pipeline and the speed."""
+    lines = [score_table(report), *honesty_lines(report.get("honesty", {"checks": []}))]
+    if vision := report.get("vision"):
+        lines.append(f"vision: {vision['verdict']}")
+    for v in report["expected"]:
+        verdict = "agrees with" if v["agrees"] else "does not agree with"
+        found = "of no clip" if v["found"] is None else f"{v['found']:.2%}"
+        lines.append(f"{v['set']}: {v['rate']} {found} {verdict} the expected {v['low']:.2%} to {v['high']:.2%}")
+    lines.append(f"pipeline: {PIPELINES[report['pipeline']]}")
+    speeds = ", ".join(f"{kind} {rtfx:.1f}" for kind, rtfx in report["rtfx"].items())
+    return "\n".join([*lines, f"seconds of audio per second: {speeds}"])
 
 
 def score_table(scores: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ def left_by_evaluate(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from jobs.score import ScoreRecipe, score
 
     names = {"report.json", "predictions.jsonl", "recipe.yaml", "clips.parquet", "systems.json"}
-    assert {path.name for path in out.iterdir()} - {"checks.jsonl"} == names
+    assert {path.name for path in out.iterdir()} - {"checks.jsonl", "report.html", "exports"} == names
     report = json.loads((out / "report.json").read_text())
     again = score(ScoreRecipe(files=[str(out / "predictions.jsonl")]))
     assert {key: report[key] for key in again} == again

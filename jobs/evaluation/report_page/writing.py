@@ -12,12 +12,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from graft.errors import GraftError, require
+from graft.errors import GraftError, MissingExtra, require
 from graft.storage.atomic import write_atomic
 
 from .audio import CLIPS_FILE, embed_audio, read_clips
 from .clips import audited, clip_rows, most_errors_first, telling
-from .evaluation import Evaluation
+from .evaluation import Evaluation, read_evaluation
 from .exports import write_exports
 from .plots import curves_plot, histogram_plot
 from .sections import data_rows, head_section, notes_of, plots_of, rate_rows, sound_rows
@@ -79,6 +79,17 @@ def write_report(
     path = out / PAGE_FILE
     write_atomic(path, render(contents, data))
     return path
+
+
+def write_page_of(folder: Path) -> None:
+    """Write the page of a folder of graft evaluate, and print where it is; or what it takes, where that is missing."""
+    try:
+        evaluation = read_evaluation(folder)
+        page = write_report(evaluation, folder, PageSettings(), runs_of(evaluation))
+    except MissingExtra as error:
+        print(f"report: there is no page, because {error}", flush=True)
+    else:
+        print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB) opens in any browser", flush=True)
 
 
 def runs_of(evaluation: Evaluation, folders: Sequence[str] | None = None) -> list[dict[str, Any]]:

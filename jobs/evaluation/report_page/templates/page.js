@@ -286,7 +286,7 @@
   };
 
   const drawAudit = () => {
-    const titles = ["", "Clip", "Verdict", "Note"].map((title) => element("th", { scope: "col" }, title));
+    const titles = ["No.", "Clip", "Verdict", "Note"].map((title) => element("th", { scope: "col" }, title));
     const rows = data.audit.map((place, at) => auditRow(data.clips[place], at + 1));
     const table = element("table", {}, element("thead", {}, element("tr", {}, ...titles)), element("tbody", {}, ...rows));
     byId("audit-table").replaceChildren(

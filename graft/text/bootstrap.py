@@ -43,7 +43,7 @@ class Difference:
         """Say in words which system is better, by how many percentage points of the rate, and the interval."""
         points, low, high = (100 * value for value in (self.difference, self.low, self.high))
         if not self.is_shown:
-            few = f", from {self.units} alone" if self.units < LEAST_UNITS else ""
+            few = f", from only {self.units} speakers or clips" if self.units < LEAST_UNITS else ""
             interval_text = f"[{low:+.1f}, {high:+.1f}]"
             return f"no difference shown between {first} and {second}: {points:+.1f} points {interval_text}{few}"
         if points < 0:

@@ -197,26 +197,20 @@ def check_label_noise(scores: Mapping[str, Any]) -> Check:
     numbers: dict[str, Any] = {}
     for name, one in scores["sets"].items():
         noise = one.get("label_noise")
-        if not noise or not any(len(systems) > 1 for systems in [one["systems"]]):
+        if not noise or len(one["systems"]) < 2:
             continue
         ids += [(name, clip) for clip in noise["set_aside"]]
         numbers[name] = {"set_aside": len(noise["set_aside"]), **noise["systems"]}
-        moves = (
-            f"{system} {rates['wer']:.1%} -> {rates['wer_kept']:.1%}" for system, rates in noise["systems"].items()
-        )
+        rates = noise["systems"].items()
+        moves = [f"{system} {found['wer']:.1%} -> {found['wer_kept']:.1%}" for system, found in rates]
         if noise["set_aside"]:
             parts.append(f"{name}: without {_count(len(noise['set_aside']), 'clip')}, {', '.join(moves)}")
     if not numbers:
         return check("label_noise", title, "It was not checked: that takes two systems that transcribe the same clips.")
     if not parts:
         return check("label_noise", title, "The systems agree against no label.", ok=True, numbers=numbers)
-    return check(
-        "label_noise",
-        title,
-        f"Where they agree, labels may be wrong. WER {'; '.join(parts)}.",
-        numbers=numbers,
-        ids=ids,
-    )
+    verdict = f"Where systems agree on another text, the label may be wrong. WER of {'; '.join(parts)}."
+    return check("label_noise", title, verdict, numbers=numbers, ids=ids)
 
 
 def told_name(system: str) -> str:

@@ -215,7 +215,7 @@ def _compare(
         )
     return {
         "verdict": verdict + (WIRING if is_bundled else ""),
-        "ok": is_identical or agreement >= KEPT,
+        "ok": None if is_bundled and not is_identical else is_identical or agreement >= KEPT,
         "pictures": len(pairs),
         "is_identical": is_identical,
         "largest_difference": largest,

@@ -46,14 +46,19 @@ def speed_plot(points: Mapping[str, tuple[float, float]]) -> Plot:
     for place, (system, (wer, rtfx)) in enumerate(points.items()):
         axes.plot([rtfx], [100 * wer], "o", markersize=8, color=SERIES[place % len(SERIES)])
         _name(axes, system, rtfx, 100 * wer, INK)
-    for name, (wer, rtfx) in PEERS.items():
+    for number, (wer, rtfx) in enumerate(PEERS.values(), start=1):
         axes.plot([rtfx], [100 * wer], "o", markersize=6, markerfacecolor="none", color=FAINT)
-        _name(axes, name, rtfx, 100 * wer, FAINT)
+        axes.annotate(str(number), (rtfx, 100 * wer), xytext=(0, 6 if number % 2 else -14), textcoords="offset points")
     axes.set(xscale="log", xlabel="seconds of audio per second (RTFx)", ylabel="WER, %")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.25, y=0.15)
+    peers = ", ".join(f"{number} {name}" for number, name in enumerate(PEERS, start=1))
     told = ", ".join(f"{system} {wer:.1%} at {rtfx:.1f}" for system, (wer, rtfx) in points.items())
-    caption = f"Filled: this evaluation, on this machine. Hollow: {PEERS_SOURCE}, so of other data and hardware."
+    caption = (
+        f"Filled: this evaluation, on its machine. Hollow: {peers}; {PEERS_SOURCE}, so of other data and hardware."
+    )
     return Plot(_svg(figure, "speed"), f"WER over RTFx: {told}", caption)
 
 
@@ -77,7 +82,7 @@ def group_plot(name: str, column: str, groups: Mapping[str, Any], systems: Seque
     axes.invert_yaxis()
     axes.set(xlabel="WER, %")
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, loc="best")
+    _legend(axes)
     left_out = f" The {len(chosen)} largest of {len(groups)} groups." if len(groups) > len(chosen) else ""
     told = "; ".join(
         f"{group}: " + ", ".join(f"{system} {one['wer']:.1%}" for system, one in groups[group]["systems"].items())
@@ -97,7 +102,7 @@ def histogram_plot(data: Mapping[str, Any]) -> Plot:
         edges, counts = one["histogram"]["edges_s"], one["histogram"]["clips"]
         axes.stairs(counts, edges, color=SERIES[place % len(SERIES)], label=name, linewidth=1.6)
     axes.set(xlabel="length of a clip, s", ylabel="clips")
-    axes.legend(frameon=False)
+    _legend(axes)
     told = ", ".join(f"{name}: median {one['duration_s']['0.5']:.1f} s" for name, one in data.items())
     return Plot(_svg(figure, "lengths"), f"Lengths of clips: {told}", "How long the clips are.")
 
@@ -123,7 +128,7 @@ def curves_plot(run: Mapping[str, Any]) -> Plot:
         right.set_ylim(bottom=0)
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
-    axes.legend(handles, labels, frameon=False, fontsize=8, ncols=2)
+    _legend(axes, handles, labels)
     losses = [loss for loss in curves["loss"] if loss is not None]
     told = f"Loss of {run['folder']}, from {losses[0]:.2f} to {losses[-1]:.2f}" if losses else run["folder"]
     return Plot(_svg(figure, run["folder"]), told, f"{run['folder']}: {curves['step'][-1] if losses else 0} steps.")
@@ -140,6 +145,11 @@ def _figure(height: float) -> tuple[Any, Any]:
     axes.grid(color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _legend(axes: Any, *entries: Any) -> None:
+    """Put the legend above the axes, where no data are."""
+    axes.legend(*entries, frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def _name(axes: Any, text: str, x: float, y: float, colour: str) -> None:

@@ -84,4 +84,7 @@ def test_verdicts_are_in_words():
     )
     assert not Difference(0.0, 0.0, 0.0, 50).is_shown
     few = Difference(-0.019, -0.033, -0.004, 5)
-    assert few.verdict("a", "b") == "no difference shown between a and b: -1.9 points [-3.3, -0.4], from 5 alone"
+    assert (
+        few.verdict("a", "b")
+        == "no difference shown between a and b: -1.9 points [-3.3, -0.4], from only 5 speakers or clips"
+    )

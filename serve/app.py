@@ -166,6 +166,8 @@ class Ingress:
             aliases=self._args.aliases,
             cors_origins=self._args.cors_origins,
             strict=self._args.strict,
+            max_sessions=self._args.max_live_sessions,
+            max_early_passes=self._args.max_replicas,
         )
 
     async def stop(self) -> None:

@@ -68,6 +68,8 @@ class ServeArgs(Recipe):
     get a 429. A key gets the same share of max_queued_s and of the engines' chunks; of those, where there are several
     keys, at most four in each engine on a CPU. By default it is half of max_ongoing_requests where there are several
     keys, and all of them where there is one or none."""
+    max_live_sessions: RequestKey[int] = Field(default=8, ge=0)
+    """Live sessions that an ingress replica has at a time; each counts as an upload, too. More of them are refused."""
     max_queued_s: RequestKey[float] = Field(default=7_200, gt=0)
     """Seconds of speech that an ingress replica accepts at a time. Uploads beyond that get a 429."""
     request_timeout_s: RequestKey[float] = Field(default=600, gt=0)

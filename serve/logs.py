@@ -20,6 +20,9 @@ class Observer:
     def on_transcript(self, audio_s: float, seconds: float, *, key: str) -> None:
         """An upload of `audio_s` seconds, with a key of this name, was transcribed completely within `seconds`."""
 
+    def on_live_text(self, seconds: float) -> None:
+        """An utterance of a live session had its last text, so many seconds after its end."""
+
 
 def log_through_ray_serve() -> None:
     """Send what graft logs in this process to Ray Serve's log files, with request id, replica and application."""

@@ -39,6 +39,11 @@ class RequestMetrics(Observer):
             REAL_TIME_FACTORS,
         )
         self._audio = Counter("graft_audio_seconds", "Seconds of audio in transcribed uploads.", ("key",))
+        self._live_text = Histogram(
+            "graft_live_text_seconds",
+            "Seconds from the end of an utterance of a live session to its last text.",
+            SECONDS,
+        )
         self._requests = Gauge("graft_requests_in_hand", "Uploads that an ingress is working on.")
         self._queue = Gauge("graft_queue_seconds", "Seconds of speech in the uploads that an ingress is working on.")
 
@@ -55,6 +60,10 @@ class RequestMetrics(Observer):
         """See Observer."""
         self._audio.inc(audio_s, tags={"key": key})
         self._real_time_factor.observe(audio_s / seconds)
+
+    def on_live_text(self, seconds: float) -> None:
+        """See Observer."""
+        self._live_text.observe(seconds)
 
     def sample(self, service: Service) -> None:
         """Record what a service is working on now."""

@@ -6,8 +6,8 @@ upload -> Decoder -> chunks, a few of each request at a time -> TranscriptionBac
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -104,7 +104,7 @@ class TranscriptionOptions:
     """Options of a request: words that may occur in the audio, and whether words get timestamps and tokens are sent.
 
     `language` (ISO 639-1) is that of the speech; where it is None, `finds_language` says whether the model finds it
-    out.
+    out. `prefix` is text with which that of a chunk begins, and which a pass over live speech has found before.
     """
 
     context: tuple[str, ...] | None = None
@@ -112,6 +112,7 @@ class TranscriptionOptions:
     logprobs: bool = False
     language: str | None = None
     finds_language: bool = False
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class Service:
         share = self._max_requests_per_client / max_requests
         own_chunks = max(1, round(share * max_chunks))
         self._chunk_slots = FairSlots(max_chunks, min(own_chunks, max_chunks_per_client or own_chunks))
-        self._is_stopping = False
+        self.stopping = asyncio.Event()
         self._is_idle = asyncio.Event()  # set where no request is being transcribed
         self._is_idle.set()
 
@@ -250,7 +251,7 @@ class Service:
         included. They count against its own limit; a place that others could use is taken only by an upload that has
         arrived.
         """
-        if self._is_stopping:
+        if self.stopping.is_set():
             raise ServiceStopping
         own = self._max_requests_per_client
         # Requests with an idempotency key may go on without a client that waits for the answer.
@@ -262,30 +263,45 @@ class Service:
 
     async def stop(self) -> None:
         """Accept no more requests, and wait until those that were accepted have been transcribed."""
-        self._is_stopping = True
+        self.stopping.set()
         await self._is_idle.wait()
 
     @asynccontextmanager
     async def _admit(self, path: str, client: Client) -> AsyncIterator[DecodedUpload]:
         """Decode a file and count it until the block ends. Raises ServiceBusy."""
+        with self.hold_place(client):
+            upload = await self._decoder(path, client.id)
+            with self.queue_speech(client, sum(chunk.clip.duration_s for chunk in upload.chunks)):
+                yield upload
+
+    @contextmanager
+    def hold_place(self, client: Client) -> Iterator[None]:
+        """Count a request until the block ends. Raises ServiceBusy, ServiceStopping."""
         self.check_capacity(client)
         self._request_counts[client.id] += 1
         self._is_idle.clear()
         try:
-            upload = await self._decoder(path, client.id)
-            speech_s = sum(chunk.clip.duration_s for chunk in upload.chunks)
-            self._check_queue(client, speech_s)
-            self._speech_s.append((client.id, speech_s))
-            try:
-                yield upload
-            finally:
-                self._speech_s.remove((client.id, speech_s))
+            yield
         finally:
             self._request_counts[client.id] -= 1
             if not self._request_counts[client.id]:
                 del self._request_counts[client.id]
             if not self.request_count:
                 self._is_idle.set()
+
+    @contextmanager
+    def queue_speech(self, client: Client, speech_s: float) -> Iterator[None]:
+        """Count seconds of speech until the block ends. Raises ServiceBusy."""
+        self._check_queue(client, speech_s)
+        self._speech_s.append((client.id, speech_s))
+        try:
+            yield
+        finally:
+            self._speech_s.remove((client.id, speech_s))
+
+    def chunk_slot(self, client: Client) -> AbstractAsyncContextManager[None]:
+        """Wait for one of the chunks that the backend has at once, and hold it until the block ends."""
+        return self._chunk_slots.slot(client.id)
 
     def _check_queue(self, client: Client, speech_s: float) -> None:
         """Raise ServiceBusy where one more upload exceeds the limit, unless there is no other one."""
@@ -326,7 +342,7 @@ class Service:
                 asked = replace(options, language=language)
                 async with (
                     slots,
-                    self._chunk_slots.slot(client.id),
+                    self.chunk_slot(client),
                     aclosing(self.backend.transcribe_chunk(chunks[place], asked, stream=stream)) as parts,
                 ):
                     async for part in parts:

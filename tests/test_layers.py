@@ -23,7 +23,7 @@ ROOMS = {
     "graft": "errors imports redaction keys config storage model audio text data processor checkpoints training "
     "inference __init__",
     "jobs": f"common transcription training preparation evaluation {COMMANDS} __main__",
-    "serve": "proxy logs fairness decode config service metrics backends http app command",
+    "serve": "proxy logs fairness decode config service live metrics backends http app command",
 }
 """The rooms of each package, the lowest first: a room imports from those before it."""
 

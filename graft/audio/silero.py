@@ -63,18 +63,10 @@ class Silero(nn.Module):
         packaged = torch.jit.load(str(path), map_location="cpu").state_dict()
         self.load_state_dict({ours: packaged[theirs] for theirs, ours in _NAMES.items()})
 
-    @torch.inference_mode()
     def scores(self, blocks: Iterable[np.ndarray]) -> np.ndarray:
         """Score consecutive blocks of float32 samples, each a multiple of 512 long -> (windows,)."""
-        context, state = np.zeros(CONTEXT, np.float32), None
-        parts = [np.zeros(0, np.float32)]
-        for block in blocks:
-            samples = torch.from_numpy(np.concatenate([context, block]))
-            windows = samples.unfold(0, CONTEXT + WINDOW, WINDOW)  # (samples,) -> (windows, 576)
-            scores, state = self(windows, state)
-            context = block[-CONTEXT:]
-            parts.append(scores.numpy())
-        return np.concatenate(parts)
+        stream = ScoreStream(self)
+        return np.concatenate([np.zeros(0, np.float32), *map(stream, blocks)])
 
     def forward(
         self, windows: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
@@ -87,3 +79,21 @@ class Silero(nn.Module):
         magnitudes = waves[:, :129].square().add(waves[:, 129:].square()).sqrt()
         hidden, state = self.lstm(self.layers(magnitudes).squeeze(2), state)  # (N, 128, 1) -> (N, 128)
         return self.score(hidden.relu()[:, :, None]).sigmoid().flatten(), state
+
+
+class ScoreStream:
+    """Scores the blocks of one clip, which may come while it is recorded; any number of streams share a network."""
+
+    def __init__(self, network: Silero) -> None:
+        self._network = network
+        self._context = np.zeros(CONTEXT, np.float32)
+        self._state: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.inference_mode()
+    def __call__(self, block: np.ndarray) -> np.ndarray:
+        """Score the next block of float32 samples, a multiple of 512 long and not empty -> (windows,)."""
+        samples = torch.from_numpy(np.concatenate([self._context, block]))
+        windows = samples.unfold(0, CONTEXT + WINDOW, WINDOW)  # (samples,) -> (windows, 576)
+        scores, self._state = self._network(windows, self._state)
+        self._context = block[-CONTEXT:]
+        return scores.numpy()

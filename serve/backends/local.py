@@ -110,7 +110,7 @@ class LocalBackend:
                             yield part
             else:
                 (segment,) = await self._transcriber.transcribe_chunks(
-                    [chunk], **asked, words=options.word_timestamps, scored=options.logprobs
+                    [chunk], **asked, words=options.word_timestamps, scored=options.logprobs, prefix=options.prefix
                 )
                 yield segment
         finally:

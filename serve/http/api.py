@@ -2,6 +2,7 @@
 
 POST /v1/audio/transcriptions    form or JSON with audio -> JSON, text, subtitles, or server-sent events
 GET /v1/models                   the served model, and the other names that it has
+GET /v1/realtime                 WebSocket: text of speech while it is spoken
 GET /healthz, /readyz            whether the process runs; whether it can answer
 GET /docs                        the description of the API
 """
@@ -21,13 +22,15 @@ from starlette.middleware.cors import CORSMiddleware
 from graft.inference.transcript import Transcript
 
 from ..fairness import FairSlots
+from ..live.capacity import LiveCapacity
 from ..logs import Observer
 from ..service import ANONYMOUS, Client, ModelInfo, ModelNotReady, ReplicaModel, Service
 from .errors import ERROR_RESPONSES, EXPECTED, ApiError, error_response
 from .event_stream import KEEP_ALIVE_S, stream_events
 from .idempotency import ResponseCache
 from .middleware import AccessMiddleware, ApiKeys, RequestMiddleware
-from .request import IGNORED_HEADER, ignored_header, read_options, receive_body
+from .realtime import LiveLimits, add_realtime
+from .request import IGNORED_HEADER, check_model, ignored_header, read_options, receive_body
 from .schema import (
     FailedChange,
     ModelCard,
@@ -72,6 +75,9 @@ def transcription_api(
     aliases: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
     strict: bool = False,
+    max_sessions: int = 8,
+    max_early_passes: int = 1,
+    live_limits: LiveLimits | None = None,
 ) -> FastAPI:
     """Create the application. Errors have OpenAI's shape.
 
@@ -109,6 +115,16 @@ def transcription_api(
     settings = protected | {"responses": ERROR_RESPONSES | {200: _TRANSCRIPTION}}
     _add_transcriptions(api, service, settings, aliases, strict=strict, keep_alive_s=keep_alive_s)
 
+    capacity = LiveCapacity(service, max_sessions=max_sessions, max_early_passes=max_early_passes)
+    add_realtime(
+        api,
+        capacity,
+        aliases=aliases,
+        origins=cors_origins,
+        observer=observer or Observer(),
+        limits=live_limits or LiveLimits(),
+    )
+
     @api.get("/v1/models", **protected)
     async def models() -> ModelList:
         info = await service.backend.model_info()
@@ -116,7 +132,7 @@ def transcription_api(
 
     @api.get("/v1/models/{model:path}", **protected)
     async def model(model: str) -> ModelCard:
-        _check_model(model, info := await service.backend.model_info(), aliases)
+        check_model(model, info := await service.backend.model_info(), aliases)
         return _describe_model(model, info)
 
     @api.head("/healthz", include_in_schema=False)
@@ -177,7 +193,7 @@ def _add_transcriptions(
             body, path = await files.enter_async_context(receive_body(request, json_slots))
             asked = body.validate()
             info = await service.backend.model_info()
-            _check_model(asked.model, info, aliases)
+            check_model(asked.model, info, aliases)
             options = await asyncio.to_thread(read_options, body, asked, info)  # names of languages take an import
             if body.faults and (strict if asked.strict is None else asked.strict):
                 raise next(iter(body.faults.values()))
@@ -209,12 +225,6 @@ def _add_transcriptions(
 def _file_digest(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_model(name: str, info: ModelInfo, aliases: Collection[str]) -> None:
-    if name != info.name and name not in aliases:
-        message = f"the model {name!r:.100} does not exist: use {info.name!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def _format_response(asked: TranscriptionRequest, transcript: Transcript, *, logprobs: bool) -> Response:

@@ -55,35 +55,44 @@ class ApiError(HTTPException):
 
 def error_response(error: Exception) -> JSONResponse:
     """Return the response to an exception; the status is 500 for one that is not expected."""
+    status, detail, headers = _explain(error)
+    return JSONResponse(ErrorResponse(error=detail).model_dump(), status_code=status, headers=headers)
+
+
+def error_detail(error: Exception) -> dict[str, Any]:
+    """Return what the response to an exception says, for an event."""
+    return _explain(error)[1].model_dump()
+
+
+def _explain(error: Exception) -> tuple[int, ErrorDetail, Mapping[str, str] | None]:
+    """Return the status, the error and the headers that stand for an exception."""
     match error:
         case ApiError():
-            return _respond(error.status_code, error.error, error.headers)
+            return error.status_code, error.error, error.headers
         case HTTPException():
-            return _respond(error.status_code, ErrorDetail(message=str(error.detail)), error.headers)
+            return error.status_code, ErrorDetail(message=str(error.detail)), error.headers
         case RequestValidationError():
-            return _respond(400, _explain_validation(error))
+            return 400, _explain_validation(error), None
         case AudioTooLong():
-            return _respond(413, ErrorDetail(message=str(error), param="file", code="audio_too_long"))
+            return 413, ErrorDetail(message=str(error), param="file", code="audio_too_long"), None
         case AudioError():
-            return _respond(400, ErrorDetail(message=str(error), param="file", code="invalid_audio"))
+            return 400, ErrorDetail(message=str(error), param="file", code="invalid_audio"), None
         case ModelError():
-            return _respond(400, ErrorDetail(message=str(error), param="prompt", code="unsupported_value"))
+            return 400, ErrorDetail(message=str(error), param="prompt", code="unsupported_value"), None
         case ServiceBusy():
             detail = ErrorDetail(
                 message=f"{error}: try again in {error.retry_after_s} s",
                 type="rate_limit_error",
                 code="rate_limit_exceeded",
             )
-            return _respond(429, detail, {"Retry-After": str(error.retry_after_s)})
+            return 429, detail, {"Retry-After": str(error.retry_after_s)}
         case ServiceStopping():
             message = "the service is about to end: try again"
-            detail = ErrorDetail(message=message, type="server_error", code="stopping")
-            return _respond(503, detail, {"Retry-After": "10"})
+            return 503, ErrorDetail(message=message, type="server_error", code="stopping"), {"Retry-After": "10"}
         case ModelNotReady():
             message = "no model is loaded at the moment: try again"
-            detail = ErrorDetail(message=message, type="server_error", code="not_ready")
-            return _respond(503, detail, {"Retry-After": "5"})
-    return _respond(500, SERVER_ERROR)
+            return 503, ErrorDetail(message=message, type="server_error", code="not_ready"), {"Retry-After": "5"}
+    return 500, SERVER_ERROR, None
 
 
 def describe_exception(error: BaseException) -> str:
@@ -109,7 +118,3 @@ def _explain_validation(error: RequestValidationError) -> ErrorDetail:
         case "value_error" if param == "file":
             message = "file: send it as a part with a filename"
     return ErrorDetail(message=message, param=param, code=code)
-
-
-def _respond(status: int, error: ErrorDetail, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(ErrorResponse(error=error).model_dump(), status_code=status, headers=headers)

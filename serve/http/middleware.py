@@ -19,6 +19,7 @@ from graft.errors import RecipeError
 from ..logs import LOG, REQUEST_ID, Observer
 from ..service import ANONYMOUS, NOBODY, Client, ServiceBusy, ServiceStopping
 from .errors import ApiError, describe_exception, error_response
+from .realtime import websocket_key
 from .uploads import UploadCounts, UploadTimer
 
 KEYS_VARIABLE = "GRAFT_API_KEYS"
@@ -42,6 +43,9 @@ class RequestMiddleware:
         self._app, self._observer, self._sends_id = app, observer, sends_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._observe_websocket(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -78,6 +82,18 @@ class RequestMiddleware:
             self._observer.on_response(getattr(scope.get("route"), "path", "other"), status, seconds, key=key)
             path = quote(scope["path"])  # a decoded path may hold line ends
             fields = {"request_id": request_id, "method": scope["method"], "path": path, "status": status, "key": key}
+            LOG.info("%(method)s %(path)s %(status)s", fields, extra=fields | {"seconds": round(seconds, 3)})
+
+    async def _observe_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a WebSocket, and report its end; its status is the code with which it was closed."""
+        start, state = time.monotonic(), scope.setdefault("state", {})
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            status, seconds = state.get("status", CLIENT_CLOSED_REQUEST), time.monotonic() - start
+            key = state.get("client", NOBODY).name
+            self._observer.on_response(getattr(scope.get("route"), "path", "other"), status, seconds, key=key)
+            fields = {"method": "WS", "path": quote(scope["path"]), "status": status, "key": key}
             LOG.info("%(method)s %(path)s %(status)s", fields, extra=fields | {"seconds": round(seconds, 3)})
 
 
@@ -180,6 +196,8 @@ class AccessMiddleware:
         self._arriving, self._unanswered = UploadCounts(), UploadCounts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            self._check_websocket(scope)
         if scope["type"] != "http" or not _path_in_app(scope).startswith(PROTECTED_PREFIX):
             await self._app(scope, receive, send)
             return
@@ -222,6 +240,14 @@ class AccessMiddleware:
         with self._unanswered.one_of(client), arriving:
             arriving.enter_context(self._arriving.one_of(client))  # until the body has ended
             await self._app(scope, checked_receive, send)
+
+    def _check_websocket(self, scope: Scope) -> None:
+        """Note who opens a WebSocket, or why it is to be refused: the application refuses it, by an event."""
+        state = scope.setdefault("state", {})
+        try:
+            state["client"] = self._find_client(scope, websocket_key(scope))
+        except ApiError as error:
+            state["refusal"] = error
 
     def _find_client(self, scope: Scope, authorization: str) -> Client:
         """Return who sends a request. Raises ApiError for an unknown key."""

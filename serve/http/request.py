@@ -11,7 +11,7 @@ import base64
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -184,6 +184,13 @@ def _decode_json(file: IO[bytes]) -> dict[str, Any]:
     file.truncate()
     file.write(decoded)
     return values
+
+
+def check_model(name: str, info: ModelInfo, aliases: Collection[str]) -> None:
+    """Raise ApiError where no model has this name."""
+    if name != info.name and name not in aliases:
+        message = f"the model {name!r:.100} does not exist: use {info.name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def _missing(name: str) -> ApiError:

@@ -1,6 +1,7 @@
 """The service through the official `openai` client, for which it must behave as OpenAI's service does."""
 
 import asyncio
+import base64
 import io
 import os
 import subprocess
@@ -206,3 +207,32 @@ def test_models_are_listed(client):
     assert client.models.retrieve(MODEL).owned_by == "graft"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("whisper-1")
+
+
+def test_a_live_session_through_ray_serve_has_the_text_of_its_utterance(service, transcriber):
+    speech = read_audio(SHORTEST_FIRST[20]).samples
+    silence = np.zeros(16_000, np.float32)
+    data = (np.concatenate([silence, speech, silence]) * 32767).astype("<i2").tobytes()
+
+    async def run() -> list:
+        events = []
+        connecting = openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key=service.key).realtime.connect(
+            model=MODEL, extra_query={"intent": "transcription"}
+        )
+        async with asyncio.timeout(120), connecting as live:
+            settings = {"format": {"type": "audio/pcm", "rate": 16_000}, "turn_detection": None}
+            await live.session.update(session={"type": "transcription", "audio": {"input": settings}})
+            for start in range(0, len(data), 6_400):
+                await live.input_audio_buffer.append(audio=base64.b64encode(data[start : start + 6_400]).decode())
+            await live.input_audio_buffer.commit()
+            async for event in live:
+                events.append(event)
+                if event.type.endswith((".completed", ".failed", "error")):
+                    return events
+        return events
+
+    events = asyncio.run(run())
+    last = events[-1]
+    assert last.type == "conversation.item.input_audio_transcription.completed"
+    assert "".join(event.delta for event in events if event.type.endswith(".delta")) == last.transcript
+    assert last.usage.seconds == pytest.approx(len(data) / 32_000, abs=0.01)

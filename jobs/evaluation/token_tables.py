@@ -18,6 +18,7 @@ from graft.checkpoints.loading import check_model, open_graft
 from graft.checkpoints.names import absolute_checkpoint
 from graft.data.dataset import RowReader
 from graft.processor import GraftProcessor
+from graft.storage.locations import one_line_error
 from graft.text.wer import score
 
 from ..transcription.pipeline import Workers
@@ -34,14 +35,19 @@ def ask_for_tokens(
 ) -> list[dict[str, Any]]:
     """Make the tables of a graft's `count` worst clips, in a process of the cluster; `system` is its name there.
 
-    `items` are the clips whose audio is known. Raises ModelError.
+    `items` are the clips whose audio is known. Where that fails, a line says so, and there are none: it must not cost
+    the evaluation before it.
     """
     chosen = worst_clips(predictions, items, system=system, count=count)
     if check_model(model) != "graft" or not chosen:
         return []
     reader = RowReader(list(dict.fromkeys(item.clip[0] for _, item in chosen)))
     clips = [(_read(reader, item), item.text) for _, item in chosen]
-    tables = run_beside(workers, token_tables, absolute_checkpoint(model), clips)
+    try:
+        tables = run_beside(workers, token_tables, absolute_checkpoint(model), clips)
+    except Exception as error:
+        print(f"evaluate: there are no tables of tokens ({type(error).__name__}: {one_line_error(error)})", flush=True)
+        return []
     return [
         {"set": one.set_name, "id": one.id, "reference": one.reference, "hypothesis": one.hypothesis} | table
         for (one, _), table in zip(chosen, tables, strict=True)

@@ -25,6 +25,7 @@ from graft.checkpoints.quiet import no_loading_bars
 from graft.errors import ModelError
 from graft.model.configuration import TextGraftConfig, read_graft_config
 from graft.processor import IMAGE_TOKEN, GraftProcessor
+from graft.storage.locations import one_line_error
 from graft.text.prompts import CHATML
 
 from ..common.cli import user_message
@@ -52,12 +53,18 @@ class Answer:
 
 
 def ask_about_pictures(model: str, base: str | None, *, pictures: int, seed: int, workers: Workers) -> dict[str, Any]:
-    """Check in a process of the cluster, with a worker's share of a GPU, that a model still sees. Raises ModelError."""
+    """Check in a process of the cluster, with a worker's share of a GPU, that a model still sees.
+
+    What fails there is told as the reason why it was not checked: it must not cost the evaluation before it.
+    """
     if check_model(model) != "graft":
         return not_checked("the model is no graft")
     base = base or find_vision_base(model)
     bases = absolute_checkpoint(model), base and absolute_checkpoint(base)
-    found: dict[str, Any] = run_beside(workers, check_vision, *bases, pictures=pictures, seed=seed)
+    try:
+        found: dict[str, Any] = run_beside(workers, check_vision, *bases, pictures=pictures, seed=seed)
+    except Exception as error:
+        return not_checked(f"asking about pictures failed ({type(error).__name__}: {one_line_error(error)})")
     return found
 
 
@@ -83,7 +90,7 @@ def run_beside(workers: Workers, function: Callable[..., Any], *arguments: Any, 
     except ray.exceptions.RayTaskError as error:
         if message := user_message(error):
             raise ModelError(message) from error
-        raise
+        raise error.cause from error  # whose text is a line, where Ray's is a traceback
 
 
 def check_vision(

@@ -11,7 +11,8 @@ from transformers import Qwen2VLImageProcessor
 from graft.checkpoints.loading import open_graft
 from jobs.build import BuildRecipe
 from jobs.build import run as build
-from jobs.evaluation.vision_check import check_vision, find_vision_base, make_pictures
+from jobs.evaluation.vision_check import ask_about_pictures, check_vision, find_vision_base, make_pictures
+from jobs.transcription.pipeline import Workers
 from tests.support import tiny_models
 
 
@@ -76,3 +77,18 @@ def test_pictures_follow_from_the_seed() -> None:
         assert picture.shape == (168, 168, 3)
         assert picture.std() > 10
     assert not np.array_equal(np.stack([one for one, _ in first]), np.stack([one for one, _ in other]))
+
+
+@pytest.mark.ray
+def test_pictures_that_a_model_does_not_take_cost_no_evaluation(built: str, ray_started: None, tmp_path: Path) -> None:
+    model, processor = open_graft(built)
+    processor.image_processor.patch_size = 8  # the vision tower has patches of 4
+    model.save_pretrained(tmp_path / "graft")
+    processor.save_pretrained(tmp_path / "graft")
+    base = find_vision_base(built)
+    workers = Workers(1, 1, 1, 0.0, 1)
+    found = ask_about_pictures(str(tmp_path / "graft"), base, pictures=1, seed=0, workers=workers)
+    assert found["ok"] is None
+    assert found["verdict"].startswith("Vision was not checked: asking about pictures failed (")
+    assert "\n" not in found["verdict"]
+    assert len(found["verdict"]) < 300

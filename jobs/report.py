@@ -35,7 +35,7 @@ class ReportRecipe(Recipe):
     """Output folders of stages, whose curves and changed weights are shown; null takes those that led to the evaluated
     model, as far as its folder's recipes name them."""
     page: OutputKey[PageSettings] = PageSettings()
-    """How much the page holds."""
+    """How many clips the page lists, and how many of them have audio."""
     out: OutputKey[str | None] = None
     """Folder for report.html and exports/; null is the folder of the evaluation."""
 

@@ -45,6 +45,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "predictions.jsonl").open("w") as file:
         write_predictions(lines, file)
     assert main(argv=[str(folder), "page.audio_clips=5"]) == 0
+    manifest = [json.loads(line) for line in (folder / "exports" / "manifest.jsonl").read_text().splitlines()]
+    named = [folder / "exports" / line["audio_filepath"] for line in manifest]
+    assert sum(path.is_file() for path in named) == 5
+    assert all(read_audio(path).duration_s > 0.3 for path in named if path.is_file())
     return folder / "report.html"
 
 

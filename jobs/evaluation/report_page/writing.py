@@ -6,6 +6,7 @@ evaluation -> sections of the page, clips as JSON -> templates -> report.html; e
 import base64
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -23,7 +24,7 @@ from .plots import curves_plot, histogram_plot
 from .sections import data_rows, head_section, notes_of, plots_of, rate_rows, sound_rows
 from .settings import PageSettings
 
-PAGE_FILE, EXPORTS_FOLDER = "report.html", "exports"
+PAGE_FILE, EXPORTS_FOLDER, AUDIO_FOLDER = "report.html", "exports", "audio"
 EXTRA = "report"
 
 
@@ -38,7 +39,6 @@ def write_report(
     require("jinja2", extra=EXTRA)  # before the work
     require("matplotlib", extra=EXTRA)
     rows = clip_rows(evaluation.sets)
-    write_exports(rows, evaluation.systems, out / EXPORTS_FOLDER, {})
     system = evaluation.systems[0] if evaluation.systems else ""
     audit = audited(rows, system)[: settings.audit_clips]
     listed = most_errors_first(rows)[: settings.clips]
@@ -54,9 +54,14 @@ def write_report(
         "all_clips": len(rows),
     }
     audio: list[dict[str, str]] = []
+    files: dict[Any, str] = {}  # of the same audio in exports/, for NeMo's manifest
+    shutil.rmtree(out / EXPORTS_FOLDER / AUDIO_FOLDER, ignore_errors=True)
     for key, clip in read_clips(evaluation.folder, [row.key for row in chosen]) if evaluation.folder else ():
         data["clips"][places[key]]["audio"] = len(audio)
         audio.append(embed_audio(clip))
+        files[key] = f"{AUDIO_FOLDER}/{len(files):04}.mp3"
+        write_atomic(out / EXPORTS_FOLDER / files[key], base64.b64decode(audio[-1]["audio"]))
+    write_exports(rows, evaluation.systems, out / EXPORTS_FOLDER, files)
     scores = evaluation.scores
     contents = {
         "head": head_section(evaluation),
